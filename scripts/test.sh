@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Sets up what is needed and runs every check. All in the release profile: torch-sys, by far
+# the longest to compile, is then compiled once.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'EOF'
+usage: scripts/test.sh [--help]
+
+Sets up libtorch (.libtorch/) and MNIST (data/mnist/) where they are missing, then runs
+the format check, clippy, all tests, the documentation build and the MNIST example in
+smoke mode. Stops at the first failure.
+
+environment: OMP_NUM_THREADS (default 1), MNIST_DIR and what scripts/setup-libtorch.sh
+and scripts/fetch-mnist.sh name in their --help.
+EOF
+}
+say() { printf 'scripts/test.sh: %s\n' "$*"; }
+die() { say "error: $*" >&2; exit 1; }
+
+case "${1:-}" in
+  "") ;;
+  -h|--help) usage; exit 0 ;;
+  *) usage >&2; die "unknown argument '$1'" ;;
+esac
+command -v cargo >/dev/null 2>&1 || die "no cargo found. Install Rust 1.88 or newer (https://rustup.rs), or add its bin folder to PATH."
+cargo fmt --version >/dev/null 2>&1 || die "no rustfmt found. Install it (rustup component add rustfmt)."
+cargo clippy --version >/dev/null 2>&1 || die "no clippy found. Install it (rustup component add clippy)."
+
+# The tests are many small networks side by side: more threads each would only spin.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+out=$(mktemp -d)
+trap 'rm -rf "$out"' EXIT
+
+say "format"
+cargo fmt --all -- --check
+
+say "set-up"
+scripts/setup-libtorch.sh
+scripts/fetch-mnist.sh
+
+say "library without default features"
+cargo check --release --no-default-features --lib
+
+say "clippy"
+cargo clippy --release --all-targets -- -D warnings
+
+say "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
+
+say "tests"
+cargo test --release
+
+say "MNIST example in smoke mode"
+cargo run --release --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out"
+
+say "all checks passed"

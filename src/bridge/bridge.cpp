@@ -1,0 +1,210 @@
+// What tch does not show of libtorch's optimizers. Every function that can throw catches, returns
+// non-zero and leaves a message in *error, to be freed with tig_free.
+
+#include <torch/optim.h>
+
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+using torch::Tensor;
+using torch::optim::Optimizer;
+using torch::optim::OptimizerOptions;
+
+namespace {
+
+// The numbers of the enums in mod.rs.
+enum Kind : int { SGD = 0, ADAM = 1, ADAMW = 2, RMSPROP = 3 };
+enum Option : int {
+  LR = 0,
+  MOMENTUM = 1,
+  DAMPENING = 2,
+  WEIGHT_DECAY = 3,
+  NESTEROV = 4,
+  BETA1 = 5,
+  BETA2 = 6,
+  EPS = 7,
+  AMSGRAD = 8,
+  ALPHA = 9,
+  CENTERED = 10,
+};
+
+template <typename F>
+int guarded(char** error, F&& f) {
+  try {
+    f();
+    return 0;
+  } catch (const c10::Error& e) {
+    *error = strdup(e.what_without_backtrace());
+  } catch (const std::exception& e) {
+    *error = strdup(e.what());
+  } catch (...) {
+    *error = strdup("unknown C++ exception");
+  }
+  return 1;
+}
+
+[[noreturn]] void no_option() { throw std::invalid_argument("this optimizer has no such option"); }
+
+// Calls f(options) with the options in their own type. `kind` comes from tig_kind, so the casts hold.
+template <typename F>
+void with_options(int kind, OptimizerOptions& options, F&& f) {
+  switch (kind) {
+    case SGD: return f(static_cast<torch::optim::SGDOptions&>(options));
+    case ADAM: return f(static_cast<torch::optim::AdamOptions&>(options));
+    case ADAMW: return f(static_cast<torch::optim::AdamWOptions&>(options));
+    case RMSPROP: return f(static_cast<torch::optim::RMSpropOptions&>(options));
+    default: throw std::invalid_argument("unknown kind of optimizer");
+  }
+}
+
+template <typename T> struct is_sgd : std::is_same<T, torch::optim::SGDOptions> {};
+template <typename T> struct is_rmsprop : std::is_same<T, torch::optim::RMSpropOptions> {};
+
+// Calls f(getter, setter) for the option of that number.
+template <typename O, typename F>
+void with_option(O& o, int option, F&& f) {
+  switch (option) {
+    case LR: return f([&] { return o.lr(); }, [&](double v) { o.lr(v); });
+    case WEIGHT_DECAY: return f([&] { return o.weight_decay(); }, [&](double v) { o.weight_decay(v); });
+    default: break;
+  }
+  if constexpr (is_sgd<O>::value) {
+    switch (option) {
+      case MOMENTUM: return f([&] { return o.momentum(); }, [&](double v) { o.momentum(v); });
+      case DAMPENING: return f([&] { return o.dampening(); }, [&](double v) { o.dampening(v); });
+      case NESTEROV: return f([&] { return o.nesterov() ? 1. : 0.; }, [&](double v) { o.nesterov(v != 0.); });
+      default: no_option();
+    }
+  } else if constexpr (is_rmsprop<O>::value) {
+    switch (option) {
+      case MOMENTUM: return f([&] { return o.momentum(); }, [&](double v) { o.momentum(v); });
+      case EPS: return f([&] { return o.eps(); }, [&](double v) { o.eps(v); });
+      case ALPHA: return f([&] { return o.alpha(); }, [&](double v) { o.alpha(v); });
+      case CENTERED: return f([&] { return o.centered() ? 1. : 0.; }, [&](double v) { o.centered(v != 0.); });
+      default: no_option();
+    }
+  } else {
+    switch (option) {
+      case BETA1:
+        return f([&] { return std::get<0>(o.betas()); }, [&](double v) { std::get<0>(o.betas()) = v; });
+      case BETA2:
+        return f([&] { return std::get<1>(o.betas()); }, [&](double v) { std::get<1>(o.betas()) = v; });
+      case EPS: return f([&] { return o.eps(); }, [&](double v) { o.eps(v); });
+      case AMSGRAD: return f([&] { return o.amsgrad() ? 1. : 0.; }, [&](double v) { o.amsgrad(v != 0.); });
+      default: no_option();
+    }
+  }
+}
+
+template <typename S>
+const S* state_of(Optimizer* optimizer, const Tensor* parameter) {
+  auto& all = optimizer->state();
+  auto found = all.find(parameter->unsafeGetTensorImpl());
+  return found == all.end() ? nullptr : static_cast<const S*>(found->second.get());
+}
+
+Tensor* copy(const Tensor& tensor) { return tensor.defined() ? new Tensor(tensor) : nullptr; }
+
+}  // namespace
+
+extern "C" {
+
+void tig_free(char* text) { free(text); }
+
+int tig_kind(Optimizer* optimizer, int* kind, char** error) {
+  return guarded(error, [&] {
+    if (dynamic_cast<torch::optim::SGD*>(optimizer)) *kind = SGD;
+    else if (dynamic_cast<torch::optim::Adam*>(optimizer)) *kind = ADAM;
+    else if (dynamic_cast<torch::optim::AdamW*>(optimizer)) *kind = ADAMW;
+    else if (dynamic_cast<torch::optim::RMSprop*>(optimizer)) *kind = RMSPROP;
+    else throw std::invalid_argument("only SGD, Adam, AdamW and RMSprop are known");
+  });
+}
+
+size_t tig_group_count(Optimizer* optimizer) { return optimizer->param_groups().size(); }
+
+// New groups start as copies of the optimizer's defaults, as in tch.
+int tig_reserve_groups(Optimizer* optimizer, size_t count, char** error) {
+  return guarded(error, [&] {
+    auto& groups = optimizer->param_groups();
+    while (groups.size() < count) groups.emplace_back(std::vector<Tensor>{}, optimizer->defaults().clone());
+  });
+}
+
+int tig_get(Optimizer* optimizer, int kind, size_t group, int option, double* value, char** error) {
+  return guarded(error, [&] {
+    with_options(kind, optimizer->param_groups().at(group).options(), [&](auto& options) {
+      with_option(options, option, [&](auto get, auto) { *value = get(); });
+    });
+  });
+}
+
+int tig_set(Optimizer* optimizer, int kind, size_t group, int option, double value, char** error) {
+  return guarded(error, [&] {
+    with_options(kind, optimizer->param_groups().at(group).options(), [&](auto& options) {
+      with_option(options, option, [&](auto, auto set) { set(value); });
+    });
+  });
+}
+
+int tig_parameter_count(Optimizer* optimizer, size_t group, size_t* count, char** error) {
+  return guarded(error, [&] { *count = optimizer->param_groups().at(group).params().size(); });
+}
+
+// `ids` has room for tig_parameter_count entries.
+int tig_parameter_ids(Optimizer* optimizer, size_t group, const void** ids, char** error) {
+  return guarded(error, [&] {
+    for (const auto& parameter : optimizer->param_groups().at(group).params())
+      *ids++ = parameter.unsafeGetTensorImpl();
+  });
+}
+
+const void* tig_tensor_id(const Tensor* tensor) { return tensor->unsafeGetTensorImpl(); }
+
+int tig_zero_grad(Optimizer* optimizer, char** error) {
+  return guarded(error, [&] { optimizer->zero_grad(); });
+}
+
+int tig_step(Optimizer* optimizer, char** error) {
+  return guarded(error, [&] { optimizer->step(); });
+}
+
+// What the optimizer keeps for one parameter: up to three tensors (null where there is none) and the
+// number of steps (-1 where the optimizer does not count). `found` is 0 before the first step.
+int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* found, int64_t* step, Tensor** tensors,
+              char** error) {
+  return guarded(error, [&] {
+    *found = 0;
+    *step = -1;
+    tensors[0] = tensors[1] = tensors[2] = nullptr;
+    if (kind == SGD) {
+      if (auto s = state_of<torch::optim::SGDParamState>(optimizer, parameter)) {
+        *found = 1;
+        tensors[0] = copy(s->momentum_buffer());
+      }
+    } else if (kind == RMSPROP) {
+      if (auto s = state_of<torch::optim::RMSpropParamState>(optimizer, parameter)) {
+        *found = 1;
+        *step = s->step();
+        tensors[0] = copy(s->square_avg());
+        tensors[1] = copy(s->momentum_buffer());
+        tensors[2] = copy(s->grad_avg());
+      }
+    } else {
+      auto read = [&](auto s) {
+        if (!s) return;
+        *found = 1;
+        *step = s->step();
+        tensors[0] = copy(s->exp_avg());
+        tensors[1] = copy(s->exp_avg_sq());
+        tensors[2] = copy(s->max_exp_avg_sq());
+      };
+      if (kind == ADAM) read(state_of<torch::optim::AdamParamState>(optimizer, parameter));
+      else read(state_of<torch::optim::AdamWParamState>(optimizer, parameter));
+    }
+  });
+}
+
+}  // extern "C"

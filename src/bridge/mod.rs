@@ -1,0 +1,239 @@
+//! The only unsafe code of the crate: what tch hides of libtorch's optimizers.
+//!
+//! `tch::nn::Optimizer` keeps the C++ optimizer to itself, but it is built through the public trait
+//! `OptimizerConfig`, whose `build_copt` returns a `tch::COptimizer`: one pointer wide. A config that
+//! calls the inner one and notes that pointer on its way lets tch build its own optimizer, while
+//! [`Native`] knows the address of the very object inside it.
+
+use std::cell::Cell;
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ptr::{NonNull, null_mut};
+
+use tch::nn::{self, OptimizerConfig};
+use tch::{COptimizer, TchError, Tensor};
+use torch_sys::C_tensor;
+
+type Raw = *mut c_void;
+
+unsafe extern "C" {
+    fn tig_free(text: *mut c_char);
+    fn tig_kind(optimizer: Raw, kind: *mut c_int, error: *mut *mut c_char) -> c_int;
+    fn tig_group_count(optimizer: Raw) -> usize;
+    fn tig_reserve_groups(optimizer: Raw, count: usize, error: *mut *mut c_char) -> c_int;
+    fn tig_get(
+        optimizer: Raw,
+        kind: c_int,
+        group: usize,
+        option: c_int,
+        value: *mut f64,
+        error: *mut *mut c_char,
+    ) -> c_int;
+    fn tig_set(
+        optimizer: Raw,
+        kind: c_int,
+        group: usize,
+        option: c_int,
+        value: f64,
+        error: *mut *mut c_char,
+    ) -> c_int;
+    fn tig_parameter_count(
+        optimizer: Raw,
+        group: usize,
+        count: *mut usize,
+        error: *mut *mut c_char,
+    ) -> c_int;
+    fn tig_parameter_ids(
+        optimizer: Raw,
+        group: usize,
+        ids: *mut *const c_void,
+        error: *mut *mut c_char,
+    ) -> c_int;
+    fn tig_tensor_id(tensor: *const C_tensor) -> *const c_void;
+    fn tig_zero_grad(optimizer: Raw, error: *mut *mut c_char) -> c_int;
+    fn tig_step(optimizer: Raw, error: *mut *mut c_char) -> c_int;
+    fn tig_state(
+        optimizer: Raw,
+        kind: c_int,
+        parameter: *const C_tensor,
+        found: *mut c_int,
+        step: *mut i64,
+        tensors: *mut *mut C_tensor,
+        error: *mut *mut c_char,
+    ) -> c_int;
+}
+
+/// A C++ exception, as its text.
+pub(crate) type Exception = String;
+
+// The address is read out of the value, so it has to be a pointer and nothing else.
+const _: () = assert!(size_of::<COptimizer>() == size_of::<Raw>());
+const _: () = assert!(align_of::<COptimizer>() == align_of::<Raw>());
+
+fn checked(call: impl FnOnce(*mut *mut c_char) -> c_int) -> Result<(), Exception> {
+    let mut error: *mut c_char = null_mut();
+    if call(&mut error) == 0 {
+        return Ok(());
+    }
+    if error.is_null() {
+        return Err("no message".into());
+    }
+    // SAFETY: on failure the C++ side leaves a NUL-terminated string of its own there, once.
+    let text = unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned();
+    // SAFETY: allocated by strdup on the C++ side, freed once, here.
+    unsafe { tig_free(error) };
+    Err(text)
+}
+
+/// Which optimizer it is; the numbers are those of bridge.cpp.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub(crate) enum Kind {
+    Sgd = 0,
+    Adam = 1,
+    AdamW = 2,
+    RmsProp = 3,
+}
+
+/// Identifies a tensor's storage in libtorch: equal for all shallow clones of one tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct TensorId(usize);
+
+impl TensorId {
+    pub(crate) fn of(tensor: &Tensor) -> Self {
+        // SAFETY: the pointer of a live tch tensor is a live torch::Tensor.
+        Self(unsafe { tig_tensor_id(tensor.as_ptr()) } as usize)
+    }
+}
+
+/// Forwards to `inner` and notes the address of what it built.
+struct Tap<'t, T> {
+    inner: &'t T,
+    address: &'t Cell<Raw>,
+}
+
+impl<T: OptimizerConfig> OptimizerConfig for Tap<'_, T> {
+    fn build_copt(&self, lr: f64) -> Result<COptimizer, TchError> {
+        let optimizer = self.inner.build_copt(lr)?;
+        // SAFETY: a COptimizer is one pointer (asserted above), initialised by build_copt.
+        self.address.set(unsafe { *(&raw const optimizer).cast::<Raw>() });
+        Ok(optimizer)
+    }
+}
+
+/// What libtorch keeps for one parameter.
+pub(crate) struct RawState {
+    pub(crate) step: Option<i64>,
+    pub(crate) tensors: [Option<Tensor>; 3],
+}
+
+/// tch's optimizer together with the address of the C++ optimizer in it.
+#[derive(Debug)]
+pub(crate) struct Native {
+    pub(crate) tch: nn::Optimizer,
+    raw: NonNull<c_void>,
+    pub(crate) kind: Kind,
+}
+
+// SAFETY: nn::Optimizer is Send, and `raw` points into it: it is only used through &self or &mut self.
+unsafe impl Send for Native {}
+
+impl Native {
+    pub(crate) fn build<T: OptimizerConfig>(
+        config: &T,
+        vs: &nn::VarStore,
+        lr: f64,
+    ) -> Result<Self, Exception> {
+        let address = Cell::new(null_mut());
+        let tch =
+            Tap { inner: config, address: &address }.build(vs, lr).map_err(|e| e.to_string())?;
+        let raw = NonNull::new(address.get()).ok_or("tch built no optimizer")?;
+        let mut kind = -1;
+        // SAFETY: `raw` is the live optimizer inside `tch`.
+        checked(|error| unsafe { tig_kind(raw.as_ptr(), &mut kind, error) })?;
+        let kind = match kind {
+            0 => Kind::Sgd,
+            1 => Kind::Adam,
+            2 => Kind::AdamW,
+            _ => Kind::RmsProp,
+        };
+        Ok(Self { tch, raw, kind })
+    }
+
+    // In all that follows, `raw` lives as long as `self.tch`, which owns the C++ object, and the
+    // borrow of `self` keeps other threads out.
+
+    pub(crate) fn group_count(&self) -> usize {
+        // SAFETY: see above.
+        unsafe { tig_group_count(self.raw.as_ptr()) }
+    }
+
+    pub(crate) fn reserve_groups(&mut self, count: usize) -> Result<(), Exception> {
+        // SAFETY: see above.
+        checked(|error| unsafe { tig_reserve_groups(self.raw.as_ptr(), count, error) })
+    }
+
+    #[inline]
+    pub(crate) fn get(&self, group: usize, option: i32) -> Result<f64, Exception> {
+        let mut value = f64::NAN;
+        // SAFETY: see above; the C++ side checks `group` and `option`.
+        checked(|error| unsafe {
+            tig_get(self.raw.as_ptr(), self.kind as c_int, group, option, &mut value, error)
+        })?;
+        Ok(value)
+    }
+
+    #[inline]
+    pub(crate) fn set(&mut self, group: usize, option: i32, value: f64) -> Result<(), Exception> {
+        // SAFETY: see above; the C++ side checks `group` and `option`.
+        checked(|error| unsafe {
+            tig_set(self.raw.as_ptr(), self.kind as c_int, group, option, value, error)
+        })
+    }
+
+    pub(crate) fn parameter_ids(&self, group: usize) -> Result<Vec<TensorId>, Exception> {
+        let mut count = 0;
+        // SAFETY: see above.
+        checked(|error| unsafe {
+            tig_parameter_count(self.raw.as_ptr(), group, &mut count, error)
+        })?;
+        let mut ids = vec![std::ptr::null(); count];
+        // SAFETY: see above; `ids` has room for `count` entries, and nothing changes the group between.
+        checked(|error| unsafe {
+            tig_parameter_ids(self.raw.as_ptr(), group, ids.as_mut_ptr(), error)
+        })?;
+        Ok(ids.into_iter().map(|id| TensorId(id as usize)).collect())
+    }
+
+    pub(crate) fn zero_grad(&mut self) -> Result<(), Exception> {
+        // SAFETY: see above.
+        checked(|error| unsafe { tig_zero_grad(self.raw.as_ptr(), error) })
+    }
+
+    pub(crate) fn step(&mut self) -> Result<(), Exception> {
+        // SAFETY: see above.
+        checked(|error| unsafe { tig_step(self.raw.as_ptr(), error) })
+    }
+
+    /// The tensors are shared with the optimizer, not copied.
+    pub(crate) fn state(&self, parameter: &Tensor) -> Result<Option<RawState>, Exception> {
+        let (mut found, mut step) = (0, -1);
+        let mut tensors: [*mut C_tensor; 3] = [null_mut(); 3];
+        // SAFETY: see above; `tensors` has room for three.
+        checked(|error| unsafe {
+            tig_state(
+                self.raw.as_ptr(),
+                self.kind as c_int,
+                parameter.as_ptr(),
+                &mut found,
+                &mut step,
+                tensors.as_mut_ptr(),
+                error,
+            )
+        })?;
+        let tensors = tensors.map(|tensor| {
+            // SAFETY: each is null or a torch::Tensor made with `new` for us, owned from here on.
+            (!tensor.is_null()).then(|| unsafe { Tensor::from_ptr(tensor) })
+        });
+        Ok((found != 0).then_some(RawState { step: (step >= 0).then_some(step), tensors }))
+    }
+}

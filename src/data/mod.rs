@@ -1,0 +1,196 @@
+//! Where batches come from.
+//!
+//! [`Engine::run`](crate::engine::Engine::run) takes a [`Loader`], a vector or slice of batches, or
+//! one of [`restartable`], [`one_shot`], [`no_data`] and [`source`] (anything of your own).
+
+mod loader;
+mod order;
+
+use anyhow::Result;
+
+pub use loader::{Batch, Loader};
+pub use order::{SplitMix64, permutation};
+
+/// A cursor over batches. One walk over the data is a pass; the engine starts the next one when a
+/// pass is exhausted.
+pub trait Source<B> {
+    /// Batches in a pass, where that is known.
+    fn batches(&self) -> Option<u64>;
+
+    /// Goes to batch `batch` of pass `pass`, both from 0. The order of a pass is a function of its
+    /// number, so that a run can be continued anywhere.
+    fn seek(&mut self, pass: u64, batch: u64) -> Result<()>;
+
+    /// The next batch of this pass; `None` when it is exhausted.
+    fn next(&mut self) -> Option<Result<B>>;
+
+    /// Samples in the batch that [`next`](Self::next) gave last, where that is known.
+    fn samples(&self) -> Option<u64> {
+        None
+    }
+
+    /// Whether batches are fetched at all: false for [`no_data`], where the engine fires no
+    /// `GET_BATCH` events.
+    fn fetches(&self) -> bool {
+        true
+    }
+}
+
+/// What can be given to [`Engine::run`](crate::engine::Engine::run).
+pub trait IntoSource<'a, B> {
+    /// The cursor over it.
+    fn into_source(self) -> Box<dyn Source<B> + 'a>;
+}
+
+/// A [`Source`] of your own, as something to run on.
+pub fn source<'a, B, S: Source<B> + 'a>(source: S) -> Custom<'a, B> {
+    Custom(Box::new(source))
+}
+
+/// Data made anew for each pass: `make` returns an iterator. The engine finds its length when the
+/// first pass is exhausted.
+///
+/// ```
+/// # use tch_ignite::engine::{Engine, Until};
+/// use tch_ignite::data::restartable;
+/// let mut engine = Engine::new(|sum: &mut i64, _, x: i64| { *sum += x; Ok(()) });
+/// let mut sum = 0;
+/// engine.run(&mut sum, restartable(|| 1..=3), Until::epochs(2))?;
+/// assert_eq!(sum, 12);
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+pub fn restartable<'a, I: Iterator + 'a>(make: impl FnMut() -> I + 'a) -> Custom<'a, I::Item> {
+    source(Restartable { make, current: None })
+}
+
+/// Data that can be walked once, such as a stream; it may be infinite, with
+/// [`Until::epoch_length`](crate::engine::Until::epoch_length).
+pub fn one_shot<'a, I>(batches: I) -> Custom<'a, I::Item>
+where
+    I: IntoIterator,
+    I::IntoIter: 'a,
+{
+    source(OneShot(batches.into_iter()))
+}
+
+/// No data: the step gets a default batch, and
+/// [`Until::epoch_length`](crate::engine::Until::epoch_length) says how long an epoch is.
+pub fn no_data<'a, B: Default + 'a>() -> Custom<'a, B> {
+    source(NoData)
+}
+
+/// See [`source`].
+pub struct Custom<'a, B>(Box<dyn Source<B> + 'a>);
+
+impl<'a, B> IntoSource<'a, B> for Custom<'a, B> {
+    fn into_source(self) -> Box<dyn Source<B> + 'a> {
+        self.0
+    }
+}
+
+struct Indexed<D> {
+    data: D,
+    next: usize,
+}
+
+impl<B: Clone, D: AsRef<[B]>> Source<B> for Indexed<D> {
+    fn batches(&self) -> Option<u64> {
+        Some(self.data.as_ref().len() as u64)
+    }
+
+    fn seek(&mut self, _pass: u64, batch: u64) -> Result<()> {
+        self.next = usize::try_from(batch)?;
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<Result<B>> {
+        let batch = self.data.as_ref().get(self.next)?.clone();
+        self.next += 1;
+        Some(Ok(batch))
+    }
+}
+
+impl<'a, B: Clone + 'a> IntoSource<'a, B> for Vec<B> {
+    fn into_source(self) -> Box<dyn Source<B> + 'a> {
+        Box::new(Indexed { data: self, next: 0 })
+    }
+}
+
+impl<'a, B: Clone> IntoSource<'a, B> for &'a [B] {
+    fn into_source(self) -> Box<dyn Source<B> + 'a> {
+        Box::new(Indexed { data: self, next: 0 })
+    }
+}
+
+impl<'a, B: Clone> IntoSource<'a, B> for &'a Vec<B> {
+    fn into_source(self) -> Box<dyn Source<B> + 'a> {
+        self.as_slice().into_source()
+    }
+}
+
+struct Restartable<F, I> {
+    make: F,
+    current: Option<I>,
+}
+
+impl<I: Iterator, F: FnMut() -> I> Source<I::Item> for Restartable<F, I> {
+    fn batches(&self) -> Option<u64> {
+        None
+    }
+
+    fn seek(&mut self, _pass: u64, batch: u64) -> Result<()> {
+        let mut iterator = (self.make)();
+        skip(&mut iterator, batch);
+        self.current = Some(iterator);
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<Result<I::Item>> {
+        self.current.as_mut()?.next().map(Ok)
+    }
+}
+
+struct OneShot<I>(I);
+
+impl<I: Iterator> Source<I::Item> for OneShot<I> {
+    fn batches(&self) -> Option<u64> {
+        None
+    }
+
+    fn seek(&mut self, _pass: u64, batch: u64) -> Result<()> {
+        skip(&mut self.0, batch);
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<Result<I::Item>> {
+        self.0.next().map(Ok)
+    }
+}
+
+fn skip(iterator: &mut impl Iterator, batches: u64) {
+    for _ in 0..batches {
+        if iterator.next().is_none() {
+            break;
+        }
+    }
+}
+
+struct NoData;
+
+impl<B: Default> Source<B> for NoData {
+    fn batches(&self) -> Option<u64> {
+        None
+    }
+
+    fn seek(&mut self, _pass: u64, _batch: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<Result<B>> {
+        Some(Ok(B::default()))
+    }
+
+    fn fetches(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,231 @@
+use super::event::{BUILT_IN, FilteredEvent};
+use super::{Engine, Event, Events};
+use crate::{Error, Result};
+
+/// Something with state that is called at events: what the built-in handlers are, and what your own
+/// may be where a closure is not enough.
+pub trait Handler<C, B, O> {
+    /// The name that errors show.
+    fn name(&self) -> String;
+
+    /// When to call it.
+    fn events(&self) -> Events;
+
+    /// What is wrong with its arguments, if anything; asked when it is attached.
+    fn validate(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Called at each of its events.
+    fn call(
+        &mut self,
+        event: Event,
+        cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()>;
+}
+
+/// Names a registered handler, for its removal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct HandlerId(u64);
+
+pub(super) type Closure<'a, C, B, O> =
+    Box<dyn FnMut(&mut C, &mut Engine<'a, C, B, O>) -> anyhow::Result<()> + 'a>;
+
+pub(super) enum Callable<'a, C, B, O> {
+    Closure(Closure<'a, C, B, O>),
+    Object(Box<dyn Handler<C, B, O> + 'a>),
+}
+
+/// A handler in the engine. It is taken out while it runs.
+struct Slot<'a, C, B, O> {
+    id: HandlerId,
+    name: String,
+    callable: Option<Callable<'a, C, B, O>>,
+    /// The number of the removal that removed it.
+    removed: Option<u64>,
+}
+
+#[derive(Clone)]
+struct Entry {
+    id: HandlerId,
+    /// None where it always passes.
+    filter: Option<FilteredEvent>,
+}
+
+struct CustomEvent {
+    name: &'static str,
+    firings: u64,
+}
+
+/// Which list of handlers an event has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct EventIndex(usize);
+
+impl EventIndex {
+    pub(super) const fn built_in(index: usize) -> Self {
+        Self(index)
+    }
+}
+
+/// All handlers of an engine, by event, in order of registration.
+pub(super) struct Handlers<'a, C, B, O> {
+    slots: Vec<Slot<'a, C, B, O>>,
+    lists: Vec<Vec<Entry>>,
+    custom: Vec<CustomEvent>,
+    next_id: u64,
+    removals: u64,
+    /// Firings under way.
+    depth: u32,
+}
+
+impl<'a, C, B, O> Handlers<'a, C, B, O> {
+    pub(super) fn new() -> Self {
+        let lists = (0..BUILT_IN).map(|_| Vec::new()).collect();
+        Self { slots: vec![], lists, custom: vec![], next_id: 0, removals: 0, depth: 0 }
+    }
+
+    pub(super) fn register(&mut self, event: Event) -> Result<()> {
+        let Event::Custom(name) = event else {
+            return Err(Error::invalid(format!("{event} is there already")));
+        };
+        if self.custom.iter().all(|known| known.name != name) {
+            self.custom.push(CustomEvent { name, firings: 0 });
+            self.lists.push(vec![]);
+        }
+        Ok(())
+    }
+
+    pub(super) fn index(&self, event: Event) -> Result<EventIndex> {
+        if let Some(index) = event.built_in() {
+            return Ok(EventIndex(index));
+        }
+        let custom = || self.custom.iter().map(|known| known.name);
+        match custom().position(|name| Event::Custom(name) == event) {
+            Some(index) => Ok(EventIndex(BUILT_IN + index)),
+            None => Err(Error::invalid(format!(
+                "Event {event} is not a valid event for this Engine. Register it with register_events; registered are: {}",
+                custom().collect::<Vec<_>>().join(", ")
+            ))),
+        }
+    }
+
+    pub(super) fn add(
+        &mut self,
+        events: &Events,
+        name: String,
+        callable: Callable<'a, C, B, O>,
+    ) -> Result<HandlerId> {
+        if events.0.is_empty() {
+            return Err(Error::invalid(format!("handler {name} names no event to be called at")));
+        }
+        let mut indices = Vec::with_capacity(events.0.len());
+        for event in &events.0 {
+            event.validate()?;
+            indices.push(self.index(event.event)?);
+        }
+        let id = HandlerId(self.next_id);
+        self.next_id += 1;
+        for (index, event) in indices.into_iter().zip(&events.0) {
+            let filter = (!event.always()).then(|| event.clone());
+            self.lists[index.0].push(Entry { id, filter });
+        }
+        self.slots.push(Slot { id, name, callable: Some(callable), removed: None });
+        Ok(id)
+    }
+
+    pub(super) fn remove(&mut self, id: HandlerId) -> Result<()> {
+        let slot = self.slots.iter_mut().find(|slot| slot.id == id && slot.removed.is_none());
+        let Some(slot) = slot else {
+            return Err(Error::invalid("this handler is not registered, or was removed already"));
+        };
+        self.removals += 1;
+        slot.removed = Some(self.removals);
+        self.purge();
+        Ok(())
+    }
+
+    pub(super) fn contains(&self, id: HandlerId) -> bool {
+        self.slots.iter().any(|slot| slot.id == id && slot.removed.is_none())
+    }
+
+    /// Removed handlers stay until no firing is under way: those that have begun still call them.
+    fn purge(&mut self) {
+        if self.depth == 0 && self.slots.iter().any(|slot| slot.removed.is_some()) {
+            let slots = &self.slots;
+            let gone =
+                |id: HandlerId| slots.iter().any(|slot| slot.id == id && slot.removed.is_some());
+            for list in &mut self.lists {
+                list.retain(|entry| !gone(entry.id));
+            }
+            self.slots.retain(|slot| slot.removed.is_none());
+        }
+    }
+
+    #[inline]
+    pub(super) fn is_empty(&self, index: EventIndex) -> bool {
+        self.lists[index.0].is_empty()
+    }
+
+    /// Counts a firing of a custom event.
+    pub(super) fn count_firing(&mut self, index: EventIndex) -> u64 {
+        match index.0.checked_sub(BUILT_IN).and_then(|custom| self.custom.get_mut(custom)) {
+            Some(custom) => {
+                custom.firings += 1;
+                custom.firings
+            }
+            None => 0,
+        }
+    }
+
+    pub(super) fn begin(&mut self) -> u64 {
+        self.depth += 1;
+        self.removals
+    }
+
+    pub(super) fn end(&mut self) {
+        self.depth -= 1;
+        self.purge();
+    }
+
+    /// Takes out the handler at `position` of the event's list, if it is to run in a firing that
+    /// began after `removals`; `None` at the end of the list.
+    #[inline]
+    pub(super) fn take(
+        &mut self,
+        index: EventIndex,
+        position: usize,
+        number: u64,
+        removals: u64,
+    ) -> Option<Option<Taken<'a, C, B, O>>> {
+        let entry = self.lists[index.0].get(position)?;
+        if entry.filter.as_ref().is_some_and(|filter| !filter.passes(number)) {
+            return Some(None);
+        }
+        // Ids grow and slots are kept in their order.
+        let slot = self.slots.binary_search_by_key(&entry.id.0, |slot| slot.id.0).ok();
+        Some(slot.and_then(|slot| {
+            let entry = &mut self.slots[slot];
+            if entry.removed.is_some_and(|removal| removal <= removals) {
+                return None;
+            }
+            // A handler that is running already, further out, is not entered again.
+            entry.callable.take().map(|callable| Taken { slot, callable })
+        }))
+    }
+
+    #[inline]
+    pub(super) fn put_back(&mut self, taken: Taken<'a, C, B, O>) {
+        // Slots only go when no firing is under way.
+        self.slots[taken.slot].callable = Some(taken.callable);
+    }
+
+    pub(super) fn name(&self, taken: &Taken<'a, C, B, O>) -> String {
+        self.slots[taken.slot].name.clone()
+    }
+}
+
+pub(super) struct Taken<'a, C, B, O> {
+    slot: usize,
+    pub(super) callable: Callable<'a, C, B, O>,
+}

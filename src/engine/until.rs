@@ -1,0 +1,100 @@
+use std::time::Duration;
+
+use crate::{Error, Result};
+
+/// How far a run goes, and how long its epochs are.
+///
+/// Several limits may be given; the first that is reached ends the run. Epochs and iterations exclude
+/// each other, as in ignite. `Until::default()` takes what is left of the budget of an earlier run or
+/// a loaded state, and one epoch where there is none.
+///
+/// ```
+/// use std::time::Duration;
+/// use tch_ignite::engine::Until;
+/// let until = Until::epochs(20).or_time(Duration::from_secs(3600));
+/// let until = Until::iterations(100_000).epoch_length(1000);
+/// # let _ = until;
+/// ```
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Until {
+    pub(super) max_epochs: Option<u64>,
+    pub(super) max_iters: Option<u64>,
+    pub(super) max_samples: Option<u64>,
+    pub(super) max_time: Option<Duration>,
+    pub(super) epoch_length: Option<u64>,
+}
+
+impl Until {
+    /// This many epochs in all, those of an earlier part of the run included.
+    pub fn epochs(epochs: u64) -> Self {
+        Self { max_epochs: Some(epochs), ..Self::default() }
+    }
+
+    /// This many iterations in all, those of an earlier part of the run included.
+    pub fn iterations(iterations: u64) -> Self {
+        Self { max_iters: Some(iterations), ..Self::default() }
+    }
+
+    /// This many samples in this call of `run`, rounded up to whole batches. The data source has to
+    /// know its samples ([`Source::samples`](crate::data::Source::samples)); the loader does.
+    pub fn samples(samples: u64) -> Self {
+        Self::default().or_samples(samples)
+    }
+
+    /// This long, from this call of `run`; looked at after each iteration.
+    pub fn time(time: Duration) -> Self {
+        Self::default().or_time(time)
+    }
+
+    /// Also ends after this many iterations in all.
+    pub fn or_iterations(mut self, iterations: u64) -> Self {
+        self.max_iters = Some(iterations);
+        self
+    }
+
+    /// Also ends after this many samples of this call of `run`.
+    pub fn or_samples(mut self, samples: u64) -> Self {
+        self.max_samples = Some(samples);
+        self
+    }
+
+    /// Also ends after this time.
+    pub fn or_time(mut self, time: Duration) -> Self {
+        self.max_time = Some(time);
+        self
+    }
+
+    /// Iterations in an epoch, where it is not the length of the data. The data goes on where it
+    /// stopped in the next epoch, and restarts when it is exhausted.
+    pub fn epoch_length(mut self, iterations: u64) -> Self {
+        self.epoch_length = Some(iterations);
+        self
+    }
+
+    pub(super) fn validate(&self) -> Result<()> {
+        if self.max_epochs.is_some() && self.max_iters.is_some() {
+            return Err(Error::invalid(
+                "Arguments max_iters and max_epochs are mutually exclusive. Please provide only max_epochs or max_iters.",
+            ));
+        }
+        for (name, value) in [
+            ("max_epochs", self.max_epochs),
+            ("max_iters", self.max_iters),
+            ("max_samples", self.max_samples),
+        ] {
+            if value == Some(0) {
+                return Err(Error::invalid(format!(
+                    "Argument {name} is invalid. Please, set a correct {name} positive value"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends by samples or time only, in as many epochs as that takes.
+    pub(super) fn open_ended(&self) -> bool {
+        (self.max_samples.is_some() || self.max_time.is_some())
+            && self.max_epochs.is_none()
+            && self.max_iters.is_none()
+    }
+}

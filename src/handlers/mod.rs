@@ -1,0 +1,5 @@
+//! Handlers that come with the crate.
+
+mod evaluate;
+
+pub use evaluate::Evaluate;

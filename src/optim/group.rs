@@ -1,0 +1,197 @@
+use std::fmt;
+
+use super::hyper::Hyper;
+use super::{Knob, Optimizer, TensorId, locked};
+use crate::{Error, Result};
+
+/// One parameter group: reads and writes its hyper-parameters in libtorch's optimizer.
+///
+/// Made by [`Optimizer::group`]. The typed methods (`lr`, `set_lr`, …) and the general
+/// [`get`](Self::get) and [`set`](Self::set) are errors for what the optimizer does not have
+/// (`alpha` on SGD) and for values outside PyTorch's bounds.
+#[derive(Clone)]
+pub struct Group {
+    optimizer: Optimizer,
+    index: usize,
+}
+
+impl Group {
+    pub(super) fn new(optimizer: Optimizer, index: usize) -> Self {
+        Self { optimizer, index }
+    }
+
+    /// The group's number in libtorch, from 0.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// The group's name.
+    pub fn name(&self) -> String {
+        locked(&self.optimizer.shared.groups).name(self.index)
+    }
+
+    /// The value of the hyper-parameter of that PyTorch name (`"lr"`, `"weight_decay"`, …; `"beta1"`
+    /// and `"beta2"` for the two betas; booleans as 0 and 1).
+    pub fn get(&self, hyper: &str) -> Result<f64> {
+        self.get_hyper(self.optimizer.shared.kind.hyper(hyper)?)
+    }
+
+    /// Sets the hyper-parameter of that name; see [`get`](Self::get).
+    pub fn set(&self, hyper: &str, value: f64) -> Result<()> {
+        self.set_hyper(self.optimizer.shared.kind.hyper(hyper)?, value)
+    }
+
+    /// A hyper-parameter as something a scheduler can drive.
+    ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// # use tch_ignite::optim::Optimizer;
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # nn::linear(vs.root(), 4, 2, Default::default());
+    /// let optimizer = Optimizer::adam(&vs).build()?;
+    /// let knob = optimizer.group("group_0")?.knob("beta1")?;
+    /// knob.set(0.8)?;
+    /// assert_eq!(knob.get()?, 0.8);
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    pub fn knob(&self, hyper: &str) -> Result<Knob> {
+        let hyper = self.optimizer.shared.kind.hyper(hyper)?;
+        Ok(Knob::of_groups(self.optimizer.clone(), Some(self.index), hyper))
+    }
+
+    fn get_hyper(&self, hyper: Hyper) -> Result<f64> {
+        self.optimizer.get_hyper(self.index, hyper)
+    }
+
+    fn set_hyper(&self, hyper: Hyper, value: f64) -> Result<()> {
+        self.optimizer.set_hyper(self.index, hyper, value)
+    }
+
+    /// Names of the parameters in this group, in libtorch's order.
+    pub fn parameters(&self) -> Result<Vec<String>> {
+        let ids = self.optimizer.native(|native| {
+            native
+                .parameter_ids(self.index)
+                .map_err(|text| Error::libtorch("reading the group's parameters", text))
+        })?;
+        let variables = locked(&self.optimizer.shared.variables);
+        let names: std::collections::HashMap<_, _> =
+            variables.named_variables.iter().map(|(name, t)| (TensorId::of(t), name)).collect();
+        Ok(ids.iter().map(|id| names.get(id).map_or_else(String::new, |n| n.to_string())).collect())
+    }
+
+    /// Learning rate.
+    pub fn lr(&self) -> Result<f64> {
+        self.get("lr")
+    }
+
+    /// Sets the learning rate, not negative.
+    pub fn set_lr(&self, value: f64) -> Result<()> {
+        self.set("lr", value)
+    }
+
+    /// Momentum (SGD, RMSprop).
+    pub fn momentum(&self) -> Result<f64> {
+        self.get("momentum")
+    }
+
+    /// Sets the momentum (SGD, RMSprop), not negative.
+    pub fn set_momentum(&self, value: f64) -> Result<()> {
+        self.set("momentum", value)
+    }
+
+    /// Dampening of the momentum (SGD).
+    pub fn dampening(&self) -> Result<f64> {
+        self.get("dampening")
+    }
+
+    /// Sets the dampening of the momentum (SGD).
+    pub fn set_dampening(&self, value: f64) -> Result<()> {
+        self.set("dampening", value)
+    }
+
+    /// Weight decay.
+    pub fn weight_decay(&self) -> Result<f64> {
+        self.get("weight_decay")
+    }
+
+    /// Sets the weight decay, not negative.
+    pub fn set_weight_decay(&self, value: f64) -> Result<()> {
+        self.set("weight_decay", value)
+    }
+
+    /// Whether SGD uses Nesterov momentum.
+    pub fn nesterov(&self) -> Result<bool> {
+        Ok(self.get("nesterov")? != 0.)
+    }
+
+    /// Switches Nesterov momentum (SGD).
+    pub fn set_nesterov(&self, on: bool) -> Result<()> {
+        self.set("nesterov", f64::from(on))
+    }
+
+    /// Decay rates of the first and second moment (Adam, AdamW).
+    pub fn betas(&self) -> Result<(f64, f64)> {
+        Ok((self.get("beta1")?, self.get("beta2")?))
+    }
+
+    /// Sets both decay rates (Adam, AdamW), each in [0, 1).
+    pub fn set_betas(&self, beta1: f64, beta2: f64) -> Result<()> {
+        Hyper::Beta2.check(beta2)?;
+        self.set("beta1", beta1)?;
+        self.set("beta2", beta2)
+    }
+
+    /// Term added to the denominator (Adam, AdamW, RMSprop).
+    pub fn eps(&self) -> Result<f64> {
+        self.get("eps")
+    }
+
+    /// Sets the term added to the denominator (Adam, AdamW, RMSprop), not negative.
+    pub fn set_eps(&self, value: f64) -> Result<()> {
+        self.set("eps", value)
+    }
+
+    /// Whether Adam or AdamW is the AMSGrad variant.
+    pub fn amsgrad(&self) -> Result<bool> {
+        Ok(self.get("amsgrad")? != 0.)
+    }
+
+    /// Switches the AMSGrad variant (Adam, AdamW); only before the first step, where the state for it
+    /// is made.
+    pub fn set_amsgrad(&self, on: bool) -> Result<()> {
+        self.set("amsgrad", f64::from(on))
+    }
+
+    /// Smoothing constant (RMSprop).
+    pub fn alpha(&self) -> Result<f64> {
+        self.get("alpha")
+    }
+
+    /// Sets the smoothing constant (RMSprop), not negative.
+    pub fn set_alpha(&self, value: f64) -> Result<()> {
+        self.set("alpha", value)
+    }
+
+    /// Whether RMSprop is the centered variant.
+    pub fn centered(&self) -> Result<bool> {
+        Ok(self.get("centered")? != 0.)
+    }
+
+    /// Switches the centered variant (RMSprop); only before the first step, as for AMSGrad.
+    pub fn set_centered(&self, on: bool) -> Result<()> {
+        self.set("centered", f64::from(on))
+    }
+}
+
+impl fmt::Debug for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut debug = f.debug_struct(&self.name());
+        for hyper in self.optimizer.shared.kind.hypers() {
+            if let Ok(value) = self.get_hyper(*hyper) {
+                debug.field(hyper.name(), &value);
+            }
+        }
+        debug.finish()
+    }
+}

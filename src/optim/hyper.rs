@@ -1,0 +1,96 @@
+//! Names and bounds of hyper-parameters.
+
+use std::fmt;
+
+use crate::bridge::Kind;
+use crate::{Error, Result};
+
+/// The numbers are those of bridge.cpp.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub(crate) enum Hyper {
+    Lr = 0,
+    Momentum = 1,
+    Dampening = 2,
+    WeightDecay = 3,
+    Nesterov = 4,
+    Beta1 = 5,
+    Beta2 = 6,
+    Eps = 7,
+    Amsgrad = 8,
+    Alpha = 9,
+    Centered = 10,
+}
+
+use Hyper::*;
+
+const SGD: &[Hyper] = &[Lr, Momentum, Dampening, WeightDecay, Nesterov];
+const ADAM: &[Hyper] = &[Lr, Beta1, Beta2, Eps, WeightDecay, Amsgrad];
+const RMSPROP: &[Hyper] = &[Lr, Alpha, Eps, WeightDecay, Momentum, Centered];
+
+impl Kind {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Kind::Sgd => "SGD",
+            Kind::Adam => "Adam",
+            Kind::AdamW => "AdamW",
+            Kind::RmsProp => "RMSprop",
+        }
+    }
+
+    pub(crate) fn hypers(self) -> &'static [Hyper] {
+        match self {
+            Kind::Sgd => SGD,
+            Kind::Adam | Kind::AdamW => ADAM,
+            Kind::RmsProp => RMSPROP,
+        }
+    }
+
+    pub(crate) fn hyper(self, name: &str) -> Result<Hyper> {
+        self.hypers().iter().copied().find(|h| h.name() == name).ok_or_else(|| {
+            Error::UnknownHyperParameter {
+                name: name.into(),
+                optimizer: self.name(),
+                available: self.hypers().iter().map(|h| h.name()).collect(),
+            }
+        })
+    }
+}
+
+impl Hyper {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Lr => "lr",
+            Momentum => "momentum",
+            Dampening => "dampening",
+            WeightDecay => "weight_decay",
+            Nesterov => "nesterov",
+            Beta1 => "beta1",
+            Beta2 => "beta2",
+            Eps => "eps",
+            Amsgrad => "amsgrad",
+            Alpha => "alpha",
+            Centered => "centered",
+        }
+    }
+
+    /// The bounds torch.optim checks in its constructors.
+    pub(crate) fn check(self, value: f64) -> Result<()> {
+        let (fits, bounds) = match self {
+            Beta1 | Beta2 => ((0. ..1.).contains(&value), "in [0, 1)"),
+            Dampening => (value.is_finite(), "finite"),
+            Nesterov | Amsgrad | Centered => (value == 0. || value == 1., "0 or 1"),
+            _ => (value >= 0. && value.is_finite(), "finite and not negative"),
+        };
+        if fits {
+            return Ok(());
+        }
+        Err(Error::invalid(format!("{self} must be {bounds}, but {value} was given")))
+    }
+}
+
+impl fmt::Display for Hyper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}

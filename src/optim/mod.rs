@@ -1,0 +1,362 @@
+//! The genuine libtorch optimizer, with named parameter groups and every hyper-parameter readable.
+//!
+//! [`Optimizer`] wraps `tch::nn::Optimizer`. What [`Group`] reads is what libtorch uses: there is no
+//! shadow copy, so values set through tch are seen here and the other way round.
+
+mod builder;
+mod group;
+mod hyper;
+mod knob;
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tch::nn::{self, OptimizerConfig, VarStore, Variables};
+use tch::{TchError, Tensor};
+
+pub use builder::{GroupOptions, OptimizerBuilder, lr};
+pub use group::Group;
+pub use knob::Knob;
+
+use crate::bridge::{Kind, Native, TensorId};
+use crate::{Error, Result};
+use builder::GroupRule;
+use hyper::Hyper;
+
+type Membership = Box<dyn Fn(&str) -> bool + Send>;
+
+/// How many names an error message lists before it says how many more there are.
+const NAMES_LISTED: usize = 8;
+
+/// An optimizer with named parameter groups. Clones share one libtorch optimizer.
+///
+/// Built by [`Optimizer::builder`] around tch's settings (`nn::sgd(..)`, `nn::Adam::default()`, …).
+/// Every call takes an uncontended lock (about 10 ns) and none is held while user code runs.
+#[derive(Clone)]
+pub struct Optimizer {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    kind: Kind,
+    // None while `with_tch` has it.
+    native: Mutex<Option<Native>>,
+    groups: Mutex<Groups>,
+    variables: Arc<Mutex<Variables>>,
+}
+
+/// Names of the groups, and the rule that puts variables into them.
+struct Groups {
+    /// Empty where tch's group numbers are used.
+    rules: Vec<(String, Membership)>,
+    /// Names given to tch's group numbers.
+    names: Vec<(usize, String)>,
+    /// Variables of the store that have their group.
+    assigned: usize,
+    /// Variables of the store that are surely in libtorch's optimizer.
+    added: usize,
+}
+
+impl Groups {
+    fn name(&self, index: usize) -> String {
+        let by_number = || self.names.iter().find(|(n, _)| *n == index).map(|(_, name)| name);
+        match self.rules.get(index).map(|(name, _)| name).or_else(by_number) {
+            Some(name) => name.clone(),
+            None => format!("group_{index}"),
+        }
+    }
+
+    /// Puts variables that have no group yet into theirs; nothing is changed on error.
+    fn assign(&mut self, variables: &mut Variables) -> Result<()> {
+        if self.rules.is_empty() {
+            self.assigned = variables.trainable_variables.len();
+            return Ok(());
+        }
+        let names: HashMap<_, _> =
+            variables.named_variables.iter().map(|(name, t)| (TensorId::of(t), name)).collect();
+        let mut found = Vec::new();
+        let mut homeless = Vec::new();
+        for variable in &variables.trainable_variables[self.assigned..] {
+            let name = names.get(&TensorId::of(&variable.tensor)).map_or("", |name| name.as_str());
+            let mut fitting = self.rules.iter().enumerate().filter(|(_, (_, has))| has(name));
+            match (fitting.next(), fitting.next()) {
+                (Some((index, _)), None) => found.push(index),
+                (Some((_, (a, _))), Some((_, (b, _)))) => {
+                    return Err(Error::invalid(format!(
+                        "parameter '{name}' is in two groups: '{a}' and '{b}'"
+                    )));
+                }
+                (None, _) => homeless.push(format!("'{name}'")),
+            }
+        }
+        if !homeless.is_empty() {
+            let groups: Vec<_> = self.rules.iter().map(|(name, _)| name.as_str()).collect();
+            return Err(Error::invalid(format!(
+                "in no parameter group: {}; the groups are: {}",
+                listed(&homeless),
+                groups.join(", ")
+            )));
+        }
+        for (variable, index) in
+            variables.trainable_variables[self.assigned..].iter_mut().zip(&found)
+        {
+            variable.group = *index;
+        }
+        self.assigned += found.len();
+        Ok(())
+    }
+}
+
+fn listed(names: &[String]) -> String {
+    let mut text = names[..names.len().min(NAMES_LISTED)].join(", ");
+    if names.len() > NAMES_LISTED {
+        text += &format!(" and {} more", names.len() - NAMES_LISTED);
+    }
+    text
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing here is left half-changed by a panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Optimizer {
+    fn assemble<T: OptimizerConfig>(
+        config: &T,
+        vs: &VarStore,
+        lr: f64,
+        rules: Vec<GroupRule>,
+        names: Vec<(usize, String)>,
+    ) -> Result<Self> {
+        let rules = rules.into_iter().map(|rule| (rule.name, rule.contains)).collect();
+        let mut groups = Groups { rules, names, assigned: 0, added: 0 };
+        {
+            let mut variables = locked(&vs.variables_);
+            groups.assign(&mut variables)?;
+            groups.added = groups.assigned;
+            for (index, (name, _)) in groups.rules.iter().enumerate() {
+                if !variables.trainable_variables.iter().any(|v| v.group == index) {
+                    let mut all: Vec<_> =
+                        variables.named_variables.keys().map(|name| format!("'{name}'")).collect();
+                    all.sort();
+                    return Err(Error::invalid(format!(
+                        "group '{name}' has no parameter; the parameters are: {}",
+                        listed(&all)
+                    )));
+                }
+            }
+        }
+        let mut native = Native::build(config, vs, lr)
+            .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
+        // tch makes groups up to the highest number in use; a named number may be beyond.
+        let wanted = groups.names.iter().map(|(number, _)| number + 1).max().unwrap_or(0);
+        if wanted > native.group_count() {
+            let available = (0..native.group_count()).map(|index| index.to_string()).collect();
+            return Err(Error::UnknownGroup { group: format!("{}", wanted - 1), available });
+        }
+        native
+            .reserve_groups(groups.rules.len())
+            .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                kind: native.kind,
+                native: Mutex::new(Some(native)),
+                groups: Mutex::new(groups),
+                variables: vs.variables_.clone(),
+            }),
+        })
+    }
+
+    fn native<R>(&self, call: impl FnOnce(&mut Native) -> Result<R>) -> Result<R> {
+        match locked(&self.shared.native).as_mut() {
+            Some(native) => call(native),
+            None => Err(Error::invalid("the optimizer is in use by `with_tch`")),
+        }
+    }
+
+    /// PyTorch's name of the optimizer: `"SGD"`, `"Adam"`, `"AdamW"` or `"RMSprop"`.
+    pub fn name(&self) -> &'static str {
+        self.shared.kind.name()
+    }
+
+    /// The group of that name.
+    pub fn group(&self, name: &str) -> Result<Group> {
+        let names = self.group_names()?;
+        match names.iter().position(|known| known == name) {
+            Some(index) => Ok(Group::new(self.clone(), index)),
+            None => Err(Error::UnknownGroup { group: format!("'{name}'"), available: names }),
+        }
+    }
+
+    /// The group of that number, from 0.
+    pub fn group_at(&self, index: usize) -> Result<Group> {
+        let names = self.group_names()?;
+        if index < names.len() {
+            return Ok(Group::new(self.clone(), index));
+        }
+        let available = names.iter().enumerate().map(|(i, name)| format!("{i} ('{name}')"));
+        Err(Error::UnknownGroup { group: index.to_string(), available: available.collect() })
+    }
+
+    /// All groups, in order.
+    pub fn groups(&self) -> Result<Vec<Group>> {
+        let count = self.group_count()?;
+        Ok((0..count).map(|index| Group::new(self.clone(), index)).collect())
+    }
+
+    /// Names of all groups, in order.
+    pub fn group_names(&self) -> Result<Vec<String>> {
+        let count = self.group_count()?;
+        let groups = locked(&self.shared.groups);
+        Ok((0..count).map(|index| groups.name(index)).collect())
+    }
+
+    /// A hyper-parameter of all groups at once; reading it gives the first group's.
+    pub fn knob(&self, hyper: &str) -> Result<Knob> {
+        let hyper = self.shared.kind.hyper(hyper)?;
+        Ok(Knob::of_groups(self.clone(), None, hyper))
+    }
+
+    fn group_count(&self) -> Result<usize> {
+        self.native(|native| Ok(native.group_count()))
+    }
+
+    fn get_hyper(&self, group: usize, hyper: Hyper) -> Result<f64> {
+        self.native(|native| {
+            native
+                .get(group, hyper as i32)
+                .map_err(|text| Error::libtorch(format!("reading {hyper} of group {group}"), text))
+        })
+    }
+
+    fn set_hyper(&self, group: usize, hyper: Hyper, value: f64) -> Result<()> {
+        hyper.check(value)?;
+        self.native(|native| {
+            native
+                .set(group, hyper as i32, value)
+                .map_err(|text| Error::libtorch(format!("setting {hyper} of group {group}"), text))
+        })
+    }
+
+    /// Sets the gradients of all parameters to none.
+    pub fn zero_grad(&self) -> Result<()> {
+        if self.has_new_variables()? {
+            return self.through_tch("zero_grad", |tch| tch.zero_grad());
+        }
+        self.native(|native| native.zero_grad().map_err(|text| Error::libtorch("zero_grad", text)))
+    }
+
+    /// One update of all parameters that have a gradient.
+    pub fn step(&self) -> Result<()> {
+        if self.has_new_variables()? {
+            return self.through_tch("optimizer step", |tch| tch.step());
+        }
+        self.native(|native| native.step().map_err(|text| Error::libtorch("optimizer step", text)))
+    }
+
+    /// `zero_grad`, backward from the scalar `loss`, `step`.
+    pub fn backward_step(&self, loss: &Tensor) -> Result<()> {
+        self.zero_grad()?;
+        backward(loss)?;
+        self.step()
+    }
+
+    /// Lends out tch's optimizer, for what this type does not offer. Until `call` returns, all other
+    /// calls on this optimizer are errors. tch's methods panic where these return errors.
+    pub fn with_tch<R>(&self, call: impl FnOnce(&mut nn::Optimizer) -> R) -> Result<R> {
+        struct Lent<'s>(&'s Shared, Option<Native>);
+        impl Drop for Lent<'_> {
+            fn drop(&mut self) {
+                *locked(&self.0.native) = self.1.take();
+            }
+        }
+        self.has_new_variables()?;
+        let native = locked(&self.shared.native).take();
+        let mut lent = Lent(&self.shared, native);
+        match lent.1.as_mut() {
+            Some(native) => Ok(call(&mut native.tch)),
+            None => {
+                std::mem::forget(lent);
+                Err(Error::invalid("the optimizer is in use by `with_tch`"))
+            }
+        }
+    }
+
+    /// What libtorch keeps for a parameter, under PyTorch's names (`"step"`, `"exp_avg"`, …); empty
+    /// before its first step. The tensors are the optimizer's own: clone them to keep their values.
+    pub fn state(&self, parameter: &str) -> Result<Vec<(&'static str, Tensor)>> {
+        let tensor = {
+            let variables = locked(&self.shared.variables);
+            match variables.named_variables.get(parameter) {
+                Some(tensor) => tensor.shallow_clone(),
+                None => {
+                    let mut names: Vec<_> =
+                        variables.named_variables.keys().map(|name| format!("'{name}'")).collect();
+                    names.sort();
+                    return Err(Error::invalid(format!(
+                        "no parameter '{parameter}'; there are: {}",
+                        listed(&names)
+                    )));
+                }
+            }
+        };
+        self.native(|native| {
+            let names: [&str; 3] = match native.kind {
+                Kind::Sgd => ["momentum_buffer", "", ""],
+                Kind::Adam | Kind::AdamW => ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
+                Kind::RmsProp => ["square_avg", "momentum_buffer", "grad_avg"],
+            };
+            let state = native
+                .state(&tensor)
+                .map_err(|text| Error::libtorch("reading the optimizer's state", text))?;
+            let Some(state) = state else {
+                return Ok(vec![]);
+            };
+            let step = state.step.map(|step| ("step", Tensor::from(step as f64)));
+            let tensors = names.into_iter().zip(state.tensors);
+            Ok(step.into_iter().chain(tensors.filter_map(|(n, t)| Some((n, t?)))).collect())
+        })
+    }
+
+    /// Gives a group to variables that were added to the store since; says whether there were any.
+    fn has_new_variables(&self) -> Result<bool> {
+        let mut variables = locked(&self.shared.variables);
+        let mut groups = locked(&self.shared.groups);
+        if variables.trainable_variables.len() == groups.added {
+            return Ok(false);
+        }
+        groups.assign(&mut variables)?;
+        Ok(true)
+    }
+
+    // Only tch can add variables to its own count; it unwraps the results.
+    fn through_tch(&self, operation: &str, call: impl FnOnce(&mut nn::Optimizer)) -> Result<()> {
+        self.native(|native| {
+            catch_unwind(AssertUnwindSafe(|| call(&mut native.tch)))
+                .map_err(|payload| Error::libtorch(operation, crate::panic_message(&*payload)))
+        })?;
+        let mut groups = locked(&self.shared.groups);
+        groups.added = groups.assigned;
+        Ok(())
+    }
+}
+
+/// Backward from a scalar, as an error where libtorch refuses.
+pub(crate) fn backward(loss: &Tensor) -> Result<()> {
+    loss.f_backward().map_err(|error| match error {
+        TchError::Torch(text) => Error::libtorch("backward", text),
+        other => Error::libtorch("backward", other),
+    })
+}
+
+impl std::fmt::Debug for Optimizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut debug = f.debug_struct("Optimizer");
+        debug.field("name", &self.name());
+        if let Ok(groups) = self.groups() {
+            debug.field("groups", &groups);
+        }
+        debug.finish()
+    }
+}

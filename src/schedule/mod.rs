@@ -1,0 +1,100 @@
+//! Schedules: pure functions from an event number to a value, and the handler that applies them.
+//!
+//! A [`Schedule`] knows nothing of optimizers or engines: `at(i)` is the value of event `i`, from 0.
+//! [`ParamScheduler`] is a name, a [`Knob`](crate::optim::Knob) and a schedule, and a handler of the
+//! engine. The numbers are ignite's, bit for bit.
+
+mod cosine;
+mod cycle;
+mod linear;
+mod scheduler;
+
+use serde_json::{Map, Value};
+
+pub use cosine::{CosineAnnealing, CosineAnnealingScheduler};
+pub use linear::{LinearCyclical, LinearCyclicalScheduler};
+pub use scheduler::ParamScheduler;
+
+use crate::{Error, Result};
+
+/// A pure function from the number of an event, from 0, to a value.
+pub trait Schedule: Send {
+    /// The value of event `event`. NaN from [`len`](Self::len) on, where that is known.
+    ///
+    /// A run of calls with growing `event` costs O(1) each; going back may cost a walk from 0.
+    fn at(&self, event: u64) -> f64;
+
+    /// What is wrong with the arguments, if anything. Schedulers ask before the first event.
+    fn validate(&self) -> Result<()>;
+
+    /// After how many events the schedule ends, and why; `None` for one that goes on for ever.
+    fn end(&self) -> Option<(u64, String)> {
+        None
+    }
+
+    /// The position after `events` events, in ignite's terms where the schedule has them.
+    fn save(&self, events: u64) -> Map<String, Value> {
+        Map::from_iter([("event_index".to_owned(), events.into())])
+    }
+
+    /// The number of events that [`save`](Self::save) was given.
+    ///
+    /// # Errors
+    /// A missing key, or values that this schedule never has.
+    fn load(&self, state: &Map<String, Value>) -> Result<u64> {
+        read(state, "event_index")
+    }
+
+    /// The first `events` values with their event numbers, without any training.
+    ///
+    /// ```
+    /// use tch_ignite::schedule::{CosineAnnealing, Schedule};
+    /// let values = CosineAnnealing::new(1.0, 0.0, 4).simulate_values(4)?;
+    /// assert_eq!(values[0], (0, 1.0));
+    /// assert_eq!(values[2].1, 0.5);
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    fn simulate_values(&self, events: u64) -> Result<Vec<(u64, f64)>> {
+        self.validate()?;
+        check_end(self, events.saturating_sub(1))?;
+        Ok((0..events).map(|event| (event, self.at(event))).collect())
+    }
+}
+
+impl<S: Schedule + ?Sized> Schedule for Box<S> {
+    fn at(&self, event: u64) -> f64 {
+        (**self).at(event)
+    }
+    fn validate(&self) -> Result<()> {
+        (**self).validate()
+    }
+    fn end(&self) -> Option<(u64, String)> {
+        (**self).end()
+    }
+    fn save(&self, events: u64) -> Map<String, Value> {
+        (**self).save(events)
+    }
+    fn load(&self, state: &Map<String, Value>) -> Result<u64> {
+        (**self).load(state)
+    }
+}
+
+fn check_end<S: Schedule + ?Sized>(schedule: &S, event: u64) -> Result<()> {
+    match schedule.end() {
+        Some((end, why)) if event >= end => Err(Error::invalid(format!(
+            "the schedule ends after {end} events ({why}), but event {event} was asked for"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn read<T: serde::de::DeserializeOwned>(state: &Map<String, Value>, key: &str) -> Result<T> {
+    let value = state.get(key).ok_or_else(|| {
+        Error::State(format!(
+            "Required state attribute '{key}' is absent in provided state_dict '{:?}'",
+            state.keys().collect::<Vec<_>>()
+        ))
+    })?;
+    serde_json::from_value(value.clone())
+        .map_err(|error| Error::State(format!("state attribute '{key}' is {value}: {error}")))
+}

@@ -1,0 +1,168 @@
+use serde_json::{Map, Value};
+
+use super::{Schedule, check_end, read};
+use crate::engine::{Engine, Event, Events, Handler};
+use crate::optim::Knob;
+use crate::{Error, Result};
+
+/// Drives a knob by a schedule: a handler of the engine.
+///
+/// At each of its events ([`Event::IterationStarted`] unless told otherwise) it writes the next value
+/// of the schedule; the first is that of event 0, and is what the first step sees. Nothing is written
+/// at construction. Costs one call of the schedule and one of [`Knob::set`].
+///
+/// ```
+/// # use tch::{Device, nn};
+/// use tch_ignite::engine::{Engine, Until};
+/// use tch_ignite::optim::Optimizer;
+/// use tch_ignite::schedule::{CosineAnnealing, ParamScheduler};
+///
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # nn::linear(vs.root(), 1, 1, Default::default());
+/// let optimizer = Optimizer::sgd(&vs).build()?;
+/// let knob = optimizer.group_at(0)?.knob("lr")?;
+/// let mut trainer = Engine::new(|lrs: &mut Vec<f64>, _engine, _batch: i32| {
+///     lrs.push(optimizer.group_at(0)?.lr()?);
+///     Ok(())
+/// });
+/// trainer.attach(ParamScheduler::new("lr", knob, CosineAnnealing::new(1.0, 0.0, 4)));
+/// let mut lrs = vec![];
+/// trainer.run(&mut lrs, vec![0; 4], Until::epochs(1))?;
+/// assert_eq!((lrs[0], lrs[2]), (1.0, 0.5));
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct ParamScheduler<S = Box<dyn Schedule>> {
+    name: String,
+    knob: Knob,
+    schedule: S,
+    events_done: u64,
+    save_history: bool,
+    event: Events,
+    // (events until the end, why), known once the arguments are checked.
+    checked: Option<Option<(u64, String)>>,
+}
+
+impl<S: Schedule> ParamScheduler<S> {
+    /// A scheduler under a name of its own (`"lr (fc)"`), which is also its key in the history.
+    pub fn new(name: impl Into<String>, knob: Knob, schedule: S) -> Self {
+        Self {
+            name: name.into(),
+            knob,
+            schedule,
+            events_done: 0,
+            save_history: false,
+            event: Event::IterationStarted.into(),
+            checked: None,
+        }
+    }
+
+    /// Appends each value to `engine.state.param_history` under the scheduler's name, one entry an
+    /// event with a value for each group: 32 bytes and more an event.
+    pub fn save_history(mut self, on: bool) -> Self {
+        self.save_history = on;
+        self
+    }
+
+    /// Acts on this event instead of [`Event::IterationStarted`]. On events after the step the value
+    /// is seen by the next step.
+    pub fn on(mut self, event: impl Into<Events>) -> Self {
+        self.event = event.into();
+        self
+    }
+
+    /// The scheduler's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The schedule's value for the event to come: what the next call will write.
+    pub fn get_param(&self) -> Result<f64> {
+        self.schedule.validate()?;
+        check_end(&self.schedule, self.events_done)?;
+        Ok(self.schedule.at(self.events_done))
+    }
+
+    /// Writes the next value into the knob: one event, without an engine.
+    pub fn advance(&mut self) -> Result<f64> {
+        let end = match &self.checked {
+            Some(end) => end,
+            None => {
+                self.schedule.validate()?;
+                self.checked.insert(self.schedule.end())
+            }
+        };
+        if let Some((end, _)) = end
+            && self.events_done >= *end
+        {
+            check_end(&self.schedule, self.events_done)?;
+        }
+        let value = self.schedule.at(self.events_done);
+        self.knob.set(value)?;
+        self.events_done += 1;
+        Ok(value)
+    }
+
+    /// The position, in ignite's terms where ignite has the schedule.
+    pub fn state_dict(&self) -> Map<String, Value> {
+        let mut state = self.schedule.save(self.events_done);
+        state.insert("param_name".into(), self.knob.name().into());
+        state.insert("save_history".into(), self.save_history.into());
+        state.insert("param_group_index".into(), self.knob.group().into());
+        state
+    }
+
+    /// Goes to a saved position. Nothing is changed on error.
+    ///
+    /// # Errors
+    /// A missing key, or a state of a scheduler with other arguments or on another parameter.
+    pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
+        self.schedule.validate()?;
+        let events = self.schedule.load(state)?;
+        let param: String = read(state, "param_name")?;
+        let save_history = read(state, "save_history")?;
+        let group: Option<usize> = read(state, "param_group_index")?;
+        if param != self.knob.name() || group != self.knob.group() {
+            return Err(Error::State(format!(
+                "the state is of '{param}' in group {group:?}, but scheduler '{}' drives '{}' in group {:?}",
+                self.name,
+                self.knob.name(),
+                self.knob.group()
+            )));
+        }
+        self.events_done = events;
+        self.save_history = save_history;
+        Ok(())
+    }
+}
+
+impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamScheduler<S> {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn events(&self) -> Events {
+        self.event.clone()
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.schedule.validate()
+    }
+
+    fn call(
+        &mut self,
+        _event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        let value = self.advance()?;
+        if self.save_history {
+            let values = match self.knob.group() {
+                Some(_) => vec![value],
+                None => self.knob.values()?,
+            };
+            engine.state.record_param(&self.name, values);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,1 @@
+"""Runs the configs of the golden files through pytorch-ignite."""

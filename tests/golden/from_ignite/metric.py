@@ -1,0 +1,122 @@
+"""The kind `metric`: values of metrics over given batches."""
+
+from contextlib import contextmanager
+
+import torch
+from ignite import metrics
+from ignite.metrics import regression
+
+from .handler import engine_with_outputs, metric_values
+from .specs import without
+from .values import Unsupported, plain
+
+LOSS_FUNCTIONS = {
+    "bce_with_logits": torch.nn.functional.binary_cross_entropy_with_logits,
+    "cross_entropy": torch.nn.functional.cross_entropy,
+    "l1": torch.nn.functional.l1_loss,
+    "mse": torch.nn.functional.mse_loss,
+    "nll": torch.nn.functional.nll_loss,
+}
+# Metrics of a confusion matrix, which the caller has to update.
+OF_CONFUSION_MATRIX = (
+    "DiceCoefficient",
+    "IoU",
+    "JaccardIndex",
+    "cmAccuracy",
+    "cmPrecision",
+    "cmRecall",
+    "mIoU",
+)
+# P and R are per-class precision and recall.
+EXPRESSIONS = {
+    "(P**2).sum()": lambda P, R: (P**2).sum(),
+    "(P-R)%0.4": lambda P, R: (P - R) % 0.4,
+    "(R+1.0)/2.0": lambda P, R: (R + 1.0) / 2.0,
+    "2.0*P-R": lambda P, R: 2.0 * P - R,
+    "P//0.3": lambda P, R: P // 0.3,
+    "P[0]+R[1]": lambda P, R: P[0] + R[1],
+}
+
+
+def metric(config):
+    if "usage" in config:
+        return plain(with_usage(config))
+
+    with default_dtype(torch.float64):
+        per_batch, dtype = value_per_batch(config)
+    with default_dtype(torch.float32):
+        per_batch_f32, _ = value_per_batch(config)
+
+    expect = {"value": per_batch[-1], "per_batch": per_batch}
+    if dtype is not None:
+        expect["dtype"] = dtype
+    if per_batch_f32[-1] != per_batch[-1]:
+        expect["value_f32_accumulator"] = per_batch_f32[-1]
+    return expect
+
+
+@contextmanager
+def default_dtype(dtype):
+    """Sets torch's default type, which is that of ignite's accumulators."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def value_per_batch(config):
+    """The result after every update, and its type if it is a tensor."""
+    result, updated = build(config["metric"], config["args"])
+    per_batch = []
+    for batch in config["batches"]:
+        for part in updated:
+            part.update(output_of(batch, config))
+        value = result.compute()
+        per_batch.append(plain(value))
+    dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else None
+    return per_batch, dtype
+
+
+def build(name, args):
+    """The metric and the metrics to update, which are others if it is derived from them."""
+    if name in OF_CONFUSION_MATRIX:
+        matrix = metrics.ConfusionMatrix(num_classes=args["num_classes"])
+        return getattr(metrics.confusion_matrix, name)(matrix, **without(args, "num_classes")), [matrix]
+    if name == "Fbeta":
+        precision, recall = metrics.Precision(average=False), metrics.Recall(average=False)
+        return metrics.Fbeta(**args, precision=precision, recall=recall), [precision, recall]
+    if name == "MetricsLambda":
+        if args["expr"] not in EXPRESSIONS:
+            raise Unsupported(f"expression {args['expr']}")
+        precision, recall = metrics.Precision(average=False), metrics.Recall(average=False)
+        return EXPRESSIONS[args["expr"]](precision, recall), [precision, recall]
+    if name == "Loss":
+        result = metrics.Loss(LOSS_FUNCTIONS[args["loss_fn"]])
+    elif name.startswith("regression."):
+        result = getattr(regression, name.removeprefix("regression."))(**args)
+    else:
+        result = getattr(metrics, name)(**args)
+    return result, [result]
+
+
+def output_of(batch, config):
+    """A batch as the metric wants it: a pair of tensors, or what an average takes."""
+    if "x" in batch:
+        if config["y_pred_dtype"] == "number":
+            return batch["x"]
+        return torch.tensor(batch["x"], dtype=torch.float64)
+    y_pred = torch.tensor(batch["y_pred"], dtype=getattr(torch, config["y_pred_dtype"]))
+    y = torch.tensor(batch["y"], dtype=getattr(torch, config["y_dtype"]))
+    return y_pred, y
+
+
+def with_usage(config):
+    usage = config["usage"]
+    if isinstance(usage, dict):
+        usage = metrics.metric.BatchFiltered(**usage["batch_filtered"])
+    outputs = [(torch.tensor(batch["y_pred"]), torch.tensor(batch["y"])) for batch in config["batches"]]
+    trainer = engine_with_outputs(outputs)
+    getattr(metrics, config["metric"])().attach(trainer, "metric", usage)
+    return metric_values(trainer, "metric", config)
