@@ -246,18 +246,15 @@ impl FilteredEvent {
         if let Some(once) = &self.once {
             return once.contains(&n);
         }
-        if self.before.is_some_and(|before| n >= before)
-            || self.after.is_some_and(|after| n <= after)
-        {
+        let ranged = self.before.is_some() || self.after.is_some();
+        let after = self.after.unwrap_or(0);
+        if ranged && (n <= after || self.before.is_some_and(|before| n >= before)) {
             return false;
         }
-        match (self.every, self.before.or(self.after)) {
-            (None, _) => true,
-            (Some(every), None) => n % every == 0,
-            (Some(every), Some(_)) => {
-                let after = self.after.unwrap_or(0);
-                n > after && (n - after - 1) % every == 0
-            }
+        match self.every {
+            None => true,
+            Some(every) if ranged => (n - after - 1) % every == 0,
+            Some(every) => n % every == 0,
         }
     }
 }

@@ -1,3 +1,6 @@
+use std::cell::RefCell;
+use std::rc::Rc;
+
 use super::event::{BUILT_IN, FilteredEvent};
 use super::{Engine, Event, Events};
 use crate::{Error, Result};
@@ -23,6 +26,30 @@ pub trait Handler<C, B, O> {
         cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()>;
+}
+
+/// A handler that you keep a hold of: attach a clone and read the other.
+impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
+    fn name(&self) -> String {
+        self.borrow().name()
+    }
+
+    fn events(&self) -> Events {
+        self.borrow().events()
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.borrow().validate()
+    }
+
+    fn call(
+        &mut self,
+        event: Event,
+        cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        self.try_borrow_mut()?.call(event, cx, engine)
+    }
 }
 
 /// Names a registered handler, for its removal.

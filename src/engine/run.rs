@@ -57,6 +57,8 @@ pub(super) struct Position {
     fetched: u64,
     /// The data was restarted and gave nothing since.
     restarted: bool,
+    /// It gave nothing in a whole epoch.
+    exhausted: bool,
     until: Until,
     deadline: Option<Instant>,
     epoch_start: Option<Instant>,
@@ -75,6 +77,7 @@ impl Default for Position {
             pass: 0,
             fetched: 0,
             restarted: false,
+            exhausted: false,
             until: Until::default(),
             deadline: None,
             epoch_start: None,
@@ -124,6 +127,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             elapsed: start.elapsed(),
             warnings: std::mem::take(&mut self.position.warnings),
         })
+    }
+
+    /// Iterations begun in this epoch, from 1; those before a run goes on in mid epoch count.
+    pub fn iteration_in_epoch(&self) -> u64 {
+        self.position.counter
     }
 
     /// Settles budget, epoch length and where to begin. Nothing is changed on error.
@@ -197,6 +205,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             (state.max_epochs, state.max_iters) = (max_epochs, max_iters);
         }
         self.position.epoch_broken = false;
+        self.position.exhausted = false;
         self.position.placed = false;
         self.position.phase = Phase::Started;
         self.data = Some(source);
@@ -297,6 +306,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     }
                     false if self.position.restarted => {
                         self.warn_of_missing_data();
+                        self.position.exhausted = self.position.counter == 0;
                         self.position.phase = Phase::EpochCompleted;
                         continue;
                     }
@@ -467,7 +477,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     fn is_done(&self) -> bool {
         let State { iteration, epoch, epoch_length, max_epochs, max_iters, .. } = self.state;
-        used_up(iteration, epoch, epoch_length, max_epochs, max_iters) || self.limit_reached()
+        used_up(iteration, epoch, epoch_length, max_epochs, max_iters)
+            || self.limit_reached()
+            // Without a limit of epochs, empty ones would follow for ever.
+            || (self.position.exhausted && max_epochs.is_none())
     }
 
     /// In mid epoch: epochs cannot be used up there.
@@ -491,6 +504,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let position = &mut self.position;
         let between_epochs =
             matches!(position.phase, Phase::Started | Phase::EpochStarted | Phase::EpochEnded);
+        let full = self.state.epoch_length.is_some_and(|length| position.counter >= length);
+        let between_epochs = between_epochs || (position.placed && full);
         if matches!(position.phase, Phase::Terminate | Phase::Completed) {
             position.entry = Entry::NextPass;
         } else if position.placed {

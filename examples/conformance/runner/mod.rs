@@ -1,0 +1,104 @@
+//! Reads cases, runs each and counts.
+
+mod engine_trace;
+mod json;
+mod optimizer;
+mod schedule;
+mod schedule_error;
+mod schedule_resume;
+mod train;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+/// What came of one case.
+pub enum Outcome {
+    Passed,
+    Failed(String),
+    /// Not run, and why.
+    Skipped(String),
+}
+
+impl Outcome {
+    fn skipped(reason: impl Into<String>) -> Result<Self> {
+        Ok(Self::Skipped(reason.into()))
+    }
+}
+
+/// Passed, or failed with the first difference.
+impl From<Result<(), String>> for Outcome {
+    fn from(result: Result<(), String>) -> Self {
+        result.map_or_else(Self::Failed, |()| Self::Passed)
+    }
+}
+
+/// How many cases passed, failed and were skipped.
+#[derive(Default)]
+pub struct Tally {
+    pub passed: u64,
+    pub failed: u64,
+    pub skipped: u64,
+    reasons: BTreeMap<String, u64>,
+    /// Cases where ignite is wrong on purpose of nobody, by the name of the defect.
+    defects: BTreeMap<&'static str, u64>,
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (defect, count) in &self.defects {
+            writeln!(
+                f,
+                "held to our documented behaviour instead of ignite's defect: {count} × {defect}"
+            )?;
+        }
+        for (reason, count) in &self.reasons {
+            writeln!(f, "skipped: {count} × {reason}")?;
+        }
+        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+}
+
+/// Runs all cases of a file and prints the ids of those that fail.
+pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
+    let file = File::open(path).with_context(|| path.display().to_string())?;
+    for (number, line) in BufReader::new(file).lines().enumerate() {
+        let line = line?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let place = || format!("{}:{}", path.display(), number + 1);
+        let case: Value = serde_json::from_str(&line).with_context(place)?;
+        let id = case["id"].as_str().unwrap_or("without id").to_owned();
+        let (config, expect) = (&case["config"], &case["expect"]);
+        let mut defect = None;
+        let outcome = match case["kind"].as_str() {
+            Some("schedule") => schedule::run(config, expect, &mut defect),
+            Some("schedule_resume") => schedule_resume::run(config, expect, &mut defect),
+            Some("schedule_error") => schedule_error::run(config, expect, &mut defect),
+            Some("engine_trace") => engine_trace::run(config, expect, &mut defect),
+            Some("train") => train::run(config, expect),
+            kind => Outcome::skipped(format!("kind {} does not exist yet", kind.unwrap_or("?"))),
+        };
+        if let Some(defect) = defect {
+            *tally.defects.entry(defect).or_default() += 1;
+        }
+        match outcome.unwrap_or_else(|error| Outcome::Failed(format!("{error:#}"))) {
+            Outcome::Passed => tally.passed += 1,
+            Outcome::Failed(why) => {
+                println!("{id}: {why}");
+                tally.failed += 1;
+            }
+            Outcome::Skipped(reason) => {
+                tally.skipped += 1;
+                *tally.reasons.entry(reason).or_default() += 1;
+            }
+        }
+    }
+    Ok(())
+}
