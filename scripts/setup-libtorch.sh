@@ -82,7 +82,7 @@ from_archive() {
   curl -fsSL --connect-timeout 10 --retry 2 -o "$work/archive.zip" "$url" || { say "the official archive cannot be had"; return 1; }
   unzip -tq "$work/archive.zip" >/dev/null || { say "the archive is damaged"; return 1; }
   unzip -q "$work/archive.zip" -d "$work/unpacked"
-  rm -rf "$work/lib" "$work/archive.zip"
+  rm -rf "${work:?}/lib" "$work/archive.zip"
   mv "$work"/unpacked/libtorch/* "$work"/
   rm -rf "$work/unpacked"
 }

@@ -1,5 +1,71 @@
-//! Training loops for [`tch`].
-#![doc = include_str!("docs.md")]
+//! Training loops for [tch](https://docs.rs/tch): the engine, events, handlers and parameter
+//! schedulers of pytorch-ignite, on the real libtorch optimizer.
+//!
+//! A small convolutional net on digits, with one learning-rate schedule for each parameter group:
+//!
+//! ```
+//! use tch::nn::{self, ModuleT};
+//! use tch::{Device, Tensor};
+//! use tch_ignite::prelude::*;
+//!
+//! # fn net(root: nn::Path) -> nn::SequentialT {
+//! #     let conv = nn::ConvConfig { stride: 4, ..Default::default() };
+//! #     nn::seq_t()
+//! #         .add_fn(|x| x.view([-1, 1, 28, 28]))
+//! #         .add(nn::conv2d(&root / "conv", 1, 4, 4, conv))
+//! #         .add_fn(|x| x.relu().flat_view())
+//! #         .add(nn::linear(&root / "fc", 196, 10, Default::default()))
+//! # }
+//! # fn main() -> anyhow::Result<()> {
+//! # let (images, labels) = (Tensor::rand([256, 784], (tch::Kind::Float, Device::Cpu)), Tensor::randint(10, [256], (tch::Kind::Int64, Device::Cpu)));
+//! # let (test_images, test_labels) = (images.narrow(0, 0, 64), labels.narrow(0, 0, 64));
+//! let device = Device::cuda_if_available();
+//! let vs = nn::VarStore::new(device);
+//! let net = net(vs.root()); // any tch module, with parameters "conv.…" and "fc.…"
+//! let optimizer = Optimizer::sgd(&vs)
+//!     .group("base", |name| name.starts_with("conv"), lr(1e-2).momentum(0.9))
+//!     .group("fc", |name| name.starts_with("fc"), lr(1e-1))
+//!     .build()?; // an error if a parameter is in no group, or in two
+//! let train = Loader::new(&images, &labels, 64)?.shuffle(42).to_device(device);
+//! let test = Loader::new(&test_images, &test_labels, 64)?.to_device(device);
+//!
+//! let mut evaluator = create_supervised_evaluator();
+//! evaluator.metric("accuracy", Accuracy::of(Prediction::parts));
+//!
+//! let mut trainer = create_supervised_trainer();
+//! let (base, fc) = (optimizer.group("base")?, optimizer.group("fc")?);
+//! trainer
+//!     .metric("loss", RunningAverage::new())
+//!     .attach(ParamScheduler::new("lr (base)", base.knob("lr")?, LinearCyclical::new(1e-2, 1e-3, 8)))
+//!     .attach(ParamScheduler::new("lr (fc)", fc.knob("lr")?, CosineAnnealing::new(1e-1, 1e-3, 8)))
+//!     .attach(Evaluate::each_epoch("test", evaluator, test))
+//!     .on(Event::EpochCompleted, |_, engine| {
+//!         let (epoch, metrics) = (engine.state.epoch, &engine.state.metrics);
+//!         println!("{epoch}: loss {:.3}, accuracy {:.3}", metrics.get("loss")?, metrics.get("test/accuracy")?);
+//!         Ok(())
+//!     });
+//! let mut cx = Supervised::new(net, optimizer, |y_pred, y| y_pred.cross_entropy_for_logits(y));
+//! println!("{}", trainer.run(&mut cx, &train, Until::epochs(2))?);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Where to look:
+//!
+//! | for | see |
+//! |---|---|
+//! | the loop, events, filters, budgets | [`engine::Engine`], [`engine::Event`], [`engine::Until`] |
+//! | named parameter groups, every hyper-parameter | [`optim::Optimizer`], [`optim::Group`] |
+//! | something a schedule can drive | [`optim::Knob`] |
+//! | schedules and their handler | [`schedule`], [`schedule::ParamScheduler`] |
+//! | metrics that stay on the device | [`metrics`] |
+//! | batches from memory | [`data::Loader`] |
+//! | evaluation, history, progress | [`handlers`] |
+//! | ready steps for supervised learning | [`supervised`] |
+//!
+//! Nothing here waits for the GPU unless its documentation says so: outputs and metrics stay tensors
+//! until somebody reads them.
+
 mod bridge;
 pub mod data;
 pub mod engine;
@@ -12,6 +78,22 @@ pub mod supervised;
 
 pub use error::{Error, Panicked, Result};
 pub use tch;
+
+/// What most programs need.
+pub mod prelude {
+    pub use crate::data::{Batch, Loader};
+    pub use crate::engine::{Engine, Evaluator, Event, Trainer, Until};
+    pub use crate::handlers::*;
+    pub use crate::metrics::{Accuracy, Loss, Mean, RunningAverage, Usage};
+    pub use crate::optim::{Knob, Optimizer, lr};
+    pub use crate::schedule::{
+        CosineAnnealing, CosineAnnealingScheduler, LinearCyclical, LinearCyclicalScheduler,
+        ParamScheduler, Schedule,
+    };
+    pub use crate::supervised::{
+        Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,
+    };
+}
 
 fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().map(|text| text.to_string());

@@ -1,0 +1,503 @@
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressDrawTarget, ProgressStyle};
+
+use crate::engine::{Engine, Event, Events, Handler, State};
+use crate::optim::Knob;
+
+/// How often the bar is drawn.
+const PERIOD: Duration = Duration::from_millis(100);
+
+/// Shows how far the run is, on stderr: the epoch and its iterations, the rate, the time the epoch
+/// still takes, metrics and knobs.
+///
+/// ```text
+/// epoch 2/5 [==========>             ] 61/141  44.2 it/s, 0:01 left  loss 0.1514  lr (base) 4.5e-3
+/// ```
+///
+/// At the end of each epoch a line with the final values stays. They are read when all handlers of
+/// the epoch were called, so it may be attached before what computes them. Metrics without a value
+/// are left out. Nothing is shown where stderr is not a terminal.
+///
+/// ```
+/// use tch_ignite::engine::{Engine, Event, Until};
+/// use tch_ignite::handlers::ProgressBar;
+/// use tch_ignite::metrics::RunningAverage;
+///
+/// let mut trainer = Engine::new(|_: &mut (), _, loss: f64| Ok(loss));
+/// trainer.metric("loss", RunningAverage::new());
+/// let bar = ProgressBar::new().metric("loss");
+/// trainer.attach(bar.clone());
+/// trainer.on(Event::EpochCompleted, move |_, engine| {
+///     bar.suspend(|| println!("epoch {} is done", engine.state.epoch));
+///     Ok(())
+/// });
+/// trainer.run(&mut (), vec![0.5; 100], Until::epochs(3))?;
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+///
+/// Costs a count an iteration. The clock is looked at, metrics are read (a host sync for those on
+/// CUDA) and the bar is drawn about ten times a second, and only where it is shown.
+#[derive(Debug, Clone)]
+pub struct ProgressBar {
+    screen: indicatif::ProgressBar,
+    values: Vec<(String, Value)>,
+    stage: Stage,
+    pace: Pace,
+    /// `"epoch 2/5"`
+    title: String,
+    /// Iterations of the epoch that are done.
+    done: u64,
+    /// Those before the first that was seen, which came some time after the epoch began where a run
+    /// goes on.
+    before: Option<u64>,
+}
+
+#[derive(Debug, Clone)]
+enum Value {
+    Metric,
+    Knob(Knob),
+}
+
+/// What there is on the screen.
+#[derive(Debug, Clone, Copy)]
+enum Stage {
+    /// Nothing: no epoch is under way.
+    Idle,
+    /// Nothing: no terminal.
+    Hidden,
+    /// The bar of an epoch that began then.
+    Running(Instant),
+    /// The bar of an epoch whose iterations took so long.
+    Ended(Duration),
+}
+
+impl Default for ProgressBar {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ProgressBar {
+    /// A bar on stderr that shows epochs and iterations.
+    pub fn new() -> Self {
+        let target = ProgressDrawTarget::stderr();
+        let screen = indicatif::ProgressBar::with_draw_target(None, target);
+        // Nothing to show before the first epoch.
+        screen.finish_and_clear();
+        Self {
+            screen,
+            values: vec![],
+            stage: Stage::Idle,
+            pace: Pace::new(),
+            title: String::new(),
+            done: 0,
+            before: None,
+        }
+    }
+
+    /// Shows the metric of this name, once it has a value.
+    pub fn metric(mut self, name: impl Into<String>) -> Self {
+        self.values.push((name.into(), Value::Metric));
+        self
+    }
+
+    /// Shows the knob's value, under this name.
+    pub fn knob(mut self, name: impl Into<String>, knob: Knob) -> Self {
+        self.values.push((name.into(), Value::Knob(knob)));
+        self
+    }
+
+    /// Shows nothing.
+    pub fn hidden(self) -> Self {
+        self.with_draw_target(ProgressDrawTarget::hidden())
+    }
+
+    /// Draws there instead of on stderr, also for the clones of this bar.
+    pub fn with_draw_target(self, target: ProgressDrawTarget) -> Self {
+        self.screen.set_draw_target(target);
+        self
+    }
+
+    /// Takes the bar off the screen while `print` prints, so that the two do not mix. Call it on a
+    /// clone of the bar that is attached.
+    pub fn suspend<R>(&self, print: impl FnOnce() -> R) -> R {
+        self.screen.suspend(print)
+    }
+
+    fn begin<B, O>(&mut self, state: &State<B, O>) -> anyhow::Result<()> {
+        (self.done, self.before) = (0, None);
+        if self.screen.is_hidden() {
+            self.stage = Stage::Hidden;
+            return Ok(());
+        }
+        self.stage = Stage::Running(Instant::now());
+        self.pace = Pace::new();
+        self.title = title(state);
+        let template = match state.epoch_length {
+            Some(length) => {
+                self.screen.set_length(length);
+                "{prefix} [{bar:24}] {pos}/{len}{wide_msg}"
+            }
+            None => "{prefix}  {pos}{wide_msg}",
+        };
+        let style = ProgressStyle::with_template(template)?.progress_chars("=> ");
+        self.screen.set_style(style);
+        self.show("");
+        self.screen.reset();
+        self.draw(state)
+    }
+
+    /// Changes what the bar shows, and does not draw it.
+    fn show(&self, message: impl Into<String>) {
+        drop(
+            (self.screen.clone())
+                .with_prefix(self.title.clone())
+                .with_position(self.done)
+                .with_message(message.into()),
+        );
+    }
+
+    fn draw<B, O>(&self, state: &State<B, O>) -> anyhow::Result<()> {
+        let mut text = match self.stage {
+            Stage::Running(begun) => self.rate_text(begun.elapsed(), state.epoch_length),
+            Stage::Ended(took) => self.rate_text(took, None),
+            Stage::Idle | Stage::Hidden => return Ok(()),
+        };
+        text += &self.values_text(state)?;
+        self.show(text);
+        self.screen.force_draw();
+        Ok(())
+    }
+
+    /// Replaces the bar by a line that stays.
+    fn end<B, O>(&mut self, state: &State<B, O>) -> anyhow::Result<()> {
+        let took = match std::mem::replace(&mut self.stage, Stage::Idle) {
+            Stage::Running(begun) => begun.elapsed(),
+            Stage::Ended(took) => took,
+            Stage::Idle | Stage::Hidden => return Ok(()),
+        };
+        self.screen.finish_and_clear();
+        let done = match state.epoch_length {
+            Some(length) => format!("{}/{length}", self.done),
+            None => self.done.to_string(),
+        };
+        let rate = self.rate_text(took, None);
+        // The line comes also where a device that failed cannot tell the values.
+        let values = self.values_text(state);
+        let text = values.as_deref().unwrap_or_default();
+        self.screen.println(format!("{}  {done} in {}{rate}{text}", self.title, clock(took)));
+        values.map(drop)
+    }
+
+    /// How fast it is, and how long an epoch of this length still takes.
+    fn rate_text(&self, took: Duration, length: Option<u64>) -> String {
+        let seen = self.done.saturating_sub(self.before.unwrap_or(self.done));
+        let each = took.as_secs_f64() / seen as f64;
+        if seen == 0 || each == 0. {
+            return String::new();
+        }
+        let rate = match each > 1. {
+            true => format!("  {} s/it", number(each)),
+            false => format!("  {} it/s", number(1. / each)),
+        };
+        match length {
+            Some(length) => {
+                let left = length.saturating_sub(self.done) as f64 * each;
+                let left = Duration::try_from_secs_f64(left.ceil()).unwrap_or(Duration::MAX);
+                format!("{rate}, {} left", clock(left))
+            }
+            None => rate,
+        }
+    }
+
+    fn values_text<B, O>(&self, state: &State<B, O>) -> anyhow::Result<String> {
+        let mut text = String::new();
+        for (name, value) in &self.values {
+            let value = match value {
+                Value::Metric if !state.metrics.contains(name) => continue,
+                Value::Metric => number(state.metrics.get(name)?),
+                Value::Knob(knob) => without_zeros(&number(knob.get()?)),
+            };
+            text += &format!("  {name} {value}");
+        }
+        Ok(text)
+    }
+}
+
+impl<C, B, O> Handler<C, B, O> for ProgressBar {
+    fn name(&self) -> String {
+        "progress bar".into()
+    }
+
+    fn events(&self) -> Events {
+        use Event::*;
+        let ends = Terminate | Completed | ExceptionRaised | Interrupt;
+        EpochStarted | IterationCompleted | EpochCompleted | ends
+    }
+
+    fn call(
+        &mut self,
+        event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        match (event, self.stage) {
+            (Event::IterationCompleted, Stage::Hidden) => {}
+            (Event::IterationCompleted, stage) => {
+                if let Stage::Idle = stage {
+                    // An interrupted run goes on.
+                    self.begin(&engine.state)?;
+                }
+                self.done = engine.iteration_in_epoch();
+                self.before.get_or_insert(self.done.saturating_sub(1));
+                if self.pace.is_due() {
+                    self.draw(&engine.state)?;
+                }
+            }
+            (Event::EpochCompleted, Stage::Running(begun)) => {
+                // Without the handlers of this event that came before.
+                self.stage = Stage::Ended(begun.elapsed().min(engine.state.epoch_time));
+                self.draw(&engine.state)?;
+            }
+            (Event::EpochCompleted, _) => {}
+            (Event::EpochStarted, _) => {
+                self.end(&engine.state)?;
+                self.begin(&engine.state)?;
+            }
+            (Event::ExceptionRaised, _) => {
+                // What could not be read here comes from the error there is.
+                let _ = self.end(&engine.state);
+            }
+            _ => self.end(&engine.state)?,
+        }
+        Ok(())
+    }
+}
+
+/// Says when to draw, looking at the clock as seldom as that takes.
+#[derive(Debug, Clone)]
+struct Pace {
+    drawn: Instant,
+    /// Iterations from the last drawing to the next look at the clock, and from now.
+    next: u64,
+    left: u64,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self { drawn: Instant::now(), next: 1, left: 1 }
+    }
+
+    #[inline]
+    fn is_due(&mut self) -> bool {
+        self.left -= 1;
+        self.left == 0 && self.look(Instant::now())
+    }
+
+    fn look(&mut self, now: Instant) -> bool {
+        let (seen, passed) = (self.next, now.saturating_duration_since(self.drawn));
+        let is_due = passed >= PERIOD;
+        let wait = if is_due { PERIOD } else { PERIOD - passed };
+        // No further ahead than was seen: the first iterations may be quick ones.
+        let ahead = wait.as_secs_f64() / passed.as_secs_f64() * seen as f64;
+        self.left = (ahead as u64).clamp(1, seen);
+        match is_due {
+            true => (self.drawn, self.next) = (now, self.left),
+            false => self.next += self.left,
+        }
+        is_due
+    }
+}
+
+fn title<B, O>(state: &State<B, O>) -> String {
+    let by_iterations = state.max_iters.zip(state.epoch_length.filter(|length| *length > 0));
+    let epochs = by_iterations.map(|(iterations, length)| iterations.div_ceil(length));
+    match state.max_epochs.or(epochs) {
+        Some(epochs) => format!("epoch {}/{epochs}", state.epoch),
+        None => format!("epoch {}", state.epoch),
+    }
+}
+
+/// `"0:07"`, `"1:02:03"`.
+fn clock(time: Duration) -> String {
+    let seconds = time.as_secs();
+    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    match hours {
+        0 => format!("{minutes}:{seconds:02}"),
+        _ => format!("{hours}:{minutes:02}:{seconds:02}"),
+    }
+}
+
+/// Four digits that count.
+fn number(value: f64) -> String {
+    let size = value.abs();
+    if size != 0. && size.is_finite() && !(1e-3..1e5).contains(&size) {
+        return format!("{value:.3e}");
+    }
+    let exponent = if size.is_normal() { size.log10().floor() as i32 } else { 0 };
+    format!("{value:.*}", (3 - exponent).max(0) as usize)
+}
+
+fn without_zeros(number: &str) -> String {
+    let (digits, exponent) = number.split_at(number.find('e').unwrap_or(number.len()));
+    match digits.contains('.') {
+        true => digits.trim_end_matches('0').trim_end_matches('.').to_owned() + exponent,
+        false => number.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::sleep;
+
+    use anyhow::Result;
+    use indicatif::InMemoryTerm;
+
+    use super::*;
+    use crate::data::restartable;
+    use crate::engine::Until;
+    use crate::metrics::{Mean, RunningAverage};
+
+    fn on_screen(bar: ProgressBar) -> (InMemoryTerm, ProgressBar) {
+        let screen = InMemoryTerm::new(20, 120);
+        let target = ProgressDrawTarget::term_like(Box::new(screen.clone()));
+        (screen, bar.with_draw_target(target))
+    }
+
+    /// Times and rates replaced by `_`.
+    fn without_times(screen: &InMemoryTerm) -> String {
+        let contents = screen.contents();
+        let word = |word: &str| match word {
+            "it/s" | "it/s," | "s/it" | "left" | "in" => word.to_owned(),
+            _ if word.contains(':') => "_".to_owned(),
+            _ => word.to_owned(),
+        };
+        let line = |line: &str| {
+            let mut words: Vec<_> = line.split_whitespace().map(word).collect();
+            for rate in 1..words.len() {
+                if words[rate].contains("it") {
+                    words[rate - 1] = "_".into();
+                }
+            }
+            words.join(" ")
+        };
+        contents.lines().map(line).collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn shows_the_epoch_and_leaves_a_line() -> Result<()> {
+        let knob = Knob::new("lr", || 0.01, |_| {});
+        let bar = ProgressBar::new().metric("loss").metric("val/accuracy").knob("lr (base)", knob);
+        let (screen, bar) = on_screen(bar);
+        let mut trainer = Engine::new(|_: &mut (), _, loss: f64| {
+            sleep(PERIOD);
+            Ok(loss)
+        });
+        trainer.metric("loss", RunningAverage::new()).attach(bar.clone());
+        let seen = screen.clone();
+        trainer.on(Event::IterationCompleted, move |_, engine| {
+            let bar = match engine.state.iteration {
+                1 => "epoch 1/2 [======> ] 1/4 _ it/s, _ left loss 0.5000 lr (base) 0.01",
+                3 => {
+                    "epoch 1/2 [==================> ] 3/4 _ it/s, _ left loss 0.5000 lr (base) 0.01"
+                }
+                _ => return Ok(()),
+            };
+            assert_eq!(without_times(&seen), bar);
+            Ok(())
+        });
+        let seen = screen.clone();
+        trainer.on(Event::EpochCompleted.once(1), move |_, engine| {
+            bar.suspend(|| assert_eq!(without_times(&seen), ""));
+            let ended =
+                "epoch 1/2 [========================] 4/4 _ it/s loss 0.5000 lr (base) 0.01";
+            assert_eq!(without_times(&seen), ended);
+            engine.state.metrics.set("val/accuracy", 0.975);
+            Ok(())
+        });
+        trainer.run(&mut (), vec![0.5; 4], Until::epochs(2))?;
+        let lines = "epoch 1/2 4/4 in _ _ it/s loss 0.5000 val/accuracy 0.9750 lr (base) 0.01\n\
+                     epoch 2/2 4/4 in _ _ it/s loss 0.5000 val/accuracy 0.9750 lr (base) 0.01";
+        assert_eq!(without_times(&screen), lines);
+        Ok(())
+    }
+
+    #[test]
+    fn counts_where_the_length_is_unknown() -> Result<()> {
+        let (screen, bar) = on_screen(ProgressBar::new());
+        let mut trainer = Engine::new(|_: &mut (), _, _: i32| {
+            sleep(PERIOD);
+            Ok(())
+        });
+        trainer.attach(bar);
+        let seen = screen.clone();
+        trainer.on(Event::IterationCompleted.once(2), move |_, _| {
+            assert_eq!(without_times(&seen), "epoch 1/1 2 _ it/s");
+            Ok(())
+        });
+        trainer.run(&mut (), restartable(|| 0..3), Until::epochs(1))?;
+        assert_eq!(without_times(&screen), "epoch 1/1 3/3 in _ _ it/s");
+        Ok(())
+    }
+
+    #[test]
+    fn a_run_that_fails_or_goes_on_in_mid_epoch_shows_where() -> Result<()> {
+        let (screen, bar) = on_screen(ProgressBar::new());
+        let mut trainer = Engine::new(|_: &mut (), engine: &mut Engine<'_, _, _, _>, _: i32| {
+            anyhow::ensure!(engine.state.iteration != 6, "no");
+            Ok(())
+        });
+        trainer.attach(bar);
+        assert!(trainer.run(&mut (), vec![0; 4], Until::epochs(2)).is_err());
+        trainer.on(Event::IterationCompleted.once(7), |_, engine| {
+            engine.interrupt();
+            Ok(())
+        });
+        trainer.run(&mut (), vec![0; 4], Until::epochs(2))?;
+        trainer.run(&mut (), vec![0; 4], Until::epochs(2))?;
+        let lines = "epoch 1/2 4/4 in _ _ it/s\n\
+                     epoch 2/2 1/4 in _ _ it/s\n\
+                     epoch 2/2 3/4 in _ _ it/s\n\
+                     epoch 2/2 4/4 in _ _ it/s";
+        assert_eq!(without_times(&screen), lines);
+        Ok(())
+    }
+
+    #[test]
+    fn nothing_is_read_where_nothing_is_shown() -> Result<()> {
+        let knob = Knob::new("never read", || unreachable!(), |_| {});
+        let mut trainer = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+        trainer.metric("mean", Mean::new()).attach(ProgressBar::new().hidden().knob("lr", knob));
+        trainer.run(&mut (), vec![1.; 10], Until::epochs(2))?;
+        Ok(())
+    }
+
+    #[test]
+    fn the_clock_is_looked_at_seldom() {
+        let each = Duration::from_micros(1);
+        let mut pace = Pace::new();
+        let (mut now, mut looks, mut drawings) = (pace.drawn, 0, 0);
+        for _ in 0..10_000_000 {
+            now += each;
+            pace.left -= 1;
+            if pace.left == 0 {
+                looks += 1;
+                drawings += u32::from(pace.look(now));
+            }
+        }
+        assert!((95..=101).contains(&drawings) && looks < 150, "{drawings} {looks}");
+    }
+
+    #[test]
+    fn numbers_and_times_are_short() {
+        let values = [0., 0.123456, 12.3456, 123456., 4.5e-5, -0.5, f64::NAN, 1e-3, 99999.7];
+        let texts = "0.000 0.1235 12.35 1.235e5 4.500e-5 -0.5000 NaN 0.001000 100000";
+        assert_eq!(values.map(number).join(" "), texts);
+        assert_eq!(
+            ["0.0100", "4.500e-5", "100", "0.0000"].map(without_zeros).join(" "),
+            "0.01 4.5e-5 100 0"
+        );
+        assert_eq!([7, 3723].map(Duration::from_secs).map(clock).join(" "), "0:07 1:02:03");
+    }
+}
