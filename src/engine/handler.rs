@@ -73,9 +73,8 @@ struct Slot<'a, C, B, O> {
     removed: Option<u64>,
 }
 
-#[derive(Clone)]
 struct Entry {
-    id: HandlerId,
+    slot: usize,
     /// None where it always passes.
     filter: Option<FilteredEvent>,
 }
@@ -102,6 +101,8 @@ pub(super) struct Handlers<'a, C, B, O> {
     custom: Vec<CustomEvent>,
     next_id: u64,
     removals: u64,
+    /// Removals whose slots are gone.
+    purged: u64,
     /// Firings under way.
     depth: u32,
 }
@@ -109,7 +110,7 @@ pub(super) struct Handlers<'a, C, B, O> {
 impl<'a, C, B, O> Handlers<'a, C, B, O> {
     pub(super) fn new() -> Self {
         let lists = (0..BUILT_IN).map(|_| Vec::new()).collect();
-        Self { slots: vec![], lists, custom: vec![], next_id: 0, removals: 0, depth: 0 }
+        Self { slots: vec![], lists, custom: vec![], next_id: 0, removals: 0, purged: 0, depth: 0 }
     }
 
     pub(super) fn register(&mut self, event: Event) -> Result<()> {
@@ -153,9 +154,10 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         }
         let id = HandlerId(self.next_id);
         self.next_id += 1;
+        let slot = self.slots.len();
         for (index, event) in indices.into_iter().zip(&events.0) {
             let filter = (!event.always()).then(|| event.clone());
-            self.lists[index.0].push(Entry { id, filter });
+            self.lists[index.0].push(Entry { slot, filter });
         }
         self.slots.push(Slot { id, name, callable: Some(callable), removed: None });
         Ok(id)
@@ -178,15 +180,31 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
     /// Removed handlers stay until no firing is under way: those that have begun still call them.
     fn purge(&mut self) {
-        if self.depth == 0 && self.slots.iter().any(|slot| slot.removed.is_some()) {
-            let slots = &self.slots;
-            let gone =
-                |id: HandlerId| slots.iter().any(|slot| slot.id == id && slot.removed.is_some());
-            for list in &mut self.lists {
-                list.retain(|entry| !gone(entry.id));
-            }
-            self.slots.retain(|slot| slot.removed.is_none());
+        if self.depth > 0 || self.purged == self.removals {
+            return;
         }
+        self.purged = self.removals;
+        // Where each slot goes.
+        let mut kept = 0;
+        let places: Vec<_> = self
+            .slots
+            .iter()
+            .map(|slot| {
+                let place = slot.removed.is_none().then_some(kept);
+                kept += usize::from(place.is_some());
+                place
+            })
+            .collect();
+        for list in &mut self.lists {
+            list.retain_mut(|entry| match places[entry.slot] {
+                Some(place) => {
+                    entry.slot = place;
+                    true
+                }
+                None => false,
+            });
+        }
+        self.slots.retain(|slot| slot.removed.is_none());
     }
 
     #[inline]
@@ -229,16 +247,13 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         if entry.filter.as_ref().is_some_and(|filter| !filter.passes(number)) {
             return Some(None);
         }
-        // Ids grow and slots are kept in their order.
-        let slot = self.slots.binary_search_by_key(&entry.id.0, |slot| slot.id.0).ok();
-        Some(slot.and_then(|slot| {
-            let entry = &mut self.slots[slot];
-            if entry.removed.is_some_and(|removal| removal <= removals) {
-                return None;
-            }
-            // A handler that is running already, further out, is not entered again.
-            entry.callable.take().map(|callable| Taken { slot, callable })
-        }))
+        let index = entry.slot;
+        let slot = &mut self.slots[index];
+        if slot.removed.is_some_and(|removal| removal <= removals) {
+            return Some(None);
+        }
+        // A handler that is running already, further out, is not entered again.
+        Some(slot.callable.take().map(|callable| Taken { slot: index, callable }))
     }
 
     #[inline]

@@ -246,10 +246,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     #[inline]
     fn fire(&mut self, event: Event, cx: &mut C) -> Result<()> {
-        match event.built_in() {
-            Some(index) if self.handlers.is_empty(EventIndex::built_in(index)) => Ok(()),
-            _ => self.fire_event(event, cx),
-        }
+        let Some(index) = event.built_in().map(EventIndex::built_in) else {
+            return self.fire_event(event, cx);
+        };
+        if self.handlers.is_empty(index) { Ok(()) } else { self.fire_index(event, index, cx) }
     }
 
     fn fire_index(&mut self, event: Event, index: EventIndex, cx: &mut C) -> Result<()> {

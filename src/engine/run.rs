@@ -139,7 +139,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         until.validate()?;
         let state = &self.state;
         let interrupted = self.position.interrupted;
-        let epoch = state.epoch - u64::from(self.position.epoch_broken);
+        let epoch = state.epoch.saturating_sub(u64::from(self.position.epoch_broken));
         let (mut max_epochs, mut max_iters) = (state.max_epochs, state.max_iters);
         for (given, other, ours, theirs) in [
             (until.max_epochs, max_iters, "max_epochs", "max_iters"),
@@ -166,7 +166,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             true => known.or(state.epoch_length),
             false => state.epoch_length.or(known),
         };
-        if known == Some(0) {
+        if epoch_length == Some(0) || known == Some(0) {
             return Err(Error::invalid("Input data has zero size. Please provide non-empty data"));
         }
         if !new && until.epoch_length.is_some_and(|length| Some(length) != epoch_length) {
@@ -436,7 +436,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         let State { iteration, epoch_length, max_epochs, max_iters, .. } = self.state;
         let total =
-            max_iters.or(max_epochs.zip(epoch_length).map(|(epochs, length)| epochs * length));
+            max_iters.or(max_epochs.zip(epoch_length).map(|(epochs, length)| epochs.saturating_mul(length)));
         let total = total.map_or_else(|| "unknown".to_owned(), |total| total.to_string());
         self.position.warnings.push(format!(
             "Data iterator can not provide data anymore but required total number of iterations to run is not reached. Current iteration: {iteration} vs Total iterations to run : {total}"

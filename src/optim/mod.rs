@@ -116,6 +116,10 @@ fn listed(names: &[String]) -> String {
     text
 }
 
+fn lent_out() -> Error {
+    Error::invalid("the optimizer is lent out by `with_tch`; use it when that has returned")
+}
+
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing here is left half-changed by a panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -171,7 +175,7 @@ impl Optimizer {
     fn native<R>(&self, call: impl FnOnce(&mut Native) -> Result<R>) -> Result<R> {
         match locked(&self.shared.native).as_mut() {
             Some(native) => call(native),
-            None => Err(Error::invalid("the optimizer is in use by `with_tch`")),
+            None => Err(lent_out()),
         }
     }
 
@@ -265,6 +269,7 @@ impl Optimizer {
     /// Lends out tch's optimizer, for what this type does not offer. Until `call` returns, all other
     /// calls on this optimizer are errors. tch's methods panic where these return errors.
     pub fn with_tch<R>(&self, call: impl FnOnce(&mut nn::Optimizer) -> R) -> Result<R> {
+        /// Puts it back, also after a panic of `call`.
         struct Lent<'s>(&'s Shared, Option<Native>);
         impl Drop for Lent<'_> {
             fn drop(&mut self) {
@@ -273,14 +278,12 @@ impl Optimizer {
         }
         self.has_new_variables()?;
         let native = locked(&self.shared.native).take();
-        let mut lent = Lent(&self.shared, native);
-        match lent.1.as_mut() {
-            Some(native) => Ok(call(&mut native.tch)),
-            None => {
-                std::mem::forget(lent);
-                Err(Error::invalid("the optimizer is in use by `with_tch`"))
-            }
+        if native.is_none() {
+            return Err(lent_out());
         }
+        let mut lent = Lent(&self.shared, native);
+        let native = lent.1.as_mut().ok_or_else(lent_out)?;
+        Ok(call(&mut native.tch))
     }
 
     /// What libtorch keeps for a parameter, under PyTorch's names (`"step"`, `"exp_avg"`, …); empty

@@ -136,8 +136,16 @@ impl Cycles {
     }
 
     fn cycle_of(&self, event: u64, last: &LastCycle) -> Option<Cycle> {
+        if self.cycle_size == 0 {
+            return None;
+        }
         let mut cycle = match last.0.get() {
-            Some(cycle) if cycle.first <= event => cycle,
+            Some(cycle) if cycle.first <= event => {
+                if event - cycle.first < cycle.len() {
+                    return Some(cycle);
+                }
+                cycle
+            }
             _ => self.first(),
         };
         if self.uniform() {

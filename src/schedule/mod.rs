@@ -19,7 +19,7 @@ use crate::{Error, Result};
 
 /// A pure function from the number of an event, from 0, to a value.
 pub trait Schedule: Send {
-    /// The value of event `event`. NaN from [`len`](Self::len) on, where that is known.
+    /// The value of event `event`; NaN where the schedule has [ended](Self::end).
     ///
     /// A run of calls with growing `event` costs O(1) each; going back may cost a walk from 0.
     fn at(&self, event: u64) -> f64;
@@ -27,7 +27,8 @@ pub trait Schedule: Send {
     /// What is wrong with the arguments, if anything. Schedulers ask before the first event.
     fn validate(&self) -> Result<()>;
 
-    /// After how many events the schedule ends, and why; `None` for one that goes on for ever.
+    /// After how many events the schedule ends, and why; `None` for one that goes on for ever. May cost
+    /// a walk to the end.
     fn end(&self) -> Option<(u64, String)> {
         None
     }
@@ -56,8 +57,7 @@ pub trait Schedule: Send {
     /// ```
     fn simulate_values(&self, events: u64) -> Result<Vec<(u64, f64)>> {
         self.validate()?;
-        check_end(self, events.saturating_sub(1))?;
-        Ok((0..events).map(|event| (event, self.at(event))).collect())
+        (0..events).map(|event| Ok((event, value(self, event)?))).collect()
     }
 }
 
@@ -79,13 +79,17 @@ impl<S: Schedule + ?Sized> Schedule for Box<S> {
     }
 }
 
-fn check_end<S: Schedule + ?Sized>(schedule: &S, event: u64) -> Result<()> {
-    match schedule.end() {
-        Some((end, why)) if event >= end => Err(Error::invalid(format!(
+/// The value of an event, or why there is none.
+fn value<S: Schedule + ?Sized>(schedule: &S, event: u64) -> Result<f64> {
+    let value = schedule.at(event);
+    if value.is_nan()
+        && let Some((end, why)) = schedule.end()
+    {
+        return Err(Error::invalid(format!(
             "the schedule ends after {end} events ({why}), but event {event} was asked for"
-        ))),
-        _ => Ok(()),
+        )));
     }
+    Ok(value)
 }
 
 fn read<T: serde::de::DeserializeOwned>(state: &Map<String, Value>, key: &str) -> Result<T> {

@@ -1,6 +1,6 @@
 use serde_json::{Map, Value};
 
-use super::{Schedule, check_end, read};
+use super::{Schedule, read, value};
 use crate::engine::{Engine, Event, Events, Handler};
 use crate::optim::Knob;
 use crate::{Error, Result};
@@ -39,8 +39,7 @@ pub struct ParamScheduler<S = Box<dyn Schedule>> {
     events_done: u64,
     save_history: bool,
     event: Events,
-    // (events until the end, why), known once the arguments are checked.
-    checked: Option<Option<(u64, String)>>,
+    validated: bool,
 }
 
 impl<S: Schedule> ParamScheduler<S> {
@@ -53,7 +52,7 @@ impl<S: Schedule> ParamScheduler<S> {
             events_done: 0,
             save_history: false,
             event: Event::IterationStarted.into(),
-            checked: None,
+            validated: false,
         }
     }
 
@@ -79,25 +78,16 @@ impl<S: Schedule> ParamScheduler<S> {
     /// The schedule's value for the event to come: what the next call will write.
     pub fn get_param(&self) -> Result<f64> {
         self.schedule.validate()?;
-        check_end(&self.schedule, self.events_done)?;
-        Ok(self.schedule.at(self.events_done))
+        value(&self.schedule, self.events_done)
     }
 
     /// Writes the next value into the knob: one event, without an engine.
     pub fn advance(&mut self) -> Result<f64> {
-        let end = match &self.checked {
-            Some(end) => end,
-            None => {
-                self.schedule.validate()?;
-                self.checked.insert(self.schedule.end())
-            }
-        };
-        if let Some((end, _)) = end
-            && self.events_done >= *end
-        {
-            check_end(&self.schedule, self.events_done)?;
+        if !self.validated {
+            self.schedule.validate()?;
+            self.validated = true;
         }
-        let value = self.schedule.at(self.events_done);
+        let value = value(&self.schedule, self.events_done)?;
         self.knob.set(value)?;
         self.events_done += 1;
         Ok(value)
