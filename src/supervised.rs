@@ -23,13 +23,15 @@ impl Prediction {
     }
 }
 
+type LossFn = Box<dyn Fn(&Tensor, &Tensor) -> Tensor + Send>;
+
 /// A model, its optimizer and a loss: the context of small programs.
 pub struct Supervised<N> {
     /// The model.
     pub net: N,
     /// Its optimizer.
     pub optimizer: Optimizer,
-    loss: Box<dyn Fn(&Tensor, &Tensor) -> Tensor + Send>,
+    loss: LossFn,
 }
 
 impl<N: ModuleT> Supervised<N> {

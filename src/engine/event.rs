@@ -253,8 +253,8 @@ impl FilteredEvent {
         }
         match self.every {
             None => true,
-            Some(every) if ranged => (n - after - 1) % every == 0,
-            Some(every) => n % every == 0,
+            Some(every) if ranged => (n - after - 1).is_multiple_of(every),
+            Some(every) => n.is_multiple_of(every),
         }
     }
 }

@@ -150,7 +150,7 @@ fn rule_for(config: &Value, expect: &Value) -> Result<Option<Rule>> {
         let epochs = run["max_epochs"].as_u64().or(state["max_epochs"].as_u64());
         let iterations = run["max_iters"].as_u64().or(state["max_iters"].as_u64());
         if let (Some(iteration), Some(len)) = (iteration, len)
-            && iteration % len != 0
+            && !iteration.is_multiple_of(len)
             && (iterations.is_some_and(|max| iteration < max)
                 || epochs.is_some_and(|epochs| iteration < epochs * len))
         {
@@ -441,7 +441,7 @@ fn counts_firings(
             if entry[0] == "event" && entry[1] == name {
                 firings += 1;
                 let called = next[0] == "handler" && next[1] == tag;
-                if called != (firings % every == 0) {
+                if called != u64::is_multiple_of(firings, every) {
                     return Ok(Err(format!("{tag} at firing {firings}: called is {called}")));
                 }
             }

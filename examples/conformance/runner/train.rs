@@ -58,7 +58,7 @@ impl Net {
         if let Ok(momenta) = values(&self.optimizer, "momentum") {
             self.momenta.push(momenta);
         }
-        if (iteration - 1) % self.accumulation == 0 {
+        if (iteration - 1).is_multiple_of(self.accumulation) {
             self.optimizer.zero_grad()?;
         }
         let y_pred = self.forward(&x)?;
@@ -70,7 +70,7 @@ impl Net {
         };
         (&loss / self.accumulation as f64).f_backward()?;
         self.losses.push(loss.double_value(&[]));
-        if iteration % self.accumulation == 0 {
+        if iteration.is_multiple_of(self.accumulation) {
             self.optimizer.step()?;
         }
         Ok(())
