@@ -59,7 +59,11 @@ fn plain() -> Bench<'static> {
 
 fn schedulers(engine: &mut Bench<'_>, optimizer: &Optimizer) {
     let knob = |group| optimizer.group(group).and_then(|group| group.knob("lr")).expect("lr");
-    engine.attach(ParamScheduler::new("lr (base)", knob("base"), LinearCyclical::new(0.1, 0.01, 500)));
+    engine.attach(ParamScheduler::new(
+        "lr (base)",
+        knob("base"),
+        LinearCyclical::new(0.1, 0.01, 500),
+    ));
     engine.attach(ParamScheduler::new("lr (fc)", knob("fc"), CosineAnnealing::new(0.1, 0.01, 500)));
 }
 
@@ -85,9 +89,7 @@ fn run(engine: &mut Bench<'_>, iterations: u64) -> u64 {
     let mut sum = 0;
     engine.state.max_iters = None;
     engine.state.max_epochs = None;
-    engine
-        .run(&mut sum, vec![1; 1000], Until::iterations(iterations))
-        .expect("nothing fails here");
+    engine.run(&mut sum, vec![1; 1000], Until::iterations(iterations)).expect("nothing fails here");
     sum
 }
 
@@ -106,7 +108,10 @@ fn allocations(engine: &mut Bench<'_>) -> u64 {
 fn engine(c: &mut Criterion) {
     let optimizer = optimizer();
     println!("allocations in {ITERATIONS} iterations, no handlers: {}", allocations(&mut plain()));
-    println!("allocations in {ITERATIONS} iterations, 2 schedulers + 3 handlers: {}", allocations(&mut busy(&optimizer)));
+    println!(
+        "allocations in {ITERATIONS} iterations, 2 schedulers + 3 handlers: {}",
+        allocations(&mut busy(&optimizer))
+    );
 
     let mut group = c.benchmark_group("10000 iterations");
     group.throughput(Throughput::Elements(ITERATIONS));
@@ -126,7 +131,9 @@ fn engine(c: &mut Criterion) {
     schedulers(&mut scheduled, &optimizer);
     group.bench_function("engine, 2 schedulers", |b| b.iter(|| run(&mut scheduled, ITERATIONS)));
     let mut busy = busy(&optimizer);
-    group.bench_function("engine, 2 schedulers + 3 handlers", |b| b.iter(|| run(&mut busy, ITERATIONS)));
+    group.bench_function("engine, 2 schedulers + 3 handlers", |b| {
+        b.iter(|| run(&mut busy, ITERATIONS))
+    });
     group.finish();
 }
 
@@ -135,7 +142,8 @@ fn schedule(c: &mut Criterion) {
     group.throughput(Throughput::Elements(ITERATIONS));
     let linear = LinearCyclical::new(1., 0., 500);
     let cosine = CosineAnnealing::new(1., 0., 500);
-    let tiny = CosineAnnealing::new(1., 0., 2).start_value_mult(0.999_999).end_value_mult(1.000_001);
+    let tiny =
+        CosineAnnealing::new(1., 0., 2).start_value_mult(0.999_999).end_value_mult(1.000_001);
     // Two events a cycle: a million cycles are over.
     let late = 2_000_000;
     tiny.at(late);

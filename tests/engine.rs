@@ -1,12 +1,12 @@
 //! Probes.
 
+use serde_json::json;
 use std::time::Duration;
 use tch_ignite::Result;
 use tch_ignite::data::*;
 use tch_ignite::engine::*;
 use tch_ignite::handlers::Evaluate;
 use tch_ignite::metrics::*;
-use serde_json::json;
 
 fn eng<'a>() -> Engine<'a, Vec<i64>, i64, f64> {
     Engine::new(|seen: &mut Vec<i64>, _, b| {
@@ -26,7 +26,10 @@ fn show<T: std::fmt::Debug>(what: &str, r: Result<T>, seen: &[i64]) {
 fn p01_interrupted_samples_then_default() {
     let l: Vec<i64> = (0..5).collect();
     let mut e = eng();
-    e.on(Event::IterationCompleted.once(2), |_, e| { e.interrupt(); Ok(()) });
+    e.on(Event::IterationCompleted.once(2), |_, e| {
+        e.interrupt();
+        Ok(())
+    });
     let mut seen = vec![];
     let r = e.run(&mut seen, l.clone(), Until::time(Duration::from_secs(5)));
     show("time interrupted", r, &seen);
@@ -38,7 +41,10 @@ fn p01_interrupted_samples_then_default() {
 fn p02_interrupted_reset_then_iterations() {
     let l: Vec<i64> = (0..5).collect();
     let mut e = eng();
-    e.on(Event::IterationCompleted.once(2), |_, e| { e.interrupt(); Ok(()) });
+    e.on(Event::IterationCompleted.once(2), |_, e| {
+        e.interrupt();
+        Ok(())
+    });
     let mut seen = vec![];
     let r = e.run(&mut seen, l.clone(), Until::epochs(2));
     show("epochs interrupted", r, &seen);
@@ -50,7 +56,10 @@ fn p02_interrupted_reset_then_iterations() {
 #[test]
 fn p03_evaluator_interrupted() {
     let mut ev = eng();
-    ev.on(Event::IterationCompleted.once(2), |_, e| { e.interrupt(); Ok(()) });
+    ev.on(Event::IterationCompleted.once(2), |_, e| {
+        e.interrupt();
+        Ok(())
+    });
     let mut t = Engine::new(|_: &mut Vec<i64>, _, _: i64| Ok(0.));
     t.attach(Evaluate::each_epoch("v", ev, vec![1i64, 2, 3]));
     let mut seen = vec![];
@@ -63,7 +72,11 @@ fn p04_time_state_resume() {
     let l: Vec<i64> = (0..5).collect();
     let mut e = eng();
     let mut seen = vec![];
-    e.on(Event::IterationCompleted.once(7), |_, e| { println!("{:?}", e.state_dict()); e.terminate(); Ok(()) });
+    e.on(Event::IterationCompleted.once(7), |_, e| {
+        println!("{:?}", e.state_dict());
+        e.terminate();
+        Ok(())
+    });
     let _ = e.run(&mut seen, l.clone(), Until::time(Duration::from_secs(50)));
     let s = e.state_dict();
     let mut e = eng();
@@ -75,7 +88,10 @@ fn p04_time_state_resume() {
     let mut e = eng();
     let mut seen = vec![];
     e.load_state_dict(&s).unwrap();
-    e.on(Event::IterationCompleted.once(9), |_, e| { e.terminate(); Ok(()) });
+    e.on(Event::IterationCompleted.once(9), |_, e| {
+        e.terminate();
+        Ok(())
+    });
     let r = e.run(&mut seen, l.clone(), Until::time(Duration::from_millis(50)));
     show("time state loaded, time", r, &seen);
 }
@@ -86,7 +102,9 @@ fn p05_error_in_time_run_continues() {
     let mut e: Engine<Vec<i64>, i64, f64> = Engine::new(|seen: &mut Vec<i64>, e, b| {
         seen.push(b);
         anyhow::ensure!(seen.len() != 2, "second");
-        if seen.len() == 6 { e.terminate() }
+        if seen.len() == 6 {
+            e.terminate()
+        }
         Ok(0.)
     });
     let mut seen = vec![];
@@ -99,8 +117,14 @@ fn p05_error_in_time_run_continues() {
 #[test]
 fn p06_terminate_in_tse() {
     let mut e = eng();
-    e.on(Event::IterationCompleted.once(2), |_, e| { e.terminate_epoch(); Ok(()) });
-    e.on(Event::TerminateSingleEpoch, |_, e| { e.terminate(); Ok(()) });
+    e.on(Event::IterationCompleted.once(2), |_, e| {
+        e.terminate_epoch();
+        Ok(())
+    });
+    e.on(Event::TerminateSingleEpoch, |_, e| {
+        e.terminate();
+        Ok(())
+    });
     let mut seen = vec![];
     let r = e.run(&mut seen, (0..3).collect::<Vec<i64>>(), Until::epochs(3));
     show("terminate in TSE", r, &seen);
@@ -109,9 +133,19 @@ fn p06_terminate_in_tse() {
 #[test]
 fn p07_filter_panics() {
     let mut e = eng();
-    e.on(Event::IterationStarted.filter(|n| { if n == 2 { panic!("filter") }; true }), |_, _| Ok(()));
+    e.on(
+        Event::IterationStarted.filter(|n| {
+            if n == 2 {
+                panic!("filter")
+            };
+            true
+        }),
+        |_, _| Ok(()),
+    );
     let mut seen = vec![];
-    let r = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| e.run(&mut seen, vec![1i64, 2, 3], Until::epochs(1))));
+    let r = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        e.run(&mut seen, vec![1i64, 2, 3], Until::epochs(1))
+    }));
     println!("filter panics: caught outside = {}", r.is_err());
     let r = e.run(&mut seen, vec![1i64, 2, 3], Until::epochs(1));
     show("after filter panic", r, &seen);
@@ -123,7 +157,9 @@ fn p08_zero_batches_loaded() {
     let s = json!({"iteration": 1, "epoch_length": 3, "max_epochs": 2});
     e.load_state_dict(s.as_object().unwrap()).unwrap();
     let mut seen = vec![];
-    let r = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| e.run(&mut seen, Vec::<i64>::new(), Until::default().epoch_length(3))));
+    let r = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        e.run(&mut seen, Vec::<i64>::new(), Until::default().epoch_length(3))
+    }));
     println!("empty vec loaded: {r:?}");
     let mut e = eng();
     let r = e.run(&mut seen, Vec::<i64>::new(), Until::epochs(2).epoch_length(3));
@@ -147,8 +183,15 @@ fn p09_load_in_handler() {
 fn p10_exception_handlers() {
     let mut e = eng();
     e.on(Event::IterationCompleted.once(2), |_, _| anyhow::bail!("first"));
-    e.on(Event::ExceptionRaised, |s, e| { s.push(100); println!("{}", e.exception().is_some()); anyhow::bail!("second") });
-    e.on(Event::ExceptionRaised, |s, _| { s.push(200); Ok(()) });
+    e.on(Event::ExceptionRaised, |s, e| {
+        s.push(100);
+        println!("{}", e.exception().is_some());
+        anyhow::bail!("second")
+    });
+    e.on(Event::ExceptionRaised, |s, _| {
+        s.push(200);
+        Ok(())
+    });
     let mut seen = vec![];
     let r = e.run(&mut seen, vec![1i64, 2, 3], Until::epochs(2));
     show("exception handlers", r, &seen);
@@ -156,20 +199,47 @@ fn p10_exception_handlers() {
 
 #[test]
 fn p11_errors_at_each_event() {
-    for ev in [Event::Started, Event::EpochStarted, Event::GetBatchStarted, Event::GetBatchCompleted, Event::IterationStarted, Event::IterationCompleted, Event::DataloaderStopIteration, Event::EpochCompleted, Event::Terminate, Event::Completed] {
+    for ev in [
+        Event::Started,
+        Event::EpochStarted,
+        Event::GetBatchStarted,
+        Event::GetBatchCompleted,
+        Event::IterationStarted,
+        Event::IterationCompleted,
+        Event::DataloaderStopIteration,
+        Event::EpochCompleted,
+        Event::Terminate,
+        Event::Completed,
+    ] {
         for nth in [1, 2, 3, 4, 5, 6] {
-        let mut e: Engine<Vec<String>, i64, ()> = Engine::new(|s: &mut Vec<String>, e, b| { s.push(format!("{b}@{}/{}", e.state.iteration, e.state.epoch)); Ok(()) });
-        for x in [Event::Started, Event::EpochStarted, Event::EpochCompleted, Event::Completed] {
-            e.on(x, move |s: &mut Vec<String>, e| { s.push(format!("{x}{}", e.state.epoch)); Ok(()) });
-        }
-        let mut n = 0;
-        e.on(ev, move |s: &mut Vec<String>, _| { n += 1; if n == nth { s.push("!".into()); anyhow::bail!("x") }; Ok(()) });
-        let mut s = vec![];
-        let r1 = e.run(&mut s, restartable(|| 0..3), Until::epochs(2)).is_err();
-        if !r1 { continue }
-        s.push("|".into());
-        let r2 = e.run(&mut s, restartable(|| 0..3), Until::epochs(2)).is_err();
-        println!("{ev} {nth} {r1} {r2} {}", s.join(" "));
+            let mut e: Engine<Vec<String>, i64, ()> = Engine::new(|s: &mut Vec<String>, e, b| {
+                s.push(format!("{b}@{}/{}", e.state.iteration, e.state.epoch));
+                Ok(())
+            });
+            for x in [Event::Started, Event::EpochStarted, Event::EpochCompleted, Event::Completed]
+            {
+                e.on(x, move |s: &mut Vec<String>, e| {
+                    s.push(format!("{x}{}", e.state.epoch));
+                    Ok(())
+                });
+            }
+            let mut n = 0;
+            e.on(ev, move |s: &mut Vec<String>, _| {
+                n += 1;
+                if n == nth {
+                    s.push("!".into());
+                    anyhow::bail!("x")
+                };
+                Ok(())
+            });
+            let mut s = vec![];
+            let r1 = e.run(&mut s, restartable(|| 0..3), Until::epochs(2)).is_err();
+            if !r1 {
+                continue;
+            }
+            s.push("|".into());
+            let r2 = e.run(&mut s, restartable(|| 0..3), Until::epochs(2)).is_err();
+            println!("{ev} {nth} {r1} {r2} {}", s.join(" "));
         }
     }
 }
@@ -178,12 +248,24 @@ fn p11_errors_at_each_event() {
 fn p12_data_error() {
     struct Bad(u64, Vec<i64>);
     impl Source<i64> for Bad {
-        fn batches(&self) -> Option<u64> { Some(4) }
-        fn seek(&mut self, p: u64, b: u64) -> anyhow::Result<()> { self.0 = b; self.1.push(p as i64); Ok(()) }
+        fn batches(&self) -> Option<u64> {
+            Some(4)
+        }
+        fn seek(&mut self, p: u64, b: u64) -> anyhow::Result<()> {
+            self.0 = b;
+            self.1.push(p as i64);
+            Ok(())
+        }
         fn next(&mut self) -> Option<anyhow::Result<i64>> {
-            if self.0 == 4 { return None }
+            if self.0 == 4 {
+                return None;
+            }
             self.0 += 1;
-            Some(if self.0 == 3 && self.1 == [0] { Err(anyhow::anyhow!("bad disk")) } else { Ok(self.0 as i64) })
+            Some(if self.0 == 3 && self.1 == [0] {
+                Err(anyhow::anyhow!("bad disk"))
+            } else {
+                Ok(self.0 as i64)
+            })
         }
     }
     let mut e = eng();
@@ -197,7 +279,12 @@ fn p12_data_error() {
 
 #[test]
 fn p13_unknown_length_resume() {
-    let full = { let mut e = eng(); let mut s = vec![]; e.run(&mut s, restartable(|| 0..7), Until::epochs(4).epoch_length(3)).unwrap(); s };
+    let full = {
+        let mut e = eng();
+        let mut s = vec![];
+        e.run(&mut s, restartable(|| 0..7), Until::epochs(4).epoch_length(3)).unwrap();
+        s
+    };
     println!("full {full:?}");
     let mut e = eng();
     let s = json!({"iteration": 4, "epoch_length": 3, "max_epochs": 4});
@@ -217,10 +304,20 @@ fn p14_evaluator_terminated_stale() {
     let mut calls = 0;
     let mut ev = eng();
     ev.metric("mean", Mean::new());
-    ev.on(Event::Started, move |_, e| { calls += 1; if calls == 2 { e.terminate() }; Ok(()) });
+    ev.on(Event::Started, move |_, e| {
+        calls += 1;
+        if calls == 2 {
+            e.terminate()
+        };
+        Ok(())
+    });
     let mut t = Engine::new(|_: &mut Vec<i64>, _, _: i64| Ok(0.));
     t.attach(Evaluate::each_epoch("v", ev, vec![1i64, 2, 3]));
-    t.on(Event::EpochCompleted, |s, e| { println!("metric {:?}", e.state.metrics.get("v/mean")); s.push(0); Ok(()) });
+    t.on(Event::EpochCompleted, |s, e| {
+        println!("metric {:?}", e.state.metrics.get("v/mean"));
+        s.push(0);
+        Ok(())
+    });
     let mut seen = vec![];
     let r = t.run(&mut seen, vec![0i64], Until::epochs(2));
     show("evaluator terminated", r, &seen);
@@ -230,17 +327,47 @@ fn p14_evaluator_terminated_stale() {
 fn p15_source_panics() {
     struct S(u8);
     impl Source<i64> for S {
-        fn batches(&self) -> Option<u64> { if self.0 == 0 { panic!("batches") } Some(3) }
-        fn seek(&mut self, _: u64, _: u64) -> anyhow::Result<()> { if self.0 == 1 { panic!("seek") } Ok(()) }
-        fn next(&mut self) -> Option<anyhow::Result<i64>> { if self.0 == 2 { panic!("next") } Some(Ok(1)) }
-        fn samples(&self) -> Option<u64> { if self.0 == 3 { panic!("samples") } Some(1) }
-        fn fetches(&self) -> bool { if self.0 == 4 { panic!("fetches") } true }
+        fn batches(&self) -> Option<u64> {
+            if self.0 == 0 {
+                panic!("batches")
+            }
+            Some(3)
+        }
+        fn seek(&mut self, _: u64, _: u64) -> anyhow::Result<()> {
+            if self.0 == 1 {
+                panic!("seek")
+            }
+            Ok(())
+        }
+        fn next(&mut self) -> Option<anyhow::Result<i64>> {
+            if self.0 == 2 {
+                panic!("next")
+            }
+            Some(Ok(1))
+        }
+        fn samples(&self) -> Option<u64> {
+            if self.0 == 3 {
+                panic!("samples")
+            }
+            Some(1)
+        }
+        fn fetches(&self) -> bool {
+            if self.0 == 4 {
+                panic!("fetches")
+            }
+            true
+        }
     }
     for k in 0..5 {
         let mut e = eng();
         let mut seen = vec![];
-        let r = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| e.run(&mut seen, source(S(k)), Until::epochs(1))));
-        println!("source panics {k}: {:?}", r.map(|r| r.map_err(|e| format!("{:#}", anyhow::Error::from(e)))).map_err(|_| "PANIC"));
+        let r = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            e.run(&mut seen, source(S(k)), Until::epochs(1))
+        }));
+        println!(
+            "source panics {k}: {:?}",
+            r.map(|r| r.map_err(|e| format!("{:#}", anyhow::Error::from(e)))).map_err(|_| "PANIC")
+        );
         let r = e.run(&mut seen, vec![1i64], Until::epochs(1));
         show("   after", r, &seen);
     }
@@ -249,7 +376,14 @@ fn p15_source_panics() {
 #[test]
 fn p16_add_own_event() {
     let mut e = eng();
-    e.on(Event::EpochCompleted, |s, e| { s.push(10); e.on(Event::EpochCompleted, |s, _| { s.push(20); Ok(()) }); Ok(()) });
+    e.on(Event::EpochCompleted, |s, e| {
+        s.push(10);
+        e.on(Event::EpochCompleted, |s, _| {
+            s.push(20);
+            Ok(())
+        });
+        Ok(())
+    });
     let mut seen = vec![];
     let r = e.run(&mut seen, vec![1i64], Until::epochs(2));
     show("added in own event", r, &seen);
@@ -270,7 +404,10 @@ fn p17_reset_after_error() {
 #[test]
 fn p18_take_batch() {
     let mut e = eng();
-    e.on(Event::IterationStarted.once(2), |_, e| { e.state.batch = None; Ok(()) });
+    e.on(Event::IterationStarted.once(2), |_, e| {
+        e.state.batch = None;
+        Ok(())
+    });
     let mut seen = vec![];
     let r = e.run(&mut seen, vec![1i64, 2, 3], Until::epochs(2));
     show("took", r, &seen);

@@ -435,8 +435,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return;
         }
         let State { iteration, epoch_length, max_epochs, max_iters, .. } = self.state;
-        let total =
-            max_iters.or(max_epochs.zip(epoch_length).map(|(epochs, length)| epochs.saturating_mul(length)));
+        let total = max_iters
+            .or(max_epochs.zip(epoch_length).map(|(epochs, length)| epochs.saturating_mul(length)));
         let total = total.map_or_else(|| "unknown".to_owned(), |total| total.to_string());
         self.position.warnings.push(format!(
             "Data iterator can not provide data anymore but required total number of iterations to run is not reached. Current iteration: {iteration} vs Total iterations to run : {total}"

@@ -151,11 +151,19 @@ fn draw_panel(
 struct Axis {
     range: Range<f64>,
     ticks: Vec<f64>,
+    /// Of all labels; 0 where each has its own.
+    decimals: usize,
 }
 
 impl Axis {
     fn new((low, high): (f64, f64), count: f64, smallest: f64) -> Self {
-        Self { range: low..high, ticks: ticks(low, high, count, smallest) }
+        let ticks = ticks(low, high, count, smallest);
+        let decimals = |tick: &f64| label(*tick).split_once('.').map_or(0, |(_, part)| part.len());
+        let decimals = match ticks.iter().any(|tick| label(*tick).contains('e')) {
+            true => 0,
+            false => ticks.iter().map(decimals).max().unwrap_or(0),
+        };
+        Self { range: low..high, ticks, decimals }
     }
 }
 
@@ -179,7 +187,10 @@ impl Ranged for Axis {
 
 impl ValueFormatter<f64> for Axis {
     fn format_ext(&self, value: &f64) -> String {
-        label(*value)
+        match self.decimals {
+            0 => label(*value),
+            decimals => format!("{value:.decimals$}"),
+        }
     }
 }
 
@@ -190,7 +201,7 @@ const SAMPLE: i32 = 22 * UNITS;
 fn legend(panel: &Panel) -> Vec<(i32, i32)> {
     // Nothing measures fonts here: a little more than most letters take.
     let text = |text: &str, pixels: f64| {
-        (text.chars().count() as f64 * pixels * 0.57 * f64::from(UNITS)) as i32
+        (text.chars().count() as f64 * pixels * 0.6 * f64::from(UNITS)) as i32
     };
     let widths: Vec<_> =
         panel.curves.iter().map(|c| SAMPLE + 6 * UNITS + text(&c.name, 13.)).collect();
@@ -359,12 +370,14 @@ mod tests {
     #[test]
     fn ticks_are_round_and_their_labels_short() {
         let labels = |low, high, count, smallest| {
-            let ticks = ticks(low, high, count, smallest);
-            ticks.into_iter().map(label).collect::<Vec<_>>().join(" ")
+            let axis = Axis::new((low, high), count, smallest);
+            axis.ticks.iter().map(|tick| axis.format_ext(tick)).collect::<Vec<_>>().join(" ")
         };
         assert_eq!(labels(0., 1.05e-4, 5., 0.), "0 5e-5 1e-4");
-        assert_eq!(labels(0., 3.2e-3, 5., 0.), "0 0.001 0.002 0.003");
+        assert_eq!(labels(0., 3.2e-3, 5., 0.), "0.000 0.001 0.002 0.003");
         assert_eq!(labels(0.913, 0.987, 5., 0.), "0.92 0.94 0.96 0.98");
+        assert_eq!(labels(0., 2.6, 5., 0.), "0 1 2");
+        assert_eq!(labels(0., 2.4, 5., 0.), "0.0 0.5 1.0 1.5 2.0");
         assert_eq!(labels(-1., 2., 5., 0.), "-1 0 1 2");
         assert_eq!(labels(0., 3.1, 9., 1.), "0 1 2 3");
         assert_eq!(labels(0., 1_130_000., 9., 1.), "0 2e5 4e5 6e5 8e5 1e6");

@@ -177,7 +177,6 @@ impl ProgressBar {
             Stage::Ended(took) => took,
             Stage::Idle | Stage::Hidden => return Ok(()),
         };
-        self.screen.finish_and_clear();
         let done = match state.epoch_length {
             Some(length) => format!("{}/{length}", self.done),
             None => self.done.to_string(),
@@ -186,7 +185,13 @@ impl ProgressBar {
         // The line comes also where a device that failed cannot tell the values.
         let values = self.values_text(state);
         let text = values.as_deref().unwrap_or_default();
-        self.screen.println(format!("{}  {done} in {}{rate}{text}", self.title, clock(took)));
+        let took = match took.as_secs() {
+            ..60 => format!("{:.1} s", took.as_secs_f64()),
+            _ => clock(took),
+        };
+        // In this order the cursor is left on a line of its own.
+        self.screen.println(format!("{}  {done} in {took}{rate}{text}", self.title));
+        self.screen.finish_and_clear();
         values.map(drop)
     }
 
@@ -198,8 +203,8 @@ impl ProgressBar {
             return String::new();
         }
         let rate = match each > 1. {
-            true => format!("  {} s/it", number(each)),
-            false => format!("  {} it/s", number(1. / each)),
+            true => format!("  {} s/it", number(each, 3)),
+            false => format!("  {} it/s", number(1. / each, 3)),
         };
         match length {
             Some(length) => {
@@ -216,8 +221,8 @@ impl ProgressBar {
         for (name, value) in &self.values {
             let value = match value {
                 Value::Metric if !state.metrics.contains(name) => continue,
-                Value::Metric => number(state.metrics.get(name)?),
-                Value::Knob(knob) => without_zeros(&number(knob.get()?)),
+                Value::Metric => number(state.metrics.get(name)?, 4),
+                Value::Knob(knob) => without_zeros(&number(knob.get()?, 4)),
             };
             text += &format!("  {name} {value}");
         }
@@ -329,14 +334,15 @@ fn clock(time: Duration) -> String {
     }
 }
 
-/// Four digits that count.
-fn number(value: f64) -> String {
+/// A number with so many digits that count.
+fn number(value: f64, digits: i32) -> String {
     let size = value.abs();
-    if size != 0. && size.is_finite() && !(1e-3..1e5).contains(&size) {
-        return format!("{value:.3e}");
-    }
     let exponent = if size.is_normal() { size.log10().floor() as i32 } else { 0 };
-    format!("{value:.*}", (3 - exponent).max(0) as usize)
+    let decimals = |exponent: i32| (digits - 1 - exponent).max(0) as usize;
+    match exponent {
+        -3..5 => format!("{value:.*}", decimals(exponent)),
+        _ => format!("{value:.*e}", decimals(0)),
+    }
 }
 
 fn without_zeros(number: &str) -> String {
@@ -369,14 +375,14 @@ mod tests {
     fn without_times(screen: &InMemoryTerm) -> String {
         let contents = screen.contents();
         let word = |word: &str| match word {
-            "it/s" | "it/s," | "s/it" | "left" | "in" => word.to_owned(),
-            _ if word.contains(':') => "_".to_owned(),
+            "s/it" => "it/s".to_owned(),
+            clock if clock.contains(':') => "_".to_owned(),
             _ => word.to_owned(),
         };
         let line = |line: &str| {
             let mut words: Vec<_> = line.split_whitespace().map(word).collect();
             for rate in 1..words.len() {
-                if words[rate].contains("it") {
+                if ["it/s", "it/s,", "s"].contains(&words[rate].as_str()) {
                     words[rate - 1] = "_".into();
                 }
             }
@@ -417,8 +423,8 @@ mod tests {
             Ok(())
         });
         trainer.run(&mut (), vec![0.5; 4], Until::epochs(2))?;
-        let lines = "epoch 1/2 4/4 in _ _ it/s loss 0.5000 val/accuracy 0.9750 lr (base) 0.01\n\
-                     epoch 2/2 4/4 in _ _ it/s loss 0.5000 val/accuracy 0.9750 lr (base) 0.01";
+        let lines = "epoch 1/2 4/4 in _ s _ it/s loss 0.5000 val/accuracy 0.9750 lr (base) 0.01\n\
+                     epoch 2/2 4/4 in _ s _ it/s loss 0.5000 val/accuracy 0.9750 lr (base) 0.01";
         assert_eq!(without_times(&screen), lines);
         Ok(())
     }
@@ -437,7 +443,7 @@ mod tests {
             Ok(())
         });
         trainer.run(&mut (), restartable(|| 0..3), Until::epochs(1))?;
-        assert_eq!(without_times(&screen), "epoch 1/1 3/3 in _ _ it/s");
+        assert_eq!(without_times(&screen), "epoch 1/1 3/3 in _ s _ it/s");
         Ok(())
     }
 
@@ -456,10 +462,10 @@ mod tests {
         });
         trainer.run(&mut (), vec![0; 4], Until::epochs(2))?;
         trainer.run(&mut (), vec![0; 4], Until::epochs(2))?;
-        let lines = "epoch 1/2 4/4 in _ _ it/s\n\
-                     epoch 2/2 1/4 in _ _ it/s\n\
-                     epoch 2/2 3/4 in _ _ it/s\n\
-                     epoch 2/2 4/4 in _ _ it/s";
+        let lines = "epoch 1/2 4/4 in _ s _ it/s\n\
+                     epoch 2/2 1/4 in _ s _ it/s\n\
+                     epoch 2/2 3/4 in _ s _ it/s\n\
+                     epoch 2/2 4/4 in _ s _ it/s";
         assert_eq!(without_times(&screen), lines);
         Ok(())
     }
@@ -493,7 +499,7 @@ mod tests {
     fn numbers_and_times_are_short() {
         let values = [0., 0.123456, 12.3456, 123456., 4.5e-5, -0.5, f64::NAN, 1e-3, 99999.7];
         let texts = "0.000 0.1235 12.35 1.235e5 4.500e-5 -0.5000 NaN 0.001000 100000";
-        assert_eq!(values.map(number).join(" "), texts);
+        assert_eq!(values.map(|value| number(value, 4)).join(" "), texts);
         assert_eq!(
             ["0.0100", "4.500e-5", "100", "0.0000"].map(without_zeros).join(" "),
             "0.01 4.5e-5 100 0"

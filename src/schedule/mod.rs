@@ -4,16 +4,58 @@
 //! [`ParamScheduler`] is a name, a [`Knob`](crate::optim::Knob) and a schedule, and a handler of the
 //! engine. The numbers are ignite's, bit for bit.
 
+mod adapted;
+mod any;
+mod chained;
+mod check;
+mod concat;
+mod constant_lr;
 mod cosine;
+mod cosine_annealing_lr;
+mod cosine_annealing_warm_restarts;
 mod cycle;
+mod cyclic_lr;
+mod exponential_lr;
+mod inverse_sqrt;
+mod lambda_lr;
 mod linear;
+mod linear_lr;
+mod multi_step_lr;
+mod noam;
+mod one_cycle_lr;
+mod piecewise_linear;
+mod polynomial_lr;
+mod recurrence;
 mod scheduler;
+mod step_lr;
+mod warmup;
+mod warmup_stable_decay;
 
 use serde_json::{Map, Value};
 
+pub use adapted::{Scaled, Skipped};
+pub use any::AnySchedule;
+pub use chained::ChainedScheduler;
+pub use concat::{Concat, SequentialLR};
+pub use constant_lr::ConstantLR;
 pub use cosine::{CosineAnnealing, CosineAnnealingScheduler};
+pub use cosine_annealing_lr::CosineAnnealingLR;
+pub use cosine_annealing_warm_restarts::CosineAnnealingWarmRestarts;
+pub use cyclic_lr::{CyclicLR, CyclicMode};
+pub use exponential_lr::ExponentialLR;
+pub use inverse_sqrt::InverseSqrt;
+pub use lambda_lr::{LambdaLR, MultiplicativeLR};
 pub use linear::{LinearCyclical, LinearCyclicalScheduler};
+pub use linear_lr::LinearLR;
+pub use multi_step_lr::MultiStepLR;
+pub use noam::Noam;
+pub use one_cycle_lr::{Anneal, OneCycleLR, OneCycleMomentum, one_cycle};
+pub use piecewise_linear::{PiecewiseLinear, PiecewiseLinearScheduler};
+pub use polynomial_lr::PolynomialLR;
 pub use scheduler::ParamScheduler;
+pub use step_lr::StepLR;
+pub use warmup::create_lr_scheduler_with_warmup;
+pub use warmup_stable_decay::{Decay, WarmupStableDecay};
 
 use crate::{Error, Result};
 
@@ -58,6 +100,49 @@ pub trait Schedule: Send {
     fn simulate_values(&self, events: u64) -> Result<Vec<(u64, f64)>> {
         self.validate()?;
         (0..events).map(|event| Ok((event, value(self, event)?))).collect()
+    }
+
+    /// This schedule for `after` events, then another from its own event 0.
+    fn then(self, next: impl Into<AnySchedule>, after: u64) -> Concat
+    where
+        Self: Into<AnySchedule> + Sized,
+    {
+        Concat::new([self.into(), next.into()], [after])
+    }
+
+    /// All values times a factor.
+    fn scale(self, factor: f64) -> Scaled
+    where
+        Self: Into<AnySchedule> + Sized,
+    {
+        Scaled::new(self, factor)
+    }
+
+    /// Without the first `events` events.
+    fn skip(self, events: u64) -> Skipped
+    where
+        Self: Into<AnySchedule> + Sized,
+    {
+        Skipped::new(self, events)
+    }
+
+    /// A line from `start` up to the first value of this schedule, which is event `events - 1`.
+    ///
+    /// ```
+    /// use tch_ignite::schedule::{CosineAnnealing, Schedule};
+    /// let schedule = CosineAnnealing::new(1.0, 0.0, 10).warmup(0.0, 5)?;
+    /// assert_eq!([0, 2, 4, 9].map(|i| schedule.at(i)), [0.0, 0.5, 1.0, 0.5]);
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Fewer than 2 events, or a schedule with wrong arguments.
+    fn warmup(self, start: f64, events: u64) -> Result<AnySchedule>
+    where
+        Self: Into<AnySchedule> + Sized,
+    {
+        let end = self.at(0);
+        create_lr_scheduler_with_warmup(self, start, events, end)
     }
 }
 

@@ -176,10 +176,13 @@ pub fn beside<'c>(
     specs: impl Iterator<Item = &'c Value>,
     rows: &[&Value],
 ) -> Option<(&'c str, Option<&'static str>)> {
-    let negative = rows.iter().any(|rows| rows.to_string().contains("[-") || rows.to_string().contains(",-"));
+    let negative =
+        rows.iter().any(|rows| rows.to_string().contains("[-") || rows.to_string().contains(",-"));
     let known = ["lr", "momentum", "weight_decay", "dampening"];
     let specs: Vec<_> = specs.filter_map(|spec| spec["param_name"].as_str()).collect();
-    if let Some(name) = specs.iter().find(|name| optimizer["type"] == "SGD" && !known.contains(name)) {
+    if let Some(name) =
+        specs.iter().find(|name| optimizer["type"] == "SGD" && !known.contains(name))
+    {
         return Some((name, None));
     }
     let name = specs.first()?;

@@ -11,11 +11,7 @@ use super::Outcome;
 use super::json::{array, count, events, float, floats, object, same_bits, text};
 use super::optimizer::{Params, beside, missing_class, schedule, store};
 
-pub fn run(
-    config: &Value,
-    expect: &Value,
-    defect: &mut Option<&'static str>,
-) -> Result<Outcome> {
+pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
     let entries = array(&config["schedulers"])?;
     if let Some(reason) = entries.iter().find_map(|entry| missing_class(&entry["scheduler"])) {
         return Outcome::skipped(reason);

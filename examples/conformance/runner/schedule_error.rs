@@ -13,7 +13,10 @@ use super::optimizer::{knob, optimizer, scheduler, store};
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
     let target = text(&config["target"])?;
     let args = &config["args"];
-    if !KNOWN.iter().any(|known| target == *known || target.strip_prefix(known) == Some(".load_state_dict")) {
+    if !KNOWN
+        .iter()
+        .any(|known| target == *known || target.strip_prefix(known) == Some(".load_state_dict"))
+    {
         return Outcome::skipped(format!("{target} does not exist yet"));
     }
     if config["type_level"] == true {

@@ -8,11 +8,7 @@ use super::json::{count, floats, object, same_object, text};
 use super::optimizer::{Params, beside, missing_class, store};
 use super::schedule::same_rows;
 
-pub fn run(
-    config: &Value,
-    expect: &Value,
-    defect: &mut Option<&'static str>,
-) -> Result<Outcome> {
+pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
     let spec = &config["scheduler"];
     if let Some(reason) = missing_class(spec) {
         return Outcome::skipped(reason);

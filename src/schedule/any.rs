@@ -1,0 +1,103 @@
+use serde::{Deserialize, Serialize};
+
+use super::recurrence::Recurrence;
+use super::*;
+
+macro_rules! any_schedule {
+    ($($schedule:ident)* ; chainable: $($chainable:ident)* ; no file: $($closure:ident)*) => {
+        /// Any schedule of this crate, as one type: what compositions hold and files contain.
+        ///
+        /// In files, `type` is the class and the other keys are its arguments:
+        ///
+        /// ```
+        /// use tch_ignite::schedule::{AnySchedule, Schedule};
+        /// let schedule: AnySchedule =
+        ///     serde_json::from_str(r#"{"type": "StepLR", "base": 1.0, "step_size": 10, "gamma": 0.5}"#)?;
+        /// assert_eq!(schedule.at(10), 0.5);
+        /// # Ok::<(), serde_json::Error>(())
+        /// ```
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(tag = "type")]
+        #[non_exhaustive]
+        #[allow(missing_docs)] // Each variant is the class of that name.
+        pub enum AnySchedule {
+            $($schedule($schedule),)*
+            $($chainable($chainable),)*
+            $(#[serde(skip)] $closure($closure),)*
+        }
+
+        $(impl From<$schedule> for AnySchedule {
+            fn from(schedule: $schedule) -> Self {
+                Self::$schedule(schedule)
+            }
+        })*
+        $(impl From<$chainable> for AnySchedule {
+            fn from(schedule: $chainable) -> Self {
+                Self::$chainable(schedule)
+            }
+        })*
+        $(impl From<$closure> for AnySchedule {
+            fn from(schedule: $closure) -> Self {
+                Self::$closure(schedule)
+            }
+        })*
+
+        impl AnySchedule {
+            fn inner(&self) -> &dyn Schedule {
+                match self {
+                    $(Self::$schedule(schedule) => schedule,)*
+                    $(Self::$chainable(schedule) => schedule,)*
+                    $(Self::$closure(schedule) => schedule,)*
+                }
+            }
+
+            /// The class, as in files.
+            pub fn class(&self) -> &'static str {
+                match self {
+                    $(Self::$schedule(_) => stringify!($schedule),)*
+                    $(Self::$chainable(_) => stringify!($chainable),)*
+                    $(Self::$closure(_) => stringify!($closure),)*
+                }
+            }
+
+            /// As torch computes it from the value before, where torch does.
+            pub(super) fn recurrence(&self) -> Option<&dyn Recurrence> {
+                match self {
+                    $(Self::$chainable(schedule) => Some(schedule),)*
+                    Self::MultiplicativeLR(schedule) => Some(schedule),
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+any_schedule! {
+    LinearCyclical CosineAnnealing PiecewiseLinear Concat Scaled Skipped CosineAnnealingWarmRestarts
+    CyclicLR OneCycleLR OneCycleMomentum InverseSqrt Noam WarmupStableDecay;
+    chainable: StepLR MultiStepLR ConstantLR LinearLR ExponentialLR PolynomialLR CosineAnnealingLR
+    ChainedScheduler;
+    no file: LambdaLR MultiplicativeLR
+}
+
+impl Schedule for AnySchedule {
+    fn at(&self, event: u64) -> f64 {
+        self.inner().at(event)
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.inner().validate()
+    }
+
+    fn end(&self) -> Option<(u64, String)> {
+        self.inner().end()
+    }
+
+    fn save(&self, events: u64) -> Map<String, Value> {
+        self.inner().save(events)
+    }
+
+    fn load(&self, state: &Map<String, Value>) -> Result<u64> {
+        self.inner().load(state)
+    }
+}

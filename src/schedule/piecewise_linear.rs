@@ -1,0 +1,62 @@
+use serde::{Deserialize, Serialize};
+
+use super::check::finite;
+use super::{ParamScheduler, Schedule};
+use crate::{Error, Result};
+
+/// Straight lines between milestones: ignite's `PiecewiseLinear`. The first value before the first
+/// milestone, the last from the last on; two values at one event are a jump.
+///
+/// ```
+/// use tch_ignite::schedule::{PiecewiseLinear, Schedule};
+/// let schedule = PiecewiseLinear::new([(1, 1.0), (3, 0.0)]);
+/// assert_eq!([0, 1, 2, 3, 4].map(|i| schedule.at(i)), [1.0, 1.0, 0.5, 0.0, 0.0]);
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PiecewiseLinear {
+    milestones_values: Vec<(u64, f64)>,
+}
+
+/// ignite's name for a [`ParamScheduler`] with a [`PiecewiseLinear`] schedule.
+pub type PiecewiseLinearScheduler = ParamScheduler<PiecewiseLinear>;
+
+impl PiecewiseLinear {
+    /// Through these (event, value) points, the events not decreasing.
+    pub fn new(milestones_values: impl IntoIterator<Item = (u64, f64)>) -> Self {
+        Self { milestones_values: milestones_values.into_iter().collect() }
+    }
+}
+
+impl Schedule for PiecewiseLinear {
+    fn at(&self, event: u64) -> f64 {
+        let points = &self.milestones_values;
+        // The last of those at or before the event.
+        let after = points.partition_point(|(milestone, _)| *milestone <= event);
+        let (before, after) = (after.checked_sub(1).and_then(|i| points.get(i)), points.get(after));
+        match (before, after) {
+            (Some((start, from)), Some((end, to))) => {
+                from + (to - from) * (event - start) as f64 / (end - start) as f64
+            }
+            (Some((_, value)), None) | (None, Some((_, value))) => *value,
+            (None, None) => f64::NAN,
+        }
+    }
+
+    fn validate(&self) -> Result<()> {
+        if self.milestones_values.is_empty() {
+            return Err(Error::invalid(
+                "Argument milestones_values should be with at least one value, but given []",
+            ));
+        }
+        for pair in self.milestones_values.windows(2) {
+            if pair[1].0 < pair[0].0 {
+                return Err(Error::invalid(format!(
+                    "Milestones should be increasing integers, but given {} is smaller than the previous milestone {}",
+                    pair[1].0, pair[0].0
+                )));
+            }
+        }
+        self.milestones_values.iter().try_for_each(|(_, value)| finite(&[("value", *value)]))
+    }
+}
