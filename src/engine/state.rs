@@ -226,6 +226,11 @@ impl Metrics {
         }
     }
 
+    /// The value of that name, unread, if there is one.
+    pub fn value(&self, name: &str) -> Option<&MetricValue> {
+        self.values.get(name)
+    }
+
     /// Whether there is a value of that name.
     pub fn contains(&self, name: &str) -> bool {
         self.values.contains_key(name)

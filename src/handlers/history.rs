@@ -210,8 +210,7 @@ fn shared<C, B, O>(
     engine: &Engine<'_, C, B, O>,
     name: &str,
 ) -> anyhow::Result<Option<MetricValue>> {
-    let value = engine.state.metrics.iter().find(|(known, _)| *known == name);
-    Ok(match value.map(|(_, value)| value) {
+    Ok(match engine.state.metrics.value(name) {
         Some(MetricValue::Tensor(tensor)) => {
             anyhow::ensure!(
                 tensor.numel() == 1,

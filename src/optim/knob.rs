@@ -63,6 +63,15 @@ impl Knob {
         }
     }
 
+    /// A knob for each group that this one turns.
+    pub fn each(&self) -> Result<Vec<Self>> {
+        let Target::Groups { optimizer, group: None, hyper } = &self.target else {
+            return Ok(vec![self.clone()]);
+        };
+        let knob = |index| Self::of_groups(optimizer.clone(), Some(index), *hyper);
+        Ok((0..optimizer.group_count()?).map(knob).collect())
+    }
+
     /// The current value, read from libtorch; of the first group where it turns all.
     pub fn get(&self) -> Result<f64> {
         match &self.target {

@@ -74,7 +74,8 @@ macro_rules! any_schedule {
 
 any_schedule! {
     LinearCyclical CosineAnnealing PiecewiseLinear Concat Scaled Skipped CosineAnnealingWarmRestarts
-    CyclicLR OneCycleLR OneCycleMomentum InverseSqrt Noam WarmupStableDecay;
+    CyclicLR OneCycleLR OneCycleMomentum InverseSqrt Noam WarmupStableDecay ExpState
+    StepState MultiStepState;
     chainable: StepLR MultiStepLR ConstantLR LinearLR ExponentialLR PolynomialLR CosineAnnealingLR
     ChainedScheduler;
     no file: LambdaLR MultiplicativeLR

@@ -1,0 +1,225 @@
+//! Trains a small network on MNIST: two parameter groups, each with a schedule of its learning rate
+//! on every iteration. Leaves a history as CSV and as a picture.
+//!
+//! `scripts/mnist.sh` fetches what is needed and runs it; `--help` lists the options.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, ValueEnum};
+use tch::nn::{self, ModuleT, OptimizerConfig, VarStore};
+use tch::{Cuda, Device, Tensor};
+use tch_ignite::data::Loader;
+use tch_ignite::engine::{Event, Until};
+use tch_ignite::handlers::{Evaluate, History, ProgressBar};
+use tch_ignite::metrics::{Accuracy, RunningAverage};
+use tch_ignite::optim::{Optimizer, OptimizerBuilder, lr};
+use tch_ignite::schedule::{
+    CosineAnnealing, CosineAnnealingScheduler, LinearCyclical, LinearCyclicalScheduler,
+};
+use tch_ignite::supervised::{
+    Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,
+};
+
+/// Trains a small network on MNIST.
+#[derive(Parser)]
+#[command(allow_negative_numbers = true)]
+struct Args {
+    /// Folder with the four IDX files, unzipped
+    #[arg(long, value_name = "DIR", default_value = "data/mnist")]
+    data: PathBuf,
+    /// Passes over the training set
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..))]
+    epochs: u64,
+    /// Pictures in a batch
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    batch_size: usize,
+    /// What updates the parameters
+    #[arg(long, value_enum, default_value_t = Algorithm::Sgd)]
+    optimizer: Algorithm,
+    /// Highest learning rate of the convolutions [default: fits the optimizer]
+    #[arg(long, value_name = "LR")]
+    lr_base: Option<f64>,
+    /// Learning rate of the linear layers at the start [default: fits the optimizer]
+    #[arg(long, value_name = "LR")]
+    lr_fc: Option<f64>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", value_parser = device)]
+    device: Device,
+    /// Seed of the parameters, the dropout and the order of the pictures
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u32,
+    /// Threads on the CPU; with one, a seed gives the same numbers on any number of cores
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..))]
+    threads: i32,
+    /// Folder for history.csv and history.svg
+    #[arg(long, value_name = "DIR", default_value = "runs/mnist")]
+    out: PathBuf,
+    /// Only tries that everything works, on a few pictures, in seconds
+    #[arg(long)]
+    smoke: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Algorithm {
+    Sgd,
+    Adam,
+    Adamw,
+    Rmsprop,
+}
+
+fn device(text: &str) -> Result<Device> {
+    let device = match (text, text.strip_prefix("cuda:")) {
+        ("auto", _) => Device::cuda_if_available(),
+        ("cpu", _) => Device::Cpu,
+        ("cuda", _) => Device::Cuda(0),
+        (_, Some(n)) => Device::Cuda(n.parse().context("after 'cuda:' a number is needed")?),
+        _ => anyhow::bail!("use auto, cpu, cuda or cuda:N"),
+    };
+    if let Device::Cuda(n) = device {
+        let count = Cuda::device_count();
+        ensure!((n as i64) < count, "this libtorch sees {count} CUDA devices");
+    }
+    Ok(device)
+}
+
+fn network(vs: &VarStore) -> impl ModuleT + use<> {
+    let root = vs.root();
+    // Starts with the same score for every digit.
+    let zero = nn::LinearConfig { ws_init: nn::Init::Const(0.), ..Default::default() };
+    nn::seq_t()
+        .add(nn::conv2d(&root / "conv1", 1, 16, 5, Default::default()))
+        .add_fn(|x| x.max_pool2d_default(2).relu())
+        .add(nn::conv2d(&root / "conv2", 16, 32, 5, Default::default()))
+        .add_fn(|x| x.max_pool2d_default(2).relu().flat_view())
+        .add(nn::linear(&root / "fc1", 512, 128, Default::default()))
+        .add_fn_t(|x, train| x.relu().dropout(0.3, train))
+        .add(nn::linear(&root / "fc2", 128, 10, zero))
+}
+
+fn optimizer(args: &Args, vs: &VarStore) -> Result<Optimizer> {
+    fn grouped<T: OptimizerConfig>(
+        builder: OptimizerBuilder<'_, T>,
+        args: &Args,
+        default_lr: f64,
+    ) -> Result<Optimizer> {
+        let (base, fc) = (args.lr_base.unwrap_or(default_lr), args.lr_fc.unwrap_or(default_lr));
+        Ok(builder
+            .group("base", |name| name.starts_with("conv"), lr(base))
+            .group("fc", |name| name.starts_with("fc"), lr(fc))
+            .build()?)
+    }
+    match args.optimizer {
+        Algorithm::Sgd => {
+            grouped(Optimizer::builder(nn::sgd(0.9, 0., 5e-4, false), vs), args, 0.05)
+        }
+        Algorithm::Adam => grouped(Optimizer::adam(vs), args, 2e-3),
+        Algorithm::Adamw => grouped(Optimizer::adamw(vs), args, 2e-3),
+        Algorithm::Rmsprop => grouped(Optimizer::rms_prop(vs), args, 1e-3),
+    }
+}
+
+/// Loaders of the training and test set, on the device, normalised as the training set needs it.
+fn data(args: &Args) -> Result<(Loader, Loader)> {
+    let set = tch::vision::mnist::load_dir(&args.data).with_context(|| {
+        format!("no MNIST in {} (run scripts/fetch-mnist.sh to get it)", args.data.display())
+    })?;
+    let (mean, std) = (set.train_images.mean(None), set.train_images.std(true));
+    let loader = |images: &Tensor, labels: &Tensor, batch_size, at_most: i64| {
+        let count = if args.smoke { at_most.min(images.size()[0]) } else { images.size()[0] };
+        let images = ((images.narrow(0, 0, count) - &mean) / &std).f_view([-1, 1, 28, 28])?;
+        let labels = labels.f_narrow(0, 0, count)?.to_device(args.device);
+        anyhow::Ok(Loader::new(&images.to_device(args.device), &labels, batch_size)?)
+    };
+    let train = loader(&set.train_images, &set.train_labels, args.batch_size, 1024)?;
+    let test = loader(&set.test_images, &set.test_labels, 500, 500)?;
+    Ok((train.shuffle(args.seed.into()), test))
+}
+
+fn train(mut args: Args) -> Result<()> {
+    if args.smoke {
+        args.epochs = args.epochs.min(2);
+    }
+    std::fs::create_dir_all(&args.out)
+        .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
+    tch::set_num_threads(args.threads);
+    tch::manual_seed(args.seed.into());
+    let (train_loader, test_loader) = data(&args)?;
+    let vs = VarStore::new(args.device);
+    let net = network(&vs);
+    let optimizer = optimizer(&args, &vs)?;
+    let (base, fc) = (optimizer.group("base")?.knob("lr")?, optimizer.group("fc")?.knob("lr")?);
+    let cross_entropy = |y_pred: &Tensor, y: &Tensor| y_pred.cross_entropy_for_logits(y);
+    let mut model = Supervised::new(net, optimizer, cross_entropy);
+
+    let mut evaluator = create_supervised_evaluator();
+    evaluator.metric("accuracy", Accuracy::of(Prediction::parts));
+    let mut trainer = create_supervised_trainer();
+    trainer.metric("loss", RunningAverage::new().alpha(0.9));
+
+    // The convolutions go through a cycle in every epoch, the linear layers through one in all.
+    let (high, start) = (base.get()?, fc.get()?);
+    let epoch = train_loader.batches().max(2);
+    let cyclical = LinearCyclical::new(high / 20., high, epoch).end_value_mult(0.7);
+    let annealing = CosineAnnealing::new(start, 0., args.epochs.saturating_mul(epoch));
+    trainer
+        .attach(
+            LinearCyclicalScheduler::new("lr (base)", base.clone(), cyclical).save_history(true),
+        )
+        .attach(CosineAnnealingScheduler::new("lr (fc)", fc.clone(), annealing).save_history(true));
+
+    let bar = ProgressBar::new()
+        .metric("loss")
+        .metric("val/accuracy")
+        .knob("lr (base)", base.clone())
+        .knob("lr (fc)", fc.clone());
+    let history = History::new()
+        .knob("lr (base)", base)
+        .knob("lr (fc)", fc)
+        .metric("loss")
+        .epoch_metric("val/accuracy");
+    trainer
+        .attach(bar.clone())
+        .attach(Evaluate::each_epoch("val", evaluator, &test_loader))
+        .attach(history.clone())
+        .on(Event::EpochCompleted, move |_, engine| {
+            let accuracy = 100. * engine.state.metrics.get("val/accuracy")?;
+            bar.suspend(|| println!("epoch {}: test accuracy {accuracy:.2} %", engine.state.epoch));
+            Ok(())
+        });
+    let summary = trainer.run(&mut model, &train_loader, Until::epochs(args.epochs))?;
+
+    history.write_csv(args.out.join("history.csv"))?;
+    history.plot(
+        args.out.join("history.svg"),
+        &[
+            ("learning rate", &["lr (base)", "lr (fc)"]),
+            ("training loss", &["loss"]),
+            ("test accuracy", &["val/accuracy"]),
+        ],
+    )?;
+    println!("{summary}\nhistory.csv and history.svg are in {}", args.out.display());
+    println!("test accuracy: {:.2} %", 100. * trainer.state.metrics.get("val/accuracy")?);
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let result = match Args::try_parse() {
+        Ok(args) => train(args),
+        Err(help) if !help.use_stderr() => help.print().map_err(Into::into),
+        Err(error) => {
+            // Its first paragraph, on one line.
+            let text = error.to_string();
+            let text = text.split("\n\n").next().unwrap_or_default().replace("\n  ", " ");
+            Err(anyhow::anyhow!("{}; see --help", text.trim_start_matches("error: ").trim()))
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

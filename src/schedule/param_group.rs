@@ -1,0 +1,109 @@
+use serde_json::{Map, Value, json};
+
+use super::{ParamScheduler, Schedule, read};
+use crate::engine::{Engine, Event, Events, Handler};
+use crate::{Error, Result};
+
+/// Several schedulers as one handler, one after the other at each event: ignite's
+/// `ParamGroupScheduler`.
+///
+/// ```
+/// # use tch::{Device, nn};
+/// # use tch_ignite::engine::Engine;
+/// # use tch_ignite::optim::Optimizer;
+/// use tch_ignite::schedule::{AnySchedule, CosineAnnealing, LinearCyclical, ParamGroupScheduler, ParamScheduler};
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # nn::linear(vs.root().set_group(0), 1, 1, Default::default());
+/// # nn::linear(vs.root().set_group(1), 1, 1, Default::default());
+/// # let optimizer = Optimizer::sgd(&vs).name_group(0, "base").name_group(1, "fc").build()?;
+/// # let mut trainer = Engine::new(|_: &mut (), _, _: ()| Ok(()));
+/// let (base, fc) = (optimizer.group("base")?.knob("lr")?, optimizer.group("fc")?.knob("lr")?);
+/// trainer.attach(ParamGroupScheduler::new([
+///     ParamScheduler::new("lr (base)", base, AnySchedule::from(LinearCyclical::new(1e-3, 1e-4, 100))),
+///     ParamScheduler::new("lr (fc)", fc, CosineAnnealing::new(1e-2, 1e-4, 100).into()),
+/// ]));
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct ParamGroupScheduler<S> {
+    schedulers: Vec<ParamScheduler<S>>,
+    events: Events,
+}
+
+impl<S: Schedule> ParamGroupScheduler<S> {
+    /// In this order at every event, [`Event::IterationStarted`] unless told otherwise; the events of
+    /// the single schedulers are not used.
+    pub fn new(schedulers: impl IntoIterator<Item = ParamScheduler<S>>) -> Self {
+        Self {
+            schedulers: schedulers.into_iter().collect(),
+            events: Event::IterationStarted.into(),
+        }
+    }
+
+    /// Acts on this event.
+    pub fn on(mut self, events: impl Into<Events>) -> Self {
+        self.events = events.into();
+        self
+    }
+
+    /// Writes the next value of each: one event, without an engine.
+    pub fn advance(&mut self) -> Result<()> {
+        self.schedulers.iter_mut().try_for_each(|scheduler| scheduler.advance().map(drop))
+    }
+
+    /// The state of each with its name, under `schedulers`, as in ignite.
+    pub fn state_dict(&self) -> Map<String, Value> {
+        let states = self.schedulers.iter().map(|s| json!([s.name(), s.state_dict()]));
+        Map::from_iter([("schedulers".to_owned(), states.collect())])
+    }
+
+    /// Goes to a saved position.
+    ///
+    /// # Errors
+    /// Another number of schedulers, other names, or a state that one of them refuses; those before
+    /// it have gone to their positions then.
+    pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
+        let states: Vec<(String, Map<String, Value>)> = read(state, "schedulers")?;
+        if states.len() != self.schedulers.len() {
+            return Err(Error::State(format!(
+                "Input state_dict contains {} state_dicts of param group schedulers, but {} are needed",
+                states.len(),
+                self.schedulers.len()
+            )));
+        }
+        for (scheduler, (name, _)) in self.schedulers.iter().zip(&states) {
+            if scheduler.name() != name {
+                return Err(Error::State(format!(
+                    "Name of scheduler from input state dict does not correspond to required one, {name} vs {}",
+                    scheduler.name()
+                )));
+            }
+        }
+        let pairs = self.schedulers.iter_mut().zip(&states);
+        pairs.into_iter().try_for_each(|(scheduler, (_, state))| scheduler.load_state_dict(state))
+    }
+}
+
+impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamGroupScheduler<S> {
+    fn name(&self) -> String {
+        let names: Vec<_> = self.schedulers.iter().map(|scheduler| scheduler.name()).collect();
+        names.join(", ")
+    }
+
+    fn events(&self) -> Events {
+        self.events.clone()
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.schedulers.iter().try_for_each(|s| <_ as Handler<C, B, O>>::validate(s))
+    }
+
+    fn call(
+        &mut self,
+        event: Event,
+        cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        self.schedulers.iter_mut().try_for_each(|scheduler| scheduler.call(event, cx, engine))
+    }
+}

@@ -1,0 +1,257 @@
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::check::within;
+use crate::engine::{Engine, Event, Events, Handler};
+use crate::optim::Knob;
+use crate::{Error, Result};
+
+/// Lowers a value when a metric has stopped getting better: ignite's `ReduceLROnPlateauScheduler`,
+/// torch's `ReduceLROnPlateau`, on any knob.
+///
+/// At the end of each epoch it reads the metric from `engine.state.metrics` (attach it after what
+/// computes it; a host sync where the value is on a GPU). After `patience` epochs without a better
+/// one, the knob is multiplied by `factor`, in each group it turns, down to `min_value`, if that
+/// changes it by more than `eps`. A metric that is NaN is never better.
+///
+/// ```
+/// use tch_ignite::engine::{Engine, Until};
+/// # use std::sync::{Arc, Mutex};
+/// use tch_ignite::metrics::Mean;
+/// use tch_ignite::optim::Knob;
+/// use tch_ignite::schedule::ReduceLROnPlateauScheduler;
+///
+/// # let value = Arc::new(Mutex::new(1.0));
+/// # let (read, write) = (value.clone(), value.clone());
+/// # let knob = Knob::new("lr", move || *read.lock().unwrap(), move |v| *write.lock().unwrap() = v);
+/// let mut trainer = Engine::new(|_: &mut (), _, loss: f64| Ok(loss));
+/// trainer
+///     .metric("loss", Mean::new())
+///     .attach(ReduceLROnPlateauScheduler::min("lr", knob, "loss")?.factor(0.5).patience(1));
+/// trainer.run(&mut (), vec![3.0], Until::epochs(3))?; // the third epoch is one too many
+/// # assert_eq!(*value.lock().unwrap(), 0.5);
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct ReduceLROnPlateauScheduler {
+    name: String,
+    knobs: Vec<Knob>,
+    min_values: Vec<f64>,
+    metric: String,
+    mode: Mode,
+    factor: f64,
+    patience: u64,
+    threshold: f64,
+    threshold_mode: ThresholdMode,
+    cooldown: u64,
+    eps: f64,
+    save_history: bool,
+    events: Events,
+    state: Progress,
+}
+
+/// Which way a metric gets better.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Min,
+    Max,
+}
+
+/// What "better by `threshold`" means.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ThresholdMode {
+    /// By that share of the best value.
+    #[default]
+    Rel,
+    /// By that much.
+    Abs,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Progress {
+    /// None before the first metric that is a number.
+    best: Option<f64>,
+    num_bad_epochs: u64,
+    cooldown_counter: u64,
+    event_index: u64,
+}
+
+impl ReduceLROnPlateauScheduler {
+    /// For a metric that is better when smaller.
+    pub fn min(name: impl Into<String>, knob: Knob, metric: impl Into<String>) -> Result<Self> {
+        Self::new(name.into(), knob, metric.into(), Mode::Min)
+    }
+
+    /// For a metric that is better when larger.
+    pub fn max(name: impl Into<String>, knob: Knob, metric: impl Into<String>) -> Result<Self> {
+        Self::new(name.into(), knob, metric.into(), Mode::Max)
+    }
+
+    fn new(name: String, knob: Knob, metric: String, mode: Mode) -> Result<Self> {
+        let state = Progress { best: None, num_bad_epochs: 0, cooldown_counter: 0, event_index: 0 };
+        Ok(Self {
+            name,
+            knobs: knob.each()?,
+            min_values: vec![0.],
+            metric,
+            mode,
+            factor: 0.1,
+            patience: 10,
+            threshold: 1e-4,
+            threshold_mode: ThresholdMode::default(),
+            cooldown: 0,
+            eps: 1e-8,
+            save_history: false,
+            events: Event::EpochCompleted.into(),
+            state,
+        })
+    }
+
+    /// What the value is multiplied by, below 1; 0.1 unless given.
+    pub fn factor(mut self, factor: f64) -> Self {
+        self.factor = factor;
+        self
+    }
+
+    /// How many epochs without a better metric are allowed, 10 unless given.
+    pub fn patience(mut self, epochs: u64) -> Self {
+        self.patience = epochs;
+        self
+    }
+
+    /// By how much a metric has to be better, 1e-4 unless given.
+    pub fn threshold(mut self, threshold: f64, mode: ThresholdMode) -> Self {
+        (self.threshold, self.threshold_mode) = (threshold, mode);
+        self
+    }
+
+    /// How many epochs after a reduction are not counted, 0 unless given.
+    pub fn cooldown(mut self, epochs: u64) -> Self {
+        self.cooldown = epochs;
+        self
+    }
+
+    /// The lowest value, of all groups or of each; 0 unless given.
+    pub fn min_value(mut self, values: impl IntoIterator<Item = f64>) -> Self {
+        self.min_values = values.into_iter().collect();
+        self
+    }
+
+    /// Smaller changes are not made, 1e-8 unless given.
+    pub fn eps(mut self, eps: f64) -> Self {
+        self.eps = eps;
+        self
+    }
+
+    /// Appends the values to `engine.state.param_history` at each event.
+    pub fn save_history(mut self, on: bool) -> Self {
+        self.save_history = on;
+        self
+    }
+
+    /// Looks at the metric on these events instead of the end of each epoch.
+    pub fn on(mut self, events: impl Into<Events>) -> Self {
+        self.events = events.into();
+        self
+    }
+
+    fn check(&self) -> Result<()> {
+        within("factor", self.factor, self.factor < 1. && self.factor > 0., "above 0 and below 1")?;
+        within("threshold", self.threshold, self.threshold.is_finite(), "finite")?;
+        if self.min_values.len() != 1 && self.min_values.len() != self.knobs.len() {
+            return Err(Error::invalid(format!(
+                "expected {} min values, one for each group, but given {}",
+                self.knobs.len(),
+                self.min_values.len()
+            )));
+        }
+        Ok(())
+    }
+
+    fn is_better(&self, metric: f64) -> bool {
+        let Some(best) = self.state.best else { return !metric.is_nan() };
+        let threshold = self.threshold;
+        match (self.mode, self.threshold_mode) {
+            (Mode::Min, ThresholdMode::Rel) => metric < best * (1. - threshold),
+            (Mode::Min, ThresholdMode::Abs) => metric < best - threshold,
+            (Mode::Max, ThresholdMode::Rel) => metric > best * (threshold + 1.),
+            (Mode::Max, ThresholdMode::Abs) => metric > best + threshold,
+        }
+    }
+
+    /// Takes in one value of the metric, without an engine.
+    pub fn advance(&mut self, metric: f64) -> Result<()> {
+        self.check()?;
+        if self.is_better(metric) {
+            self.state.best = Some(metric);
+            self.state.num_bad_epochs = 0;
+        } else {
+            self.state.num_bad_epochs += 1;
+        }
+        if self.state.cooldown_counter > 0 {
+            self.state.cooldown_counter -= 1;
+            self.state.num_bad_epochs = 0;
+        }
+        if self.state.num_bad_epochs > self.patience {
+            for (index, knob) in self.knobs.iter().enumerate() {
+                let min = self.min_values.get(index).or(self.min_values.first()).copied();
+                let old = knob.get()?;
+                let new = (old * self.factor).max(min.unwrap_or(0.));
+                if old - new > self.eps {
+                    knob.set(new)?;
+                }
+            }
+            self.state.cooldown_counter = self.cooldown;
+            self.state.num_bad_epochs = 0;
+        }
+        self.state.event_index += 1;
+        Ok(())
+    }
+
+    /// Best metric, bad epochs, cool-down and position.
+    pub fn state_dict(&self) -> Map<String, Value> {
+        match serde_json::to_value(&self.state) {
+            Ok(Value::Object(state)) => state,
+            _ => Map::new(),
+        }
+    }
+
+    /// Goes to a saved position.
+    ///
+    /// # Errors
+    /// A missing or unknown key.
+    pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
+        self.state = serde_json::from_value(Value::Object(state.clone()))
+            .map_err(|error| Error::State(format!("state of scheduler '{}': {error}", self.name)))?;
+        Ok(())
+    }
+}
+
+impl<C, B, O> Handler<C, B, O> for ReduceLROnPlateauScheduler {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn events(&self) -> Events {
+        self.events.clone()
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.check()
+    }
+
+    fn call(
+        &mut self,
+        _event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        self.advance(engine.state.metrics.get(&self.metric)?)?;
+        if self.save_history {
+            let values = self.knobs.iter().map(Knob::get).collect::<Result<_>>()?;
+            engine.state.record_param(&self.name, values);
+        }
+        Ok(())
+    }
+}
