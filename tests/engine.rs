@@ -1,436 +1,1107 @@
-//! Probes.
+//! Runs of the engine: errors, budgets, leaving early and going on, handlers within handlers.
 
-use serde_json::json;
+use std::cell::{Cell, RefCell};
+use std::error::Error as _;
+use std::rc::Rc;
 use std::time::Duration;
-use tch_ignite::Result;
-use tch_ignite::data::*;
-use tch_ignite::engine::*;
-use tch_ignite::handlers::Evaluate;
-use tch_ignite::metrics::*;
 
-fn eng<'a>() -> Engine<'a, Vec<i64>, i64, f64> {
-    Engine::new(|seen: &mut Vec<i64>, _, b| {
-        seen.push(b);
-        anyhow::ensure!(seen.len() < 200, "too many");
-        Ok(b as f64)
+use serde_json::{Map, Value, json};
+use tch::{Device, Kind, Tensor};
+use tch_ignite::data::{Batch, Loader, Source, no_data, one_shot, restartable, source};
+use tch_ignite::engine::{Engine, Event, Events, Handler, Stop, Until};
+use tch_ignite::handlers::Evaluate;
+use tch_ignite::metrics::{Mean, RunningAverage};
+use tch_ignite::{Error, Panicked, Result};
+
+type Trace = Vec<String>;
+type Traced<'a> = Engine<'a, Trace, i64, i64>;
+
+const EVENTS: [Event; 13] = [
+    Event::Started,
+    Event::EpochStarted,
+    Event::GetBatchStarted,
+    Event::GetBatchCompleted,
+    Event::IterationStarted,
+    Event::IterationCompleted,
+    Event::DataloaderStopIteration,
+    Event::ExceptionRaised,
+    Event::TerminateSingleEpoch,
+    Event::EpochCompleted,
+    Event::Terminate,
+    Event::Completed,
+    Event::Interrupt,
+];
+
+/// Where handlers may stop a run.
+const STOPPABLE: [Event; 8] = [
+    Event::Started,
+    Event::EpochStarted,
+    Event::GetBatchStarted,
+    Event::GetBatchCompleted,
+    Event::IterationStarted,
+    Event::IterationCompleted,
+    Event::DataloaderStopIteration,
+    Event::EpochCompleted,
+];
+
+/// Writes down steps and events, as `"step 7 at 1/2"` and `"COMPLETED at 1/2"`: epoch and iteration.
+fn traced<'a>() -> Traced<'a> {
+    let mut engine = Engine::new(|trace: &mut Trace, engine: &mut Traced, batch: i64| {
+        let state = &engine.state;
+        trace.push(format!("step {batch} at {}/{}", state.epoch, state.iteration));
+        anyhow::ensure!(trace.len() < 1000, "this run does not end");
+        Ok(batch)
+    });
+    for event in EVENTS {
+        engine.on(event, move |trace, engine| {
+            trace.push(format!("{event} at {}/{}", engine.state.epoch, engine.state.iteration));
+            Ok(())
+        });
+    }
+    engine
+}
+
+/// Just the names of the events, and the steps' batches.
+fn short(trace: &Trace) -> String {
+    let word = |line: &String| line.split(" at ").next().unwrap_or_default().replace("step ", "");
+    trace.iter().map(word).collect::<Vec<_>>().join(" ")
+}
+
+/// Writes down batches.
+fn plain<'a>() -> Engine<'a, Vec<i64>, i64, f64> {
+    Engine::new(|seen: &mut Vec<i64>, _, batch| {
+        seen.push(batch);
+        anyhow::ensure!(seen.len() < 1000, "this run does not end");
+        Ok(batch as f64)
     })
 }
-fn show<T: std::fmt::Debug>(what: &str, r: Result<T>, seen: &[i64]) {
-    match r {
-        Ok(s) => println!("{what}: OK {s:?} {seen:?}"),
-        Err(e) => println!("{what}: ERR {:#} {} {seen:?}", anyhow::Error::from(e), seen.len()),
+
+fn loader(samples: i64, batch_size: usize) -> Loader {
+    let x = Tensor::arange(samples, (Kind::Int64, Device::Cpu));
+    Loader::new(&x, &x, batch_size).unwrap().shuffle(5)
+}
+
+type Seen = Vec<Vec<i64>>;
+
+/// Writes down the samples of each batch.
+fn sampled<'a>() -> Engine<'a, Seen, Batch, ()> {
+    Engine::new(|seen: &mut Seen, _, (x, _)| {
+        seen.push(Vec::try_from(&x)?);
+        Ok(())
+    })
+}
+
+fn text<T>(result: Result<T>) -> String {
+    result.err().expect("an error").to_string()
+}
+
+/// Error and causes, as `anyhow` shows them.
+fn chain<T>(result: Result<T>) -> String {
+    format!("{:#}", anyhow::Error::from(result.err().expect("an error")))
+}
+
+fn map(value: Value) -> Map<String, Value> {
+    value.as_object().cloned().unwrap()
+}
+
+/// A source of 0, 1, 2, …, `len` in a pass, that fails at one of them, once.
+struct Failing<'c> {
+    len: u64,
+    next: u64,
+    fails_at: &'c Cell<Option<u64>>,
+    panics: bool,
+}
+
+impl Source<i64> for Failing<'_> {
+    fn batches(&self) -> Option<u64> {
+        Some(self.len)
+    }
+    fn seek(&mut self, _pass: u64, batch: u64) -> anyhow::Result<()> {
+        self.next = batch;
+        Ok(())
+    }
+    fn next(&mut self) -> Option<anyhow::Result<i64>> {
+        let batch = (self.next < self.len).then_some(self.next)?;
+        self.next += 1;
+        if self.fails_at.get() == Some(batch) {
+            self.fails_at.set(None);
+            assert!(!self.panics, "the disk is gone");
+            return Some(Err(anyhow::anyhow!("the disk is full").context("reading")));
+        }
+        Some(Ok(batch as i64))
+    }
+}
+
+// Errors.
+
+#[test]
+fn a_failing_step_is_named_with_epoch_and_iteration() {
+    for panics in [false, true] {
+        let mut engine: Engine<(), i64, ()> = Engine::new(move |_, _, batch| match batch {
+            2 if panics => panic!("no {batch}"),
+            2 => Err(std::io::Error::other("no 2").into()),
+            _ => Ok(()),
+        });
+        let error = engine.run(&mut (), vec![0, 1, 2, 3], Until::epochs(2)).unwrap_err();
+        assert_eq!(error.to_string(), "the step of iteration 3 (epoch 1) failed");
+        let cause = error.source().unwrap();
+        assert_eq!(cause.to_string(), if panics { "panicked: no 2" } else { "no 2" });
+        let Error::Step { epoch: 1, iteration: 3, source } = error else { panic!("{error:?}") };
+        assert_eq!(source.is::<Panicked>(), panics);
+        assert_eq!(source.is::<std::io::Error>(), !panics);
     }
 }
 
 #[test]
-fn p01_interrupted_samples_then_default() {
-    let l: Vec<i64> = (0..5).collect();
-    let mut e = eng();
-    e.on(Event::IterationCompleted.once(2), |_, e| {
-        e.interrupt();
-        Ok(())
-    });
-    let mut seen = vec![];
-    let r = e.run(&mut seen, l.clone(), Until::time(Duration::from_secs(5)));
-    show("time interrupted", r, &seen);
-    let r = e.run(&mut seen, l, Until::default());
-    show("then default", r, &seen);
-}
-
-#[test]
-fn p02_interrupted_reset_then_iterations() {
-    let l: Vec<i64> = (0..5).collect();
-    let mut e = eng();
-    e.on(Event::IterationCompleted.once(2), |_, e| {
-        e.interrupt();
-        Ok(())
-    });
-    let mut seen = vec![];
-    let r = e.run(&mut seen, l.clone(), Until::epochs(2));
-    show("epochs interrupted", r, &seen);
-    e.state.max_epochs = None;
-    let r = e.run(&mut seen, l, Until::iterations(4));
-    show("then iterations(4)", r, &seen);
-}
-
-#[test]
-fn p03_evaluator_interrupted() {
-    let mut ev = eng();
-    ev.on(Event::IterationCompleted.once(2), |_, e| {
-        e.interrupt();
-        Ok(())
-    });
-    let mut t = Engine::new(|_: &mut Vec<i64>, _, _: i64| Ok(0.));
-    t.attach(Evaluate::each_epoch("v", ev, vec![1i64, 2, 3]));
-    let mut seen = vec![];
-    let r = t.run(&mut seen, vec![0i64], Until::epochs(2));
-    show("evaluator interrupted", r, &seen);
-}
-
-#[test]
-fn p04_time_state_resume() {
-    let l: Vec<i64> = (0..5).collect();
-    let mut e = eng();
-    let mut seen = vec![];
-    e.on(Event::IterationCompleted.once(7), |_, e| {
-        println!("{:?}", e.state_dict());
-        e.terminate();
-        Ok(())
-    });
-    let _ = e.run(&mut seen, l.clone(), Until::time(Duration::from_secs(50)));
-    let s = e.state_dict();
-    let mut e = eng();
-    let mut seen = vec![];
-    e.load_state_dict(&s).unwrap();
-    println!("{} {}", e.state.iteration, e.state.epoch);
-    let r = e.run(&mut seen, l.clone(), Until::epochs(2));
-    show("time state loaded, epochs(2)", r, &seen);
-    let mut e = eng();
-    let mut seen = vec![];
-    e.load_state_dict(&s).unwrap();
-    e.on(Event::IterationCompleted.once(9), |_, e| {
-        e.terminate();
-        Ok(())
-    });
-    let r = e.run(&mut seen, l.clone(), Until::time(Duration::from_millis(50)));
-    show("time state loaded, time", r, &seen);
-}
-
-#[test]
-fn p05_error_in_time_run_continues() {
-    let l: Vec<i64> = (0..5).collect();
-    let mut e: Engine<Vec<i64>, i64, f64> = Engine::new(|seen: &mut Vec<i64>, e, b| {
-        seen.push(b);
-        anyhow::ensure!(seen.len() != 2, "second");
-        if seen.len() == 6 {
-            e.terminate()
+fn a_failing_handler_is_named_by_place_or_name_and_event() {
+    struct Named;
+    impl Handler<Trace, i64, i64> for Named {
+        fn name(&self) -> String {
+            "saver".into()
         }
-        Ok(0.)
-    });
-    let mut seen = vec![];
-    let r = e.run(&mut seen, l.clone(), Until::time(Duration::from_secs(50)));
-    show("time: err", r, &seen);
-    let r = e.run(&mut seen, l.clone(), Until::time(Duration::from_secs(50)));
-    show("time: again", r, &seen);
-}
-
-#[test]
-fn p06_terminate_in_tse() {
-    let mut e = eng();
-    e.on(Event::IterationCompleted.once(2), |_, e| {
-        e.terminate_epoch();
-        Ok(())
-    });
-    e.on(Event::TerminateSingleEpoch, |_, e| {
-        e.terminate();
-        Ok(())
-    });
-    let mut seen = vec![];
-    let r = e.run(&mut seen, (0..3).collect::<Vec<i64>>(), Until::epochs(3));
-    show("terminate in TSE", r, &seen);
-}
-
-#[test]
-fn p07_filter_panics() {
-    let mut e = eng();
-    e.on(
-        Event::IterationStarted.filter(|n| {
-            if n == 2 {
-                panic!("filter")
-            };
-            true
-        }),
-        |_, _| Ok(()),
+        fn events(&self) -> Events {
+            Event::EpochCompleted.into()
+        }
+        fn call(&mut self, _: Event, _: &mut Trace, _: &mut Traced) -> anyhow::Result<()> {
+            panic!("disk full");
+        }
+    }
+    let mut engine = traced();
+    engine.attach(Named);
+    let error = engine.run(&mut vec![], vec![1, 2], Until::epochs(2));
+    assert_eq!(
+        chain(error),
+        "handler 'saver' of EPOCH_COMPLETED failed at iteration 2 (epoch 1): panicked: disk full"
     );
-    let mut seen = vec![];
-    let r = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        e.run(&mut seen, vec![1i64, 2, 3], Until::epochs(1))
-    }));
-    println!("filter panics: caught outside = {}", r.is_err());
-    let r = e.run(&mut seen, vec![1i64, 2, 3], Until::epochs(1));
-    show("after filter panic", r, &seen);
+    let mut engine = traced();
+    let line = line!() + 1;
+    engine.on(Event::IterationStarted.once(2), |_, _| anyhow::bail!("too hot"));
+    let error = engine.run(&mut vec![], vec![1, 2], Until::epochs(2)).unwrap_err();
+    let place = format!("at {}:{line}", file!());
+    assert_eq!(
+        error.to_string(),
+        format!("handler {place} of ITERATION_STARTED failed at iteration 2 (epoch 1)")
+    );
+    assert!(
+        matches!(&error, Error::Handler { event: Event::IterationStarted, handler, .. } if *handler == place)
+    );
+    assert_eq!(error.source().unwrap().to_string(), "too hot");
 }
 
 #[test]
-fn p08_zero_batches_loaded() {
-    let mut e = eng();
-    let s = json!({"iteration": 1, "epoch_length": 3, "max_epochs": 2});
-    e.load_state_dict(s.as_object().unwrap()).unwrap();
-    let mut seen = vec![];
-    let r = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        e.run(&mut seen, Vec::<i64>::new(), Until::default().epoch_length(3))
-    }));
-    println!("empty vec loaded: {r:?}");
-    let mut e = eng();
-    let r = e.run(&mut seen, Vec::<i64>::new(), Until::epochs(2).epoch_length(3));
-    show("empty vec epoch_length", r, &seen);
+fn failing_data_is_named_with_epoch_and_the_iteration_to_come() {
+    for (panics, cause) in
+        [(false, "reading: the disk is full"), (true, "panicked: the disk is gone")]
+    {
+        let fails_at = Cell::new(Some(2));
+        let mut engine = plain();
+        let mut seen = vec![];
+        let data = || source(Failing { len: 4, next: 0, fails_at: &fails_at, panics });
+        let error = engine.run(&mut seen, data(), Until::epochs(2));
+        assert_eq!(chain(error), format!("no batch for iteration 3 (epoch 1): {cause}"));
+        engine.run(&mut seen, data(), Until::epochs(2)).unwrap();
+        assert_eq!(seen[..4], [0, 1, 3, 0], "the next run skips what cannot be read");
+    }
 }
 
 #[test]
-fn p09_load_in_handler() {
-    let mut e = eng();
-    e.on(Event::IterationCompleted.once(2), |_, e| {
-        let s = json!({"iteration": 0, "epoch_length": 3, "max_epochs": 2});
-        e.load_state_dict(s.as_object().unwrap())?;
+fn exception_handlers_see_the_error_that_run_returns() -> Result<()> {
+    let mut engine = traced();
+    let seen = Rc::new(RefCell::new(vec![]));
+    for _ in 0..2 {
+        let seen = seen.clone();
+        engine.on(Event::ExceptionRaised, move |_, engine| {
+            seen.borrow_mut().push(engine.exception().map(ToString::to_string));
+            Ok(())
+        });
+    }
+    engine.on(Event::GetBatchCompleted.once(1), |_, _| anyhow::bail!("no"));
+    let mut trace = vec![];
+    let error = engine.run(&mut trace, vec![5, 6], Until::epochs(1)).unwrap_err();
+    assert_eq!(*seen.borrow(), [Some(error.to_string()), Some(error.to_string())]);
+    assert_eq!(trace.last().unwrap(), "EXCEPTION_RAISED at 1/1");
+    assert!(!short(&trace).contains("COMPLETED EXCEPTION_RAISED COMPLETED"));
+    assert!(engine.exception().is_none(), "only for the handlers");
+    Ok(())
+}
+
+#[test]
+fn an_error_of_an_exception_handler_is_told_beside_the_first() {
+    let mut engine = plain();
+    engine.on(Event::IterationCompleted, |_, _| Err(std::io::Error::other("the first").into()));
+    engine.on(Event::ExceptionRaised, |_, _| anyhow::bail!("the second"));
+    let error = engine.run(&mut vec![], vec![1], Until::epochs(1)).unwrap_err();
+    let Error::Handler { event: Event::IterationCompleted, source, .. } = &error else {
+        panic!("{error:?}")
+    };
+    assert!(source.is::<std::io::Error>(), "the cause can still be looked at");
+    let all = format!("{source:#}");
+    assert!(all.ends_with("the first") && all.contains("of EXCEPTION_RAISED failed"), "{all}");
+}
+
+#[test]
+fn nested_errors_keep_the_whole_chain() {
+    const INNER: Event = Event::custom("inner");
+    let mut engine = plain();
+    engine.register_events([INNER]).unwrap();
+    engine.on(Event::EpochStarted, |cx, engine| Ok(engine.fire_event(INNER, cx)?));
+    engine.on(INNER, |_, _| anyhow::bail!("deep down"));
+    let all = chain(engine.run(&mut vec![], vec![1], Until::epochs(1)));
+    let at = |event| format!("of {event} failed at iteration 0 (epoch 1): ");
+    assert!(all.contains(&at("EPOCH_STARTED")) && all.contains(&at("inner")), "{all}");
+    assert!(all.ends_with("deep down"), "{all}");
+}
+
+#[test]
+fn after_an_error_the_rest_of_the_epoch_follows() {
+    let mut engine = traced();
+    engine.on(Event::IterationStarted.once(5), |_, _| anyhow::bail!("once"));
+    let mut trace = vec![];
+    assert!(engine.run(&mut trace, vec![0, 1, 2], Until::epochs(2)).is_err());
+    trace.clear();
+    engine.run(&mut trace, vec![0, 1, 2], Until::epochs(2)).unwrap();
+    let batch = "GET_BATCH_STARTED GET_BATCH_COMPLETED ITERATION_STARTED 2 ITERATION_COMPLETED";
+    assert_eq!(short(&trace), format!("STARTED EPOCH_STARTED {batch} EPOCH_COMPLETED COMPLETED"));
+    assert_eq!(trace.last().unwrap(), "COMPLETED at 2/6");
+}
+
+#[test]
+fn after_an_error_a_shuffled_loader_gives_what_an_uninterrupted_run_would_see() {
+    for epoch_length in [3, 4, 6] {
+        let until = || Until::epochs(3).epoch_length(epoch_length);
+        let data = loader(11, 3);
+        let mut all = vec![];
+        sampled().run(&mut all, &data, until()).unwrap();
+        for fails_at in 1..3 * epoch_length {
+            for event in [Event::IterationStarted, Event::IterationCompleted] {
+                let mut engine = sampled();
+                engine.on(event.once(fails_at), |_, _| anyhow::bail!("once"));
+                let mut seen = vec![];
+                assert!(engine.run(&mut seen, &data, until()).is_err());
+                let summary = engine.run(&mut seen, &data, until()).unwrap();
+                let mut expected = all.clone();
+                if event == Event::IterationStarted {
+                    expected.remove(fails_at as usize - 1);
+                }
+                assert_eq!(seen, expected, "{event} {fails_at} of {epoch_length}");
+                assert_eq!((summary.epochs, summary.iterations), (3, 3 * epoch_length));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_run_within_a_run_of_the_same_engine_is_an_error() {
+    let mut engine = plain();
+    engine.on(Event::EpochStarted, |cx, engine| {
+        engine.run(cx, vec![1], Until::epochs(1))?;
         Ok(())
     });
-    let mut seen = vec![];
-    let r = e.run(&mut seen, vec![1i64, 2, 3], Until::epochs(2));
-    show("load in handler", r, &seen);
-}
-
-#[test]
-fn p10_exception_handlers() {
-    let mut e = eng();
-    e.on(Event::IterationCompleted.once(2), |_, _| anyhow::bail!("first"));
-    e.on(Event::ExceptionRaised, |s, e| {
-        s.push(100);
-        println!("{}", e.exception().is_some());
-        anyhow::bail!("second")
-    });
-    e.on(Event::ExceptionRaised, |s, _| {
-        s.push(200);
+    let all = chain(engine.run(&mut vec![], vec![1], Until::epochs(1)));
+    assert!(all.ends_with("the engine is running already"), "{all}");
+    let mut engine: Engine<(), i64, ()> = Engine::new(|cx, engine: &mut Engine<(), i64, ()>, _| {
+        engine.run(cx, vec![1], Until::epochs(1))?;
         Ok(())
     });
-    let mut seen = vec![];
-    let r = e.run(&mut seen, vec![1i64, 2, 3], Until::epochs(2));
-    show("exception handlers", r, &seen);
+    for _ in 0..2 {
+        let all = chain(engine.run(&mut (), vec![1], Until::epochs(1)));
+        assert!(all.ends_with("failed: the engine is running already"), "{all}");
+    }
 }
 
 #[test]
-fn p11_errors_at_each_event() {
-    for ev in [
-        Event::Started,
-        Event::EpochStarted,
-        Event::GetBatchStarted,
-        Event::GetBatchCompleted,
-        Event::IterationStarted,
-        Event::IterationCompleted,
-        Event::DataloaderStopIteration,
-        Event::EpochCompleted,
-        Event::Terminate,
-        Event::Completed,
+fn a_batch_taken_away_is_an_error_of_the_step() {
+    let mut engine = plain();
+    engine.on(Event::IterationStarted, |_, engine| {
+        engine.state.batch = None;
+        Ok(())
+    });
+    let all = chain(engine.run(&mut vec![], vec![1], Until::epochs(1)));
+    assert!(all.ends_with("a handler took the batch away before the step"), "{all}");
+}
+
+#[test]
+fn refused_registrations_come_out_of_every_run() {
+    const OWN: Event = Event::custom("own");
+    let cases: [(Events, &str); 7] = [
+        (
+            OWN.into(),
+            "Event own is not a valid event for this Engine. Register it with register_events; registered are: other",
+        ),
+        (
+            Event::IterationStarted.every(0).into(),
+            "Argument every should be integer and greater than zero, but 0 was given",
+        ),
+        (
+            Event::EpochStarted.once(0).into(),
+            "Argument once should either be a positive integer or a list of positive integers, got [0]",
+        ),
+        (
+            Event::EpochStarted.once_at([]).into(),
+            "Argument once should either be a positive integer or a list of positive integers, got []",
+        ),
+        (
+            Event::EpochStarted.every(2).once_at([1]).into(),
+            "Only one of the input arguments should be specified, except before, after and every",
+        ),
+        (
+            Event::Terminate.every(2).into(),
+            "TERMINATE has no number that a filter could compare with: register the handler without a filter",
+        ),
+        (Events::from_iter([]), "names no event to be called at"),
+    ];
+    for (events, expected) in cases {
+        let mut engine = plain();
+        engine.register_events([Event::custom("other")]).unwrap();
+        let direct = text(engine.add_event_handler(events.clone(), |_, _| Ok(())));
+        assert!(direct.contains(expected), "{direct}");
+        engine.on(events, |_, _| Ok(())).on(OWN.every(0), |_, _| Ok(()));
+        let mut seen = vec![];
+        for _ in 0..2 {
+            let refused = text(engine.run(&mut seen, vec![1], Until::epochs(1)));
+            assert!(refused.contains(expected), "{refused}");
+        }
+        assert!(seen.is_empty());
+    }
+    let refused = text(plain().register_events([Event::Started]));
+    assert_eq!(refused, "STARTED is there already");
+}
+
+// Budgets.
+
+#[test]
+fn iterations_in_mid_epoch_leave_it_with_terminate() -> Result<()> {
+    let mut trace = vec![];
+    let mut engine = traced();
+    let summary = engine.run(&mut trace, vec![0, 1, 2], Until::iterations(5))?;
+    assert_eq!((summary.stop, summary.epochs, summary.iterations), (Stop::Terminated, 2, 5));
+    assert!(short(&trace).ends_with("ITERATION_COMPLETED TERMINATE COMPLETED"));
+    trace.clear();
+    let summary = traced().run(&mut trace, vec![0, 1, 2], Until::iterations(6))?;
+    assert_eq!((summary.stop, summary.epochs, summary.iterations), (Stop::Completed, 2, 6));
+    assert!(short(&trace).ends_with("ITERATION_COMPLETED EPOCH_COMPLETED COMPLETED"));
+    Ok(())
+}
+
+#[test]
+fn a_larger_budget_goes_on_the_same_starts_anew_a_smaller_is_an_error() -> Result<()> {
+    let mut engine = plain();
+    let mut run = |until| {
+        let mut seen = vec![];
+        let summary = engine.run(&mut seen, vec![0, 1], until)?;
+        Ok::<_, Error>((seen.len(), summary.epochs, summary.iterations))
+    };
+    assert_eq!(run(Until::default())?, (2, 1, 2), "one epoch without a budget");
+    assert_eq!(run(Until::epochs(3))?, (4, 3, 6));
+    assert_eq!(run(Until::epochs(3))?, (6, 3, 6));
+    let error = text(run(Until::epochs(2)));
+    assert!(error.contains("max_epochs should be greater than or equal to the start epoch defined in the state: 2 vs 3"), "{error}");
+    let error = text(run(Until::iterations(9)));
+    assert!(error.contains("To switch from max_epochs to max_iters mode"), "{error}");
+    engine.state.max_epochs = None;
+    let summary = engine.run(&mut vec![], vec![0, 1], Until::iterations(3))?;
+    assert_eq!((summary.stop, summary.iterations), (Stop::Terminated, 3));
+    Ok(())
+}
+
+#[test]
+fn a_budget_in_samples_is_rounded_up_to_whole_batches() -> Result<()> {
+    for (budget, iterations, samples, epochs, stop) in [
+        (1, 1, 4, 1, Stop::Terminated),
+        (4, 1, 4, 1, Stop::Terminated),
+        (5, 2, 8, 1, Stop::Terminated),
+        (10, 3, 10, 1, Stop::Completed),
+        (11, 4, 14, 2, Stop::Terminated),
+        (25, 8, 28, 3, Stop::Terminated),
     ] {
-        for nth in [1, 2, 3, 4, 5, 6] {
-            let mut e: Engine<Vec<String>, i64, ()> = Engine::new(|s: &mut Vec<String>, e, b| {
-                s.push(format!("{b}@{}/{}", e.state.iteration, e.state.epoch));
+        let mut engine = sampled();
+        let summary = engine.run(&mut vec![], loader(10, 4), Until::samples(budget))?;
+        assert_eq!((summary.iterations, engine.state.samples), (iterations, samples), "{budget}");
+        assert_eq!((summary.epochs, summary.stop), (epochs, stop), "{budget}");
+    }
+    let mut engine = sampled();
+    let summary = engine.run(&mut vec![], loader(10, 4), Until::epochs(1).or_samples(1000))?;
+    assert_eq!((summary.iterations, summary.stop), (3, Stop::Completed));
+    Ok(())
+}
+
+#[test]
+fn a_budget_in_samples_needs_data_that_counts_them() {
+    for until in [Until::samples(3), Until::epochs(1).or_samples(3)] {
+        let error = text(plain().run(&mut vec![], vec![1, 2], until));
+        assert_eq!(
+            error,
+            "a budget in samples needs a data source that counts them: implement Source::samples"
+        );
+    }
+}
+
+#[test]
+fn a_budget_in_time_ends_after_the_iteration_under_way() -> Result<()> {
+    let mut engine = traced();
+    let mut trace = vec![];
+    let summary = engine.run(&mut trace, vec![1], Until::time(Duration::ZERO))?;
+    assert_eq!(
+        (summary.stop, summary.iterations, short(&trace).as_str()),
+        (Stop::Completed, 0, "STARTED COMPLETED")
+    );
+    let mut engine = plain();
+    engine.on(Event::IterationStarted.once(1), |_, _| {
+        std::thread::sleep(Duration::from_millis(300));
+        Ok(())
+    });
+    let limit = Duration::from_millis(250);
+    let summary = engine.run(&mut vec![], vec![1, 2, 3], Until::time(limit))?;
+    assert_eq!((summary.stop, summary.iterations), (Stop::Terminated, 1));
+    assert!(summary.elapsed >= limit && engine.state.run_time >= limit);
+    let mut endless: Engine<u64, (), ()> = Engine::new(|steps: &mut u64, _, ()| {
+        *steps += 1;
+        Ok(())
+    });
+    let mut steps = 0;
+    let until = Until::epochs(u64::MAX).or_time(Duration::from_millis(20));
+    let summary = endless.run(&mut steps, vec![(); 3], until)?;
+    assert!(steps > 3 && summary.iterations == steps && summary.elapsed < Duration::from_secs(5));
+    plain().run(&mut vec![], vec![1], Until::epochs(1).or_time(Duration::MAX))?;
+    Ok(())
+}
+
+#[test]
+fn budgets_that_make_no_sense_are_errors() {
+    for (until, expected) in [
+        (Until::epochs(0), "Argument max_epochs is invalid"),
+        (Until::iterations(0), "Argument max_iters is invalid"),
+        (Until::samples(0), "Argument max_samples is invalid"),
+        (Until::epochs(1).or_iterations(1), "mutually exclusive"),
+        (Until::epochs(1).epoch_length(0), "zero size"),
+    ] {
+        let error = text(plain().run(&mut vec![], vec![1], until));
+        assert!(error.contains(expected), "{error}");
+    }
+    let error = text(plain().run(&mut vec![], Vec::<i64>::new(), Until::epochs(1)));
+    assert_eq!(error, "Input data has zero size. Please provide non-empty data");
+    let error = text(plain().run(&mut vec![], restartable(|| 0..0), Until::epochs(1)));
+    assert!(error.contains("zero size"), "{error}");
+    let error = text(plain().run(&mut vec![], no_data(), Until::epochs(1)));
+    assert_eq!(error, "epoch_length should be provided if data is None");
+}
+
+// Leaving early.
+
+#[test]
+fn interrupting_anywhere_and_going_on_equals_an_uninterrupted_run() -> Result<()> {
+    let data = || vec![0, 1, 2];
+    // The data is exhausted in mid epoch.
+    let until = || Until::epochs(2).epoch_length(4);
+    let mut uninterrupted = vec![];
+    traced().run(&mut uninterrupted, data(), until())?;
+    let every = STOPPABLE.iter().map(|event| (*event).into()).collect::<Events>();
+    for events in STOPPABLE.into_iter().map(Events::from).chain([every]) {
+        let mut engine = traced();
+        engine.on(events.clone(), |_, engine| {
+            engine.interrupt();
+            Ok(())
+        });
+        let (mut trace, mut runs) = (vec![], 1);
+        // Other data and no budget: both are those of the suspended run.
+        let mut stop = engine.run(&mut trace, data(), until())?.stop;
+        while stop == Stop::Interrupted {
+            assert!(trace.pop().unwrap().starts_with("INTERRUPT"));
+            runs += 1;
+            stop = engine.run(&mut trace, vec![9], Until::default())?.stop;
+        }
+        assert_eq!(trace, uninterrupted, "{events:?}");
+        assert!(runs > 1, "{events:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn interrupting_shows_in_the_state_and_the_next_budget_may_be_larger() -> Result<()> {
+    let mut engine = plain();
+    engine.on(Event::IterationCompleted.once(3), |_, engine| {
+        engine.interrupt();
+        Ok(())
+    });
+    let mut seen = vec![];
+    let summary = engine.run(&mut seen, vec![0, 1], Until::epochs(2))?;
+    assert_eq!((summary.stop, summary.epochs, summary.iterations), (Stop::Interrupted, 2, 3));
+    assert!(summary.to_string().starts_with("interrupted after 3 iterations in 2 epochs; "));
+    let summary = engine.run(&mut seen, vec![0, 1], Until::epochs(3))?;
+    assert_eq!((summary.stop, summary.iterations), (Stop::Completed, 6));
+    assert_eq!(seen, [0, 1, 0, 1, 0, 1]);
+    Ok(())
+}
+
+#[test]
+fn terminate_at_any_event_ends_the_run_after_its_handlers() -> Result<()> {
+    for event in STOPPABLE {
+        for skip in [false, true] {
+            let mut engine = traced();
+            let mut first = true;
+            engine.on(event, move |_, engine| {
+                match std::mem::take(&mut first) {
+                    true if skip => engine.terminate_skip_completed(),
+                    true => engine.terminate(),
+                    false => {}
+                }
                 Ok(())
             });
-            for x in [Event::Started, Event::EpochStarted, Event::EpochCompleted, Event::Completed]
-            {
-                e.on(x, move |s: &mut Vec<String>, e| {
-                    s.push(format!("{x}{}", e.state.epoch));
+            engine.on(event, |trace, _| {
+                trace.push("later handler".into());
+                Ok(())
+            });
+            let mut trace = vec![];
+            let until = || Until::epochs(2).epoch_length(4);
+            let summary = engine.run(&mut trace, vec![0, 1, 2], until())?;
+            let end = if skip { "TERMINATE" } else { "TERMINATE COMPLETED" };
+            let trace = short(&trace);
+            assert!(trace.ends_with(&format!("{event} later handler {end}")), "{trace}");
+            assert_eq!(summary.stop, Stop::Terminated);
+        }
+    }
+    for event in [Event::Terminate, Event::Completed, Event::Interrupt, Event::ExceptionRaised] {
+        let mut engine = plain();
+        engine.on(event, |_, engine| {
+            engine.terminate();
+            engine.terminate_epoch();
+            Ok(())
+        });
+        let summary = engine.run(&mut vec![], vec![0, 1], Until::epochs(2))?;
+        assert_eq!((summary.stop, summary.iterations), (Stop::Completed, 4), "{event}");
+    }
+    Ok(())
+}
+
+#[test]
+fn after_terminate_the_broken_epoch_counts_as_done_and_the_data_restarts() -> Result<()> {
+    let mut engine = plain();
+    engine.on(Event::IterationCompleted.once(2), |_, engine| {
+        engine.terminate();
+        Ok(())
+    });
+    let mut seen = vec![];
+    engine.run(&mut seen, vec![0, 1, 2], Until::epochs(3))?;
+    let summary = engine.run(&mut seen, vec![0, 1, 2], Until::epochs(3))?;
+    assert_eq!(seen, [0, 1, 0, 1, 2, 0, 1, 2]);
+    assert_eq!((summary.epochs, summary.iterations), (3, 8));
+    Ok(())
+}
+
+#[test]
+fn terminate_epoch_at_any_event_leaves_the_epoch_and_restarts_the_data() {
+    for event in STOPPABLE {
+        for skip in [false, true] {
+            let mut engine = traced();
+            let mut first = true;
+            engine.on(event, move |_, engine| {
+                match std::mem::take(&mut first) {
+                    true if skip => engine.terminate_epoch_skip_completed(),
+                    true => engine.terminate_epoch(),
+                    false => {}
+                }
+                Ok(())
+            });
+            let mut trace = vec![];
+            let result = engine.run(&mut trace, vec![0, 1, 2], Until::epochs(2).epoch_length(5));
+            let trace = short(&trace);
+            let ended = if skip { "" } else { "EPOCH_COMPLETED " };
+            match event {
+                Event::Started | Event::EpochStarted => {
+                    assert!(
+                        text(result).contains(
+                            "should not be called on Event.STARTED or Event.EPOCH_STARTED"
+                        )
+                    );
+                }
+                Event::EpochCompleted => {
+                    assert!(result.is_ok() && !trace.contains("TERMINATE"), "{trace}");
+                }
+                _ => {
+                    let expected = format!(
+                        "{event} TERMINATE_SINGLE_EPOCH {ended}EPOCH_STARTED GET_BATCH_STARTED GET_BATCH_COMPLETED ITERATION_STARTED 0"
+                    );
+                    assert!(trace.contains(&expected), "{trace}");
+                    assert_eq!(result.unwrap().stop, Stop::Completed);
+                }
+            }
+        }
+    }
+}
+
+// Saved positions.
+
+#[test]
+fn a_loaded_position_sees_the_batches_of_an_uninterrupted_run() -> Result<()> {
+    for drop_last in [false, true] {
+        let data = loader(11, 3).drop_last(drop_last);
+        for until in [
+            Until::epochs(3),
+            Until::epochs(4).epoch_length(2),
+            Until::epochs(2).epoch_length(6),
+            Until::iterations(10),
+            Until::iterations(9).epoch_length(2),
+        ] {
+            let mut all = vec![];
+            sampled().run(&mut all, &data, until)?;
+            for saved_at in 1..all.len() {
+                let mut engine = sampled();
+                engine.on(Event::IterationCompleted.once(saved_at as u64), |_, engine| {
+                    engine.terminate();
                     Ok(())
                 });
+                engine.run(&mut vec![], &data, until)?;
+                let saved = serde_json::to_string(&engine.state_dict()).unwrap();
+                let mut engine = sampled();
+                engine.load_state_dict(&serde_json::from_str(&saved).unwrap())?;
+                let mut seen = vec![];
+                let summary = engine.run(&mut seen, &data, Until::default())?;
+                assert_eq!(seen, all[saved_at..], "{until:?} from {saved_at}");
+                assert_eq!(summary.iterations, all.len() as u64);
             }
-            let mut n = 0;
-            e.on(ev, move |s: &mut Vec<String>, _| {
-                n += 1;
-                if n == nth {
-                    s.push("!".into());
-                    anyhow::bail!("x")
-                };
-                Ok(())
-            });
-            let mut s = vec![];
-            let r1 = e.run(&mut s, restartable(|| 0..3), Until::epochs(2)).is_err();
-            if !r1 {
-                continue;
-            }
-            s.push("|".into());
-            let r2 = e.run(&mut s, restartable(|| 0..3), Until::epochs(2)).is_err();
-            println!("{ev} {nth} {r1} {r2} {}", s.join(" "));
         }
     }
+    Ok(())
 }
 
 #[test]
-fn p12_data_error() {
-    struct Bad(u64, Vec<i64>);
-    impl Source<i64> for Bad {
-        fn batches(&self) -> Option<u64> {
-            Some(4)
-        }
-        fn seek(&mut self, p: u64, b: u64) -> anyhow::Result<()> {
-            self.0 = b;
-            self.1.push(p as i64);
-            Ok(())
-        }
-        fn next(&mut self) -> Option<anyhow::Result<i64>> {
-            if self.0 == 4 {
-                return None;
-            }
-            self.0 += 1;
-            Some(if self.0 == 3 && self.1 == [0] {
-                Err(anyhow::anyhow!("bad disk"))
-            } else {
-                Ok(self.0 as i64)
-            })
-        }
+fn loading_a_position_fires_the_events_of_the_rest() -> Result<()> {
+    let mut engine = traced();
+    engine.load_state_dict(&map(json!({"iteration": 4, "epoch_length": 3, "max_epochs": 2})))?;
+    let mut trace = vec![];
+    engine.run(&mut trace, vec![0, 1, 2], Until::default())?;
+    assert_eq!(trace[..2], ["STARTED at 1/4", "EPOCH_STARTED at 2/4"]);
+    assert_eq!(trace.iter().filter(|line| line.starts_with("step")).count(), 2);
+    assert_eq!(trace[trace.len() - 2..], ["EPOCH_COMPLETED at 2/6", "COMPLETED at 2/6"]);
+    assert_eq!(engine.iteration_in_epoch(), 3);
+    assert_eq!(
+        engine.state_dict(),
+        map(json!({"epoch_length": 3, "iteration": 6, "max_epochs": 2}))
+    );
+    Ok(())
+}
+
+#[test]
+fn positions_that_do_not_fit_are_refused_and_change_nothing() -> Result<()> {
+    let mut engine = plain();
+    engine.load_state_dict(&map(json!({"iteration": 4, "epoch_length": 3, "max_iters": 7})))?;
+    let before = engine.state_dict();
+    for (state, expected) in [
+        (json!({}), "'iteration' is absent"),
+        (
+            json!({"iteration": 1, "epoch": 1, "epoch_length": 1, "max_epochs": 2}),
+            "only one of 'iteration' or 'epoch'",
+        ),
+        (
+            json!({"iteration": 1, "epoch_length": 1}),
+            "exactly one of '('max_epochs', 'max_iters')'",
+        ),
+        (
+            json!({"iteration": 1, "epoch_length": 1, "max_epochs": 1, "max_iters": 1}),
+            "exactly one of",
+        ),
+        (json!({"iteration": "1", "epoch_length": 1, "max_epochs": 1}), "not \"1\""),
+        (json!({"iteration": -1, "epoch_length": 1, "max_epochs": 1}), "not -1"),
+        (
+            json!({"iteration": 1, "epoch_length": null, "max_epochs": 1}),
+            "epoch_length must be a positive integer",
+        ),
+        (json!({"epoch": 3, "epoch_length": 5, "max_epochs": 2}), "2 vs 3"),
+        (json!({"iteration": 9, "epoch_length": 5, "max_iters": 8}), "8 vs 9"),
+    ] {
+        let error = text(engine.load_state_dict(&map(state)));
+        assert!(error.contains(expected), "{error}");
+        assert_eq!(engine.state_dict(), before);
     }
-    let mut e = eng();
-    let mut seen = vec![];
-    let r = e.run(&mut seen, source(Bad(0, vec![])), Until::epochs(2));
-    show("data err", r, &seen);
-    seen.push(-1);
-    let r = e.run(&mut seen, source(Bad(0, vec![9])), Until::epochs(2));
-    show("data err again", r, &seen);
+    let error = text(engine.run(&mut vec![], vec![0], Until::default().epoch_length(4)));
+    assert_eq!(error, "Argument epoch_length should be same as in the state, given 4 vs 3");
+    Ok(())
 }
 
-#[test]
-fn p13_unknown_length_resume() {
-    let full = {
-        let mut e = eng();
-        let mut s = vec![];
-        e.run(&mut s, restartable(|| 0..7), Until::epochs(4).epoch_length(3)).unwrap();
-        s
-    };
-    println!("full {full:?}");
-    let mut e = eng();
-    let s = json!({"iteration": 4, "epoch_length": 3, "max_epochs": 4});
-    e.load_state_dict(s.as_object().unwrap()).unwrap();
-    let mut seen = vec![];
-    let r = e.run(&mut seen, restartable(|| 0..7), Until::default());
-    show("restartable resumed at 4", r, &seen);
-    let mut e = eng();
-    e.load_state_dict(s.as_object().unwrap()).unwrap();
-    let mut seen = vec![];
-    let r = e.run(&mut seen, one_shot(0..), Until::default());
-    show("one_shot resumed at 4", r, &seen);
-}
+// Data.
 
 #[test]
-fn p14_evaluator_terminated_stale() {
-    let mut calls = 0;
-    let mut ev = eng();
-    ev.metric("mean", Mean::new());
-    ev.on(Event::Started, move |_, e| {
-        calls += 1;
-        if calls == 2 {
-            e.terminate()
-        };
-        Ok(())
-    });
-    let mut t = Engine::new(|_: &mut Vec<i64>, _, _: i64| Ok(0.));
-    t.attach(Evaluate::each_epoch("v", ev, vec![1i64, 2, 3]));
-    t.on(Event::EpochCompleted, |s, e| {
-        println!("metric {:?}", e.state.metrics.get("v/mean"));
-        s.push(0);
-        Ok(())
-    });
-    let mut seen = vec![];
-    let r = t.run(&mut seen, vec![0i64], Until::epochs(2));
-    show("evaluator terminated", r, &seen);
-}
-
-#[test]
-fn p15_source_panics() {
-    struct S(u8);
-    impl Source<i64> for S {
-        fn batches(&self) -> Option<u64> {
-            if self.0 == 0 {
-                panic!("batches")
-            }
-            Some(3)
-        }
-        fn seek(&mut self, _: u64, _: u64) -> anyhow::Result<()> {
-            if self.0 == 1 {
-                panic!("seek")
-            }
-            Ok(())
-        }
-        fn next(&mut self) -> Option<anyhow::Result<i64>> {
-            if self.0 == 2 {
-                panic!("next")
-            }
-            Some(Ok(1))
-        }
-        fn samples(&self) -> Option<u64> {
-            if self.0 == 3 {
-                panic!("samples")
-            }
-            Some(1)
-        }
-        fn fetches(&self) -> bool {
-            if self.0 == 4 {
-                panic!("fetches")
-            }
-            true
-        }
-    }
-    for k in 0..5 {
-        let mut e = eng();
+fn data_goes_on_over_epochs_of_another_length() -> Result<()> {
+    for (epoch_length, expected) in [(2, vec![0, 1, 2, 0]), (5, vec![0, 1, 2, 0, 1, 2, 0, 1, 2, 0])]
+    {
         let mut seen = vec![];
-        let r = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            e.run(&mut seen, source(S(k)), Until::epochs(1))
-        }));
-        println!(
-            "source panics {k}: {:?}",
-            r.map(|r| r.map_err(|e| format!("{:#}", anyhow::Error::from(e)))).map_err(|_| "PANIC")
-        );
-        let r = e.run(&mut seen, vec![1i64], Until::epochs(1));
-        show("   after", r, &seen);
+        plain().run(&mut seen, vec![0, 1, 2], Until::epochs(2).epoch_length(epoch_length))?;
+        assert_eq!(seen, expected);
+        let mut seen = vec![];
+        plain().run(
+            &mut seen,
+            restartable(|| 0..3),
+            Until::epochs(2).epoch_length(epoch_length),
+        )?;
+        assert_eq!(seen, expected);
     }
+    Ok(())
 }
 
 #[test]
-fn p16_add_own_event() {
-    let mut e = eng();
-    e.on(Event::EpochCompleted, |s, e| {
-        s.push(10);
-        e.on(Event::EpochCompleted, |s, _| {
-            s.push(20);
+fn data_of_unknown_length_sets_the_epoch_length_in_its_first_pass() -> Result<()> {
+    let mut engine = plain();
+    let mut seen = vec![];
+    let summary = engine.run(&mut seen, restartable(|| 0..3), Until::epochs(2))?;
+    assert_eq!((seen.len(), summary.epochs, engine.state.epoch_length), (6, 2, Some(3)));
+    Ok(())
+}
+
+#[test]
+fn a_stream_that_runs_dry_is_told_in_the_summary() -> Result<()> {
+    let mut seen = vec![];
+    let summary = plain().run(&mut seen, one_shot(0..3), Until::epochs(2).epoch_length(2))?;
+    assert_eq!((seen.len(), summary.stop, summary.warnings.len()), (3, Stop::Completed, 1));
+    let warning = "Data iterator can not provide data anymore but required total number of iterations to run is not reached. Current iteration: 3 vs Total iterations to run : 4";
+    assert_eq!(summary.warnings[0], warning);
+    assert!(summary.to_string().ends_with(&format!("\nwarning: {warning}")));
+    let mut seen = vec![];
+    let summary = plain().run(&mut seen, one_shot(7..), Until::iterations(5).epoch_length(3))?;
+    assert_eq!((seen, summary.warnings.len()), (vec![7, 8, 9, 10, 11], 0));
+    Ok(())
+}
+
+#[test]
+fn without_data_the_step_gets_defaults_and_no_batch_events_are_fired() -> Result<()> {
+    let mut trace = vec![];
+    traced().run(&mut trace, no_data(), Until::epochs(2).epoch_length(1))?;
+    let epoch = "EPOCH_STARTED ITERATION_STARTED 0 ITERATION_COMPLETED EPOCH_COMPLETED";
+    assert_eq!(short(&trace), format!("STARTED {epoch} {epoch} COMPLETED"));
+    Ok(())
+}
+
+#[test]
+fn data_replaced_within_a_run_is_used_from_the_next_fetch_on() -> Result<()> {
+    let mut engine = plain();
+    engine.on(Event::IterationCompleted.once(2), |_, engine| Ok(engine.set_data(vec![7, 8])?));
+    let mut seen = vec![];
+    engine.run(&mut seen, vec![0, 1, 2], Until::epochs(2))?;
+    assert_eq!(seen, [0, 1, 7, 8, 7, 8]);
+    Ok(())
+}
+
+#[test]
+fn handlers_may_replace_batch_and_output() -> Result<()> {
+    let mut engine = plain();
+    engine.on(Event::GetBatchCompleted, |_, engine| {
+        engine.state.batch = engine.state.batch.map(|batch| batch + 10);
+        Ok(())
+    });
+    engine.on(Event::IterationCompleted, |_, engine| {
+        engine.state.output = Some(0.5);
+        Ok(())
+    });
+    engine.metric("mean", Mean::new());
+    let mut seen = vec![];
+    engine.run(&mut seen, vec![1, 2], Until::epochs(1))?;
+    assert_eq!((seen, engine.state.metrics.get("mean")?), (vec![11, 12], 0.5));
+    Ok(())
+}
+
+// Handlers.
+
+#[test]
+fn filters_compare_with_iteration_epoch_or_firing() -> Result<()> {
+    let even = |n| n % 2 == 0;
+    let cases: Vec<(Events, Vec<u64>)> = vec![
+        (Event::IterationStarted.every(4).into(), vec![4, 8]),
+        (Event::IterationCompleted.once(3).into(), vec![3]),
+        (Event::IterationStarted.once_at([2, 9, 90]).into(), vec![2, 9]),
+        (Event::IterationStarted.before(3).into(), vec![1, 2]),
+        (Event::IterationStarted.after(7).into(), vec![8, 9]),
+        (Event::IterationStarted.after(2).before(5).into(), vec![3, 4]),
+        (Event::IterationStarted.after(2).every(3).into(), vec![3, 6, 9]),
+        (Event::IterationStarted.before(6).every(2).into(), vec![1, 3, 5]),
+        (Event::IterationStarted.filter(even).into(), vec![2, 4, 6, 8]),
+        (Event::GetBatchStarted.once_at([1]).into(), vec![1]),
+        (Event::GetBatchStarted.before(1).into(), vec![0]),
+        (Event::IterationStarted.once(9) | Event::IterationStarted.every(9), vec![9, 9]),
+    ];
+    for (events, expected) in cases {
+        let mut numbers = vec![];
+        let mut engine = plain();
+        engine.on(events.clone(), |_, engine| {
+            numbers.push(engine.state.iteration);
+            Ok(())
+        });
+        engine.run(&mut vec![], vec![0, 1, 2], Until::epochs(3))?;
+        drop(engine);
+        assert_eq!(numbers, expected, "{events:?}");
+    }
+    let mut epochs = vec![];
+    let mut engine = plain();
+    let events =
+        Event::EpochStarted.every(2) | Event::EpochCompleted.once(1) | Event::Completed.after(2);
+    engine.on(events, |_, engine| {
+        epochs.push(engine.state.epoch);
+        Ok(())
+    });
+    engine.run(&mut vec![], vec![0], Until::epochs(3))?;
+    drop(engine);
+    assert_eq!(epochs, [1, 2, 3]);
+    Ok(())
+}
+
+#[test]
+fn registrations_can_be_chained_and_handlers_run_in_order() -> Result<()> {
+    let log = RefCell::new(String::new());
+    let mut engine = plain();
+    let write = |letter: char| {
+        let log = &log;
+        move |_: &mut Vec<i64>, _: &mut Engine<'_, Vec<i64>, i64, f64>| {
+            log.borrow_mut().push(letter);
+            Ok(())
+        }
+    };
+    engine
+        .on(Event::Completed, write('c'))
+        .on(Event::Started | Event::Completed, write('a'))
+        .metric("mean", Mean::new())
+        .on(Event::Started, write('b'));
+    engine.run(&mut vec![], vec![0], Until::epochs(1))?;
+    assert_eq!(*log.borrow(), "abca");
+    Ok(())
+}
+
+#[test]
+fn handlers_can_be_removed_also_within_their_own_call() -> Result<()> {
+    let mut engine = plain();
+    let own = Rc::new(Cell::new(None));
+    let id = own.clone();
+    let itself = engine.add_event_handler(Event::IterationStarted, move |seen, engine| {
+        seen.push(-1);
+        id.get().map_or(Ok(()), |id| engine.remove_event_handler(id)).map_err(Into::into)
+    })?;
+    own.set(Some(itself));
+    let late = engine.add_event_handler(Event::EpochCompleted | Event::Started, |seen, _| {
+        seen.push(-2);
+        Ok(())
+    })?;
+    engine.on(Event::IterationCompleted.once(2), move |_, engine| {
+        assert!(engine.has_event_handler(late));
+        engine.remove_event_handler(late)?;
+        assert!(!engine.has_event_handler(late));
+        Ok(())
+    });
+    let mut seen = vec![];
+    engine.run(&mut seen, vec![5], Until::epochs(3))?;
+    assert_eq!(seen, [-2, -1, 5, -2, 5, 5]);
+    assert_eq!(
+        text(engine.remove_event_handler(itself)),
+        "this handler is not registered, or was removed already"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_handler_removed_while_its_event_fires_is_called_a_last_time() -> Result<()> {
+    let mut engine = plain();
+    let later = Rc::new(Cell::new(None));
+    let id = later.clone();
+    engine.on(Event::EpochStarted.once(1), move |_, engine| {
+        id.get().map_or(Ok(()), |id| engine.remove_event_handler(id)).map_err(Into::into)
+    });
+    let added = engine.add_event_handler(Event::EpochStarted, |seen, _| {
+        seen.push(-1);
+        Ok(())
+    })?;
+    later.set(Some(added));
+    let mut seen = vec![];
+    engine.run(&mut seen, vec![5], Until::epochs(2))?;
+    assert_eq!(seen, [-1, 5, 5]);
+    Ok(())
+}
+
+#[test]
+fn a_handler_added_while_its_event_fires_is_called_in_the_same_firing() -> Result<()> {
+    let mut engine = plain();
+    engine.on(Event::EpochStarted.once(1), |_, engine| {
+        engine.on(Event::EpochStarted, |seen, _| {
+            seen.push(-1);
             Ok(())
         });
         Ok(())
     });
     let mut seen = vec![];
-    let r = e.run(&mut seen, vec![1i64], Until::epochs(2));
-    show("added in own event", r, &seen);
+    engine.run(&mut seen, vec![5], Until::epochs(2))?;
+    assert_eq!(seen, [-1, 5, -1, 5]);
+    Ok(())
 }
 
 #[test]
-fn p17_reset_after_error() {
-    let mut e = eng();
-    e.on(Event::IterationCompleted.once(2), |_, _| anyhow::bail!("x"));
-    let mut seen = vec![];
-    let r = e.run(&mut seen, vec![1i64, 2, 3], Until::epochs(2));
-    show("x", r, &seen);
-    (e.state.epoch, e.state.iteration) = (0, 0);
-    let r = e.run(&mut seen, vec![1i64, 2, 3], Until::epochs(2));
-    show("reset epoch=0, iteration=0", r, &seen);
-}
-
-#[test]
-fn p18_take_batch() {
-    let mut e = eng();
-    e.on(Event::IterationStarted.once(2), |_, e| {
-        e.state.batch = None;
+fn custom_events_nest_and_a_running_handler_is_not_entered_again() -> Result<()> {
+    const OUTER: Event = Event::custom("outer");
+    const INNER: Event = Event::custom("inner");
+    let mut engine: Engine<Vec<i64>, i64, ()> =
+        Engine::new(|seen: &mut Vec<i64>, engine, batch| {
+            seen.push(batch);
+            engine.fire_event(OUTER, seen)?;
+            Ok(())
+        });
+    engine.register_events([OUTER, INNER])?;
+    engine.register_events([INNER])?;
+    engine.on(OUTER, |seen, engine| {
+        seen.push(-1);
+        engine.fire_event(INNER, seen)?;
+        engine.fire_event(OUTER, seen)?;
+        seen.push(-3);
+        Ok(())
+    });
+    engine.on(INNER.every(2), |seen, _| {
+        seen.push(-2);
         Ok(())
     });
     let mut seen = vec![];
-    let r = e.run(&mut seen, vec![1i64, 2, 3], Until::epochs(2));
-    show("took", r, &seen);
+    engine.run(&mut seen, vec![1, 2], Until::epochs(1))?;
+    assert_eq!(seen, [1, -1, -3, 2, -1, -2, -3]);
+    let unknown = engine.fire_event(Event::custom("third"), &mut seen);
+    assert!(text(unknown).ends_with("registered are: outer, inner"));
+    Ok(())
 }
+
 #[test]
-fn p19_exhausted_warnings() {
-    let mut e = eng();
-    let mut seen = vec![];
-    let r = e.run(&mut seen, one_shot(0..3), Until::epochs(2000)).unwrap();
-    println!("warnings {} epochs {}", r.warnings.len(), r.epochs);
-    let r = e.run(&mut seen, one_shot(0..0), Until::epochs(2).epoch_length(2));
-    show("empty one shot", r, &seen);
+fn closures_borrow_and_engines_live_in_structs() -> Result<()> {
+    struct Program {
+        engine: Engine<'static, u64, i64, ()>,
+        steps: u64,
+    }
+    let engine = Engine::new(|steps: &mut u64, _, _| {
+        *steps += 1;
+        Ok(())
+    });
+    let mut program = Program { engine, steps: 0 };
+    program.engine.run(&mut program.steps, vec![1, 2], Until::epochs(2))?;
+    assert_eq!(program.steps, 4);
+
+    let data = vec![1, 2, 3];
+    let (mut largest, offset) = (0, 10);
+    let mut engine: Engine<(), i64, ()> = Engine::new(|_, _, batch| {
+        largest = largest.max(batch + offset);
+        Ok(())
+    });
+    engine.run(&mut (), &data, Until::epochs(1))?;
+    engine.run(&mut (), &data[..2], Until::epochs(1))?;
+    drop(engine);
+    assert_eq!(largest, 13);
+    Ok(())
 }
+
 #[test]
-fn p20_no_data_restart() {
-    let mut e = eng();
-    let mut seen = vec![];
-    let r = e.run(&mut seen, no_data(), Until::epochs(2));
-    show("no data", r, &seen);
-    let r = e.run(&mut seen, no_data(), Until::samples(2).epoch_length(2));
-    show("no data samples", r, &seen);
-    let r = e.run(&mut seen, vec![1, 2], Until::samples(2));
-    show("vec samples", r, &seen);
-    let r = e.run(&mut seen, vec![1, 2], Until::time(Duration::ZERO));
-    show("vec time 0", r, &seen);
+fn a_handler_kept_outside_can_be_read_after_the_run() -> Result<()> {
+    struct Counter(u64);
+    impl Handler<Vec<i64>, i64, f64> for Counter {
+        fn name(&self) -> String {
+            "counter".into()
+        }
+        fn events(&self) -> Events {
+            Event::IterationCompleted.every(2).into()
+        }
+        fn call(
+            &mut self,
+            _: Event,
+            _: &mut Vec<i64>,
+            _: &mut Engine<'_, Vec<i64>, i64, f64>,
+        ) -> anyhow::Result<()> {
+            self.0 += 1;
+            Ok(())
+        }
+    }
+    let counter = Rc::new(RefCell::new(Counter(0)));
+    let mut engine = plain();
+    engine.attach(counter.clone());
+    engine.run(&mut vec![], vec![0; 5], Until::epochs(1))?;
+    assert_eq!(counter.borrow().0, 2);
+    Ok(())
+}
+
+// Evaluation.
+
+/// Step: the batch plus the context's first entry.
+fn evaluator<'a>() -> Engine<'a, Vec<i64>, i64, f64> {
+    let mut engine = Engine::new(|seen: &mut Vec<i64>, _, batch: i64| {
+        anyhow::ensure!(batch != 13, "unlucky");
+        Ok((batch + seen.len() as i64) as f64)
+    });
+    engine.metric("mean", Mean::new()).metric("running", RunningAverage::new().alpha(0.5));
+    engine
+}
+
+#[test]
+fn an_evaluator_runs_within_the_trainer_and_leaves_its_metrics_there() -> Result<()> {
+    let mut means = vec![];
+    let mut trainer = plain();
+    trainer.attach(Evaluate::each_epoch("val", evaluator(), vec![0, 4]));
+    trainer.on(Event::EpochCompleted, |_, engine| {
+        means.push((
+            engine.state.metrics.get("val/mean")?,
+            engine.state.metrics.get("val/running")?,
+        ));
+        Ok(())
+    });
+    trainer.run(&mut vec![], vec![1, 2], Until::epochs(2))?;
+    assert_eq!((trainer.state.epoch, trainer.state.iteration), (2, 4));
+    drop(trainer);
+    assert_eq!(means, [(4., 4.), (6., 6.)]);
+    Ok(())
+}
+
+#[test]
+fn an_evaluator_can_run_at_other_events_on_a_loader() -> Result<()> {
+    let mut evaluator: Engine<(), Batch, f64> =
+        Engine::new(|_, _, batch: Batch| Ok(batch.0.size()[0] as f64));
+    evaluator.metric("size", Mean::new());
+    let runs = Rc::new(Cell::new(0));
+    let count = runs.clone();
+    evaluator.on(Event::Completed, move |_, _| {
+        count.set(count.get() + 1);
+        Ok(())
+    });
+    let data = loader(6, 4);
+    let mut trainer: Engine<(), Batch, ()> = Engine::new(|_, _, _| Ok(()));
+    trainer.attach(Evaluate::on(Event::IterationCompleted.every(2), "test", evaluator, &data));
+    trainer.run(&mut (), &data, Until::epochs(3))?;
+    assert_eq!((runs.get(), trainer.state.metrics.get("test/size")?), (3, 3.));
+    Ok(())
+}
+
+#[test]
+fn an_error_in_the_evaluator_is_told_through_the_trainer_and_the_next_run_works() {
+    let mut trainer = plain();
+    let data = Rc::new(Cell::new(13));
+    let shared = data.clone();
+    let mut inner = evaluator();
+    inner.on(Event::GetBatchCompleted, move |_, engine| {
+        engine.state.batch = Some(shared.get());
+        Ok(())
+    });
+    trainer.attach(Evaluate::each_epoch("val", inner, vec![0, 1]));
+    let all = chain(trainer.run(&mut vec![], vec![1, 2], Until::epochs(2)));
+    assert_eq!(
+        all,
+        "handler 'evaluator val' of EPOCH_COMPLETED failed at iteration 2 (epoch 1): the step of iteration 1 (epoch 1) failed: unlucky"
+    );
+    data.set(4);
+    trainer.run(&mut vec![], vec![1, 2], Until::epochs(2)).unwrap();
+    assert_eq!(trainer.state.metrics.get("val/mean").unwrap(), 6.);
+}
+
+#[test]
+fn an_evaluator_that_terminates_early_begins_anew_the_next_time() -> Result<()> {
+    let mut inner = evaluator();
+    inner.on(Event::IterationCompleted.once(2), |_, engine| {
+        engine.terminate();
+        Ok(())
+    });
+    let mut running = vec![];
+    let mut trainer = plain();
+    trainer.attach(Evaluate::each_epoch("val", inner, vec![0, 4, 100]));
+    trainer.on(Event::EpochCompleted, |_, engine| {
+        running.push(engine.state.metrics.get("val/running")?);
+        Ok(())
+    });
+    trainer.run(&mut vec![], vec![1, 2], Until::epochs(2))?;
+    assert!(!trainer.state.metrics.contains("val/mean"), "its epoch was never completed");
+    drop(trainer);
+    assert_eq!(running, [4., 6.]);
+    Ok(())
 }

@@ -1,203 +1,727 @@
-//! Probes.
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use tch::{Device, Kind, Tensor, nn, nn::OptimizerConfig};
-use tch_ignite::optim::*;
+//! Groups, options and steps of the optimizer, against tch's own setters and updates computed by hand.
 
-fn vs2() -> (nn::VarStore, Tensor, Tensor) {
-    let mut vs = nn::VarStore::new(Device::Cpu);
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use tch::nn::{self, VarStore};
+use tch::{Device, Kind, Tensor};
+use tch_ignite::optim::{Group, GroupOptions, Knob, Optimizer, lr};
+use tch_ignite::{Error, Result};
+
+type Options = BTreeMap<&'static str, f64>;
+
+const ONE: [i64; 1] = [1];
+
+fn store() -> VarStore {
+    let mut vs = VarStore::new(Device::Cpu);
     vs.set_kind(Kind::Double);
-    let a = (vs.root() / "a").ones("w", &[1]);
-    let b = (vs.root() / "b").ones("w", &[1]);
+    vs
+}
+
+/// Parameters `a.w` and `b.w`, one element each.
+fn two() -> (VarStore, Tensor, Tensor) {
+    let vs = store();
+    let (a, b) = ((vs.root() / "a").ones("w", &ONE), (vs.root() / "b").ones("w", &ONE));
     (vs, a, b)
 }
-fn bw(o: &Optimizer, t: &Tensor) -> String {
-    format!(
-        "{:?}",
-        catch_unwind(AssertUnwindSafe(|| o
-            .backward_step(&(t * 2.).sum(Kind::Double))
-            .map_err(|e| e.to_string())))
-    )
+
+/// Groups `a` and `b` of [`two`].
+fn grouped<T: nn::OptimizerConfig>(config: T, vs: &VarStore) -> Optimizer {
+    Optimizer::builder(config, vs)
+        .lr(0.1)
+        .group("a", |name| name.starts_with('a'), GroupOptions::new())
+        .group("b", |name| name.starts_with('b'), GroupOptions::new())
+        .build()
+        .unwrap()
+}
+
+fn optimizer(name: &str, vs: &VarStore) -> Optimizer {
+    match name {
+        "SGD" => grouped(nn::Sgd::default(), vs),
+        "Adam" => grouped(nn::Adam::default(), vs),
+        "AdamW" => grouped(nn::AdamW::default(), vs),
+        _ => grouped(nn::RmsProp::default(), vs),
+    }
+}
+
+const NAMES: [&str; 4] = ["SGD", "Adam", "AdamW", "RMSprop"];
+
+/// PyTorch's defaults, with the learning rate of [`grouped`].
+fn defaults(name: &str) -> Options {
+    let own: &[(&str, f64)] = match name {
+        "SGD" => &[("momentum", 0.), ("dampening", 0.), ("weight_decay", 0.), ("nesterov", 0.)],
+        "RMSprop" => &[
+            ("alpha", 0.99),
+            ("eps", 1e-8),
+            ("weight_decay", 0.),
+            ("momentum", 0.),
+            ("centered", 0.),
+        ],
+        _ => &[
+            ("beta1", 0.9),
+            ("beta2", 0.999),
+            ("eps", 1e-8),
+            ("weight_decay", if name == "Adam" { 0. } else { 0.01 }),
+            ("amsgrad", 0.),
+        ],
+    };
+    own.iter().copied().chain([("lr", 0.1)]).collect()
+}
+
+/// Options to try, together: some have an effect only beside others.
+fn variants(name: &str) -> Vec<Options> {
+    let lists: &[&[(&str, f64)]] = match name {
+        "SGD" => &[
+            &[("lr", 0.03)],
+            &[("weight_decay", 0.2)],
+            &[("momentum", 0.7)],
+            &[("momentum", 0.7), ("dampening", 0.3)],
+            &[("momentum", 0.7), ("nesterov", 1.)],
+        ],
+        "RMSprop" => &[
+            &[("lr", 0.03)],
+            &[("weight_decay", 0.2)],
+            &[("alpha", 0.5)],
+            &[("eps", 0.1)],
+            &[("momentum", 0.7)],
+            &[("centered", 1.)],
+        ],
+        _ => &[
+            &[("lr", 0.03)],
+            &[("weight_decay", 0.2)],
+            &[("beta1", 0.5)],
+            &[("beta2", 0.6)],
+            &[("eps", 0.1)],
+            &[("amsgrad", 1.), ("beta2", 0.6)],
+        ],
+    };
+    lists.iter().map(|list| list.iter().copied().collect()).collect()
+}
+
+/// The last is smaller, so that AMSGrad's maximum matters.
+const GRADIENTS: [f64; 3] = [0.5, 2., 0.1];
+
+/// One parameter, from 1, with these gradients, by the formulas of PyTorch's documentation.
+fn by_hand(name: &str, o: &Options) -> Vec<f64> {
+    let (mut w, mut first, mut second, mut max, mut buffer) = (1., 0., 0., 0f64, None);
+    let step = |(t, g): (usize, &f64)| {
+        let t = t as i32 + 1;
+        let mut g = *g;
+        if name == "AdamW" {
+            w *= 1. - o["lr"] * o["weight_decay"];
+        } else {
+            g += o["weight_decay"] * w;
+        }
+        match name {
+            "SGD" => {
+                if o["momentum"] != 0. {
+                    let new =
+                        buffer.map_or(g, |b: f64| o["momentum"] * b + (1. - o["dampening"]) * g);
+                    buffer = Some(new);
+                    g = if o["nesterov"] != 0. { g + o["momentum"] * new } else { new };
+                }
+                w -= o["lr"] * g;
+            }
+            "RMSprop" => {
+                second = o["alpha"] * second + (1. - o["alpha"]) * g * g;
+                first = o["alpha"] * first + (1. - o["alpha"]) * g;
+                let mean = if o["centered"] != 0. { first } else { 0. };
+                let new = o["momentum"] * buffer.unwrap_or(0.)
+                    + g / ((second - mean * mean).sqrt() + o["eps"]);
+                buffer = Some(new);
+                w -= o["lr"] * new;
+            }
+            _ => {
+                let (beta1, beta2) = (o["beta1"], o["beta2"]);
+                first = beta1 * first + (1. - beta1) * g;
+                second = beta2 * second + (1. - beta2) * g * g;
+                max = max.max(second);
+                let second = if o["amsgrad"] != 0. { max } else { second };
+                let denominator = (second / (1. - beta2.powi(t))).sqrt() + o["eps"];
+                w -= o["lr"] * first / (1. - beta1.powi(t)) / denominator;
+            }
+        }
+        w
+    };
+    GRADIENTS.iter().enumerate().map(step).collect()
+}
+
+fn value(tensor: &Tensor) -> f64 {
+    tensor.double_value(&[0])
+}
+
+fn step_with(optimizer: &Optimizer, parameter: &Tensor, gradient: f64) -> Result<()> {
+    optimizer.backward_step(&(parameter * gradient).sum(Kind::Double))
+}
+
+fn steps(optimizer: &Optimizer, parameter: &Tensor) -> Vec<f64> {
+    let step = |gradient: &f64| {
+        step_with(optimizer, parameter, *gradient).unwrap();
+        value(parameter)
+    };
+    GRADIENTS.iter().map(step).collect()
+}
+
+fn assert_close(ours: &[f64], theirs: &[f64], what: &str) {
+    assert_eq!(ours.len(), theirs.len(), "{what}");
+    let close = ours.iter().zip(theirs).all(|(a, b)| (a - b).abs() <= 1e-14 * b.abs().max(1.));
+    assert!(close, "{what}: {ours:?} instead of {theirs:?}");
+}
+
+fn all_options(group: &Group, name: &str) -> Options {
+    defaults(name).keys().map(|option| (*option, group.get(option).unwrap())).collect()
+}
+
+fn text<T: std::fmt::Debug>(result: Result<T>) -> String {
+    result.unwrap_err().to_string()
 }
 
 #[test]
-fn q1_swap() {
-    let (vs, a, _) = vs2();
-    let o = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
-    let mut other = nn::Adam::default().build(&vs, 0.7).unwrap();
-    o.with_tch(|t| std::mem::swap(t, &mut other)).unwrap();
-    println!("swap: {:?} {:?}", o.group_at(0).unwrap().lr(), o.name());
-    println!("{}", bw(&o, &a));
-    a.print();
+fn constructor_values_are_read_back_and_used() {
+    fn check<T: nn::OptimizerConfig>(config: T, given: &[(&'static str, f64)]) {
+        let (vs, a, _b) = two();
+        let optimizer = grouped(config, &vs);
+        let name = optimizer.name();
+        let mut expected = defaults(name);
+        expected.extend(given.iter().copied());
+        for group in optimizer.groups().unwrap() {
+            assert_eq!(all_options(&group, name), expected, "{name}");
+        }
+        assert_close(&steps(&optimizer, &a), &by_hand(name, &expected), name);
+    }
+    check(nn::Sgd::default(), &[]);
+    check(
+        nn::sgd(0.9, 0.1, 5e-4, false),
+        &[("momentum", 0.9), ("dampening", 0.1), ("weight_decay", 5e-4)],
+    );
+    check(nn::sgd(0.9, 0., 0., true), &[("momentum", 0.9), ("nesterov", 1.)]);
+    let adam = [("beta1", 0.8), ("beta2", 0.9), ("weight_decay", 0.1), ("eps", 1e-3)];
+    let amsgrad = || adam.iter().copied().chain([("amsgrad", 1.)]).collect::<Vec<_>>();
+    check(nn::Adam { beta1: 0.8, beta2: 0.9, wd: 0.1, eps: 1e-3, amsgrad: true }, &amsgrad());
+    check(nn::adam(0.8, 0.9, 0.1).eps(1e-3), &adam);
+    check(nn::AdamW { beta1: 0.8, beta2: 0.9, wd: 0.1, eps: 1e-3, amsgrad: true }, &amsgrad());
+    check(nn::AdamW::default(), &[]);
+    check(
+        nn::rms_prop(0.8, 1e-3, 0.1, 0.7, true),
+        &[
+            ("alpha", 0.8),
+            ("eps", 1e-3),
+            ("weight_decay", 0.1),
+            ("momentum", 0.7),
+            ("centered", 1.),
+        ],
+    );
 }
+
 #[test]
-fn q2_rms_momentum() {
-    let (vs, a, _) = vs2();
-    let o = Optimizer::rms_prop(&vs).lr(0.1).build().unwrap();
-    println!("{}", bw(&o, &a));
-    o.group_at(0).unwrap().set_momentum(0.9).unwrap();
-    println!("rms momentum later: {}", bw(&o, &a));
-    let (vs, a, _) = vs2();
-    let o = Optimizer::rms_prop(&vs).lr(0.1).build().unwrap();
-    println!("{}", bw(&o, &a));
-    o.group_at(0).unwrap().set_centered(true).unwrap();
-    println!("rms centered later: {}", bw(&o, &a));
-    let (vs, a, _) = vs2();
-    let o = Optimizer::adam(&vs).lr(0.1).build().unwrap();
-    println!("{}", bw(&o, &a));
-    o.group_at(0).unwrap().set_amsgrad(true).unwrap();
-    println!("adam amsgrad later: {}", bw(&o, &a));
-    println!("{:?}", o.state("a.w").unwrap());
-    let (vs, a, _) = vs2();
-    let o = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
-    println!("{}", bw(&o, &a));
-    o.group_at(0).unwrap().set_momentum(0.9).unwrap();
-    println!("sgd momentum later: {} {:?}", bw(&o, &a), o.state("a.w").unwrap());
-}
-#[test]
-fn q3_predicate_panics() {
-    let (vs, _, _) = vs2();
-    let r = catch_unwind(AssertUnwindSafe(|| {
-        Optimizer::sgd(&vs).group("x", |_| panic!("pred"), lr(0.1)).build().map(|_| ())
-    }));
-    println!("panicking predicate: {}", r.is_err());
-    let r = catch_unwind(AssertUnwindSafe(|| vs.len()));
-    println!("vs usable after: {:?}", r.is_ok());
-}
-#[test]
-fn q4_failed_build_changes_groups() {
-    let vs = nn::VarStore::new(Device::Cpu);
-    vs.root().set_group(1).ones("w", &[1]);
-    vs.root().set_group(0).ones("v", &[1]);
-    let r = Optimizer::sgd(&vs)
-        .group("all", |_| true, lr(0.1))
-        .group("none", |_| false, lr(0.1))
-        .build();
-    println!("{}", r.err().unwrap());
-    let o = Optimizer::sgd(&vs).build().unwrap();
-    for g in o.groups().unwrap() {
-        println!("{} {:?}", g.name(), g.parameters())
+fn short_constructors_have_pytorchs_defaults() {
+    let (vs, ..) = two();
+    for (optimizer, name, rate) in [
+        (Optimizer::sgd(&vs).build(), "SGD", 1e-3),
+        (Optimizer::adam(&vs).build(), "Adam", 1e-3),
+        (Optimizer::adamw(&vs).build(), "AdamW", 1e-3),
+        (Optimizer::rms_prop(&vs).build(), "RMSprop", 1e-2),
+        (Optimizer::rms_prop(&vs).lr(0.5).build(), "RMSprop", 0.5),
+    ] {
+        let optimizer = optimizer.unwrap();
+        assert_eq!(optimizer.name(), name);
+        let mut expected = defaults(name);
+        expected.insert("lr", rate);
+        assert_eq!(all_options(&optimizer.group_at(0).unwrap(), name), expected);
     }
 }
+
 #[test]
-fn q5_new_in_with_tch() {
-    let (vs, _, _) = vs2();
-    let o = Optimizer::sgd(&vs)
-        .group("a", |n| n.starts_with("a"), lr(0.1))
-        .group("b", |n| n.starts_with("b"), lr(0.2))
-        .build()
-        .unwrap();
-    o.with_tch(|t| {
-        (vs.root() / "b").ones("new", &[1]);
-        t.step();
-    })
-    .unwrap();
-    o.step().unwrap();
-    for g in o.groups().unwrap() {
-        println!("{} {:?}", g.name(), g.parameters())
+fn every_option_we_set_is_what_libtorch_uses_in_that_group_only() {
+    for name in NAMES {
+        let plain = by_hand(name, &defaults(name));
+        for variant in variants(name) {
+            let (vs, a, b) = two();
+            let optimizer = optimizer(name, &vs);
+            let (group_a, group_b) = (optimizer.group("a").unwrap(), optimizer.group("b").unwrap());
+            let mut expected = defaults(name);
+            for (option, value) in &variant {
+                group_a.set(option, *value).unwrap();
+                expected.insert(option, *value);
+            }
+            assert_eq!(all_options(&group_a, name), expected, "{name}");
+            assert_eq!(all_options(&group_b, name), defaults(name), "{name}");
+            let by_hand = by_hand(name, &expected);
+            assert_ne!(by_hand, plain, "{name}: {variant:?} has no effect");
+            assert_close(&steps(&optimizer, &a), &by_hand, &format!("{name} {variant:?}"));
+            assert_close(&steps(&optimizer, &b), &plain, name);
+        }
     }
 }
+
 #[test]
-fn q6_names() {
-    let (vs, _, _) = vs2();
-    let r = Optimizer::sgd(&vs).name_group(0, "x").name_group(0, "y").build();
-    println!("same number twice: {:?}", r.map(|o| o.group_names()));
-    let vs = nn::VarStore::new(Device::Cpu);
-    vs.root().set_group(1).ones("w", &[1]);
-    vs.root().set_group(0).ones("v", &[1]);
-    let r = Optimizer::sgd(&vs).name_group(1, "group_0").build();
-    println!("default name taken: {:?}", r.map(|o| o.group_names()));
-    let r = Optimizer::sgd(&vs).name_group(7, "x").build();
-    println!("beyond: {}", r.err().unwrap());
-    let r = Optimizer::sgd(&vs).name_group(usize::MAX, "x").build();
-    println!("MAX: {:?}", r.map_err(|e| e.to_string()));
+fn group_options_given_at_build_are_what_libtorch_uses() {
+    fn options(o: &Options) -> GroupOptions {
+        o.iter().fold(GroupOptions::new(), |options, (name, value)| match *name {
+            "lr" => options.lr(*value),
+            "momentum" => options.momentum(*value),
+            "dampening" => options.dampening(*value),
+            "weight_decay" => options.weight_decay(*value),
+            "nesterov" => options.nesterov(*value != 0.),
+            "eps" => options.eps(*value),
+            "amsgrad" => options.amsgrad(*value != 0.),
+            "alpha" => options.alpha(*value),
+            "centered" => options.centered(*value != 0.),
+            _ => options.betas(
+                o.get("beta1").copied().unwrap_or(0.9),
+                o.get("beta2").copied().unwrap_or(0.999),
+            ),
+        })
+    }
+    fn build<T: nn::OptimizerConfig>(config: T, vs: &VarStore, o: &Options) -> Result<Optimizer> {
+        Optimizer::builder(config, vs)
+            .lr(0.1)
+            .group("rest", |name| name != "a.w", GroupOptions::new())
+            .group("a", |name| name == "a.w", options(o))
+            .build()
+    }
+    for name in NAMES {
+        for variant in variants(name) {
+            let (vs, a, b) = two();
+            let optimizer = match name {
+                "SGD" => build(nn::Sgd::default(), &vs, &variant),
+                "Adam" => build(nn::Adam::default(), &vs, &variant),
+                "AdamW" => build(nn::AdamW::default(), &vs, &variant),
+                _ => build(nn::RmsProp::default(), &vs, &variant),
+            }
+            .unwrap();
+            let mut expected = defaults(name);
+            expected.extend(variant);
+            assert_close(&steps(&optimizer, &a), &by_hand(name, &expected), name);
+            assert_close(&steps(&optimizer, &b), &by_hand(name, &defaults(name)), name);
+        }
+    }
 }
+
 #[test]
-fn q7_constructor_errors() {
-    let (vs, _, _) = vs2();
-    println!(
-        "{:?}",
-        Optimizer::builder(nn::sgd(0., 0., 0., true), &vs).build().map_err(|e| e.to_string())
-    );
-    println!(
-        "{:?}",
-        Optimizer::builder(nn::adam(1.5, 0.9, 0.), &vs).build().map_err(|e| e.to_string())
-    );
-    println!(
-        "{:?}",
-        Optimizer::builder(nn::sgd(f64::INFINITY, 0., 0., false), &vs)
-            .build()
-            .map_err(|e| e.to_string())
-    );
-    println!(
-        "{:?}",
-        Optimizer::builder(nn::rms_prop(0.9, 1e-8, f64::NAN, 0., false), &vs)
-            .build()
-            .map_err(|e| e.to_string())
-    );
-    println!(
-        "{:?}",
-        Optimizer::builder(nn::rms_prop(0.9, f64::NAN, 0., 0., false), &vs)
-            .build()
-            .map_err(|e| e.to_string())
-    );
-    println!(
-        "{:?}",
-        Optimizer::builder(nn::adam(f64::NAN, 0.9, 0.), &vs).build().map_err(|e| e.to_string())
-    );
-    println!(
-        "{:?}",
-        Optimizer::builder(nn::sgd(0.9, f64::NAN, 0., false), &vs)
-            .build()
-            .map_err(|e| e.to_string())
-    );
+fn typed_methods_read_what_they_set() -> Result<()> {
+    let (vs, ..) = two();
+    let sgd = optimizer("SGD", &vs).group("a")?;
+    sgd.set_lr(0.5)?;
+    sgd.set_momentum(0.6)?;
+    sgd.set_dampening(-0.7)?;
+    sgd.set_weight_decay(0.8)?;
+    sgd.set_nesterov(true)?;
+    assert_eq!((sgd.lr()?, sgd.momentum()?, sgd.dampening()?), (0.5, 0.6, -0.7));
+    assert_eq!((sgd.weight_decay()?, sgd.nesterov()?), (0.8, true));
+    for name in ["Adam", "AdamW"] {
+        let adam = optimizer(name, &vs).group("b")?;
+        adam.set_betas(0.5, 0.6)?;
+        adam.set_eps(0.7)?;
+        adam.set_amsgrad(true)?;
+        assert_eq!((adam.betas()?, adam.eps()?, adam.amsgrad()?), ((0.5, 0.6), 0.7, true));
+        adam.set_amsgrad(false)?;
+        assert!(!adam.amsgrad()?);
+    }
+    let rms_prop = optimizer("RMSprop", &vs).group("b")?;
+    rms_prop.set_alpha(0.5)?;
+    rms_prop.set_centered(true)?;
+    assert_eq!((rms_prop.alpha()?, rms_prop.centered()?, rms_prop.index()), (0.5, true, 1));
+    assert!(format!("{rms_prop:?}").starts_with("b { lr: 0.1, alpha: 0.5, eps: 1e-8"));
+    Ok(())
 }
+
 #[test]
-fn q8_loss_errors() {
-    let (vs, a, _) = vs2();
-    let o = Optimizer::sgd(&vs).build().unwrap();
-    println!(
-        "{:?}",
-        o.backward_step(&Tensor::ones([2], (Kind::Float, Device::Cpu))).map_err(|e| e.to_string())
-    );
-    println!(
-        "{:?}",
-        o.backward_step(&Tensor::ones([1], (Kind::Float, Device::Cpu))).map_err(|e| e.to_string())
-    );
-    println!(
-        "{:?}",
-        o.backward_step(&(&a * Tensor::ones([2], (Kind::Float, Device::Cpu))))
-            .map_err(|e| e.to_string())
-    );
-    let l = (&a * 2.).sum(Kind::Double);
-    println!("{:?}", o.backward_step(&l).map_err(|e| e.to_string()));
-    println!("twice {:?}", o.backward_step(&l).map_err(|e| e.to_string()));
-    println!("undefined {:?}", o.backward_step(&Tensor::new()).map_err(|e| e.to_string()));
-    println!("{:?}", o);
-    println!("{:?}", o.group("nope").map_err(|e| e.to_string()));
-    println!("{:?}", o.group_at(3).map_err(|e| e.to_string()));
-    println!("{:?}", o.group_at(0).unwrap().alpha().map_err(|e| e.to_string()));
-    println!("{:?}", o.state("zzz").map_err(|e| e.to_string()));
+fn what_is_set_through_tch_is_read_here() -> Result<()> {
+    for name in NAMES {
+        let (vs, a, _b) = two();
+        let optimizer = optimizer(name, &vs);
+        let both = |option: &str| -> Result<Vec<f64>> {
+            optimizer.groups()?.iter().map(|group| group.get(option)).collect()
+        };
+        optimizer.with_tch(|tch| tch.set_lr_group(1, 0.25))?;
+        assert_eq!(both("lr")?, [0.1, 0.25]);
+        optimizer.with_tch(|tch| tch.set_lr(0.5))?;
+        assert_eq!(both("lr")?, [0.5, 0.5]);
+        optimizer.with_tch(|tch| tch.set_weight_decay_group(0, 0.125))?;
+        assert_eq!(both("weight_decay")?, [0.125, defaults(name)["weight_decay"]]);
+        optimizer.with_tch(|tch| tch.set_weight_decay(0.0625))?;
+        assert_eq!(both("weight_decay")?, [0.0625, 0.0625]);
+        let momentum = if name.starts_with("Adam") { "beta1" } else { "momentum" };
+        optimizer.with_tch(|tch| tch.set_momentum(0.75))?;
+        assert_eq!(both(momentum)?, [0.75, 0.75]);
+        if name == "SGD" {
+            optimizer.with_tch(|tch| tch.set_momentum_group(1, 0.5))?;
+            assert_eq!(both(momentum)?, [0.75, 0.5]);
+        }
+        // And a step of tch's is a step of ours.
+        let gradient =
+            || optimizer.with_tch(|tch| tch.backward_step(&(&a * 0.5).sum(Kind::Double)));
+        gradient()?;
+        let mut expected = defaults(name);
+        expected.extend([("lr", 0.5), ("weight_decay", 0.0625), (momentum, 0.75)]);
+        assert_close(&[value(&a)], &by_hand(name, &expected)[..1], name);
+    }
+    Ok(())
 }
+
 #[test]
-fn q9_tch_setters_before_new_group() {
-    // tch group numbers: variable in a new group appears after build
-    let (vs, _, _) = vs2();
-    let o = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
-    vs.root().set_group(2).ones("late", &[1]);
-    println!("{:?}", o.group_names());
-    o.zero_grad().unwrap();
-    println!(
-        "{:?} {:?}",
-        o.group_names(),
-        o.groups().unwrap().iter().map(|g| g.parameters().unwrap()).collect::<Vec<_>>()
+fn groups_follow_predicates_over_names() -> Result<()> {
+    let vs = store();
+    let _conv = nn::conv2d(vs.root() / "conv", 1, 1, 1, Default::default());
+    let _fc = nn::linear(vs.root() / "fc", 1, 1, Default::default());
+    let optimizer = Optimizer::adam(&vs)
+        .group("decay", |name| name.ends_with("weight"), lr(1e-2).weight_decay(0.1))
+        .group("rest", |name| name.ends_with("bias"), GroupOptions::new())
+        .build()?;
+    assert_eq!(optimizer.group_names()?, ["decay", "rest"]);
+    assert_eq!(optimizer.group("rest")?.index(), 1);
+    assert_eq!(optimizer.group_at(1)?.name(), "rest");
+    for (group, end) in optimizer.groups()?.iter().zip(["weight", "bias"]) {
+        let mut names = group.parameters()?;
+        names.sort();
+        assert_eq!(names, [format!("conv.{end}"), format!("fc.{end}")]);
+    }
+    Ok(())
+}
+
+#[test]
+fn groups_follow_tchs_numbers_with_given_and_default_names() -> Result<()> {
+    let vs = store();
+    let (root, first) = (vs.root(), vs.root().set_group(2));
+    let (_u, _v) = (first.ones("u", &ONE), root.ones("v", &ONE));
+    let optimizer = Optimizer::sgd(&vs).name_group(2, "special").lr(0.5).build()?;
+    assert_eq!(optimizer.group_names()?, ["group_0", "group_1", "special"]);
+    let parameters = |name| optimizer.group(name)?.parameters();
+    assert_eq!(parameters("special")?, ["u"]);
+    assert_eq!(parameters("group_0")?, ["v"]);
+    assert!(parameters("group_1")?.is_empty());
+    assert_eq!(optimizer.group("group_1")?.lr()?, 0.5);
+    Ok(())
+}
+
+#[test]
+fn refusals_at_build_say_what_was_given_and_what_there_is() {
+    let all = |_: &str| true;
+    let on = |start: char| move |name: &str| name.starts_with(start);
+    let none = GroupOptions::new;
+    let (vs, ..) = two();
+    let sgd = || Optimizer::sgd(&vs);
+    for (builder, expected) in [
+        (
+            sgd().group("first", on('a'), none()),
+            "in no parameter group: 'b.w'; the groups are: first",
+        ),
+        (
+            sgd().group("x", on('a'), none()).group("y", all, none()),
+            "parameter 'a.w' is in two groups: 'x' and 'y'",
+        ),
+        (
+            sgd().group("x", all, none()).group("y", on('c'), none()),
+            "group 'y' has no parameter; the parameters are: 'a.w', 'b.w'",
+        ),
+        (
+            sgd().group("x", on('a'), none()).group("x", on('b'), none()),
+            "two parameter groups are named 'x'",
+        ),
+        (
+            sgd().name_group(0, "x").group("y", all, none()),
+            "use either `group` (by name) or `name_group` (tch's numbers), not both",
+        ),
+        (sgd().name_group(3, "x"), "no parameter group 3; this optimizer has: 0"),
+        (sgd().lr(-1.), "lr must be finite and not negative, but -1 was given"),
+        (sgd().lr(f64::NAN), "lr must be finite and not negative, but NaN was given"),
+        (sgd().group("x", all, lr(-0.5)), "lr must be finite and not negative, but -0.5 was given"),
+        (sgd().group("x", all, none().dampening(f64::NAN)), "dampening must be finite, but NaN"),
+        (
+            sgd().group("x", all, none().alpha(0.9)),
+            "SGD has no hyper-parameter 'alpha'; it has: lr, momentum, dampening, weight_decay, nesterov",
+        ),
+    ] {
+        let error = text(builder.build());
+        assert!(error.contains(expected), "'{error}' instead of '{expected}'");
+    }
+    let betas = Optimizer::adam(&vs).group("x", all, none().betas(0.9, 1.)).build();
+    assert_eq!(text(betas), "beta2 must be in [0, 1), but 1 was given");
+    let nesterov = text(Optimizer::builder(nn::sgd(0., 0., 0., true), &vs).build());
+    assert!(nesterov.contains("Nesterov momentum requires a momentum and zero dampening"));
+    assert!(!nesterov.contains('\n'), "{nesterov}");
+}
+
+#[test]
+fn long_lists_of_parameters_are_cut() {
+    let vs = store();
+    let _all: Vec<_> = (0..11).map(|i| vs.root().ones(&format!("p{i:02}"), &ONE)).collect();
+    let none = GroupOptions::new;
+    let error = text(Optimizer::sgd(&vs).group("x", |name| name == "p00", none()).build());
+    assert!(error.contains("'p08' and 2 more; the groups are: x"), "{error}");
+}
+
+#[test]
+fn groups_and_options_that_do_not_exist_are_named_with_those_that_do() -> Result<()> {
+    let (vs, ..) = two();
+    let sgd = optimizer("SGD", &vs);
+    assert_eq!(text(sgd.group("c")), "no parameter group 'c'; this optimizer has: a, b");
+    let at_two = sgd.group_at(2);
+    assert!(matches!(at_two, Err(Error::UnknownGroup { .. })));
+    assert_eq!(text(at_two), "no parameter group 2; this optimizer has: 0 ('a'), 1 ('b')");
+    assert_eq!(text(sgd.state("c.w")), "no parameter 'c.w'; there are: 'a.w', 'b.w'");
+    let adam = "Adam has no hyper-parameter 'momentum'; it has: lr, beta1, beta2, eps, weight_decay, amsgrad";
+    let group = optimizer("Adam", &vs).group("a")?;
+    assert_eq!(text(group.momentum()), adam);
+    assert_eq!(text(group.set_momentum(0.5)), adam);
+    assert_eq!(text(group.knob("momentum")), adam);
+    assert_eq!(text(optimizer("Adam", &vs).knob("momentum")), adam);
+    assert!(text(sgd.group("a")?.betas()).starts_with("SGD has no hyper-parameter 'beta1'"));
+    let group = optimizer("RMSprop", &vs).group("a")?;
+    assert!(
+        text(group.amsgrad()).ends_with("it has: lr, alpha, eps, weight_decay, momentum, centered")
     );
-    o.group_at(0).unwrap().set_lr(0.5).unwrap();
-    vs.root().set_group(3).ones("late2", &[1]);
-    o.step().unwrap();
-    println!("{:?}", o.groups().unwrap().iter().map(|g| g.lr().unwrap()).collect::<Vec<_>>());
-    o.knob("lr").unwrap().set(0.25).unwrap();
-    println!("{:?}", o.knob("lr").unwrap().values());
-    vs.root().set_group(4).ones("late3", &[1]);
-    o.step().unwrap();
-    println!("{:?}", o.knob("lr").unwrap().values());
+    Ok(())
+}
+
+#[test]
+fn values_out_of_bounds_are_refused_and_change_nothing() {
+    let bad = [f64::NAN, f64::INFINITY, -1e-9];
+    for name in NAMES {
+        let (vs, ..) = two();
+        let group = optimizer(name, &vs).group("a").unwrap();
+        let before = all_options(&group, name);
+        for option in before.keys() {
+            let bad: &[f64] = match *option {
+                "beta1" | "beta2" => &[-1e-9, 1., f64::NAN],
+                "dampening" => &bad[..2],
+                "nesterov" | "amsgrad" | "centered" => &[0.5, -1., f64::NAN],
+                _ => &bad,
+            };
+            for value in bad {
+                let error = text(group.set(option, *value));
+                assert!(error.starts_with(&format!("{option} must be ")), "{error}");
+                assert!(error.ends_with(&format!("but {value} was given")), "{error}");
+                assert!(group.knob(option).unwrap().set(*value).is_err());
+            }
+        }
+        if name.starts_with("Adam") {
+            assert!(group.set_betas(0.5, 1.).is_err(), "and beta1 stays too");
+        }
+        assert_eq!(all_options(&group, name), before, "{name}");
+    }
+}
+
+#[test]
+fn knobs_turn_one_group_all_groups_or_anything() -> Result<()> {
+    let (vs, ..) = two();
+    let optimizer = optimizer("SGD", &vs);
+    let (one, all) = (optimizer.group("b")?.knob("lr")?, optimizer.knob("lr")?);
+    assert_eq!((one.name(), one.group(), all.group()), ("lr", Some(1), None));
+    one.set(0.5)?;
+    assert_eq!(
+        (one.get()?, all.get()?, all.values()?, one.values()?.len()),
+        (0.5, 0.1, vec![0.1, 0.5], 1)
+    );
+    all.set(0.25)?;
+    assert_eq!(all.values()?, [0.25, 0.25]);
+    let cell = std::sync::Arc::new(std::sync::Mutex::new(1.));
+    let (get, set) = (cell.clone(), cell.clone());
+    let custom = Knob::new("x", move || *get.lock().unwrap(), move |v| *set.lock().unwrap() = v);
+    custom.set(-2.)?;
+    assert_eq!((custom.get()?, custom.group()), (-2., None));
+    assert_eq!(text(custom.set(f64::NAN)), "x must be finite, but NaN was given");
+    assert_eq!(custom.get()?, -2.);
+    Ok(())
+}
+
+#[test]
+fn variables_added_after_build_are_taken_up_in_their_group_with_state() -> Result<()> {
+    type Call = fn(&Optimizer) -> Result<()>;
+    let calls: [Call; 3] =
+        [Optimizer::step, Optimizer::zero_grad, |o| o.with_tch(|tch| tch.step())];
+    for take_up in calls {
+        let (vs, a, _b) = two();
+        let optimizer = grouped(nn::sgd(0.9, 0., 0., false), &vs);
+        optimizer.group("b")?.set_lr(1.)?;
+        let late = (vs.root() / "b").ones("late", &ONE);
+        take_up(&optimizer)?;
+        assert_eq!(optimizer.group("a")?.parameters()?, ["a.w"]);
+        assert_eq!(
+            optimizer.group("b")?.parameters()?,
+            ["b.w", "late"].map(|n| n.replace("late", "b.late"))
+        );
+        for _ in 0..2 {
+            optimizer.backward_step(&((&late + &a) * 0.5).sum(Kind::Double))?;
+        }
+        assert_close(&[value(&late), value(&a)], &[1. - 0.5 - 0.95, 1. - 0.05 - 0.095], "late");
+        assert_eq!(optimizer.state("b.late")?.len(), 1);
+    }
+    Ok(())
+}
+
+#[test]
+fn variables_added_under_a_new_number_make_a_new_group() -> Result<()> {
+    let (vs, ..) = two();
+    let optimizer = Optimizer::sgd(&vs).lr(0.5).build()?;
+    let late = vs.root().set_group(2).ones("late", &ONE);
+    assert_eq!(optimizer.group_names()?, ["group_0"]);
+    step_with(&optimizer, &late, 1.)?;
+    assert_eq!(optimizer.group_names()?, ["group_0", "group_1", "group_2"]);
+    assert_eq!(optimizer.group("group_2")?.parameters()?, ["late"]);
+    assert_eq!(value(&late), 0.5);
+    Ok(())
+}
+
+#[test]
+fn a_late_variable_in_no_group_is_an_error_that_changes_nothing() -> Result<()> {
+    let (vs, a, _b) = two();
+    let optimizer = optimizer("SGD", &vs);
+    (&a * 1.).sum(Kind::Double).backward();
+    // The first of the two has a group.
+    let _late = (vs.root() / "a").ones("late", &ONE);
+    let _homeless = (vs.root() / "c").ones("w", &ONE);
+    let error = "in no parameter group: 'c.w'; the groups are: a, b";
+    for _ in 0..2 {
+        assert_eq!(text(optimizer.step()), error);
+        assert_eq!(text(optimizer.zero_grad()), error);
+        assert_eq!(text(optimizer.backward_step(&(&a * 1.))), error);
+        assert_eq!(text(optimizer.with_tch(|tch| tch.step())), error);
+        assert_eq!(optimizer.group("a")?.parameters()?, ["a.w"]);
+    }
+    assert_eq!((value(&a), value(&a.grad())), (1., 1.), "no step was made, no gradient reset");
+    Ok(())
+}
+
+#[test]
+fn all_is_locked_while_tch_has_the_optimizer_also_after_a_panic_in_there() -> Result<()> {
+    let (vs, a, _b) = two();
+    let optimizer = optimizer("SGD", &vs);
+    let group = optimizer.group("a")?;
+    let inner = optimizer.with_tch(|_| {
+        [
+            optimizer.with_tch(|_| ()),
+            optimizer.step(),
+            optimizer.zero_grad(),
+            group.set_lr(1.),
+            group.lr().map(drop),
+            optimizer.state("a.w").map(drop),
+        ]
+    })?;
+    for refused in inner {
+        assert!(text(refused).contains("lent out by `with_tch`"));
+    }
+    let panic = || optimizer.with_tch(|tch| tch.set_lr_group(9, 1.));
+    assert!(catch_unwind(AssertUnwindSafe(panic)).is_err());
+    assert_eq!(optimizer.with_tch(|_| 7)?, 7);
+    step_with(&optimizer, &a, 1.)?;
+    assert_close(&[value(&a), group.lr()?], &[0.9, 0.1], "after the panic");
+    Ok(())
+}
+
+#[test]
+fn a_step_without_gradients_changes_nothing() -> Result<()> {
+    for name in NAMES {
+        let (vs, a, b) = two();
+        let optimizer = optimizer(name, &vs);
+        optimizer.step()?;
+        optimizer.zero_grad()?;
+        optimizer.step()?;
+        assert_eq!((value(&a), value(&b)), (1., 1.), "{name}");
+        step_with(&optimizer, &a, 1.)?;
+        assert!(value(&a) < 1. && value(&b) == 1. && !b.grad().defined(), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_loss_without_backward_is_an_error_in_libtorchs_words() {
+    let (vs, a, _b) = two();
+    let optimizer = optimizer("SGD", &vs);
+    let ones = |n: i64| Tensor::ones([n], (Kind::Double, Device::Cpu));
+    for (loss, expected) in [
+        (&a * ones(3), "backward: grad can be implicitly created only for scalar outputs"),
+        (ones(1), "backward: element 0 of tensors does not require grad"),
+        (Tensor::new(), "backward: "),
+    ] {
+        let error = text(optimizer.backward_step(&loss));
+        assert!(error.starts_with(expected) && !error.contains('\n'), "{error}");
+    }
+    step_with(&optimizer, &a, 1.).unwrap();
+    assert_close(&[value(&a)], &[0.9], "after the errors");
+}
+
+#[test]
+fn handles_can_be_sent_and_share_one_optimizer() -> Result<()> {
+    fn sendable<T: Clone + Send + Sync>(_: &T) {}
+    let (vs, ..) = two();
+    let optimizer = optimizer("SGD", &vs);
+    let group = optimizer.group("b")?;
+    (sendable(&optimizer), sendable(&group), sendable(&group.knob("lr")?));
+    let clone = optimizer.clone();
+    std::thread::spawn(move || clone.group("b")?.set_lr(0.5)).join().unwrap()?;
+    assert_eq!((group.lr()?, optimizer.group("b")?.clone().lr()?), (0.5, 0.5));
+    Ok(())
+}
+
+#[test]
+fn state_has_pytorchs_names_and_none_before_the_first_step() -> Result<()> {
+    fn check<T: nn::OptimizerConfig>(config: T, expected: &[&str]) -> Result<()> {
+        let (vs, a, _b) = two();
+        let optimizer = grouped(config, &vs);
+        assert!(optimizer.state("a.w")?.is_empty());
+        step_with(&optimizer, &a, 2.)?;
+        step_with(&optimizer, &a, 2.)?;
+        let state = optimizer.state("a.w")?;
+        let names: Vec<_> = state.iter().map(|(name, _)| *name).collect();
+        assert_eq!(names, expected, "{}", optimizer.name());
+        for (name, tensor) in state {
+            let steps = (name == "step").then(|| tensor.double_value(&[]));
+            assert!(steps.is_none_or(|steps| steps == 2.) && tensor.numel() == 1);
+        }
+        assert!(optimizer.state("b.w")?.is_empty(), "it never had a gradient");
+        Ok(())
+    }
+    check(nn::Sgd::default(), &[])?;
+    check(nn::sgd(0.9, 0., 0., false), &["momentum_buffer"])?;
+    check(nn::Adam::default(), &["step", "exp_avg", "exp_avg_sq"])?;
+    check(
+        nn::AdamW::default().amsgrad(true),
+        &["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
+    )?;
+    check(nn::RmsProp::default(), &["step", "square_avg"])?;
+    let all = nn::rms_prop(0.9, 1e-8, 0., 0.5, true);
+    check(all, &["step", "square_avg", "momentum_buffer", "grad_avg"])
+}
+
+#[test]
+fn frozen_variables_stay_as_they_are() -> Result<()> {
+    let (mut vs, a, _b) = two();
+    let optimizer = grouped(nn::sgd(0.9, 0., 0.1, false), &vs);
+    vs.freeze();
+    assert!(optimizer.backward_step(&(&a * 2.)).is_err(), "nothing to learn");
+    optimizer.step()?;
+    assert_eq!(value(&a), 1.);
+    vs.unfreeze();
+    step_with(&optimizer, &a, 1.)?;
+    assert_close(&[value(&a)], &[1. - 0.1 * 1.1], "unfrozen");
+    Ok(())
+}
+
+#[test]
+fn the_optimizer_outlives_the_store() -> Result<()> {
+    let (vs, a, _b) = two();
+    let optimizer = optimizer("Adam", &vs);
+    drop(vs);
+    step_with(&optimizer, &a, 1.)?;
+    assert_eq!(optimizer.group("a")?.parameters()?, ["a.w"]);
+    assert_eq!(optimizer.state("a.w")?.len(), 3);
+    drop(a);
+    optimizer.zero_grad()
+}
+
+#[test]
+fn options_needing_state_that_was_never_made_are_errors_of_the_step() -> Result<()> {
+    for (name, option) in [("Adam", "amsgrad"), ("AdamW", "amsgrad"), ("RMSprop", "centered")] {
+        let (vs, a, _b) = two();
+        let optimizer = optimizer(name, &vs);
+        step_with(&optimizer, &a, 1.)?;
+        let late =
+            optimizer.group("a")?.set(option, 1.).and_then(|()| step_with(&optimizer, &a, 1.));
+        assert!(late.is_err(), "{name}");
+        optimizer.group("a")?.set(option, 0.)?;
+        step_with(&optimizer, &a, 1.)?;
+    }
+    Ok(())
 }

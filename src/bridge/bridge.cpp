@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -205,6 +206,47 @@ int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* foun
       else read(state_of<torch::optim::AdamWParamState>(optimizer, parameter));
     }
   });
+}
+
+// Makes the optimizer keep these tensors and this count for one parameter: the other way round.
+int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64_t step, Tensor* const* tensors,
+                  char** error) {
+  return guarded(error, [&] {
+    auto tensor = [&](int index) { return tensors[index] ? *tensors[index] : Tensor(); };
+    auto set = [&](auto state) { optimizer->state()[parameter->unsafeGetTensorImpl()] = std::move(state); };
+    if (kind == SGD) {
+      auto s = std::make_unique<torch::optim::SGDParamState>();
+      s->momentum_buffer(tensor(0));
+      set(std::move(s));
+    } else if (kind == RMSPROP) {
+      auto s = std::make_unique<torch::optim::RMSpropParamState>();
+      s->step(step);
+      s->square_avg(tensor(0));
+      s->momentum_buffer(tensor(1));
+      s->grad_avg(tensor(2));
+      set(std::move(s));
+    } else {
+      auto filled = [&](auto s) {
+        s->step(step);
+        s->exp_avg(tensor(0));
+        s->exp_avg_sq(tensor(1));
+        s->max_exp_avg_sq(tensor(2));
+        set(std::move(s));
+      };
+      if (kind == ADAM) filled(std::make_unique<torch::optim::AdamParamState>());
+      else filled(std::make_unique<torch::optim::AdamWParamState>());
+    }
+  });
+}
+
+// As before the parameter's first step.
+int tig_clear_state(Optimizer* optimizer, const Tensor* parameter, char** error) {
+  return guarded(error, [&] { optimizer->state().erase(parameter->unsafeGetTensorImpl()); });
+}
+
+// `gradient` is null for none. The tensor is shared, not copied.
+int tig_set_gradient(const Tensor* parameter, const Tensor* gradient, char** error) {
+  return guarded(error, [&] { parameter->mutable_grad() = gradient ? *gradient : Tensor(); });
 }
 
 }  // extern "C"

@@ -7,7 +7,7 @@
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::ptr::{NonNull, null_mut};
+use std::ptr::{NonNull, null, null_mut};
 
 use tch::nn::{self, OptimizerConfig};
 use tch::{COptimizer, TchError, Tensor};
@@ -60,6 +60,24 @@ unsafe extern "C" {
         tensors: *mut *mut C_tensor,
         error: *mut *mut c_char,
     ) -> c_int;
+    fn tig_set_state(
+        optimizer: Raw,
+        kind: c_int,
+        parameter: *const C_tensor,
+        step: i64,
+        tensors: *const *const C_tensor,
+        error: *mut *mut c_char,
+    ) -> c_int;
+    fn tig_clear_state(
+        optimizer: Raw,
+        parameter: *const C_tensor,
+        error: *mut *mut c_char,
+    ) -> c_int;
+    fn tig_set_gradient(
+        parameter: *const C_tensor,
+        gradient: *const C_tensor,
+        error: *mut *mut c_char,
+    ) -> c_int;
 }
 
 /// A C++ exception, as its text.
@@ -103,6 +121,13 @@ impl TensorId {
         // SAFETY: the pointer of a live tch tensor is a live torch::Tensor.
         Self(unsafe { tig_tensor_id(tensor.as_ptr()) } as usize)
     }
+}
+
+/// Gives a parameter this gradient, shared and not copied, or none.
+pub(crate) fn set_gradient(parameter: &Tensor, gradient: Option<&Tensor>) -> Result<(), Exception> {
+    let gradient = gradient.map_or(null(), |gradient| gradient.as_ptr());
+    // SAFETY: pointers of live tch tensors are live torch::Tensors; null is allowed for `gradient`.
+    checked(|error| unsafe { tig_set_gradient(parameter.as_ptr(), gradient, error) })
 }
 
 /// Forwards to `inner` and notes the address of what it built.
@@ -196,7 +221,7 @@ impl Native {
         checked(|error| unsafe {
             tig_parameter_count(self.raw.as_ptr(), group, &mut count, error)
         })?;
-        let mut ids = vec![std::ptr::null(); count];
+        let mut ids = vec![null(); count];
         // SAFETY: see above; `ids` has room for `count` entries, and nothing changes the group between.
         checked(|error| unsafe {
             tig_parameter_ids(self.raw.as_ptr(), group, ids.as_mut_ptr(), error)
@@ -235,5 +260,34 @@ impl Native {
             (!tensor.is_null()).then(|| unsafe { Tensor::from_ptr(tensor) })
         });
         Ok((found != 0).then_some(RawState { step: (step >= 0).then_some(step), tensors }))
+    }
+
+    /// Makes the optimizer keep this for the parameter, sharing the tensors; nothing where `None`.
+    pub(crate) fn set_state(
+        &mut self,
+        parameter: &Tensor,
+        state: Option<&RawState>,
+    ) -> Result<(), Exception> {
+        let Some(state) = state else {
+            // SAFETY: see above; the pointer of a live tch tensor is a live torch::Tensor.
+            return checked(|error| unsafe {
+                tig_clear_state(self.raw.as_ptr(), parameter.as_ptr(), error)
+            });
+        };
+        let tensors = state
+            .tensors
+            .each_ref()
+            .map(|tensor| tensor.as_ref().map_or(null(), |tensor| tensor.as_ptr()));
+        // SAFETY: see above; `tensors` has three entries, null or live tensors that outlive the call.
+        checked(|error| unsafe {
+            tig_set_state(
+                self.raw.as_ptr(),
+                self.kind as c_int,
+                parameter.as_ptr(),
+                state.step.unwrap_or(-1),
+                tensors.as_ptr(),
+                error,
+            )
+        })
     }
 }

@@ -1,3 +1,6 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use anyhow::{Context, Result as AnyResult};
 use tch::{Device, Kind, Tensor};
 
@@ -28,16 +31,22 @@ pub struct Loader {
     inputs: Tensor,
     targets: Tensor,
     samples: u64,
-    batch_size: u64,
+    /// Shared by clones, so that it can be changed while the engine has one.
+    batch_size: Arc<AtomicU64>,
     seed: Option<u64>,
     drop_last: bool,
     device: Device,
 }
 
 impl Clone for Loader {
-    /// Shares the data.
+    /// Shares the data and the batch size.
     fn clone(&self) -> Self {
-        Self { inputs: self.inputs.shallow_clone(), targets: self.targets.shallow_clone(), ..*self }
+        Self {
+            inputs: self.inputs.shallow_clone(),
+            targets: self.targets.shallow_clone(),
+            batch_size: self.batch_size.clone(),
+            ..*self
+        }
     }
 }
 
@@ -69,7 +78,7 @@ impl Loader {
             inputs: inputs.shallow_clone(),
             targets: targets.shallow_clone(),
             samples: samples as u64,
-            batch_size: batch_size as u64,
+            batch_size: Arc::new(AtomicU64::new(batch_size as u64)),
             seed: None,
             drop_last: false,
             device: inputs.device(),
@@ -97,10 +106,27 @@ impl Loader {
     /// Batches in a pass.
     pub fn batches(&self) -> u64 {
         match self.drop_last {
-            true => self.samples / self.batch_size,
-            false => self.samples.div_ceil(self.batch_size),
+            true => self.samples / self.batch_size(),
+            false => self.samples.div_ceil(self.batch_size()),
         }
     }
+
+    /// Samples in a batch.
+    pub fn batch_size(&self) -> u64 {
+        self.batch_size.load(Ordering::Relaxed)
+    }
+
+    /// Changes the batch size of this loader and its clones, from the next batch on; see
+    /// [`BatchSizeScheduler`](crate::schedule::BatchSizeScheduler).
+    pub fn set_batch_size(&self, samples: u64) -> Result<()> {
+        if samples == 0 {
+            return Err(Error::invalid("batch_size must be at least 1, but 0 was given"));
+        }
+        self.batch_size.store(samples, Ordering::Relaxed);
+        Ok(())
+    }
+
+
 
     /// Samples in the data.
     pub fn samples(&self) -> u64 {
@@ -112,27 +138,26 @@ struct Cursor {
     loader: Loader,
     /// The order of this pass, on each tensor's device; None where it is not shuffled.
     order: Option<(Tensor, Tensor)>,
+    /// The first sample of the next batch.
     next: u64,
     last_samples: u64,
 }
 
 impl Cursor {
-    fn fetch(&mut self) -> AnyResult<Batch> {
+    fn fetch(&mut self, len: u64) -> AnyResult<Batch> {
         let loader = &self.loader;
-        let start = self.next * loader.batch_size;
-        let len = loader.batch_size.min(loader.samples - start);
-        let (start, len) = (start as i64, len as i64);
+        let (start, size) = (self.next as i64, len as i64);
         let (x, y) = match &self.order {
             None => {
-                (loader.inputs.f_narrow(0, start, len)?, loader.targets.f_narrow(0, start, len)?)
+                (loader.inputs.f_narrow(0, start, size)?, loader.targets.f_narrow(0, start, size)?)
             }
             Some((for_inputs, for_targets)) => (
-                loader.inputs.f_index_select(0, &for_inputs.f_narrow(0, start, len)?)?,
-                loader.targets.f_index_select(0, &for_targets.f_narrow(0, start, len)?)?,
+                loader.inputs.f_index_select(0, &for_inputs.f_narrow(0, start, size)?)?,
+                loader.targets.f_index_select(0, &for_targets.f_narrow(0, start, size)?)?,
             ),
         };
-        self.next += 1;
-        self.last_samples = len as u64;
+        self.next += len;
+        self.last_samples = len;
         Ok((x.f_to_device(loader.device)?, y.f_to_device(loader.device)?))
     }
 }
@@ -151,16 +176,18 @@ impl Source<Batch> for Cursor {
                 order.f_to_device(self.loader.targets.device())?,
             ));
         }
-        self.next = batch;
+        self.next = batch.saturating_mul(self.loader.batch_size());
         Ok(())
     }
 
     fn next(&mut self) -> Option<AnyResult<Batch>> {
-        if self.next >= self.loader.batches() {
+        let size = self.loader.batch_size();
+        let len = size.min(self.loader.samples.saturating_sub(self.next));
+        if len == 0 || (self.loader.drop_last && len < size) {
             return None;
         }
-        let number = self.next;
-        Some(self.fetch().with_context(|| format!("batch {number} of the loader")))
+        let first = self.next;
+        Some(self.fetch(len).with_context(|| format!("batch of the loader from sample {first}")))
     }
 
     fn samples(&self) -> Option<u64> {

@@ -223,6 +223,17 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         }
     }
 
+    /// How often each custom event was fired; they count from 0 again.
+    pub(super) fn take_firings(&mut self) -> Vec<u64> {
+        self.custom.iter_mut().map(|custom| std::mem::take(&mut custom.firings)).collect()
+    }
+
+    pub(super) fn put_back_firings(&mut self, firings: &[u64]) {
+        for (custom, firings) in self.custom.iter_mut().zip(firings) {
+            custom.firings = *firings;
+        }
+    }
+
     pub(super) fn begin(&mut self) -> u64 {
         self.depth += 1;
         self.removals

@@ -1,5 +1,6 @@
 //! The engine: a step function over data, with events and handlers. ignite's `Engine`.
 
+mod aside;
 mod event;
 mod handler;
 mod run;

@@ -476,11 +476,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn is_done(&self) -> bool {
-        let State { iteration, epoch, epoch_length, max_epochs, max_iters, .. } = self.state;
-        used_up(iteration, epoch, epoch_length, max_epochs, max_iters)
-            || self.limit_reached()
+        match self.state.max_epochs {
+            // Not by iterations: epochs may differ in length.
+            Some(max) => self.state.epoch >= max || self.budget_reached(),
             // Without a limit of epochs, empty ones would follow for ever.
-            || (self.position.exhausted && max_epochs.is_none())
+            None => self.position.exhausted || self.budget_reached(),
+        }
     }
 
     /// In mid epoch: epochs cannot be used up there.

@@ -154,17 +154,16 @@ impl History {
     /// No panel, or no such series; a file that cannot be written.
     #[cfg(feature = "plots")]
     pub fn plot(&self, path: impl AsRef<Path>, panels: &[(&str, &[&str])]) -> Result<()> {
-        use super::plot::{Curve, Panel, svg};
-        let curve = |name: &&str| Ok(Curve { name: (*name).into(), points: self.series(name)? });
+        use super::plot::{Curve, Panel, write_svg};
+        let curve = |name: &&str| Ok(Curve::new(*name, self.series(name)?));
         let panels: Vec<_> = panels
             .iter()
             .map(|(title, names)| {
-                let curves = names.iter().map(curve).collect::<Result<_>>()?;
-                Ok(Panel { title: (*title).into(), curves })
+                let curves = names.iter().map(curve).collect::<Result<Vec<_>>>()?;
+                Ok(Panel::new(*title, curves))
             })
             .collect::<Result<_>>()?;
-        let svg = svg(&panels)?;
-        write_whole(path.as_ref(), |file| file.write_all(svg.as_bytes()))
+        write_svg(path, &panels)
     }
 
     fn record(&self) -> MutexGuard<'_, Record> {

@@ -1,6 +1,10 @@
 //! Curves as SVG.
+//!
+//! [`History::plot`](super::History::plot) draws what was recorded; this is for curves of your own.
 
+use std::io::Write;
 use std::ops::Range;
+use std::path::Path;
 
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, ValueFormatter};
@@ -8,6 +12,7 @@ use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+use super::files::write_whole;
 use crate::{Error, Result};
 
 /// plotters places things on whole units; these are a quarter of a pixel.
@@ -24,6 +29,7 @@ const X_TITLE: i32 = 22 * UNITS;
 const INK: RGBColor = RGBColor(45, 45, 50);
 const AXIS: RGBColor = RGBColor(150, 150, 158);
 const GRID: RGBColor = RGBColor(230, 230, 234);
+const MARK: RGBColor = RGBColor(220, 30, 45);
 const COLOURS: [RGBColor; 8] = [
     RGBColor(31, 111, 180),
     RGBColor(230, 112, 20),
@@ -43,41 +49,154 @@ const MAX_DOTS: usize = 60;
 const LARGEST: f64 = 1e300;
 
 /// Curves that share a y axis.
-pub(super) struct Panel {
+#[derive(Debug, Clone, PartialEq)]
+pub struct Panel {
     pub(super) title: String,
     pub(super) curves: Vec<Curve>,
 }
 
-pub(super) struct Curve {
+/// A line through points.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Curve {
     pub(super) name: String,
     /// (iteration, value).
     pub(super) points: Vec<(u64, f64)>,
 }
 
+impl Panel {
+    /// With a title above and the curves' names in a legend.
+    pub fn new(title: impl Into<String>, curves: impl IntoIterator<Item = Curve>) -> Self {
+        Self { title: title.into(), curves: curves.into_iter().collect() }
+    }
+}
+
+impl Curve {
+    /// Through these (iteration, value). Curves of one name have the same colour in all panels.
+    pub fn new(name: impl Into<String>, points: impl IntoIterator<Item = (u64, f64)>) -> Self {
+        Self { name: name.into(), points: points.into_iter().collect() }
+    }
+}
+
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn<'a> = std::result::Result<(), DrawingAreaErrorKind<std::io::Error>>;
 
-/// The panels below each other, over one x axis.
-pub(super) fn svg(panels: &[Panel]) -> Result<String> {
-    let Ok(count @ 1..) = i32::try_from(panels.len()) else {
+/// Writes the panels as [`svg`] draws them. Makes the folders above; a file that was there is replaced
+/// when the new one is complete.
+pub fn write_svg(path: impl AsRef<Path>, panels: &[Panel]) -> Result<()> {
+    let svg = svg(panels)?;
+    write_whole(path.as_ref(), |file| file.write_all(svg.as_bytes()))
+}
+
+/// The panels below each other, over one x axis of iterations. Values that are not finite are gaps; where
+/// there are many, those that show are drawn.
+///
+/// ```
+/// use tch_ignite::handlers::plot::{Curve, Panel, svg};
+/// use tch_ignite::schedule::{CosineAnnealing, Schedule};
+/// let points = CosineAnnealing::new(1.0, 0.0, 100).simulate_values(100)?;
+/// assert!(svg(&[Panel::new("lr", [Curve::new("cosine", points)])])?.contains("<svg"));
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+///
+/// # Errors
+/// No panel.
+pub fn svg(panels: &[Panel]) -> Result<String> {
+    let line = |curve: &Curve| Line {
+        name: curve.name.clone(),
+        points: curve.points.iter().map(|(iteration, value)| (*iteration as f64, *value)).collect(),
+        mark: None,
+    };
+    let sheet = |panel: &Panel| Sheet {
+        title: panel.title.clone(),
+        lines: panel.curves.iter().map(line).collect(),
+    };
+    svg_of(&panels.iter().map(sheet).collect::<Vec<_>>(), X::Iteration)
+}
+
+/// A panel over any x axis.
+pub(super) struct Sheet {
+    pub(super) title: String,
+    pub(super) lines: Vec<Line>,
+}
+
+pub(super) struct Line {
+    pub(super) name: String,
+    /// (x, value).
+    pub(super) points: Vec<(f64, f64)>,
+    /// A point to show.
+    pub(super) mark: Option<(f64, f64)>,
+}
+
+/// The x axis.
+#[derive(Clone, Copy)]
+pub(super) enum X {
+    /// Iterations, from the one before the first.
+    Iteration,
+    /// Learning rates on a logarithmic scale. Those that are not above 0 have no place there.
+    LogLr,
+}
+
+impl X {
+    fn title(self) -> &'static str {
+        match self {
+            Self::Iteration => "iteration",
+            Self::LogLr => "learning rate",
+        }
+    }
+
+    /// Where on the axis a point is drawn.
+    fn place(self, (x, y): (f64, f64)) -> (f64, f64) {
+        match self {
+            Self::Iteration => (x, y),
+            Self::LogLr => (x.log10(), y),
+        }
+    }
+
+    fn axis(self, sheets: &[Sheet]) -> Axis {
+        let lines = sheets.iter().flat_map(|sheet| &sheet.lines);
+        let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
+        for point in lines.flat_map(|line| &line.points) {
+            let (x, _) = self.place(*point);
+            if is_drawn(x) {
+                (low, high) = (low.min(x), high.max(x));
+            }
+        }
+        if low > high {
+            return Axis::new((0., 1.), 9., 1.);
+        }
+        match self {
+            Self::Iteration => {
+                let low = (low - 1.).max(0.);
+                Axis::new((low, high + ((high - low) * 0.01).max(0.1)), 9., 1.)
+            }
+            Self::LogLr => {
+                let margin = ((high - low) * 0.02).max(0.01);
+                Axis::logarithmic((low - margin, high + margin), 9)
+            }
+        }
+    }
+}
+
+pub(super) fn svg_of(sheets: &[Sheet], x: X) -> Result<String> {
+    let Ok(count @ 1..) = i32::try_from(sheets.len()) else {
         return Err(Error::invalid("nothing to plot: give at least one panel of series"));
     };
     let height = count * PANEL + X_TITLE;
     let mut text = String::new();
-    draw(panels, &mut text, height)
+    draw(sheets, x, &mut text, height)
         .map_err(|error| Error::invalid(format!("the plot cannot be drawn: {error}")))?;
     let size = |scale| format!("width=\"{}\" height=\"{}\"", WIDTH / scale, height / scale);
     Ok(text.replacen(&size(1), &size(UNITS), 1))
 }
 
-fn draw(panels: &[Panel], text: &mut String, height: i32) -> Drawn<'static> {
+fn draw(sheets: &[Sheet], x: X, text: &mut String, height: i32) -> Drawn<'static> {
     let root = SVGBackend::with_string(text, (WIDTH as u32, height as u32)).into_drawing_area();
     root.fill(&WHITE)?;
     // The same series has the same colour in all panels.
     let mut names: Vec<&str> = vec![];
-    for curve in panels.iter().flat_map(|panel| &panel.curves) {
-        if !names.contains(&curve.name.as_str()) {
-            names.push(&curve.name);
+    for line in sheets.iter().flat_map(|sheet| &sheet.lines) {
+        if !names.contains(&line.name.as_str()) {
+            names.push(&line.name);
         }
     }
     let colour = |name: &str| {
@@ -85,11 +204,11 @@ fn draw(panels: &[Panel], text: &mut String, height: i32) -> Drawn<'static> {
         COLOURS[index % COLOURS.len()]
     };
     let (above, x_title) = root.split_vertically(height - X_TITLE);
-    for (panel, area) in panels.iter().zip(above.split_evenly((panels.len(), 1))) {
-        draw_panel(panel, &area, x_range(panels), &colour)?;
+    for (sheet, area) in sheets.iter().zip(above.split_evenly((sheets.len(), 1))) {
+        draw_sheet(sheet, &area, (x, x.axis(sheets)), &colour)?;
     }
     let style = style(13).pos(Pos::new(HPos::Center, VPos::Top));
-    x_title.draw_text("iteration", &style, ((LEFT + WIDTH - RIGHT) / 2, 0))?;
+    x_title.draw_text(x.title(), &style, ((LEFT + WIDTH - RIGHT) / 2, 0))?;
     root.present()
 }
 
@@ -98,25 +217,28 @@ fn style(pixels: i32) -> TextStyle<'static> {
     TextStyle::from(("sans-serif", f64::from(pixels * UNITS) * 1.24).into_font()).color(&INK)
 }
 
-fn draw_panel(
-    panel: &Panel,
+fn draw_sheet(
+    sheet: &Sheet,
     area: &Area<'_>,
-    x_range: (f64, f64),
+    (x, x_axis): (X, Axis),
     colour: &impl Fn(&str) -> RGBColor,
 ) -> Drawn<'static> {
     let title = TextStyle { font: style(15).font.style(FontStyle::Bold), ..style(15) }
         .pos(Pos::new(HPos::Left, VPos::Center));
-    area.draw_text(&panel.title, &title, (LEFT, TITLE / 2 + UNITS))?;
-    let legend = legend(panel);
-    for (curve, (x, row)) in panel.curves.iter().zip(&legend) {
-        let (colour, y) = (colour(&curve.name), TITLE / 2 + UNITS + row * LEGEND_ROW);
-        let line = vec![(*x, y), (x + SAMPLE, y)];
-        area.draw(&PathElement::new(line, colour.stroke_width(2 * UNITS as u32)))?;
-        if curve.points.len() <= MAX_DOTS {
-            area.draw(&Circle::new((x + SAMPLE / 2, y), 3 * UNITS, colour.filled()))?;
+    area.draw_text(&sheet.title, &title, (LEFT, TITLE / 2 + UNITS))?;
+    let legend = legend(sheet);
+    for (line, (left, row)) in sheet.lines.iter().zip(&legend) {
+        let (colour, y) = (colour(&line.name), TITLE / 2 + UNITS + row * LEGEND_ROW);
+        let sample = vec![(*left, y), (left + SAMPLE, y)];
+        area.draw(&PathElement::new(sample, colour.stroke_width(2 * UNITS as u32)))?;
+        let middle = (left + SAMPLE / 2, y);
+        if line.mark.is_some() {
+            area.draw(&Circle::new(middle, 5 * UNITS, MARK.filled()))?;
+        } else if line.points.len() <= MAX_DOTS {
+            area.draw(&Circle::new(middle, 3 * UNITS, colour.filled()))?;
         }
         let text = style(13).pos(Pos::new(HPos::Left, VPos::Center));
-        area.draw_text(&curve.name, &text, (x + SAMPLE + 6 * UNITS, y))?;
+        area.draw_text(&line.name, &text, (left + SAMPLE + 6 * UNITS, y))?;
     }
 
     let rows = legend.last().map_or(0, |(_, row)| *row);
@@ -125,7 +247,7 @@ fn draw_panel(
         .margin_right(RIGHT)
         .y_label_area_size(LEFT)
         .x_label_area_size(X_LABELS)
-        .build_cartesian_2d(Axis::new(x_range, 9., 1.), Axis::new(y_range(panel), 6.5, 0.))?;
+        .build_cartesian_2d(x_axis, Axis::new(y_range(sheet), 6.5, 0.))?;
     chart
         .configure_mesh()
         .bold_line_style(GRID.stroke_width(UNITS as u32))
@@ -133,10 +255,11 @@ fn draw_panel(
         .label_style(style(12))
         .set_all_tick_mark_size(4 * UNITS)
         .draw()?;
-    for curve in &panel.curves {
-        let colour = colour(&curve.name);
-        for run in runs(&curve.points) {
-            if curve.points.len() <= MAX_DOTS || run.len() == 1 {
+    for line in &sheet.lines {
+        let colour = colour(&line.name);
+        let points: Vec<_> = line.points.iter().map(|point| x.place(*point)).collect();
+        for run in runs(&points) {
+            if points.len() <= MAX_DOTS || run.len() == 1 {
                 let dot = |point: &(f64, f64)| Circle::new(*point, 3 * UNITS, colour.filled());
                 chart.draw_series(run.iter().map(dot))?;
             }
@@ -144,15 +267,21 @@ fn draw_panel(
             chart.draw_series(LineSeries::new(thinned(run), colour.stroke_width(thin)))?;
         }
     }
+    // Above all lines.
+    let marks = sheet.lines.iter().filter_map(|line| line.mark);
+    let marks = marks.map(|point| x.place(point)).filter(|(x, y)| is_drawn(*x) && is_drawn(*y));
+    chart.draw_series(marks.map(|point| Circle::new(point, 5 * UNITS, MARK.filled())))?;
     Ok(())
 }
 
-/// A linear axis with its own ticks.
+/// An axis with its own ticks.
 struct Axis {
     range: Range<f64>,
     ticks: Vec<f64>,
     /// Of all labels; 0 where each has its own.
     decimals: usize,
+    /// The places are logarithms.
+    logarithmic: bool,
 }
 
 impl Axis {
@@ -163,7 +292,21 @@ impl Axis {
             true => 0,
             false => ticks.iter().map(decimals).max().unwrap_or(0),
         };
-        Self { range: low..high, ticks, decimals }
+        Self { range: low..high, ticks, decimals, logarithmic: false }
+    }
+
+    /// Labels at powers of ten, at most `count`; where they are few, at 2 and 5 between them as well.
+    fn logarithmic((low, high): (f64, f64), count: usize) -> Self {
+        let powers = (low.floor() as i32..=high.ceil() as i32).map(f64::from);
+        let within = |tick: &f64| (low..=high).contains(tick);
+        let mut ticks: Vec<_> = powers.clone().filter(within).collect();
+        if ticks.len() < 3 {
+            let finer = powers.flat_map(|power| [1f64, 2., 5.].map(|n| power + n.log10()));
+            ticks = finer.filter(within).collect();
+        }
+        let step = ticks.len().div_ceil(count).max(1);
+        let ticks = ticks.into_iter().step_by(step).collect();
+        Self { range: low..high, ticks, decimals: 0, logarithmic: true }
     }
 }
 
@@ -188,6 +331,7 @@ impl Ranged for Axis {
 impl ValueFormatter<f64> for Axis {
     fn format_ext(&self, value: &f64) -> String {
         match self.decimals {
+            0 if self.logarithmic => label(10f64.powf(*value)),
             0 => label(*value),
             decimals => format!("{value:.decimals$}"),
         }
@@ -198,15 +342,15 @@ impl ValueFormatter<f64> for Axis {
 const SAMPLE: i32 = 22 * UNITS;
 
 /// Where the entries of the legend go: (x, row), the first row aligned to the right beside the title.
-fn legend(panel: &Panel) -> Vec<(i32, i32)> {
+fn legend(sheet: &Sheet) -> Vec<(i32, i32)> {
     // Nothing measures fonts here: a little more than most letters take.
     let text = |text: &str, pixels: f64| {
         (text.chars().count() as f64 * pixels * 0.6 * f64::from(UNITS)) as i32
     };
     let widths: Vec<_> =
-        panel.curves.iter().map(|c| SAMPLE + 6 * UNITS + text(&c.name, 13.)).collect();
+        sheet.lines.iter().map(|line| SAMPLE + 6 * UNITS + text(&line.name, 13.)).collect();
     let (gap, right) = (16 * UNITS, WIDTH - RIGHT);
-    let mut left = LEFT + text(&panel.title, 16.) + 2 * gap;
+    let mut left = LEFT + text(&sheet.title, 16.) + 2 * gap;
     let total: i32 = widths.iter().map(|width| width + gap).sum();
     left = left.max(right + gap - total);
     let (mut x, mut row) = (left, 0);
@@ -225,22 +369,9 @@ fn is_drawn(value: f64) -> bool {
     value.abs() < LARGEST
 }
 
-fn x_range(panels: &[Panel]) -> (f64, f64) {
-    let curves = panels.iter().flat_map(|panel| &panel.curves);
-    let (mut low, mut high) = (u64::MAX, 0);
-    for (iteration, _) in curves.flat_map(|curve| &curve.points) {
-        (low, high) = (low.min(*iteration), high.max(*iteration));
-    }
-    if low > high {
-        return (0., 1.);
-    }
-    let (low, high) = (low.saturating_sub(1) as f64, high as f64);
-    (low, high + ((high - low) * 0.01).max(0.1))
-}
-
 /// From the smallest to the largest value, with a margin that does not cross 0.
-fn y_range(panel: &Panel) -> (f64, f64) {
-    let values = panel.curves.iter().flat_map(|curve| &curve.points).map(|(_, value)| *value);
+fn y_range(sheet: &Sheet) -> (f64, f64) {
+    let values = sheet.lines.iter().flat_map(|line| &line.points).map(|(_, value)| *value);
     let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
     for value in values.filter(|value| is_drawn(*value)) {
         (low, high) = (low.min(value), high.max(value));
@@ -270,7 +401,7 @@ fn ticks(low: f64, high: f64, count: f64, smallest: f64) -> Vec<f64> {
 }
 
 /// A number with at most six digits that count, in scientific form where that is shorter to read.
-fn label(value: f64) -> String {
+pub(super) fn label(value: f64) -> String {
     if value != 0. && !(1e-3..1e5).contains(&value.abs()) {
         let text = format!("{value:.5e}");
         let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
@@ -284,11 +415,11 @@ fn without_zeros(number: &str) -> &str {
 }
 
 /// The stretches of a curve between values that are not drawn.
-fn runs(points: &[(u64, f64)]) -> Vec<Vec<(f64, f64)>> {
+fn runs(points: &[(f64, f64)]) -> Vec<Vec<(f64, f64)>> {
     points
-        .split(|(_, value)| !is_drawn(*value))
+        .split(|(x, value)| !is_drawn(*x) || !is_drawn(*value))
         .filter(|run| !run.is_empty())
-        .map(|run| run.iter().map(|(iteration, value)| (*iteration as f64, *value)).collect())
+        .map(<[_]>::to_vec)
         .collect()
 }
 
@@ -357,7 +488,8 @@ mod tests {
     fn long_curves_keep_their_extremes() -> Result<()> {
         let mut values: Vec<_> = (0..100_000).map(|n| f64::from(n).sin()).collect();
         values[77_777] = 50.;
-        let run = runs(&panel("", vec![("a", values.clone())]).curves[0].points);
+        let points: Vec<_> = (1u32..).map(f64::from).zip(values.clone()).collect();
+        let run = runs(&points);
         let thin = thinned(run.concat());
         assert!(thin.len() <= MAX_POINTS + 2 && thin.contains(&(77_778., 50.)));
         assert_eq!((thin[0].0, thin[thin.len() - 1].0), (1., 100_000.));

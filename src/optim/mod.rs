@@ -7,6 +7,7 @@ mod builder;
 mod group;
 mod hyper;
 mod knob;
+mod snapshot;
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,6 +19,8 @@ use tch::{TchError, Tensor};
 pub use builder::{GroupOptions, OptimizerBuilder, lr};
 pub use group::Group;
 pub use knob::Knob;
+pub use snapshot::OptimizerSnapshot;
+pub(crate) use snapshot::StoreSnapshot;
 
 use crate::bridge::{Kind, Native, TensorId};
 use crate::{Error, Result};

@@ -34,6 +34,14 @@ impl Schedule for Scaled {
     fn end(&self) -> Option<(u64, String)> {
         self.schedule.end()
     }
+
+    fn length(&self) -> Option<u64> {
+        self.schedule.length()
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
+    }
 }
 
 /// Another schedule without its first events. Made by [`Schedule::skip`].
@@ -62,5 +70,13 @@ impl Schedule for Skipped {
 
     fn end(&self) -> Option<(u64, String)> {
         self.schedule.end().map(|(end, why)| (end.saturating_sub(self.events), why))
+    }
+
+    fn length(&self) -> Option<u64> {
+        self.schedule.length().map(|length| length.saturating_sub(self.events))
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
     }
 }

@@ -60,6 +60,28 @@ macro_rules! any_schedule {
                 }
             }
 
+            /// What [`from_arguments`](Self::from_arguments) knows.
+            pub(super) const CLASSES: &[&str] =
+                &[$(stringify!($schedule),)* $(stringify!($chainable),)*];
+
+            /// The class with these arguments; an error has the path to what is wrong, which the
+            /// derived `Deserialize` of a tagged enum loses. `None` for an unknown class.
+            pub(super) fn from_arguments(
+                class: &str,
+                arguments: Value,
+            ) -> Option<std::result::Result<Self, serde_path_to_error::Error<serde_json::Error>>>
+            {
+                Some(match class {
+                    $(stringify!($schedule) => {
+                        serde_path_to_error::deserialize(arguments).map(Self::$schedule)
+                    })*
+                    $(stringify!($chainable) => {
+                        serde_path_to_error::deserialize(arguments).map(Self::$chainable)
+                    })*
+                    _ => return None,
+                })
+            }
+
             /// As torch computes it from the value before, where torch does.
             pub(super) fn recurrence(&self) -> Option<&dyn Recurrence> {
                 match self {
@@ -92,6 +114,14 @@ impl Schedule for AnySchedule {
 
     fn end(&self) -> Option<(u64, String)> {
         self.inner().end()
+    }
+
+    fn length(&self) -> Option<u64> {
+        self.inner().length()
+    }
+
+    fn arguments(&self) -> Option<Value> {
+        self.inner().arguments()
     }
 
     fn save(&self, events: u64) -> Map<String, Value> {

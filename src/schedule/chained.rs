@@ -75,6 +75,10 @@ impl Recurrence for ChainedScheduler {
     fn next(&self, event: u64, previous: f64) -> f64 {
         self.links().fold(previous, |value, link| link.next(event, value))
     }
+
+    fn span(&self) -> Option<u64> {
+        self.links().filter_map(Recurrence::span).max()
+    }
 }
 
 recurrent!(ChainedScheduler);

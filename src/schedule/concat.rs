@@ -92,4 +92,15 @@ impl Schedule for Concat {
         }
         None
     }
+
+    fn length(&self) -> Option<u64> {
+        let before =
+            self.durations.iter().fold(0u64, |sum, duration| sum.saturating_add(*duration));
+        let last = self.schedules.last().and_then(Schedule::length).unwrap_or(0);
+        Some(before.saturating_add(last))
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
+    }
 }

@@ -73,6 +73,10 @@ impl Recurrence for ConstantLR {
     fn next(&self, event: u64, previous: f64) -> f64 {
         if event == self.total_iters { previous * (1. / self.factor) } else { previous }
     }
+
+    fn span(&self) -> Option<u64> {
+        Some(self.total_iters)
+    }
 }
 
 recurrent!(ConstantLR);

@@ -78,6 +78,10 @@ impl Schedule for CosineAnnealing {
         self.cycles().end()
     }
 
+    fn length(&self) -> Option<u64> {
+        Some(self.cycle_size)
+    }
+
     fn save(&self, events: u64) -> Map<String, Value> {
         self.cycles().save(events, &self.last)
     }

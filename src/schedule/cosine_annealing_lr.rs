@@ -61,6 +61,10 @@ impl Recurrence for CosineAnnealingLR {
         (1. + (PI * e / t).cos()) / (1. + (PI * (e - 1.) / t).cos()) * (previous - self.eta_min)
             + self.eta_min
     }
+
+    fn span(&self) -> Option<u64> {
+        Some(self.t_max)
+    }
 }
 
 recurrent!(CosineAnnealingLR);

@@ -87,4 +87,12 @@ impl Schedule for CosineAnnealingWarmRestarts {
         positive("T_mult", self.t_mult)?;
         finite(&[("base", self.base), ("eta_min", self.eta_min)])
     }
+
+    fn length(&self) -> Option<u64> {
+        Some(self.t_0)
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
+    }
 }

@@ -124,4 +124,13 @@ impl Schedule for CyclicLR {
         within("step_size_down", down, down > 0. && down.is_finite(), "positive and finite")?;
         finite(&[("base_lr", self.base_lr), ("max_lr", self.max_lr), ("gamma", self.gamma)])
     }
+
+    fn length(&self) -> Option<u64> {
+        let down = self.step_size_down.unwrap_or(self.step_size_up);
+        Some((self.step_size_up + down).ceil() as u64)
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
+    }
 }

@@ -36,4 +36,12 @@ impl Schedule for InverseSqrt {
         positive("warmup", self.warmup)?;
         finite(&[("peak", self.peak)])
     }
+
+    fn length(&self) -> Option<u64> {
+        Some(self.warmup)
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
+    }
 }

@@ -87,7 +87,8 @@ impl Recurrence for MultiplicativeLR {
     }
 }
 
-recurrent!(MultiplicativeLR);
+// A function cannot be written down.
+recurrent!(MultiplicativeLR, |_| None);
 
 impl PartialEq for MultiplicativeLR {
     /// Equal if it is the same function.

@@ -91,6 +91,10 @@ impl Schedule for LinearCyclical {
         self.cycles().end()
     }
 
+    fn length(&self) -> Option<u64> {
+        Some(self.cycle_size)
+    }
+
     fn save(&self, events: u64) -> Map<String, Value> {
         self.cycles().save(events, &self.last)
     }

@@ -83,6 +83,10 @@ impl Recurrence for LinearLR {
         let (rise, total) = (self.end_factor - self.start_factor, self.total_iters as f64);
         previous * (1. + rise / (total * self.start_factor + (event - 1) as f64 * rise))
     }
+
+    fn span(&self) -> Option<u64> {
+        Some(self.total_iters)
+    }
 }
 
 recurrent!(LinearLR);

@@ -6,6 +6,7 @@
 
 mod adapted;
 mod any;
+mod batch_size;
 mod chained;
 mod check;
 mod concat;
@@ -25,9 +26,11 @@ mod noam;
 mod one_cycle_lr;
 mod param_group;
 mod piecewise_linear;
+mod plan;
 mod plateau;
 mod polynomial_lr;
 mod recurrence;
+mod run_length;
 mod scheduler;
 mod state;
 mod step_lr;
@@ -38,6 +41,7 @@ use serde_json::{Map, Value};
 
 pub use adapted::{Scaled, Skipped};
 pub use any::AnySchedule;
+pub use batch_size::BatchSizeScheduler;
 pub use chained::ChainedScheduler;
 pub use concat::{Concat, SequentialLR};
 pub use constant_lr::ConstantLR;
@@ -55,8 +59,10 @@ pub use noam::Noam;
 pub use one_cycle_lr::{Anneal, OneCycleLR, OneCycleMomentum, one_cycle};
 pub use param_group::ParamGroupScheduler;
 pub use piecewise_linear::{PiecewiseLinear, PiecewiseLinearScheduler};
+pub use plan::{PlannedSchedule, SchedulePlan};
 pub use plateau::{ReduceLROnPlateauScheduler, ThresholdMode};
 pub use polynomial_lr::PolynomialLR;
+pub use run_length::RunLength;
 pub use scheduler::ParamScheduler;
 pub use state::{ExpState, MultiStepState, StepState, piecewise_linear_state};
 pub use step_lr::StepLR;
@@ -81,17 +87,56 @@ pub trait Schedule: Send {
         None
     }
 
+    /// How many events it takes until all that the schedule describes has happened (one cycle, the last
+    /// milestone, a warm-up); `None` where it describes no end.
+    fn length(&self) -> Option<u64> {
+        None
+    }
+
+    /// Checks that the schedule has come to its [length](Self::length) after `events` events, and has not
+    /// [ended](Self::end) before: before a run that long.
+    ///
+    /// ```
+    /// use tch_ignite::schedule::{CosineAnnealing, Schedule};
+    /// let schedule = CosineAnnealing::new(1.0, 0.0, 1000);
+    /// assert!(schedule.fits(1000).is_ok() && schedule.fits(999).is_err());
+    /// ```
+    fn fits(&self, events: u64) -> Result<()> {
+        self.validate()?;
+        match too_long(self, events).or_else(|| too_short(self, events)) {
+            Some(text) => Err(Error::invalid(format!("the schedule {text}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// The schedule with its arguments, where it can be written down: kept with the position, so that
+    /// a state is only loaded into the schedule it is of.
+    fn arguments(&self) -> Option<Value> {
+        None
+    }
+
     /// The position after `events` events, in ignite's terms where the schedule has them.
     fn save(&self, events: u64) -> Map<String, Value> {
-        Map::from_iter([("event_index".to_owned(), events.into())])
+        let position = [("event_index".to_owned(), events.into())];
+        let arguments = self.arguments().map(|arguments| ("schedule".to_owned(), arguments));
+        position.into_iter().chain(arguments).collect()
     }
 
     /// The number of events that [`save`](Self::save) was given.
     ///
     /// # Errors
-    /// A missing key, or values that this schedule never has.
+    /// A missing key, or the state of a schedule with other arguments.
     fn load(&self, state: &Map<String, Value>) -> Result<u64> {
-        read(state, "event_index")
+        let events = read(state, "event_index")?;
+        if let Some(ours) = self.arguments() {
+            let theirs: Value = read(state, "schedule")?;
+            if theirs != ours {
+                return Err(Error::State(format!(
+                    "the state is of a schedule with other arguments: {theirs}, not {ours}"
+                )));
+            }
+        }
+        Ok(events)
     }
 
     /// The first `events` values with their event numbers, without any training.
@@ -162,12 +207,33 @@ impl<S: Schedule + ?Sized> Schedule for Box<S> {
     fn end(&self) -> Option<(u64, String)> {
         (**self).end()
     }
+    fn length(&self) -> Option<u64> {
+        (**self).length()
+    }
+    fn arguments(&self) -> Option<Value> {
+        (**self).arguments()
+    }
     fn save(&self, events: u64) -> Map<String, Value> {
         (**self).save(events)
     }
     fn load(&self, state: &Map<String, Value>) -> Result<u64> {
         (**self).load(state)
     }
+}
+
+fn too_long<S: Schedule + ?Sized>(schedule: &S, events: u64) -> Option<String> {
+    let length = schedule.length().filter(|length| *length > events)?;
+    Some(format!("takes {length} events, but the run has only {events}"))
+}
+
+fn too_short<S: Schedule + ?Sized>(schedule: &S, events: u64) -> Option<String> {
+    let (end, why) = schedule.end().filter(|(end, _)| *end < events)?;
+    Some(format!("ends after {end} events ({why}), but the run has {events}"))
+}
+
+/// [`Schedule::arguments`] of what serde can write.
+fn written<S: serde::Serialize>(schedule: &S) -> Option<Value> {
+    serde_json::to_value(schedule).ok()
 }
 
 /// The value of an event, or why there is none.

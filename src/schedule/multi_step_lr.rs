@@ -54,6 +54,10 @@ impl Recurrence for MultiStepLR {
             count => previous * self.gamma.powf(count as f64),
         }
     }
+
+    fn span(&self) -> Option<u64> {
+        self.milestones.iter().max().map(|last| last.saturating_add(1))
+    }
 }
 
 recurrent!(MultiStepLR);

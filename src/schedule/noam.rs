@@ -47,4 +47,12 @@ impl Schedule for Noam {
         positive("warmup", self.warmup)?;
         finite(&[("factor", self.factor)])
     }
+
+    fn length(&self) -> Option<u64> {
+        Some(self.warmup)
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
+    }
 }

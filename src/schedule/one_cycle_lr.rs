@@ -211,6 +211,14 @@ impl Schedule for OneCycleLR {
     fn end(&self) -> Option<(u64, String)> {
         self.phases().end()
     }
+
+    fn length(&self) -> Option<u64> {
+        Some(self.total_steps)
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
+    }
 }
 
 impl OneCycleMomentum {
@@ -240,6 +248,14 @@ impl Schedule for OneCycleMomentum {
 
     fn end(&self) -> Option<(u64, String)> {
         self.phases().end()
+    }
+
+    fn length(&self) -> Option<u64> {
+        Some(self.total_steps)
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
     }
 }
 

@@ -66,7 +66,7 @@ impl<S: Schedule> ParamGroupScheduler<S> {
         let states: Vec<(String, Map<String, Value>)> = read(state, "schedulers")?;
         if states.len() != self.schedulers.len() {
             return Err(Error::State(format!(
-                "Input state_dict contains {} state_dicts of param group schedulers, but {} are needed",
+                "Input state_dict contains {} state_dicts of param group schedulers, but {} needed",
                 states.len(),
                 self.schedulers.len()
             )));

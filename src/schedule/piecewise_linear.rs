@@ -15,15 +15,15 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PiecewiseLinear {
-    milestones_values: Vec<(u64, f64)>,
+    milestones_values: Vec<(i64, f64)>,
 }
 
 /// ignite's name for a [`ParamScheduler`] with a [`PiecewiseLinear`] schedule.
 pub type PiecewiseLinearScheduler = ParamScheduler<PiecewiseLinear>;
 
 impl PiecewiseLinear {
-    /// Through these (event, value) points, the events not decreasing.
-    pub fn new(milestones_values: impl IntoIterator<Item = (u64, f64)>) -> Self {
+    /// Through these (event, value) points, the events not decreasing; they may begin before event 0.
+    pub fn new(milestones_values: impl IntoIterator<Item = (i64, f64)>) -> Self {
         Self { milestones_values: milestones_values.into_iter().collect() }
     }
 }
@@ -31,12 +31,13 @@ impl PiecewiseLinear {
 impl Schedule for PiecewiseLinear {
     fn at(&self, event: u64) -> f64 {
         let points = &self.milestones_values;
+        let event = i64::try_from(event).unwrap_or(i64::MAX);
         // The last of those at or before the event.
         let after = points.partition_point(|(milestone, _)| *milestone <= event);
         let (before, after) = (after.checked_sub(1).and_then(|i| points.get(i)), points.get(after));
         match (before, after) {
             (Some((start, from)), Some((end, to))) => {
-                from + (to - from) * (event - start) as f64 / (end - start) as f64
+                from + (to - from) * event.abs_diff(*start) as f64 / end.abs_diff(*start) as f64
             }
             (Some((_, value)), None) | (None, Some((_, value))) => *value,
             (None, None) => f64::NAN,
@@ -58,5 +59,13 @@ impl Schedule for PiecewiseLinear {
             }
         }
         self.milestones_values.iter().try_for_each(|(_, value)| finite(&[("value", *value)]))
+    }
+
+    fn length(&self) -> Option<u64> {
+        self.milestones_values.last().map(|(milestone, _)| u64::try_from(*milestone).unwrap_or(0))
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
     }
 }

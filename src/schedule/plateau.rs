@@ -222,8 +222,9 @@ impl ReduceLROnPlateauScheduler {
     /// # Errors
     /// A missing or unknown key.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
-        self.state = serde_json::from_value(Value::Object(state.clone()))
-            .map_err(|error| Error::State(format!("state of scheduler '{}': {error}", self.name)))?;
+        self.state = serde_json::from_value(Value::Object(state.clone())).map_err(|error| {
+            Error::State(format!("state of scheduler '{}': {error}", self.name))
+        })?;
         Ok(())
     }
 }

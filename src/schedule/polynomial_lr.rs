@@ -63,6 +63,10 @@ impl Recurrence for PolynomialLR {
         let factor = (1. - event as f64 / total) / (1. - (event - 1) as f64 / total);
         previous * factor.powf(self.power)
     }
+
+    fn span(&self) -> Option<u64> {
+        Some(self.total_iters)
+    }
 }
 
 recurrent!(PolynomialLR);

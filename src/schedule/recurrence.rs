@@ -14,6 +14,11 @@ pub(super) trait Recurrence {
 
     /// The value of `event`, from 1, after `previous`.
     fn next(&self, event: u64, previous: f64) -> f64;
+
+    /// [`Schedule::length`](super::Schedule::length).
+    fn span(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// The value last asked for, so that walking forward costs O(1). Going back walks from the start.
@@ -45,6 +50,9 @@ impl Walk {
 /// `Schedule::at` of a recurrence with a field `walk`.
 macro_rules! recurrent {
     ($schedule:ident) => {
+        recurrent!($schedule, |schedule| super::written(schedule));
+    };
+    ($schedule:ident, $arguments:expr) => {
         impl Schedule for $schedule {
             fn at(&self, event: u64) -> f64 {
                 self.walk.at(self, event)
@@ -52,6 +60,15 @@ macro_rules! recurrent {
 
             fn validate(&self) -> Result<()> {
                 self.check()
+            }
+
+            fn arguments(&self) -> Option<serde_json::Value> {
+                let arguments: fn(&Self) -> Option<serde_json::Value> = $arguments;
+                arguments(self)
+            }
+
+            fn length(&self) -> Option<u64> {
+                self.span()
             }
         }
     };

@@ -69,11 +69,7 @@ impl StepState {
 
 impl MultiStepState {
     /// From `initial_value`, by the factor `gamma` at each milestone, in order.
-    pub fn new(
-        initial_value: f64,
-        gamma: f64,
-        milestones: impl IntoIterator<Item = u64>,
-    ) -> Self {
+    pub fn new(initial_value: f64, gamma: f64, milestones: impl IntoIterator<Item = u64>) -> Self {
         Self { initial_value, gamma, milestones: milestones.into_iter().collect() }
     }
 }
@@ -85,6 +81,10 @@ impl Schedule for ExpState {
 
     fn validate(&self) -> Result<()> {
         finite(&[("initial_value", self.initial_value), ("gamma", self.gamma)])
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
     }
 }
 
@@ -98,6 +98,14 @@ impl Schedule for StepState {
         positive("step_size", self.step_size)?;
         finite(&[("initial_value", self.initial_value), ("gamma", self.gamma)])
     }
+
+    fn length(&self) -> Option<u64> {
+        Some(self.step_size)
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
+    }
 }
 
 impl Schedule for MultiStepState {
@@ -109,12 +117,18 @@ impl Schedule for MultiStepState {
     fn validate(&self) -> Result<()> {
         finite(&[("initial_value", self.initial_value), ("gamma", self.gamma)])
     }
+
+    fn length(&self) -> Option<u64> {
+        self.milestones.last().copied()
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
+    }
 }
 
 /// ignite's `PiecewiseLinearStateScheduler`: a [`PiecewiseLinear`] that begins with event 1.
-pub fn piecewise_linear_state(
-    milestones_values: impl IntoIterator<Item = (u64, f64)>,
-) -> Skipped {
+pub fn piecewise_linear_state(milestones_values: impl IntoIterator<Item = (i64, f64)>) -> Skipped {
     PiecewiseLinear::new(milestones_values).skip(1)
 }
 

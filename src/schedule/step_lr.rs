@@ -53,6 +53,10 @@ impl Recurrence for StepLR {
     fn next(&self, event: u64, previous: f64) -> f64 {
         if event.is_multiple_of(self.step_size) { previous * self.gamma } else { previous }
     }
+
+    fn span(&self) -> Option<u64> {
+        Some(self.step_size)
+    }
 }
 
 recurrent!(StepLR);

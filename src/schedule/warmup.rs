@@ -23,13 +23,14 @@ pub fn create_lr_scheduler_with_warmup(
             "Argument warmup_duration should be at least 2 events, but given {warmup_duration}"
         )));
     }
-    let (start, end, last) = (warmup_start_value, warmup_end_value, warmup_duration - 1);
+    let duration = i64::try_from(warmup_duration).unwrap_or(i64::MAX);
+    let (start, end, last) = (warmup_start_value, warmup_end_value, duration - 1);
     let first = schedule.at(0);
     let mut line = vec![(0, start), (last, end)];
     let rest = if is_torchs(&schedule) {
         // Its first value is the end of the line, or follows it.
         if first != end {
-            line.push((warmup_duration, first));
+            line.push((duration, first));
         }
         schedule.skip(1).into()
     } else {
@@ -41,10 +42,10 @@ pub fn create_lr_scheduler_with_warmup(
         }
         schedule
     };
-    let duration = line.last().map_or(0, |(event, _)| event + 1);
+    let events = line.last().map_or(0, |(event, _)| event.unsigned_abs() + 1);
     let line = PiecewiseLinear::new(line);
     line.validate()?;
-    Ok(line.then(rest, duration).into())
+    Ok(line.then(rest, events).into())
 }
 
 /// Whether ignite gets it from torch.optim.lr_scheduler.

@@ -92,4 +92,12 @@ impl Schedule for WarmupStableDecay {
     fn validate(&self) -> Result<()> {
         finite(&[("peak", self.peak), ("start", self.start), ("end", self.end)])
     }
+
+    fn length(&self) -> Option<u64> {
+        Some(self.warmup.saturating_add(self.stable).saturating_add(self.decay))
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
+    }
 }

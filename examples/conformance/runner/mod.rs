@@ -6,6 +6,7 @@ mod optimizer;
 mod schedule;
 mod schedule_error;
 mod schedule_resume;
+mod specs;
 mod train;
 
 use std::collections::BTreeMap;

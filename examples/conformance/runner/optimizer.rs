@@ -1,14 +1,16 @@
-//! Optimizers and schedulers from their specs.
+//! Optimizers from their specs, and schedulers on them.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, bail};
 use serde_json::Value;
 use tch::nn::{self, OptimizerConfig, VarStore};
+use tch_ignite::engine::Events;
 use tch_ignite::optim::{Group, Knob, Optimizer};
-use tch_ignite::schedule::{CosineAnnealing, LinearCyclical, ParamScheduler, Schedule};
+use tch_ignite::schedule::{AnySchedule, ParamGroupScheduler, ParamScheduler};
 
-use super::json::{array, count, events, float, object, text};
+use super::json::{array, count, float, object, text};
+use super::specs::{Bases, Leaf, keeps_history, leaves, param_names};
 
 /// A store with one variable for each group of the spec.
 pub fn store(spec: &Value) -> Result<VarStore> {
@@ -53,66 +55,17 @@ pub fn optimizer(spec: &Value, vs: &VarStore) -> Result<Optimizer> {
     Ok(optimizer)
 }
 
-/// The class of the spec, if it does not exist yet.
-pub fn missing_class(spec: &Value) -> Option<String> {
-    match spec["type"].as_str() {
-        Some("LinearCyclical" | "CosineAnnealing") => None,
-        other => Some(format!("scheduler {} does not exist yet", other.unwrap_or("?"))),
-    }
-}
-
-pub fn schedule(spec: &Value) -> Result<Box<dyn Schedule>> {
-    let number = |key: &str, default: f64| match &spec[key] {
-        Value::Null => Ok(default),
-        value => float(value),
-    };
-    let (start, end) = (float(&spec["start_value"])?, float(&spec["end_value"])?);
-    let size = count(&spec["cycle_size"])?.unwrap_or(0);
-    let warmup = count(&spec["warmup_duration"])?.unwrap_or(0);
-    let cycle = number("cycle_mult", 1.)?;
-    let (start_mult, end_mult) = (number("start_value_mult", 1.)?, number("end_value_mult", 1.)?);
-    match text(&spec["type"])? {
-        "LinearCyclical" => Ok(Box::new(
-            LinearCyclical::new(start, end, size)
-                .cycle_mult(cycle)
-                .start_value_mult(start_mult)
-                .end_value_mult(end_mult)
-                .warmup_duration(warmup)
-                .monotonic(spec["monotonic"].as_bool().unwrap_or(false)),
-        )),
-        "CosineAnnealing" => Ok(Box::new(
-            CosineAnnealing::new(start, end, size)
-                .cycle_mult(cycle)
-                .start_value_mult(start_mult)
-                .end_value_mult(end_mult)
-                .warmup_duration(warmup),
-        )),
-        other => bail!("no schedule {other}"),
-    }
-}
-
+/// The knob that a spec names.
 pub fn knob(spec: &Value, optimizer: &Optimizer) -> Result<Knob> {
     let param = spec["param_name"].as_str().unwrap_or("lr");
-    Ok(match count(&spec["param_group_index"])? {
-        Some(index) => optimizer.group_at(index as usize)?.knob(param)?,
+    knob_of(param, count(&spec["param_group_index"])?.map(|index| index as usize), optimizer)
+}
+
+fn knob_of(param: &str, group: Option<usize>, optimizer: &Optimizer) -> Result<Knob> {
+    Ok(match group {
+        Some(index) => optimizer.group_at(index)?.knob(param)?,
         None => optimizer.knob(param)?,
     })
-}
-
-type Driven = ParamScheduler<Box<dyn Schedule>>;
-
-fn scheduler_with(knob: Knob, spec: &Value) -> Result<Driven> {
-    let history = spec["save_history"].as_bool().unwrap_or(false);
-    Ok(ParamScheduler::new(knob.name().to_owned(), knob, schedule(spec)?).save_history(history))
-}
-
-pub fn scheduler(spec: &Value, optimizer: &Optimizer) -> Result<Driven> {
-    scheduler_with(knob(spec, optimizer)?, spec)
-}
-
-/// A scheduler with the event it is attached to.
-pub fn attached(entry: &Value, optimizer: &Optimizer) -> Result<Driven> {
-    Ok(scheduler(&entry["scheduler"], optimizer)?.on(events(&entry["event"])?))
 }
 
 /// A hyper-parameter of all groups.
@@ -120,48 +73,136 @@ pub fn values(optimizer: &Optimizer, name: &str) -> tch_ignite::Result<Vec<f64>>
     optimizer.groups()?.iter().map(|group| group.get(name)).collect()
 }
 
-/// Parameters as a case has them: those of an optimizer, and one beside it where the case has values
-/// that an optimizer refuses (a negative lr) or a name that none has.
+/// Parameters as a case has them: those of an optimizer, and those beside it where the case has
+/// values that an optimizer refuses (a negative lr) or a name that none has.
 pub struct Params {
     pub optimizer: Optimizer,
-    beside: Option<(String, Arc<Mutex<Vec<f64>>>)>,
+    beside: Vec<(String, Arc<Mutex<Vec<f64>>>)>,
+    spec: Value,
 }
 
 impl Params {
-    pub fn new(spec: &Value, vs: &VarStore, beside: Option<&str>) -> Result<Self> {
-        let mut spec = spec.clone();
-        let mut initial = vec![];
-        for group in spec["groups"].as_array_mut().into_iter().flatten() {
-            let own = beside.map_or(&Value::Null, |name| &group[name]);
-            initial.push(if own.is_null() { 0. } else { float(own)? });
-            if let (Some(name), Some(group)) = (beside, group.as_object_mut()) {
-                group.remove(name);
+    pub fn new(spec: &Value, vs: &VarStore, beside: &[&str]) -> Result<Self> {
+        let mut own = spec.clone();
+        let mut values: Vec<_> = beside.iter().map(|name| (*name, vec![])).collect();
+        for group in own["groups"].as_array_mut().into_iter().flatten() {
+            for (name, values) in &mut values {
+                values.push(if group[&**name].is_null() { 0. } else { float(&group[&**name])? });
+                if let Some(group) = group.as_object_mut() {
+                    group.remove(*name);
+                }
             }
         }
-        let beside = beside.map(|name| (name.to_owned(), Arc::new(Mutex::new(initial))));
-        Ok(Self { optimizer: optimizer(&spec, vs)?, beside })
+        let beside = values
+            .into_iter()
+            .map(|(name, values)| (name.to_owned(), Arc::new(Mutex::new(values))))
+            .collect();
+        Ok(Self { optimizer: optimizer(&own, vs)?, beside, spec: spec.clone() })
+    }
+
+    fn beside(&self, name: &str) -> Option<&Arc<Mutex<Vec<f64>>>> {
+        self.beside.iter().find(|(beside, _)| beside == name).map(|(_, values)| values)
     }
 
     pub fn values(&self, name: &str) -> tch_ignite::Result<Vec<f64>> {
-        match &self.beside {
-            Some((beside, values)) if beside == name => Ok(lock(values).clone()),
-            _ => values(&self.optimizer, name),
+        match self.beside(name) {
+            Some(values) => Ok(lock(values).clone()),
+            None => values(&self.optimizer, name),
         }
     }
 
-    pub fn scheduler(&self, spec: &Value) -> Result<Driven> {
-        match &self.beside {
-            Some((name, values)) if spec["param_name"] == **name => {
-                let group = count(&spec["param_group_index"])?.map(|index| index as usize);
-                let (read, write) = (values.clone(), values.clone());
-                let get = move || lock(&read)[group.unwrap_or(0)];
-                let set = move |value| match group {
-                    Some(group) => lock(&write)[group] = value,
-                    None => lock(&write).fill(value),
-                };
-                scheduler_with(Knob::new(name.clone(), get, set), spec)
+    fn knob(&self, leaf: &Leaf) -> Result<Knob> {
+        let Some(values) = self.beside(&leaf.param) else {
+            return knob_of(&leaf.param, leaf.group, &self.optimizer);
+        };
+        let group = leaf.group;
+        let (read, write) = (values.clone(), values.clone());
+        let get = move || lock(&read)[group.unwrap_or(0)];
+        let set = move |value| match group {
+            Some(group) => lock(&write)[group] = value,
+            None => lock(&write).fill(value),
+        };
+        Ok(Knob::new(leaf.param.clone(), get, set))
+    }
+
+    /// The scheduler of a spec.
+    pub fn scheduler(&self, spec: &Value) -> Result<Driver> {
+        let history = keeps_history(spec);
+        let single = |leaf: Leaf| -> Result<_> {
+            let knob = self.knob(&leaf)?;
+            Ok(ParamScheduler::new(leaf.name, knob, leaf.schedule).save_history(history))
+        };
+        let mut all: Vec<_> =
+            leaves(spec, &Bases(&self.spec))?.into_iter().map(single).collect::<Result<_>>()?;
+        Ok(match all.pop() {
+            Some(only) if all.is_empty() && spec["type"] != "ParamGroup" => Driver::One(only),
+            last => Driver::Several(ParamGroupScheduler::new(all.into_iter().chain(last))),
+        })
+    }
+}
+
+/// One scheduler, or several as one.
+pub enum Driver {
+    One(ParamScheduler<AnySchedule>),
+    Several(ParamGroupScheduler<AnySchedule>),
+}
+
+impl Driver {
+    pub fn on(self, events: Events) -> Self {
+        match self {
+            Self::One(scheduler) => Self::One(scheduler.on(events)),
+            Self::Several(scheduler) => Self::Several(scheduler.on(events)),
+        }
+    }
+
+    pub fn advance(&mut self) -> tch_ignite::Result<()> {
+        match self {
+            Self::One(scheduler) => scheduler.advance().map(drop),
+            Self::Several(scheduler) => scheduler.advance(),
+        }
+    }
+
+    pub fn state_dict(&self) -> serde_json::Map<String, Value> {
+        match self {
+            Self::One(scheduler) => scheduler.state_dict(),
+            Self::Several(scheduler) => scheduler.state_dict(),
+        }
+    }
+
+    pub fn load_state_dict(
+        &mut self,
+        state: &serde_json::Map<String, Value>,
+    ) -> tch_ignite::Result<()> {
+        match self {
+            Self::One(scheduler) => scheduler.load_state_dict(state),
+            Self::Several(scheduler) => scheduler.load_state_dict(state),
+        }
+    }
+}
+
+impl<C, B, O> tch_ignite::engine::Handler<C, B, O> for Driver {
+    fn name(&self) -> String {
+        "scheduler".into()
+    }
+
+    fn events(&self) -> Events {
+        match self {
+            Self::One(scheduler) => <_ as tch_ignite::engine::Handler<C, B, O>>::events(scheduler),
+            Self::Several(scheduler) => {
+                <_ as tch_ignite::engine::Handler<C, B, O>>::events(scheduler)
             }
-            _ => scheduler(spec, &self.optimizer),
+        }
+    }
+
+    fn call(
+        &mut self,
+        event: tch_ignite::engine::Event,
+        cx: &mut C,
+        engine: &mut tch_ignite::engine::Engine<'_, C, B, O>,
+    ) -> Result<()> {
+        match self {
+            Self::One(scheduler) => scheduler.call(event, cx, engine),
+            Self::Several(scheduler) => scheduler.call(event, cx, engine),
         }
     }
 }
@@ -170,21 +211,27 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The parameter that has to stand beside the optimizer, and ignite's defect if that is why.
+/// The parameters that have to stand beside the optimizer, and ignite's defect if that is why.
 pub fn beside<'c>(
     optimizer: &Value,
     specs: impl Iterator<Item = &'c Value>,
     rows: &[&Value],
-) -> Option<(&'c str, Option<&'static str>)> {
-    let negative =
-        rows.iter().any(|rows| rows.to_string().contains("[-") || rows.to_string().contains(",-"));
-    let known = ["lr", "momentum", "weight_decay", "dampening"];
-    let specs: Vec<_> = specs.filter_map(|spec| spec["param_name"].as_str()).collect();
-    if let Some(name) =
-        specs.iter().find(|name| optimizer["type"] == "SGD" && !known.contains(name))
-    {
-        return Some((name, None));
+) -> (Vec<&'c str>, Option<&'static str>) {
+    let negative = rows
+        .iter()
+        .map(|rows| rows.to_string())
+        .any(|text| text.contains("[-") || text.contains(",-"));
+    let mut names = vec![];
+    specs.for_each(|spec| param_names(spec, &mut names));
+    names.sort();
+    names.dedup();
+    if negative {
+        if names.is_empty() {
+            names.push("lr");
+        }
+        return (names, Some("a schedule may drive lr below 0"));
     }
-    let name = specs.first()?;
-    negative.then_some((name, Some("a schedule may drive lr below 0")))
+    let known = ["lr", "momentum", "weight_decay", "dampening"];
+    names.retain(|name| optimizer["type"] == "SGD" && !known.contains(name));
+    (names, None)
 }

@@ -4,40 +4,41 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tch_ignite::data::no_data;
 use tch_ignite::engine::{Engine, Event, FilteredEvent, Until};
-use tch_ignite::schedule::{CosineAnnealing, Schedule};
+use tch_ignite::optim::Knob;
+use tch_ignite::schedule::*;
 
 use super::Outcome;
 use super::json::{event_named, object, text};
-use super::optimizer::{knob, optimizer, scheduler, store};
+use super::optimizer::{Params, knob, optimizer, store};
 
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
     let target = text(&config["target"])?;
     let args = &config["args"];
-    if !KNOWN
-        .iter()
-        .any(|known| target == *known || target.strip_prefix(known) == Some(".load_state_dict"))
-    {
-        return Outcome::skipped(format!("{target} does not exist yet"));
-    }
     if config["type_level"] == true {
         return Outcome::skipped(format!("the types rule out the wrong type given to {target}"));
     }
-    if has_negative(args) {
-        return Outcome::skipped(format!(
-            "the types rule out the negative count given to {target}"
-        ));
+    if let Some(reason) = ruled_out(target, args) {
+        return Outcome::skipped(reason);
     }
     let refused = match target {
         "LinearCyclicalScheduler" | "CosineAnnealingScheduler" => {
             return cyclical(target, config, expect, defect);
         }
         "CosineAnnealingScheduler.load_state_dict" => load_cosine(args)?,
-        "ParamScheduler" => {
-            return Outcome::skipped("the types rule out a schedule with several values at once");
+        "PiecewiseLinear" | "PiecewiseLinearStateScheduler" => {
+            piecewise(&args["milestones_values"])?.validate().err()
         }
-        "Events.ITERATION_STARTED" if object(args)?.is_empty() => {
-            return Outcome::skipped("an event without a filter is the event itself");
+        "ConcatScheduler" => concat(args)?.validate().err(),
+        "create_lr_scheduler_with_warmup" => {
+            let duration = args["warmup_duration"].as_u64().unwrap_or(0);
+            create_lr_scheduler_with_warmup(CosineAnnealing::new(1., 0., 10), 0., duration, 1.).err()
         }
+        "LRScheduler" => return one_cycle(config),
+        "ReduceLROnPlateauScheduler" => return plateau(args),
+        "PiecewiseLinear.load_state_dict"
+        | "ConcatScheduler.load_state_dict"
+        | "StepStateScheduler.load_state_dict" => return load(target, args, expect),
+        "ParamGroupScheduler.load_state_dict" => load_group(args)?,
         "Events.ITERATION_STARTED" => filter(args),
         "Engine.add_event_handler" => {
             let event = event_named(text(&args["event"])?);
@@ -47,35 +48,57 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
             let event = event_named(text(&args["event"])?);
             Engine::new(|_: &mut (), _, _: ()| Ok(())).fire_event(event, &mut ()).err()
         }
-        "Engine.remove_event_handler" => {
-            return Outcome::skipped("handlers are removed by their id, not by event");
-        }
         "Engine.run" => engine_run(args)?,
-        "Engine.load_state_dict" if !args["user_keys"].is_null() => {
-            return Outcome::skipped(
-                "state_dict_user_keys do not exist: handlers save their own state",
-            );
-        }
         "Engine.load_state_dict" => {
             let state = object(&args["state_dict"])?;
             Engine::new(|_: &mut (), _, _: ()| Ok(())).load_state_dict(state).err()
         }
-        other => anyhow::bail!("{other} is said to exist, but nothing runs it"),
+        other => return Outcome::skipped(format!("{other} does not exist yet")),
     };
     Ok(said(refused.map(|error| error.to_string()), expect).into())
 }
 
-const KNOWN: [&str; 9] = [
-    "LinearCyclicalScheduler",
-    "CosineAnnealingScheduler",
-    "ParamScheduler",
-    "Events.ITERATION_STARTED",
-    "Engine.add_event_handler",
-    "Engine.fire_event",
-    "Engine.remove_event_handler",
-    "Engine.run",
-    "Engine",
-];
+/// Why a bad argument cannot even be written down here.
+fn ruled_out(target: &str, args: &Value) -> Option<String> {
+    let has = |key: &str, text: &str| args[key].to_string().contains(text);
+    let reason = match target {
+        "ParamScheduler" => "a schedule with several values at once",
+        "Events.ITERATION_STARTED" if args.as_object().is_some_and(|args| args.is_empty()) => {
+            "an event called without a filter"
+        }
+        "Engine.remove_event_handler" => "removal by event: handlers are removed by their id",
+        "Engine.load_state_dict" if !args["user_keys"].is_null() => {
+            "state_dict_user_keys: handlers save their own state"
+        }
+        "ConcatScheduler" if has("schedulers", "different optimizers") => {
+            "a Concat over two optimizers: schedules drive nothing by themselves"
+        }
+        "ConcatScheduler" if has("schedulers", "param_name") => {
+            "a Concat over two parameters: schedules drive nothing by themselves"
+        }
+        "ParamGroupScheduler" => "another number of names than schedulers: each brings its own",
+        "LRScheduler" if args["torch"]["type"] != "OneCycleLR" => {
+            "a wrapper that cannot take SequentialLR and ReduceLROnPlateau: they exist"
+        }
+        "ReduceLROnPlateauScheduler"
+            if !args["mode"].is_null() || !args["threshold_mode"].is_null() =>
+        {
+            "an unknown mode"
+        }
+        "ReduceLROnPlateauScheduler.simulate_values" => {
+            "metrics of another length than the simulation: each is given by a call"
+        }
+        "StateParamScheduler.attach" => "an attribute of that name: knobs have no names to clash",
+        "PiecewiseLinear.load_state_dict" if args["missing"] == "_index" => {
+            "a cursor in the state: it follows from the position"
+        }
+        _ if has_negative(args) => {
+            return Some(format!("the types rule out the negative count given to {target}"));
+        }
+        _ => return None,
+    };
+    Some(format!("the types rule out {reason}"))
+}
 
 /// The error's text begins with the language-neutral head of ignite's.
 fn said(ours: Option<String>, expect: &Value) -> Result<(), String> {
@@ -127,7 +150,7 @@ fn cyclical(
         let group = format!("no parameter group {}", spec["param_group_index"]);
         return Ok(said(refused, &json!({"match": group})).into());
     }
-    let mut scheduler = scheduler(&spec, &optimizer)?;
+    let mut scheduler = Params::new(&optimizer_spec, &vs, &[])?.scheduler(&spec)?;
     let Some(at) = config["at_event"].as_u64() else {
         return Ok(said(scheduler.advance().err().map(|error| error.to_string()), expect).into());
     };
@@ -155,6 +178,99 @@ fn load_cosine(args: &Value) -> Result<Option<tch_ignite::Error>> {
         state.remove(missing).context("a key that is not saved")?;
     }
     Ok(scheduler.load_state_dict(&state).err())
+}
+
+fn piecewise(points: &Value) -> Result<PiecewiseLinear> {
+    Ok(serde_json::from_value(json!({"milestones_values": points}))?)
+}
+
+fn concat(args: &Value) -> Result<Concat> {
+    let count: usize = text(&args["schedulers"])?[..1].parse()?;
+    let durations: Vec<u64> = serde_json::from_value(args["durations"].clone())?;
+    Ok(Concat::new(vec![CosineAnnealing::new(1., 0., 10); count], durations))
+}
+
+/// A knob that turns nothing.
+fn idle() -> Knob {
+    Knob::new("lr", || 0., |_| {})
+}
+
+/// torch refuses to step once more than the run is long.
+fn one_cycle(config: &Value) -> Result<Outcome> {
+    let total = config["args"]["torch"]["total_steps"].as_u64().context("total_steps")?;
+    let at = config["at_event"].as_u64().context("at_event")?;
+    let mut scheduler = ParamScheduler::new("lr", idle(), OneCycleLR::new(1., total));
+    for event in 0..at {
+        scheduler.advance().with_context(|| format!("event {event}"))?;
+    }
+    let says = format!("the schedule ends after {at} events (total_steps is {total})");
+    let refused = scheduler.advance().err().map(|error| error.to_string());
+    Ok(said(refused, &json!({"match": says})).into())
+}
+
+fn plateau(args: &Value) -> Result<Outcome> {
+    let metric = args["metric_name"].as_str().unwrap_or("loss");
+    let mut scheduler = ReduceLROnPlateauScheduler::min("lr", idle(), metric)?;
+    if let Some(factor) = args["factor"].as_f64() {
+        scheduler = scheduler.factor(factor);
+    }
+    let mut engine = Engine::new(|_: &mut (), _, _: ()| Ok(()));
+    engine.attach(scheduler);
+    let refused = engine.run(&mut (), vec![()], Until::epochs(1)).err();
+    let text = refused.map(|error| format!("{:#}", anyhow::Error::from(error)));
+    let says = match args["factor"].as_f64() {
+        Some(factor) => format!("Argument factor should be above 0 and below 1, but given {factor}"),
+        None => format!("no metric '{metric}' has a value yet"),
+    };
+    Ok(match text {
+        Some(text) if text.contains(&says) => Outcome::Passed,
+        text => Outcome::Failed(format!("says {text:?} instead of {says:?}")),
+    })
+}
+
+/// Position and arguments are the state here: what is missing, or of another schedule, is named.
+fn load(target: &str, args: &Value, expect: &Value) -> Result<Outcome> {
+    let schedule = |count: usize| -> AnySchedule {
+        match target {
+            "PiecewiseLinear.load_state_dict" => PiecewiseLinear::new([(0, 1.), (9, 0.)]).into(),
+            "ConcatScheduler.load_state_dict" => {
+                let parts = vec![CosineAnnealing::new(1., 0., 10); count];
+                Concat::new(parts, vec![5; count - 1]).into()
+            }
+            _ => StepState::new(1., 0.5, 3).into(),
+        }
+    };
+    let mut scheduler = ParamScheduler::new("lr", idle(), schedule(2));
+    let mut state = scheduler.state_dict();
+    let mut says = expect["match"].as_str().unwrap_or_default().to_owned();
+    if let Some(missing) = args["missing"].as_str() {
+        if state.remove(missing).is_none() {
+            // An argument of the schedule: they are saved together.
+            state.remove("schedule").context("arguments in the state")?;
+            says = "Required state attribute 'schedule' is absent".into();
+        }
+    } else if let Value::Object(given) = &args["state_dict"] {
+        state = given.clone();
+        says = "Required state attribute 'event_index' is absent".into();
+    } else {
+        state = ParamScheduler::new("lr", idle(), schedule(3)).state_dict();
+        says = "the state is of a schedule with other arguments".into();
+    }
+    let refused = scheduler.load_state_dict(&state).err().map(|error| error.to_string());
+    Ok(said(refused, &json!({"match": says})).into())
+}
+
+fn load_group(args: &Value) -> Result<Option<tch_ignite::Error>> {
+    let named = |names: &Value| {
+        let name = |index: usize| names[index].as_str().unwrap_or("lr").to_owned();
+        let one = |index| ParamScheduler::new(name(index), idle(), CosineAnnealing::new(1., 0., 10));
+        ParamGroupScheduler::new([one(0), one(1)])
+    };
+    let state = match &args["state_dict"] {
+        Value::Object(state) => state.clone(),
+        _ => named(&args["names_saved"]).state_dict(),
+    };
+    Ok(named(&args["names_own"]).load_state_dict(&state).err())
 }
 
 fn filter(args: &Value) -> Option<tch_ignite::Error> {

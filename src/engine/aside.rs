@@ -1,0 +1,41 @@
+use super::run::Position;
+use super::{Control, Engine, State};
+use crate::data::Source;
+use crate::{Error, Result};
+
+/// Where an engine stands, while it runs something else.
+pub(crate) struct Aside<'a, B, O> {
+    state: State<B, O>,
+    position: Position,
+    data: Option<Box<dyn Source<B> + 'a>>,
+    control: Control,
+    exception: Option<Error>,
+    firings: Vec<u64>,
+}
+
+impl<'a, C, B, O> Engine<'a, C, B, O> {
+    /// Leaves the engine as if it had never run, but with its handlers.
+    pub(crate) fn set_aside(&mut self) -> Result<Aside<'a, B, O>> {
+        if self.running {
+            return Err(Error::invalid("the engine is running already"));
+        }
+        Ok(Aside {
+            state: std::mem::take(&mut self.state),
+            position: std::mem::take(&mut self.position),
+            data: self.data.take(),
+            control: std::mem::take(&mut self.control),
+            exception: self.exception.take(),
+            firings: self.handlers.take_firings(),
+        })
+    }
+
+    /// Goes back to where it stood.
+    pub(crate) fn put_back(&mut self, aside: Aside<'a, B, O>) {
+        self.state = aside.state;
+        self.position = aside.position;
+        self.data = aside.data;
+        self.control = aside.control;
+        self.exception = aside.exception;
+        self.handlers.put_back_firings(&aside.firings);
+    }
+}

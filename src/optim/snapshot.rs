@@ -1,0 +1,172 @@
+//! Copies of all that training changes, to go back to.
+
+use std::fmt;
+use std::sync::{Arc, Mutex};
+
+use tch::nn::Variables;
+use tch::{TchError, Tensor};
+
+use super::hyper::Hyper;
+use super::{Optimizer, Shared, locked};
+use crate::bridge::{RawState, set_gradient};
+use crate::{Error, Result};
+
+/// What an [`Optimizer`] had at one moment: all hyper-parameters of all groups, and what libtorch keeps
+/// for each parameter (momentum buffers, moments, step counts), or that it kept nothing yet.
+///
+/// Made by [`Optimizer::snapshot`]; can be restored any number of times.
+pub struct OptimizerSnapshot {
+    of: Arc<Shared>,
+    /// For each group.
+    hypers: Vec<Vec<(Hyper, f64)>>,
+    states: Vec<(Tensor, Option<RawState>)>,
+}
+
+impl fmt::Debug for OptimizerSnapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OptimizerSnapshot")
+            .field("optimizer", &self.of.kind.name())
+            .field("groups", &self.hypers)
+            .field("parameters", &self.states.len())
+            .finish()
+    }
+}
+
+impl Optimizer {
+    /// A copy of the optimizer's hyper-parameters and state, on the device where the state is: as much
+    /// memory as that takes (Adam: two times the parameters). The parameters themselves are not in it.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, nn};
+    /// # use tch_ignite::optim::Optimizer;
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let weight = vs.root().ones("weight", &[2]);
+    /// let optimizer = Optimizer::adam(&vs).lr(0.1).build()?;
+    /// let fresh = optimizer.snapshot()?;
+    /// optimizer.backward_step(&(&weight * 2.).sum(Kind::Float))?;
+    /// optimizer.knob("lr")?.set(0.5)?;
+    /// assert!(!optimizer.state("weight")?.is_empty());
+    ///
+    /// optimizer.restore(&fresh)?;
+    /// assert!(optimizer.state("weight")?.is_empty());
+    /// assert_eq!(optimizer.knob("lr")?.get()?, 0.1);
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    pub fn snapshot(&self) -> Result<OptimizerSnapshot> {
+        let parameters = self.parameters();
+        self.native(|native| {
+            let failed = |text| Error::libtorch("copying the optimizer's state", text);
+            let hyper = |group, hyper: Hyper| {
+                let value = native.get(group, hyper as i32).map_err(failed)?;
+                Ok((hyper, value))
+            };
+            let group = |index| native.kind.hypers().iter().map(|h| hyper(index, *h)).collect();
+            let hypers = (0..native.group_count()).map(group).collect::<Result<_>>()?;
+            let mut states = vec![];
+            for parameter in parameters {
+                let state = native.state(&parameter).map_err(failed)?;
+                let state = state.as_ref().map(copied).transpose();
+                states.push((parameter, state.map_err(|error| failed(error.to_string()))?));
+            }
+            Ok(OptimizerSnapshot { of: self.shared.clone(), hypers, states })
+        })
+    }
+
+    /// Goes back to a snapshot, bit for bit. What groups and parameters that came since have stays.
+    ///
+    /// # Errors
+    /// A snapshot of another optimizer; nothing is changed then.
+    pub fn restore(&self, snapshot: &OptimizerSnapshot) -> Result<()> {
+        if !Arc::ptr_eq(&self.shared, &snapshot.of) {
+            return Err(Error::invalid(format!(
+                "this snapshot is of another {}: restore it on the optimizer that it was taken of, or a clone",
+                snapshot.of.kind.name()
+            )));
+        }
+        self.native(|native| {
+            let failed = |text| Error::libtorch("restoring the optimizer", text);
+            for (index, hypers) in snapshot.hypers.iter().enumerate() {
+                for (hyper, value) in hypers {
+                    native.set(index, *hyper as i32, *value).map_err(failed)?;
+                }
+            }
+            for (parameter, state) in &snapshot.states {
+                // Copies again, because training would go on in the snapshot's tensors.
+                let state = state.as_ref().map(copied).transpose();
+                let state = state.map_err(|error| failed(error.to_string()))?;
+                native.set_state(parameter, state.as_ref()).map_err(failed)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn parameters(&self) -> Vec<Tensor> {
+        let variables = locked(&self.shared.variables);
+        variables.trainable_variables.iter().map(|v| v.tensor.shallow_clone()).collect()
+    }
+}
+
+fn copied(state: &RawState) -> Result<RawState, TchError> {
+    let mut tensors = [None, None, None];
+    for (copied, tensor) in tensors.iter_mut().zip(&state.tensors) {
+        *copied = tensor.as_ref().map(copy).transpose()?;
+    }
+    Ok(RawState { step: state.step, tensors })
+}
+
+fn copy(tensor: &Tensor) -> Result<Tensor, TchError> {
+    let _guard = tch::no_grad_guard();
+    let mut copy = tensor.f_empty_like()?;
+    copy.f_copy_(tensor)?;
+    Ok(copy)
+}
+
+/// Copies of the values of all variables of a store, and their gradients, which are not copied.
+pub(crate) struct StoreSnapshot {
+    variables: Vec<Saved>,
+}
+
+struct Saved {
+    variable: Tensor,
+    value: Tensor,
+    gradient: Option<Tensor>,
+}
+
+impl StoreSnapshot {
+    pub(crate) fn of(variables: &Mutex<Variables>) -> Result<Self> {
+        let failed = |text: String| Error::libtorch("copying the parameters", text);
+        let named: Vec<_> = {
+            let variables = locked(variables);
+            variables.named_variables.values().map(Tensor::shallow_clone).collect()
+        };
+        let mut saved = Self { variables: vec![] };
+        for variable in named {
+            let value = copy(&variable).map_err(|error| failed(error.to_string()))?;
+            let gradient = variable.f_grad().map_err(|error| failed(error.to_string()))?;
+            let gradient = gradient.defined().then_some(gradient);
+            saved.variables.push(Saved { variable, value, gradient });
+        }
+        Ok(saved)
+    }
+
+    /// Leaves the variables without gradients, so that the saved ones stay as they are.
+    pub(crate) fn clear_gradients(&self) -> Result<()> {
+        self.variables.iter().try_for_each(|saved| {
+            set_gradient(&saved.variable, None)
+                .map_err(|text| Error::libtorch("clearing gradients", text))
+        })
+    }
+
+    /// Bit for bit, in place. Does all it can before it tells of an error.
+    pub(crate) fn restore(self) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        let failed = |text| Error::libtorch("restoring the parameters", text);
+        let mut result = Ok(());
+        for Saved { mut variable, value, gradient } in self.variables {
+            let copied = variable.f_copy_(&value).map_err(|error| failed(error.to_string()));
+            let given = set_gradient(&variable, gradient.as_ref()).map_err(failed);
+            result = result.and(copied).and(given);
+        }
+        result
+    }
+}

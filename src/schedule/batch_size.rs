@@ -1,0 +1,82 @@
+use super::{Schedule, value};
+use crate::data::Loader;
+use crate::engine::{Engine, Event, Events, Handler};
+use crate::{Error, Result};
+
+/// Drives the batch size of a [`Loader`]: ignite's `BatchSizeScheduler`.
+///
+/// At the start of each epoch, unless told otherwise, the loader gets the schedule's value, rounded,
+/// and `state.epoch_length` becomes its new number of batches, so that an epoch stays one pass over
+/// the data. (In ignite the length stays, and epochs drift from passes.)
+///
+/// ```
+/// # use tch::{Device, Kind, Tensor};
+/// use tch_ignite::data::{Batch, Loader};
+/// use tch_ignite::engine::{Engine, Until};
+/// use tch_ignite::schedule::{BatchSizeScheduler, StepLR};
+/// # let x = Tensor::arange(12, (Kind::Float, Device::Cpu));
+/// let loader = Loader::new(&x, &x, 2)?;
+/// let mut trainer = Engine::new(|sizes: &mut Vec<i64>, _, (x, _): Batch| {
+///     sizes.push(x.size()[0]);
+///     Ok(())
+/// });
+/// trainer.attach(BatchSizeScheduler::new(&loader, StepLR::new(4.0, 1).gamma(1.5)));
+/// let mut sizes = vec![];
+/// trainer.run(&mut sizes, &loader, Until::epochs(2))?;
+/// assert_eq!(sizes, [4, 4, 4, 6, 6]);
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct BatchSizeScheduler<S> {
+    loader: Loader,
+    schedule: S,
+    events_done: u64,
+    events: Events,
+}
+
+impl<S: Schedule> BatchSizeScheduler<S> {
+    /// Of this loader and its clones.
+    pub fn new(loader: &Loader, schedule: S) -> Self {
+        let (loader, events) = (loader.clone(), Event::EpochStarted.into());
+        Self { loader, schedule, events_done: 0, events }
+    }
+
+    /// Acts on these events. The epoch length is only adapted at [`Event::EpochStarted`].
+    pub fn on(mut self, events: impl Into<Events>) -> Self {
+        self.events = events.into();
+        self
+    }
+}
+
+impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
+    fn name(&self) -> String {
+        "batch size".into()
+    }
+
+    fn events(&self) -> Events {
+        self.events.clone()
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.schedule.validate()
+    }
+
+    fn call(
+        &mut self,
+        event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        let size = value(&self.schedule, self.events_done)?.round();
+        if !(1. ..=u32::MAX.into()).contains(&size) {
+            let text = format!("a batch size must be at least 1 and finite, but the schedule gives {size}");
+            return Err(Error::invalid(text).into());
+        }
+        self.loader.set_batch_size(size as u64)?;
+        self.events_done += 1;
+        if event == Event::EpochStarted {
+            engine.state.epoch_length = Some(self.loader.batches());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,197 @@
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::template::{Reader, at, read};
+use crate::engine::Event;
+use crate::schedule::run_length::Clock;
+use crate::schedule::{AnySchedule, RunLength, Schedule, too_long, too_short};
+use crate::{Error, Result};
+
+/// A schedule with the hyper-parameter and the group that it drives: an entry of a
+/// [`SchedulePlan`](super::SchedulePlan).
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PlannedSchedule {
+    #[serde(flatten)]
+    place: Place,
+    /// The class and its arguments, with lengths as they were written.
+    #[serde(flatten)]
+    template: Map<String, Value>,
+}
+
+/// The keys of an entry that are not the schedule's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Place {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    group: Option<String>,
+    #[serde(default = "lr", skip_serializing_if = "is_lr")]
+    param: String,
+    #[serde(default, skip_serializing_if = "is_default")]
+    event: Clock,
+    #[serde(default, skip_serializing_if = "is_default")]
+    longer: Longer,
+}
+
+/// What to do with a schedule that is longer than the run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Longer {
+    #[default]
+    Refuse,
+    Warn,
+}
+
+const PLACE: [&str; 5] = ["name", "group", "param", "event", "longer"];
+
+fn lr() -> String {
+    "lr".into()
+}
+
+fn is_lr(param: &String) -> bool {
+    param == "lr"
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+impl PlannedSchedule {
+    /// A schedule of this hyper-parameter, in one group or in all, on every iteration.
+    ///
+    /// # Errors
+    /// A schedule with wrong arguments, or one that no file can hold.
+    pub fn new(param: &str, group: Option<&str>, schedule: impl Into<AnySchedule>) -> Result<Self> {
+        let schedule = schedule.into();
+        schedule.validate()?;
+        let template = match serde_json::to_value(&schedule) {
+            Ok(Value::Object(template)) => template,
+            _ => {
+                let class = schedule.class();
+                return Err(Error::invalid(format!("{class} cannot be written to a file")));
+            }
+        };
+        let place = Place {
+            name: None,
+            group: group.map(Into::into),
+            param: param.into(),
+            event: Clock::Iteration,
+            longer: Longer::Refuse,
+        };
+        // TOML has no null.
+        let template = template.into_iter().filter(|(_, value)| !value.is_null()).collect();
+        Ok(Self { place, template })
+    }
+
+    /// Under this name instead of `"<param> (<group>)"`.
+    pub fn named(mut self, name: impl Into<String>) -> Self {
+        self.place.name = Some(name.into());
+        self
+    }
+
+    /// One event of the schedule an epoch, instead of one an iteration.
+    pub fn each_epoch(mut self) -> Self {
+        self.place.event = Clock::Epoch;
+        self
+    }
+
+    /// A schedule longer than the run is cut off with a warning, instead of refused.
+    pub fn allow_longer(mut self) -> Self {
+        self.place.longer = Longer::Warn;
+        self
+    }
+
+    pub(super) fn from_value(path: &str, mut template: Map<String, Value>) -> Result<Self> {
+        let place = PLACE.iter().filter_map(|key| template.remove_entry(*key)).collect();
+        let place = read(path, Value::Object(place))?;
+        Reader::without_run().schedule(path, &mut template.clone())?;
+        Ok(Self { place, template })
+    }
+
+    /// Its name, which is also its key in the history.
+    pub fn name(&self) -> String {
+        match (&self.place.name, &self.place.group) {
+            (Some(name), _) => name.clone(),
+            (None, Some(group)) => format!("{} ({group})", self.place.param),
+            (None, None) => self.place.param.clone(),
+        }
+    }
+
+    /// The group it drives; `None` for all.
+    pub fn group(&self) -> Option<&str> {
+        self.place.group.as_deref()
+    }
+
+    /// The hyper-parameter it drives.
+    pub fn param(&self) -> &str {
+        &self.place.param
+    }
+
+    /// The event it counts: [`Event::IterationStarted`] or [`Event::EpochStarted`].
+    pub fn event(&self) -> Event {
+        match self.place.event {
+            Clock::Iteration => Event::IterationStarted,
+            Clock::Epoch => Event::EpochStarted,
+        }
+    }
+
+    /// How many of its events a run has, where that is known.
+    pub fn events(&self, run: RunLength) -> Option<u64> {
+        run.events(self.place.event)
+    }
+
+    pub(super) fn simulate_values(
+        &self,
+        schedule: &AnySchedule,
+        run: RunLength,
+    ) -> Result<Vec<(u64, f64)>> {
+        let (period, events, iterations) =
+            (run.period(self.place.event), self.events(run), run.iterations());
+        let (Some(period), Some(events), Some(iterations)) = (period, events, iterations) else {
+            return Err(Error::invalid(format!(
+                "the number of {} in the run is not known",
+                self.place.event.plural()
+            )));
+        };
+        let values = schedule.simulate_values(events)?.into_iter();
+        let mut values: Vec<_> = values
+            .flat_map(|(event, value)| {
+                let last = event.saturating_add(1).saturating_mul(period).min(iterations);
+                [(event * period + 1, value), (last, value)]
+            })
+            .collect();
+        values.dedup();
+        Ok(values)
+    }
+
+    pub(super) fn resolve(&self, path: &str, run: RunLength) -> Result<AnySchedule> {
+        Reader::of(run, self.place.event).schedule(path, &mut self.template.clone())
+    }
+
+    /// What is longer than the run, if that is allowed here.
+    pub(super) fn check(
+        &self,
+        path: &str,
+        schedule: &AnySchedule,
+        run: RunLength,
+    ) -> Result<Option<String>> {
+        let Some(events) = self.events(run) else {
+            return Ok(None);
+        };
+        let text = |text: String| {
+            let text = text.replace("events", self.place.event.plural());
+            format!("{} {text}", schedule.class())
+        };
+        if let Some(why) = too_short(schedule, events) {
+            return Err(at(path, text(why)));
+        }
+        match (too_long(schedule, events).map(text), self.place.longer) {
+            (Some(why), Longer::Refuse) => Err(at(
+                path,
+                format!("{why}; shorten it, or say `longer = \"warn\"` to have it cut off"),
+            )),
+            (Some(why), Longer::Warn) => Ok(Some(format!("{path}: {why}"))),
+            (None, _) => Ok(None),
+        }
+    }
+}
