@@ -2,6 +2,7 @@
 
 mod engine_trace;
 mod json;
+mod lr_finder;
 mod optimizer;
 mod schedule;
 mod schedule_error;
@@ -84,6 +85,7 @@ pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
             Some("schedule_error") => schedule_error::run(config, expect, &mut defect),
             Some("engine_trace") => engine_trace::run(config, expect, &mut defect),
             Some("train") => train::run(config, expect),
+            Some("lr_finder") => lr_finder::run(config, expect, &mut defect),
             kind => Outcome::skipped(format!("kind {} does not exist yet", kind.unwrap_or("?"))),
         };
         if let Some(defect) = defect {

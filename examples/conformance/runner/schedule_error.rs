@@ -9,6 +9,7 @@ use tch_ignite::schedule::*;
 
 use super::Outcome;
 use super::json::{event_named, object, text};
+use super::lr_finder;
 use super::optimizer::{Params, knob, optimizer, store};
 
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
@@ -53,6 +54,10 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
             let state = object(&args["state_dict"])?;
             Engine::new(|_: &mut (), _, _: ()| Ok(())).load_state_dict(state).err()
         }
+        "FastaiLRFinder.attach" => lr_finder::refused(args)?,
+        "FastaiLRFinder.lr_suggestion" => {
+            lr_finder::curve(&args["history"])?.lr_suggestion().err()
+        }
         other => return Outcome::skipped(format!("{other} does not exist yet")),
     };
     Ok(said(refused.map(|error| error.to_string()), expect).into())
@@ -87,6 +92,10 @@ fn ruled_out(target: &str, args: &Value) -> Option<String> {
         }
         "ReduceLROnPlateauScheduler.simulate_values" => {
             "metrics of another length than the simulation: each is given by a call"
+        }
+        "FastaiLRFinder.attach" if !args["step_mode"].is_null() => "an unknown step mode",
+        "FastaiLRFinder.attach" if !args["to_save_keys"].is_null() => {
+            "a finder without an optimizer"
         }
         "StateParamScheduler.attach" => "an attribute of that name: knobs have no names to clash",
         "PiecewiseLinear.load_state_dict" if args["missing"] == "_index" => {
