@@ -61,16 +61,17 @@ fn preview(args: &Args) -> Result<()> {
 
 /// Four digits that count.
 fn short(value: f64) -> String {
-    match value.abs() {
-        size if size == 0. || (1e-3..1e5).contains(&size) => {
-            let decimals = 3 - (size.max(1e-3).log10().floor() as i32).clamp(-3, 3);
-            let text = format!("{value:.*}", decimals as usize);
-            match text.contains('.') {
-                true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
-                false => text,
-            }
-        }
-        _ => format!("{value:.3e}"),
+    let zeros = |text: &str| match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => text.to_owned(),
+    };
+    let text = format!("{value:.3e}");
+    match text.split_once('e') {
+        Some((mantissa, exponent)) => match exponent.parse::<i32>() {
+            Ok(exponent @ -3..=3) => zeros(&format!("{value:.*}", (3 - exponent) as usize)),
+            _ => format!("{}e{exponent}", zeros(mantissa)),
+        },
+        None => text,
     }
 }
 

@@ -60,7 +60,7 @@
 //! | schedules and their handler | [`schedule`], [`schedule::ParamScheduler`] |
 //! | metrics that stay on the device | [`metrics`] |
 //! | batches from memory | [`data::Loader`] |
-//! | evaluation, history, progress | [`handlers`] |
+//! | evaluation, history, progress, a learning rate to start with | [`handlers`] |
 //! | ready steps for supervised learning | [`supervised`] |
 //!
 //! Nothing here waits for the GPU unless its documentation says so: outputs and metrics stay tensors

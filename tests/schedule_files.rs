@@ -13,9 +13,7 @@ use tch_ignite::schedule::{
     StepLR, WarmupStableDecay, create_lr_scheduler_with_warmup,
 };
 
-const RUN: RunLength = match RunLength::new(100, 10) {
-    run => run,
-};
+const RUN: RunLength = RunLength::new(100, 10);
 
 fn toml(entry: &str) -> Result<SchedulePlan, String> {
     SchedulePlan::from_toml(&format!("[[schedule]]\n{entry}")).map_err(|error| error.to_string())
@@ -51,7 +49,7 @@ fn examples() -> Vec<PathBuf> {
 }
 
 #[test]
-fn every_class_makes_the_round_trip() {
+fn schedules_make_the_round_trip() {
     let entry = |index: usize, schedule: AnySchedule| {
         let group = format!("group {index}");
         PlannedSchedule::new("lr", Some(&group), schedule).unwrap()

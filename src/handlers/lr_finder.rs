@@ -18,42 +18,33 @@ use crate::{Error, Result};
 /// ignite's `FastaiLRFinder`.
 ///
 /// ```
-/// # use tch::{Device, Kind, Tensor, nn};
-/// use tch_ignite::engine::{Engine, Until};
-/// use tch_ignite::handlers::LrFinder;
-/// use tch_ignite::optim::Optimizer;
+/// # use tch::{Device, Kind, Reduction, Tensor, nn};
+/// use tch_ignite::prelude::*;
 ///
 /// # let vs = nn::VarStore::new(Device::Cpu);
-/// # let weight = vs.root().ones("weight", &[3]);
-/// # let train = vec![Tensor::from_slice(&[1f32, 2., 3.]); 50];
+/// # tch::manual_seed(1);
+/// # let net = nn::linear(vs.root(), 3, 1, Default::default());
+/// # let x = Tensor::randn([256, 3], (Kind::Float, Device::Cpu));
+/// # let y = x.sum_dim_intlist(1, true, Kind::Float) + 3;
+/// let train = Loader::new(&x, &y, 16)?.shuffle(42);
 /// let optimizer = Optimizer::sgd(&vs).lr(0.1).build()?;
-/// let mut trainer = Engine::new(|optimizer: &mut Optimizer, _, x: Tensor| {
-///     let loss = (&weight * &x).square().sum(Kind::Float);
-///     optimizer.backward_step(&loss)?;
-///     Ok(loss.detach())
-/// });
-/// # let train = |xs: &[Tensor]| tch_ignite::data::restartable({
-/// #     let xs: Vec<_> = xs.iter().map(|x| x.shallow_clone()).collect();
-/// #     move || xs.iter().map(|x| x.shallow_clone()).collect::<Vec<_>>().into_iter()
-/// # })(&train);
-/// let mut cx = optimizer.clone();
-/// let curve = LrFinder::new(&optimizer, &vs)
-///     .start_lr(1e-6)
-///     .end_lr(1.0)
-///     .num_iter(40)
-///     .run(&mut trainer, &mut cx, train, |loss: &Tensor| loss.shallow_clone())?;
+/// let mut trainer = create_supervised_trainer();
+/// let mut cx = Supervised::new(net, optimizer.clone(), |y_pred, y| y_pred.mse_loss(y, Reduction::Mean));
 ///
+/// let curve = LrFinder::new(&optimizer, &vs)
+///     .start_lr(1e-4)
+///     .num_iter(100)
+///     .run(&mut trainer, &mut cx, &train, |loss: &Tensor| loss.shallow_clone())?;
 /// assert_eq!((optimizer.knob("lr")?.get()?, trainer.state.iteration), (0.1, 0)); // as before
+///
 /// curve.apply_suggested_lr(&optimizer)?;
-/// let suggested = curve.lr_suggestion()?[0];
-/// assert!(optimizer.knob("lr")?.get()? == suggested && (1e-4..0.1).contains(&suggested));
-/// # #[cfg(feature = "plots")]
+/// assert!((1e-3..1.0).contains(&curve.lr_suggestion()?[0]));
+/// # #[cfg(feature = "plots")] {
 /// # let folder = std::env::temp_dir().join(format!("tch-ignite-lr-{}", std::process::id()));
-/// # #[cfg(feature = "plots")]
 /// curve.plot(folder.join("lr.svg"))?;
-/// # #[cfg(feature = "plots")]
 /// # std::fs::remove_dir_all(folder).ok();
-/// # Ok::<(), tch_ignite::Error>(())
+/// # }
+/// # Ok::<(), anyhow::Error>(())
 /// ```
 ///
 /// Iteration `i` trains with `start * (end / start)^((i - 1) / num_iter)`, or on a line with
@@ -319,9 +310,9 @@ impl Saved {
     /// Restores all it can before it tells of an error.
     fn restore(self) -> Result<()> {
         let stores = self.stores.into_iter().map(StoreSnapshot::restore);
-        let restored = stores.fold(Ok(()), |all: Result<()>, one| all.and(one));
         let optimizers = self.optimizers.iter().map(|(optimizer, saved)| optimizer.restore(saved));
-        optimizers.fold(restored, |all, one| all.and(one))
+        let restored: Vec<Result<()>> = stores.chain(optimizers).collect();
+        restored.into_iter().collect()
     }
 }
 
@@ -376,9 +367,7 @@ impl<F> Search<F> {
     /// Whether to stop.
     fn record(&mut self, loss: f64) -> bool {
         let loss = match self.curve.loss.last() {
-            Some(last) if self.smooth_f > 0. => {
-                self.smooth_f * loss + (1. - self.smooth_f) * last
-            }
+            Some(last) if self.smooth_f > 0. => self.smooth_f * loss + (1. - self.smooth_f) * last,
             _ => loss,
         };
         self.curve.lr.push(std::mem::take(&mut self.lr));
@@ -521,8 +510,8 @@ impl LrCurve {
     }
 
     /// Draws the loss over the learning rate on a logarithmic scale as SVG, a curve for each group, and
-    /// marks the suggestion where there is one. A file that was there is replaced when the new one is
-    /// complete.
+    /// marks the suggestion where there is one. A loss that has left the picture does not come back. A
+    /// file that was there is replaced when the new one is complete.
     ///
     /// # Errors
     /// No run yet; a file that cannot be written.
@@ -543,10 +532,13 @@ impl LrCurve {
                 _ => name.clone(),
             };
             name += &match mark {
-                Some((lr, _)) => format!(", suggested {}", label(lr)),
+                Some((lr, _)) => {
+                    let short = format!("{lr:.2e}").parse().unwrap_or(lr);
+                    format!(", suggested {}", label(short))
+                }
                 None => ", no suggestion".to_owned(),
             };
-            Line { name, points: (0..self.loss.len()).map(point).collect(), mark }
+            Line { name, points: self.visible(group), mark }
         };
         let lines = self.groups.iter().enumerate().map(line).collect();
         let svg = svg_of(&[Sheet { title: "smoothed loss".into(), lines }], X::LogLr)?;
@@ -554,8 +546,282 @@ impl LrCurve {
     }
 }
 
+#[cfg(feature = "plots")]
+impl LrCurve {
+    /// Points of a group up to where the loss has risen far above what it fell from.
+    fn visible(&self, group: usize) -> Vec<(f64, f64)> {
+        let finite = self.loss.split(|loss| !loss.is_finite()).next().unwrap_or_default();
+        let least = first_least(finite.iter().copied()).unwrap_or(0);
+        let falling = finite.get(..=least).unwrap_or_default();
+        let low = falling.last().copied().unwrap_or(0.);
+        let high = falling.iter().copied().fold(low, f64::max);
+        let top = high + 0.5 * (high - low).max(high.abs());
+        let mut points: Vec<(f64, f64)> = vec![];
+        for (lrs, loss) in self.lr.iter().zip(&self.loss) {
+            let (lr, loss) = (lrs[group], *loss);
+            if let Some((last_lr, last)) = points.last().copied()
+                && top > last
+                && loss > top
+            {
+                // On a straight line of the picture.
+                let part = (top - last) / (loss - last);
+                points.push((last_lr * (lr / last_lr).powf(part), top));
+                break;
+            }
+            points.push((lr, loss));
+        }
+        points
+    }
+}
+
 /// The index of the smallest value, the first of equals.
 fn first_least(values: impl Iterator<Item = f64>) -> Option<usize> {
     let least = values.enumerate().reduce(|a, b| if b.1 < a.1 { b } else { a });
     least.map(|(index, _)| index)
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Result;
+    use tch::nn::{self, Init};
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+    use crate::data::{no_data, one_shot, restartable};
+    use crate::engine::Stop;
+    use crate::schedule::{LinearCyclical, ParamScheduler};
+
+    type Trainer<'a> = Engine<'a, Vec<f64>, u32, Tensor>;
+
+    fn store() -> nn::VarStore {
+        let mut vs = nn::VarStore::new(Device::Cpu);
+        vs.set_kind(Kind::Double);
+        let _ = vs.root().var("w", &[4], Init::Const(1.));
+        let _ = vs.root().zeros_no_train("steps", &[1]);
+        vs
+    }
+
+    /// Pulls `w` to the number of the batch; counts its steps in a buffer.
+    fn trainer<'a>(optimizer: &'a Optimizer, vs: &nn::VarStore) -> Trainer<'a> {
+        let variables = vs.variables();
+        Engine::new(move |lrs: &mut Vec<f64>, _: &mut Trainer<'a>, batch: u32| {
+            lrs.push(optimizer.group_at(0)?.lr()?);
+            let loss = (&variables["w"] - f64::from(batch)).square().sum(Kind::Double);
+            optimizer.backward_step(&loss)?;
+            let _ = variables["steps"].shallow_clone().f_add_scalar_(1.)?;
+            Ok(loss.detach())
+        })
+    }
+
+    fn values(vs: &nn::VarStore) -> (Tensor, Tensor) {
+        (vs.variables()["w"].detach().copy(), vs.variables()["steps"].copy())
+    }
+
+    fn share(loss: &Tensor) -> Tensor {
+        loss.shallow_clone()
+    }
+
+    #[test]
+    fn an_interrupted_run_goes_on_as_if_nothing_had_been() -> Result<()> {
+        let data = [3, 1, 4, 1, 5];
+        let train = |find: bool| -> Result<_> {
+            let vs = store();
+            let optimizer = Optimizer::adam(&vs).lr(0.1).build()?;
+            let mut trainer = trainer(&optimizer, &vs);
+            trainer.on(Event::IterationCompleted.once(7), |_, engine| {
+                if engine.state.max_epochs == Some(4) {
+                    engine.interrupt();
+                }
+                Ok(())
+            });
+            let (mut lrs, mut other) = (vec![], vec![]);
+            let summary = trainer.run(&mut lrs, &data[..], Until::epochs(4))?;
+            assert_eq!(summary.stop, Stop::Interrupted);
+            trainer.state.metrics.set("kept", 1.);
+            if find {
+                let finder = LrFinder::new(&optimizer, &vs).num_iter(20);
+                let before = (values(&vs), trainer.state_dict());
+                let curve = finder.run(&mut trainer, &mut other, &data[..], share)?;
+                assert_eq!(curve.lr().len(), other.len());
+                assert!(other.windows(2).all(|pair| pair[0] < pair[1]));
+                assert_eq!((values(&vs), trainer.state_dict()), before);
+                assert_eq!(trainer.state.metrics.get("kept")?, 1.);
+            }
+            let summary = trainer.run(&mut lrs, &data[..], Until::default())?;
+            assert_eq!((summary.iterations, lrs.len()), (20, 20));
+            Ok((values(&vs), optimizer.state("w")?))
+        };
+        assert_eq!(train(true)?, train(false)?);
+        Ok(())
+    }
+
+    #[test]
+    fn all_is_restored_after_an_error_too() -> Result<()> {
+        let vs = store();
+        let optimizer = Optimizer::builder(nn::sgd(0.9, 0., 0., false), &vs).lr(0.1).build()?;
+        let w = vs.variables()["w"].shallow_clone();
+        (&w * 2.).sum(Kind::Double).backward();
+        let mut trainer = trainer(&optimizer, &vs);
+        trainer.on(Event::IterationCompleted.once(4), |_, _| anyhow::bail!("no more"));
+        let before = values(&vs);
+        let finder = LrFinder::new(&optimizer, &vs);
+        let error = finder.run(&mut trainer, &mut vec![], vec![1; 9], share).unwrap_err();
+        assert!(matches!(error, Error::Handler { iteration: 4, .. }), "{error}");
+        assert_eq!((values(&vs), w.grad()), (before, w.ones_like() * 2.));
+        assert!(optimizer.state("w")?.is_empty());
+        assert_eq!(optimizer.knob("lr")?.get()?, 0.1);
+        assert_eq!((trainer.state.iteration, trainer.state.max_epochs), (0, None));
+
+        // Its own handler is gone.
+        let mut lrs = vec![];
+        trainer.run(&mut lrs, vec![1; 3], Until::epochs(1))?;
+        assert_eq!(lrs, [0.1; 3]);
+        Ok(())
+    }
+
+    #[test]
+    fn schedulers_of_the_trainer_do_not_interfere() -> Result<()> {
+        let vs = store();
+        let optimizer = Optimizer::sgd(&vs).lr(0.1).build()?;
+        let mut trainer = trainer(&optimizer, &vs);
+        let knob = optimizer.knob("lr")?;
+        trainer.attach(ParamScheduler::new("lr", knob, LinearCyclical::new(0.5, 0.4, 10)));
+        let mut lrs = vec![];
+        let finder = LrFinder::new(&optimizer, &vs)
+            .start_lr(0.)
+            .end_lr(4e-3)
+            .num_iter(4)
+            .step_mode(StepMode::Linear);
+        let curve = finder.run(&mut trainer, &mut lrs, vec![1; 9], share)?;
+        assert_eq!(lrs, [0., 1e-3, 2e-3, 3e-3, 4e-3]);
+        assert_eq!(curve.lr().concat(), lrs);
+        assert_eq!(curve.warnings().len(), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn the_run_may_be_measured_in_iterations_or_not_at_all() -> Result<()> {
+        let vs = store();
+        let optimizer = Optimizer::sgd(&vs).lr(1e-3).build()?;
+        let mut trainer = trainer(&optimizer, &vs);
+        let finder = LrFinder::new(&optimizer, &vs).end_lr(2e-3);
+        let mut steps = |finder: &LrFinder, data: crate::data::Custom<'static, u32>| {
+            let curve = finder.run(&mut trainer, &mut vec![], data, share)?;
+            anyhow::Ok(curve.loss().len())
+        };
+        let endless = || restartable(|| std::iter::repeat(2));
+        let by_iterations = finder.clone().until(Until::iterations(7));
+        assert_eq!(steps(&by_iterations, endless())?, 7);
+        assert_eq!(steps(&by_iterations.clone().num_iter(5), endless())?, 6);
+        assert_eq!(steps(&by_iterations.num_iter(9), endless())?, 9);
+        assert_eq!(
+            steps(&finder.clone().num_iter(12), restartable(|| vec![1; 5].into_iter()))?,
+            12
+        );
+        assert_eq!(steps(&finder.clone().num_iter(12), one_shot(vec![1; 20]))?, 12);
+        let long = finder.clone().until(Until::epochs(3).epoch_length(4));
+        assert_eq!(steps(&long, no_data())?, 12);
+        let error = steps(&finder, endless()).unwrap_err();
+        assert!(format!("{error:?}").contains("num_iter"), "{error:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn each_group_has_its_range() -> Result<()> {
+        let vs = store();
+        let _ = vs.root().set_group(1).zeros("v", &[1]);
+        let optimizer = Optimizer::sgd(&vs).lr(0.1).build()?;
+        let mut trainer = Engine::new(|_: &mut (), engine: &mut Engine<'_, _, _, _>, _: ()| {
+            Ok([5., 4.5, 2., 1., 3., f64::NAN, 0.][engine.state.iteration as usize - 1])
+        });
+        let finder = LrFinder::new(&optimizer, &vs).smooth_f(0.).num_iter(6);
+        let mut find = |finder: LrFinder| finder.run(&mut trainer, &mut (), vec![()], |x| *x);
+        let curve = find(finder.clone().start_lrs([1e-3, 1.]).end_lrs([1e3, 1e6]))?;
+        assert_eq!(curve.loss()[..5], [5., 4.5, 2., 1., 3.]);
+        assert!(curve.diverged() && curve.warnings().is_empty() && curve.loss().len() == 6);
+        let suggested = curve.lr_suggestion()?;
+        assert!((suggested[0] - 0.1).abs() < 1e-12 && (suggested[1] - 100.).abs() < 1e-9);
+        curve.apply_suggested_lr(&optimizer)?;
+        assert_eq!(optimizer.knob("lr")?.values()?, suggested);
+        let single = LrCurve::new(vec![vec![1.]; 4], vec![4., 3., 2., 1.])?;
+        let error = single.apply_suggested_lr(&optimizer).unwrap_err().to_string();
+        assert!(error.ends_with("1 vs 2"), "{error}");
+        let error = find(finder.start_lrs([1e-3])).unwrap_err().to_string();
+        assert!(error.contains("1 were given for 2 parameter groups"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn negative_losses_diverge_by_their_distance_to_zero() -> Result<()> {
+        let vs = store();
+        let optimizer = Optimizer::sgd(&vs).lr(0.1).build()?;
+        let losses = [-1., -1.5, -2., 3., 5.9, 6.1, 7.];
+        let mut trainer = Engine::new(|_: &mut (), _, loss: f64| Ok(loss));
+        let finder = LrFinder::new(&optimizer, &vs).smooth_f(0.);
+        let curve = finder.run(&mut trainer, &mut (), losses.to_vec(), |loss: &f64| *loss)?;
+        assert_eq!((curve.diverged(), curve.loss()), (true, &losses[..6]));
+        Ok(())
+    }
+
+    #[test]
+    fn a_loss_of_several_values_is_an_error() -> Result<()> {
+        let vs = store();
+        let optimizer = Optimizer::sgd(&vs).build()?;
+        let mut trainer = trainer(&optimizer, &vs);
+        let two = |loss: &Tensor| loss.expand([2], false);
+        let error =
+            LrFinder::new(&optimizer, &vs).run(&mut trainer, &mut vec![], vec![1; 3], two).err();
+        assert!(format!("{error:?}").contains("the loss must be a single value"), "{error:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn wrong_arguments_are_named() -> Result<()> {
+        let vs = store();
+        let optimizer = Optimizer::sgd(&vs).lr(0.1).build()?;
+        let finder = LrFinder::new(&optimizer, &vs);
+        for (wrong, says) in [
+            (finder.clone().smooth_f(1.), "smooth_f is outside"),
+            (finder.clone().smooth_f(f64::NAN), "smooth_f is outside"),
+            (finder.clone().diverge_th(0.9), "diverge_th should be larger"),
+            (finder.clone().num_iter(0), "num_iter should be positive"),
+            (finder.clone().start_lr(11.), "start_lr=11.0 vs end_lr=10.0"),
+            (finder.clone().start_lr(0.), "nor 0 with StepMode::Exp"),
+            (finder.clone().end_lr(f64::INFINITY), "must be less than"),
+        ] {
+            let mut trainer = trainer(&optimizer, &vs);
+            let error = wrong.run(&mut trainer, &mut vec![], vec![1; 3], share).unwrap_err();
+            assert!(error.to_string().contains(says), "{error}");
+        }
+        assert!(LrCurve::new(vec![vec![1.], vec![]], vec![1., 1.]).is_err());
+        Ok(())
+    }
+
+    #[cfg(feature = "plots")]
+    #[test]
+    fn plots_show_the_suggestion() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("lr.svg");
+        let lr = |i: i32| 1e-5 * 10f64.powf(f64::from(i) / 10.);
+        let loss = |i: i32| 2.3 - 2. / (1. + (-f64::from(i - 30) / 4.).exp());
+        let curve = |groups: i32| {
+            let row = |i| (0..groups).map(|group| lr(i + 10 * group)).collect();
+            let loss = (0..60).map(|i| if i < 45 { loss(i) } else { loss(i) * f64::from(i - 44) });
+            LrCurve::new((0..60).map(row).collect(), loss.collect())
+        };
+        curve(1)?.plot(&path)?;
+        let svg = std::fs::read_to_string(&path)?;
+        assert!(svg.contains("loss, suggested 0.01") && svg.contains("learning rate"), "{svg}");
+        let mut exploded = curve(1)?;
+        exploded.loss[59] = 1e30;
+        let seen = exploded.visible(0);
+        assert!(seen.len() < 60 && seen.iter().all(|(_, loss)| *loss < 4.), "{seen:?}");
+        curve(2)?.plot(&path)?;
+        let svg = std::fs::read_to_string(&path)?;
+        assert!(svg.contains("group_0, suggested 0.01") && svg.contains("group_1, suggested 0.1"));
+        LrCurve::new(vec![vec![0.], vec![-1.]], vec![1., f64::NAN])?.plot(&path)?;
+        assert!(std::fs::read_to_string(&path)?.contains("no suggestion"));
+        assert!(LrCurve::default().plot(&path).is_err());
+        Ok(())
+    }
 }

@@ -7,6 +7,7 @@ mod builder;
 mod group;
 mod hyper;
 mod knob;
+mod layerwise;
 mod snapshot;
 
 use std::collections::HashMap;
@@ -19,6 +20,7 @@ use tch::{TchError, Tensor};
 pub use builder::{GroupOptions, OptimizerBuilder, lr};
 pub use group::Group;
 pub use knob::Knob;
+pub use layerwise::layerwise_lr_decay;
 pub use snapshot::OptimizerSnapshot;
 pub(crate) use snapshot::StoreSnapshot;
 

@@ -170,3 +170,101 @@ impl StoreSnapshot {
         result
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::nn::{self, OptimizerConfig};
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+
+    fn store() -> nn::VarStore {
+        let mut vs = nn::VarStore::new(Device::Cpu);
+        vs.set_kind(Kind::Double);
+        let _ = vs.root().var("a", &[3], nn::Init::Const(1.));
+        let _ = vs.root().set_group(1).var("b", &[2, 2], nn::Init::Const(-0.5));
+        vs
+    }
+
+    /// The parameters after each of some steps, the i-th with its own gradient.
+    fn train(optimizer: &Optimizer, vs: &nn::VarStore, steps: std::ops::Range<i32>) -> Vec<Tensor> {
+        let mut seen = vec![];
+        let mut variables: Vec<_> = vs.variables().into_iter().collect();
+        variables.sort_by(|a, b| a.0.cmp(&b.0));
+        for step in steps {
+            let terms = variables
+                .iter()
+                .map(|(_, v)| ((v + f64::from(step) * 0.3).sin() * v).sum(Kind::Double));
+            let loss: Tensor = terms.reduce(|a, b| a + b).unwrap();
+            optimizer.backward_step(&loss).unwrap();
+            seen.extend(variables.iter().map(|(_, v)| v.detach().copy()));
+        }
+        seen
+    }
+
+    fn goes_back(config: impl OptimizerConfig + Copy) {
+        for before in [0, 3] {
+            let vs = store();
+            let optimizer = Optimizer::builder(config, &vs).lr(0.05).build().unwrap();
+            optimizer.group_at(1).unwrap().set_lr(0.2).unwrap();
+            train(&optimizer, &vs, 0..before);
+
+            let (values, saved) =
+                (StoreSnapshot::of(&vs.variables_).unwrap(), optimizer.snapshot().unwrap());
+            let first = train(&optimizer, &vs, before..before + 4);
+            optimizer.knob("lr").unwrap().set(3.).unwrap();
+            optimizer.knob("weight_decay").unwrap().set(0.5).unwrap();
+            train(&optimizer, &vs, 9..12);
+            values.restore().unwrap();
+            optimizer.restore(&saved).unwrap();
+            assert_eq!(optimizer.state("a").unwrap().is_empty(), before == 0);
+            assert_eq!(first, train(&optimizer, &vs, before..before + 4), "{}", optimizer.name());
+
+            // The snapshot did not train with it.
+            let values = StoreSnapshot::of(&vs.variables_).unwrap();
+            optimizer.restore(&saved).unwrap();
+            let second = train(&optimizer, &vs, 20..23);
+            values.restore().unwrap();
+            optimizer.restore(&saved).unwrap();
+            assert_eq!(second, train(&optimizer, &vs, 20..23), "{}", optimizer.name());
+        }
+    }
+
+    #[test]
+    fn all_optimizers_train_on_as_before() {
+        goes_back(nn::sgd(0.9, 0.1, 1e-3, false));
+        goes_back(nn::Adam { amsgrad: true, wd: 0.01, ..nn::Adam::default() });
+        goes_back(nn::AdamW { amsgrad: true, ..nn::AdamW::default() });
+        goes_back(nn::AdamW::default());
+        goes_back(nn::RmsProp { momentum: 0.8, centered: true, ..nn::RmsProp::default() });
+    }
+
+    #[test]
+    fn gradients_are_as_they_were() {
+        let vs = store();
+        let a = vs.variables()["a"].shallow_clone();
+        (&a * 3.).sum(Kind::Double).backward();
+        let gradient = a.grad();
+        let saved = StoreSnapshot::of(&vs.variables_).unwrap();
+        saved.clear_gradients().unwrap();
+        assert!(!a.grad().defined());
+        (&a * 5.).sum(Kind::Double).backward();
+        vs.variables()["b"].sum(Kind::Double).backward();
+        saved.restore().unwrap();
+        assert_eq!(a.grad().data_ptr(), gradient.data_ptr());
+        assert_eq!(a.grad(), a.ones_like() * 3.);
+        assert!(!vs.variables()["b"].grad().defined());
+        (&a * 2.).sum(Kind::Double).backward();
+        assert_eq!(a.grad().double_value(&[0]), 5.);
+    }
+
+    #[test]
+    fn another_optimizers_snapshot_is_refused() {
+        let vs = store();
+        let build = || Optimizer::sgd(&vs).build().unwrap();
+        let (one, other) = (build(), build());
+        let error = other.restore(&one.snapshot().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("of another SGD"), "{error}");
+        one.clone().restore(&one.snapshot().unwrap()).unwrap();
+    }
+}

@@ -26,18 +26,18 @@ pub struct RunLength {
 
 impl RunLength {
     /// A run of `epochs` epochs with `epoch_length` iterations each.
-    pub fn new(epoch_length: u64, epochs: u64) -> Self {
+    pub const fn new(epoch_length: u64, epochs: u64) -> Self {
         let iterations = Some(epoch_length.saturating_mul(epochs));
         Self { epoch_length: Some(epoch_length), iterations }
     }
 
     /// A run of this many iterations.
-    pub fn of_iterations(iterations: u64) -> Self {
+    pub const fn of_iterations(iterations: u64) -> Self {
         Self { epoch_length: None, iterations: Some(iterations) }
     }
 
     /// With epochs of this many iterations.
-    pub fn epoch_length(mut self, iterations: u64) -> Self {
+    pub const fn epoch_length(mut self, iterations: u64) -> Self {
         self.epoch_length = Some(iterations);
         self
     }

@@ -12,7 +12,8 @@ use super::json::{array, count, float, floats, same_bits, text};
 use super::optimizer::{optimizer, store, values};
 
 /// The logged lr is that of the next step, and the first step does not use start_lr (IGNITE 1.7).
-const FIRST_AND_LOGGED: &str = "the learning rate finder's first step ignores start_lr, and its log is one step ahead";
+const FIRST_AND_LOGGED: &str =
+    "the learning rate finder's first step ignores start_lr, and its log is one step ahead";
 /// The losses are rounded to float32 before the suggestion (1.7).
 const FLOAT32: &str = "the learning rate suggestion rounds the losses to float32";
 /// torch's argmin takes NaN for the smallest value.
@@ -152,7 +153,11 @@ fn finder_run(config: &Value, expect: &Value) -> Result<Result<(), String>> {
 
     let their_loss = floats(&expect["history"]["loss"])?;
     if expect["iterations_run"] != seen.len() {
-        return Ok(Err(format!("{} iterations instead of {}", seen.len(), expect["iterations_run"])));
+        return Ok(Err(format!(
+            "{} iterations instead of {}",
+            seen.len(),
+            expect["iterations_run"]
+        )));
     }
     if curve.lr() != seen {
         return Ok(Err("the logged lr is not what the steps used".into()));
@@ -185,8 +190,11 @@ fn finder_run(config: &Value, expect: &Value) -> Result<Result<(), String>> {
             return Ok(Err(difference));
         }
     }
-    let checked = same_bits("loss", curve.loss(), &their_loss)
-        .and(same_bits("lr afterwards", &values(&optimizer, "lr")?, &before));
+    let checked = same_bits("loss", curve.loss(), &their_loss).and(same_bits(
+        "lr afterwards",
+        &values(&optimizer, "lr")?,
+        &before,
+    ));
     let Some(index) = steepest(&their_loss) else {
         return Ok(checked.and(match curve.lr_suggestion() {
             Ok(lr) => Err(format!("suggests {lr:?} without a falling curve")),

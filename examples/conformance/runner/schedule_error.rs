@@ -32,7 +32,8 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
         "ConcatScheduler" => concat(args)?.validate().err(),
         "create_lr_scheduler_with_warmup" => {
             let duration = args["warmup_duration"].as_u64().unwrap_or(0);
-            create_lr_scheduler_with_warmup(CosineAnnealing::new(1., 0., 10), 0., duration, 1.).err()
+            create_lr_scheduler_with_warmup(CosineAnnealing::new(1., 0., 10), 0., duration, 1.)
+                .err()
         }
         "LRScheduler" => return one_cycle(config),
         "ReduceLROnPlateauScheduler" => return plateau(args),
@@ -55,9 +56,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
             Engine::new(|_: &mut (), _, _: ()| Ok(())).load_state_dict(state).err()
         }
         "FastaiLRFinder.attach" => lr_finder::refused(args)?,
-        "FastaiLRFinder.lr_suggestion" => {
-            lr_finder::curve(&args["history"])?.lr_suggestion().err()
-        }
+        "FastaiLRFinder.lr_suggestion" => lr_finder::curve(&args["history"])?.lr_suggestion().err(),
         other => return Outcome::skipped(format!("{other} does not exist yet")),
     };
     Ok(said(refused.map(|error| error.to_string()), expect).into())
@@ -228,7 +227,9 @@ fn plateau(args: &Value) -> Result<Outcome> {
     let refused = engine.run(&mut (), vec![()], Until::epochs(1)).err();
     let text = refused.map(|error| format!("{:#}", anyhow::Error::from(error)));
     let says = match args["factor"].as_f64() {
-        Some(factor) => format!("Argument factor should be above 0 and below 1, but given {factor}"),
+        Some(factor) => {
+            format!("Argument factor should be above 0 and below 1, but given {factor}")
+        }
         None => format!("no metric '{metric}' has a value yet"),
     };
     Ok(match text {
@@ -272,7 +273,8 @@ fn load(target: &str, args: &Value, expect: &Value) -> Result<Outcome> {
 fn load_group(args: &Value) -> Result<Option<tch_ignite::Error>> {
     let named = |names: &Value| {
         let name = |index: usize| names[index].as_str().unwrap_or("lr").to_owned();
-        let one = |index| ParamScheduler::new(name(index), idle(), CosineAnnealing::new(1., 0., 10));
+        let one =
+            |index| ParamScheduler::new(name(index), idle(), CosineAnnealing::new(1., 0., 10));
         ParamGroupScheduler::new([one(0), one(1)])
     };
     let state = match &args["state_dict"] {

@@ -163,3 +163,36 @@ fn refused(path: &str, template: &Map<String, Value>, error: &Error) -> Error {
         None => at(path, text),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What serde says of a class with one argument.
+    fn said(class: &str, argument: &str) -> Option<String> {
+        let arguments = Map::from_iter([(argument.to_owned(), "text".into())]);
+        let error = AnySchedule::from_arguments(class, arguments.into())?.err()?;
+        Some(error.inner().to_string())
+    }
+
+    #[test]
+    fn every_argument_that_counts_events_is_known() -> Result<()> {
+        let mut counting = vec![];
+        for class in AnySchedule::CLASSES {
+            let names = said(class, "?").unwrap_or_default();
+            let mut names: Vec<_> = names.split('`').skip(3).step_by(2).collect();
+            assert!(!names.is_empty(), "{class}");
+            names.retain(|name| {
+                let said = said(class, name).unwrap_or_default();
+                said.ends_with("64") && !said.ends_with("f64") || said.ends_with("a sequence")
+            });
+            counting.extend(names.iter().map(|name| name.to_string()));
+        }
+        let numbers = ["d_model", "T_mult", "milestones_values"];
+        for name in counting {
+            let known = [&LENGTHS[..], &NESTED, &numbers].concat();
+            assert!(known.contains(&name.as_str()), "add `{name}` to LENGTHS, or here");
+        }
+        Ok(())
+    }
+}
