@@ -11,7 +11,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use tch::nn::{self, VarStore};
 use tch_ignite::engine::{Engine, Event, Until};
 use tch_ignite::optim::{Optimizer, lr};
-use tch_ignite::schedule::{CosineAnnealing, LinearCyclical, ParamScheduler, Schedule};
+use tch_ignite::schedule::*;
 
 const ITERATIONS: u64 = 10_000;
 
@@ -140,20 +140,42 @@ fn engine(c: &mut Criterion) {
 fn schedule(c: &mut Criterion) {
     let mut group = c.benchmark_group("10000 values");
     group.throughput(Throughput::Elements(ITERATIONS));
-    let linear = LinearCyclical::new(1., 0., 500);
-    let cosine = CosineAnnealing::new(1., 0., 500);
-    let tiny =
-        CosineAnnealing::new(1., 0., 2).start_value_mult(0.999_999).end_value_mult(1.000_001);
-    // Two events a cycle: a million cycles are over.
+    // Far into a run; with cycles of 2 events that each differ, a million cycles.
     let late = 2_000_000;
-    tiny.at(late);
-    let cases: [(&str, &dyn Schedule, u64); 4] = [
-        ("linear", &linear, 0),
-        ("cosine", &cosine, 0),
-        ("cosine, cycles of 2 that change, from the start", &tiny, 0),
-        ("cosine, cycles of 2 that change, after 1,000,000 of them", &tiny, late),
+    let changing =
+        || CosineAnnealing::new(1., 0., 2).start_value_mult(0.999_999).end_value_mult(1.000_001);
+    let warm = CosineAnnealing::new(1., 0., 500).warmup(0., 100).expect("100 events");
+    let cases: [(&str, AnySchedule, u64); 19] = [
+        ("LinearCyclical", LinearCyclical::new(1., 0., 500).into(), 0),
+        ("CosineAnnealing", CosineAnnealing::new(1., 0., 500).into(), 0),
+        ("CosineAnnealing, cycles that differ, from the start", changing().into(), 0),
+        ("CosineAnnealing, cycles that differ, after 1,000,000 of them", changing().into(), late),
+        ("PiecewiseLinear", PiecewiseLinear::new((0..100).map(|i| (i * 100, i as f64))).into(), 0),
+        ("Concat of warm-up and CosineAnnealing", warm, late),
+        ("StepLR", StepLR::new(1., 100).gamma(0.9999).into(), late),
+        ("MultiStepLR", MultiStepLR::new(1., [30, 80, 3_000_000]).into(), late),
+        ("ConstantLR", ConstantLR::new(1.).into(), late),
+        ("LinearLR", LinearLR::new(1.).total_iters(10_000_000).into(), late),
+        ("ExponentialLR", ExponentialLR::new(1., 0.999_999).into(), late),
+        ("PolynomialLR", PolynomialLR::new(1.).total_iters(1_000_000_000).power(0.9).into(), late),
+        ("CosineAnnealingLR", CosineAnnealingLR::new(1., 5000).into(), late),
+        ("CosineAnnealingWarmRestarts", CosineAnnealingWarmRestarts::new(1., 500).into(), late),
+        (
+            "CyclicLR",
+            CyclicLR::new(0., 1.).mode(CyclicMode::ExpRange).gamma(0.999_999).into(),
+            late,
+        ),
+        ("OneCycleLR", OneCycleLR::new(1., 1_000_000_000).into(), late),
+        ("InverseSqrt", InverseSqrt::new(1., 4000).into(), late),
+        ("Noam", Noam::new(512, 4000).into(), late),
+        (
+            "WarmupStableDecay",
+            WarmupStableDecay::new(1., 10, 10, 1 << 40).shape(Decay::Cosine).into(),
+            late,
+        ),
     ];
     for (name, schedule, first) in cases {
+        schedule.at(first);
         group.bench_function(name, |b| {
             let mut next = first;
             b.iter(|| {

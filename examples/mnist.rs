@@ -16,7 +16,8 @@ use tch_ignite::handlers::{Evaluate, History, ProgressBar};
 use tch_ignite::metrics::{Accuracy, RunningAverage};
 use tch_ignite::optim::{Optimizer, OptimizerBuilder, lr};
 use tch_ignite::schedule::{
-    CosineAnnealing, CosineAnnealingScheduler, LinearCyclical, LinearCyclicalScheduler,
+    CosineAnnealing, CosineAnnealingScheduler, LinearCyclical, LinearCyclicalScheduler, RunLength,
+    SchedulePlan,
 };
 use tch_ignite::supervised::{
     Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,
@@ -44,6 +45,9 @@ struct Args {
     /// Learning rate of the linear layers at the start [default: fits the optimizer]
     #[arg(long, value_name = "LR")]
     lr_fc: Option<f64>,
+    /// Schedules from this JSON or TOML file, for the groups base and fc [default: built in]
+    #[arg(long, value_name = "FILE")]
+    schedule: Option<PathBuf>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", value_parser = device)]
     device: Device,
@@ -151,23 +155,31 @@ fn train(mut args: Args) -> Result<()> {
     let optimizer = optimizer(&args, &vs)?;
     let (base, fc) = (optimizer.group("base")?.knob("lr")?, optimizer.group("fc")?.knob("lr")?);
     let cross_entropy = |y_pred: &Tensor, y: &Tensor| y_pred.cross_entropy_for_logits(y);
-    let mut model = Supervised::new(net, optimizer, cross_entropy);
+    let mut model = Supervised::new(net, optimizer.clone(), cross_entropy);
 
     let mut evaluator = create_supervised_evaluator();
     evaluator.metric("accuracy", Accuracy::of(Prediction::parts));
     let mut trainer = create_supervised_trainer();
     trainer.metric("loss", RunningAverage::new().alpha(0.9));
 
-    // The convolutions go through a cycle in every epoch, the linear layers through one in all.
-    let (high, start) = (base.get()?, fc.get()?);
-    let epoch = train_loader.batches().max(2);
-    let cyclical = LinearCyclical::new(high / 20., high, epoch).end_value_mult(0.7);
-    let annealing = CosineAnnealing::new(start, 0., args.epochs.saturating_mul(epoch));
-    trainer
-        .attach(
-            LinearCyclicalScheduler::new("lr (base)", base.clone(), cyclical).save_history(true),
-        )
-        .attach(CosineAnnealingScheduler::new("lr (fc)", fc.clone(), annealing).save_history(true));
+    if let Some(file) = &args.schedule {
+        let plan = SchedulePlan::from_path(file)?;
+        let run = RunLength::new(train_loader.batches(), args.epochs);
+        plan.check(run)?.iter().for_each(|warning| eprintln!("warning: {warning}"));
+        for scheduler in plan.bind(&optimizer, run)? {
+            trainer.attach(scheduler.save_history(true));
+        }
+    } else {
+        // The convolutions go through a cycle in every epoch, the linear layers through one in all.
+        let (high, start) = (base.get()?, fc.get()?);
+        let epoch = train_loader.batches().max(2);
+        let cyclical = LinearCyclical::new(high / 20., high, epoch).end_value_mult(0.7);
+        let annealing = CosineAnnealing::new(start, 0., args.epochs.saturating_mul(epoch));
+        let (base, fc) = (base.clone(), fc.clone());
+        trainer
+            .attach(LinearCyclicalScheduler::new("lr (base)", base, cyclical).save_history(true))
+            .attach(CosineAnnealingScheduler::new("lr (fc)", fc, annealing).save_history(true));
+    }
 
     let bar = ProgressBar::new()
         .metric("loss")

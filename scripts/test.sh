@@ -9,8 +9,8 @@ usage() {
 usage: scripts/test.sh [--help]
 
 Sets up libtorch (.libtorch/) and MNIST (data/mnist/) where they are missing, then runs
-the format check, clippy, all tests, the documentation build and the MNIST example in
-smoke mode. Stops at the first failure.
+the format check, clippy, all tests, the documentation build and the examples in smoke
+mode. Stops at the first failure.
 
 environment: OMP_NUM_THREADS (default 1), MNIST_DIR and what scripts/setup-libtorch.sh
 and scripts/fetch-mnist.sh name in their --help.
@@ -55,5 +55,9 @@ cargo test --release
 
 say "MNIST example in smoke mode"
 cargo run --release --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out"
+
+say "schedules of a file, previewed and trained with"
+cargo run --release --example preview -- examples/schedules/mnist.toml --epoch-length 16 --epochs 2 --out "$out/preview.svg"
+cargo run --release --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out" --schedule examples/schedules/mnist.toml
 
 say "all checks passed"

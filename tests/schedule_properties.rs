@@ -13,8 +13,8 @@ fn single() -> impl Strategy<Value = AnySchedule> {
     let factor = || 0.5..1.5f64;
     let size = || 2u64..20;
     prop_oneof![
-        (value(), value(), size(), factor(), factor(), 1.0..2.0f64, 0u64..5, any::<bool>()).prop_map(
-            |(start, end, size, start_mult, end_mult, mult, warmup, monotonic)| {
+        (value(), value(), size(), factor(), factor(), 1.0..2.0f64, 0u64..5, any::<bool>())
+            .prop_map(|(start, end, size, start_mult, end_mult, mult, warmup, monotonic)| {
                 LinearCyclical::new(start, end, size)
                     .start_value_mult(start_mult)
                     .end_value_mult(end_mult)
@@ -22,8 +22,7 @@ fn single() -> impl Strategy<Value = AnySchedule> {
                     .warmup_duration(if monotonic { warmup } else { 0 })
                     .monotonic(monotonic)
                     .into()
-            }
-        ),
+            }),
         (value(), value(), size(), factor(), factor(), 1.0..2.0f64, 0u64..5).prop_map(
             |(start, end, size, start_mult, end_mult, mult, warmup)| {
                 CosineAnnealing::new(start, end, size)
@@ -63,7 +62,8 @@ fn single() -> impl Strategy<Value = AnySchedule> {
             .prop_map(|(p, w, s, d)| WarmupStableDecay::new(p, w, s, d).into()),
         (value(), value()).prop_map(|(v, g)| ExpState::new(v, g).into()),
         (value(), value(), size()).prop_map(|(v, g, n)| StepState::new(v, g, n).into()),
-        (value(), value(), size()).prop_map(|(v, g, n)| MultiStepState::new(v, g, [n, 2 * n]).into()),
+        (value(), value(), size())
+            .prop_map(|(v, g, n)| MultiStepState::new(v, g, [n, 2 * n]).into()),
     ]
 }
 

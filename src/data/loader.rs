@@ -126,8 +126,6 @@ impl Loader {
         Ok(())
     }
 
-
-
     /// Samples in the data.
     pub fn samples(&self) -> u64 {
         self.samples

@@ -69,7 +69,9 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
     ) -> anyhow::Result<()> {
         let size = value(&self.schedule, self.events_done)?.round();
         if !(1. ..=u32::MAX.into()).contains(&size) {
-            let text = format!("a batch size must be at least 1 and finite, but the schedule gives {size}");
+            let text = format!(
+                "a batch size must be at least 1 and finite, but the schedule gives {size}"
+            );
             return Err(Error::invalid(text).into());
         }
         self.loader.set_batch_size(size as u64)?;

@@ -37,9 +37,9 @@ impl Noam {
 
 impl Schedule for Noam {
     fn at(&self, event: u64) -> f64 {
-        let n = event as f64 + 1.;
-        let rise = n * (self.warmup as f64).powf(-1.5);
-        self.factor * (self.d_model as f64).powf(-0.5) * n.powf(-0.5).min(rise)
+        let (n, warmup) = (event as f64 + 1., self.warmup as f64);
+        let rise = n / (warmup * warmup.sqrt());
+        self.factor / (self.d_model as f64).sqrt() * (1. / n.sqrt()).min(rise)
     }
 
     fn validate(&self) -> Result<()> {
