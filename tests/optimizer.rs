@@ -648,7 +648,9 @@ fn handles_can_be_sent_and_share_one_optimizer() -> Result<()> {
     let (vs, ..) = two();
     let optimizer = optimizer("SGD", &vs);
     let group = optimizer.group("b")?;
-    (sendable(&optimizer), sendable(&group), sendable(&group.knob("lr")?));
+    sendable(&optimizer);
+    sendable(&group);
+    sendable(&group.knob("lr")?);
     let clone = optimizer.clone();
     std::thread::spawn(move || clone.group("b")?.set_lr(0.5)).join().unwrap()?;
     assert_eq!((group.lr()?, optimizer.group("b")?.clone().lr()?), (0.5, 0.5));

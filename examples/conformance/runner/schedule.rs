@@ -147,7 +147,8 @@ fn near(what: &str, ours: &[f64], theirs: &[f64]) -> Result<(), String> {
         return Err(format!("{what}: {} values instead of {}", ours.len(), theirs.len()));
     }
     for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
-        if a.to_bits() != b.to_bits() && !((a - b).abs() <= RELATIVE * b.abs().max(1e-3)) {
+        let close = (a - b).abs() <= RELATIVE * b.abs().max(1e-3);
+        if a.to_bits() != b.to_bits() && !close {
             return Err(format!("{what}[{i}]: {a:e} instead of {b:e}"));
         }
     }
