@@ -1,3 +1,5 @@
+use serde_json::{Map, Value};
+
 use super::{Schedule, value};
 use crate::data::Loader;
 use crate::engine::{Engine, Event, Events, Handler};
@@ -41,6 +43,34 @@ impl<S: Schedule> BatchSizeScheduler<S> {
         Self { loader, schedule, events_done: 0, events }
     }
 
+    /// The position, with the schedule's arguments.
+    pub fn state_dict(&self) -> Map<String, Value> {
+        self.schedule.save(self.events_done)
+    }
+
+    /// Goes to a saved position; the loader gets the batch size of the last event before it.
+    ///
+    /// # Errors
+    /// A missing key, or a state of a schedule with other arguments; nothing is changed then.
+    pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
+        let events = self.schedule.load(state)?;
+        if let Some(last) = events.checked_sub(1) {
+            self.set(last)?;
+        }
+        self.events_done = events;
+        Ok(())
+    }
+
+    fn set(&self, event: u64) -> Result<()> {
+        let size = value(&self.schedule, event)?.round();
+        if !(1. ..=u32::MAX.into()).contains(&size) {
+            return Err(Error::invalid(format!(
+                "a batch size must be at least 1 and finite, but the schedule gives {size}"
+            )));
+        }
+        self.loader.set_batch_size(size as u64)
+    }
+
     /// Acts on these events. The epoch length is only adapted at [`Event::EpochStarted`].
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
@@ -67,14 +97,7 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
         _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
-        let size = value(&self.schedule, self.events_done)?.round();
-        if !(1. ..=u32::MAX.into()).contains(&size) {
-            let text = format!(
-                "a batch size must be at least 1 and finite, but the schedule gives {size}"
-            );
-            return Err(Error::invalid(text).into());
-        }
-        self.loader.set_batch_size(size as u64)?;
+        self.set(self.events_done)?;
         self.events_done += 1;
         if event == Event::EpochStarted {
             engine.state.epoch_length = Some(self.loader.batches());

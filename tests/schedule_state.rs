@@ -1,0 +1,170 @@
+//! Schedulers that are more than one schedule: resumed runs continue the uninterrupted one.
+
+use std::sync::{Arc, Mutex};
+
+use tch::{Device, Kind, Tensor};
+use tch_ignite::Result;
+use tch_ignite::data::{Batch, Loader};
+use tch_ignite::engine::{Engine, Event, Handler, Until};
+use tch_ignite::optim::Knob;
+use tch_ignite::schedule::*;
+
+type Cell = Arc<Mutex<f64>>;
+
+fn knob(cell: &Cell) -> Knob {
+    let (read, write) = (cell.clone(), cell.clone());
+    Knob::new("value", move || *read.lock().unwrap(), move |value| *write.lock().unwrap() = value)
+}
+
+fn value(cell: &Cell) -> u64 {
+    cell.lock().unwrap().to_bits()
+}
+
+#[test]
+fn functions_and_chains_resume() -> Result<()> {
+    let schedules: [fn() -> AnySchedule; 3] = [
+        || LambdaLR::new(2., |event| (event as f64).sin()).into(),
+        || MultiplicativeLR::new(2., |event| 1. - 1. / (event + 2) as f64).into(),
+        || {
+            let parts: [AnySchedule; 3] = [
+                ConstantLR::new(0.3).factor(0.5).total_iters(7).into(),
+                CosineAnnealingLR::new(0.3, 9).into(),
+                MultiStepLR::new(0.3, [3, 11]).into(),
+            ];
+            ChainedScheduler::new(parts).into()
+        },
+    ];
+    for schedule in schedules {
+        let sequence = schedule().simulate_values(30)?;
+        for k in 0..30 {
+            let cell = Cell::default();
+            let mut first = ParamScheduler::new("a", knob(&cell), schedule());
+            for _ in 0..k {
+                first.advance()?;
+            }
+            let mut second = ParamScheduler::new("a", knob(&cell), schedule());
+            second.load_state_dict(&first.state_dict())?;
+            for event in k..30 {
+                second.advance()?;
+                assert_eq!(value(&cell), sequence[event].1.to_bits());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_group_of_schedulers_resumes() -> Result<()> {
+    let make = |cells: &[Cell; 2]| {
+        ParamGroupScheduler::new([
+            ParamScheduler::new("a", knob(&cells[0]), AnySchedule::from(StepLR::new(1., 3))),
+            ParamScheduler::new("b", knob(&cells[1]), CosineAnnealing::new(1., 0., 7).into()),
+        ])
+    };
+    let both = |cells: &[Cell; 2]| cells.each_ref().map(value);
+    let (straight, resumed) = (<[Cell; 2]>::default(), <[Cell; 2]>::default());
+    let mut first = make(&straight);
+    for _ in 0..10 {
+        first.advance()?;
+    }
+    let mut second = make(&resumed);
+    second.load_state_dict(&first.state_dict())?;
+    for _ in 10..40 {
+        first.advance()?;
+        second.advance()?;
+        assert_eq!(both(&straight), both(&resumed));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_plateau_scheduler_resumes_with_its_best_and_its_cooldown() -> Result<()> {
+    let metrics: Vec<f64> = (0..60).map(|i| (f64::from(i) * 0.7).sin() + 2.).collect();
+    let make = |cell: &Cell| {
+        Ok::<_, tch_ignite::Error>(
+            ReduceLROnPlateauScheduler::min("lr", knob(cell), "loss")?
+                .factor(0.7)
+                .patience(1)
+                .cooldown(2),
+        )
+    };
+    for k in [0, 1, 5, 17, 30] {
+        let cell = Cell::default();
+        *cell.lock().unwrap() = 1.;
+        let mut first = make(&cell)?;
+        for metric in &metrics[..k] {
+            first.advance(*metric)?;
+        }
+        let other = Cell::default();
+        *other.lock().unwrap() = *cell.lock().unwrap();
+        let mut second = make(&other)?;
+        second.load_state_dict(&first.state_dict())?;
+        for metric in &metrics[k..] {
+            first.advance(*metric)?;
+            second.advance(*metric)?;
+            assert_eq!(value(&cell), value(&other));
+        }
+        assert!(*cell.lock().unwrap() < 1.);
+    }
+    let mut state = make(&Cell::default())?.state_dict();
+    state.remove("best");
+    state.remove("cooldown_counter");
+    let error = make(&Cell::default())?.load_state_dict(&state).unwrap_err().to_string();
+    assert!(error.contains("cooldown_counter"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_batch_size_scheduler_resumes() -> Result<()> {
+    let x = Tensor::arange(100, (Kind::Float, Device::Cpu));
+    let schedule = || StepLR::new(4., 2).gamma(2.);
+    let sizes = |scheduler: BatchSizeScheduler<StepLR>, loader: &Loader, epochs| {
+        let mut engine = Engine::new(|_: &mut (), _, _: ()| Ok(()));
+        let mut seen = vec![];
+        let scheduler = std::rc::Rc::new(std::cell::RefCell::new(scheduler));
+        let attached = scheduler.clone();
+        let mut attached: Box<dyn Handler<(), (), ()>> = Box::new(attached);
+        for _ in 0..epochs {
+            attached.call(Event::EpochStarted, &mut (), &mut engine)?;
+            seen.push((loader.batch_size(), engine.state.epoch_length));
+        }
+        let state = scheduler.borrow().state_dict();
+        anyhow::Ok((seen, state))
+    };
+    let loader = Loader::new(&x, &x, 1)?;
+    let (all, _) = sizes(BatchSizeScheduler::new(&loader, schedule()), &loader, 7).unwrap();
+    assert_eq!(all[..3], [(4, Some(25)), (4, Some(25)), (8, Some(13))]);
+    let loader = Loader::new(&x, &x, 1)?;
+    let (before, state) = sizes(BatchSizeScheduler::new(&loader, schedule()), &loader, 3).unwrap();
+    let loader = Loader::new(&x, &x, 1)?;
+    let mut second = BatchSizeScheduler::new(&loader, schedule());
+    second.load_state_dict(&state)?;
+    assert_eq!(loader.batch_size(), 8);
+    let (after, _) = sizes(second, &loader, 4).unwrap();
+    assert_eq!([before, after].concat(), all);
+    let mut other = BatchSizeScheduler::new(&loader, StepLR::new(4., 3).gamma(2.));
+    assert!(other.load_state_dict(&state).is_err());
+    Ok(())
+}
+
+#[test]
+fn epochs_follow_the_batch_size() -> Result<()> {
+    let x = Tensor::arange(24, (Kind::Float, Device::Cpu));
+    let loader = Loader::new(&x, &x, 6)?.shuffle(1);
+    let mut trainer = Engine::new(|seen: &mut Vec<Vec<f64>>, engine, (x, _): Batch| {
+        let x: Vec<f64> = Vec::try_from(x.to_kind(Kind::Double))?;
+        seen.resize(engine.state.epoch as usize, vec![]);
+        seen[engine.state.epoch as usize - 1].extend(x);
+        Ok(())
+    });
+    trainer.attach(BatchSizeScheduler::new(&loader, StepLR::new(6., 1).gamma(0.5)));
+    let mut seen = vec![];
+    let summary = trainer.run(&mut seen, &loader, Until::epochs(3))?;
+    // Batches of 6, 3 and 2 samples: every epoch is one pass.
+    assert_eq!(summary.iterations, 4 + 8 + 12);
+    for epoch in &mut seen {
+        epoch.sort_by(f64::total_cmp);
+        assert_eq!(*epoch, (0..24).map(f64::from).collect::<Vec<_>>());
+    }
+    Ok(())
+}
