@@ -38,7 +38,7 @@ fn preview(args: &Args) -> Result<()> {
     println!("{:width$}  {:>12} {:>12} {:>12} {:>12}", "", "first", "lowest", "highest", "last");
     for (entry, points) in plan.entries().iter().zip(plan.simulate_values(run)?) {
         let values = || points.iter().map(|(_, value)| *value);
-        let (first, last) = (values().next(), values().last());
+        let (first, last) = (values().next(), values().next_back());
         let (low, high) = (values().reduce(f64::min), values().reduce(f64::max));
         print!("{:width$} ", entry.name());
         for value in [first, low, high, last].into_iter().flatten() {

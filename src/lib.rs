@@ -58,6 +58,7 @@
 //! | named parameter groups, every hyper-parameter | [`optim::Optimizer`], [`optim::Group`] |
 //! | something a schedule can drive | [`optim::Knob`] |
 //! | schedules and their handler | [`schedule`], [`schedule::ParamScheduler`] |
+//! | schedules from files | [`schedule::SchedulePlan`] |
 //! | metrics that stay on the device | [`metrics`] |
 //! | batches from memory | [`data::Loader`] |
 //! | evaluation, history, progress, a learning rate to start with | [`handlers`] |

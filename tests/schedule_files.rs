@@ -261,8 +261,8 @@ fn errors_name_the_place_in_the_file() {
         ("type = 'MultiStepLR'\nbase = 1.0\nmilestones = ['1ep', 'x']".into(), ".milestones[1]", "\"x\" is no length"),
         ("type = 'PiecewiseLinear'\nmilestones_values = [['0', 1.0]]".into(), ".milestones_values[0][0]", "\"0\" is no length"),
         // Within others.
-        (format!("type = 'Concat'\ndurations = [1]\nschedules = [{{ type = 'StepLR', base = 1.0, step_size = 5 }}, {{ type = 'StepLR', base = 1.0, step = 3 }}]"), ".schedules[1].step", "unknown field `step`"),
-        (format!("type = 'Concat'\ndurations = [1]\nschedules = [{{ type = 'StepLR', base = 1.0, step_size = 5 }}, {{ type = 'StepLR', base = 1.0, step_size = 0 }}]"), ".schedules[1].step_size", "Argument step_size"),
+        ("type = 'Concat'\ndurations = [1]\nschedules = [{ type = 'StepLR', base = 1.0, step_size = 5 }, { type = 'StepLR', base = 1.0, step = 3 }]".to_string(), ".schedules[1].step", "unknown field `step`"),
+        ("type = 'Concat'\ndurations = [1]\nschedules = [{ type = 'StepLR', base = 1.0, step_size = 5 }, { type = 'StepLR', base = 1.0, step_size = 0 }]".to_string(), ".schedules[1].step_size", "Argument step_size"),
         ("type = 'Concat'\ndurations = [1]\nschedules = [{ type = 'StepLR', base = 1.0, step_size = 5 }, 7]".into(), ".schedules[1]", "invalid type: expected a schedule, but given 7"),
         ("type = 'Concat'\ndurations = []\nschedules = [{ type = 'StepLR', base = 1.0, step_size = 5 }]".into(), "", "Argument schedulers should be of more than one"),
         ("type = 'Scaled'\nfactor = 2.0\nschedule = { type = 'Skipped', events = 2, schedule = { type = 'Nothing' } }".into(), ".schedule.schedule.type", "no schedule class 'Nothing'"),
