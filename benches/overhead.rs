@@ -176,8 +176,8 @@ fn schedule(c: &mut Criterion) {
     ];
     for (name, schedule, first) in cases {
         schedule.at(first);
+        let mut next = first;
         group.bench_function(name, |b| {
-            let mut next = first;
             b.iter(|| {
                 let sum: f64 = (next..next + ITERATIONS).map(|event| schedule.at(event)).sum();
                 if first > 0 {

@@ -207,14 +207,15 @@ fn the_running_average_starts_with_the_first_value() -> anyhow::Result<()> {
 
 #[test]
 fn values_are_detached_and_kept_apart_from_the_steps_tensors() -> anyhow::Result<()> {
-    let weight = Tensor::ones([1], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    // Of the accumulators' kind, where a conversion would copy nothing.
+    let weight = Tensor::ones([1], (Kind::Double, Device::Cpu)).set_requires_grad(true);
     let mut engine: Engine<(), f64, Pair> = Engine::new(|_, _, factor: f64| {
         let y_pred = &weight * factor;
         Ok((y_pred.shallow_clone(), y_pred.detach()))
     });
     let first = |pair: &Pair| pair.0.shallow_clone();
     let loss = |pred: &Tensor, y: &Tensor| {
-        let loss = (pred + y).sum(Kind::Float);
+        let loss = (pred + y).sum(Kind::Double);
         assert!(!loss.requires_grad(), "metrics are computed without gradients");
         loss
     };

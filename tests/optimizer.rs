@@ -529,8 +529,13 @@ fn knobs_turn_one_group_all_groups_or_anything() -> Result<()> {
 #[test]
 fn variables_added_after_build_are_taken_up_in_their_group_with_state() -> Result<()> {
     type Call = fn(&Optimizer) -> Result<()>;
-    let calls: [Call; 3] =
-        [Optimizer::step, Optimizer::zero_grad, |o| o.with_tch(|tch| tch.step())];
+    let calls: [Call; 4] = [
+        Optimizer::step,
+        Optimizer::zero_grad,
+        |optimizer| optimizer.with_tch(|tch| tch.step()),
+        // tch does nothing with them here.
+        |optimizer| optimizer.with_tch(|_| ()).and_then(|()| optimizer.zero_grad()),
+    ];
     for take_up in calls {
         let (vs, a, _b) = two();
         let optimizer = grouped(nn::sgd(0.9, 0., 0., false), &vs);
