@@ -1,6 +1,7 @@
 //! The loop. [`Engine`] draws it; here it is a machine that can stop between any two events, so that
 //! `interrupt` can suspend it and the next run go on.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use super::state::check_budget;
@@ -116,7 +117,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let start = Instant::now();
         self.prepare(data, until)?;
         self.running = true;
-        let result = self.drive(cx).map_err(|error| self.fail(error, cx));
+        // Steps and handlers are guarded one by one; this is for filters and data sources.
+        let driven = catch_unwind(AssertUnwindSafe(|| self.drive(cx))).unwrap_or_else(|payload| {
+            let text = crate::panic_message(&*payload);
+            Err(Error::invalid(format!("a filter or the data source panicked: {text}")))
+        });
+        let result = driven.map_err(|error| self.fail(error, cx));
         self.running = false;
         self.state.run_time = start.elapsed();
         let stop = result?;
@@ -189,7 +195,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.position.until = until;
         self.position.deadline = until.max_time.and_then(|time| Instant::now().checked_add(time));
         if interrupted {
-            (state.max_epochs, state.max_iters) = (max_epochs, max_iters);
+            state.max_epochs = until.max_epochs.or(max_epochs);
+            state.max_iters = until.max_iters.or(max_iters);
+            if state.max_epochs.is_none() && state.max_iters.is_none() && !until.open_ended() {
+                // As for a run without a budget.
+                state.max_epochs = Some(state.epoch.max(1));
+            }
             return Ok(());
         }
         if new {

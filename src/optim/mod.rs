@@ -8,6 +8,7 @@ mod group;
 mod hyper;
 mod knob;
 mod layerwise;
+mod lent;
 mod snapshot;
 
 use std::collections::HashMap;
@@ -21,6 +22,7 @@ pub use builder::{GroupOptions, OptimizerBuilder, lr};
 pub use group::Group;
 pub use knob::Knob;
 pub use layerwise::layerwise_lr_decay;
+pub use lent::TchOptimizer;
 pub use snapshot::OptimizerSnapshot;
 pub(crate) use snapshot::StoreSnapshot;
 
@@ -273,7 +275,7 @@ impl Optimizer {
 
     /// Lends out tch's optimizer, for what this type does not offer. Until `call` returns, all other
     /// calls on this optimizer are errors. tch's methods panic where these return errors.
-    pub fn with_tch<R>(&self, call: impl FnOnce(&mut nn::Optimizer) -> R) -> Result<R> {
+    pub fn with_tch<R>(&self, call: impl FnOnce(&mut TchOptimizer<'_>) -> R) -> Result<R> {
         /// Puts it back, also after a panic of `call`.
         struct Lent<'s>(&'s Shared, Option<Native>);
         impl Drop for Lent<'_> {
@@ -288,7 +290,7 @@ impl Optimizer {
         }
         let mut lent = Lent(&self.shared, native);
         let native = lent.1.as_mut().ok_or_else(lent_out)?;
-        Ok(call(&mut native.tch))
+        Ok(call(&mut TchOptimizer(&mut native.tch)))
     }
 
     /// What libtorch keeps for a parameter, under PyTorch's names (`"step"`, `"exp_avg"`, …); empty

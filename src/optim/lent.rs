@@ -1,0 +1,52 @@
+use tch::Tensor;
+use tch::nn;
+
+/// tch's optimizer, lent out by [`Optimizer::with_tch`](super::Optimizer::with_tch): its methods,
+/// which panic where those of [`Optimizer`](super::Optimizer) return errors.
+///
+/// Not the optimizer itself, which must not be replaced by another.
+pub struct TchOptimizer<'o>(pub(super) &'o mut nn::Optimizer);
+
+macro_rules! forwarded {
+    ($($(#[$doc:meta])* $name:ident($($argument:ident: $type:ty),*);)*) => {
+        impl TchOptimizer<'_> {
+            $($(#[$doc])* pub fn $name(&mut self, $($argument: $type),*) {
+                self.0.$name($($argument),*)
+            })*
+
+            /// All trainable variables of the store.
+            pub fn trainable_variables(&self) -> Vec<Tensor> {
+                self.0.trainable_variables()
+            }
+        }
+    };
+}
+
+forwarded! {
+    /// Sets the gradients to none.
+    zero_grad();
+    /// One update.
+    step();
+    /// `zero_grad`, backward, `step`.
+    backward_step(loss: &Tensor);
+    /// The same, with gradients clipped by value.
+    backward_step_clip(loss: &Tensor, max: f64);
+    /// The same, with gradients clipped by norm: a host sync.
+    backward_step_clip_norm(loss: &Tensor, max: f64);
+    /// Clips gradients by value.
+    clip_grad_value(max: f64);
+    /// Clips gradients by their norm: a host sync; panics without gradients.
+    clip_grad_norm(max: f64);
+    /// Learning rate of all groups.
+    set_lr(lr: f64);
+    /// Learning rate of a group.
+    set_lr_group(group: usize, lr: f64);
+    /// Momentum (beta1 for Adam and AdamW) of all groups.
+    set_momentum(momentum: f64);
+    /// Momentum of a group; tch panics except for SGD.
+    set_momentum_group(group: usize, momentum: f64);
+    /// Weight decay of all groups.
+    set_weight_decay(weight_decay: f64);
+    /// Weight decay of a group.
+    set_weight_decay_group(group: usize, weight_decay: f64);
+}
