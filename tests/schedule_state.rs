@@ -168,3 +168,23 @@ fn epochs_follow_the_batch_size() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn arguments_changed_after_a_look_count() {
+    let cosine = CosineAnnealing::new(1., 0., 10);
+    cosine.at(25);
+    assert_eq!(
+        cosine.cycle_mult(2.).at(25),
+        CosineAnnealing::new(1., 0., 10).cycle_mult(2.).at(25)
+    );
+    let step = StepLR::new(1., 2);
+    step.at(4);
+    assert_eq!(step.gamma(0.5).at(4), 0.25);
+    let constant = ConstantLR::new(1.);
+    constant.at(0);
+    assert_eq!(constant.factor(0.5).at(0), 0.5);
+    let restarts = CosineAnnealingWarmRestarts::new(1., 2);
+    restarts.at(5);
+    let fresh = CosineAnnealingWarmRestarts::new(1., 2).t_mult(2);
+    assert_eq!(restarts.t_mult(2).at(5), fresh.at(5));
+}

@@ -59,7 +59,10 @@ impl<F> Accuracy<F> {
             "y_pred must be (N, C, …) and y (N, …), or both of the same shape (N, …){}; they are {pred_shape:?} and {shape:?}",
             if self.multilabel { "; for multilabel both (N, C, …)" } else { "" }
         );
-        let right = if classes {
+        let right = if classes && pred_shape.get(1) == Some(&1) {
+            // One column is no choice between classes: binary, as in ignite.
+            y_pred.f_squeeze_dim(1)?.f_eq_tensor(y)?
+        } else if classes {
             y_pred.f_argmax(1, false)?.f_eq_tensor(y)?
         } else {
             y_pred.f_eq_tensor(y)?

@@ -40,12 +40,14 @@ impl ConstantLR {
 
     /// The factor at the start, above 0 and at most 1.
     pub fn factor(mut self, factor: f64) -> Self {
+        self.walk = Walk::default();
         self.factor = factor;
         self
     }
 
     /// How many events the factor holds.
     pub fn total_iters(mut self, events: u64) -> Self {
+        self.walk = Walk::default();
         self.total_iters = events;
         self
     }

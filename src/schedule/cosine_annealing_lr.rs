@@ -37,6 +37,7 @@ impl CosineAnnealingLR {
 
     /// The lowest value, 0 unless given.
     pub fn eta_min(mut self, value: f64) -> Self {
+        self.walk = Walk::default();
         self.eta_min = value;
         self
     }

@@ -50,12 +50,14 @@ impl CosineAnnealingWarmRestarts {
 
     /// How many times as long each wave is as the last, 1 unless given.
     pub fn t_mult(mut self, factor: u64) -> Self {
+        self.wave = Cell::new(None);
         self.t_mult = factor;
         self
     }
 
     /// The lowest value, 0 unless given.
     pub fn eta_min(mut self, value: f64) -> Self {
+        self.wave = Cell::new(None);
         self.eta_min = value;
         self
     }

@@ -13,24 +13,28 @@ macro_rules! cyclical_arguments {
         impl $schedule {
             /// Multiplies the cycle size (and the warm-up) at the end of each cycle, rounding down.
             pub fn cycle_mult(mut self, factor: f64) -> Self {
+                self.last = LastCycle::default();
                 self.cycle_mult = factor;
                 self
             }
 
             /// Multiplies the start value at the end of each cycle.
             pub fn start_value_mult(mut self, factor: f64) -> Self {
+                self.last = LastCycle::default();
                 self.start_value_mult = factor;
                 self
             }
 
             /// Multiplies the end value at the end of each cycle.
             pub fn end_value_mult(mut self, factor: f64) -> Self {
+                self.last = LastCycle::default();
                 self.end_value_mult = factor;
                 self
             }
 
             /// Events from the end of a cycle back to the start value, linearly; 0 for a jump.
             pub fn warmup_duration(mut self, events: u64) -> Self {
+                self.last = LastCycle::default();
                 self.warmup_duration = events;
                 self
             }

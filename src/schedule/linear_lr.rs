@@ -42,18 +42,21 @@ impl LinearLR {
 
     /// The factor at the start, above 0 and at most 1.
     pub fn start_factor(mut self, factor: f64) -> Self {
+        self.walk = Walk::default();
         self.start_factor = factor;
         self
     }
 
     /// The factor at the end, from 0 to 1.
     pub fn end_factor(mut self, factor: f64) -> Self {
+        self.walk = Walk::default();
         self.end_factor = factor;
         self
     }
 
     /// How many events it takes.
     pub fn total_iters(mut self, events: u64) -> Self {
+        self.walk = Walk::default();
         self.total_iters = events;
         self
     }

@@ -34,6 +34,7 @@ impl MultiStepLR {
 
     /// The factor of each milestone, 0.1 unless given.
     pub fn gamma(mut self, gamma: f64) -> Self {
+        self.walk = Walk::default();
         self.gamma = gamma;
         self
     }

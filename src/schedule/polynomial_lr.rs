@@ -34,12 +34,14 @@ impl PolynomialLR {
 
     /// How many events it takes.
     pub fn total_iters(mut self, events: u64) -> Self {
+        self.walk = Walk::default();
         self.total_iters = events;
         self
     }
 
     /// The power, 1 unless given.
     pub fn power(mut self, power: f64) -> Self {
+        self.walk = Walk::default();
         self.power = power;
         self
     }

@@ -35,6 +35,7 @@ impl StepLR {
 
     /// The factor of each step, 0.1 unless given.
     pub fn gamma(mut self, gamma: f64) -> Self {
+        self.walk = Walk::default();
         self.gamma = gamma;
         self
     }
