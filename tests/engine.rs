@@ -200,7 +200,7 @@ fn failing_data_is_named_with_epoch_and_the_iteration_to_come() {
         let error = engine.run(&mut seen, data(), Until::epochs(2));
         assert_eq!(chain(error), format!("no batch for iteration 3 (epoch 1): {cause}"));
         engine.run(&mut seen, data(), Until::epochs(2)).unwrap();
-        assert_eq!(seen[..4], [0, 1, 3, 0], "the next run skips what cannot be read");
+        assert_eq!(seen, [0, 1, 2, 3, 0, 1, 2, 3], "the next run tries again");
     }
 }
 
@@ -252,16 +252,62 @@ fn nested_errors_keep_the_whole_chain() {
 }
 
 #[test]
-fn after_an_error_the_rest_of_the_epoch_follows() {
-    let mut engine = traced();
-    engine.on(Event::IterationStarted.once(5), |_, _| anyhow::bail!("once"));
-    let mut trace = vec![];
-    assert!(engine.run(&mut trace, vec![0, 1, 2], Until::epochs(2)).is_err());
-    trace.clear();
-    engine.run(&mut trace, vec![0, 1, 2], Until::epochs(2)).unwrap();
-    let batch = "GET_BATCH_STARTED GET_BATCH_COMPLETED ITERATION_STARTED 2 ITERATION_COMPLETED";
-    assert_eq!(short(&trace), format!("STARTED EPOCH_STARTED {batch} EPOCH_COMPLETED COMPLETED"));
-    assert_eq!(trace.last().unwrap(), "COMPLETED at 2/6");
+fn after_an_error_at_any_event_the_rest_of_the_run_follows() {
+    let until = || Until::epochs(3).epoch_length(2);
+    let mut all = vec![];
+    traced().run(&mut all, vec![0, 1, 2], until()).unwrap();
+    let is = |entry: &str, event: Event| entry.starts_with(&format!("{event} at"));
+    for fails_at in 0..all.len() {
+        let failed = Rc::new(Cell::new(false));
+        let mut engine = traced();
+        for event in STOPPABLE.into_iter().chain([Event::Completed]) {
+            let failed = failed.clone();
+            engine.on(event, move |trace: &mut Trace, _| {
+                anyhow::ensure!(trace.len() != fails_at + 1 || failed.replace(true), "once");
+                Ok(())
+            });
+        }
+        let mut trace = vec![];
+        let failed = engine.run(&mut trace, vec![0, 1, 2], until()).is_err();
+        assert_eq!(failed, !all[fails_at].starts_with("step"), "{}", all[fails_at]);
+        if !failed {
+            continue;
+        }
+        assert_eq!(trace[..=fails_at], all[..=fails_at]);
+        assert!(is(&trace[fails_at + 1], Event::ExceptionRaised), "{trace:?}");
+        let rest = trace.len();
+        engine.run(&mut trace, vec![0, 1, 2], until()).unwrap();
+
+        let last = |event| all[..=fails_at].iter().rposition(|entry| is(entry, event)).unwrap();
+        let at = &all[fails_at];
+        let repeated = [Event::Started, Event::EpochStarted, Event::Completed];
+        let goes_on = if repeated.into_iter().any(|event| is(at, event)) {
+            fails_at
+        } else if at.starts_with("GET_BATCH") || at.starts_with("DATALOADER") {
+            last(Event::GetBatchStarted)
+        } else if is(at, Event::IterationStarted) {
+            // Its step, and ITERATION_COMPLETED.
+            fails_at + 3
+        } else {
+            fails_at + 1
+        };
+        let mut expected = all[goes_on..].to_vec();
+        if is(at, Event::GetBatchCompleted) {
+            // The data was restarted already.
+            expected.retain({
+                let mut index = goes_on;
+                move |entry| {
+                    index += 1;
+                    index > fails_at || !is(entry, Event::DataloaderStopIteration)
+                }
+            });
+        }
+        assert_eq!(trace[rest..], expected, "after {at}");
+        // And the run after it starts anew.
+        let mut anew = vec![];
+        engine.run(&mut anew, vec![0, 1, 2], until()).unwrap();
+        assert!(is(&anew[0], Event::Started) && anew.last() == all.last(), "{anew:?}");
+    }
 }
 
 #[test]
@@ -290,6 +336,107 @@ fn after_an_error_a_shuffled_loader_gives_what_an_uninterrupted_run_would_see() 
 }
 
 #[test]
+fn after_an_error_runs_by_time_or_samples_go_on_too() {
+    for until in [Until::time(Duration::from_secs(1000)), Until::samples(30)] {
+        let mut engine = sampled();
+        engine.on(Event::IterationCompleted.once(4), |_, _| anyhow::bail!("once"));
+        engine.on(Event::IterationCompleted.once(9), |_, engine| {
+            engine.terminate();
+            Ok(())
+        });
+        let mut seen = vec![];
+        assert!(engine.run(&mut seen, &loader(9, 3), until).is_err());
+        let summary = engine.run(&mut seen, &loader(9, 3), until).unwrap();
+        assert_eq!((summary.iterations, seen.len()), (9, 9), "{until:?}");
+        let mut all = vec![];
+        sampled().run(&mut all, &loader(9, 3), Until::epochs(3)).unwrap();
+        assert_eq!(seen, all);
+    }
+}
+
+#[test]
+fn a_limit_that_was_reached_leaves_something_to_go_on_with() -> Result<()> {
+    let mut engine = sampled();
+    let mut seen = vec![];
+    for (epochs, iterations) in [(2, 4), (4, 8)] {
+        let summary = engine.run(&mut seen, &loader(9, 3), Until::samples(12))?;
+        assert_eq!((summary.epochs, summary.iterations), (epochs, iterations));
+    }
+    engine.reset()?;
+    assert_eq!(engine.run(&mut seen, &loader(9, 3), Until::samples(12))?.iterations, 4);
+    assert_eq!(seen[8..], seen[..4], "and so do the passes");
+    Ok(())
+}
+
+#[test]
+fn after_an_error_epochs_of_any_length_count() -> Result<()> {
+    let mut engine = plain();
+    engine.on(Event::EpochStarted, |_, engine| {
+        engine.state.epoch_length = Some(if engine.state.epoch == 2 { 6 } else { 2 });
+        Ok(())
+    });
+    engine.on(Event::IterationCompleted.once(7), |_, _| anyhow::bail!("once"));
+    let until = Until::epochs(3);
+    assert!(engine.run(&mut vec![], vec![0, 1], until).is_err());
+    let summary = engine.run(&mut vec![], vec![0, 1], until)?;
+    assert_eq!((summary.epochs, summary.iterations), (3, 10));
+    Ok(())
+}
+
+#[test]
+fn every_exception_handler_is_called() {
+    let mut engine = plain();
+    let called = Rc::new(Cell::new(0));
+    for _ in 0..3 {
+        let called = called.clone();
+        engine.on(Event::ExceptionRaised, move |_, _| {
+            called.set(called.get() + 1);
+            anyhow::bail!("number {}", called.get())
+        });
+    }
+    engine.on(Event::Started, |_, _| anyhow::bail!("the first"));
+    let all = chain(engine.run(&mut vec![], vec![1], Until::epochs(1)));
+    assert_eq!(called.get(), 3);
+    assert!(all.ends_with("the first") && all.contains("number 1"), "{all}");
+}
+
+#[test]
+fn a_filter_that_panics_is_an_error_that_names_its_handler() {
+    let mut engine = plain();
+    let id = engine
+        .add_event_handler(
+            Event::IterationStarted.filter(|n| if n == 2 { panic!("no {n}") } else { true }),
+            |_, _| Ok(()),
+        )
+        .unwrap();
+    let all = chain(engine.run(&mut vec![], vec![0, 1, 2], Until::epochs(1)));
+    assert!(all.starts_with("handler at ") && all.ends_with("panicked: no 2"), "{all}");
+    assert!(
+        all.contains("of ITERATION_STARTED failed at iteration 2 (epoch 1): its filter failed")
+    );
+    let mut seen = vec![];
+    engine.run(&mut seen, vec![0, 1, 2], Until::epochs(1)).unwrap();
+    assert_eq!(seen, [2]);
+    engine.remove_event_handler(id).unwrap();
+    assert!(!engine.has_event_handler(id));
+}
+
+#[test]
+fn the_position_cannot_be_changed_within_a_run() {
+    let mut engine = plain();
+    engine.on(Event::EpochStarted, |_, engine| {
+        let state = engine.state_dict();
+        Ok(engine.load_state_dict(&state)?)
+    });
+    let all = chain(engine.run(&mut vec![], vec![1], Until::epochs(1)));
+    assert!(all.ends_with("load_state_dict() was called within a run"), "{all}");
+    let mut engine = plain();
+    engine.on(Event::EpochStarted, |_, engine| Ok(engine.reset()?));
+    let all = chain(engine.run(&mut vec![], vec![1], Until::epochs(1)));
+    assert!(all.contains("reset() was called within a run"), "{all}");
+}
+
+#[test]
 fn a_run_within_a_run_of_the_same_engine_is_an_error() {
     let mut engine = plain();
     engine.on(Event::EpochStarted, |cx, engine| {
@@ -303,7 +450,7 @@ fn a_run_within_a_run_of_the_same_engine_is_an_error() {
         Ok(())
     });
     for _ in 0..2 {
-        let all = chain(engine.run(&mut (), vec![1], Until::epochs(1)));
+        let all = chain(engine.run(&mut (), vec![1, 2], Until::epochs(1)));
         assert!(all.ends_with("failed: the engine is running already"), "{all}");
     }
 }
@@ -631,6 +778,33 @@ fn terminate_epoch_at_any_event_leaves_the_epoch_and_restarts_the_data() {
 }
 
 #[test]
+fn terminate_holds_in_the_handlers_of_leaving_and_interrupting() -> Result<()> {
+    for (leave, event) in [
+        (Traced::terminate_epoch as fn(&mut Traced<'static>), Event::TerminateSingleEpoch),
+        (Traced::interrupt, Event::Interrupt),
+    ] {
+        let mut engine = traced();
+        engine.on(Event::IterationCompleted.once(2), move |_, engine| {
+            leave(engine);
+            Ok(())
+        });
+        engine.on(event, |_, engine| {
+            engine.terminate();
+            Ok(())
+        });
+        let mut trace = vec![];
+        let summary = engine.run(&mut trace, vec![0, 1, 2], Until::epochs(2))?;
+        assert_eq!(summary.stop, Stop::Terminated);
+        let all = short(&trace);
+        assert!(
+            all.ends_with(&format!("ITERATION_COMPLETED {event} TERMINATE COMPLETED")),
+            "{all}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
 fn an_epoch_left_without_its_end_does_not_change_the_next() -> Result<()> {
     let mut engine = traced();
     engine.on(Event::IterationCompleted, |_, engine| {
@@ -678,6 +852,25 @@ fn a_loaded_position_sees_the_batches_of_an_uninterrupted_run() -> Result<()> {
                 assert_eq!(seen, all[saved_at..], "{until:?} from {saved_at}");
                 assert_eq!(summary.iterations, all.len() as u64);
             }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_loaded_position_in_data_of_unknown_length_counts_its_batches() -> Result<()> {
+    for epoch_length in [2, 3, 5] {
+        let until = Until::epochs(4).epoch_length(epoch_length);
+        let mut all = vec![];
+        plain().run(&mut all, restartable(|| 0..3), until)?;
+        for iteration in 0..4 * epoch_length {
+            let mut engine = plain();
+            engine.load_state_dict(&map(json!({
+                "epoch_length": epoch_length, "iteration": iteration, "max_epochs": 4
+            })))?;
+            let mut rest = vec![];
+            engine.run(&mut rest, restartable(|| 0..3), Until::default())?;
+            assert_eq!(rest, all[iteration as usize..], "{iteration} of {epoch_length}");
         }
     }
     Ok(())
@@ -1121,5 +1314,35 @@ fn an_evaluator_that_terminates_early_begins_anew_the_next_time() -> Result<()> 
     assert!(!trainer.state.metrics.contains("val/mean"), "its epoch was never completed");
     drop(trainer);
     assert_eq!(running, [4., 6.]);
+    Ok(())
+}
+
+#[test]
+fn an_evaluator_that_was_interrupted_leaves_no_values_of_an_earlier_run() -> Result<()> {
+    let mut found = vec![];
+    let runs = Rc::new(Cell::new(0));
+    let mut inner = evaluator();
+    let counted = runs.clone();
+    inner.on(Event::Started, move |_, _| {
+        counted.set(counted.get() + 1);
+        Ok(())
+    });
+    let second = runs.clone();
+    inner.on(Event::IterationCompleted.once(1), move |_, engine| {
+        if second.get() == 2 {
+            engine.interrupt();
+        }
+        Ok(())
+    });
+    let mut trainer = plain();
+    trainer.attach(Evaluate::each_epoch("val", inner, vec![0, 4]));
+    trainer.on(Event::EpochCompleted, |_, engine| {
+        found.push(engine.state.metrics.contains("val/mean"));
+        Ok(())
+    });
+    trainer.run(&mut vec![], vec![1, 2], Until::epochs(3))?;
+    drop(trainer);
+    assert_eq!(found, [true, false, true]);
+    assert_eq!(runs.get(), 3, "each from the start");
     Ok(())
 }

@@ -170,6 +170,31 @@ fn epochs_follow_the_batch_size() -> Result<()> {
 }
 
 #[test]
+fn an_epoch_gone_on_with_keeps_its_batch_size() -> Result<()> {
+    let x = Tensor::arange(24, (Kind::Float, Device::Cpu));
+    let run = |fails_at: Option<u64>| -> Result<Vec<Vec<f64>>> {
+        let loader = Loader::new(&x, &x, 6)?.shuffle(1);
+        let mut trainer = Engine::new(|seen: &mut Vec<Vec<f64>>, _, (x, _): Batch| {
+            seen.push(Vec::try_from(x.to_kind(Kind::Double))?);
+            Ok(())
+        });
+        trainer.attach(BatchSizeScheduler::new(&loader, StepLR::new(6., 1).gamma(0.5)));
+        let mut seen = vec![];
+        if let Some(iteration) = fails_at {
+            trainer.on(Event::IterationCompleted.once(iteration), |_, _| anyhow::bail!("once"));
+            assert!(trainer.run(&mut seen, &loader, Until::epochs(3)).is_err());
+        }
+        trainer.run(&mut seen, &loader, Until::epochs(3))?;
+        Ok(seen)
+    };
+    let all = run(None)?;
+    for iteration in 1..=all.len() as u64 {
+        assert_eq!(run(Some(iteration))?, all, "{iteration}");
+    }
+    Ok(())
+}
+
+#[test]
 fn arguments_changed_after_a_look_count() {
     let cosine = CosineAnnealing::new(1., 0., 10);
     cosine.at(25);

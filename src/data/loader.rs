@@ -161,6 +161,16 @@ impl Cursor {
 }
 
 impl Source<Batch> for Cursor {
+    fn validate(&self) -> AnyResult<()> {
+        let Loader { samples, .. } = self.loader;
+        anyhow::ensure!(
+            self.loader.batches() > 0,
+            "the loader has no batch: it drops the last one where it is smaller than batch_size ({}), and there are {samples} samples; use a smaller batch_size or drop_last(false)",
+            self.loader.batch_size()
+        );
+        Ok(())
+    }
+
     fn batches(&self) -> Option<u64> {
         Some(self.loader.batches())
     }

@@ -14,6 +14,11 @@ pub use order::{SplitMix64, permutation};
 /// A cursor over batches. One walk over the data is a pass; the engine starts the next one when a
 /// pass is exhausted.
 pub trait Source<B> {
+    /// What is wrong with it, if anything; asked when a run begins.
+    fn validate(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Batches in a pass, where that is known.
     fn batches(&self) -> Option<u64>;
 

@@ -2,6 +2,7 @@ use std::fmt;
 use std::ops::BitOr;
 use std::sync::Arc;
 
+use super::guarded;
 use crate::{Error, Result};
 
 /// A point of a run at which handlers are called: ignite's `Events`.
@@ -239,10 +240,18 @@ impl FilteredEvent {
             && self.passes.is_none()
     }
 
-    pub(super) fn passes(&self, n: u64) -> bool {
-        if let Some(passes) = &self.passes {
-            return passes(n);
+    /// # Errors
+    /// The user's filter panicked.
+    pub(super) fn passes(&self, n: u64) -> anyhow::Result<bool> {
+        match &self.passes {
+            Some(passes) => {
+                guarded(|| Ok(passes(n))).map_err(|panic| panic.context("its filter failed"))
+            }
+            None => Ok(self.passes_numbers(n)),
         }
+    }
+
+    fn passes_numbers(&self, n: u64) -> bool {
         if let Some(once) = &self.once {
             return once.contains(&n);
         }

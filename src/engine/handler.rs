@@ -245,7 +245,8 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
     }
 
     /// Takes out the handler at `position` of the event's list, if it is to run in a firing that
-    /// began after `removals`; `None` at the end of the list.
+    /// began after `removals`; `None` at the end of the list. The error is the handler's name and
+    /// the panic of its filter.
     #[inline]
     pub(super) fn take(
         &mut self,
@@ -253,18 +254,22 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         position: usize,
         number: u64,
         removals: u64,
-    ) -> Option<Option<Taken<'a, C, B, O>>> {
+    ) -> Option<Result<Option<Taken<'a, C, B, O>>, (String, anyhow::Error)>> {
         let entry = self.lists[index.0].get(position)?;
-        if entry.filter.as_ref().is_some_and(|filter| !filter.passes(number)) {
-            return Some(None);
-        }
         let index = entry.slot;
         let slot = &mut self.slots[index];
+        if let Some(filter) = &entry.filter {
+            match filter.passes(number) {
+                Ok(true) => {}
+                Ok(false) => return Some(Ok(None)),
+                Err(panicked) => return Some(Err((slot.name.clone(), panicked))),
+            }
+        }
         if slot.removed.is_some_and(|removal| removal <= removals) {
-            return Some(None);
+            return Some(Ok(None));
         }
         // A handler that is running already, further out, is not entered again.
-        Some(slot.callable.take().map(|callable| Taken { slot: index, callable }))
+        Some(Ok(slot.callable.take().map(|callable| Taken { slot: index, callable })))
     }
 
     #[inline]

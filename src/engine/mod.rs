@@ -88,9 +88,16 @@ type StepFn<'a, C, B, O> =
 /// Without data ([`no_data`](crate::data::no_data)) there are no `GET_BATCH` events. The data goes on
 /// over epochs: it restarts when it is exhausted, not when an epoch ends.
 ///
-/// A run goes on where the last one stopped if its budget is larger, and starts anew if nothing is
-/// left to do. After `terminate` the broken epoch counts as done and the data restarts; after an error
-/// the rest of the broken epoch follows, from the batch after the failing one.
+/// The next `run` goes on where the last one stopped, if that left something to do (or the budget is
+/// larger now), and starts anew otherwise, or after [`reset`](Engine::reset):
+///
+/// * after `interrupt`, and after an error, with what follows in the table above. An error up to
+///   `GET_BATCH_COMPLETED` repeats that event, or the fetching of the batch; one in an iteration
+///   gives up that iteration. No other event is repeated or left out.
+/// * after `terminate`, or when a limit in samples or time was reached, with `STARTED` and the next
+///   epoch; the data restarts.
+/// * after [`load_state_dict`](Engine::load_state_dict), as ignite does, with `STARTED` and
+///   `EPOCH_STARTED` of the epoch that was under way, and its remaining batches.
 ///
 /// Costs per iteration, with no handlers: a few nanoseconds, no allocation, no lock, no host sync.
 pub struct Engine<'a, C, B, O> {
@@ -266,9 +273,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let mut result = Ok(());
         while let Some(taken) = self.handlers.take(index, position, number, removals) {
             position += 1;
-            if let Some(taken) = taken {
-                result = self.call(event, taken, cx);
-                if result.is_err() {
+            let called = match taken {
+                Ok(Some(taken)) => self.call(event, taken, cx),
+                Ok(None) => continue,
+                Err((handler, source)) => Err(self.handler_error(handler, event, source)),
+            };
+            if called.is_err() {
+                result = result.and(called);
+                // Nothing else tells them of the error.
+                if event != Event::ExceptionRaised {
                     break;
                 }
             }
@@ -282,15 +295,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             Callable::Closure(closure) => closure(cx, self),
             Callable::Object(handler) => handler.call(event, cx, self),
         });
-        let result = result.map_err(|source| Error::Handler {
-            handler: self.handlers.name(&taken),
-            event,
-            epoch: self.state.epoch,
-            iteration: self.state.iteration,
-            source,
-        });
+        let result =
+            result.map_err(|source| self.handler_error(self.handlers.name(&taken), event, source));
         self.handlers.put_back(taken);
         result
+    }
+
+    fn handler_error(&self, handler: String, event: Event, source: anyhow::Error) -> Error {
+        let (epoch, iteration) = (self.state.epoch, self.state.iteration);
+        Error::Handler { handler, event, epoch, iteration, source }
     }
 
     /// Ends the run after the handlers of the current event, with `TERMINATE` and `COMPLETED`, and
@@ -347,8 +360,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Goes to a saved position. The next `run` continues there, in mid epoch too, with the batches
     /// that an uninterrupted run would see. Nothing is changed on error.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
+        if self.running {
+            return Err(Error::invalid("load_state_dict() was called within a run"));
+        }
         self.state.load(state)?;
-        self.position = Position::loaded();
+        let budgeted = self.state.max_epochs.is_some() || self.state.max_iters.is_some();
+        self.position = Position::loaded(budgeted);
         self.data = None;
         Ok(())
     }

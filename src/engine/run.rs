@@ -13,6 +13,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Started,
+    NextEpoch,
     EpochStarted,
     EpochBegun,
     GetBatch,
@@ -27,30 +28,43 @@ enum Phase {
     Completed,
 }
 
-/// Where the data is to be when the first epoch of a run begins.
+/// How the last run was left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    /// There was none.
+    Nothing,
+    /// Finished, or ended by `terminate` or a limit.
+    Ended,
+    /// Suspended by `interrupt`, with its data.
+    Suspended,
+    /// By an error.
+    Failed,
+    /// In another engine, from where its state was loaded.
+    Loaded,
+}
+
+/// Where the data is to be when its first batch is fetched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Entry {
-    /// At the start of pass `Position::pass`.
-    Pass,
-    /// At the start of the pass after that.
+    /// At the start.
+    Start,
+    /// At the start of the pass after `Position::pass`.
     NextPass,
     /// Where an uninterrupted run would be at `state.iteration`.
     Loaded,
-    /// Where an error left it.
-    Broken,
+    /// At `Position::pass` and `Position::fetched`.
+    Kept,
 }
 
 /// Where the loop is, beyond what `State` shows.
 #[derive(Debug)]
 pub(super) struct Position {
     phase: Phase,
-    /// The run was suspended by `interrupt`.
-    interrupted: bool,
-    entry: Entry,
-    /// Whether `entry` was followed in this run.
-    placed: bool,
-    /// An error left the epoch that `state.epoch` counts.
-    epoch_broken: bool,
+    left: Left,
+    /// The run had a budget in epochs or iterations.
+    budgeted: bool,
+    /// Taken when it was followed.
+    entry: Option<Entry>,
     /// Iterations done in this epoch.
     counter: u64,
     /// Number of the walk over the data, and batches fetched in it.
@@ -60,6 +74,8 @@ pub(super) struct Position {
     restarted: bool,
     /// It gave nothing in a whole epoch.
     exhausted: bool,
+    /// The run ends before its budget in epochs is used up.
+    left_early: bool,
     until: Until,
     deadline: Option<Instant>,
     epoch_start: Option<Instant>,
@@ -70,15 +86,15 @@ impl Default for Position {
     fn default() -> Self {
         Self {
             phase: Phase::Started,
-            interrupted: false,
-            entry: Entry::Pass,
-            placed: false,
-            epoch_broken: false,
+            left: Left::Nothing,
+            budgeted: false,
+            entry: Some(Entry::Start),
             counter: 0,
             pass: 0,
             fetched: 0,
             restarted: false,
             exhausted: false,
+            left_early: false,
             until: Until::default(),
             deadline: None,
             epoch_start: None,
@@ -88,16 +104,22 @@ impl Default for Position {
 }
 
 impl Position {
-    pub(super) fn loaded() -> Self {
-        Self { entry: Entry::Loaded, ..Self::default() }
+    pub(super) fn loaded(budgeted: bool) -> Self {
+        Self { left: Left::Loaded, entry: Some(Entry::Loaded), budgeted, ..Self::default() }
+    }
+
+    /// Whether an epoch is under way.
+    fn in_epoch(&self) -> bool {
+        use Phase::*;
+        !matches!(self.phase, Started | NextEpoch | EpochEnded | Terminate | Completed)
     }
 }
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Runs until the budget is used up or something stops it.
     ///
-    /// Goes on with an earlier run, or a loaded state, whose budget leaves something to do; starts at
-    /// iteration 0 otherwise.
+    /// Goes on where an earlier run or a loaded state leaves something to do; starts at iteration 0
+    /// otherwise, or after [`reset`](Self::reset). What goes on is told at [`Engine`].
     ///
     /// # Errors
     /// What the step, a handler or the data returned, or their panic, with who and when; registrations
@@ -115,14 +137,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return Err(Error::invalid("the engine is running already"));
         }
         let start = Instant::now();
-        self.prepare(data, until)?;
+        outside_the_step(|| self.prepare(data, until))?;
         self.running = true;
-        // Steps and handlers are guarded one by one; this is for filters and data sources.
-        let driven = catch_unwind(AssertUnwindSafe(|| self.drive(cx))).unwrap_or_else(|payload| {
-            let text = crate::panic_message(&*payload);
-            Err(Error::invalid(format!("a filter or the data source panicked: {text}")))
-        });
-        let result = driven.map_err(|error| self.fail(error, cx));
+        let result = outside_the_step(|| self.drive(cx)).map_err(|error| self.fail(error, cx));
         self.running = false;
         self.state.run_time = start.elapsed();
         let stop = result?;
@@ -135,6 +152,23 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         })
     }
 
+    /// Forgets where the last run stopped: the next one starts anew. Handlers, metrics and the history
+    /// of parameters stay.
+    ///
+    /// # Errors
+    /// The engine is running.
+    pub fn reset(&mut self) -> Result<()> {
+        if self.running {
+            return Err(Error::invalid("reset() was called within a run; terminate() ends one"));
+        }
+        self.position = Position::default();
+        self.data = None;
+        let state = &mut self.state;
+        (state.iteration, state.epoch) = (0, 0);
+        (state.max_epochs, state.max_iters, state.epoch_length) = (None, None, None);
+        Ok(())
+    }
+
     /// Iterations begun in this epoch, from 1; those before a run goes on in mid epoch count.
     pub fn iteration_in_epoch(&self) -> u64 {
         self.position.counter
@@ -143,9 +177,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Settles budget, epoch length and where to begin. Nothing is changed on error.
     fn prepare(&mut self, data: impl IntoSource<'a, B>, until: Until) -> Result<()> {
         until.validate()?;
-        let state = &self.state;
-        let interrupted = self.position.interrupted;
-        let epoch = state.epoch.saturating_sub(u64::from(self.position.epoch_broken));
+        let (state, position) = (&self.state, &self.position);
         let (mut max_epochs, mut max_iters) = (state.max_epochs, state.max_iters);
         for (given, other, ours, theirs) in [
             (until.max_epochs, max_iters, "max_epochs", "max_iters"),
@@ -157,25 +189,40 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 )));
             }
         }
-        let had_budget = max_epochs.is_some() || max_iters.is_some();
-        if had_budget {
-            max_epochs = until.max_epochs.or(max_epochs);
-            max_iters = until.max_iters.or(max_iters);
-            check_budget(max_epochs, max_iters, epoch, state.iteration)?;
+        let has_budget = max_epochs.is_some() || max_iters.is_some();
+        max_epochs = until.max_epochs.or(max_epochs);
+        max_iters = until.max_iters.or(max_iters);
+        let epochs_done = state.epoch.saturating_sub(u64::from(position.in_epoch()));
+        if has_budget {
+            check_budget(max_epochs, max_iters, epochs_done, state.iteration)?;
         }
-        let done = used_up(state.iteration, epoch, state.epoch_length, max_epochs, max_iters);
-        let new = !interrupted && (!had_budget || done);
+        let used_up = max_epochs.is_some_and(|max| epochs_done >= max)
+            || max_iters.is_some_and(|max| state.iteration >= max);
+        let was_reset = position.budgeted && !has_budget;
+        let mut left = match position.left {
+            _ if was_reset => Left::Nothing,
+            Left::Ended | Left::Loaded if has_budget && used_up => Left::Nothing,
+            // Only COMPLETED is missing, but for a budget that grew.
+            Left::Failed if position.phase == Phase::Completed && !used_up => Left::Ended,
+            left => left,
+        };
+        if left == Left::Suspended && self.data.is_none() {
+            left = Left::Failed;
+        }
 
         let source = data.into_source();
         let known = until.epoch_length.or(source.batches());
-        let epoch_length = match new {
-            true => known.or(state.epoch_length),
-            false => state.epoch_length.or(known),
+        let epoch_length = match left {
+            Left::Nothing => known.or(state.epoch_length),
+            _ => state.epoch_length.or(known),
         };
-        if epoch_length == Some(0) || known == Some(0) {
+        source.validate().map_err(|error| Error::invalid(format!("{error:#}")))?;
+        if epoch_length == Some(0) || known == Some(0) || source.batches() == Some(0) {
             return Err(Error::invalid("Input data has zero size. Please provide non-empty data"));
         }
-        if !new && until.epoch_length.is_some_and(|length| Some(length) != epoch_length) {
+        if left != Left::Nothing
+            && until.epoch_length.is_some_and(|length| Some(length) != epoch_length)
+        {
             return Err(Error::invalid(format!(
                 "Argument epoch_length should be same as in the state, given {} vs {}",
                 until.epoch_length.unwrap_or(0),
@@ -186,65 +233,77 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return Err(Error::invalid("epoch_length should be provided if data is None"));
         }
 
-        let state = &mut self.state;
+        let (state, position) = (&mut self.state, &mut self.position);
+        match left {
+            Left::Nothing => {
+                (max_epochs, max_iters) = (until.max_epochs, until.max_iters);
+                (state.iteration, state.epoch) = (0, 0);
+                *position = Position::default();
+            }
+            Left::Ended => {
+                position.phase = Phase::Started;
+                position.entry = Some(Entry::NextPass);
+            }
+            Left::Failed => position.entry = position.entry.or(Some(Entry::Kept)),
+            Left::Suspended | Left::Loaded => {}
+        }
+        if max_epochs.is_none() && max_iters.is_none() && !until.open_ended() {
+            max_epochs = Some(if left == Left::Nothing { 1 } else { epochs_done + 1 });
+        }
+        (state.max_epochs, state.max_iters) = (max_epochs, max_iters);
         state.epoch_length = epoch_length;
         state.samples = 0;
+        position.budgeted = max_epochs.is_some() || max_iters.is_some();
+        position.exhausted = false;
+        position.warnings.clear();
+        position.until = until;
+        position.deadline = until.max_time.and_then(|time| Instant::now().checked_add(time));
         self.control = Control::default();
         self.exception = None;
-        self.position.warnings.clear();
-        self.position.until = until;
-        self.position.deadline = until.max_time.and_then(|time| Instant::now().checked_add(time));
-        if interrupted {
-            state.max_epochs = until.max_epochs.or(max_epochs);
-            state.max_iters = until.max_iters.or(max_iters);
-            if state.max_epochs.is_none() && state.max_iters.is_none() && !until.open_ended() {
-                // As for a run without a budget.
-                state.max_epochs = Some(state.epoch.max(1));
-            }
-            return Ok(());
+        if left != Left::Suspended {
+            self.data = Some(source);
         }
-        if new {
-            (state.iteration, state.epoch) = (0, 0);
-            (state.max_epochs, state.max_iters) = (until.max_epochs, until.max_iters);
-            if state.max_epochs.is_none() && state.max_iters.is_none() && !until.open_ended() {
-                state.max_epochs = Some(1);
-            }
-            self.position.entry = Entry::Pass;
-            self.position.pass = 0;
-        } else {
-            state.epoch = epoch;
-            (state.max_epochs, state.max_iters) = (max_epochs, max_iters);
-        }
-        self.position.epoch_broken = false;
-        self.position.exhausted = false;
-        self.position.placed = false;
-        self.position.phase = Phase::Started;
-        self.data = Some(source);
         Ok(())
     }
 
-    /// Puts data and counter to where this run begins; once, in its first epoch.
-    fn place(&mut self) -> Result<()> {
-        let iteration = self.state.iteration;
-        let (pass, batch) = match self.position.entry {
-            Entry::Pass => {
-                self.position.counter = 0;
-                (self.position.pass, 0)
+    /// Puts data and counter to where this run begins.
+    fn enter(&mut self) -> Result<()> {
+        let Position { entry, pass, fetched, .. } = self.position;
+        match entry {
+            None => {}
+            Some(Entry::Start) => self.seek(0, 0)?,
+            Some(Entry::NextPass) => self.seek(pass + 1, 0)?,
+            Some(Entry::Kept) => self.seek(pass, fetched)?,
+            Some(Entry::Loaded) => {
+                let iteration = self.state.iteration;
+                if let Some(length) = self.state.epoch_length {
+                    self.position.counter = iteration % length.max(1);
+                }
+                match self.data.as_ref().and_then(|data| data.batches()) {
+                    Some(0) => return Err(Error::invalid("the data has no batches any more")),
+                    Some(length) => self.seek(iteration / length, iteration % length)?,
+                    None => self.walk(iteration)?,
+                }
             }
-            Entry::NextPass => {
-                self.position.counter = 0;
-                (self.position.pass + 1, 0)
+        }
+        self.position.entry = None;
+        Ok(())
+    }
+
+    /// Goes past that many batches of data of unknown length.
+    fn walk(&mut self, batches: u64) -> Result<()> {
+        self.seek(0, 0)?;
+        for _ in 0..batches {
+            if !self.fetch()? {
+                self.seek(self.position.pass + 1, 0)?;
+                if !self.fetch()? {
+                    break;
+                }
             }
-            Entry::Loaded => {
-                let data = self.data.as_ref().and_then(|data| data.batches());
-                let length = data.or(self.state.epoch_length).unwrap_or(u64::MAX);
-                self.position.counter = iteration % self.state.epoch_length.unwrap_or(u64::MAX);
-                (iteration / length, iteration % length)
-            }
-            Entry::Broken => (self.position.pass, self.position.fetched),
-        };
-        self.position.placed = true;
-        self.seek(pass, batch)
+        }
+        self.state.batch = None;
+        self.state.samples = 0;
+        Ok(())
     }
 
     pub(super) fn seek(&mut self, pass: u64, batch: u64) -> Result<()> {
@@ -263,38 +322,43 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn drive(&mut self, cx: &mut C) -> Result<Stop> {
-        self.position.interrupted = false;
         let fetches = self.data.as_ref().is_none_or(|data| data.fetches());
-        let mut left_early = false;
+        if self.position.entry == Some(Entry::Kept) {
+            self.enter()?;
+        }
         loop {
             // Each arm sets the phase to follow before it fires, so that an interrupt goes on there.
             let event = match self.position.phase {
                 Phase::Started => {
-                    self.position.phase = Phase::EpochStarted;
+                    self.position.left_early = false;
+                    self.position.phase = Phase::NextEpoch;
                     Event::Started
                 }
-                Phase::EpochStarted => {
+                Phase::NextEpoch => {
                     if self.is_done() {
                         self.position.phase = Phase::Completed;
-                        continue;
-                    }
-                    self.state.epoch += 1;
-                    if self.position.placed {
+                    } else {
+                        self.state.epoch += 1;
                         self.position.counter = 0;
+                        self.position.phase = Phase::EpochStarted;
                     }
+                    continue;
+                }
+                Phase::EpochStarted => {
                     self.position.epoch_start = Some(Instant::now());
+                    self.position.restarted = false;
                     self.position.phase = Phase::EpochBegun;
                     Event::EpochStarted
                 }
                 Phase::EpochBegun => {
-                    if !self.position.placed {
-                        self.place()?;
-                    }
-                    self.position.restarted = false;
                     self.position.phase = Phase::GetBatch;
                     continue;
                 }
                 Phase::GetBatch => {
+                    if self.position.entry.is_some() {
+                        // Not before: handlers of EPOCH_STARTED may change the batch size.
+                        self.enter()?;
+                    }
                     self.state.batch = None;
                     self.state.output = None;
                     self.position.phase = Phase::Fetch;
@@ -363,27 +427,30 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 }
                 Phase::EpochEnded => {
                     self.note_epoch_time();
-                    self.position.phase = Phase::EpochStarted;
+                    self.position.phase = Phase::NextEpoch;
                     continue;
                 }
                 Phase::Terminate => {
-                    left_early = true;
+                    self.position.left_early = true;
                     self.position.phase = Phase::Completed;
                     self.fire(Event::Terminate, cx)?;
                     continue;
                 }
                 Phase::Completed => {
-                    self.position.entry = Entry::NextPass;
                     if !self.control.skip_completed {
                         self.fire(Event::Completed, cx)?;
                     }
+                    self.position.left = Left::Ended;
                     self.data = None;
-                    return Ok(if left_early { Stop::Terminated } else { Stop::Completed });
+                    return Ok(match self.position.left_early {
+                        true => Stop::Terminated,
+                        false => Stop::Completed,
+                    });
                 }
             };
             self.fire(event, cx)?;
             if self.control.any && self.obey(event, cx)? {
-                self.position.interrupted = true;
+                self.position.left = Left::Suspended;
                 return Ok(Stop::Interrupted);
             }
         }
@@ -408,11 +475,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 Ok(true)
             }
             Ok(None) => Ok(false),
-            Err(error) => {
-                // The next run goes on after it.
-                self.position.fetched += 1;
-                Err(self.data_error(error))
-            }
+            Err(error) => Err(self.data_error(error)),
         }
     }
 
@@ -449,41 +512,50 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let total = max_iters
             .or(max_epochs.zip(epoch_length).map(|(epochs, length)| epochs.saturating_mul(length)));
         let total = total.map_or_else(|| "unknown".to_owned(), |total| total.to_string());
-        self.position.warnings.push(format!(
+        let warning = format!(
             "Data iterator can not provide data anymore but required total number of iterations to run is not reached. Current iteration: {iteration} vs Total iterations to run : {total}"
-        ));
+        );
+        // Once, not for each of many empty epochs.
+        if self.position.warnings.last() != Some(&warning) {
+            self.position.warnings.push(warning);
+        }
     }
 
     /// Does what handlers of `event` asked for; true if the run is to be suspended.
     fn obey(&mut self, event: Event, cx: &mut C) -> Result<bool> {
-        if self.control.terminate {
-            self.control.any = false;
-            self.position.phase = Phase::Terminate;
-            return Ok(false);
-        }
-        if std::mem::take(&mut self.control.terminate_epoch) {
-            match event {
-                Event::Started | Event::EpochStarted => {
-                    return Err(Error::invalid(
-                        "The method terminate_epoch() should not be called on Event.STARTED or Event.EPOCH_STARTED.",
-                    ));
-                }
-                Event::EpochCompleted => self.control.skip_epoch_completed = false,
-                _ => {
-                    self.fire(Event::TerminateSingleEpoch, cx)?;
-                    self.seek(self.position.pass + 1, 0)?;
-                    let skip = std::mem::take(&mut self.control.skip_epoch_completed);
-                    self.position.phase =
-                        if skip { Phase::EpochEnded } else { Phase::EpochCompleted };
-                }
-            }
+        if std::mem::take(&mut self.control.terminate_epoch) && !self.control.terminate {
+            self.leave_epoch(event, cx)?;
         }
         self.control.any = false;
-        if std::mem::take(&mut self.control.interrupt) {
+        if !self.control.terminate && std::mem::take(&mut self.control.interrupt) {
             self.fire(Event::Interrupt, cx)?;
-            return Ok(true);
+            self.control.any = false;
+            if !self.control.terminate {
+                return Ok(true);
+            }
+        }
+        if self.control.terminate {
+            self.position.phase = Phase::Terminate;
         }
         Ok(false)
+    }
+
+    fn leave_epoch(&mut self, event: Event, cx: &mut C) -> Result<()> {
+        let skip = std::mem::take(&mut self.control.skip_epoch_completed);
+        match event {
+            Event::Started | Event::EpochStarted => Err(Error::invalid(
+                "The method terminate_epoch() should not be called on Event.STARTED or Event.EPOCH_STARTED.",
+            )),
+            Event::EpochCompleted => Ok(()),
+            _ => {
+                self.position.phase = if skip { Phase::EpochEnded } else { Phase::EpochCompleted };
+                self.seek(self.position.pass + 1, 0)?;
+                self.fire(Event::TerminateSingleEpoch, cx)?;
+                // It is left already.
+                self.control.terminate_epoch = false;
+                Ok(())
+            }
+        }
     }
 
     fn is_done(&self) -> bool {
@@ -511,24 +583,23 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
     }
 
-    /// Calls the handlers of `ExceptionRaised`, all of them, and leaves the engine ready to run again.
+    /// Calls the handlers of `ExceptionRaised`, all of them, and leaves the engine ready to go on: with
+    /// the event or the batch that failed up to the step, else with what follows.
     fn fail(&mut self, error: Error, cx: &mut C) -> Error {
         let position = &mut self.position;
-        let between_epochs =
-            matches!(position.phase, Phase::Started | Phase::EpochStarted | Phase::EpochEnded);
-        let full = self.state.epoch_length.is_some_and(|length| position.counter >= length);
-        let between_epochs = between_epochs || (position.placed && full);
-        if matches!(position.phase, Phase::Terminate | Phase::Completed) {
-            position.entry = Entry::NextPass;
-        } else if position.placed {
-            position.entry = Entry::Broken;
-            position.epoch_broken = !between_epochs;
-            if between_epochs {
-                position.counter = 0;
+        position.phase = match position.phase {
+            Phase::NextEpoch => Phase::Started,
+            Phase::EpochBegun => Phase::EpochStarted,
+            Phase::Fetch | Phase::RestartData => Phase::GetBatch,
+            Phase::BatchFetched => {
+                position.fetched -= 1;
+                Phase::GetBatch
             }
-        } else {
-            position.epoch_broken = !between_epochs;
-        }
+            Phase::Step => Phase::IterationCompleted,
+            phase => phase,
+        };
+        position.restarted = false;
+        position.left = Left::Failed;
         self.exception = Some(error);
         let raised = self.fire(Event::ExceptionRaised, cx);
         self.data = None;
@@ -543,32 +614,25 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 }
 
+/// Runs what calls user code that is not guarded on its own: the data source.
+fn outside_the_step<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|payload| {
+        let text = crate::panic_message(&*payload);
+        Err(Error::invalid(format!("the data source panicked: {text}")))
+    })
+}
+
 /// Keeps the first error and tells of the second.
 fn with_second(mut first: Error, second: Error) -> Error {
     if let Error::Step { source, .. } | Error::Handler { source, .. } | Error::Data { source, .. } =
         &mut first
     {
         let cause = std::mem::replace(source, anyhow::Error::msg(""));
-        *source = cause.context(format!("(besides: {second})"));
+        *source = cause.context(format!("(besides: {:#})", anyhow::Error::from(second)));
     }
     first
 }
 
 fn catch<B>(call: impl FnOnce() -> Option<anyhow::Result<B>>) -> anyhow::Result<Option<B>> {
     guarded(|| call().transpose())
-}
-
-/// ignite's `_is_done`.
-fn used_up(
-    iteration: u64,
-    epoch: u64,
-    epoch_length: Option<u64>,
-    max_epochs: Option<u64>,
-    max_iters: Option<u64>,
-) -> bool {
-    let by_iterations = max_iters.is_some_and(|max| iteration >= max);
-    let by_length = epoch_length
-        .zip(max_epochs)
-        .is_some_and(|(length, epochs)| iteration >= length.saturating_mul(epochs));
-    by_iterations || by_length || max_epochs.is_some_and(|max| epoch >= max)
 }

@@ -231,6 +231,16 @@ impl Metrics {
         self.values.get(name)
     }
 
+    /// Removes a value; true if there was one.
+    pub fn remove(&mut self, name: &str) -> bool {
+        self.values.remove(name).is_some()
+    }
+
+    /// Removes all values.
+    pub fn clear(&mut self) {
+        self.values.clear();
+    }
+
     /// Whether there is a value of that name.
     pub fn contains(&self, name: &str) -> bool {
         self.values.contains_key(name)

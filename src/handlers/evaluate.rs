@@ -60,9 +60,13 @@ where
         cx: &mut C,
         engine: &mut Engine<'_, C, TB, TO>,
     ) -> anyhow::Result<()> {
-        let state = &mut self.evaluator.state;
-        // Always from the start, also after a run that was left early.
-        (state.max_epochs, state.max_iters) = (None, None);
+        // Always from the start, also after a run that was left early, and with no value of an
+        // earlier run for what this one does not compute.
+        self.evaluator.reset()?;
+        for (metric, _) in self.evaluator.state.metrics.iter() {
+            engine.state.metrics.remove(&format!("{}/{metric}", self.name));
+        }
+        self.evaluator.state.metrics.clear();
         self.evaluator.run(cx, self.data.clone(), Until::epochs(1))?;
         for (metric, value) in self.evaluator.state.metrics.iter() {
             engine.state.metrics.set(&format!("{}/{metric}", self.name), value.share());

@@ -98,10 +98,16 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
         self.set(self.events_done)?;
-        self.events_done += 1;
         if event == Event::EpochStarted {
-            engine.state.epoch_length = Some(self.loader.batches());
+            let (batches, size) = (self.loader.batches(), self.loader.batch_size());
+            anyhow::ensure!(
+                batches > 0,
+                "the schedule gives batch_size {size}, but with drop_last the loader's {} samples make no batch of that size",
+                self.loader.samples()
+            );
+            engine.state.epoch_length = Some(batches);
         }
+        self.events_done += 1;
         Ok(())
     }
 }
