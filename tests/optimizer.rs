@@ -719,16 +719,126 @@ fn the_optimizer_outlives_the_store() -> Result<()> {
 }
 
 #[test]
-fn options_needing_state_that_was_never_made_are_errors_of_the_step() -> Result<()> {
-    for (name, option) in [("Adam", "amsgrad"), ("AdamW", "amsgrad"), ("RMSprop", "centered")] {
-        let (vs, a, _b) = two();
+fn options_that_need_state_can_be_switched_on_later() -> Result<()> {
+    for (name, option, on, tensor) in [
+        ("Adam", "amsgrad", 1., "max_exp_avg_sq"),
+        ("AdamW", "amsgrad", 1., "max_exp_avg_sq"),
+        ("RMSprop", "centered", 1., "grad_avg"),
+        ("RMSprop", "momentum", 0.9, "momentum_buffer"),
+    ] {
+        let (vs, a, b) = two();
         let optimizer = optimizer(name, &vs);
+        let group = optimizer.group("a")?;
+        group.set(option, 0.)?;
         step_with(&optimizer, &a, 1.)?;
-        let late =
-            optimizer.group("a")?.set(option, 1.).and_then(|()| step_with(&optimizer, &a, 1.));
-        assert!(late.is_err(), "{name}");
-        optimizer.group("a")?.set(option, 0.)?;
+        let kept = |parameter| {
+            let names = |state: Vec<(&'static str, Tensor)>| state.into_iter().map(|(n, _)| n);
+            optimizer.state(parameter).map(|state| names(state).any(|n| n == tensor))
+        };
+        assert!(!kept("a.w")?, "{name}");
+        group.set(option, on)?;
+        assert!(kept("a.w")?, "{name}: {tensor}");
         step_with(&optimizer, &a, 1.)?;
+        step_with(&optimizer, &b, 1.)?;
+        assert!(value(&a).is_finite() && !kept("b.w")?);
+    }
+    Ok(())
+}
+
+#[test]
+fn rmsprop_with_momentum_from_the_second_step_is_torchs_formula() -> Result<()> {
+    let (vs, a, _b) = two();
+    let optimizer = Optimizer::builder(nn::RmsProp::default(), &vs).lr(0.1).build()?;
+    let (mut weight, mut square, mut buffer): (f64, f64, f64) = (value(&a), 0., 0.);
+    for step in 0..4 {
+        let momentum = if step == 0 { 0. } else { 0.5 };
+        optimizer.knob("momentum")?.set(momentum)?;
+        step_with(&optimizer, &a, 2.)?;
+        square = 0.99 * square + 0.01 * 4.;
+        let update = 2. / (square.sqrt() + 1e-8);
+        buffer = momentum * buffer + if step == 0 { 0. } else { update };
+        weight -= 0.1 * if step == 0 { update } else { buffer };
+        assert_close(&[value(&a)], &[weight], "momentum from the second step");
+    }
+    Ok(())
+}
+
+#[test]
+fn settings_of_tch_are_checked_too() {
+    let (vs, _a, _b) = two();
+    for (config, what) in [
+        (nn::sgd(f64::INFINITY, 0., 0., false), "momentum must be finite"),
+        (nn::sgd(0.9, f64::NAN, 0., false), "dampening must be finite"),
+        (nn::sgd(0.9, 0., f64::INFINITY, false), "weight_decay must be finite"),
+    ] {
+        let error = text(Optimizer::builder(config, &vs).build());
+        assert!(error.contains(what), "{error}");
+    }
+}
+
+#[test]
+fn numbers_of_tch_are_named_once() {
+    let (vs, _a, _b) = two();
+    let build = |names: &[(usize, &str)]| {
+        let builder = Optimizer::sgd(&vs);
+        text(names.iter().fold(builder, |b, (number, name)| b.name_group(*number, *name)).build())
+    };
+    assert_eq!(build(&[(0, "a"), (0, "b")]), "group 0 is named twice: 'a' and 'b'");
+    assert_eq!(build(&[(0, "a"), (1, "a")]), "two parameter groups are named 'a'");
+    assert_eq!(build(&[(1, "group_0")]), "two parameter groups are named 'group_0'");
+    let error = build(&[(usize::MAX, "last")]);
+    assert!(error.contains(&usize::MAX.to_string()), "{error}");
+}
+
+#[test]
+fn rules_run_outside_the_stores_lock_and_may_fail() -> Result<()> {
+    let (vs, _a, _b) = two();
+    let numbers = |vs: &nn::VarStore| -> Vec<usize> {
+        vs.variables_.lock().unwrap().trainable_variables.iter().map(|v| v.group).collect()
+    };
+    vs.variables_.lock().unwrap().trainable_variables[1].group = 7;
+    let before = numbers(&vs);
+    let error = text(
+        Optimizer::sgd(&vs)
+            .group("a", |name| name.starts_with('a'), GroupOptions::new())
+            .group("b", |name| panic!("no {name}"), GroupOptions::new())
+            .build(),
+    );
+    assert!(error.starts_with("the rule of group 'b' panicked: no "), "{error}");
+    assert_eq!(numbers(&vs), before, "the lock is not poisoned");
+
+    let store = vs.variables_.clone();
+    let rules = Optimizer::sgd(&vs)
+        .group(
+            "a",
+            move |name| store.lock().is_ok_and(|_| name.starts_with('a')),
+            GroupOptions::new(),
+        )
+        .group("b", |name| name.starts_with('b'), GroupOptions::new())
+        .build()?;
+    assert_eq!(rules.group("b")?.parameters()?, ["b.w"]);
+    assert_eq!(numbers(&vs), before, "other optimizers may use tch's numbers");
+    Ok(())
+}
+
+#[test]
+fn several_optimizers_group_one_store_each_in_its_way() -> Result<()> {
+    let (vs, _a, _b) = two();
+    let by = |first: &'static str| {
+        Optimizer::sgd(&vs)
+            .group("first", move |name| name.starts_with(first), GroupOptions::new())
+            .group("second", move |name| !name.starts_with(first), GroupOptions::new())
+            .build()
+    };
+    let (one, other) = (by("a")?, by("b")?);
+    let _late = (vs.root().ones("a2", &[1]), vs.root().ones("b2", &[1]));
+    other.zero_grad()?;
+    one.with_tch(|tch| tch.zero_grad())?;
+    for (optimizer, first, second) in
+        [(&one, ["a.w", "a2"], ["b.w", "b2"]), (&other, ["b.w", "b2"], ["a.w", "a2"])]
+    {
+        assert_eq!(optimizer.group("first")?.parameters()?, first);
+        assert_eq!(optimizer.group("second")?.parameters()?, second);
     }
     Ok(())
 }

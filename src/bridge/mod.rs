@@ -262,6 +262,28 @@ impl Native {
         Ok((found != 0).then_some(RawState { step: (step >= 0).then_some(step), tensors }))
     }
 
+    /// Gives those parameters of the group that have a state, but not this tensor in it, zeros there:
+    /// what it would hold if it had been there without effect.
+    pub(crate) fn add_buffer(
+        &mut self,
+        group: usize,
+        parameters: &[Tensor],
+        buffer: usize,
+    ) -> Result<(), Exception> {
+        let _guard = tch::no_grad_guard();
+        let members: std::collections::HashSet<_> =
+            self.parameter_ids(group)?.into_iter().collect();
+        for parameter in parameters.iter().filter(|p| members.contains(&TensorId::of(p))) {
+            let Some(mut state) = self.state(parameter)? else { continue };
+            if state.tensors[buffer].is_none() {
+                let zeros = parameter.f_zeros_like().map_err(|error| error.to_string())?;
+                state.tensors[buffer] = Some(zeros);
+                self.set_state(parameter, Some(&state))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes the optimizer keep this for the parameter, sharing the tensors; nothing where `None`.
     pub(crate) fn set_state(
         &mut self,

@@ -146,6 +146,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Calls `handler(context, engine)` at these events, after the handlers registered before it.
+    /// What it borrows must be declared before the engine.
     /// What is refused (an event that is not registered, `every(0)`) is returned by the next `run`;
     /// [`add_event_handler`](Self::add_event_handler) returns it at once.
     #[track_caller]
@@ -372,7 +373,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 }
 
 /// Runs user code; a panic comes out as an error.
-fn guarded<T>(call: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+pub(crate) fn guarded<T>(call: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     catch_unwind(AssertUnwindSafe(call))
         .unwrap_or_else(|payload| Err(Panicked(crate::panic_message(&*payload)).into()))
 }

@@ -1,7 +1,8 @@
 use tch::nn::{self, OptimizerConfig, VarStore};
 
+use super::Optimizer;
+use super::grouping::{GroupRule, Grouping, unnamed};
 use super::hyper::Hyper;
-use super::{Membership, Optimizer};
 use crate::{Error, Result};
 
 /// Hyper-parameters of one group, where they differ from the optimizer's.
@@ -83,18 +84,12 @@ impl GroupOptions {
     }
 }
 
-pub(super) struct GroupRule {
-    pub(super) name: String,
-    pub(super) contains: Membership,
-    options: GroupOptions,
-}
-
 /// Builds an [`Optimizer`]; made by [`Optimizer::builder`].
 pub struct OptimizerBuilder<'v, T> {
     config: T,
     vs: &'v VarStore,
     lr: f64,
-    groups: Vec<GroupRule>,
+    groups: Vec<(GroupRule, GroupOptions)>,
     names: Vec<(usize, String)>,
 }
 
@@ -112,13 +107,15 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
     /// A parameter group: all variables whose name (`"conv1.weight"`) `contains` answers true for.
     ///
     /// Variables added to the store after [`build`](Self::build) are put into groups by the same rule.
+    /// The numbers of tch's `Path::set_group` are left as they are.
     pub fn group(
         mut self,
         name: impl Into<String>,
-        contains: impl Fn(&str) -> bool + Send + 'static,
+        contains: impl Fn(&str) -> bool + Send + Sync + 'static,
         options: GroupOptions,
     ) -> Self {
-        self.groups.push(GroupRule { name: name.into(), contains: Box::new(contains), options });
+        let rule = GroupRule { name: name.into(), contains: Box::new(contains) };
+        self.groups.push((rule, options));
         self
     }
 
@@ -141,26 +138,54 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
                 "use either `group` (by name) or `name_group` (tch's numbers), not both",
             ));
         }
-        let names =
-            self.groups.iter().map(|g| &g.name).chain(self.names.iter().map(|(_, name)| name));
-        let mut seen = Vec::new();
-        for name in names {
-            if seen.contains(&name) {
-                return Err(Error::invalid(format!("two parameter groups are named '{name}'")));
-            }
-            seen.push(name);
-        }
-        let options: Vec<_> = self.groups.iter().map(|g| g.options.values.clone()).collect();
-        let optimizer =
-            Optimizer::assemble(&self.config, self.vs, self.lr, self.groups, self.names)?;
-        for (index, values) in options.iter().enumerate() {
+        let (rules, options): (Vec<_>, Vec<_>) = self.groups.into_iter().unzip();
+        let grouping = match rules.is_empty() {
+            true => Grouping::Numbers(named_numbers(self.names)?),
+            false => Grouping::Rules(named_once(rules)?),
+        };
+        let optimizer = Optimizer::assemble(&self.config, self.vs, self.lr, grouping)?;
+        for (index, options) in options.iter().enumerate() {
             let group = optimizer.group_at(index)?;
-            for &(hyper, value) in values {
+            for &(hyper, value) in &options.values {
                 group.set(hyper.name(), value)?;
             }
         }
         Ok(optimizer)
     }
+}
+
+fn named_once(rules: Vec<GroupRule>) -> Result<Vec<GroupRule>> {
+    for (index, rule) in rules.iter().enumerate() {
+        if rules[..index].iter().any(|other| other.name == rule.name) {
+            return Err(two_groups(&rule.name));
+        }
+    }
+    Ok(rules)
+}
+
+fn named_numbers(names: Vec<(usize, String)>) -> Result<Vec<(usize, String)>> {
+    for (index, (number, name)) in names.iter().enumerate() {
+        for (other, other_name) in &names[..index] {
+            if other == number {
+                return Err(Error::invalid(format!(
+                    "group {number} is named twice: '{other_name}' and '{name}'"
+                )));
+            }
+            if other_name == name {
+                return Err(two_groups(name));
+            }
+        }
+        // The name of another group that has none of its own.
+        let number_in_name = name.strip_prefix("group_").and_then(|n| n.parse::<usize>().ok());
+        if number_in_name.is_some_and(|other| other != *number && unnamed(other) == *name) {
+            return Err(two_groups(name));
+        }
+    }
+    Ok(names)
+}
+
+fn two_groups(name: &str) -> Error {
+    Error::invalid(format!("two parameter groups are named '{name}'"))
 }
 
 /// The settings tch's optimizers are built from, with PyTorch's defaults.

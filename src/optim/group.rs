@@ -27,7 +27,7 @@ impl Group {
 
     /// The group's name.
     pub fn name(&self) -> String {
-        locked(&self.optimizer.shared.groups).name(self.index)
+        self.optimizer.shared.grouping.name(self.index)
     }
 
     /// The value of the hyper-parameter of that PyTorch name (`"lr"`, `"weight_decay"`, …; `"beta1"`
@@ -157,8 +157,8 @@ impl Group {
         Ok(self.get("amsgrad")? != 0.)
     }
 
-    /// Switches the AMSGrad variant (Adam, AdamW); only before the first step, where the state for it
-    /// is made.
+    /// Switches the AMSGrad variant (Adam, AdamW). Parameters that were stepped without it get the
+    /// state for it now, zeros: the maximum begins with the next step.
     pub fn set_amsgrad(&self, on: bool) -> Result<()> {
         self.set("amsgrad", f64::from(on))
     }
@@ -178,7 +178,8 @@ impl Group {
         Ok(self.get("centered")? != 0.)
     }
 
-    /// Switches the centered variant (RMSprop); only before the first step, as for AMSGrad.
+    /// Switches the centered variant (RMSprop). Parameters that were stepped without it get the state
+    /// for it now: a mean gradient of zero.
     pub fn set_centered(&self, on: bool) -> Result<()> {
         self.set("centered", f64::from(on))
     }

@@ -46,6 +46,16 @@ impl Kind {
         }
     }
 
+    /// The number of the state tensor that libtorch makes at a parameter's first step only if this
+    /// is not 0 then, and needs at every later step if it is not 0.
+    pub(crate) fn buffer_of(self, hyper: Hyper) -> Option<usize> {
+        match (self, hyper) {
+            (Kind::Adam | Kind::AdamW, Amsgrad) | (Kind::RmsProp, Centered) => Some(2),
+            (Kind::RmsProp, Momentum) => Some(1),
+            _ => None,
+        }
+    }
+
     pub(crate) fn hyper(self, name: &str) -> Result<Hyper> {
         self.hypers().iter().copied().find(|h| h.name() == name).ok_or_else(|| {
             Error::UnknownHyperParameter {

@@ -1,22 +1,35 @@
 use tch::Tensor;
 use tch::nn;
 
+use super::Optimizer;
+
 /// tch's optimizer, lent out by [`Optimizer::with_tch`](super::Optimizer::with_tch): its methods,
-/// which panic where those of [`Optimizer`](super::Optimizer) return errors.
+/// which panic where those of [`Optimizer`] return errors.
 ///
 /// Not the optimizer itself, which must not be replaced by another.
-pub struct TchOptimizer<'o>(pub(super) &'o mut nn::Optimizer);
+pub struct TchOptimizer<'o> {
+    optimizer: &'o Optimizer,
+    tch: &'o mut nn::Optimizer,
+}
+
+impl<'o> TchOptimizer<'o> {
+    pub(super) fn new(optimizer: &'o Optimizer, tch: &'o mut nn::Optimizer) -> Self {
+        Self { optimizer, tch }
+    }
+}
 
 macro_rules! forwarded {
     ($($(#[$doc:meta])* $name:ident($($argument:ident: $type:ty),*);)*) => {
         impl TchOptimizer<'_> {
             $($(#[$doc])* pub fn $name(&mut self, $($argument: $type),*) {
-                self.0.$name($($argument),*)
+                // For tch to find when it adds them.
+                let _new = self.optimizer.group_new_variables().unwrap_or_else(|e| panic!("{e}"));
+                self.tch.$name($($argument),*)
             })*
 
             /// All trainable variables of the store.
             pub fn trainable_variables(&self) -> Vec<Tensor> {
-                self.0.trainable_variables()
+                self.tch.trainable_variables()
             }
         }
     };

@@ -5,14 +5,15 @@
 
 mod builder;
 mod group;
+mod grouping;
 mod hyper;
 mod knob;
 mod layerwise;
 mod lent;
 mod snapshot;
 
-use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tch::nn::{self, OptimizerConfig, VarStore, Variables};
@@ -28,10 +29,8 @@ pub(crate) use snapshot::StoreSnapshot;
 
 use crate::bridge::{Kind, Native, TensorId};
 use crate::{Error, Result};
-use builder::GroupRule;
+use grouping::{Grouped, Grouping};
 use hyper::Hyper;
-
-type Membership = Box<dyn Fn(&str) -> bool + Send>;
 
 /// How many names an error message lists before it says how many more there are.
 const NAMES_LISTED: usize = 8;
@@ -49,70 +48,10 @@ struct Shared {
     kind: Kind,
     // None while `with_tch` has it.
     native: Mutex<Option<Native>>,
-    groups: Mutex<Groups>,
-    variables: Arc<Mutex<Variables>>,
-}
-
-/// Names of the groups, and the rule that puts variables into them.
-struct Groups {
-    /// Empty where tch's group numbers are used.
-    rules: Vec<(String, Membership)>,
-    /// Names given to tch's group numbers.
-    names: Vec<(usize, String)>,
-    /// Variables of the store that have their group.
-    assigned: usize,
+    grouping: Grouping,
     /// Variables of the store that are surely in libtorch's optimizer.
-    added: usize,
-}
-
-impl Groups {
-    fn name(&self, index: usize) -> String {
-        let by_number = || self.names.iter().find(|(n, _)| *n == index).map(|(_, name)| name);
-        match self.rules.get(index).map(|(name, _)| name).or_else(by_number) {
-            Some(name) => name.clone(),
-            None => format!("group_{index}"),
-        }
-    }
-
-    /// Puts variables that have no group yet into theirs; nothing is changed on error.
-    fn assign(&mut self, variables: &mut Variables) -> Result<()> {
-        if self.rules.is_empty() {
-            self.assigned = variables.trainable_variables.len();
-            return Ok(());
-        }
-        let names: HashMap<_, _> =
-            variables.named_variables.iter().map(|(name, t)| (TensorId::of(t), name)).collect();
-        let mut found = Vec::new();
-        let mut homeless = Vec::new();
-        for variable in &variables.trainable_variables[self.assigned..] {
-            let name = names.get(&TensorId::of(&variable.tensor)).map_or("", |name| name.as_str());
-            let mut fitting = self.rules.iter().enumerate().filter(|(_, (_, has))| has(name));
-            match (fitting.next(), fitting.next()) {
-                (Some((index, _)), None) => found.push(index),
-                (Some((_, (a, _))), Some((_, (b, _)))) => {
-                    return Err(Error::invalid(format!(
-                        "parameter '{name}' is in two groups: '{a}' and '{b}'"
-                    )));
-                }
-                (None, _) => homeless.push(format!("'{name}'")),
-            }
-        }
-        if !homeless.is_empty() {
-            let groups: Vec<_> = self.rules.iter().map(|(name, _)| name.as_str()).collect();
-            return Err(Error::invalid(format!(
-                "in no parameter group: {}; the groups are: {}",
-                listed(&homeless),
-                groups.join(", ")
-            )));
-        }
-        for (variable, index) in
-            variables.trainable_variables[self.assigned..].iter_mut().zip(&found)
-        {
-            variable.group = *index;
-        }
-        self.assigned += found.len();
-        Ok(())
-    }
+    added: AtomicUsize,
+    variables: Arc<Mutex<Variables>>,
 }
 
 fn listed(names: &[String]) -> String {
@@ -121,6 +60,13 @@ fn listed(names: &[String]) -> String {
         text += &format!(" and {} more", names.len() - NAMES_LISTED);
     }
     text
+}
+
+fn quoted_names(variables: &Variables) -> Vec<String> {
+    let mut names: Vec<_> =
+        variables.named_variables.keys().map(|name| format!("'{name}'")).collect();
+    names.sort();
+    names
 }
 
 fn lent_out() -> Error {
@@ -137,44 +83,41 @@ impl Optimizer {
         config: &T,
         vs: &VarStore,
         lr: f64,
-        rules: Vec<GroupRule>,
-        names: Vec<(usize, String)>,
+        grouping: Grouping,
     ) -> Result<Self> {
-        let rules = rules.into_iter().map(|rule| (rule.name, rule.contains)).collect();
-        let mut groups = Groups { rules, names, assigned: 0, added: 0 };
-        {
-            let mut variables = locked(&vs.variables_);
-            groups.assign(&mut variables)?;
-            groups.added = groups.assigned;
-            for (index, (name, _)) in groups.rules.iter().enumerate() {
-                if !variables.trainable_variables.iter().any(|v| v.group == index) {
-                    let mut all: Vec<_> =
-                        variables.named_variables.keys().map(|name| format!("'{name}'")).collect();
-                    all.sort();
-                    return Err(Error::invalid(format!(
-                        "group '{name}' has no parameter; the parameters are: {}",
-                        listed(&all)
-                    )));
-                }
-            }
+        let variables = &vs.variables_;
+        // Given back when tch has read them.
+        let grouped = grouping.group(variables, 0)?;
+        if let Some(group) = grouping.empty_group(&grouped) {
+            return Err(Error::invalid(format!(
+                "group '{group}' has no parameter; the parameters are: {}",
+                listed(&quoted_names(&locked(variables)))
+            )));
         }
         let mut native = Native::build(config, vs, lr)
             .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
         // tch makes groups up to the highest number in use; a named number may be beyond.
-        let wanted = groups.names.iter().map(|(number, _)| number + 1).max().unwrap_or(0);
-        if wanted > native.group_count() {
-            let available = (0..native.group_count()).map(|index| index.to_string()).collect();
-            return Err(Error::UnknownGroup { group: format!("{}", wanted - 1), available });
+        let groups = native.group_count();
+        if let Some(number) = grouping.numbers().find(|number| *number >= groups) {
+            let available = (0..groups).map(|index| index.to_string()).collect();
+            return Err(Error::UnknownGroup { group: number.to_string(), available });
         }
         native
-            .reserve_groups(groups.rules.len())
+            .reserve_groups(grouping.rules().len())
             .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
+        for hyper in native.kind.hypers() {
+            let value = native.get(0, *hyper as i32);
+            hyper.check(
+                value.map_err(|text| Error::libtorch("cannot build the optimizer", text))?,
+            )?;
+        }
         Ok(Self {
             shared: Arc::new(Shared {
                 kind: native.kind,
                 native: Mutex::new(Some(native)),
-                groups: Mutex::new(groups),
-                variables: vs.variables_.clone(),
+                grouping,
+                added: AtomicUsize::new(grouped.until()),
+                variables: variables.clone(),
             }),
         })
     }
@@ -219,11 +162,10 @@ impl Optimizer {
     /// Names of all groups, in order.
     pub fn group_names(&self) -> Result<Vec<String>> {
         let count = self.group_count()?;
-        let groups = locked(&self.shared.groups);
-        Ok((0..count).map(|index| groups.name(index)).collect())
+        Ok((0..count).map(|index| self.shared.grouping.name(index)).collect())
     }
 
-    /// A hyper-parameter of all groups at once; reading it gives the first group's.
+    /// A hyper-parameter of all groups there are when it is set; reading it gives the first group's.
     pub fn knob(&self, hyper: &str) -> Result<Knob> {
         let hyper = self.shared.kind.hyper(hyper)?;
         Ok(Knob::of_groups(self.clone(), None, hyper))
@@ -243,27 +185,42 @@ impl Optimizer {
 
     fn set_hyper(&self, group: usize, hyper: Hyper, value: f64) -> Result<()> {
         hyper.check(value)?;
+        let failed = |text| Error::libtorch(format!("setting {hyper} of group {group}"), text);
+        let Some(buffer) = self.shared.kind.buffer_of(hyper).filter(|_| value != 0.) else {
+            return self.native(|native| native.set(group, hyper as i32, value).map_err(failed));
+        };
+        let parameters = self.parameters();
         self.native(|native| {
-            native
-                .set(group, hyper as i32, value)
-                .map_err(|text| Error::libtorch(format!("setting {hyper} of group {group}"), text))
+            if native.get(group, hyper as i32).map_err(failed)? == 0. {
+                native.add_buffer(group, &parameters, buffer).map_err(failed)?;
+            }
+            native.set(group, hyper as i32, value).map_err(failed)
         })
+    }
+
+    fn parameters(&self) -> Vec<Tensor> {
+        let variables = locked(&self.shared.variables);
+        variables.trainable_variables.iter().map(|v| v.tensor.shallow_clone()).collect()
     }
 
     /// Sets the gradients of all parameters to none.
     pub fn zero_grad(&self) -> Result<()> {
-        if self.has_new_variables()? {
-            return self.through_tch("zero_grad", |tch| tch.zero_grad());
+        match self.group_new_variables()? {
+            Some(new) => self.through_tch("zero_grad", &new, |tch| tch.zero_grad()),
+            None => self.native(|native| {
+                native.zero_grad().map_err(|text| Error::libtorch("zero_grad", text))
+            }),
         }
-        self.native(|native| native.zero_grad().map_err(|text| Error::libtorch("zero_grad", text)))
     }
 
     /// One update of all parameters that have a gradient.
     pub fn step(&self) -> Result<()> {
-        if self.has_new_variables()? {
-            return self.through_tch("optimizer step", |tch| tch.step());
+        match self.group_new_variables()? {
+            Some(new) => self.through_tch("optimizer step", &new, |tch| tch.step()),
+            None => self.native(|native| {
+                native.step().map_err(|text| Error::libtorch("optimizer step", text))
+            }),
         }
-        self.native(|native| native.step().map_err(|text| Error::libtorch("optimizer step", text)))
     }
 
     /// `zero_grad`, backward from the scalar `loss`, `step`.
@@ -283,14 +240,14 @@ impl Optimizer {
                 *locked(&self.0.native) = self.1.take();
             }
         }
-        self.has_new_variables()?;
+        drop(self.group_new_variables()?);
         let native = locked(&self.shared.native).take();
         if native.is_none() {
             return Err(lent_out());
         }
         let mut lent = Lent(&self.shared, native);
         let native = lent.1.as_mut().ok_or_else(lent_out)?;
-        Ok(call(&mut TchOptimizer(&mut native.tch)))
+        Ok(call(&mut TchOptimizer::new(self, &mut native.tch)))
     }
 
     /// What libtorch keeps for a parameter, under PyTorch's names (`"step"`, `"exp_avg"`, …); empty
@@ -301,12 +258,9 @@ impl Optimizer {
             match variables.named_variables.get(parameter) {
                 Some(tensor) => tensor.shallow_clone(),
                 None => {
-                    let mut names: Vec<_> =
-                        variables.named_variables.keys().map(|name| format!("'{name}'")).collect();
-                    names.sort();
                     return Err(Error::invalid(format!(
                         "no parameter '{parameter}'; there are: {}",
-                        listed(&names)
+                        listed(&quoted_names(&variables))
                     )));
                 }
             }
@@ -329,25 +283,29 @@ impl Optimizer {
         })
     }
 
-    /// Gives a group to variables that were added to the store since; says whether there were any.
-    fn has_new_variables(&self) -> Result<bool> {
-        let mut variables = locked(&self.shared.variables);
-        let mut groups = locked(&self.shared.groups);
-        if variables.trainable_variables.len() == groups.added {
-            return Ok(false);
+    /// Gives a group to variables that were added to the store since, for tch to read; `None` where
+    /// there are none.
+    fn group_new_variables(&self) -> Result<Option<Grouped>> {
+        let Shared { grouping, added, variables, .. } = &*self.shared;
+        let added = added.load(Ordering::Relaxed);
+        if locked(variables).trainable_variables.len() == added {
+            return Ok(None);
         }
-        groups.assign(&mut variables)?;
-        Ok(true)
+        grouping.group(variables, added).map(Some)
     }
 
     // Only tch can add variables to its own count; it unwraps the results.
-    fn through_tch(&self, operation: &str, call: impl FnOnce(&mut nn::Optimizer)) -> Result<()> {
+    fn through_tch(
+        &self,
+        operation: &str,
+        new: &Grouped,
+        call: impl FnOnce(&mut nn::Optimizer),
+    ) -> Result<()> {
         self.native(|native| {
             catch_unwind(AssertUnwindSafe(|| call(&mut native.tch)))
                 .map_err(|payload| Error::libtorch(operation, crate::panic_message(&*payload)))
         })?;
-        let mut groups = locked(&self.shared.groups);
-        groups.added = groups.assigned;
+        self.shared.added.store(new.until(), Ordering::Relaxed);
         Ok(())
     }
 }

@@ -99,11 +99,6 @@ impl Optimizer {
             Ok(())
         })
     }
-
-    fn parameters(&self) -> Vec<Tensor> {
-        let variables = locked(&self.shared.variables);
-        variables.trainable_variables.iter().map(|v| v.tensor.shallow_clone()).collect()
-    }
 }
 
 fn copied(state: &RawState) -> Result<RawState, TchError> {

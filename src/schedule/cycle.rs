@@ -55,6 +55,9 @@ macro_rules! cyclical_arguments {
 }
 pub(super) use cyclical_arguments;
 
+/// To go through cycles one by one takes a nanosecond or two each.
+const MAX_LOADED_CYCLE: u64 = 100_000_000;
+
 /// Default of the multipliers.
 pub(super) fn one() -> f64 {
     1.
@@ -253,6 +256,10 @@ impl Cycles {
         if self.uniform() {
             cycle.number = number;
             cycle.first = number.saturating_mul(cycle.len());
+        } else if number > MAX_LOADED_CYCLE {
+            return Err(Error::State(format!(
+                "state attribute 'cycle' is {number}; no run gets beyond {MAX_LOADED_CYCLE}"
+            )));
         } else {
             while cycle.number < number {
                 cycle = cycle.next(self).ok_or_else(|| {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::{finite, positive};
 use super::{ParamScheduler, PiecewiseLinear, Schedule, Skipped};
-use crate::Result;
+use crate::{Error, Result};
 use crate::engine::Event;
 use crate::optim::Knob;
 
@@ -115,6 +115,12 @@ impl Schedule for MultiStepState {
     }
 
     fn validate(&self) -> Result<()> {
+        if !self.milestones.is_sorted() {
+            return Err(Error::invalid(format!(
+                "Argument milestones should be in increasing order, but given {:?}",
+                self.milestones
+            )));
+        }
         finite(&[("initial_value", self.initial_value), ("gamma", self.gamma)])
     }
 
