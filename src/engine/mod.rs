@@ -4,6 +4,7 @@ mod aside;
 mod event;
 mod handler;
 mod run;
+mod saved;
 mod state;
 mod summary;
 mod until;
@@ -13,7 +14,8 @@ use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use serde_json::{Map, Value};
 
 pub use event::{Event, Events, FilteredEvent};
-pub use handler::{Handler, HandlerId};
+pub use handler::{Handler, HandlerId, Priority};
+pub use saved::Restored;
 pub use state::{MetricValue, Metrics, State};
 pub use summary::{Stop, Summary};
 pub use until::Until;
@@ -24,6 +26,7 @@ use crate::metrics::{Metric, MetricHandler, Usage};
 use crate::{Error, Result};
 use handler::{Callable, EventIndex, Handlers, Taken};
 use run::Position;
+use saved::Tracked;
 
 /// An engine whose step updates parameters. The same type as [`Evaluator`]; names to read.
 pub type Trainer<'a, C, B = crate::data::Batch, O = tch::Tensor> = Engine<'a, C, B, O>;
@@ -112,6 +115,7 @@ pub struct Engine<'a, C, B, O> {
     running: bool,
     /// Why a registration was refused; `run` says so.
     refused: Option<String>,
+    tracked: Tracked<'a, C>,
 }
 
 /// What handlers asked for.
@@ -142,6 +146,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             exception: None,
             running: false,
             refused: None,
+            tracked: Tracked::default(),
         }
     }
 
@@ -270,9 +275,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             event::Count::None => 0,
         };
         let removals = self.handlers.begin();
-        let mut position = 0;
+        let (mut priority, mut position) = (0, 0);
         let mut result = Ok(());
-        while let Some(taken) = self.handlers.take(index, position, number, removals) {
+        while priority < handler::PRIORITIES {
+            let place = (priority, position);
+            let Some(taken) = self.handlers.take(index, place, number, removals) else {
+                (priority, position) = (priority + 1, 0);
+                continue;
+            };
             position += 1;
             let called = match taken {
                 Ok(Some(taken)) => self.call(event, taken, cx),

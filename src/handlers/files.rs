@@ -7,7 +7,7 @@ use crate::{Error, Result};
 
 /// Writes a file that is there whole or not at all: beside its place, then renamed. Makes the folders
 /// above it.
-pub(super) fn write_whole(
+pub(crate) fn write_whole(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
 ) -> Result<()> {
@@ -26,7 +26,14 @@ pub(super) fn write_whole(
         write(&mut file)?;
         file.flush()?;
         file.get_ref().sync_all()?;
-        fs::rename(beside, path)
+        fs::rename(beside, path)?;
+        // The new name is only sure once the folder is on the disk too.
+        #[cfg(unix)]
+        if let Some(folder) = path.parent() {
+            File::open(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })?
+                .sync_all()?;
+        }
+        Ok(())
     };
     whole().map_err(|source| {
         // What is left of it is of no use; the first error is the one to tell.

@@ -1,7 +1,7 @@
 //! Handlers that come with the crate.
 
 mod evaluate;
-mod files;
+pub(crate) mod files;
 mod history;
 mod lr_finder;
 #[cfg(feature = "plots")]
