@@ -248,12 +248,17 @@ impl Contents {
             },
         };
         let crc = metadata.get("crc32c");
+        if crc.is_none() && metadata.contains_key("tch-ignite") {
+            return Err("it has no checksum".into());
+        }
         if let Some(place) = crc.and_then(|_| crc_place(&header)) {
             header[place..place + NO_CRC.len()].copy_from_slice(NO_CRC.as_bytes());
         }
-        let crc = crc
-            .map(|crc| u32::from_str_radix(crc, 16).map_err(|_| format!("its checksum is '{crc}'")))
-            .transpose()?;
+        let checksum = |crc: &String| match u32::from_str_radix(crc, 16) {
+            Ok(number) if format!("{number:08x}") == *crc => Ok(number),
+            _ => Err(format!("its checksum is '{crc}'")),
+        };
+        let crc = crc.map(checksum).transpose()?;
         Ok(Self { file, tree, entries, crc: (crc32c::crc32c(&header), crc), data })
     }
 

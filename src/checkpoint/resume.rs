@@ -195,16 +195,24 @@ pub fn save_weights(vs: &VarStore, path: impl AsRef<Path>) -> Result<()> {
 /// A file that is broken, names, shapes or types that are not the store's. Nothing is changed then.
 pub fn load_weights(vs: &VarStore, path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
-    let state = read_state(path)?;
+    let state = read_tensors(path)?;
     load_variables(&vs.variables_, &state).map_err(|error| broken(path, &error.to_string()))
 }
 
-/// Reads a checkpoint, or the tensors of any safetensors file, into memory of its own.
+/// Reads a checkpoint into memory of its own.
 ///
 /// # Errors
-/// A file that cannot be read or is broken.
+/// A file that cannot be read, is broken, or no checkpoint.
 pub fn read_state(path: impl AsRef<Path>) -> Result<StateDict> {
     let path = path.as_ref();
+    let contents = Contents::open(path).map_err(|why| broken(path, &why))?;
+    if !contents.has_state() {
+        return Err(broken(path, "it holds tensors, but is no checkpoint of this crate"));
+    }
+    contents.read(&mut BTreeMap::<String, Tensor>::new()).map_err(|why| broken(path, &why))
+}
+
+fn read_tensors(path: &Path) -> Result<StateDict> {
     let contents = Contents::open(path).map_err(|why| broken(path, &why))?;
     contents.read(&mut BTreeMap::<String, Tensor>::new()).map_err(|why| broken(path, &why))
 }
