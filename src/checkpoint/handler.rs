@@ -65,6 +65,7 @@ pub struct Checkpoint<B, O> {
     events: Events,
     every: Option<Duration>,
     written: Option<Instant>,
+    on_interrupt: bool,
     on_exception: bool,
     n_saved: Option<usize>,
     parts: Parts,
@@ -87,8 +88,6 @@ struct Saved {
     name: String,
 }
 
-/// For emergencies; not one of those that are counted.
-const EMERGENCY: &str = "emergency";
 const LATEST: &str = "latest";
 const EXT: &str = "safetensors";
 
@@ -104,6 +103,7 @@ impl<B, O> Checkpoint<B, O> {
             events: Event::EpochCompleted.into(),
             every: None,
             written: None,
+            on_interrupt: true,
             on_exception: false,
             n_saved: Some(1),
             parts: Parts { name: "checkpoint".into(), ext: EXT.into(), ..Parts::default() },
@@ -127,6 +127,13 @@ impl<B, O> Checkpoint<B, O> {
     /// At these events, but not before so much time has passed since the last one was written.
     pub fn every(mut self, time: Duration) -> Self {
         self.every = Some(time);
+        self
+    }
+
+    /// Whether one is written when the run is interrupted, as by default: `interrupted.safetensors`.
+    /// [`InterruptOn`](crate::handlers::InterruptOn) does that for signals.
+    pub fn on_interrupt(mut self, on: bool) -> Self {
+        self.on_interrupt = on;
         self
     }
 
@@ -344,10 +351,11 @@ impl<B, O> Checkpoint<B, O> {
         }
     }
 
-    fn write_emergency<C>(&mut self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<()> {
+    /// Besides the files that are counted.
+    fn write_named<C>(&mut self, name: &str, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<()> {
         let folder = self.folder()?;
         let state = self.contents(cx, engine)?;
-        let name = format!("{EMERGENCY}.{}", self.parts.ext);
+        let name = format!("{name}.{}", self.parts.ext);
         let latest = self.weights.is_none().then(|| LATEST.to_owned());
         self.writer.submit(
             Job { folder, state, plain: self.weights.is_some(), name, latest, remove: vec![] },
@@ -430,7 +438,10 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
                 self.begin(engine.state.iteration == 0)?;
                 self.written.get_or_insert_with(Instant::now);
             }
-            Event::ExceptionRaised if self.on_exception => self.write_emergency(cx, engine)?,
+            Event::ExceptionRaised if self.on_exception => {
+                self.write_named("emergency", cx, engine)?;
+            }
+            Event::Interrupt if self.on_interrupt => self.write_named("interrupted", cx, engine)?,
             _ => {}
         }
         let own = self.events.names(event);

@@ -351,6 +351,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.control.interrupt = true;
     }
 
+    #[cfg(feature = "signals")]
+    pub(crate) fn interrupt_for_signal(&mut self, signal: i32) {
+        self.interrupt();
+        self.position.signal = Some(signal);
+    }
+
     /// Replaces the data at once, within a run; `epoch_length` stays as it is.
     pub fn set_data(&mut self, data: impl IntoSource<'a, B>) -> Result<()> {
         self.data = Some(data.into_source());

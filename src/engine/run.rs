@@ -80,6 +80,8 @@ pub(super) struct Position {
     exhausted: bool,
     /// The run ends before its budget in epochs is used up.
     left_early: bool,
+    /// Why it is being interrupted, if for that.
+    pub(super) signal: Option<i32>,
     /// The last one that was fired.
     pub(super) event: Event,
     until: Until,
@@ -101,6 +103,7 @@ impl Default for Position {
             restarted: false,
             exhausted: false,
             left_early: false,
+            signal: None,
             event: Event::Started,
             until: Until::default(),
             deadline: None,
@@ -513,7 +516,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             self.fire(event, cx)?;
             if self.control.any && self.obey(event, cx)? {
                 self.position.left = Left::Suspended;
-                return Ok(Stop::Interrupted);
+                let signal = self.position.signal.take();
+                return Ok(signal.map_or(Stop::Interrupted, Stop::Signal));
             }
         }
     }

@@ -3,6 +3,8 @@
 mod evaluate;
 pub(crate) mod files;
 mod history;
+#[cfg(feature = "signals")]
+mod interrupt_on;
 mod lr_finder;
 #[cfg(feature = "plots")]
 pub mod plot;
@@ -11,6 +13,8 @@ mod progress_bar;
 
 pub use evaluate::Evaluate;
 pub use history::History;
+#[cfg(feature = "signals")]
+pub use interrupt_on::InterruptOn;
 pub use lr_finder::{LrCurve, LrFinder, StepMode};
 #[cfg(feature = "progress")]
 pub use progress_bar::ProgressBar;
