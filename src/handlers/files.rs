@@ -7,7 +7,7 @@ use crate::{Error, Result};
 
 /// Writes a file that is there whole or not at all: beside its place, then renamed. Makes the folders
 /// above it.
-pub(super) fn write_whole(
+pub(crate) fn write_whole(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
 ) -> Result<()> {
