@@ -54,7 +54,7 @@ fn learning_rate_finder() {
 
 #[test]
 fn handlers() {
-    check("handler.jsonl", 126);
+    check("handler.jsonl", 170);
 }
 
 #[test]
