@@ -278,6 +278,10 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.slots[taken.slot].callable = Some(taken.callable);
     }
 
+    pub(super) fn id(&self, taken: &Taken<'a, C, B, O>) -> HandlerId {
+        self.slots[taken.slot].id
+    }
+
     pub(super) fn name(&self, taken: &Taken<'a, C, B, O>) -> String {
         self.slots[taken.slot].name.clone()
     }
