@@ -61,7 +61,8 @@
 //! | schedules from files | [`schedule::SchedulePlan`] |
 //! | metrics that stay on the device | [`metrics`] |
 //! | batches from memory | [`data::Loader`] |
-//! | evaluation, history, progress, a learning rate to start with | [`handlers`] |
+//! | evaluation, early stopping, history, progress, profiles, a learning rate to start with | [`handlers`] |
+//! | TensorBoard, tables, a report for the browser | [`loggers`] |
 //! | ready steps for supervised learning | [`supervised`] |
 //!
 //! Nothing here waits for the GPU unless its documentation says so: outputs and metrics stay tensors
@@ -73,6 +74,7 @@ pub mod data;
 pub mod engine;
 mod error;
 pub mod handlers;
+pub mod loggers;
 pub mod metrics;
 pub mod optim;
 pub mod schedule;

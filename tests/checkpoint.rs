@@ -425,9 +425,9 @@ fn what_does_not_fit_is_named() -> Result<()> {
     };
     assert_eq!(load(&|_| {}, true)?, [""; 0]);
     let cases: [(&dyn Fn(&mut Program), &str); 5] = [
-        (&|p| drop(p.trainer.track("ema", &p.vs)), "ema"),
+        (&|p| _ = p.trainer.track("ema", &p.vs), "ema"),
         (&|p| drop(p.vs.root().ones("more", &[1])), "'more' is missing"),
-        (&|p| drop(p.trainer.attach(Checkpoint::new("nowhere"))), "no part 'handler 'checkpoint''"),
+        (&|p| _ = p.trainer.attach(Checkpoint::new("nowhere")), "no part 'handler 'checkpoint''"),
         (&|p| p.vs.set_kind(Kind::Float), "is Double of shape"),
         (
             &|p| {

@@ -380,6 +380,10 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         custom.map(|custom| custom.firings = firings).is_some()
     }
 
+    pub(super) fn id(&self, taken: &Taken<'a, C, B, O>) -> HandlerId {
+        self.slots[taken.slot].id
+    }
+
     pub(super) fn name(&self, taken: &Taken<'a, C, B, O>) -> String {
         self.slots[taken.slot].name.clone()
     }

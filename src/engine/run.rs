@@ -524,10 +524,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     /// Whether there was a batch.
     fn fetch(&mut self) -> Result<bool> {
+        let begun = self.clock();
         let Some(data) = self.data.as_mut() else {
             return Ok(false);
         };
-        match catch(|| data.next()) {
+        let next = catch(|| data.next());
+        if let (Some(profile), Some(begun)) = (&self.profile, begun) {
+            profile.note_data(begun.elapsed());
+        }
+        match next {
             Ok(Some(batch)) => {
                 if let Some(samples) = data.samples() {
                     self.state.samples += samples;
@@ -554,7 +559,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let Some(mut step) = self.step.take() else {
             return Err(wrap(anyhow::anyhow!("the engine is running already")));
         };
+        let begun = self.clock();
         let output = guarded(|| step(cx, self, batch));
+        if let (Some(profile), Some(begun)) = (&self.profile, begun) {
+            profile.note_step(begun.elapsed());
+        }
         self.step = Some(step);
         self.state.output = Some(output.map_err(wrap)?);
         Ok(())
@@ -592,6 +601,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if std::mem::take(&mut self.control.terminate_epoch) && !self.control.terminate {
             self.leave_epoch(event, cx)?;
         }
+        if std::mem::take(&mut self.control.skip_batch) {
+            self.pass_over_batch(event)?;
+        }
         self.control.any = false;
         if !self.control.terminate && std::mem::take(&mut self.control.interrupt) {
             self.fire(Event::Interrupt, cx)?;
@@ -604,6 +616,19 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             self.position.phase = Phase::Terminate;
         }
         Ok(false)
+    }
+
+    fn pass_over_batch(&mut self, event: Event) -> Result<()> {
+        if event != Event::GetBatchCompleted {
+            return Err(Error::invalid(format!(
+                "skip_batch() was called at {event}; call it from a handler of GET_BATCH_COMPLETED"
+            )));
+        }
+        // Not after terminate_epoch, which has set another.
+        if self.position.phase == Phase::BatchFetched {
+            self.position.phase = Phase::GetBatch;
+        }
+        Ok(())
     }
 
     fn leave_epoch(&mut self, event: Event, cx: &mut C) -> Result<()> {

@@ -64,6 +64,7 @@ struct SavedControl {
     skip_completed: bool,
     terminate_epoch: bool,
     skip_epoch_completed: bool,
+    skip_batch: bool,
 }
 
 /// What [`Engine::restore`] did.
@@ -275,6 +276,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 skip_completed: control.skip_completed,
                 terminate_epoch: control.terminate_epoch,
                 skip_epoch_completed: control.skip_epoch_completed,
+                skip_batch: control.skip_batch,
             },
             firings: self.handlers.firings().map(|(name, n)| (name.to_owned(), n)).collect(),
         };
@@ -305,11 +307,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let budgeted = saved.max_epochs.is_some() || saved.max_iters.is_some();
         self.position = saved.position.restore(event, budgeted);
         self.control = Control {
-            any: asked.terminate || asked.terminate_epoch,
+            any: asked.terminate || asked.terminate_epoch || asked.skip_batch,
             terminate: asked.terminate,
             skip_completed: asked.skip_completed,
             terminate_epoch: asked.terminate_epoch,
             skip_epoch_completed: asked.skip_epoch_completed,
+            skip_batch: asked.skip_batch,
             interrupt: false,
         };
         self.data = None;

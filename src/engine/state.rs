@@ -4,6 +4,8 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 use tch::Tensor;
 
+use super::Event;
+use super::event::Count;
 use crate::{Error, Result};
 
 /// Where a run stands: ignite's `engine.state`. Handlers may read and change all of it.
@@ -56,6 +58,23 @@ impl<B, O> Default for State<B, O> {
 }
 
 impl<B, O> State<B, O> {
+    /// How often the event came so far, for those with a number: the iteration, or the epoch.
+    ///
+    /// ```
+    /// use tch_ignite::engine::{Event, State};
+    /// let state = State::<(), ()> { iteration: 30, epoch: 2, ..State::default() };
+    /// assert_eq!(state.get_event_attrib_value(Event::EpochCompleted), Some(2));
+    /// assert_eq!(state.get_event_attrib_value(Event::IterationStarted), Some(30));
+    /// assert_eq!(state.get_event_attrib_value(Event::Terminate), None);
+    /// ```
+    pub fn get_event_attrib_value(&self, event: Event) -> Option<u64> {
+        match event.count() {
+            Count::Iteration => Some(self.iteration),
+            Count::Epoch => Some(self.epoch),
+            Count::Firings | Count::None => None,
+        }
+    }
+
     /// Appends to the history of a parameter, one value for each group.
     pub fn record_param(&mut self, name: &str, values: Vec<f64>) {
         match self.param_history.get_mut(name) {

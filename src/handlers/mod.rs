@@ -1,20 +1,37 @@
 //! Handlers that come with the crate.
 
+mod early_stopping;
+mod epoch_output_store;
 mod evaluate;
 pub(crate) mod files;
+mod grad_norm;
 mod history;
 #[cfg(feature = "signals")]
 mod interrupt_on;
 mod lr_finder;
+pub(crate) mod parameters;
 #[cfg(feature = "plots")]
 pub mod plot;
 #[cfg(feature = "progress")]
 mod progress_bar;
+mod skip_batch;
+mod terminate_on_nan;
+mod throughput;
+mod time_limit;
+mod timer;
 
+pub use early_stopping::EarlyStopping;
+pub use epoch_output_store::EpochOutputStore;
 pub use evaluate::Evaluate;
+pub use grad_norm::GradNorm;
 pub use history::History;
 #[cfg(feature = "signals")]
 pub use interrupt_on::InterruptOn;
 pub use lr_finder::{LrCurve, LrFinder, StepMode};
 #[cfg(feature = "progress")]
 pub use progress_bar::ProgressBar;
+pub use skip_batch::SkipBatch;
+pub use terminate_on_nan::{Numbers, TerminateOnNan};
+pub use throughput::Throughput;
+pub use time_limit::TimeLimit;
+pub use timer::Timer;

@@ -1,9 +1,12 @@
 //! Kind `schedule_error`: what is refused, with ignite's words where ignite refuses it.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tch_ignite::data::no_data;
 use tch_ignite::engine::{Engine, Event, FilteredEvent, Until};
+use tch_ignite::handlers::{EarlyStopping, TimeLimit};
 use tch_ignite::optim::Knob;
 use tch_ignite::schedule::*;
 
@@ -57,6 +60,16 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
         }
         "FastaiLRFinder.attach" => lr_finder::refused(args)?,
         "FastaiLRFinder.lr_suggestion" => lr_finder::curve(&args["history"])?.lr_suggestion().err(),
+        "EarlyStopping" => {
+            let patience = args["patience"].as_u64().unwrap_or(1);
+            let threshold = args["threshold"].as_f64().unwrap_or(0.);
+            let stop = EarlyStopping::max("score", patience);
+            stop.threshold(threshold, ThresholdMode::Abs).advance(0.).err()
+        }
+        "TimeLimit" => {
+            let seconds = args["limit_sec"].as_u64().context("limit_sec")?;
+            TimeLimit::new(Duration::from_secs(seconds)).err()
+        }
         other => return Outcome::skipped(format!("{other} does not exist yet")),
     };
     Ok(said(refused.map(|error| error.to_string()), expect).into())
@@ -92,6 +105,8 @@ fn ruled_out(target: &str, args: &Value) -> Option<String> {
         "ReduceLROnPlateauScheduler.simulate_values" => {
             "metrics of another length than the simulation: each is given by a call"
         }
+        "EarlyStopping" if !args["mode"].is_null() => "an unknown mode",
+        "EarlyStopping" if !args["threshold_mode"].is_null() => "an unknown threshold mode",
         "FastaiLRFinder.attach" if !args["step_mode"].is_null() => "an unknown step mode",
         "FastaiLRFinder.attach" if !args["to_save_keys"].is_null() => {
             "a finder without an optimizer"

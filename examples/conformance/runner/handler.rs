@@ -1,0 +1,24 @@
+//! Kind `handler`: one file for each handler.
+
+mod early_stopping;
+mod epoch_output_store;
+mod running_average;
+mod tensorboard;
+mod terminate_on_nan;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use super::Outcome;
+use super::json::text;
+
+pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
+    match text(&config["handler"])? {
+        "EarlyStopping" => early_stopping::run(config, expect, defect),
+        "EpochOutputStore" => epoch_output_store::run(config, expect),
+        "RunningAverage" => running_average::run(config, expect),
+        "Tensorboard" => tensorboard::run(config, expect, defect),
+        "TerminateOnNan" => terminate_on_nan::run(config, expect),
+        other => Outcome::skipped(format!("handler {other} does not exist yet")),
+    }
+}

@@ -1,0 +1,72 @@
+use std::cell::{Ref, RefCell};
+use std::rc::Rc;
+
+use crate::engine::{Engine, Event, Events, Handler};
+
+/// Keeps something of the output of each iteration, for the epoch: ignite's `EpochOutputStore`.
+///
+/// Clones share the list: attach one, read the other. Attach it before the handlers that read it at
+/// the end of the epoch; it is emptied when the next one begins. Tensors stay on their device; keep
+/// no more of an output than is needed, and nothing that has gradients
+/// ([`detach`](tch::Tensor::detach) it), or the epoch's graphs stay in memory.
+///
+/// ```
+/// use tch_ignite::engine::{Engine, Until};
+/// use tch_ignite::handlers::EpochOutputStore;
+/// let losses = EpochOutputStore::of(|output: &(f64, &str)| output.0);
+/// let mut trainer = Engine::new(|_: &mut (), _, x: f64| Ok((x, "more")));
+/// trainer.attach(losses.clone());
+/// trainer.run(&mut (), vec![1.0, 2.0], Until::epochs(3))?;
+/// assert_eq!(*losses.data(), [1.0, 2.0]);
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+pub struct EpochOutputStore<T, F> {
+    transform: F,
+    data: Rc<RefCell<Vec<T>>>,
+}
+
+impl<T, F> EpochOutputStore<T, F> {
+    /// Keeps what `transform` makes of each output.
+    pub fn of<O>(transform: F) -> Self
+    where
+        F: Fn(&O) -> T,
+    {
+        Self { transform, data: Rc::default() }
+    }
+
+    /// What was kept since the epoch began. Let go of it before the run goes on.
+    pub fn data(&self) -> Ref<'_, Vec<T>> {
+        self.data.borrow()
+    }
+}
+
+impl<T, F: Clone> Clone for EpochOutputStore<T, F> {
+    fn clone(&self) -> Self {
+        Self { transform: self.transform.clone(), data: self.data.clone() }
+    }
+}
+
+impl<C, B, O, T, F: Fn(&O) -> T> Handler<C, B, O> for EpochOutputStore<T, F> {
+    fn name(&self) -> String {
+        "epoch output store".into()
+    }
+
+    fn events(&self) -> Events {
+        Event::EpochStarted | Event::IterationCompleted
+    }
+
+    fn call(
+        &mut self,
+        event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        let mut data = self.data.try_borrow_mut()?;
+        match (event, &engine.state.output) {
+            (Event::EpochStarted, _) => data.clear(),
+            (_, Some(output)) => data.push((self.transform)(output)),
+            (_, None) => {}
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,69 @@
+use std::cell::Cell;
+use std::rc::Rc;
+
+use crate::engine::{Engine, Event, Events, Handler};
+
+/// Passes over batches that are of no use: no step and no iteration for them.
+///
+/// Clones share the count. Asked for each batch that is fetched; [`Engine::skip_batch`] has the fine
+/// print. Where a GPU has the batch, an answer from its values is a host sync: better ask the loader.
+///
+/// ```
+/// use tch_ignite::engine::{Engine, Until};
+/// use tch_ignite::handlers::SkipBatch;
+/// let skip = SkipBatch::when(|batch: &f64| batch.is_nan());
+/// let mut trainer = Engine::new(|seen: &mut Vec<f64>, _, x: f64| { seen.push(x); Ok(()) });
+/// trainer.attach(skip.clone());
+/// let mut seen = vec![];
+/// trainer.run(&mut seen, vec![1.0, f64::NAN, 2.0], Until::iterations(4))?;
+/// assert_eq!((seen, skip.skipped()), (vec![1.0, 2.0, 1.0, 2.0], 2));
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+pub struct SkipBatch<F> {
+    when: F,
+    skipped: Rc<Cell<u64>>,
+}
+
+impl<F> SkipBatch<F> {
+    /// Passes over those that `when` says.
+    pub fn when<B>(when: F) -> Self
+    where
+        F: Fn(&B) -> bool,
+    {
+        Self { when, skipped: Rc::default() }
+    }
+
+    /// How many were passed over.
+    pub fn skipped(&self) -> u64 {
+        self.skipped.get()
+    }
+}
+
+impl<F: Clone> Clone for SkipBatch<F> {
+    fn clone(&self) -> Self {
+        Self { when: self.when.clone(), skipped: self.skipped.clone() }
+    }
+}
+
+impl<C, B, O, F: Fn(&B) -> bool> Handler<C, B, O> for SkipBatch<F> {
+    fn name(&self) -> String {
+        "skip batch".into()
+    }
+
+    fn events(&self) -> Events {
+        Event::GetBatchCompleted.into()
+    }
+
+    fn call(
+        &mut self,
+        _event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        if engine.state.batch.as_ref().is_some_and(&self.when) {
+            self.skipped.set(self.skipped.get() + 1);
+            engine.skip_batch();
+        }
+        Ok(())
+    }
+}

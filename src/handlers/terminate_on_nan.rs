@@ -1,0 +1,278 @@
+use std::collections::{BTreeMap, HashMap};
+
+use tch::{Device, Kind, Tensor};
+
+use crate::engine::{Engine, Event, Events, Handler, MetricValue};
+use crate::supervised::Prediction;
+
+/// Iterations between two looks at a device.
+const PERIOD: u64 = 100;
+
+/// Ends the run when an output holds a NaN or an infinity: ignite's `TerminateOnNan`.
+///
+/// Numbers and tensors on the CPU are looked at in each iteration, and the run ends with the one that
+/// went wrong. A tensor on another device is not waited for: it is added to a flag there (three small
+/// kernels a tensor), which is read every 100 iterations ([`every`](Self::every)) and at the end of
+/// each epoch, so the run ends at most that much later. Each reading is a host sync.
+///
+/// ```
+/// use tch_ignite::engine::{Engine, Stop, Until};
+/// use tch_ignite::handlers::TerminateOnNan;
+/// let mut trainer = Engine::new(|_: &mut (), _, loss: f64| Ok((loss, vec![loss])));
+/// trainer.attach(TerminateOnNan::new());
+/// let summary = trainer.run(&mut (), vec![1.0, f64::NAN, 1.0], Until::epochs(9))?;
+/// assert_eq!((summary.iterations, summary.stop), (2, Stop::Terminated));
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+pub struct TerminateOnNan<F> {
+    numbers: F,
+    every: u64,
+    /// On each device, zero or NaN.
+    flags: Vec<(Device, Tensor)>,
+}
+
+/// What numbers there are in an output, nested or not.
+pub trait Numbers {
+    /// Shows each number and tensor to `see`; a tensor is shared, not copied.
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue));
+}
+
+type Output<O> = fn(&O, &mut dyn FnMut(MetricValue));
+
+impl<O: Numbers> TerminateOnNan<Output<O>> {
+    /// Looks at all numbers of the output.
+    pub fn new() -> Self {
+        Self { numbers: O::numbers, every: PERIOD, flags: vec![] }
+    }
+}
+
+impl<O: Numbers> Default for TerminateOnNan<Output<O>> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl TerminateOnNan<()> {
+    /// Looks at what `part` takes out of the output.
+    ///
+    /// ```
+    /// use tch_ignite::handlers::TerminateOnNan;
+    /// struct Losses { g: f64, d: f64 }
+    /// let handler = TerminateOnNan::of(|losses: &Losses| [losses.g, losses.d]);
+    /// # let _ = handler;
+    /// ```
+    pub fn of<O, N: Numbers>(
+        part: impl Fn(&O) -> N,
+    ) -> TerminateOnNan<impl Fn(&O, &mut dyn FnMut(MetricValue))> {
+        let numbers = move |output: &O, see: &mut dyn FnMut(MetricValue)| part(output).numbers(see);
+        TerminateOnNan { numbers, every: PERIOD, flags: vec![] }
+    }
+}
+
+impl<F> TerminateOnNan<F> {
+    /// Reads the flag of a device every so many iterations, 100 unless given.
+    pub fn every(mut self, iterations: u64) -> Self {
+        self.every = iterations.max(1);
+        self
+    }
+
+    /// False if `value` is known not to be finite; a tensor on a device goes into its flag.
+    fn take_in(&mut self, value: &MetricValue) -> anyhow::Result<bool> {
+        let tensor = match value {
+            MetricValue::Tensor(tensor) => tensor,
+            number => return Ok(number.read()?.is_finite()),
+        };
+        let kind = tensor.kind();
+        let floating = kind == Kind::BFloat16 || tensor.is_floating_point() || tensor.is_complex();
+        if !floating || tensor.numel() == 0 {
+            return Ok(true);
+        }
+        let device = tensor.device();
+        if device == Device::Cpu {
+            return Ok(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0);
+        }
+        // Zero times a finite number is zero; times NaN or an infinity it is NaN, which stays.
+        let zero_or_nan = tensor.f_detach()?.f_mul_scalar(0.)?.f_sum(Kind::Float)?;
+        match self.flags.iter_mut().find(|(known, _)| *known == device) {
+            Some((_, flag)) => drop(flag.f_add_(&zero_or_nan)?),
+            None => self.flags.push((device, zero_or_nan)),
+        }
+        Ok(true)
+    }
+
+    /// Whether the flags say that all was finite; they begin anew. Waits for the devices.
+    fn read_flags(&mut self) -> anyhow::Result<bool> {
+        let mut finite = true;
+        for (_, flag) in self.flags.drain(..) {
+            finite &= flag.f_double_value(&[])?.is_finite();
+        }
+        Ok(finite)
+    }
+}
+
+impl<C, B, O, F: Fn(&O, &mut dyn FnMut(MetricValue))> Handler<C, B, O> for TerminateOnNan<F> {
+    fn name(&self) -> String {
+        "terminate on NaN".into()
+    }
+
+    fn events(&self) -> Events {
+        Event::Started | Event::IterationCompleted | Event::EpochCompleted
+    }
+
+    fn call(
+        &mut self,
+        event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        let _guard = tch::no_grad_guard();
+        if event == Event::Started {
+            // A flag of a run that failed.
+            self.flags.clear();
+        }
+        let mut finite = true;
+        if let (Event::IterationCompleted, Some(output)) = (event, &engine.state.output) {
+            let mut values = vec![];
+            (self.numbers)(output, &mut |value| values.push(value));
+            for value in &values {
+                finite &= self.take_in(value)?;
+            }
+        }
+        if event == Event::EpochCompleted || engine.state.iteration.is_multiple_of(self.every) {
+            finite &= self.read_flags()?;
+        }
+        if !finite {
+            engine.terminate();
+        }
+        Ok(())
+    }
+}
+
+impl Numbers for f64 {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        see((*self).into());
+    }
+}
+
+impl Numbers for f32 {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        see(f64::from(*self).into());
+    }
+}
+
+impl Numbers for Tensor {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        see(self.shallow_clone().into());
+    }
+}
+
+impl Numbers for Prediction {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        (&self.y_pred, &self.y).numbers(see);
+    }
+}
+
+impl<T: Numbers + ?Sized> Numbers for &T {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        (**self).numbers(see);
+    }
+}
+
+impl<T: Numbers + ?Sized> Numbers for Box<T> {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        (**self).numbers(see);
+    }
+}
+
+impl<T: Numbers> Numbers for Option<T> {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        self.iter().for_each(|part| part.numbers(see));
+    }
+}
+
+impl<T: Numbers> Numbers for [T] {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        self.iter().for_each(|part| part.numbers(see));
+    }
+}
+
+impl<T: Numbers, const N: usize> Numbers for [T; N] {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        self.as_slice().numbers(see);
+    }
+}
+
+impl<T: Numbers> Numbers for Vec<T> {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        self.as_slice().numbers(see);
+    }
+}
+
+impl<K, T: Numbers> Numbers for BTreeMap<K, T> {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        self.values().for_each(|part| part.numbers(see));
+    }
+}
+
+impl<K, T: Numbers, S> Numbers for HashMap<K, T, S> {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        self.values().for_each(|part| part.numbers(see));
+    }
+}
+
+impl<A: Numbers, B: Numbers> Numbers for (A, B) {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        self.0.numbers(see);
+        self.1.numbers(see);
+    }
+}
+
+impl<A: Numbers, B: Numbers, C: Numbers> Numbers for (A, B, C) {
+    fn numbers(&self, see: &mut dyn FnMut(MetricValue)) {
+        self.0.numbers(see);
+        self.1.numbers(see);
+        self.2.numbers(see);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::Until;
+
+    #[test]
+    fn tensors_of_any_kind_are_looked_at() -> anyhow::Result<()> {
+        let finite =
+            |tensor: Tensor| TerminateOnNan::<Output<Tensor>>::new().take_in(&tensor.into());
+        for kind in [Kind::Float, Kind::Double, Kind::Half, Kind::BFloat16, Kind::ComplexFloat] {
+            let ones = Tensor::ones([2, 3], (kind, Device::Cpu));
+            assert!(finite(ones.shallow_clone())?, "{kind:?}");
+            assert!(!finite(ones * f64::NAN)?, "{kind:?}");
+        }
+        assert!(finite(Tensor::from_slice(&[1i64, 2]))?);
+        assert!(finite(Tensor::zeros([0], (Kind::Float, Device::Cpu)))?);
+        assert!(!finite(Tensor::from_slice(&[1., f64::NEG_INFINITY]))?);
+        Ok(())
+    }
+
+    #[test]
+    fn an_output_with_gradients_is_left_alone() -> anyhow::Result<()> {
+        let w = Tensor::ones([1], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let mut trainer = Engine::new(|_: &mut (), _, x: f64| Ok(&w * x));
+        trainer.attach(TerminateOnNan::new());
+        let summary = trainer.run(&mut (), vec![1., 2., f64::INFINITY, 3.], Until::epochs(2))?;
+        assert_eq!(summary.iterations, 3);
+        Ok(())
+    }
+
+    #[test]
+    fn a_flag_keeps_what_went_wrong() -> anyhow::Result<()> {
+        let mut handler = TerminateOnNan::<Output<Tensor>>::new();
+        // As on a device.
+        let flag = |x: f64| (Tensor::from_slice(&[x, 1.]) * 0.).sum(Kind::Float);
+        handler.flags.push((Device::Cpu, flag(1.) + flag(f64::NAN) + flag(2.)));
+        assert!(!handler.read_flags()?);
+        assert!(handler.read_flags()?);
+        Ok(())
+    }
+}

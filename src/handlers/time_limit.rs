@@ -1,0 +1,71 @@
+use std::time::{Duration, Instant};
+
+use crate::engine::{Engine, Event, Events, Handler};
+use crate::{Error, Result};
+
+/// Ends the run when this much time has passed since the handler was made: ignite's `TimeLimit`.
+///
+/// For jobs that may only last so long: make it when the program begins. The limit of one call of
+/// `run` is [`Until::time`](crate::engine::Until::time). Costs a look at the clock at each of its
+/// events, each iteration unless told otherwise.
+///
+/// ```
+/// use std::time::Duration;
+/// use tch_ignite::engine::{Engine, Until};
+/// use tch_ignite::handlers::TimeLimit;
+/// let limit = TimeLimit::new(Duration::from_millis(1))?;
+/// let mut trainer = Engine::new(|_: &mut (), _, _: ()| Ok(()));
+/// trainer.attach(limit);
+/// let summary = trainer.run(&mut (), vec![(); 10], Until::iterations(u64::MAX))?;
+/// assert!(summary.elapsed < Duration::from_secs(10));
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct TimeLimit {
+    begun: Instant,
+    limit: Duration,
+    events: Events,
+}
+
+impl TimeLimit {
+    /// A limit that begins to count now.
+    ///
+    /// # Errors
+    /// A limit of zero.
+    pub fn new(limit: Duration) -> Result<Self> {
+        if limit.is_zero() {
+            return Err(Error::invalid(
+                "Argument limit_sec should be a positive integer. The limit given is zero",
+            ));
+        }
+        Ok(Self { begun: Instant::now(), limit, events: Event::IterationCompleted.into() })
+    }
+
+    /// Looks at the clock on these events instead of each iteration.
+    pub fn on(mut self, events: impl Into<Events>) -> Self {
+        self.events = events.into();
+        self
+    }
+}
+
+impl<C, B, O> Handler<C, B, O> for TimeLimit {
+    fn name(&self) -> String {
+        "time limit".into()
+    }
+
+    fn events(&self) -> Events {
+        self.events.clone()
+    }
+
+    fn call(
+        &mut self,
+        _event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        if self.begun.elapsed() > self.limit {
+            engine.terminate();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,194 @@
+use std::time::{Duration, Instant};
+
+use crate::engine::{Engine, Event, Events, Handler};
+
+/// A stopwatch, by hand or at events: ignite's `Timer`.
+///
+/// [`value`](Self::value) is the time it ran, pauses left out; per [`step`](Self::step) where it is
+/// an average. Keep a hold of one that is attached with `Rc<RefCell<_>>`. What runs on a GPU is only
+/// in it as far as somebody waited for it.
+///
+/// ```
+/// use std::{cell::RefCell, rc::Rc, thread::sleep, time::Duration};
+/// use tch_ignite::engine::{Engine, Event, Until};
+/// use tch_ignite::handlers::Timer;
+///
+/// // The mean time of a step, without the fetching of data and without other handlers.
+/// let timer = Timer::average()
+///     .resume_on(Event::IterationStarted)
+///     .pause_on(Event::IterationCompleted)
+///     .step_on(Event::IterationCompleted);
+/// let timer = Rc::new(RefCell::new(timer));
+/// let mut trainer = Engine::new(|_: &mut (), _, _: ()| { sleep(Duration::from_millis(1)); Ok(()) });
+/// trainer.attach(timer.clone());
+/// trainer.run(&mut (), vec![(); 5], Until::epochs(1))?;
+/// assert!(timer.borrow().value() >= Duration::from_millis(1) && timer.borrow().steps() == 5);
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Timer {
+    average: bool,
+    /// Ran before `running`.
+    total: Duration,
+    running: Option<Instant>,
+    steps: u64,
+    start: Option<Event>,
+    resume: Option<Event>,
+    pause: Option<Event>,
+    step: Option<Event>,
+}
+
+impl Default for Timer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Timer {
+    /// A timer of the whole time, running from now.
+    pub fn new() -> Self {
+        Self {
+            average: false,
+            total: Duration::ZERO,
+            running: Some(Instant::now()),
+            steps: 0,
+            start: None,
+            resume: None,
+            pause: None,
+            step: None,
+        }
+    }
+
+    /// A timer of the mean time of a step, running from now.
+    pub fn average() -> Self {
+        Self { average: true, ..Self::new() }
+    }
+
+    /// Starts from zero at this event.
+    pub fn start_on(mut self, event: Event) -> Self {
+        self.start = Some(event);
+        self
+    }
+
+    /// Goes on at this event. Where nothing starts it before, it stands still from
+    /// [`Event::Started`].
+    pub fn resume_on(mut self, event: Event) -> Self {
+        self.resume = Some(event);
+        self
+    }
+
+    /// Pauses at this event.
+    pub fn pause_on(mut self, event: Event) -> Self {
+        self.pause = Some(event);
+        self
+    }
+
+    /// Counts a step at this event.
+    pub fn step_on(mut self, event: Event) -> Self {
+        self.step = Some(event);
+        self
+    }
+
+    /// Starts from zero.
+    pub fn reset(&mut self) {
+        (self.total, self.steps, self.running) = (Duration::ZERO, 0, Some(Instant::now()));
+    }
+
+    /// Stops the clock.
+    pub fn pause(&mut self) {
+        if let Some(since) = self.running.take() {
+            self.total += since.elapsed();
+        }
+    }
+
+    /// Lets the clock run on.
+    pub fn resume(&mut self) {
+        self.running.get_or_insert_with(Instant::now);
+    }
+
+    /// Counts a step.
+    pub fn step(&mut self) {
+        self.steps += 1;
+    }
+
+    /// How many steps were counted.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// The time it ran, per step where it is an average (all of it before the first).
+    pub fn value(&self) -> Duration {
+        let total = self.total + self.running.map_or(Duration::ZERO, |since| since.elapsed());
+        match self.average {
+            true => total.div_f64(self.steps.max(1) as f64),
+            false => total,
+        }
+    }
+}
+
+impl<C, B, O> Handler<C, B, O> for Timer {
+    fn name(&self) -> String {
+        "timer".into()
+    }
+
+    fn events(&self) -> Events {
+        let given = [self.start, self.resume, self.pause, self.step];
+        let mut events = vec![Event::Started];
+        for event in given.into_iter().flatten() {
+            if !events.contains(&event) {
+                events.push(event);
+            }
+        }
+        events.into_iter().map(Into::into).collect()
+    }
+
+    fn call(
+        &mut self,
+        event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        let at = |given: Option<Event>| given == Some(event);
+        let starts = self.start.unwrap_or(Event::Started);
+        if event == starts && (self.start.is_some() || engine.state.iteration == 0) {
+            self.reset();
+            if self.start.is_none() && self.resume.is_some() {
+                self.running = None;
+            }
+        }
+        if at(self.pause) {
+            self.pause();
+        }
+        if at(self.resume) {
+            self.resume();
+        }
+        if at(self.step) {
+            self.step();
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::sleep;
+
+    use super::*;
+
+    #[test]
+    fn pauses_do_not_count() {
+        let tick = Duration::from_millis(20);
+        let mut timer = Timer::average();
+        sleep(tick);
+        timer.pause();
+        let before = timer.value();
+        sleep(tick);
+        assert_eq!(timer.value(), before);
+        timer.resume();
+        sleep(tick);
+        (0..4).for_each(|_| timer.step());
+        assert!(timer.value() >= tick / 2 && timer.value() < before + tick);
+        timer.reset();
+        assert!(timer.steps() == 0 && timer.value() < tick);
+    }
+}

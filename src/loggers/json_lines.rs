@@ -1,0 +1,94 @@
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde_json::{Value, json};
+
+use super::Logger;
+use super::append::{AppendFile, now};
+use crate::Result;
+
+/// Scalars and texts as JSON, a line each: `{"step":3,"tag":"val/accuracy","time":…,"value":0.975}`.
+///
+/// Texts have `text` instead of `value`. Numbers come back bit for bit; those that JSON does not have
+/// are the texts `"NaN"`, `"Infinity"` and `"-Infinity"`. Lines are appended, and buffered as those of
+/// [`CsvLogger`](super::CsvLogger) are.
+#[derive(Clone)]
+pub struct JsonLinesLogger {
+    file: Arc<Mutex<AppendFile>>,
+}
+
+impl JsonLinesLogger {
+    /// Opens the file, and makes it where there is none.
+    ///
+    /// # Errors
+    /// The file cannot be made or opened; the text has its path.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let (file, _) = AppendFile::open(path.as_ref())?;
+        Ok(Self { file: Arc::new(Mutex::new(file)) })
+    }
+
+    fn write(&self, line: &Value) -> Result<()> {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        file.write(format!("{line}\n").as_bytes())
+    }
+}
+
+/// The number, or its name where JSON has none.
+fn number(value: f64) -> Value {
+    match value {
+        _ if value.is_finite() => value.into(),
+        _ if value.is_nan() => "NaN".into(),
+        _ if value > 0. => "Infinity".into(),
+        _ => "-Infinity".into(),
+    }
+}
+
+/// Tag, step and value of a line; None for a text, and for what is no whole line of ours.
+pub(super) fn scalar_of(line: &str) -> Option<(String, u64, f64)> {
+    let line: Value = serde_json::from_str(line).ok()?;
+    let value = match line["value"].as_str() {
+        Some(name) => name.parse().ok()?,
+        None => line["value"].as_f64()?,
+    };
+    Some((line["tag"].as_str()?.to_owned(), line["step"].as_u64()?, value))
+}
+
+impl Logger for JsonLinesLogger {
+    fn scalar(&self, tag: &str, value: f64, step: u64) -> Result<()> {
+        self.write(&json!({"time": now(), "step": step, "tag": tag, "value": number(value)}))
+    }
+
+    fn text(&self, tag: &str, text: &str, step: u64) -> Result<()> {
+        self.write(&json!({"time": now(), "step": step, "tag": tag, "text": text}))
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner).flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_comes_back() -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("scalars.jsonl");
+        let logger = JsonLinesLogger::open(&path)?;
+        let values = [0.1 + 0.2, -0., 1e-300, f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+        for (step, value) in values.iter().enumerate() {
+            logger.scalar("a\n\"b\"", *value, step as u64)?;
+        }
+        logger.text("note", "ä\n", 9)?;
+        drop(logger);
+        let text = std::fs::read_to_string(path)?;
+        let read: Vec<_> = text.lines().filter_map(scalar_of).collect();
+        assert_eq!(read.len(), values.len());
+        for (step, (read, value)) in read.iter().zip(values).enumerate() {
+            assert_eq!((read.0.as_str(), read.1), ("a\n\"b\"", step as u64));
+            assert!(read.2.to_bits() == value.to_bits() || read.2.is_nan() && value.is_nan());
+        }
+        Ok(())
+    }
+}

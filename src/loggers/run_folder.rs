@@ -1,0 +1,350 @@
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::Value;
+use tch::Cuda;
+
+use super::curve::Curve;
+use super::json_lines::scalar_of;
+use super::report::{self, Report};
+use super::{CsvLogger, Histogram, HyperParameter, Image, JsonLinesLogger, Logger, TensorBoard};
+use crate::engine::{Engine, Event, Events, Handler, State};
+use crate::handlers::files::write_whole;
+use crate::{Error, Result};
+
+/// The report is written anew at the end of an epoch when it is this old.
+const PERIOD: Duration = Duration::from_secs(10);
+
+/// All that a run leaves behind, in one folder: a logger for other handlers, and a handler itself.
+///
+/// | file | what |
+/// |---|---|
+/// | `events.out.tfevents.…` | for TensorBoard |
+/// | `scalars.csv`, `scalars.jsonl` | all scalars, the latter with texts too |
+/// | `config.json` | what [`config`](Self::config) was given |
+/// | `report.html` | curves, configuration, environment and times, for any browser, without network |
+///
+/// Clones share the files. Attached, it keeps the times of the epochs, flushes all files at their
+/// end, and writes the report: at the end of the run, however it ends, and at the end of epochs, every
+/// ten seconds at most. Files are appended to where the folder has them, so that a run that goes on
+/// has one record and one report; steps that are done again replace the old ones in the report.
+///
+/// Memory: 16 bytes a scalar, up to 4000 for each tag.
+///
+/// [`loggers`](super) shows it at work.
+#[derive(Clone)]
+pub struct RunFolder {
+    path: PathBuf,
+    board: TensorBoard,
+    csv: CsvLogger,
+    json: JsonLinesLogger,
+    record: Arc<Mutex<Record>>,
+}
+
+#[derive(Default)]
+struct Record {
+    curves: BTreeMap<String, Curve>,
+    config: Value,
+    times: Times,
+    written: Option<Instant>,
+}
+
+#[derive(Default)]
+struct Times {
+    status: &'static str,
+    epochs: Vec<f64>,
+    iterations: u64,
+    samples: u64,
+    begun: Option<Instant>,
+}
+
+impl RunFolder {
+    /// Opens the folder, and makes it where there is none.
+    ///
+    /// # Errors
+    /// It cannot be made, or not be written to; the text has the path.
+    pub fn create(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_owned();
+        let json = path.join("scalars.jsonl");
+        let mut record = Record::default();
+        match fs::read_to_string(&json) {
+            Ok(text) => {
+                for (tag, step, value) in text.lines().filter_map(scalar_of) {
+                    record.push(&tag, value, step);
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => return Err(Error::Io { path: json, source }),
+        }
+        if let Ok(text) = fs::read_to_string(path.join("config.json")) {
+            record.config = serde_json::from_str(&text).unwrap_or_default();
+        }
+        Ok(Self {
+            csv: CsvLogger::open(path.join("scalars.csv"))?,
+            json: JsonLinesLogger::open(json)?,
+            board: TensorBoard::create(&path)?,
+            record: Arc::new(Mutex::new(record)),
+            path,
+        })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its event file, for what is TensorBoard's alone.
+    pub fn tensorboard(&self) -> &TensorBoard {
+        &self.board
+    }
+
+    /// Keeps the configuration of the run: in `config.json`, in the report, and as hyper-parameters for
+    /// TensorBoard, nested ones as `optimizer/lr`.
+    ///
+    /// # Errors
+    /// It cannot be written as JSON, or the file cannot be written.
+    pub fn config(&self, config: &impl Serialize) -> Result<()> {
+        let value = serde_json::to_value(config)
+            .map_err(|error| Error::invalid(format!("the configuration is no JSON: {error}")))?;
+        write_whole(&self.path.join("config.json"), |file| writeln!(file, "{value:#}"))?;
+        let mut parameters = vec![];
+        flatten("", &value, &mut parameters);
+        let parameters = parameters.iter().map(|(name, value)| {
+            let parameter = match value {
+                Value::Bool(on) => HyperParameter::Switch(*on),
+                Value::Number(number) => {
+                    HyperParameter::Number(number.as_f64().unwrap_or(f64::NAN))
+                }
+                Value::String(text) => HyperParameter::Text(text.clone()),
+                other => HyperParameter::Text(other.to_string()),
+            };
+            (name.as_str(), parameter)
+        });
+        self.board.hparams(parameters, [])?;
+        self.record().config = value;
+        Ok(())
+    }
+
+    /// Writes `report.html` as of now, whole or not at all.
+    pub fn write_report(&self) -> Result<()> {
+        let html = {
+            let mut record = self.record();
+            record.written = Some(Instant::now());
+            let title = self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy();
+            report::html(&Report {
+                title: &title,
+                curves: &record.curves,
+                config: &record.config,
+                environment: &environment(),
+                times: &record.times.rows(),
+            })
+        };
+        write_whole(&self.path.join("report.html"), |file| file.write_all(html.as_bytes()))
+    }
+
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Record {
+    fn push(&mut self, tag: &str, value: f64, step: u64) {
+        match self.curves.get_mut(tag) {
+            Some(curve) => curve.push(step, value),
+            None => self.curves.entry(tag.to_owned()).or_default().push(step, value),
+        }
+    }
+}
+
+impl Times {
+    fn rows(&self) -> Vec<(&'static str, String)> {
+        let mut rows = vec![];
+        if let Some(begun) = self.begun {
+            let took = begun.elapsed().as_secs_f64();
+            rows.push(("status", self.status.to_owned()));
+            rows.push(("seconds", format!("{took:.1}")));
+            rows.push(("iterations", self.iterations.to_string()));
+            if self.samples > 0 && took > 0. {
+                rows.push(("samples a second", format!("{:.0}", self.samples as f64 / took)));
+            }
+        }
+        if !self.epochs.is_empty() {
+            let sum: f64 = self.epochs.iter().sum();
+            rows.push(("epochs", self.epochs.len().to_string()));
+            rows.push(("seconds an epoch", format!("{:.2}", sum / self.epochs.len() as f64)));
+        }
+        rows
+    }
+
+    fn note<B, O>(&mut self, event: Event, state: &State<B, O>) {
+        (self.iterations, self.samples) = (state.iteration, state.samples);
+        match event {
+            Event::Started => {
+                *self = Self { status: "running", begun: Some(Instant::now()), ..Self::default() };
+            }
+            Event::EpochCompleted => self.epochs.push(state.epoch_time.as_secs_f64()),
+            Event::Terminate => self.status = "terminated",
+            Event::Interrupt => self.status = "interrupted",
+            Event::ExceptionRaised => self.status = "failed",
+            Event::Completed if self.status == "running" => self.status = "completed",
+            _ => {}
+        }
+    }
+}
+
+/// Numbers, texts and switches in a value, with their places.
+fn flatten(place: &str, value: &Value, found: &mut Vec<(String, Value)>) {
+    let inner = |key: &str| if place.is_empty() { key.into() } else { format!("{place}/{key}") };
+    match value {
+        Value::Object(parts) => {
+            parts.iter().for_each(|(key, part)| flatten(&inner(key), part, found));
+        }
+        Value::Null => {}
+        _ => found
+            .push((if place.is_empty() { "config".into() } else { place.into() }, value.clone())),
+    }
+}
+
+fn environment() -> Vec<(&'static str, String)> {
+    let cuda = match Cuda::is_available() {
+        true => format!("{} devices", Cuda::device_count()),
+        false => "none".into(),
+    };
+    vec![
+        ("tch-ignite", env!("CARGO_PKG_VERSION").into()),
+        ("system", format!("{} {}", std::env::consts::OS, std::env::consts::ARCH)),
+        ("cores", std::thread::available_parallelism().map_or(0, |cores| cores.get()).to_string()),
+        ("threads of libtorch", tch::get_num_threads().to_string()),
+        ("CUDA", cuda),
+        ("build", if cfg!(debug_assertions) { "debug" } else { "release" }.into()),
+    ]
+}
+
+impl Logger for RunFolder {
+    fn scalar(&self, tag: &str, value: f64, step: u64) -> Result<()> {
+        self.record().push(tag, value, step);
+        self.csv.scalar(tag, value, step)?;
+        self.json.scalar(tag, value, step)?;
+        self.board.scalar(tag, value, step)
+    }
+
+    fn histogram(&self, tag: &str, values: &Histogram, step: u64) -> Result<()> {
+        self.board.histogram(tag, values, step)
+    }
+
+    fn text(&self, tag: &str, text: &str, step: u64) -> Result<()> {
+        self.json.text(tag, text, step)?;
+        self.board.text(tag, text, step)
+    }
+
+    fn image(&self, tag: &str, image: &Image, step: u64) -> Result<()> {
+        self.board.image(tag, image, step)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.csv.flush()?;
+        self.json.flush()?;
+        self.board.flush()
+    }
+}
+
+impl<C, B, O> Handler<C, B, O> for RunFolder {
+    fn name(&self) -> String {
+        format!("run folder {}", self.path.display())
+    }
+
+    fn events(&self) -> Events {
+        use Event::*;
+        Started | EpochCompleted | Terminate | Completed | ExceptionRaised | Interrupt
+    }
+
+    fn call(
+        &mut self,
+        event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        let is_due = {
+            let mut record = self.record();
+            record.times.note(event, &engine.state);
+            match event {
+                Event::Started => false,
+                Event::EpochCompleted => {
+                    record.written.is_none_or(|written| written.elapsed() >= PERIOD)
+                }
+                _ => true,
+            }
+        };
+        self.flush()?;
+        if is_due {
+            self.write_report()?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::engine::Until;
+    use crate::loggers::OutputHandler;
+
+    fn run(folder: &Path, epochs: u64, fail_at: u64) -> anyhow::Result<()> {
+        let run = RunFolder::create(folder)?;
+        let mut trainer =
+            Engine::new(move |_: &mut (), engine: &mut Engine<'_, _, _, f64>, x: f64| {
+                anyhow::ensure!(engine.state.iteration != fail_at, "as asked");
+                Ok(x)
+            });
+        let every = Event::IterationCompleted;
+        trainer
+            .attach(OutputHandler::new(&run, "training", every).output("loss", |loss: &f64| *loss))
+            .attach(run.clone());
+        Ok(trainer.run(&mut (), vec![0.5, 0.25, 1.], Until::epochs(epochs)).map(drop)?)
+    }
+
+    #[test]
+    fn a_run_leaves_all_of_it_behind() -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("a/b");
+        RunFolder::create(&path)?.config(&json!({"lr": 0.1, "optimizer": {"name": "<sgd>"}}))?;
+        run(&path, 2, 0)?;
+        let report = fs::read_to_string(path.join("report.html"))?;
+        for part in ["training/loss", "completed", "&lt;sgd&gt;", "threads of libtorch", "<svg"] {
+            assert!(report.contains(part), "{part}");
+        }
+        assert!(!report.contains("<sgd>") && !report.contains("http"));
+        assert_eq!(fs::read_to_string(path.join("scalars.csv"))?.lines().count(), 7);
+        Ok(())
+    }
+
+    #[test]
+    fn a_run_that_fails_has_its_report_and_one_that_goes_on_its_past() -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        assert!(run(folder.path(), 2, 5).is_err());
+        let report = || fs::read_to_string(folder.path().join("report.html"));
+        assert!(report()?.contains("failed"));
+        let again = RunFolder::create(folder.path())?;
+        assert_eq!(again.record().curves["training/loss"].points.len(), 4);
+        again.scalar("training/loss", 9., 3)?;
+        let points = again.record().curves["training/loss"].points.clone();
+        assert_eq!(points, [(1, 0.5), (2, 0.25), (3, 9.)]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_made_is_an_error_that_names_it() -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        fs::write(folder.path().join("file"), "")?;
+        let error = RunFolder::create(folder.path().join("file/run")).err();
+        assert!(error.is_some_and(|error| error.to_string().contains("file/run")));
+        Ok(())
+    }
+}

@@ -1,0 +1,366 @@
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::append::{AppendFile, now};
+use super::protobuf::Message;
+use super::{Histogram, Image, Logger};
+use crate::Result;
+
+/// Writes an event file that TensorBoard shows: `tensorboard --logdir FOLDER`.
+///
+/// Clones share one file. Buffered; on disk within seconds, at [`flush`](Logger::flush) and when the
+/// last clone is dropped. Costs per scalar: some 100 bytes, no system call for most.
+///
+/// TensorBoard keeps scalars in f32.
+///
+/// ```
+/// use tch::{Device, Kind, Tensor};
+/// use tch_ignite::loggers::{Histogram, Image, Logger, TensorBoard};
+/// # let folder = std::env::temp_dir().join(format!("tch-ignite-tensorboard-{}", std::process::id()));
+/// let board = TensorBoard::create(&folder)?;
+/// board.scalar("loss", 0.5, 1)?;
+/// board.histogram("noise", &Histogram::of(&Tensor::randn([100], (Kind::Float, Device::Cpu)))?, 1)?;
+/// board.text("note", "**bold**, and what else Markdown has", 1)?;
+/// board.image("grey", &Image::from_tensor(&(Tensor::ones([28, 28], (Kind::Float, Device::Cpu)) * 0.5))?, 1)?;
+/// board.hparams([("lr", 0.1.into()), ("optimizer", "sgd".into())], ["val/accuracy"])?;
+/// # drop(board);
+/// # std::fs::remove_dir_all(folder).ok();
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct TensorBoard {
+    file: Arc<Mutex<AppendFile>>,
+}
+
+/// The value of a hyper-parameter, for [`TensorBoard::hparams`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum HyperParameter {
+    /// A number.
+    Number(f64),
+    /// A text.
+    Text(String),
+    /// A switch.
+    Switch(bool),
+}
+
+impl From<f64> for HyperParameter {
+    fn from(value: f64) -> Self {
+        Self::Number(value)
+    }
+}
+
+impl From<&str> for HyperParameter {
+    fn from(value: &str) -> Self {
+        Self::Text(value.to_owned())
+    }
+}
+
+impl From<bool> for HyperParameter {
+    fn from(value: bool) -> Self {
+        Self::Switch(value)
+    }
+}
+
+/// Numbers of fields and enums in TensorBoard's .proto files.
+mod field {
+    pub const EVENT_WALL_TIME: u64 = 1;
+    pub const EVENT_STEP: u64 = 2;
+    pub const EVENT_FILE_VERSION: u64 = 3;
+    pub const EVENT_SUMMARY: u64 = 5;
+    pub const SUMMARY_VALUE: u64 = 1;
+    pub const VALUE_TAG: u64 = 1;
+    pub const VALUE_SIMPLE_VALUE: u64 = 2;
+    pub const VALUE_IMAGE: u64 = 4;
+    pub const VALUE_HISTO: u64 = 5;
+    pub const VALUE_TENSOR: u64 = 8;
+    pub const VALUE_METADATA: u64 = 9;
+    pub const METADATA_PLUGIN_DATA: u64 = 1;
+    pub const PLUGIN_NAME: u64 = 1;
+    pub const PLUGIN_CONTENT: u64 = 2;
+    pub const TENSOR_DTYPE: u64 = 1;
+    pub const TENSOR_SHAPE: u64 = 2;
+    pub const TENSOR_STRING_VAL: u64 = 8;
+    pub const SHAPE_DIM: u64 = 2;
+    pub const DIM_SIZE: u64 = 1;
+    pub const DT_STRING: u64 = 7;
+    pub const HPARAMS_EXPERIMENT: u64 = 2;
+    pub const HPARAMS_SESSION_START: u64 = 3;
+    pub const EXPERIMENT_TIME: u64 = 3;
+    pub const EXPERIMENT_HPARAM: u64 = 4;
+    pub const EXPERIMENT_METRIC: u64 = 5;
+    pub const START_HPARAMS: u64 = 1;
+    pub const START_TIME: u64 = 5;
+}
+
+/// `crc32c`, turned and shifted as TFRecord files have it, so that sums of sums are none.
+fn masked_crc(bytes: &[u8]) -> u32 {
+    crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
+}
+
+/// A record of a TFRecord file.
+fn record(data: &[u8]) -> Vec<u8> {
+    let length = (data.len() as u64).to_le_bytes();
+    let mut record = length.to_vec();
+    record.extend(masked_crc(&length).to_le_bytes());
+    record.extend(data);
+    record.extend(masked_crc(data).to_le_bytes());
+    record
+}
+
+fn plugin(name: &str, content: Message) -> Message {
+    let data = Message::new().string(field::PLUGIN_NAME, name);
+    let data = data.message(field::PLUGIN_CONTENT, content);
+    Message::new().message(field::METADATA_PLUGIN_DATA, data)
+}
+
+impl TensorBoard {
+    /// A new event file in this folder, which is made where it is missing.
+    ///
+    /// # Errors
+    /// The file cannot be made; the text has its path.
+    pub fn create(folder: impl AsRef<Path>) -> Result<Self> {
+        // TensorBoard takes the files of a folder in the order of their names.
+        static FILES: AtomicU64 = AtomicU64::new(0);
+        let number = FILES.fetch_add(1, Ordering::Relaxed);
+        let begun = now();
+        let id = std::process::id();
+        let name = format!("events.out.tfevents.{:010}.{id}.{number}", begun as u64);
+        let (file, _) = AppendFile::open(&folder.as_ref().join(name))?;
+        let board = Self { file: Arc::new(Mutex::new(file)) };
+        let event = Message::new().double(field::EVENT_WALL_TIME, begun);
+        board.write(event.string(field::EVENT_FILE_VERSION, "brain.Event:2"))?;
+        board.flush()?;
+        Ok(board)
+    }
+
+    fn write(&self, event: Message) -> Result<()> {
+        let record = record(&event.into_bytes());
+        self.file.lock().unwrap_or_else(PoisonError::into_inner).write(&record)
+    }
+
+    fn value(&self, tag: &str, step: u64, with: impl FnOnce(Message) -> Message) -> Result<()> {
+        let value = with(Message::new().string(field::VALUE_TAG, tag));
+        let summary = Message::new().message(field::SUMMARY_VALUE, value);
+        let event = Message::new().double(field::EVENT_WALL_TIME, now());
+        let event = event.uint(field::EVENT_STEP, step);
+        self.write(event.message(field::EVENT_SUMMARY, summary))
+    }
+
+    /// What TensorBoard's HPARAMS page compares runs by: the hyper-parameters of this one, and the
+    /// tags of the metrics to show beside them, which are logged as scalars.
+    pub fn hparams<'p>(
+        &self,
+        parameters: impl IntoIterator<Item = (&'p str, HyperParameter)>,
+        metrics: impl IntoIterator<Item = &'p str>,
+    ) -> Result<()> {
+        let begun = now();
+        let mut experiment = Message::new().double(field::EXPERIMENT_TIME, begun);
+        let mut session = Message::new();
+        for (name, parameter) in parameters {
+            // DataType of HParamInfo, and google.protobuf.Value.
+            let (kind, value) = match parameter {
+                HyperParameter::Text(text) => (1, Message::new().string(3, &text)),
+                HyperParameter::Switch(on) => (2, Message::new().uint(4, on.into())),
+                HyperParameter::Number(number) => (3, Message::new().double(2, number)),
+            };
+            let info = Message::new().string(1, name).uint(4, kind);
+            experiment = experiment.message(field::EXPERIMENT_HPARAM, info);
+            let entry = Message::new().string(1, name).message(2, value);
+            session = session.message(field::START_HPARAMS, entry);
+        }
+        for tag in metrics {
+            let name = Message::new().string(2, tag);
+            experiment =
+                experiment.message(field::EXPERIMENT_METRIC, Message::new().message(1, name));
+        }
+        session = session.double(field::START_TIME, begun);
+        for (tag, number, message) in [
+            ("_hparams_/experiment", field::HPARAMS_EXPERIMENT, experiment),
+            ("_hparams_/session_start_info", field::HPARAMS_SESSION_START, session),
+        ] {
+            let metadata = plugin("hparams", Message::new().message(number, message));
+            self.value(tag, 0, |value| value.message(field::VALUE_METADATA, metadata))?;
+        }
+        Ok(())
+    }
+}
+
+impl Logger for TensorBoard {
+    fn scalar(&self, tag: &str, value: f64, step: u64) -> Result<()> {
+        self.value(tag, step, |message| message.float(field::VALUE_SIMPLE_VALUE, value as f32))
+    }
+
+    fn histogram(&self, tag: &str, values: &Histogram, step: u64) -> Result<()> {
+        let (limits, counts): (Vec<_>, Vec<_>) = values.bins.iter().copied().unzip();
+        let histo = Message::new()
+            .double(1, values.min)
+            .double(2, values.max)
+            .double(3, values.count as f64)
+            .double(4, values.sum)
+            .double(5, values.sum_squares)
+            .doubles(6, &limits)
+            .doubles(7, &counts);
+        self.value(tag, step, |message| message.message(field::VALUE_HISTO, histo))
+    }
+
+    /// Shown as Markdown, under PyTorch's tag `TAG/text_summary`.
+    fn text(&self, tag: &str, text: &str, step: u64) -> Result<()> {
+        let dim = Message::new().uint(field::DIM_SIZE, 1);
+        let tensor = Message::new()
+            .uint(field::TENSOR_DTYPE, field::DT_STRING)
+            .message(field::TENSOR_SHAPE, Message::new().message(field::SHAPE_DIM, dim))
+            .string(field::TENSOR_STRING_VAL, text);
+        self.value(&format!("{tag}/text_summary"), step, |message| {
+            message
+                .message(field::VALUE_TENSOR, tensor)
+                .message(field::VALUE_METADATA, plugin("text", Message::new()))
+        })
+    }
+
+    fn image(&self, tag: &str, image: &Image, step: u64) -> Result<()> {
+        let picture = Message::new()
+            .uint(1, image.height.into())
+            .uint(2, image.width.into())
+            .uint(3, image.channels.into())
+            .bytes(4, &image.png);
+        self.value(tag, step, |message| message.message(field::VALUE_IMAGE, picture))
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner).flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use anyhow::{Context, Result, ensure};
+    use tch::{Device, Kind, Tensor};
+
+    use super::super::protobuf::reader::{Field, fields, inner};
+    use super::*;
+
+    /// The records of all event files of a folder; their sums are checked.
+    fn records(folder: &Path) -> Result<Vec<Vec<u8>>> {
+        let mut records = vec![];
+        for file in std::fs::read_dir(folder)? {
+            let bytes = std::fs::read(file?.path())?;
+            let mut rest = bytes.as_slice();
+            while !rest.is_empty() {
+                let (length, after) = rest.split_first_chunk::<8>().context("a length")?;
+                let (sum, after) = after.split_first_chunk::<4>().context("its sum")?;
+                ensure!(u32::from_le_bytes(*sum) == masked_crc(length));
+                let (data, after) = after.split_at(u64::from_le_bytes(*length) as usize);
+                let (sum, after) = after.split_first_chunk::<4>().context("the sum")?;
+                ensure!(u32::from_le_bytes(*sum) == masked_crc(data));
+                records.push(data.to_vec());
+                rest = after;
+            }
+        }
+        Ok(records)
+    }
+
+    #[test]
+    fn the_sum_is_tensorflows() {
+        // RFC 3720, B.4, and TensorFlow's mask.
+        assert_eq!(crc32c::crc32c(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(
+            masked_crc(&[0; 32]),
+            (0x8a91_36aau32.rotate_right(15)).wrapping_add(0xa282_ead8)
+        );
+    }
+
+    fn everything(folder: &Path) -> Result<()> {
+        let board = TensorBoard::create(folder)?;
+        for step in 1..=200 {
+            board.scalar("training/loss", 1. / step as f64, step)?;
+        }
+        let ramp = Tensor::arange_start_step(0., 64., 0.1, (Kind::Double, Device::Cpu));
+        board.histogram("weights/fc", &Histogram::of(&ramp)?, 3)?;
+        board.text("note", "ä **b**", 7)?;
+        let picture = Tensor::ones([3, 5, 7], (Kind::Float, Device::Cpu));
+        board.image("picture", &Image::from_tensor(&picture)?, 9)?;
+        let parameters =
+            [("lr", 0.1.into()), ("optimizer", "sgd".into()), ("nesterov", true.into())];
+        board.hparams(parameters, ["training/loss"])?;
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_written_can_be_read() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        everything(folder.path())?;
+        let records = records(folder.path())?;
+        assert_eq!(records.len(), 1 + 200 + 1 + 1 + 1 + 2);
+        assert!(fields(&records[0]).contains(&(3, Field::Bytes(b"brain.Event:2"))));
+        let event = fields(&records[2]);
+        assert!(event.contains(&(2, Field::Uint(2))));
+        let value = inner(&inner(&event, 5), 1);
+        assert_eq!(value, [(1, Field::Bytes(b"training/loss")), (2, Field::Float(0.5))]);
+        let histogram = inner(&inner(&inner(&fields(&records[201]), 5), 1), 5);
+        assert_eq!(histogram[2], (3, Field::Double(640.)));
+        let image = inner(&inner(&inner(&fields(&records[203]), 5), 1), 4);
+        assert_eq!(image[..3], [(1, Field::Uint(5)), (2, Field::Uint(7)), (3, Field::Uint(3))]);
+        Ok(())
+    }
+
+    const READER: &str = r#"
+import sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.util import tensor_util
+events = EventAccumulator(sys.argv[1], size_guidance={"scalars": 0})
+events.Reload()
+scalars = events.Scalars("training/loss")
+assert [s.step for s in scalars] == list(range(1, 201)), scalars[:3]
+assert all(abs(s.value - 1 / s.step) < 1e-7 for s in scalars)
+h = events.Histograms("weights/fc")[0]
+assert h.step == 3 and h.histogram_value.num == 640, h
+assert sum(h.histogram_value.bucket) == 640 and len(h.histogram_value.bucket_limit) == 64
+note = events.Tensors("note/text_summary")[0]
+assert note.step == 7 and tensor_util.make_ndarray(note.tensor_proto)[0].decode() == "ä **b**"
+image = events.Images("picture")[0]
+assert (image.step, image.width, image.height) == (9, 7, 5), image
+assert image.encoded_image_string.startswith(b"\x89PNG")
+content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+start = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+assert start["lr"].number_value == 0.1 and start["optimizer"].string_value == "sgd"
+assert start["nesterov"].bool_value is True
+content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+experiment = plugin_data_pb2.HParamsPluginData.FromString(content).experiment
+assert [i.name for i in experiment.hparam_infos] == ["lr", "optimizer", "nesterov"]
+assert [i.type for i in experiment.hparam_infos] == [3, 1, 2]
+assert experiment.metric_infos[0].name.tag == "training/loss"
+print("read")
+"#;
+
+    /// With `TENSORBOARD_PYTHON`, or `python3`, where that has TensorBoard.
+    #[test]
+    fn tensorboards_own_reader_agrees() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        everything(folder.path())?;
+        let python = std::env::var("TENSORBOARD_PYTHON").unwrap_or_else(|_| "python3".into());
+        let has = Command::new(&python).args(["-c", "import tensorboard"]).output();
+        if !has.is_ok_and(|output| output.status.success()) {
+            eprintln!("SKIPPED: {python} has no tensorboard (pip install tensorboard)");
+            return Ok(());
+        }
+        let output = Command::new(python).args(["-c", READER]).arg(folder.path()).output()?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{text}");
+        assert_eq!(output.stdout, b"read\n");
+        Ok(())
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_is_an_error_that_names_it() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let file = folder.path().join("file");
+        std::fs::write(&file, "")?;
+        let error = TensorBoard::create(file.join("run")).err().context("it is a file")?;
+        assert!(error.to_string().contains("file/run"), "{error}");
+        Ok(())
+    }
+}
