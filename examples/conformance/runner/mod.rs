@@ -3,6 +3,7 @@
 mod engine_trace;
 mod json;
 mod lr_finder;
+mod metric;
 mod optimizer;
 mod schedule;
 mod schedule_error;
@@ -86,6 +87,7 @@ pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
             Some("engine_trace") => engine_trace::run(config, expect, &mut defect),
             Some("train") => train::run(config, expect),
             Some("lr_finder") => lr_finder::run(config, expect, &mut defect),
+            Some("metric") => metric::run(config, expect, &mut defect),
             kind => Outcome::skipped(format!("kind {} does not exist yet", kind.unwrap_or("?"))),
         };
         if let Some(defect) = defect {
