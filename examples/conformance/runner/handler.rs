@@ -1,6 +1,6 @@
 //! Kind `handler`: one file for each handler.
 
-mod checkpoint;
+pub(super) mod checkpoint;
 mod early_stopping;
 mod epoch_output_store;
 mod running_average;

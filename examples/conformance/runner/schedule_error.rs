@@ -13,7 +13,7 @@ use tch_ignite::schedule::*;
 use super::Outcome;
 use super::json::{event_named, object, text};
 use super::optimizer::{Params, knob, optimizer, store};
-use super::{lr_finder, metric};
+use super::{handler, lr_finder, metric};
 
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
     let target = text(&config["target"])?;
@@ -73,6 +73,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
             let seconds = args["limit_sec"].as_u64().context("limit_sec")?;
             TimeLimit::new(Duration::from_secs(seconds)).err()
         }
+        "DiskSaver" => return Ok(said(handler::checkpoint::refused(args)?, expect).into()),
         other => return Outcome::skipped(format!("{other} does not exist yet")),
     };
     Ok(said(refused.map(|error| error.to_string()), expect).into())
@@ -117,6 +118,11 @@ fn ruled_out(target: &str, args: &Value) -> Option<String> {
         }
         "EarlyStopping" if !args["mode"].is_null() => "an unknown mode",
         "EarlyStopping" if !args["threshold_mode"].is_null() => "an unknown threshold mode",
+        "Checkpoint" if args["include_self"] == true => {
+            "an object of the same name as the handler's own state: each kind of part has its own place"
+        }
+        "Checkpoint.get_default_score_fn" => "another sign than those of Mode::Min and Mode::Max",
+        "ModelCheckpoint" => "a handler without a model: weights() takes one",
         "FastaiLRFinder.attach" if !args["step_mode"].is_null() => "an unknown step mode",
         "FastaiLRFinder.attach" if !args["to_save_keys"].is_null() => {
             "a finder without an optimizer"

@@ -223,6 +223,27 @@ pub fn run_model(
     Ok(Ok(()).into())
 }
 
+/// What ignite's `DiskSaver` refuses; the folder of a case is called `<dir>` in it.
+pub fn refused(args: &Value) -> Result<Option<String>> {
+    let folder = tempfile::tempdir()?;
+    let real = folder.path().to_string_lossy().into_owned();
+    let path = text(&args["dirname"])?.replace("<dir>", &real);
+    for file in args["files"].as_array().into_iter().flatten() {
+        std::fs::write(folder.path().join(text(file)?), "")?;
+    }
+    let mut trainer = Engine::new(|_: &mut (), _, _: ()| Ok(()));
+    let handler = Handler::new(path)
+        .ext("pt")
+        .require_empty(args["require_empty"] == true)
+        .create_dir(args["create_dir"] != false);
+    trainer.attach(handler);
+    let error = trainer.run(&mut (), vec![()], Until::epochs(1)).err();
+    Ok(error.map(|error| {
+        let cause = std::error::Error::source(&error).map(ToString::to_string);
+        cause.unwrap_or_default().replace(&real, "<dir>")
+    }))
+}
+
 pub fn run_pattern(config: &Value, expect: &Value) -> Result<Outcome> {
     let with = |key: &str| config[key] == true;
     let pattern = setup_filename_pattern(
