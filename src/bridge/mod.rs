@@ -1,9 +1,13 @@
-//! The only unsafe code of the crate: what tch hides of libtorch's optimizers.
+//! The only unsafe code of the crate: what tch hides of libtorch's optimizers, and kernels of our own.
 //!
 //! `tch::nn::Optimizer` keeps the C++ optimizer to itself, but it is built through the public trait
 //! `OptimizerConfig`, whose `build_copt` returns a `tch::COptimizer`: one pointer wide. A config that
 //! calls the inner one and notes that pointer on its way lets tch build its own optimizer, while
 //! [`Native`] knows the address of the very object inside it.
+
+mod normalize;
+mod serial;
+mod shared_tensor;
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -12,6 +16,10 @@ use std::ptr::{NonNull, null, null_mut};
 use tch::nn::{self, OptimizerConfig};
 use tch::{COptimizer, TchError, Tensor};
 use torch_sys::C_tensor;
+
+pub(crate) use normalize::{Rows, normalize_rows};
+pub(crate) use serial::Serial;
+pub(crate) use shared_tensor::SharedTensor;
 
 type Raw = *mut c_void;
 
