@@ -3,12 +3,8 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
-const SOURCES: [&str; 2] = ["src/bridge/bridge.cpp", "src/bridge/normalize.cpp"];
-
 fn main() {
-    for file in SOURCES {
-        println!("cargo:rerun-if-changed={file}");
-    }
+    println!("cargo:rerun-if-changed=src/bridge");
     println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
     println!("cargo:rerun-if-env-changed=LIBTORCH_CXX11_ABI");
     if env::var_os("CARGO_FEATURE_DOC_ONLY").is_some() {
@@ -41,7 +37,8 @@ fn main() {
         .include(api)
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         .define("GLOG_USE_GLOG_EXPORT", None)
-        .files(SOURCES)
+        .file("src/bridge/bridge.cpp")
+        .file("src/bridge/normalize.cpp")
         .compile("tch_ignite_bridge");
 
     // For binaries of this package that are started by hand.

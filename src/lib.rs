@@ -61,6 +61,7 @@
 //! | schedules from files | [`schedule::SchedulePlan`] |
 //! | metrics that stay on the device | [`metrics`] |
 //! | batches from memory | [`data::Loader`] |
+//! | samples of your own, read by worker threads | [`data::DataLoader`], [`data::Dataset`] |
 //! | evaluation, history, progress, a learning rate to start with | [`handlers`] |
 //! | ready steps for supervised learning | [`supervised`] |
 //!
@@ -82,7 +83,7 @@ pub use tch;
 
 /// What most programs need.
 pub mod prelude {
-    pub use crate::data::{Batch, Loader};
+    pub use crate::data::{Batch, DataLoader, Dataset, Loader};
     pub use crate::engine::{Engine, Evaluator, Event, Trainer, Until};
     pub use crate::handlers::*;
     pub use crate::metrics::{Accuracy, Loss, Mean, RunningAverage, Usage};

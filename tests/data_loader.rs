@@ -190,6 +190,44 @@ fn a_sample_drawn_twice_is_augmented_twice() {
     assert_eq!(Vec::<f64>::try_from(&pass(&loader.num_workers(2), 0, 0)[0]).unwrap(), one);
 }
 
+/// What a run saw: the bits of each augmented sample, in order.
+fn augmented(seen: &mut Vec<u64>, batch: &Tensor) {
+    let values = Vec::<f64>::try_from(batch).unwrap();
+    seen.extend(values.into_iter().map(f64::to_bits));
+}
+
+#[test]
+fn a_run_that_is_continued_sees_what_it_would_have_seen() -> anyhow::Result<()> {
+    let loader = |workers| {
+        let noisy = numbers(17).map(|index, rng| Ok(index as f64 + rng.uniform()));
+        DataLoader::new(noisy, 3).unwrap().shuffle(6).num_workers(workers)
+    };
+    let engine = || {
+        Engine::new(|seen: &mut Vec<u64>, _, batch: Tensor| {
+            augmented(seen, &batch);
+            Ok(())
+        })
+    };
+    let mut straight = vec![];
+    engine().run(&mut straight, &loader(0), Until::epochs(3))?;
+    for stop in [1, 5, 6, 7, 11, 12, 17] {
+        let mut seen = vec![];
+        let mut first = engine();
+        first.on(Event::IterationCompleted.once(stop), |_, engine| {
+            engine.interrupt();
+            Ok(())
+        });
+        first.run(&mut seen, &loader(3), Until::epochs(3))?;
+        let state = first.state_dict();
+        drop(first);
+        let mut second = engine();
+        second.load_state_dict(&state)?;
+        second.run(&mut seen, &loader(2), Until::epochs(3))?;
+        assert_eq!(seen, straight, "stopped at {stop}");
+    }
+    Ok(())
+}
+
 fn failing(kind: &'static str) -> impl Dataset<Item = i64> + 'static {
     from_fn(20, move |index, _| {
         match kind {

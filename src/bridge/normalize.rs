@@ -40,7 +40,7 @@ pub(crate) fn normalize_rows(
     }
     let (channels, len) = (tables.len() / 256, shape[0] as usize);
     let width = shape[1..].iter().product::<i64>() as usize;
-    if tables.len() % 256 != 0 || channels == 0 || width % channels != 0 {
+    if !tables.len().is_multiple_of(256) || channels == 0 || !width.is_multiple_of(channels) {
         return Err(format!("{} table entries do not fit rows of {width}", tables.len()));
     }
     let (start, count, inside) = match rows {

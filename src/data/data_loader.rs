@@ -17,8 +17,8 @@ use crate::Result;
 /// What comes, and in which order, is a function of seeds and pass alone: not of the number of workers,
 /// not of where a run was continued. Any position is reached without reading what lies before it.
 ///
-/// For tensors in memory that need nothing done sample by sample, a [`Loader`](super::Loader) is some
-/// 10 times as fast.
+/// For tensors in memory that need nothing done sample by sample, a [`Loader`](super::Loader) is some 5
+/// times as fast.
 ///
 /// ```
 /// use tch::{Device, Kind, Tensor};

@@ -79,7 +79,7 @@ impl Sampler for SequentialSampler {
     }
 }
 
-/// All samples, shuffled anew in each pass: [`permutation`] of seed and pass. About 5 ns a sample.
+/// All samples, shuffled anew in each pass: [`permutation`] of seed and pass.
 #[derive(Debug, Clone)]
 pub struct RandomSampler {
     len: usize,

@@ -9,7 +9,7 @@ use crate::bridge::SharedTensor;
 /// Inputs and targets in memory, sample by sample: PyTorch's `TensorDataset`.
 ///
 /// For samples that are changed one by one, with [`map`](Dataset::map); a
-/// [`Loader`](super::Loader) over the same tensors gathers whole batches and is some 10 times as fast.
+/// [`Loader`](super::Loader) over the same tensors gathers whole batches and is some 5 times as fast.
 /// A sample is a pair of views: what writes into it writes into the data.
 ///
 /// ```
