@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure};
-use tch::{Device, Kind, TchError, Tensor};
+use tch::{Device, Kind, Tensor};
 use tch_ignite::data::{
     Batch, BatchSize, Collate, ConcatDataset, DataLoader, Dataset, IntoSource, RandomSampler,
     Sampler, SequentialSampler, Source, SplitMix64, Subset, SubsetRandomSampler, TensorDataset,
@@ -209,7 +209,7 @@ fn a_run_that_is_continued_sees_what_it_would_have_seen() -> anyhow::Result<()> 
         })
     };
     let mut straight = vec![];
-    engine().run(&mut straight, &loader(0), Until::epochs(3))?;
+    engine().run(&mut straight, loader(0), Until::epochs(3))?;
     for stop in [1, 5, 6, 7, 11, 12, 17] {
         let mut seen = vec![];
         let mut first = engine();
@@ -217,12 +217,12 @@ fn a_run_that_is_continued_sees_what_it_would_have_seen() -> anyhow::Result<()> 
             engine.interrupt();
             Ok(())
         });
-        first.run(&mut seen, &loader(3), Until::epochs(3))?;
+        first.run(&mut seen, loader(3), Until::epochs(3))?;
         let state = first.state_dict();
         drop(first);
         let mut second = engine();
         second.load_state_dict(&state)?;
-        second.run(&mut seen, &loader(2), Until::epochs(3))?;
+        second.run(&mut seen, loader(2), Until::epochs(3))?;
         assert_eq!(seen, straight, "stopped at {stop}");
     }
     Ok(())
@@ -672,12 +672,12 @@ fn samplers_that_do_not_fit_are_refused() {
 struct Told(Vec<(Device, bool)>);
 
 impl Transfer for Told {
-    fn transfer(mut self, device: Device, non_blocking: bool) -> Result<Self, TchError> {
+    fn transfer(mut self, device: Device, non_blocking: bool) -> anyhow::Result<Self> {
         self.0.push((device, non_blocking));
         Ok(self)
     }
 
-    fn pin_memory(self) -> Result<Self, TchError> {
+    fn pin_memory(self) -> anyhow::Result<Self> {
         Ok(self)
     }
 }
@@ -704,6 +704,7 @@ fn batches_are_moved_to_the_device() -> anyhow::Result<()> {
         let loader = loader(4, 2).to_device(Device::Cuda(0)).num_workers(1);
         let error = text(loader.into_source().next().unwrap());
         assert!(error.starts_with("moving a batch to Cuda(0)"), "{error}");
+        assert!(nested().pin_memory().is_err());
     }
     Ok(())
 }

@@ -81,6 +81,11 @@ unsafe extern "C" {
         parameter: *const C_tensor,
         error: *mut *mut c_char,
     ) -> c_int;
+    fn tig_pin_memory(
+        tensor: *const C_tensor,
+        pinned: *mut *mut C_tensor,
+        error: *mut *mut c_char,
+    ) -> c_int;
     fn tig_set_gradient(
         parameter: *const C_tensor,
         gradient: *const C_tensor,
@@ -129,6 +134,15 @@ impl TensorId {
         // SAFETY: the pointer of a live tch tensor is a live torch::Tensor.
         Self(unsafe { tig_tensor_id(tensor.as_ptr()) } as usize)
     }
+}
+
+/// A copy in pinned memory: needs CUDA.
+pub(crate) fn pin_memory(tensor: &Tensor) -> Result<Tensor, Exception> {
+    let mut pinned = null_mut();
+    // SAFETY: the pointer of a live tch tensor is a live torch::Tensor.
+    checked(|error| unsafe { tig_pin_memory(tensor.as_ptr(), &mut pinned, error) })?;
+    // SAFETY: on success it is a torch::Tensor made with `new` for us, owned from here on.
+    Ok(unsafe { Tensor::from_ptr(pinned) })
 }
 
 /// Gives a parameter this gradient, shared and not copied, or none.

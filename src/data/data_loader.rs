@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result as AnyResult};
-use tch::{Cuda, Device, TchError};
+use tch::{Cuda, Device};
 
 use super::fetcher::{Fetched, Fetcher, Plan};
 use super::sampler::order_of;
@@ -65,7 +65,7 @@ pub struct DataLoader<D: Dataset, B> {
     skipped: Arc<Skipped>,
 }
 
-type MoveFn<B> = fn(B, Device, bool) -> Result<B, TchError>;
+type MoveFn<B> = fn(B, Device, bool) -> AnyResult<B>;
 
 #[derive(Default)]
 struct Skipped {

@@ -29,7 +29,7 @@ pub(super) struct Fetched<B> {
 pub(super) struct Fetcher<D: Dataset, B> {
     pub(super) dataset: Arc<D>,
     pub(super) collate: Arc<CollateFn<D::Item, B>>,
-    pub(super) pin: Option<fn(B) -> Result<B, tch::TchError>>,
+    pub(super) pin: Option<fn(B) -> Result<B>>,
     /// Of the samples' random numbers.
     pub(super) seed: u64,
     pub(super) repeats: bool,

@@ -143,7 +143,7 @@ impl<T> Shared<T> {
         while let Some(job) = self.take() {
             let cancelled = || self.generation.load(Ordering::Relaxed) != job.generation;
             let made = guarded(|| make(&job.work.plan, job.positions.clone(), &cancelled));
-            // The job holds the order of the pass; given up, it may be the last to do so.
+            // The user's types, whose drop may panic.
             if let Some(unwanted) = made.transpose().and_then(|made| self.finish(&job, made)) {
                 let _ = guarded(|| {
                     drop(unwanted);
