@@ -2,6 +2,7 @@
 
 mod early_stopping;
 mod epoch_output_store;
+mod progress_bar;
 mod running_average;
 mod tensorboard;
 mod terminate_on_nan;
@@ -16,6 +17,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     match text(&config["handler"])? {
         "EarlyStopping" => early_stopping::run(config, expect, defect),
         "EpochOutputStore" => epoch_output_store::run(config, expect),
+        "ProgressBar" => progress_bar::run(config, expect, defect),
         "RunningAverage" => running_average::run(config, expect),
         "Tensorboard" => tensorboard::run(config, expect, defect),
         "TerminateOnNan" => terminate_on_nan::run(config, expect),
