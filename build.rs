@@ -4,7 +4,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 
 fn main() {
-    println!("cargo:rerun-if-changed=src/bridge/bridge.cpp");
+    println!("cargo:rerun-if-changed=src/bridge");
     println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
     println!("cargo:rerun-if-env-changed=LIBTORCH_CXX11_ABI");
     if env::var_os("CARGO_FEATURE_DOC_ONLY").is_some() {
@@ -38,6 +38,7 @@ fn main() {
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         .define("GLOG_USE_GLOG_EXPORT", None)
         .file("src/bridge/bridge.cpp")
+        .file("src/bridge/generator.cpp")
         .compile("tch_ignite_bridge");
 
     // For binaries of this package that are started by hand.

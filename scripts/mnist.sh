@@ -19,7 +19,7 @@ EOF
 die() { printf 'mnist: error: %s\n' "$*" >&2; exit 1; }
 
 case "${1:-}" in -h|--help) usage; exit 0 ;; esac
-command -v cargo >/dev/null 2>&1 || die "no cargo found. Install Rust 1.88 or newer (https://rustup.rs), or add its bin folder to PATH."
+command -v cargo >/dev/null 2>&1 || die "no cargo found. Install Rust 1.89 or newer (https://rustup.rs), or add its bin folder to PATH."
 
 scripts/setup-libtorch.sh
 scripts/fetch-mnist.sh

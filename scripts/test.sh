@@ -24,7 +24,7 @@ case "${1:-}" in
   -h|--help) usage; exit 0 ;;
   *) usage >&2; die "unknown argument '$1'" ;;
 esac
-command -v cargo >/dev/null 2>&1 || die "no cargo found. Install Rust 1.88 or newer (https://rustup.rs), or add its bin folder to PATH."
+command -v cargo >/dev/null 2>&1 || die "no cargo found. Install Rust 1.89 or newer (https://rustup.rs), or add its bin folder to PATH."
 cargo fmt --version >/dev/null 2>&1 || die "no rustfmt found. Install it (rustup component add rustfmt)."
 cargo clippy --version >/dev/null 2>&1 || die "no clippy found. Install it (rustup component add clippy)."
 

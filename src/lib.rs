@@ -69,6 +69,7 @@
 //! until somebody reads them.
 
 mod bridge;
+pub mod checkpoint;
 pub mod data;
 pub mod engine;
 mod error;

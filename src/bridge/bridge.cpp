@@ -3,11 +3,10 @@
 
 #include <torch/optim.h>
 
-#include <cstring>
-#include <exception>
 #include <memory>
 #include <stdexcept>
-#include <string>
+
+#include "guarded.h"
 
 using torch::Tensor;
 using torch::optim::Optimizer;
@@ -30,21 +29,6 @@ enum Option : int {
   ALPHA = 9,
   CENTERED = 10,
 };
-
-template <typename F>
-int guarded(char** error, F&& f) {
-  try {
-    f();
-    return 0;
-  } catch (const c10::Error& e) {
-    *error = strdup(e.what_without_backtrace());
-  } catch (const std::exception& e) {
-    *error = strdup(e.what());
-  } catch (...) {
-    *error = strdup("unknown C++ exception");
-  }
-  return 1;
-}
 
 [[noreturn]] void no_option() { throw std::invalid_argument("this optimizer has no such option"); }
 

@@ -5,6 +5,9 @@
 //! calls the inner one and notes that pointer on its way lets tch build its own optimizer, while
 //! [`Native`] knows the address of the very object inside it.
 
+mod generator;
+mod memory;
+
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::{NonNull, null, null_mut};
@@ -12,6 +15,9 @@ use std::ptr::{NonNull, null, null_mut};
 use tch::nn::{self, OptimizerConfig};
 use tch::{COptimizer, TchError, Tensor};
 use torch_sys::C_tensor;
+
+pub(crate) use generator::{generator_state, set_generator_state};
+pub(crate) use memory::{bytes, bytes_mut};
 
 type Raw = *mut c_void;
 

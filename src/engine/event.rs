@@ -48,7 +48,27 @@ pub enum Event {
     Custom(&'static str),
 }
 
-/// How many events come with the engine.
+/// The events that come with the engine.
+pub(super) const BUILT_IN_EVENTS: [Event; BUILT_IN] = {
+    use Event::*;
+    [
+        Started,
+        EpochStarted,
+        GetBatchStarted,
+        GetBatchCompleted,
+        IterationStarted,
+        IterationCompleted,
+        DataloaderStopIteration,
+        ExceptionRaised,
+        TerminateSingleEpoch,
+        EpochCompleted,
+        Terminate,
+        Completed,
+        Interrupt,
+    ]
+};
+
+/// How many there are.
 pub(super) const BUILT_IN: usize = 13;
 
 /// What a filter compares with.
@@ -280,6 +300,13 @@ impl fmt::Debug for FilteredEvent {
 /// A handler is registered once for each, in order, so it can be called several times at one event.
 #[derive(Debug, Clone)]
 pub struct Events(pub(super) Vec<FilteredEvent>);
+
+impl Events {
+    /// Whether the event is among them, with any filter.
+    pub(crate) fn names(&self, event: Event) -> bool {
+        self.0.iter().any(|filtered| filtered.event == event)
+    }
+}
 
 impl From<Event> for Events {
     fn from(event: Event) -> Self {

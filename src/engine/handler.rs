@@ -1,8 +1,10 @@
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::event::{BUILT_IN, FilteredEvent};
 use super::{Engine, Event, Events};
+use crate::checkpoint::StateDict;
 use crate::{Error, Result};
 
 /// Something with state that is called at events: what the built-in handlers are, and what your own
@@ -19,6 +21,22 @@ pub trait Handler<C, B, O> {
         Ok(())
     }
 
+    /// Its place among the handlers of an event; those of one place are called as they were attached.
+    fn priority(&self) -> Priority {
+        Priority::Normal
+    }
+
+    /// What it needs to go on in another process; `None` where that is nothing.
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        Ok(None)
+    }
+
+    /// Goes to what [`save_state`](Self::save_state) gave.
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        let _ = state;
+        Err(Error::State(format!("handler '{}' keeps no state", self.name())))
+    }
+
     /// Called at each of its events.
     fn call(
         &mut self,
@@ -27,6 +45,19 @@ pub trait Handler<C, B, O> {
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()>;
 }
+
+/// When a handler is called among those of the same event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Priority {
+    /// Before closures and most handlers.
+    First,
+    /// In the order of registration: closures, and handlers that do not say otherwise.
+    Normal,
+    /// After all others: what reads or saves what they did.
+    Last,
+}
+
+pub(super) const PRIORITIES: usize = 3;
 
 /// A handler that you keep a hold of: attach a clone and read the other.
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
@@ -40,6 +71,24 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
 
     fn validate(&self) -> Result<()> {
         self.borrow().validate()
+    }
+
+    fn priority(&self) -> Priority {
+        self.borrow().priority()
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        let handler = self.try_borrow();
+        handler
+            .map_err(|_| Error::State("a handler that is running has no state".into()))?
+            .save_state()
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        let handler = self.try_borrow_mut();
+        handler
+            .map_err(|_| Error::State("a handler that is running has no state".into()))?
+            .load_state(state)
     }
 
     fn call(
@@ -69,6 +118,8 @@ struct Slot<'a, C, B, O> {
     id: HandlerId,
     name: String,
     callable: Option<Callable<'a, C, B, O>>,
+    /// The name it gave itself, and whether it has a state; unless it is a closure.
+    object: Option<(String, bool)>,
     /// The number of the removal that removed it.
     removed: Option<u64>,
 }
@@ -84,7 +135,7 @@ struct CustomEvent {
     firings: u64,
 }
 
-/// Which list of handlers an event has.
+/// Which lists of handlers an event has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct EventIndex(usize);
 
@@ -97,7 +148,8 @@ impl EventIndex {
 /// All handlers of an engine, by event, in order of registration.
 pub(super) struct Handlers<'a, C, B, O> {
     slots: Vec<Slot<'a, C, B, O>>,
-    lists: Vec<Vec<Entry>>,
+    /// For each event, one for each priority.
+    lists: Vec<[Vec<Entry>; PRIORITIES]>,
     custom: Vec<CustomEvent>,
     next_id: u64,
     removals: u64,
@@ -109,7 +161,7 @@ pub(super) struct Handlers<'a, C, B, O> {
 
 impl<'a, C, B, O> Handlers<'a, C, B, O> {
     pub(super) fn new() -> Self {
-        let lists = (0..BUILT_IN).map(|_| Vec::new()).collect();
+        let lists = (0..BUILT_IN).map(|_| Default::default()).collect();
         Self { slots: vec![], lists, custom: vec![], next_id: 0, removals: 0, purged: 0, depth: 0 }
     }
 
@@ -119,7 +171,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         };
         if self.custom.iter().all(|known| known.name != name) {
             self.custom.push(CustomEvent { name, firings: 0 });
-            self.lists.push(vec![]);
+            self.lists.push(Default::default());
         }
         Ok(())
     }
@@ -155,11 +207,19 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         let id = HandlerId(self.next_id);
         self.next_id += 1;
         let slot = self.slots.len();
+        let priority = match &callable {
+            Callable::Closure(_) => Priority::Normal,
+            Callable::Object(handler) => handler.priority(),
+        };
         for (index, event) in indices.into_iter().zip(&events.0) {
             let filter = (!event.always()).then(|| event.clone());
-            self.lists[index.0].push(Entry { slot, filter });
+            self.lists[index.0][priority as usize].push(Entry { slot, filter });
         }
-        self.slots.push(Slot { id, name, callable: Some(callable), removed: None });
+        let object = match &callable {
+            Callable::Closure(_) => None,
+            Callable::Object(handler) => Some((handler.name(), handler.save_state()?.is_some())),
+        };
+        self.slots.push(Slot { id, name, callable: Some(callable), object, removed: None });
         Ok(id)
     }
 
@@ -195,7 +255,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
                 place
             })
             .collect();
-        for list in &mut self.lists {
+        for list in self.lists.iter_mut().flatten() {
             list.retain_mut(|entry| match places[entry.slot] {
                 Some(place) => {
                     entry.slot = place;
@@ -209,7 +269,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
     #[inline]
     pub(super) fn is_empty(&self, index: EventIndex) -> bool {
-        self.lists[index.0].is_empty()
+        self.lists[index.0].iter().all(Vec::is_empty)
     }
 
     /// Counts a firing of a custom event.
@@ -244,18 +304,18 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.purge();
     }
 
-    /// Takes out the handler at `position` of the event's list, if it is to run in a firing that
-    /// began after `removals`; `None` at the end of the list. The error is the handler's name and
+    /// Takes out the handler at `position` of the event's list of that priority, if it is to run in a
+    /// firing that began after `removals`; `None` at the end of the list. The error is the handler's name and
     /// the panic of its filter.
     #[inline]
     pub(super) fn take(
         &mut self,
         index: EventIndex,
-        position: usize,
+        (priority, position): (usize, usize),
         number: u64,
         removals: u64,
     ) -> Option<Result<Option<Taken<'a, C, B, O>>, (String, anyhow::Error)>> {
-        let entry = self.lists[index.0].get(position)?;
+        let entry = self.lists[index.0][priority].get(position)?;
         let index = entry.slot;
         let slot = &mut self.slots[index];
         if let Some(filter) = &entry.filter {
@@ -278,12 +338,66 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.slots[taken.slot].callable = Some(taken.callable);
     }
 
+    /// All handlers that have a state, with names of which no two are equal; `None` for one that is
+    /// running.
+    pub(super) fn stateful(&self) -> Vec<(String, Option<&dyn Handler<C, B, O>>)> {
+        let mut names = Names::default();
+        let mut objects = vec![];
+        for slot in self.slots.iter().filter(|slot| slot.removed.is_none()) {
+            match (&slot.object, &slot.callable) {
+                (Some((name, true)), Some(Callable::Object(handler))) => {
+                    objects.push((names.distinct(name), Some(&**handler)));
+                }
+                (Some((name, true)), _) => objects.push((names.distinct(name), None)),
+                _ => {}
+            }
+        }
+        objects
+    }
+
+    /// The same, to be changed; without those that are running.
+    pub(super) fn stateful_mut(
+        &mut self,
+    ) -> impl Iterator<Item = (String, &mut (dyn Handler<C, B, O> + 'a))> {
+        let mut names = Names::default();
+        self.slots.iter_mut().filter(|slot| slot.removed.is_none()).filter_map(move |slot| {
+            let (name, _) = slot.object.as_ref().filter(|(_, stateful)| *stateful)?;
+            let name = names.distinct(name);
+            match &mut slot.callable {
+                Some(Callable::Object(handler)) => Some((name, &mut **handler)),
+                _ => None,
+            }
+        })
+    }
+
+    /// Custom events and how often they were fired.
+    pub(super) fn firings(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.custom.iter().map(|custom| (custom.name, custom.firings))
+    }
+
+    pub(super) fn set_firings(&mut self, name: &str, firings: u64) -> bool {
+        let custom = self.custom.iter_mut().find(|custom| custom.name == name);
+        custom.map(|custom| custom.firings = firings).is_some()
+    }
+
     pub(super) fn id(&self, taken: &Taken<'a, C, B, O>) -> HandlerId {
         self.slots[taken.slot].id
     }
 
     pub(super) fn name(&self, taken: &Taken<'a, C, B, O>) -> String {
         self.slots[taken.slot].name.clone()
+    }
+}
+
+/// Names as they come, the second of a kind with a number.
+#[derive(Default)]
+struct Names(HashMap<String, u32>);
+
+impl Names {
+    fn distinct(&mut self, name: &str) -> String {
+        let count = self.0.entry(name.to_owned()).or_default();
+        *count += 1;
+        if *count == 1 { name.to_owned() } else { format!("{name} #{count}") }
     }
 }
 

@@ -5,6 +5,7 @@ mod event;
 mod handler;
 mod profile;
 mod run;
+mod saved;
 mod state;
 mod summary;
 mod until;
@@ -15,8 +16,9 @@ use std::time::Instant;
 use serde_json::{Map, Value};
 
 pub use event::{Event, Events, FilteredEvent};
-pub use handler::{Handler, HandlerId};
+pub use handler::{Handler, HandlerId, Priority};
 pub use profile::{Profile, ProfileRow};
+pub use saved::Restored;
 pub use state::{MetricValue, Metrics, State};
 pub use summary::{Stop, Summary};
 pub use until::Until;
@@ -27,6 +29,7 @@ use crate::metrics::{Metric, MetricHandler, Usage};
 use crate::{Error, Result};
 use handler::{Callable, EventIndex, Handlers, Taken};
 use run::Position;
+use saved::Tracked;
 
 /// An engine whose step updates parameters. The same type as [`Evaluator`]; names to read.
 pub type Trainer<'a, C, B = crate::data::Batch, O = tch::Tensor> = Engine<'a, C, B, O>;
@@ -115,6 +118,7 @@ pub struct Engine<'a, C, B, O> {
     running: bool,
     /// Why a registration was refused; `run` says so.
     refused: Option<String>,
+    tracked: Tracked<'a, C>,
     profile: Option<Profile>,
 }
 
@@ -147,6 +151,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             exception: None,
             running: false,
             refused: None,
+            tracked: Tracked::default(),
             profile: None,
         }
     }
@@ -277,9 +282,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         };
         let begun = self.clock();
         let removals = self.handlers.begin();
-        let mut position = 0;
+        let (mut priority, mut position) = (0, 0);
         let mut result = Ok(());
-        while let Some(taken) = self.handlers.take(index, position, number, removals) {
+        while priority < handler::PRIORITIES {
+            let place = (priority, position);
+            let Some(taken) = self.handlers.take(index, place, number, removals) else {
+                (priority, position) = (priority + 1, 0);
+                continue;
+            };
             position += 1;
             let called = match taken {
                 Ok(Some(taken)) => self.call(event, taken, cx),
@@ -360,6 +370,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     pub fn interrupt(&mut self) {
         self.control.any = true;
         self.control.interrupt = true;
+    }
+
+    #[cfg(feature = "signals")]
+    pub(crate) fn interrupt_for_signal(&mut self, signal: i32) {
+        self.interrupt();
+        self.position.signal = Some(signal);
     }
 
     /// Passes over the batch that was fetched, from the handlers of `GET_BATCH_COMPLETED`: there is no

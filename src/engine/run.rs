@@ -4,13 +4,15 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use super::state::check_budget;
 use super::{Control, Engine, Event, State, Stop, Summary, Until, guarded};
 use crate::data::IntoSource;
 use crate::{Error, Result};
 
 /// What comes next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Phase {
     Started,
     NextEpoch,
@@ -39,12 +41,14 @@ enum Left {
     Suspended,
     /// By an error.
     Failed,
-    /// In another engine, from where its state was loaded.
+    /// In another engine, from where its ignite-like state was loaded.
     Loaded,
+    /// In another engine, from where its whole state was restored.
+    Restored,
 }
 
 /// Where the data is to be when its first batch is fetched.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Entry {
     /// At the start.
     Start,
@@ -76,6 +80,10 @@ pub(super) struct Position {
     exhausted: bool,
     /// The run ends before its budget in epochs is used up.
     left_early: bool,
+    /// Why it is being interrupted, if for that.
+    pub(super) signal: Option<i32>,
+    /// The last one that was fired.
+    pub(super) event: Event,
     until: Until,
     deadline: Option<Instant>,
     epoch_start: Option<Instant>,
@@ -95,6 +103,8 @@ impl Default for Position {
             restarted: false,
             exhausted: false,
             left_early: false,
+            signal: None,
+            event: Event::Started,
             until: Until::default(),
             deadline: None,
             epoch_start: None,
@@ -108,10 +118,56 @@ impl Position {
         Self { left: Left::Loaded, entry: Some(Entry::Loaded), budgeted, ..Self::default() }
     }
 
+    pub(super) fn save(&self) -> SavedPosition {
+        SavedPosition {
+            phase: self.phase,
+            // In the same process the data is where it is.
+            entry: self.entry.unwrap_or(Entry::Kept),
+            counter: self.counter,
+            pass: self.pass,
+            fetched: self.fetched,
+            restarted: self.restarted,
+            exhausted: self.exhausted,
+            left_early: self.left_early,
+        }
+    }
+
     /// Whether an epoch is under way.
     fn in_epoch(&self) -> bool {
         use Phase::*;
         !matches!(self.phase, Started | NextEpoch | EpochEnded | Terminate | Completed)
+    }
+}
+
+/// A [`Position`] for another process.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct SavedPosition {
+    phase: Phase,
+    entry: Entry,
+    counter: u64,
+    pass: u64,
+    fetched: u64,
+    restarted: bool,
+    exhausted: bool,
+    left_early: bool,
+}
+
+impl SavedPosition {
+    pub(super) fn restore(self, event: Event, budgeted: bool) -> Position {
+        Position {
+            phase: self.phase,
+            left: Left::Restored,
+            budgeted,
+            entry: Some(self.entry),
+            counter: self.counter,
+            pass: self.pass,
+            fetched: self.fetched,
+            restarted: self.restarted,
+            exhausted: self.exhausted,
+            left_early: self.left_early,
+            event,
+            ..Position::default()
+        }
     }
 }
 
@@ -203,7 +259,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             _ if was_reset => Left::Nothing,
             Left::Ended | Left::Loaded if has_budget && used_up => Left::Nothing,
             // Only COMPLETED is missing, but for a budget that grew.
-            Left::Failed if position.phase == Phase::Completed && !used_up => Left::Ended,
+            Left::Failed | Left::Restored if position.phase == Phase::Completed && !used_up => {
+                Left::Ended
+            }
             left => left,
         };
         if left == Left::Suspended && self.data.is_none() {
@@ -245,20 +303,22 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 position.entry = Some(Entry::NextPass);
             }
             Left::Failed => position.entry = position.entry.or(Some(Entry::Kept)),
-            Left::Suspended | Left::Loaded => {}
+            Left::Suspended | Left::Loaded | Left::Restored => {}
         }
         if max_epochs.is_none() && max_iters.is_none() && !until.open_ended() {
             max_epochs = Some(if left == Left::Nothing { 1 } else { epochs_done + 1 });
         }
         (state.max_epochs, state.max_iters) = (max_epochs, max_iters);
         state.epoch_length = epoch_length;
-        state.samples = 0;
+        if left != Left::Restored {
+            state.samples = 0;
+            self.control = Control::default();
+        }
         position.budgeted = max_epochs.is_some() || max_iters.is_some();
         position.exhausted = false;
         position.warnings.clear();
         position.until = until;
         position.deadline = until.max_time.and_then(|time| Instant::now().checked_add(time));
-        self.control = Control::default();
         self.exception = None;
         if left != Left::Suspended {
             self.data = Some(source);
@@ -325,6 +385,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let fetches = self.data.as_ref().is_none_or(|data| data.fetches());
         if self.position.entry == Some(Entry::Kept) {
             self.enter()?;
+        }
+        if self.control.any {
+            // Asked for before the state was saved.
+            self.obey(self.position.event, cx)?;
         }
         loop {
             // Each arm sets the phase to follow before it fires, so that an interrupt goes on there.
@@ -448,10 +512,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     });
                 }
             };
+            self.position.event = event;
             self.fire(event, cx)?;
             if self.control.any && self.obey(event, cx)? {
                 self.position.left = Left::Suspended;
-                return Ok(Stop::Interrupted);
+                let signal = self.position.signal.take();
+                return Ok(signal.map_or(Stop::Interrupted, Stop::Signal));
             }
         }
     }

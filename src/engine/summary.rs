@@ -11,6 +11,8 @@ pub enum Stop {
     Terminated,
     /// Suspended by `interrupt`; the next `run` continues.
     Interrupted,
+    /// The same, because the process got the signal of this number.
+    Signal(i32),
 }
 
 /// What a call of [`Engine::run`](super::Engine::run) did.
@@ -34,6 +36,7 @@ impl fmt::Display for Summary {
             Stop::Completed => "completed",
             Stop::Terminated => "terminated",
             Stop::Interrupted => "interrupted",
+            Stop::Signal(number) => &format!("interrupted by signal {number}"),
         };
         write!(
             f,

@@ -1,3 +1,5 @@
+use crate::Result;
+use crate::checkpoint::StateDict;
 use crate::data::IntoSource;
 use crate::engine::{Engine, Event, Events, Handler, Until};
 
@@ -52,6 +54,14 @@ where
 
     fn events(&self) -> Events {
         self.events.clone()
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        self.evaluator.handler_states().map(Some)
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        self.evaluator.load_handler_states(state)
     }
 
     fn call(

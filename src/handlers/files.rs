@@ -26,7 +26,14 @@ pub(crate) fn write_whole(
         write(&mut file)?;
         file.flush()?;
         file.get_ref().sync_all()?;
-        fs::rename(beside, path)
+        fs::rename(beside, path)?;
+        // The new name is only sure once the folder is on the disk too.
+        #[cfg(unix)]
+        if let Some(folder) = path.parent() {
+            File::open(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })?
+                .sync_all()?;
+        }
+        Ok(())
     };
     whole().map_err(|source| {
         // What is left of it is of no use; the first error is the one to tell.

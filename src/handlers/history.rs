@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 use super::files::write_whole;
+use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler, MetricValue};
 use crate::optim::Knob;
 use crate::{Error, Result};
@@ -247,6 +248,17 @@ impl<C, B, O> Handler<C, B, O> for History {
         }
     }
 
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        let mut state = self.record().save()?;
+        state.set_value("ended", self.ended)?;
+        Ok(Some(state))
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        self.ended = state.value("ended")?;
+        self.record().load(&state)
+    }
+
     fn call(
         &mut self,
         event: Event,
@@ -334,6 +346,52 @@ impl Record {
 
     fn read(&mut self) -> Result<()> {
         self.columns.iter_mut().try_for_each(Column::read)
+    }
+
+    /// Reads what is unread, and gives all.
+    fn save(&mut self) -> Result<StateDict> {
+        self.read()?;
+        let failed = |error| Error::libtorch("saving the history", error);
+        let rows: Vec<_> =
+            self.rows.iter().flat_map(|r| [r.iteration as i64, r.epoch as i64]).collect();
+        let mut state = StateDict::new();
+        state.set_tensor("rows", Tensor::f_from_slice(&rows).map_err(failed)?);
+        for column in &self.columns {
+            let (at, values): (Vec<_>, Vec<_>) =
+                column.points.iter().map(|(row, value)| (*row as i64, *value)).unzip();
+            let mut points = StateDict::new();
+            points.set_tensor("rows", Tensor::f_from_slice(&at).map_err(failed)?);
+            points.set_tensor("values", Tensor::f_from_slice(&values).map_err(failed)?);
+            state.set_part(&column.name, points);
+        }
+        Ok(state)
+    }
+
+    /// Nothing is changed on error.
+    fn load(&mut self, state: &StateDict) -> Result<()> {
+        let odd = || Error::State("the saved history is not what it should be".into());
+        let integers = |tensor: &Tensor| Vec::<i64>::try_from(tensor).map_err(|_| odd());
+        let rows: Vec<_> = integers(state.tensor("rows")?)?
+            .chunks(2)
+            .map(|row| match *row {
+                [iteration, epoch] => Ok(Row { iteration: iteration as u64, epoch: epoch as u64 }),
+                _ => Err(odd()),
+            })
+            .collect::<Result<_>>()?;
+        let mut columns = vec![];
+        for Column { name, .. } in &self.columns {
+            let saved = state.part(name)?;
+            let at = integers(saved.tensor("rows")?)?;
+            let values = Vec::<f64>::try_from(saved.tensor("values")?).map_err(|_| odd())?;
+            let known = |row: &i64| usize::try_from(*row).is_ok_and(|row| row < rows.len());
+            if at.len() != values.len() || !at.is_sorted() || !at.iter().all(known) {
+                return Err(odd());
+            }
+            let points = at.into_iter().map(|row| row as usize).zip(values).collect();
+            columns.push(Column { name: name.clone(), points, unread: vec![] });
+        }
+        (self.rows, self.columns) = (rows, columns);
+        Ok(())
     }
 
     /// Forgets what came after an iteration.

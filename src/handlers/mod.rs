@@ -6,6 +6,8 @@ mod evaluate;
 pub(crate) mod files;
 mod grad_norm;
 mod history;
+#[cfg(feature = "signals")]
+mod interrupt_on;
 mod lr_finder;
 pub(crate) mod parameters;
 #[cfg(feature = "plots")]
@@ -27,6 +29,8 @@ pub use epoch_output_store::EpochOutputStore;
 pub use evaluate::Evaluate;
 pub use grad_norm::GradNorm;
 pub use history::History;
+#[cfg(feature = "signals")]
+pub use interrupt_on::InterruptOn;
 pub use lr_finder::{LrCurve, LrFinder, StepMode};
 #[cfg(feature = "progress")]
 pub use progress_bar::ProgressBar;

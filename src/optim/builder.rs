@@ -150,6 +150,7 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
                 group.set(hyper.name(), value)?;
             }
         }
+        optimizer.note_as_built()?;
         Ok(optimizer)
     }
 }

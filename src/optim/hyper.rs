@@ -46,6 +46,15 @@ impl Kind {
         }
     }
 
+    /// PyTorch's names of what libtorch keeps for a parameter; empty where it keeps less.
+    pub(crate) fn state_names(self) -> [&'static str; 3] {
+        match self {
+            Kind::Sgd => ["momentum_buffer", "", ""],
+            Kind::Adam | Kind::AdamW => ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
+            Kind::RmsProp => ["square_avg", "momentum_buffer", "grad_avg"],
+        }
+    }
+
     /// The number of the state tensor that libtorch makes at a parameter's first step only if this
     /// is not 0 then, and needs at every later step if it is not 0.
     pub(crate) fn buffer_of(self, hyper: Hyper) -> Option<usize> {

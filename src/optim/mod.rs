@@ -10,12 +10,14 @@ mod hyper;
 mod knob;
 mod layerwise;
 mod lent;
+mod saved;
 mod snapshot;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use serde_json::{Map, Value};
 use tch::nn::{self, OptimizerConfig, VarStore, Variables};
 use tch::{TchError, Tensor};
 
@@ -52,6 +54,8 @@ struct Shared {
     /// Variables of the store that are surely in libtorch's optimizer.
     added: AtomicUsize,
     variables: Arc<Mutex<Variables>>,
+    /// The options it was built with, as `"<group>.<option>"`.
+    built: OnceLock<Map<String, Value>>,
 }
 
 fn listed(names: &[String]) -> String {
@@ -118,6 +122,7 @@ impl Optimizer {
                 grouping,
                 added: AtomicUsize::new(grouped.until()),
                 variables: variables.clone(),
+                built: OnceLock::new(),
             }),
         })
     }
@@ -266,11 +271,7 @@ impl Optimizer {
             }
         };
         self.native(|native| {
-            let names: [&str; 3] = match native.kind {
-                Kind::Sgd => ["momentum_buffer", "", ""],
-                Kind::Adam | Kind::AdamW => ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
-                Kind::RmsProp => ["square_avg", "momentum_buffer", "grad_avg"],
-            };
+            let names = native.kind.state_names();
             let state = native
                 .state(&tensor)
                 .map_err(|text| Error::libtorch("reading the optimizer's state", text))?;

@@ -1,6 +1,7 @@
 use serde_json::{Map, Value};
 
 use super::{Schedule, value};
+use crate::checkpoint::StateDict;
 use crate::data::Loader;
 use crate::engine::{Engine, Event, Events, Handler};
 use crate::{Error, Result};
@@ -89,6 +90,14 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
 
     fn validate(&self) -> Result<()> {
         self.schedule.validate()
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        Ok(Some(self.state_dict().into()))
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        self.load_state_dict(state.values())
     }
 
     fn call(

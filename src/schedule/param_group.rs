@@ -1,6 +1,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{ParamScheduler, Schedule, read};
+use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler};
 use crate::{Error, Result};
 
@@ -96,6 +97,14 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamGroupScheduler<S> {
 
     fn validate(&self) -> Result<()> {
         self.schedulers.iter().try_for_each(|s| <_ as Handler<C, B, O>>::validate(s))
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        Ok(Some(self.state_dict().into()))
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        self.load_state_dict(state.values())
     }
 
     fn call(

@@ -2,6 +2,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::check::within;
+use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler};
 use crate::optim::Knob;
 use crate::{Error, Result};
@@ -240,6 +241,14 @@ impl<C, B, O> Handler<C, B, O> for ReduceLROnPlateauScheduler {
 
     fn validate(&self) -> Result<()> {
         self.check()
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        Ok(Some(self.state_dict().into()))
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        self.load_state_dict(state.values())
     }
 
     fn call(

@@ -1,0 +1,40 @@
+//! The bytes of tensors.
+
+use std::ffi::c_void;
+
+use tch::{Device, Tensor};
+
+use super::Exception;
+
+fn checked_pointer(tensor: &Tensor) -> Result<(*mut c_void, usize), Exception> {
+    if !tensor.defined() || tensor.device() != Device::Cpu {
+        return Err("the bytes of a tensor that is not on the CPU were asked for".into());
+    }
+    if tensor.is_sparse() || !tensor.is_contiguous() {
+        return Err("the bytes of a tensor that is not dense and contiguous were asked for".into());
+    }
+    let size = tensor.f_kind().map_err(|error| error.to_string())?.elt_size_in_bytes();
+    Ok((tensor.data_ptr(), tensor.numel() * size))
+}
+
+/// The elements of a dense, contiguous CPU tensor, in memory order.
+pub(crate) fn bytes(tensor: &Tensor) -> Result<&[u8], Exception> {
+    let (start, len) = checked_pointer(tensor)?;
+    if len == 0 {
+        return Ok(&[]);
+    }
+    // SAFETY: a dense, contiguous CPU tensor has `numel` elements of its type from `data_ptr` on; all
+    // its types are plain bytes. The borrow keeps the storage alive; that nothing writes to it through
+    // another handle meanwhile is the same promise that every use of a tch tensor makes.
+    Ok(unsafe { std::slice::from_raw_parts(start.cast(), len) })
+}
+
+/// The same, to be written. Bool tensors must get zeros and ones.
+pub(crate) fn bytes_mut(tensor: &mut Tensor) -> Result<&mut [u8], Exception> {
+    let (start, len) = checked_pointer(tensor)?;
+    if len == 0 {
+        return Ok(&mut []);
+    }
+    // SAFETY: as in `bytes`, and the caller has the only handle that is used meanwhile.
+    Ok(unsafe { std::slice::from_raw_parts_mut(start.cast(), len) })
+}

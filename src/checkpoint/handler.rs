@@ -1,0 +1,466 @@
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::filename::Parts;
+use super::folder::Folder;
+use super::stateful::IntoStateful;
+use super::writer::{Job, Writer};
+use super::{StateDict, Stateful};
+use crate::engine::{Engine, Event, Events, Handler, Priority, State};
+use crate::{Error, Result};
+
+/// Which values of a metric are better.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Smaller ones, as of a loss.
+    Min,
+    /// Larger ones, as of an accuracy.
+    Max,
+}
+
+type ScoreFn<B, O> = Box<dyn Fn(&State<B, O>) -> Result<f64>>;
+
+/// What decides which files stay; the step where there is none.
+struct Score<B, O> {
+    name: Option<String>,
+    of: ScoreFn<B, O>,
+}
+
+/// Writes checkpoints: ignite's `Checkpoint`, with everything in them.
+///
+/// A checkpoint is one safetensors file with all that [`Engine::checkpoint`] gives. It is written
+/// beside its place, synced, renamed, and the folder synced, before an old one is removed: whatever
+/// happens, a folder that had a whole checkpoint has one. One process at a time may have the folder.
+///
+/// It acts after all other handlers of its events ([`Priority::Last`]), so that what it saves is the
+/// state after them. `latest` in the folder holds the name of the newest.
+///
+/// ```no_run
+/// # use tch::{Device, nn};
+/// # use tch_ignite::optim::Optimizer;
+/// use tch_ignite::checkpoint::Checkpoint;
+/// use tch_ignite::engine::{Engine, Event, Until};
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let optimizer = Optimizer::adam(&vs).build()?;
+/// let mut trainer = Engine::new(|_: &mut (), _, batch: f64| Ok(batch));
+/// trainer.track("model", &vs).track("optimizer", &optimizer);
+/// trainer.attach(Checkpoint::new("runs/mnist").n_saved(3).on(Event::IterationCompleted.every(1000)));
+/// trainer.resume(&mut (), "runs/mnist")?;
+/// trainer.run(&mut (), vec![0.5; 100], Until::epochs(50))?;
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+///
+/// Costs a write of all tensors to the disk in the training's thread, or with
+/// [`background`](Self::background) a copy of them; nothing at other iterations.
+pub struct Checkpoint<B, O> {
+    folder: PathBuf,
+    create_dir: bool,
+    require_empty: bool,
+    opened: Option<Arc<Folder>>,
+    events: Events,
+    every: Option<Duration>,
+    written: Option<Instant>,
+    on_interrupt: bool,
+    on_exception: bool,
+    n_saved: Option<usize>,
+    parts: Parts,
+    pattern: Option<String>,
+    global_step: Option<Event>,
+    score: Option<Score<B, O>>,
+    greater_or_equal: bool,
+    weights: Option<Box<dyn Stateful>>,
+    saved: Vec<Saved>,
+    background: bool,
+    writer: Writer,
+}
+
+/// A file that is kept.
+#[derive(Debug, Clone, PartialEq)]
+struct Saved {
+    priority: f64,
+    /// Counts of steps are shown as whole numbers.
+    is_step: bool,
+    name: String,
+}
+
+const LATEST: &str = "latest";
+const EXT: &str = "safetensors";
+
+impl<B, O> Checkpoint<B, O> {
+    /// Of everything, at the end of each epoch, into this folder, which is made where it is not there.
+    /// The newest is kept, unless told otherwise.
+    pub fn new(folder: impl Into<PathBuf>) -> Self {
+        Self {
+            folder: folder.into(),
+            create_dir: true,
+            require_empty: false,
+            opened: None,
+            events: Event::EpochCompleted.into(),
+            every: None,
+            written: None,
+            on_interrupt: true,
+            on_exception: false,
+            n_saved: Some(1),
+            parts: Parts { name: "checkpoint".into(), ext: EXT.into(), ..Parts::default() },
+            pattern: None,
+            global_step: None,
+            score: None,
+            greater_or_equal: false,
+            weights: None,
+            saved: vec![],
+            background: false,
+            writer: Writer::default(),
+        }
+    }
+
+    /// Acts at these events.
+    pub fn on(mut self, events: impl Into<Events>) -> Self {
+        self.events = events.into();
+        self
+    }
+
+    /// At these events, but not before so much time has passed since the last one was written.
+    pub fn every(mut self, time: Duration) -> Self {
+        self.every = Some(time);
+        self
+    }
+
+    /// Whether one is written when the run is interrupted, as by default: `interrupted.safetensors`.
+    /// [`InterruptOn`](crate::handlers::InterruptOn) does that for signals.
+    pub fn on_interrupt(mut self, on: bool) -> Self {
+        self.on_interrupt = on;
+        self
+    }
+
+    /// Writes one also when the run fails, in a step, a handler or the data: `emergency.safetensors`.
+    /// The next run from it goes on after what failed.
+    pub fn on_exception(mut self, on: bool) -> Self {
+        self.on_exception = on;
+        self
+    }
+
+    /// How many files are kept: those with the largest score, or the newest where there is none.
+    pub fn n_saved(mut self, files: usize) -> Self {
+        self.n_saved = Some(files);
+        self
+    }
+
+    /// Keeps all files.
+    pub fn keep_all(mut self) -> Self {
+        self.n_saved = None;
+        self
+    }
+
+    /// Keeps the files of the best values of a metric. The metric must have a value at the events, and
+    /// NaN is never among the best.
+    pub fn best(mut self, files: usize, metric: impl Into<String>, mode: Mode) -> Self {
+        let metric = metric.into();
+        let sign = if mode == Mode::Max { 1. } else { -1. };
+        let name = metric.replace('/', "_");
+        self.n_saved = Some(files);
+        self.score_function(move |state| Ok(sign * state.metrics.get(&metric)?)).score_name(name)
+    }
+
+    /// Keeps the files of the largest scores, by a function of the engine's state: ignite's
+    /// `score_function`.
+    pub fn score_function(mut self, score: impl Fn(&State<B, O>) -> Result<f64> + 'static) -> Self {
+        self.score = Some(Score { name: None, of: Box::new(score) });
+        self
+    }
+
+    /// The name of the score in file names; after [`score_function`](Self::score_function).
+    pub fn score_name(mut self, name: impl Into<String>) -> Self {
+        if let Some(score) = &mut self.score {
+            score.name = Some(name.into());
+        }
+        self
+    }
+
+    /// Also keeps a file whose score equals the smallest that is kept, instead of that one.
+    pub fn greater_or_equal(mut self, on: bool) -> Self {
+        self.greater_or_equal = on;
+        self
+    }
+
+    /// What file names begin with.
+    pub fn filename_prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.parts.filename_prefix = prefix.into();
+        self
+    }
+
+    /// The name in file names: `"checkpoint"` unless given.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.parts.name = name.into();
+        self
+    }
+
+    /// The extension of file names: `"safetensors"` unless given.
+    pub fn ext(mut self, ext: impl Into<String>) -> Self {
+        self.parts.ext = ext.into();
+        self
+    }
+
+    /// How file names are made, such as `"{name}_{global_step}.{ext}"`; see
+    /// [`setup_filename_pattern`](super::setup_filename_pattern) for the default.
+    pub fn filename_pattern(mut self, pattern: impl Into<String>) -> Self {
+        self.pattern = Some(pattern.into());
+        self
+    }
+
+    /// Puts a step into file names where a score is there too: the epoch for epoch events, else the
+    /// iteration. Without a score they have it anyway, the iteration unless told.
+    pub fn global_step(mut self, event: Event) -> Self {
+        self.global_step = Some(event);
+        self
+    }
+
+    /// Only the weights of a model, as a plain safetensors file with PyTorch's names: ignite's
+    /// `ModelCheckpoint`. Nothing can be resumed from these.
+    pub fn weights(mut self, model: impl IntoStateful<'static>) -> Self {
+        self.weights = Some(model.into_stateful());
+        self
+    }
+
+    /// Writes in a thread of its own, from a copy of all tensors: one copy at most, so training waits
+    /// where a checkpoint comes before the last is written. Errors come out at the next one, and the
+    /// run ends when the last is written.
+    pub fn background(mut self, on: bool) -> Self {
+        self.background = on;
+        self
+    }
+
+    /// Whether the folder is made where it is not there, as by default.
+    pub fn create_dir(mut self, on: bool) -> Self {
+        self.create_dir = on;
+        self
+    }
+
+    /// Whether files with the extension may not be in the folder when a run starts anew.
+    pub fn require_empty(mut self, on: bool) -> Self {
+        self.require_empty = on;
+        self
+    }
+
+    /// The file of the largest score, or the newest.
+    pub fn last_checkpoint(&self) -> Option<PathBuf> {
+        self.saved.last().map(|saved| self.folder.join(&saved.name))
+    }
+
+    /// The files that are kept with their scores or steps, the smallest first.
+    pub fn saved(&self) -> impl Iterator<Item = (f64, &str)> {
+        self.saved.iter().map(|saved| (saved.priority, saved.name.as_str()))
+    }
+
+    fn state(&self) -> Result<StateDict> {
+        let saved: Vec<(Value, &str)> =
+            self.saved.iter().map(|saved| (saved.shown(), saved.name.as_str())).collect();
+        let mut state = StateDict::new();
+        state.set_value("_saved", saved)?;
+        Ok(state)
+    }
+
+    /// The folder, locked.
+    fn folder(&mut self) -> Result<Arc<Folder>> {
+        if let Some(folder) = &self.opened {
+            return Ok(folder.clone());
+        }
+        let folder = Folder::open(&self.folder, self.create_dir)?;
+        Ok(self.opened.insert(folder).clone())
+    }
+
+    fn begin(&mut self, anew: bool) -> Result<()> {
+        let folder = self.folder()?;
+        if self.require_empty && anew {
+            let ext = format!(".{}", self.parts.ext);
+            let mut files: Vec<_> =
+                folder.names().into_iter().filter(|name| name.ends_with(&ext)).collect();
+            files.sort();
+            if !files.is_empty() {
+                let files: Vec<_> = files.iter().map(|name| format!("'{name}'")).collect();
+                return Err(Error::invalid(format!(
+                    "Files [{}] with extension '{ext}' are already present in the directory {}. If you want to use this directory anyway, pass `require_empty=False`.",
+                    files.join(", "),
+                    self.folder.display()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is written at this event, if anything, and what goes for it.
+    fn choose(&self, state: &State<B, O>) -> Result<Option<Chosen>> {
+        let score = self.score.as_ref().map(|score| (score.of)(state)).transpose()?;
+        let step = match self.global_step {
+            Some(Event::EpochStarted | Event::EpochCompleted) => state.epoch,
+            _ => state.iteration,
+        };
+        let priority = score.unwrap_or(step as f64);
+        let room = self.n_saved.is_none_or(|most| self.saved.len() < most);
+        let fits = match self.saved.first() {
+            _ if priority.is_nan() => false,
+            _ if room => true,
+            Some(smallest) if self.greater_or_equal => priority >= smallest.priority,
+            Some(smallest) => priority > smallest.priority,
+            None => false,
+        };
+        if !fits {
+            return Ok(None);
+        }
+        let parts = Parts {
+            score_name: self.score.as_ref().and_then(|score| score.name.clone()),
+            score: score.map(|score| format!("{score:.4}")),
+            global_step: (score.is_none() || self.global_step.is_some()).then_some(step),
+            ..self.parts.clone()
+        };
+        let pattern = self.pattern.clone().map_or_else(|| parts.default_pattern(), Ok)?;
+        let name = parts.filled(&pattern)?;
+        let same = self.saved.iter().position(|saved| saved.name == name);
+        let goes = same.or((!room).then_some(0));
+        Ok(Some(Chosen { saved: Saved { priority, is_step: score.is_none(), name }, goes }))
+    }
+
+    fn write<C>(&mut self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<()> {
+        let folder = self.folder()?;
+        let Some(Chosen { saved, goes }) = self.choose(&engine.state)? else { return Ok(()) };
+        let (name, before) = (saved.name.clone(), self.saved.clone());
+        let remove = goes.map(|index| self.saved.remove(index).name);
+        let at = self.saved.partition_point(|other| other.priority <= saved.priority);
+        self.saved.insert(at, saved);
+        let written = self.contents(cx, engine).and_then(|state| {
+            let plain = self.weights.is_some();
+            let latest = (!plain).then(|| LATEST.to_owned());
+            let remove = remove.into_iter().collect();
+            self.writer.submit(Job { folder, state, plain, name, latest, remove }, self.background)
+        });
+        if written.is_err() {
+            // The old files are still there.
+            self.saved = before;
+        }
+        written
+    }
+
+    fn contents<C>(&self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<StateDict> {
+        match &self.weights {
+            Some(model) => model.state_dict(),
+            None => engine.checkpoint_within(cx, Some(self.state()?)),
+        }
+    }
+
+    /// Besides the files that are counted.
+    fn write_named<C>(&mut self, name: &str, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<()> {
+        let folder = self.folder()?;
+        let state = self.contents(cx, engine)?;
+        let name = format!("{name}.{}", self.parts.ext);
+        let latest = self.weights.is_none().then(|| LATEST.to_owned());
+        self.writer.submit(
+            Job { folder, state, plain: self.weights.is_some(), name, latest, remove: vec![] },
+            false,
+        )
+    }
+}
+
+struct Chosen {
+    saved: Saved,
+    /// Which of the kept files it takes the place of.
+    goes: Option<usize>,
+}
+
+impl Saved {
+    fn shown(&self) -> Value {
+        if self.is_step { Value::from(self.priority as u64) } else { Value::from(self.priority) }
+    }
+}
+
+impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
+    fn name(&self) -> String {
+        if self.weights.is_some() { "model checkpoint".into() } else { "checkpoint".into() }
+    }
+
+    fn events(&self) -> Events {
+        let mut events = self.events.clone();
+        for event in [Event::Started, Event::Completed, Event::ExceptionRaised, Event::Interrupt] {
+            if !events.names(event) {
+                events = events | event;
+            }
+        }
+        events
+    }
+
+    fn validate(&self) -> Result<()> {
+        if self.n_saved == Some(0) {
+            return Err(Error::invalid("n_saved must be a positive integer or None, got 0"));
+        }
+        let parts = Parts {
+            score: self.score.as_ref().map(|_| "0".into()),
+            score_name: self.score.as_ref().and_then(|score| score.name.clone()),
+            global_step: (self.score.is_none() || self.global_step.is_some()).then_some(0),
+            ..self.parts.clone()
+        };
+        let pattern = self.pattern.clone().map_or_else(|| parts.default_pattern(), Ok)?;
+        parts.filled(&pattern).map(drop)
+    }
+
+    fn priority(&self) -> Priority {
+        Priority::Last
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        self.state().map(Some)
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        let saved: Vec<(Value, String)> = state.value("_saved")?;
+        self.saved = saved
+            .into_iter()
+            .map(|(priority, name)| Saved {
+                priority: priority.as_f64().unwrap_or(0.),
+                is_step: priority.is_u64(),
+                name,
+            })
+            .filter(|saved| self.folder.join(&saved.name).exists())
+            .collect();
+        Ok(())
+    }
+
+    fn call(
+        &mut self,
+        event: Event,
+        cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        match event {
+            Event::Started => {
+                self.begin(engine.state.iteration == 0)?;
+                self.written.get_or_insert_with(Instant::now);
+            }
+            Event::ExceptionRaised if self.on_exception => {
+                self.write_named("emergency", cx, engine)?;
+            }
+            Event::Interrupt if self.on_interrupt => self.write_named("interrupted", cx, engine)?,
+            _ => {}
+        }
+        let own = self.events.names(event);
+        let due = self.every.is_none_or(|time| self.written.is_none_or(|at| at.elapsed() >= time));
+        if own && due {
+            self.write(cx, engine)?;
+            self.written = Some(Instant::now());
+        }
+        if matches!(event, Event::Completed | Event::ExceptionRaised | Event::Interrupt) {
+            self.writer.wait()?;
+        }
+        Ok(())
+    }
+}
+
+impl<B, O> fmt::Debug for Checkpoint<B, O> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let saved: BTreeMap<_, _> =
+            self.saved.iter().map(|saved| (saved.name.as_str(), saved.priority)).collect();
+        f.debug_struct("Checkpoint").field("folder", &self.folder).field("saved", &saved).finish()
+    }
+}

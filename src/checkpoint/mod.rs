@@ -1,0 +1,34 @@
+//! Checkpoints: everything that a run needs to go on exactly, in one file.
+//!
+//! [`Checkpoint`] writes them while an engine runs, [`Engine::resume`](crate::engine::Engine::resume)
+//! goes on from the newest. A file is safetensors and can be read by any program that knows that:
+//!
+//! ```python
+//! from safetensors import safe_open
+//! with safe_open("checkpoint_1000.safetensors", "pt") as file:
+//!     weight = file.get_tensor("model/conv1.weight")
+//!     moment = file.get_tensor("optimizer/conv1.weight/exp_avg")
+//! ```
+//!
+//! Values (the position, hyper-parameters, the schedulers' state) are JSON in its metadata, under
+//! `state`; a CRC-32C of everything is there too.
+//!
+//! What goes on bit for bit: parameters, buffers, the optimizer's state, schedules, metrics, the data's
+//! order and position, random numbers of libtorch's default generators on the CPU and CUDA. What does
+//! not: kernels that are not deterministic themselves, and random numbers on another kind of device
+//! than the one they were saved from.
+
+mod filename;
+mod folder;
+mod format;
+mod handler;
+mod resume;
+mod state_dict;
+mod stateful;
+mod writer;
+
+pub use filename::setup_filename_pattern;
+pub use handler::{Checkpoint, Mode};
+pub use resume::{Resumed, load_weights, read_state, save_weights, verify, write_state};
+pub use state_dict::{StateDict, Stateful};
+pub use stateful::IntoStateful;

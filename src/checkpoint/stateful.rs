@@ -1,0 +1,154 @@
+//! What engines track: models, optimizers, and things of your own.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde_json::{Map, Value};
+use tch::Tensor;
+use tch::nn::{VarStore, Variables};
+
+use super::{StateDict, Stateful};
+use crate::bridge::TensorId;
+use crate::optim::Optimizer;
+use crate::{Error, Result};
+
+/// What [`Engine::track`](crate::engine::Engine::track) takes: `&VarStore`, `&Optimizer`, and
+/// `Rc<RefCell<T>>` or `Arc<Mutex<T>>` of a [`Stateful`] type.
+pub trait IntoStateful<'a> {
+    /// A handle to it.
+    fn into_stateful(self) -> Box<dyn Stateful + 'a>;
+}
+
+impl<'a> IntoStateful<'a> for &VarStore {
+    fn into_stateful(self) -> Box<dyn Stateful + 'a> {
+        Box::new(Model(self.variables_.clone()))
+    }
+}
+
+impl<'a> IntoStateful<'a> for &Optimizer {
+    fn into_stateful(self) -> Box<dyn Stateful + 'a> {
+        Box::new(self.clone())
+    }
+}
+
+impl<'a, T: Stateful + 'a> IntoStateful<'a> for Rc<RefCell<T>> {
+    fn into_stateful(self) -> Box<dyn Stateful + 'a> {
+        Box::new(self)
+    }
+}
+
+impl<'a, T: Stateful + 'a> IntoStateful<'a> for Arc<Mutex<T>> {
+    fn into_stateful(self) -> Box<dyn Stateful + 'a> {
+        Box::new(self)
+    }
+}
+
+impl<T: Stateful> Stateful for Rc<RefCell<T>> {
+    fn state_dict(&self) -> Result<StateDict> {
+        self.try_borrow().map_err(|error| Error::State(error.to_string()))?.state_dict()
+    }
+
+    fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
+        self.try_borrow_mut()
+            .map_err(|error| Error::State(error.to_string()))?
+            .load_state_dict(state)
+    }
+
+    fn settings(&self) -> Map<String, Value> {
+        self.try_borrow().map_or_else(|_| Map::new(), |part| part.settings())
+    }
+
+    fn has_fixed_tensors(&self) -> bool {
+        self.try_borrow().is_ok_and(|part| part.has_fixed_tensors())
+    }
+}
+
+impl<T: Stateful> Stateful for Arc<Mutex<T>> {
+    fn state_dict(&self) -> Result<StateDict> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).state_dict()
+    }
+
+    fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).load_state_dict(state)
+    }
+
+    fn settings(&self) -> Map<String, Value> {
+        self.lock().unwrap_or_else(PoisonError::into_inner).settings()
+    }
+
+    fn has_fixed_tensors(&self) -> bool {
+        self.lock().unwrap_or_else(PoisonError::into_inner).has_fixed_tensors()
+    }
+}
+
+/// The variables of a store, parameters and buffers, under their names.
+struct Model(Arc<Mutex<Variables>>);
+
+impl Stateful for Model {
+    fn state_dict(&self) -> Result<StateDict> {
+        Ok(variables_of(&self.0))
+    }
+
+    fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
+        load_variables(&self.0, &state)
+    }
+
+    fn has_fixed_tensors(&self) -> bool {
+        true
+    }
+}
+
+pub(super) fn variables_of(variables: &Mutex<Variables>) -> StateDict {
+    let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut state = StateDict::new();
+    for (name, tensor) in &variables.named_variables {
+        state.set_tensor(name, tensor.shallow_clone());
+    }
+    state
+}
+
+/// Copies values into the variables, whose types stay. Nothing is changed on error.
+pub(super) fn load_variables(variables: &Mutex<Variables>, state: &StateDict) -> Result<()> {
+    let ours = variables_of(variables);
+    let fits = |tensor: &Tensor| (tensor.kind(), tensor.size());
+    check_fixed(&ours, |name| state.tensors.get(name).map(fits), state.tensors.keys())?;
+    let _guard = tch::no_grad_guard();
+    for (name, value) in &state.tensors {
+        let Some(mut variable) = ours.tensors.get(name).map(Tensor::shallow_clone) else {
+            continue;
+        };
+        // Read into its place already.
+        if TensorId::of(&variable) != TensorId::of(value) {
+            variable
+                .f_copy_(value)
+                .map_err(|error| Error::libtorch(format!("loading '{name}'"), error))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the saved tensors are those of `ours`, in name, type and shape.
+pub(super) fn check_fixed<'n>(
+    ours: &StateDict,
+    saved: impl Fn(&str) -> Option<(tch::Kind, Vec<i64>)>,
+    saved_names: impl IntoIterator<Item = &'n String>,
+) -> Result<()> {
+    for (name, tensor) in &ours.tensors {
+        match saved(name) {
+            None => return Err(Error::State(format!("'{name}' is missing"))),
+            Some((kind, shape)) if kind != tensor.kind() || shape != tensor.size() => {
+                return Err(Error::State(format!(
+                    "'{name}' is {kind:?} of shape {shape:?}, but {:?} of shape {:?} here",
+                    tensor.kind(),
+                    tensor.size()
+                )));
+            }
+            Some(_) => {}
+        }
+    }
+    match saved_names.into_iter().find(|name| !ours.tensors.contains_key(*name)) {
+        Some(name) => Err(Error::State(format!("'{name}' is unknown here"))),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,458 @@
+//! The state of an engine and of all that belongs to it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use tch::{Device, Kind, Tensor};
+
+use super::event::BUILT_IN_EVENTS;
+use super::run::SavedPosition;
+use super::{Control, Engine, MetricValue};
+use crate::bridge::{generator_state, set_generator_state};
+use crate::checkpoint::{IntoStateful, StateDict, Stateful};
+use crate::{Error, Result};
+
+/// What belongs to an engine by `track`.
+pub(super) struct Tracked<'a, C> {
+    parts: Vec<(String, Box<dyn Stateful + 'a>)>,
+    context: Option<ContextState<C>>,
+}
+
+struct ContextState<C> {
+    save: fn(&C) -> Result<StateDict>,
+    load: fn(&mut C, StateDict) -> Result<()>,
+}
+
+impl<C> Default for Tracked<'_, C> {
+    fn default() -> Self {
+        Self { parts: vec![], context: None }
+    }
+}
+
+/// Parts that an engine's state always has.
+const ENGINE: &str = "engine";
+const HANDLERS: &str = "handlers";
+const METRICS: &str = "metrics";
+const PARAM_HISTORY: &str = "param_history";
+const RNG: &str = "rng";
+const CONTEXT: &str = "context";
+const SETTINGS: &str = "settings";
+const RESERVED: [&str; 7] = [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, SETTINGS];
+
+const IN_PART: &str = "a checkpoint was loaded only in part: restore a whole one before running";
+
+/// The engine's own values, as they are saved.
+#[derive(Serialize, Deserialize)]
+struct Values {
+    iteration: u64,
+    epoch: u64,
+    epoch_length: Option<u64>,
+    max_epochs: Option<u64>,
+    max_iters: Option<u64>,
+    samples: u64,
+    position: SavedPosition,
+    /// What handlers asked for and the engine has not done yet, and at which event.
+    asked: SavedControl,
+    firings: BTreeMap<String, u64>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SavedControl {
+    event: String,
+    terminate: bool,
+    skip_completed: bool,
+    terminate_epoch: bool,
+    skip_epoch_completed: bool,
+    skip_batch: bool,
+}
+
+/// What [`Engine::restore`] did.
+#[derive(Debug, Default)]
+#[non_exhaustive]
+pub struct Restored {
+    /// What the state had and the engine has not, or the other way round, or what did not fit; only
+    /// where it was not to be strict. The devices whose random numbers go on differently are here too.
+    pub ignored: Vec<String>,
+    /// Settings of tracked parts that are not what they were, such as the learning rate an optimizer
+    /// was built with. Those of the state are used.
+    pub changed: Vec<String>,
+}
+
+impl<'a, C, B, O> Engine<'a, C, B, O> {
+    /// Makes something part of this engine's state under a name: a model (`&VarStore`), an
+    /// [`Optimizer`](crate::optim::Optimizer), or what you implement
+    /// [`Stateful`] for. Handlers, metrics, the engine's position and libtorch's random number
+    /// generators are part of it anyway.
+    ///
+    /// A name that is taken or reserved is an error of the next `run`.
+    pub fn track(&mut self, name: impl Into<String>, part: impl IntoStateful<'a>) -> &mut Self {
+        let name = name.into();
+        let taken = self.tracked.parts.iter().any(|(other, _)| *other == name);
+        if taken || RESERVED.contains(&name.as_str()) || name.contains('/') || name.is_empty() {
+            self.refused.get_or_insert(format!(
+                "'{name}' cannot be tracked under this name: it must not be empty, hold a '/', be used before, or be one of {}",
+                RESERVED.join(", ")
+            ));
+        } else {
+            self.tracked.parts.push((name, part.into_stateful()));
+        }
+        self
+    }
+
+    /// Makes the context part of this engine's state.
+    pub fn track_context(&mut self) -> &mut Self
+    where
+        C: Stateful,
+    {
+        self.tracked.context =
+            Some(ContextState { save: C::state_dict, load: |cx, state| cx.load_state_dict(state) });
+        self
+    }
+
+    /// The state of everything: position, budgets, data position, metrics, all handlers, what is
+    /// [tracked](Self::track), and the random number generators. Tensors are shared, not copied.
+    ///
+    /// Within a run this is the state after the current event, if it is called by the last handler of
+    /// it: see [`Priority`](super::Priority).
+    ///
+    /// # Errors
+    /// What cannot be saved, by name.
+    pub fn checkpoint(&self, cx: &C) -> Result<StateDict> {
+        self.checkpoint_within(cx, None)
+    }
+
+    /// With the state of the handler that calls it, which cannot be asked.
+    pub(crate) fn checkpoint_within(
+        &self,
+        cx: &C,
+        mut caller: Option<StateDict>,
+    ) -> Result<StateDict> {
+        let mut all = StateDict::new();
+        all.set_part(ENGINE, self.own_state()?);
+        all.set_part(HANDLERS, self.save_handlers(&mut caller)?);
+        all.set_part(METRICS, self.metric_values());
+        all.set_part(PARAM_HISTORY, self.saved_history()?);
+        all.set_part(RNG, generators()?);
+        if let Some(context) = &self.tracked.context {
+            all.set_part(CONTEXT, (context.save)(cx).map_err(|error| of_part(CONTEXT, error))?);
+        }
+        let mut settings = StateDict::new();
+        for (name, part) in &self.tracked.parts {
+            all.set_part(name, part.state_dict().map_err(|error| of_part(name, error))?);
+            settings.set_value(name, part.settings())?;
+        }
+        all.set_part(SETTINGS, settings);
+        Ok(all)
+    }
+
+    /// Goes to a state; the next `run` goes on there, exactly as if there had been no break. The
+    /// tensors are taken over where that saves a copy.
+    ///
+    /// With `strict`, everything has to be there on both sides; otherwise what is missing, unknown or
+    /// does not fit is left out, and told.
+    ///
+    /// # Errors
+    /// What is missing, unknown or does not fit, by name. Parts before it are loaded then, so the
+    /// engine refuses to run until a restore succeeds.
+    pub fn restore(&mut self, cx: &mut C, state: StateDict, strict: bool) -> Result<Restored> {
+        if self.running {
+            return Err(Error::invalid("restore() was called within a run"));
+        }
+        if self.refused.as_deref() == Some(IN_PART) {
+            self.refused = None;
+        }
+        let changed = self.changed_settings(&state);
+        let mut report = Report { strict, ignored: vec![] };
+        let result = self.restore_parts(cx, state, &mut report);
+        if result.is_err() {
+            self.refuse_until_restored();
+        }
+        result.map(|()| Restored { ignored: report.ignored, changed })
+    }
+
+    /// Because models may hold garbage.
+    pub(crate) fn refuse_until_restored(&mut self) {
+        self.refused.get_or_insert(IN_PART.into());
+    }
+
+    fn changed_settings(&self, state: &StateDict) -> Vec<String> {
+        let Ok(saved) = state.part(SETTINGS) else { return vec![] };
+        let mut changed = vec![];
+        for (name, part) in &self.tracked.parts {
+            let Ok(then) = saved.value::<Map<String, Value>>(name) else { continue };
+            let now = part.settings();
+            for key in then.keys().chain(now.keys().filter(|key| !then.contains_key(*key))) {
+                if then.get(key) != now.get(key) {
+                    let shown = |value: Option<&Value>| {
+                        value.map_or_else(|| "nothing".to_owned(), Value::to_string)
+                    };
+                    let (then, now) = (shown(then.get(key)), shown(now.get(key)));
+                    changed.push(format!("{key} of {name}: {then} then, {now} now"));
+                }
+            }
+        }
+        changed
+    }
+
+    fn restore_parts(&mut self, cx: &mut C, state: StateDict, report: &mut Report) -> Result<()> {
+        let StateDict { mut parts, .. } = state;
+        parts.remove(SETTINGS);
+        let mut part = |name: &str| parts.remove(name);
+        for (name, tracked) in &mut self.tracked.parts {
+            report.load(name, part(name), |state| tracked.load_state_dict(state))?;
+        }
+        if let Some(context) = &self.tracked.context {
+            report.load(CONTEXT, part(CONTEXT), |state| (context.load)(cx, state))?;
+        }
+        self.load_handlers(part(HANDLERS).unwrap_or_default(), report)?;
+        if let Some(metrics) = part(METRICS) {
+            self.load_metric_values(metrics);
+        }
+        if let Some(history) = part(PARAM_HISTORY) {
+            report.load(PARAM_HISTORY, Some(history), |history| self.load_history(history))?;
+        }
+        load_generators(part(RNG), report)?;
+        let own = part(ENGINE);
+        for name in parts.keys() {
+            report.note(format!("the state has a part '{name}', which is not tracked here"))?;
+        }
+        report.load(ENGINE, own, |state| self.load_own_state(state))
+    }
+
+    /// The states of all handlers that have one.
+    pub(crate) fn handler_states(&self) -> Result<StateDict> {
+        self.save_handlers(&mut None)
+    }
+
+    /// Nothing may be missing or unknown.
+    pub(crate) fn load_handler_states(&mut self, states: StateDict) -> Result<()> {
+        self.load_handlers(states, &mut Report { strict: true, ignored: vec![] })
+    }
+
+    fn save_handlers(&self, caller: &mut Option<StateDict>) -> Result<StateDict> {
+        let mut states = StateDict::new();
+        for (name, handler) in self.handlers.stateful() {
+            let state = match handler {
+                Some(handler) => handler.save_state().map_err(|error| of_part(&name, error))?,
+                None => Some(caller.take().ok_or_else(|| {
+                    Error::State(format!(
+                        "handler '{name}' is running: a checkpoint cannot be made within it"
+                    ))
+                })?),
+            };
+            if let Some(state) = state {
+                states.set_part(&name, state);
+            }
+        }
+        Ok(states)
+    }
+
+    fn load_handlers(&mut self, mut states: StateDict, report: &mut Report) -> Result<()> {
+        for (name, handler) in self.handlers.stateful_mut() {
+            let what = format!("handler '{name}'");
+            report.load(&what, states.parts.remove(&name), |state| handler.load_state(state))?;
+        }
+        states.parts.keys().try_for_each(|name| {
+            report.note(format!(
+                "the state has a part of handler '{name}', which is not attached here (attach before restoring)"
+            ))
+        })
+    }
+
+    fn own_state(&self) -> Result<StateDict> {
+        let (state, control) = (&self.state, &self.control);
+        let values = Values {
+            iteration: state.iteration,
+            epoch: state.epoch,
+            epoch_length: state.epoch_length,
+            max_epochs: state.max_epochs,
+            max_iters: state.max_iters,
+            samples: state.samples,
+            position: self.position.save(),
+            asked: SavedControl {
+                event: self.position.event.to_string(),
+                terminate: control.terminate,
+                skip_completed: control.skip_completed,
+                terminate_epoch: control.terminate_epoch,
+                skip_epoch_completed: control.skip_epoch_completed,
+                skip_batch: control.skip_batch,
+            },
+            firings: self.handlers.firings().map(|(name, n)| (name.to_owned(), n)).collect(),
+        };
+        let mut own = StateDict::new();
+        own.set_value("position", values)?;
+        Ok(own)
+    }
+
+    fn load_own_state(&mut self, own: StateDict) -> Result<()> {
+        let saved: Values = own.value("position")?;
+        let asked = saved.asked;
+        let event = BUILT_IN_EVENTS.into_iter().find(|event| event.to_string() == asked.event);
+        let event =
+            event.ok_or_else(|| Error::State(format!("there is no event '{}'", asked.event)))?;
+        let state = &mut self.state;
+        state.iteration = saved.iteration;
+        state.epoch = saved.epoch;
+        state.epoch_length = saved.epoch_length;
+        (state.max_epochs, state.max_iters) = (saved.max_epochs, saved.max_iters);
+        state.samples = saved.samples;
+        for (name, firings) in &saved.firings {
+            if !self.handlers.set_firings(name, *firings) {
+                return Err(Error::State(format!(
+                    "the state counts firings of event '{name}', which is not registered here"
+                )));
+            }
+        }
+        let budgeted = saved.max_epochs.is_some() || saved.max_iters.is_some();
+        self.position = saved.position.restore(event, budgeted);
+        self.control = Control {
+            any: asked.terminate || asked.terminate_epoch || asked.skip_batch,
+            terminate: asked.terminate,
+            skip_completed: asked.skip_completed,
+            terminate_epoch: asked.terminate_epoch,
+            skip_epoch_completed: asked.skip_epoch_completed,
+            skip_batch: asked.skip_batch,
+            interrupt: false,
+        };
+        self.data = None;
+        Ok(())
+    }
+
+    fn metric_values(&self) -> StateDict {
+        let mut values = StateDict::new();
+        for (name, value) in self.state.metrics.iter() {
+            values.set_tensor(
+                name,
+                match value {
+                    MetricValue::Number(value) => Tensor::from(*value),
+                    MetricValue::Tensor(tensor) => tensor.shallow_clone(),
+                },
+            );
+        }
+        values
+    }
+
+    fn load_metric_values(&mut self, values: StateDict) {
+        self.state.metrics.clear();
+        for (name, value) in values.tensors {
+            self.state.metrics.set(&name, value);
+        }
+    }
+
+    fn saved_history(&self) -> Result<StateDict> {
+        let mut saved = StateDict::new();
+        for (name, rows) in &self.state.param_history {
+            // A row has a value for each group; their number may grow.
+            let lens: Vec<i64> = rows.iter().map(|row| row.len() as i64).collect();
+            let mut history = StateDict::new();
+            let failed = |error| Error::libtorch("saving the history of a parameter", error);
+            history.set_tensor("lens", Tensor::f_from_slice(&lens).map_err(failed)?);
+            history.set_tensor("values", Tensor::f_from_slice(&rows.concat()).map_err(failed)?);
+            saved.set_part(name, history);
+        }
+        Ok(saved)
+    }
+
+    fn load_history(&mut self, saved: StateDict) -> Result<()> {
+        let mut all = BTreeMap::new();
+        for (name, history) in &saved.parts {
+            let odd = || Error::State(format!("the history of '{name}' is not what it should be"));
+            let lens = Vec::<i64>::try_from(history.tensor("lens")?).map_err(|_| odd())?;
+            let values = Vec::<f64>::try_from(history.tensor("values")?).map_err(|_| odd())?;
+            let mut rest = values.as_slice();
+            let mut rows = Vec::with_capacity(lens.len());
+            for len in lens {
+                let len = usize::try_from(len).map_err(|_| odd())?;
+                let (row, others) = rest.split_at_checked(len).ok_or_else(odd)?;
+                rows.push(row.to_vec());
+                rest = others;
+            }
+            all.insert(name.clone(), rows);
+        }
+        self.state.param_history = all;
+        Ok(())
+    }
+
+    /// Models and the like, whose tensors a saved state must have: their current state, by name.
+    pub(crate) fn fixed_parts(&self) -> Result<Vec<(&str, StateDict)>> {
+        let fixed = self.tracked.parts.iter().filter(|(_, part)| part.has_fixed_tensors());
+        fixed.map(|(name, part)| Ok((name.as_str(), part.state_dict()?))).collect()
+    }
+}
+
+/// Collects what does not fit, or makes it an error.
+struct Report {
+    strict: bool,
+    ignored: Vec<String>,
+}
+
+impl Report {
+    fn note(&mut self, what: String) -> Result<()> {
+        if self.strict {
+            return Err(Error::State(what));
+        }
+        self.ignored.push(what);
+        Ok(())
+    }
+
+    fn load(
+        &mut self,
+        name: &str,
+        state: Option<StateDict>,
+        load: impl FnOnce(StateDict) -> Result<()>,
+    ) -> Result<()> {
+        match state {
+            None => self.note(format!("the state has no part '{name}'")),
+            Some(state) => match load(state) {
+                Ok(()) => Ok(()),
+                Err(error) => self.note(of_part(name, error).to_string()),
+            },
+        }
+    }
+}
+
+fn of_part(name: &str, error: Error) -> Error {
+    Error::State(format!("{name}: {:#}", anyhow::Error::from(error)))
+}
+
+/// The devices with generators of their own, by the names of their states.
+fn generator_devices() -> Vec<(String, Device)> {
+    let mut devices = vec![("cpu".to_owned(), Device::Cpu)];
+    if tch::Cuda::is_available() {
+        let count = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
+        devices.extend((0..count).map(|index| (format!("cuda:{index}"), Device::Cuda(index))));
+    }
+    devices
+}
+
+fn generators() -> Result<StateDict> {
+    let mut states = StateDict::new();
+    for (name, device) in generator_devices() {
+        let state = generator_state(device)
+            .map_err(|text| Error::libtorch(format!("saving the generator of {name}"), text))?;
+        states.set_tensor(&name, state);
+    }
+    Ok(states)
+}
+
+fn load_generators(states: Option<StateDict>, report: &mut Report) -> Result<()> {
+    let Some(mut states) = states else {
+        return report.note(format!("the state has no part '{RNG}'"));
+    };
+    for (name, device) in generator_devices() {
+        match states.tensors.remove(&name) {
+            None => report.ignored.push(format!("no random numbers of {name} were saved")),
+            Some(state) if state.kind() != Kind::Uint8 || state.dim() != 1 => {
+                report.note(format!("the saved random numbers of {name} are not bytes"))?;
+            }
+            Some(state) => set_generator_state(device, &state).map_err(|text| {
+                Error::libtorch(format!("restoring the generator of {name}"), text)
+            })?,
+        }
+    }
+    for name in states.tensors.keys() {
+        report.ignored.push(format!("random numbers of {name}, which is not here"));
+    }
+    Ok(())
+}

@@ -1,0 +1,859 @@
+//! Checkpoints: what is restored is what was saved, bit for bit, wherever the run was stopped.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tch::nn::{self, ModuleT, VarStore};
+use tch::{Device, Kind, Tensor};
+use tch_ignite::checkpoint::{
+    Checkpoint, Mode, StateDict, Stateful, load_weights, read_state, save_weights, verify,
+    write_state,
+};
+use tch_ignite::data::{Batch, Loader};
+use tch_ignite::engine::{Engine, Event, Events, Handler, Priority, Until};
+use tch_ignite::handlers::{Evaluate, History};
+use tch_ignite::metrics::{Loss, Mean, RunningAverage};
+use tch_ignite::optim::{Optimizer, lr};
+use tch_ignite::schedule::{
+    CosineAnnealing, LinearCyclical, ParamScheduler, ReduceLROnPlateauScheduler, Schedule,
+};
+use tch_ignite::supervised::Prediction;
+use tch_ignite::{Error, Result};
+
+struct Net {
+    net: nn::SequentialT,
+    optimizer: Optimizer,
+}
+
+type Trainer<'a> = Engine<'a, Net, Batch, Tensor>;
+
+/// Everything that a small program has.
+struct Program {
+    vs: VarStore,
+    cx: Net,
+    history: History,
+    trainer: Trainer<'static>,
+    data: Loader,
+}
+
+const EPOCHS: u64 = 3;
+/// Another length than the data's 5 batches.
+const EPOCH_LENGTH: u64 = 4;
+
+fn until() -> Until {
+    Until::epochs(EPOCHS).epoch_length(EPOCH_LENGTH)
+}
+
+fn net(vs: &VarStore, hidden: i64) -> nn::SequentialT {
+    let root = vs.root();
+    nn::seq_t()
+        .add(nn::linear(&root / "base", 3, hidden, Default::default()))
+        .add(nn::batch_norm1d(&root / "norm", hidden, Default::default()))
+        .add_fn_t(|x, train| x.relu().dropout(0.3, train))
+        .add(nn::linear(&root / "fc", hidden, 2, Default::default()))
+}
+
+fn optimizer(name: &str, vs: &VarStore) -> Result<Optimizer> {
+    fn grouped<T: nn::OptimizerConfig>(config: T, vs: &VarStore) -> Result<Optimizer> {
+        Optimizer::builder(config, vs)
+            .group("base", |name| !name.starts_with("fc"), lr(1e-2))
+            .group("fc", |name| name.starts_with("fc"), lr(2e-2).weight_decay(1e-2))
+            .build()
+    }
+    match name {
+        "SGD" => grouped(nn::sgd(0.9, 0., 0., true), vs),
+        "Adam" => grouped(nn::Adam { amsgrad: true, ..Default::default() }, vs),
+        "AdamW" => grouped(nn::AdamW::default(), vs),
+        _ => grouped(nn::RmsProp { momentum: 0.5, centered: true, ..Default::default() }, vs),
+    }
+}
+
+impl Program {
+    /// Seeds with something else each time: nothing may depend on it when a run goes on.
+    fn new(name: &str, seed: i64) -> Result<Self> {
+        tch::manual_seed(seed);
+        let mut vs = VarStore::new(Device::Cpu);
+        let net = net(&vs, 5);
+        vs.set_kind(Kind::Double);
+        let optimizer = optimizer(name, &vs)?;
+        let mut trainer = Engine::new(|cx: &mut Net, _, (x, y): Batch| {
+            let loss = cx.net.forward_t(&x, true).mse_loss(&y, tch::Reduction::Mean);
+            cx.optimizer.backward_step(&loss)?;
+            Ok(loss.detach())
+        });
+        let mut evaluator = Engine::new(|cx: &mut Net, _, (x, y): Batch| {
+            let y_pred = tch::no_grad(|| cx.net.forward_t(&x, false));
+            Ok(Prediction { y_pred, y })
+        });
+        let mse = |y_pred: &Tensor, y: &Tensor| y_pred.mse_loss(y, tch::Reduction::Mean);
+        evaluator.metric("loss", Loss::of(mse, Prediction::parts));
+        let data = data()?;
+        let (base, fc) = (optimizer.group("base")?, optimizer.group("fc")?);
+        let cyclic = LinearCyclical::new(1e-2, 1e-3, 6).cycle_mult(1.5);
+        let cosine = CosineAnnealing::new(2e-2, 1e-4, 5).warmup(0., 3)?;
+        let decay = optimizer.group("fc")?.knob("weight_decay")?;
+        let plateau = ReduceLROnPlateauScheduler::min("decay", decay, "val/loss")?;
+        let history = History::new()
+            .metric("running")
+            .knob("lr (fc)", fc.knob("lr")?)
+            .epoch_metric("mean")
+            .epoch_metric("val/loss");
+        trainer
+            .attach(ParamScheduler::new("lr (base)", base.knob("lr")?, cyclic).save_history(true))
+            .attach(ParamScheduler::new("lr (fc)", fc.knob("lr")?, cosine))
+            .metric("running", RunningAverage::new())
+            .metric("mean", Mean::new())
+            .attach(Evaluate::each_epoch("val", evaluator, data.clone()))
+            .attach(plateau)
+            .attach(history.clone());
+        trainer.track("model", &vs).track("optimizer", &optimizer);
+        Ok(Self { vs, cx: Net { net, optimizer }, history, trainer, data })
+    }
+
+    fn run(&mut self) -> Result<()> {
+        self.trainer.run(&mut self.cx, &self.data, until()).map(drop)
+    }
+
+    /// All bits that training leaves.
+    fn outcome(&self) -> Result<String> {
+        let mut state = self.trainer.checkpoint(&self.cx)?;
+        // What belongs to this process.
+        let _ = state.take_part("settings");
+        let mut text = bits(&state);
+        let folder = tempfile::tempdir().unwrap();
+        let csv = folder.path().join("history.csv");
+        self.history.write_csv(&csv)?;
+        text += &std::fs::read_to_string(csv).unwrap();
+        Ok(text)
+    }
+}
+
+fn data() -> Result<Loader> {
+    let values = |n: i64, k: i64| (Tensor::arange(n * k, (Kind::Double, Device::Cpu)) * 0.37).sin();
+    Loader::new(&values(14, 3).view([14, 3]), &values(14, 2).view([14, 2]), 3)
+        .map(|loader| loader.shuffle(11))
+}
+
+fn bits(state: &StateDict) -> String {
+    let mut text = format!("{:?}\n", state.values());
+    for (name, tensor) in state.tensors() {
+        // A tensor's own text rounds.
+        let flat = tensor.detach().reshape([-1]).to_kind(match tensor.kind() {
+            Kind::Double | Kind::Float => Kind::Double,
+            _ => Kind::Int64,
+        });
+        let bits: Vec<u64> = match flat.kind() {
+            Kind::Double => {
+                Vec::<f64>::try_from(&flat).unwrap().into_iter().map(f64::to_bits).collect()
+            }
+            _ => Vec::<i64>::try_from(&flat).unwrap().into_iter().map(|n| n as u64).collect(),
+        };
+        text += &format!("{name} {:?} {:?} {bits:x?}\n", tensor.kind(), tensor.size());
+    }
+    for (name, part) in state.parts() {
+        text += &format!("[{name}]\n{}", bits(part));
+    }
+    text
+}
+
+/// libtorch's random numbers are those of the whole process.
+fn serial() -> MutexGuard<'static, ()> {
+    static SERIAL: Mutex<()> = Mutex::new(());
+    SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn text<T>(result: Result<T>) -> String {
+    result.err().expect("an error").to_string()
+}
+
+fn files(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| !name.starts_with('.'))
+        .collect();
+    names.sort();
+    names
+}
+
+const EVENTS: [Event; 8] = [
+    Event::Started,
+    Event::EpochStarted,
+    Event::GetBatchStarted,
+    Event::GetBatchCompleted,
+    Event::IterationStarted,
+    Event::IterationCompleted,
+    Event::DataloaderStopIteration,
+    Event::EpochCompleted,
+];
+
+/// Runs until the `n`-th time that event is fired, writes a checkpoint there and stops dead; false if
+/// it is not fired so often.
+fn killed_at(event: Event, n: u64, name: &str, folder: &Path) -> Result<bool> {
+    let mut program = Program::new(name, 1)?;
+    let path = folder.join("checkpoint.safetensors");
+    program.trainer.attach(Killer { event, left: n, path: path.clone() });
+    Ok(program.run().is_err() && path.exists())
+}
+
+/// Saves as the last handler of an event, and fails.
+struct Killer {
+    event: Event,
+    left: u64,
+    path: PathBuf,
+}
+
+impl Handler<Net, Batch, Tensor> for Killer {
+    fn name(&self) -> String {
+        "killer".into()
+    }
+    fn events(&self) -> Events {
+        self.event.into()
+    }
+    fn priority(&self) -> Priority {
+        Priority::Last
+    }
+    fn call(&mut self, _: Event, cx: &mut Net, engine: &mut Trainer<'_>) -> anyhow::Result<()> {
+        self.left -= 1;
+        if self.left == 0 {
+            write_state(&self.path, &engine.checkpoint(cx)?)?;
+            anyhow::bail!("killed");
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_run_stopped_at_any_event_goes_on_bit_for_bit() -> Result<()> {
+    let _serial = serial();
+    for name in ["SGD", "Adam", "AdamW", "RMSprop"] {
+        let mut straight = Program::new(name, 1)?;
+        straight.run()?;
+        let expected = straight.outcome()?;
+        for event in EVENTS {
+            for n in 1.. {
+                let folder = tempfile::tempdir().unwrap();
+                if !killed_at(event, n, name, folder.path())? {
+                    assert!(n > 1, "{event}");
+                    break;
+                }
+                let mut program = Program::new(name, 1000 + n as i64)?;
+                let resumed = program.trainer.resume(&mut program.cx, folder.path())?.unwrap();
+                assert_eq!(resumed.to_string().lines().count(), 1, "{resumed}");
+                program.run()?;
+                let outcome = program.outcome()?;
+                assert!(
+                    outcome == expected,
+                    "{name} killed at {event} {n}:\n{}",
+                    difference(&outcome, &expected)
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn difference(ours: &str, theirs: &str) -> String {
+    let lines = ours.lines().zip(theirs.lines()).filter(|(a, b)| a != b).take(4);
+    lines.map(|(a, b)| format!("- {a:.300}\n+ {b:.300}\n")).collect()
+}
+
+/// A trainer that does nothing, over a model of two variables.
+fn small(vs: &VarStore) -> Engine<'static, (), i64, f64> {
+    let mut trainer = Engine::new(|_: &mut (), _, batch: i64| Ok(batch as f64));
+    trainer.track("model", vs);
+    trainer.metric("mean", Mean::new());
+    trainer
+}
+
+fn store() -> VarStore {
+    let vs = VarStore::new(Device::Cpu);
+    let root = vs.root();
+    let _variables = (root.ones("weight", &[2, 3]), root.zeros_no_train("buffer", &[4]));
+    vs
+}
+
+#[test]
+fn the_newest_are_kept_and_latest_names_the_last() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let mut trainer = small(&store());
+    let checkpoint = Rc::new(RefCell::new(Checkpoint::new(folder.path().join("a/b")).n_saved(2)));
+    trainer.attach(checkpoint.clone());
+    trainer.run(&mut (), vec![1, 2], Until::epochs(3))?;
+    let folder = folder.path().join("a/b");
+    assert_eq!(files(&folder), ["checkpoint_4.safetensors", "checkpoint_6.safetensors", "latest"]);
+    assert_eq!(
+        std::fs::read_to_string(folder.join("latest")).unwrap(),
+        "checkpoint_6.safetensors\n"
+    );
+    assert_eq!(
+        checkpoint.borrow().last_checkpoint(),
+        Some(folder.join("checkpoint_6.safetensors"))
+    );
+    // A run that goes on rotates the files of the one before.
+    let mut next = small(&store());
+    next.attach(Checkpoint::new(&folder).n_saved(2));
+    let resumed = next.resume(&mut (), &folder)?.unwrap();
+    assert_eq!((resumed.epoch, resumed.iteration), (3, 6));
+    next.run(&mut (), vec![1, 2], Until::epochs(4))?;
+    assert_eq!(files(&folder), ["checkpoint_6.safetensors", "checkpoint_8.safetensors", "latest"]);
+    Ok(())
+}
+
+#[test]
+fn the_best_are_kept_and_nan_never_is() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let mut trainer = small(&store());
+    trainer.attach(
+        Checkpoint::new(folder.path())
+            .best(2, "mean", Mode::Min)
+            .global_step(Event::EpochCompleted),
+    );
+    trainer.attach(Checkpoint::new(folder.path()).name("last"));
+    let values = [5., 3., f64::NAN, 4., 3.5, 9.];
+    trainer.on(Event::EpochCompleted, move |_, engine| {
+        engine.state.metrics.set("mean", values[engine.state.epoch as usize - 1]);
+        Ok(())
+    });
+    trainer.run(&mut (), vec![1], Until::epochs(6))?;
+    assert_eq!(
+        files(folder.path()),
+        [
+            "checkpoint_2_mean=-3.0000.safetensors",
+            "checkpoint_5_mean=-3.5000.safetensors",
+            "last_6.safetensors",
+            "latest"
+        ]
+    );
+    let mut next = small(&store());
+    let best = Checkpoint::new(folder.path()).best(2, "mean", Mode::Min);
+    next.attach(best.global_step(Event::EpochCompleted));
+    next.attach(Checkpoint::new(folder.path()).name("last"));
+    assert_eq!(next.resume(&mut (), folder.path())?.unwrap().iteration, 6, "not the best one");
+    Ok(())
+}
+
+#[test]
+fn arguments_that_make_no_sense_are_refused() {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    for (checkpoint, what) in [
+        (
+            Checkpoint::new(folder.path()).n_saved(0),
+            "n_saved must be a positive integer or None, got 0",
+        ),
+        (Checkpoint::new(folder.path()).filename_pattern("{what}"), "has '{what'"),
+        (
+            Checkpoint::new(folder.path()).filename_pattern("../{name}"),
+            "cannot be the name of a checkpoint",
+        ),
+        (
+            Checkpoint::new(folder.path()).name("").filename_pattern("{name}"),
+            "cannot be the name of a checkpoint",
+        ),
+    ] {
+        let error =
+            text(small(&store()).attach(checkpoint).run(&mut (), vec![1], Until::epochs(1)));
+        assert!(error.contains(what), "{error}");
+    }
+    let mut trainer = small(&store());
+    trainer.attach(Checkpoint::new(folder.path().join("missing")).create_dir(false));
+    let error = trainer.run(&mut (), vec![1], Until::epochs(1)).unwrap_err();
+    assert!(format!("{:#}", anyhow::Error::from(error)).ends_with("missing' is not found"));
+    for name in ["engine", "a/b", "", "model"] {
+        let vs = store();
+        let error = text(small(&vs).track(name, &vs).run(&mut (), vec![1], Until::epochs(1)));
+        assert!(error.contains(&format!("'{name}' cannot be tracked under this name")), "{error}");
+    }
+}
+
+#[test]
+fn a_broken_checkpoint_is_skipped_and_told() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let vs = store();
+    let mut trainer = small(&vs);
+    trainer.attach(Checkpoint::new(folder.path()).keep_all());
+    trainer.run(&mut (), vec![1], Until::epochs(3))?;
+    let newest = folder.path().join("checkpoint_3.safetensors");
+    let mut bytes = std::fs::read(&newest).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&newest, &bytes).unwrap();
+    let truncated = folder.path().join("checkpoint_2.safetensors");
+    std::fs::write(&truncated, &std::fs::read(&truncated).unwrap()[..100]).unwrap();
+    let resume = || {
+        let vs = store();
+        let mut next = small(&vs);
+        next.attach(Checkpoint::new(folder.path()).keep_all());
+        next.resume(&mut (), folder.path()).map(|resumed| resumed.map(|resumed| (resumed, vs)))
+    };
+    let (resumed, vs) = resume()?.unwrap();
+    assert_eq!((resumed.iteration, resumed.skipped.len()), (1, 2));
+    let told = resumed.to_string();
+    assert!(told.contains("the file is damaged") && told.contains("checkpoint_2"), "{told}");
+    let loaded = Vec::<f32>::try_from(vs.variables()["weight"].view([-1]).detach()).unwrap();
+    assert_eq!(loaded, [1.; 6], "not what the damaged file left");
+    std::fs::remove_file(folder.path().join("checkpoint_1.safetensors")).unwrap();
+    let error = text(resume());
+    assert!(error.contains("no checkpoint in") && error.contains("is whole"), "{error}");
+    std::fs::remove_file(&newest).unwrap();
+    std::fs::remove_file(&truncated).unwrap();
+    assert!(resume()?.is_none(), "nothing to resume is no error");
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_is_named() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint.safetensors");
+    let mut program = Program::new("Adam", 1)?;
+    program.run()?;
+    write_state(&path, &program.trainer.checkpoint(&program.cx)?)?;
+    let load = |change: &dyn Fn(&mut Program), strict| -> Result<Vec<String>> {
+        let mut other = Program::new("Adam", 2)?;
+        change(&mut other);
+        let restored = other.trainer.load_checkpoint(&mut other.cx, &path, strict)?;
+        if strict {
+            other.run()?;
+        }
+        Ok(restored.ignored)
+    };
+    assert_eq!(load(&|_| {}, true)?, [""; 0]);
+    let cases: [(&dyn Fn(&mut Program), &str); 5] = [
+        (&|p| _ = p.trainer.track("ema", &p.vs), "ema"),
+        (&|p| drop(p.vs.root().ones("more", &[1])), "'more' is missing"),
+        (&|p| _ = p.trainer.attach(Checkpoint::new("nowhere")), "no part 'handler 'checkpoint''"),
+        (&|p| p.vs.set_kind(Kind::Float), "is Double of shape"),
+        (
+            &|p| {
+                let knob = p.cx.optimizer.knob("lr").unwrap();
+                let schedule = LinearCyclical::new(1., 0., 4);
+                p.trainer.attach(ParamScheduler::new("another", knob, schedule));
+            },
+            "'handler 'another''",
+        ),
+    ];
+    for (change, what) in cases {
+        let error = text(load(change, true));
+        assert!(error.contains(what), "{error} / {what}");
+        let ignored = load(change, false)?;
+        assert!(ignored.iter().any(|text| text.contains(what)), "{ignored:?} / {what}");
+    }
+    // After a restore in part, nothing runs until a whole one.
+    let mut other = Program::new("SGD", 2)?;
+    let error = text(other.trainer.load_checkpoint(&mut other.cx, &path, true));
+    assert_eq!(error, "optimizer: it is of Adam, and this is SGD");
+    assert!(text(other.run()).contains("loaded only in part"));
+    Ok(())
+}
+
+#[test]
+fn changed_settings_are_told() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint.safetensors");
+    let build = |rate: f64| -> Result<(Optimizer, Engine<'static, (), i64, f64>)> {
+        let vs = store();
+        let optimizer = Optimizer::adam(&vs).lr(rate).build()?;
+        let mut trainer = small(&vs);
+        trainer.track("optimizer", &optimizer);
+        Ok((optimizer, trainer))
+    };
+    let (_, trainer) = build(0.1)?;
+    write_state(&path, &trainer.checkpoint(&())?)?;
+    let (optimizer, mut trainer) = build(0.2)?;
+    let resumed = trainer.resume(&mut (), folder.path())?.unwrap();
+    assert_eq!(resumed.restored.changed, ["group_0.lr of optimizer: 0.1 then, 0.2 now"]);
+    assert!(resumed.to_string().contains("changed since: group_0.lr"));
+    assert_eq!(optimizer.knob("lr")?.get()?, 0.1);
+    Ok(())
+}
+
+/// A counter, as somebody's own state.
+#[derive(Default)]
+struct Counter(u64);
+
+impl Stateful for Counter {
+    fn state_dict(&self) -> Result<StateDict> {
+        let mut state = StateDict::new();
+        state.set_value("count", self.0)?;
+        Ok(state)
+    }
+    fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
+        self.0 = state.value("count")?;
+        Ok(())
+    }
+}
+
+#[test]
+fn things_of_ones_own_and_the_context_are_saved() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let make = || {
+        let shared = Rc::new(RefCell::new(Counter::default()));
+        let mut trainer = Engine::new(|cx: &mut Counter, _, batch: u64| {
+            cx.0 += batch;
+            Ok(batch)
+        });
+        trainer.track("shared", shared.clone()).track_context();
+        let counted = shared.clone();
+        trainer.on(Event::IterationCompleted, move |_, _| {
+            counted.borrow_mut().0 += 1;
+            Ok(())
+        });
+        trainer.attach(Checkpoint::new(folder.path()));
+        (trainer, shared)
+    };
+    let (mut trainer, _) = make();
+    trainer.run(&mut Counter(0), vec![1, 2, 3], Until::epochs(2))?;
+    let (mut trainer, shared) = make();
+    let mut cx = Counter(0);
+    trainer.resume(&mut cx, folder.path())?;
+    assert_eq!((cx.0, shared.borrow().0), (12, 6));
+    Ok(())
+}
+
+#[test]
+fn what_handlers_asked_for_is_done_after_a_resume() -> Result<()> {
+    let _serial = serial();
+    let asks: [fn(&mut Engine<'static, (), i64, f64>); 3] =
+        [Engine::terminate, Engine::terminate_epoch, Engine::terminate_skip_completed];
+    for ask in asks {
+        let make = || {
+            let mut trainer = small(&store());
+            trainer.on(Event::IterationCompleted.once(3), move |_, engine| {
+                ask(engine);
+                Ok(())
+            });
+            trainer
+        };
+        let events = |trainer: &mut Engine<'static, (), i64, f64>| {
+            let seen = Rc::new(RefCell::new(vec![]));
+            for event in EVENTS.into_iter().chain([
+                Event::Terminate,
+                Event::TerminateSingleEpoch,
+                Event::Completed,
+            ]) {
+                let seen = seen.clone();
+                trainer.on(event, move |_, engine| {
+                    seen.borrow_mut().push((event, engine.state.epoch, engine.state.iteration));
+                    Ok(())
+                });
+            }
+            seen
+        };
+        let mut straight = make();
+        let expected = events(&mut straight);
+        straight.run(&mut (), vec![1, 2], Until::epochs(3))?;
+        let folder = tempfile::tempdir().unwrap();
+        let mut killed = make();
+        killed.attach(Checkpoint::new(folder.path()).on(Event::IterationCompleted.once(3)));
+        killed.run(&mut (), vec![1, 2], Until::epochs(3))?;
+        let mut next = make();
+        next.attach(Checkpoint::new(folder.path()).on(Event::IterationCompleted.once(3)));
+        let seen = events(&mut next);
+        next.resume(&mut (), folder.path())?.unwrap();
+        next.run(&mut (), vec![1, 2], Until::epochs(3))?;
+        let expected = expected.borrow();
+        let from = expected.iter().position(|(event, _, iteration)| {
+            *event == Event::IterationCompleted && *iteration == 3
+        });
+        assert_eq!(seen.borrow()[..], expected[from.unwrap() + 1..]);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_error_can_leave_a_checkpoint() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let make = |fails: bool| {
+        let mut trainer = small(&store());
+        trainer.attach(Checkpoint::new(folder.path()).on(Event::Completed).on_exception(true));
+        trainer.on(Event::IterationCompleted.once(3), move |_, _| {
+            assert!(!fails, "no memory");
+            Ok(())
+        });
+        trainer
+    };
+    assert!(make(true).run(&mut (), vec![1, 2], Until::epochs(2)).is_err());
+    assert_eq!(files(folder.path()), ["emergency.safetensors", "latest"]);
+    let mut next = make(false);
+    assert_eq!(next.resume(&mut (), folder.path())?.unwrap().iteration, 3);
+    let summary = next.run(&mut (), vec![1, 2], Until::epochs(2))?;
+    assert_eq!((summary.epochs, summary.iterations), (2, 4));
+    Ok(())
+}
+
+#[test]
+fn in_the_background_the_state_of_the_event_is_written() -> Result<()> {
+    let _serial = serial();
+    let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for (folder, background) in [(&folder, false), (&other, true)] {
+        let mut program = Program::new("Adam", 1)?;
+        let checkpoint = Checkpoint::new(folder.path()).background(background).keep_all();
+        program.trainer.attach(checkpoint.on(Event::IterationCompleted));
+        program.run()?;
+    }
+    let names = files(folder.path());
+    assert_eq!(names.len() as u64, EPOCHS * EPOCH_LENGTH + 1);
+    assert_eq!(names, files(other.path()));
+    for name in names.iter().filter(|name| *name != "latest") {
+        let state = |folder: &tempfile::TempDir| {
+            Ok::<_, Error>(bits(&read_state(folder.path().join(name))?))
+        };
+        assert!(state(&folder)? == state(&other)?, "{name}");
+    }
+    // An error in the background surfaces.
+    let mut trainer = small(&store());
+    trainer.attach(Checkpoint::new(folder.path()).background(true).name("new"));
+    let path = folder.path().to_owned();
+    trainer.on(Event::EpochCompleted.once(1), move |_, _| {
+        std::fs::create_dir(path.join("new_1.safetensors"))?;
+        Ok(())
+    });
+    let error = trainer.run(&mut (), vec![1], Until::epochs(3)).unwrap_err();
+    assert!(error.to_string().contains("handler 'checkpoint'"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn weights_alone_go_to_other_programs_and_back() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("weights.safetensors");
+    let vs = store();
+    tch::no_grad(|| {
+        let _ = vs.variables()["weight"].shallow_clone().fill_(2.5);
+    });
+    save_weights(&vs, &path)?;
+    let other = store();
+    load_weights(&other, &path)?;
+    assert_eq!(other.variables()["weight"].double_value(&[1, 2]), 2.5);
+    let mut half = store();
+    half.half();
+    let error = text(load_weights(&half, &path));
+    assert!(error.contains("is Float of shape") && error.contains("but Half"), "{error}");
+    assert_eq!(half.variables()["weight"].kind(), Kind::Half);
+
+    let mut trainer = small(&vs);
+    trainer.attach(Checkpoint::new(folder.path()).weights(&vs).name("model"));
+    trainer.run(&mut (), vec![1], Until::epochs(1))?;
+    load_weights(&other, folder.path().join("model_1.safetensors"))?;
+    assert!(small(&vs).resume(&mut (), folder.path())?.is_none(), "weights are no checkpoint");
+    let python = std::process::Command::new("python3")
+        .args(["-c", "import sys; from safetensors.numpy import load_file; t = load_file(sys.argv[1]); print(sorted((n, a.shape, a.dtype.name, float(a.sum())) for n, a in t.items()))"])
+        .arg(&path)
+        .output();
+    match python {
+        Ok(output) if output.status.success() => assert_eq!(
+            String::from_utf8_lossy(&output.stdout).trim(),
+            "[('buffer', (4,), 'float32', 0.0), ('weight', (2, 3), 'float32', 15.0)]"
+        ),
+        _ => eprintln!("SKIPPED: there is no Python with safetensors and numpy to read the file"),
+    }
+    Ok(())
+}
+
+#[test]
+fn every_type_and_shape_comes_back() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let mut state = StateDict::new();
+    for kind in [
+        Kind::Double,
+        Kind::Float,
+        Kind::Half,
+        Kind::BFloat16,
+        Kind::Int64,
+        Kind::Int,
+        Kind::Int16,
+        Kind::Int8,
+        Kind::Uint8,
+        Kind::Bool,
+    ] {
+        for (shape, name) in [(&[][..], "scalar"), (&[0, 3], "empty"), (&[3, 1, 2], "cube")] {
+            let values = Tensor::arange(shape.iter().product::<i64>(), (Kind::Double, Device::Cpu));
+            state.set_tensor(&format!("{name} {kind:?}"), values.view(shape).to_kind(kind));
+        }
+    }
+    state.set_tensor("transposed", Tensor::arange(6, (Kind::Float, Device::Cpu)).view([2, 3]).t_());
+    state.set_value("floats", [0.1, 1e-320, -0., f64::MAX, 1. / 3.])?;
+    let mut part = StateDict::new();
+    part.set_tensor("\"crc32c\":\"", Tensor::from(1.5f64));
+    state.set_part("a \"part\"", part);
+    write_state(&path, &state)?;
+    verify(&path)?;
+    assert_eq!(bits(&read_state(&path)?), bits(&state));
+    state.set_tensor("complex", Tensor::zeros([1], (Kind::ComplexFloat, Device::Cpu)));
+    let error = write_state(&path, &state).unwrap_err();
+    assert!(
+        format!("{:#}", anyhow::Error::from(error)).contains("'complex' is of type ComplexFloat")
+    );
+    verify(&path)?;
+    Ok(())
+}
+
+/// A small checkpoint as bytes.
+fn small_checkpoint() -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let mut state = StateDict::new();
+    let mut part = StateDict::new();
+    part.set_tensor("weight", Tensor::arange(5, (Kind::Float, Device::Cpu)));
+    part.set_tensor("mask", Tensor::from_slice(&[true, false]));
+    part.set_value("step", 3).unwrap();
+    state.set_part("model", part);
+    write_state(&path, &state).unwrap();
+    std::fs::read(path).unwrap()
+}
+
+#[test]
+fn damaged_files_are_errors() {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let whole = small_checkpoint();
+    let refused = |bytes: &[u8], what: &str| {
+        std::fs::write(&path, bytes).unwrap();
+        assert!(read_state(&path).is_err(), "{what}");
+    };
+    for len in 0..whole.len() {
+        refused(&whole[..len], &format!("the first {len} bytes"));
+    }
+    refused(&[&whole[..], &[0]].concat(), "one byte more");
+    // xorshift; the long mode is for the night.
+    let rounds = if std::env::var_os("TCH_IGNITE_LONG_TESTS").is_some() { 100_000 } else { 2_000 };
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = |below: usize| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        (random % below as u64) as usize
+    };
+    for _ in 0..rounds {
+        let mut bytes = whole.clone();
+        for _ in 0..=next(3) {
+            let place = next(bytes.len());
+            bytes[place] ^= 1 << next(8);
+        }
+        if bytes != whole {
+            refused(&bytes, "flipped bits");
+        }
+    }
+}
+
+#[test]
+fn hostile_headers_are_errors() {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+    let huge = u64::MAX.to_string();
+    let entry = |dtype: &str, shape: &str, from: &str, to: &str| {
+        format!(r#"{{"t":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{from},{to}]}}}}"#)
+    };
+    let headers = [
+        String::new(),
+        "null".into(),
+        "[]".into(),
+        deep,
+        entry("F32", &format!("[{huge}]"), "0", &huge),
+        entry("F32", &format!("[{huge},{huge}]"), "0", "8"),
+        entry("F32", "[4294967296,4294967296,4294967296]", "0", "0"),
+        entry("F64", "[1]", "8", "16"),
+        entry("F64", "[1]", "8", "0"),
+        entry("F64", "[-1]", "0", "8"),
+        entry("F64", "[1.5]", "0", "8"),
+        entry("F64", "[2]", "0", "8"),
+        entry("F128", "[1]", "0", "8"),
+        entry("BOOL", "[8]", "0", "8"),
+        entry("F64", &format!("[{}1]", "1,".repeat(70)), "0", "8"),
+        r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#.into(),
+        r#"{"__metadata__":{"tch-ignite":"2","state":"{}"},"a":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}"#.into(),
+        r#"{"__metadata__":{"tch-ignite":"1"},"a":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}"#.into(),
+        r#"{"__metadata__":{"tch-ignite":"1","state":"{}"},"a":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}"#.into(),
+        r#"{"__metadata__":{"tch-ignite":"1","state":"{\"tensors\":[\"b\"]}"},"a":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}"#.into(),
+        r#"{"__metadata__":{"tch-ignite":"1","state":"{}","crc32c":"zzz"},"a":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}"#.into(),
+        r#"{"__metadata__":{"x":7}}"#.into(),
+    ];
+    for header in headers {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        bytes.extend([255; 8]);
+        std::fs::write(&path, &bytes).unwrap();
+        assert!(read_state(&path).is_err(), "{header:.100}");
+    }
+    for length in [0, 1, u64::MAX, 1 << 40] {
+        std::fs::write(&path, length.to_le_bytes()).unwrap();
+        assert!(read_state(&path).is_err(), "{length}");
+    }
+}
+
+#[test]
+fn two_processes_cannot_share_a_folder() {
+    let _serial = serial();
+    const HOLD: &str = "TCH_IGNITE_TEST_HOLDS";
+    let attached = |folder: &Path| {
+        let mut trainer = small(&store());
+        trainer.attach(Checkpoint::new(folder));
+        trainer
+    };
+    if let Some(folder) = std::env::var_os(HOLD) {
+        // The other process: holds the folder until it is killed.
+        let mut trainer = attached(Path::new(&folder));
+        trainer.on(Event::Completed, |_, _| {
+            std::fs::write(Path::new(&std::env::var_os(HOLD).unwrap()).join("held"), "")?;
+            std::thread::sleep(std::time::Duration::from_secs(60));
+            Ok(())
+        });
+        trainer.run(&mut (), vec![1], Until::epochs(1)).unwrap();
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut other = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "two_processes_cannot_share_a_folder"])
+        .env(HOLD, folder.path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    while !folder.path().join("held").exists() {
+        assert!(other.try_wait().unwrap().is_none(), "the other process ended");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let run = || attached(folder.path()).run(&mut (), vec![1], Until::epochs(1));
+    let error = format!("{:#}", anyhow::Error::from(run().unwrap_err()));
+    assert!(error.contains(&format!("another run (process {})", other.id())), "{error}");
+    other.kill().unwrap();
+    other.wait().unwrap();
+    run().unwrap();
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_an_error_that_keeps_the_last() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let mut trainer = small(&store());
+    trainer.attach(Checkpoint::new(file.join("sub")));
+    assert!(trainer.run(&mut (), vec![1], Until::epochs(1)).is_err());
+
+    // In the place of the second file there is a folder: it cannot be written.
+    let mut trainer = small(&store());
+    trainer.attach(Checkpoint::new(folder.path()));
+    let blocked = folder.path().join("checkpoint_2.safetensors");
+    std::fs::create_dir_all(blocked.join("full")).unwrap();
+    assert!(trainer.run(&mut (), vec![1], Until::epochs(2)).is_err());
+    verify(folder.path().join("checkpoint_1.safetensors"))?;
+    std::fs::remove_dir_all(&blocked).unwrap();
+    trainer.run(&mut (), vec![1], Until::epochs(3))?;
+    assert_eq!(files(folder.path()), ["checkpoint_3.safetensors", "file", "latest"]);
+    Ok(())
+}
