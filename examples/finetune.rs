@@ -167,7 +167,8 @@ fn train(mut args: Args) -> Result<()> {
             OutputHandler::each_epoch(&run, "")
                 .metric("val/accuracy")
                 .metric("val/loss")
-                .metric("throughput/samples_per_second"),
+                .metric("throughput/samples_per_second")
+                .global_step(|state| state.iteration),
         )
         .attach(EarlyStopping::max("val/accuracy", 4).min_evaluations(args.frozen + 4))
         .attach(run.clone())
