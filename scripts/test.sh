@@ -63,4 +63,8 @@ say "schedules of a file, previewed and trained with"
 cargo run --release --example preview -- examples/schedules/mnist.toml --epoch-length 16 --epochs 2 --out "$out/preview.svg"
 cargo run --release --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out" --schedule examples/schedules/mnist.toml
 
+say "fine-tuning and GAN examples in smoke mode"
+cargo run --release --example finetune -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/finetune"
+cargo run --release --example gan -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/gan"
+
 say "all checks passed"

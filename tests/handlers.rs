@@ -77,6 +77,30 @@ fn early_stopping_looks_when_the_evaluation_is_new() -> Result<()> {
 }
 
 #[test]
+fn early_stopping_goes_on_in_another_process() -> Result<()> {
+    let trainer = || {
+        let mut trainer = trainer();
+        trainer
+            .attach(Evaluate::each_epoch("val", evaluator(), vec![1.]))
+            .attach(EarlyStopping::min("val/loss", 5));
+        trainer
+    };
+    let mut first = trainer();
+    let mut epoch = 0.;
+    first.on(Event::EpochCompleted.once(3), |_, engine| {
+        engine.interrupt();
+        Ok(())
+    });
+    first.run(&mut epoch, vec![()], Until::epochs(100))?;
+    let saved = first.checkpoint(&epoch)?.copy()?;
+    let mut second = trainer();
+    second.restore(&mut epoch, saved, true)?;
+    let summary = second.run(&mut epoch, vec![()], Until::epochs(100))?;
+    assert_eq!((summary.epochs, summary.stop), (6, Stop::Terminated));
+    Ok(())
+}
+
+#[test]
 fn a_time_limit_counts_from_when_it_was_made() -> Result<()> {
     let limit = TimeLimit::new(Duration::from_millis(20))?;
     std::thread::sleep(Duration::from_millis(25));

@@ -383,6 +383,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     ///
     /// The place in the data is not the number of iterations any more then: a run that goes on after
     /// [`load_state_dict`](Self::load_state_dict) begins as many batches early as were passed over.
+    /// Checkpoints have the place itself.
     pub fn skip_batch(&mut self) {
         self.control.any = true;
         self.control.skip_batch = true;

@@ -1,5 +1,6 @@
 use serde_json::{Map, Value};
 
+use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler, Metrics};
 use crate::schedule::ThresholdMode;
 use crate::{Error, Result};
@@ -50,8 +51,10 @@ enum Mode {
 
 enum Score {
     Metric(String),
-    Of(Box<dyn Fn(&Metrics) -> anyhow::Result<f64>>),
+    Of(ScoreFn),
 }
+
+type ScoreFn = Box<dyn Fn(&Metrics) -> anyhow::Result<f64>>;
 
 impl EarlyStopping {
     /// On a metric that is better when smaller, such as `"val/loss"`.
@@ -270,6 +273,14 @@ impl<C, B, O> Handler<C, B, O> for EarlyStopping {
 
     fn validate(&self) -> Result<()> {
         self.check()
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        Ok(Some(self.state_dict().into()))
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        self.load_state_dict(state.values())
     }
 
     fn call(

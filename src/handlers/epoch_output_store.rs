@@ -8,7 +8,8 @@ use crate::engine::{Engine, Event, Events, Handler};
 /// Clones share the list: attach one, read the other. Attach it before the handlers that read it at
 /// the end of the epoch; it is emptied when the next one begins. Tensors stay on their device; keep
 /// no more of an output than is needed, and nothing that has gradients
-/// ([`detach`](tch::Tensor::detach) it), or the epoch's graphs stay in memory.
+/// ([`detach`](tch::Tensor::detach) it), or the epoch's graphs stay in memory. Checkpoints do not have
+/// the list: a run that is resumed in mid epoch has the rest of it.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};

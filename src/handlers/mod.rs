@@ -19,7 +19,11 @@ mod terminate_on_nan;
 mod throughput;
 mod time_limit;
 mod timer;
+#[cfg(feature = "tracing")]
+mod tracing;
 
+#[cfg(feature = "tracing")]
+pub use self::tracing::Tracing;
 pub use early_stopping::EarlyStopping;
 pub use epoch_output_store::EpochOutputStore;
 pub use evaluate::Evaluate;

@@ -1,12 +1,16 @@
+use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressDrawTarget, ProgressStyle};
 
 use crate::engine::{Engine, Event, Events, Handler, State};
 use crate::optim::Knob;
 
 /// How often the bar is drawn.
 const PERIOD: Duration = Duration::from_millis(100);
+/// How often there is a line within an epoch where there is no bar.
+const LINE_PERIOD: Duration = Duration::from_secs(60);
 
 /// Shows how far the run is, on stderr: the epoch and its iterations, the rate, the time the epoch
 /// still takes, metrics and knobs.
@@ -17,7 +21,8 @@ const PERIOD: Duration = Duration::from_millis(100);
 ///
 /// At the end of each epoch a line with the final values stays. They are read when all handlers of
 /// the epoch were called, so it may be attached before what computes them. Metrics without a value
-/// are left out. Nothing is shown where stderr is not a terminal.
+/// are left out. Where stderr is not a terminal there is no bar, only that line, and one a minute
+/// within an epoch. The bar of an evaluator is a [`child`](Self::child) of the trainer's.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Event, Until};
@@ -40,7 +45,13 @@ const PERIOD: Duration = Duration::from_millis(100);
 /// CUDA) and the bar is drawn about ten times a second, and only where it is shown.
 #[derive(Debug, Clone)]
 pub struct ProgressBar {
+    /// All bars of a family.
+    screens: MultiProgress,
     screen: indicatif::ProgressBar,
+    /// Where lines go if there is no terminal.
+    lines: Option<Lines>,
+    /// What is run, where it is no training.
+    name: Option<String>,
     values: Vec<(String, Value)>,
     stage: Stage,
     pace: Pace,
@@ -51,6 +62,15 @@ pub struct ProgressBar {
     /// Those before the first that was seen, which came some time after the epoch began where a run
     /// goes on.
     before: Option<u64>,
+}
+
+#[derive(Clone)]
+struct Lines(Arc<dyn Fn(&str) + Send + Sync>);
+
+impl fmt::Debug for Lines {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Lines")
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -64,8 +84,10 @@ enum Value {
 enum Stage {
     /// Nothing: no epoch is under way.
     Idle,
-    /// Nothing: no terminal.
+    /// Nothing: it is hidden.
     Hidden,
+    /// No terminal: lines of an epoch that began then.
+    Lines(Instant),
     /// The bar of an epoch that began then.
     Running(Instant),
     /// The bar of an epoch whose iterations took so long.
@@ -81,19 +103,52 @@ impl Default for ProgressBar {
 impl ProgressBar {
     /// A bar on stderr that shows epochs and iterations.
     pub fn new() -> Self {
-        let target = ProgressDrawTarget::stderr();
-        let screen = indicatif::ProgressBar::with_draw_target(None, target);
+        let screens = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
+        let lines = Lines(Arc::new(|line: &str| eprintln!("{line}")));
+        Self::among(screens, Some(lines), None)
+    }
+
+    fn among(screens: MultiProgress, lines: Option<Lines>, name: Option<String>) -> Self {
+        let screen = screens.add(indicatif::ProgressBar::no_length());
         // Nothing to show before the first epoch.
         screen.finish_and_clear();
         Self {
+            screens,
             screen,
+            lines,
+            name,
             values: vec![],
             stage: Stage::Idle,
-            pace: Pace::new(),
+            pace: Pace::new(PERIOD),
             title: String::new(),
             done: 0,
             before: None,
         }
+    }
+
+    /// A bar below this one, for an evaluator of this name. It leaves no line, and there is nothing of
+    /// it where there is no terminal: what the evaluation gave is among the trainer's metrics.
+    ///
+    /// ```
+    /// use tch_ignite::engine::{Engine, Until};
+    /// use tch_ignite::handlers::{Evaluate, ProgressBar};
+    /// use tch_ignite::metrics::Mean;
+    /// let bar = ProgressBar::new().metric("val/mean");
+    /// let mut evaluator = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+    /// evaluator.metric("mean", Mean::new()).attach(bar.child("val"));
+    /// let mut trainer = Engine::new(|_: &mut (), _, _: f64| Ok(()));
+    /// trainer.attach(bar).attach(Evaluate::each_epoch("val", evaluator, vec![0.5; 100]));
+    /// trainer.run(&mut (), vec![0.5; 100], Until::epochs(3))?;
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    pub fn child(&self, name: impl Into<String>) -> Self {
+        Self::among(self.screens.clone(), None, Some(name.into()))
+    }
+
+    /// Gives the lines to `log`, such as a logger's, instead of stderr, where there is no terminal.
+    pub fn lines_to(mut self, log: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        self.lines = Some(Lines(Arc::new(log)));
+        self
     }
 
     /// Shows the metric of this name, once it has a value.
@@ -108,32 +163,38 @@ impl ProgressBar {
         self
     }
 
-    /// Shows nothing.
-    pub fn hidden(self) -> Self {
+    /// Shows nothing, and gives no lines.
+    pub fn hidden(mut self) -> Self {
+        self.lines = None;
         self.with_draw_target(ProgressDrawTarget::hidden())
     }
 
-    /// Draws there instead of on stderr, also for the clones of this bar.
+    /// Draws there instead of on stderr, also for the clones and children of this bar.
     pub fn with_draw_target(self, target: ProgressDrawTarget) -> Self {
-        self.screen.set_draw_target(target);
+        self.screens.set_draw_target(target);
         self
     }
 
     /// Takes the bar off the screen while `print` prints, so that the two do not mix. Call it on a
     /// clone of the bar that is attached.
     pub fn suspend<R>(&self, print: impl FnOnce() -> R) -> R {
-        self.screen.suspend(print)
+        self.screens.suspend(print)
     }
 
     fn begin<B, O>(&mut self, state: &State<B, O>) -> anyhow::Result<()> {
         (self.done, self.before) = (0, None);
+        self.title = match &self.name {
+            Some(name) => name.clone(),
+            None => title(state),
+        };
         if self.screen.is_hidden() {
-            self.stage = Stage::Hidden;
+            self.stage =
+                self.lines.as_ref().map_or(Stage::Hidden, |_| Stage::Lines(Instant::now()));
+            self.pace = Pace::new(LINE_PERIOD);
             return Ok(());
         }
         self.stage = Stage::Running(Instant::now());
-        self.pace = Pace::new();
-        self.title = title(state);
+        self.pace = Pace::new(PERIOD);
         let template = match state.epoch_length {
             Some(length) => {
                 self.screen.set_length(length);
@@ -162,6 +223,12 @@ impl ProgressBar {
         let mut text = match self.stage {
             Stage::Running(begun) => self.rate_text(begun.elapsed(), state.epoch_length),
             Stage::Ended(took) => self.rate_text(took, None),
+            Stage::Lines(begun) => {
+                let rate = self.rate_text(begun.elapsed(), state.epoch_length);
+                let line = format!("{}  {}{rate}", self.title, self.done_of(state));
+                self.say(&(line + &self.values_text(state)?));
+                return Ok(());
+            }
             Stage::Idle | Stage::Hidden => return Ok(()),
         };
         text += &self.values_text(state)?;
@@ -170,17 +237,32 @@ impl ProgressBar {
         Ok(())
     }
 
+    fn say(&self, line: &str) {
+        if let Some(Lines(say)) = &self.lines {
+            say(line);
+        }
+    }
+
+    /// `"61/141"`
+    fn done_of<B, O>(&self, state: &State<B, O>) -> String {
+        match state.epoch_length {
+            Some(length) => format!("{}/{length}", self.done),
+            None => self.done.to_string(),
+        }
+    }
+
     /// Replaces the bar by a line that stays.
     fn end<B, O>(&mut self, state: &State<B, O>) -> anyhow::Result<()> {
         let took = match std::mem::replace(&mut self.stage, Stage::Idle) {
-            Stage::Running(begun) => begun.elapsed(),
+            Stage::Running(begun) | Stage::Lines(begun) => begun.elapsed(),
             Stage::Ended(took) => took,
             Stage::Idle | Stage::Hidden => return Ok(()),
         };
-        let done = match state.epoch_length {
-            Some(length) => format!("{}/{length}", self.done),
-            None => self.done.to_string(),
-        };
+        if self.name.is_some() {
+            self.screen.finish_and_clear();
+            return Ok(());
+        }
+        let done = self.done_of(state);
         let rate = self.rate_text(took, None);
         // The line comes also where a device that failed cannot tell the values.
         let values = self.values_text(state);
@@ -190,8 +272,14 @@ impl ProgressBar {
             _ => clock(took),
         };
         // In this order the cursor is left on a line of its own.
-        self.screen.println(format!("{}  {done} in {took}{rate}{text}", self.title));
-        self.screen.finish_and_clear();
+        let line = format!("{}  {done} in {took}{rate}{text}", self.title);
+        match self.screen.is_hidden() {
+            true => self.say(&line),
+            false => {
+                self.screen.println(line);
+                self.screen.finish_and_clear();
+            }
+        }
         values.map(drop)
     }
 
@@ -260,10 +348,12 @@ impl<C, B, O> Handler<C, B, O> for ProgressBar {
                     self.draw(&engine.state)?;
                 }
             }
-            (Event::EpochCompleted, Stage::Running(begun)) => {
+            (Event::EpochCompleted, Stage::Running(begun) | Stage::Lines(begun)) => {
                 // Without the handlers of this event that came before.
                 self.stage = Stage::Ended(begun.elapsed().min(engine.state.epoch_time));
-                self.draw(&engine.state)?;
+                if !self.screen.is_hidden() {
+                    self.draw(&engine.state)?;
+                }
             }
             (Event::EpochCompleted, _) => {}
             (Event::EpochStarted, _) => {
@@ -283,6 +373,7 @@ impl<C, B, O> Handler<C, B, O> for ProgressBar {
 /// Says when to draw, looking at the clock as seldom as that takes.
 #[derive(Debug, Clone)]
 struct Pace {
+    period: Duration,
     drawn: Instant,
     /// Iterations from the last drawing to the next look at the clock, and from now.
     next: u64,
@@ -290,8 +381,8 @@ struct Pace {
 }
 
 impl Pace {
-    fn new() -> Self {
-        Self { drawn: Instant::now(), next: 1, left: 1 }
+    fn new(period: Duration) -> Self {
+        Self { period, drawn: Instant::now(), next: 1, left: 1 }
     }
 
     #[inline]
@@ -302,8 +393,8 @@ impl Pace {
 
     fn look(&mut self, now: Instant) -> bool {
         let (seen, passed) = (self.next, now.saturating_duration_since(self.drawn));
-        let is_due = passed >= PERIOD;
-        let wait = if is_due { PERIOD } else { PERIOD - passed };
+        let is_due = passed >= self.period;
+        let wait = if is_due { self.period } else { self.period - passed };
         // No further ahead than was seen: the first iterations may be quick ones.
         let ahead = wait.as_secs_f64() / passed.as_secs_f64() * seen as f64;
         self.left = (ahead as u64).clamp(1, seen);
@@ -355,6 +446,7 @@ fn without_zeros(number: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
     use std::thread::sleep;
 
     use anyhow::Result;
@@ -363,6 +455,7 @@ mod tests {
     use super::*;
     use crate::data::restartable;
     use crate::engine::Until;
+    use crate::handlers::Evaluate;
     use crate::metrics::{Mean, RunningAverage};
 
     fn on_screen(bar: ProgressBar) -> (InMemoryTerm, ProgressBar) {
@@ -480,9 +573,49 @@ mod tests {
     }
 
     #[test]
+    fn an_evaluator_has_its_bar_below() -> Result<()> {
+        let (screen, bar) = on_screen(ProgressBar::new().metric("val/mean"));
+        let mut evaluator = Engine::new(|_: &mut (), _, x: f64| {
+            sleep(PERIOD);
+            Ok(x)
+        });
+        evaluator.metric("mean", Mean::new()).attach(bar.child("val"));
+        let seen = screen.clone();
+        evaluator.on(Event::IterationCompleted.once(2), move |_, _| {
+            let bars = "epoch 1/1 [========================] 2/2 _ it/s\n\
+                        val [============> ] 2/4 _ it/s, _ left";
+            assert_eq!(without_times(&seen), bars);
+            Ok(())
+        });
+        let mut trainer = Engine::new(|_: &mut (), _, _: ()| Ok(()));
+        trainer.attach(bar).attach(Evaluate::each_epoch("val", evaluator, vec![0.5; 4]));
+        trainer.run(&mut (), vec![(); 2], Until::epochs(1))?;
+        assert_eq!(without_times(&screen), "epoch 1/1 2/2 in _ s _ it/s val/mean 0.5000");
+        Ok(())
+    }
+
+    #[test]
+    fn where_there_is_no_terminal_there_are_lines() -> Result<()> {
+        let lines = Arc::new(Mutex::new(vec![]));
+        let log = lines.clone();
+        let bar = ProgressBar::new()
+            .metric("mean")
+            .with_draw_target(ProgressDrawTarget::hidden())
+            .lines_to(move |line| log.lock().unwrap().push(line.to_owned()));
+        let mut trainer = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+        trainer.attach(bar.clone()).metric("mean", Mean::new());
+        trainer.attach(bar.child("val"));
+        trainer.run(&mut (), vec![0.5; 10], Until::epochs(2))?;
+        let lines = lines.lock().unwrap();
+        assert_eq!(lines.len(), 2, "{lines:?}");
+        assert!(lines[1].starts_with("epoch 2/2  10/10 in ") && lines[1].ends_with("mean 0.5000"));
+        Ok(())
+    }
+
+    #[test]
     fn the_clock_is_looked_at_seldom() {
         let each = Duration::from_micros(1);
-        let mut pace = Pace::new();
+        let mut pace = Pace::new(PERIOD);
         let (mut now, mut looks, mut drawings) = (pace.drawn, 0, 0);
         for _ in 0..10_000_000 {
             now += each;

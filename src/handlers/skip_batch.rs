@@ -1,6 +1,8 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
+use crate::Result;
+use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler};
 
 /// Passes over batches that are of no use: no step and no iteration for them.
@@ -52,6 +54,17 @@ impl<C, B, O, F: Fn(&B) -> bool> Handler<C, B, O> for SkipBatch<F> {
 
     fn events(&self) -> Events {
         Event::GetBatchCompleted.into()
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        let mut state = StateDict::new();
+        state.set_value("skipped", self.skipped())?;
+        Ok(Some(state))
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        self.skipped.set(state.value("skipped")?);
+        Ok(())
     }
 
     fn call(

@@ -88,6 +88,9 @@ impl<F> TerminateOnNan<F> {
             return Ok(true);
         }
         let device = tensor.device();
+        if device == Device::Cpu && tensor.numel() == 1 && !tensor.is_complex() {
+            return Ok(tensor.f_reshape([-1i64])?.f_double_value(&[0])?.is_finite());
+        }
         if device == Device::Cpu {
             return Ok(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0);
         }
@@ -249,6 +252,8 @@ mod tests {
             assert!(finite(ones.shallow_clone())?, "{kind:?}");
             assert!(!finite(ones * f64::NAN)?, "{kind:?}");
         }
+        assert!(!finite(Tensor::from_slice(&[f32::INFINITY]).view([1, 1]))?);
+        assert!(finite(Tensor::from(1.5))?);
         assert!(finite(Tensor::from_slice(&[1i64, 2]))?);
         assert!(finite(Tensor::zeros([0], (Kind::Float, Device::Cpu)))?);
         assert!(!finite(Tensor::from_slice(&[1., f64::NEG_INFINITY]))?);

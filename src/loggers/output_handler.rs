@@ -25,7 +25,9 @@ use crate::optim::Knob;
 /// # Ok::<(), anyhow::Error>(())
 /// ```
 ///
-/// The step is the epoch at epoch events, and the iteration at all others.
+/// The step is the epoch at epoch events, and the iteration at all others. To compare a metric of
+/// epochs with one of iterations in one picture, log it with
+/// `.global_step(|state| state.iteration)`.
 pub struct OutputHandler<B, O> {
     logger: Box<dyn Logger>,
     tag: String,

@@ -45,12 +45,16 @@ fn escaped(text: &str) -> String {
     text.replace('"', "&quot;")
 }
 
-/// The chart that a tag belongs to: `training/loss` and `val/loss` share one, so do `lr/group_0` and
-/// `lr/group_1`.
+/// Tags of these have a group's name behind them.
+const HYPER_PARAMETERS: [&str; 8] =
+    ["lr", "momentum", "dampening", "weight_decay", "beta1", "beta2", "eps", "alpha"];
+
+/// The chart that a tag belongs to: `training/loss` and `val/loss` share one, so do `lr/base` and
+/// `lr/fc`, and the elements of a tensor.
 fn chart(tag: &str) -> &str {
     let Some((folder, name)) = tag.rsplit_once('/') else { return tag };
-    let number = name.strip_prefix("group_").unwrap_or(name);
-    match number.bytes().all(|byte| byte.is_ascii_digit()) {
+    let last = folder.rsplit('/').next().unwrap_or(folder);
+    match HYPER_PARAMETERS.contains(&last) || name.bytes().all(|byte| byte.is_ascii_digit()) {
         true => folder,
         false => name,
     }
@@ -207,8 +211,8 @@ mod tests {
 
     #[test]
     fn tags_meet_in_charts() {
-        let tags = ["training/loss", "val/loss", "lr/group_0", "lr/group_1", "val/recall/3", "x"];
-        assert_eq!(tags.map(chart), ["loss", "loss", "lr", "lr", "val/recall", "x"]);
+        let tags = ["training/loss", "val/loss", "lr/group_0", "gen/lr/fc", "val/recall/3", "x"];
+        assert_eq!(tags.map(chart), ["loss", "loss", "lr", "gen/lr", "val/recall", "x"]);
     }
 
     #[test]

@@ -59,7 +59,6 @@ struct Times {
     status: &'static str,
     epochs: Vec<f64>,
     iterations: u64,
-    samples: u64,
     begun: Option<Instant>,
 }
 
@@ -165,13 +164,9 @@ impl Times {
     fn rows(&self) -> Vec<(&'static str, String)> {
         let mut rows = vec![];
         if let Some(begun) = self.begun {
-            let took = begun.elapsed().as_secs_f64();
             rows.push(("status", self.status.to_owned()));
-            rows.push(("seconds", format!("{took:.1}")));
+            rows.push(("seconds", format!("{:.1}", begun.elapsed().as_secs_f64())));
             rows.push(("iterations", self.iterations.to_string()));
-            if self.samples > 0 && took > 0. {
-                rows.push(("samples a second", format!("{:.0}", self.samples as f64 / took)));
-            }
         }
         if !self.epochs.is_empty() {
             let sum: f64 = self.epochs.iter().sum();
@@ -182,16 +177,21 @@ impl Times {
     }
 
     fn note<B, O>(&mut self, event: Event, state: &State<B, O>) {
-        (self.iterations, self.samples) = (state.iteration, state.samples);
+        if event == Event::Started {
+            *self = Self::default();
+        }
+        // A run that is resumed has no STARTED.
+        self.begun.get_or_insert_with(Instant::now);
+        self.iterations = state.iteration;
         match event {
-            Event::Started => {
-                *self = Self { status: "running", begun: Some(Instant::now()), ..Self::default() };
+            Event::EpochCompleted => {
+                self.status = "running";
+                self.epochs.push(state.epoch_time.as_secs_f64());
             }
-            Event::EpochCompleted => self.epochs.push(state.epoch_time.as_secs_f64()),
             Event::Terminate => self.status = "terminated",
             Event::Interrupt => self.status = "interrupted",
             Event::ExceptionRaised => self.status = "failed",
-            Event::Completed if self.status == "running" => self.status = "completed",
+            Event::Completed if self.status != "terminated" => self.status = "completed",
             _ => {}
         }
     }

@@ -3,6 +3,7 @@
 pub(super) mod checkpoint;
 mod early_stopping;
 mod epoch_output_store;
+mod progress_bar;
 mod running_average;
 mod tensorboard;
 mod terminate_on_nan;
@@ -21,6 +22,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
         "global_step_from_engine" => checkpoint::run_global_step(config, expect),
         "EarlyStopping" => early_stopping::run(config, expect, defect),
         "EpochOutputStore" => epoch_output_store::run(config, expect),
+        "ProgressBar" => progress_bar::run(config, expect, defect),
         "RunningAverage" => running_average::run(config, expect),
         "Tensorboard" => tensorboard::run(config, expect, defect),
         "TerminateOnNan" => terminate_on_nan::run(config, expect),
