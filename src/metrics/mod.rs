@@ -28,6 +28,18 @@
 //! i64. Unless its documentation says otherwise, a metric neither waits for the device in `update` nor
 //! in `compute`: the value is a tensor that is read when somebody asks. An empty batch counts nothing.
 //!
+//! | of | see |
+//! |---|---|
+//! | classes and labels | [`Accuracy`], [`Precision`], [`Recall`], [`Fbeta`], [`ConfusionMatrix`] and what [derives from it](SharedConfusionMatrix) (IoU, Dice, …), [`MultiLabelConfusionMatrix`], [`ClassificationReport`], [`TopKCategoricalAccuracy`], [`MatthewsCorrCoef`], [`CohenKappa`] |
+//! | scores of classes | [`RocAuc`], [`RocCurve`], [`AveragePrecision`], [`PrecisionRecallCurve`], [`MeanAveragePrecision`] |
+//! | distances | [`Loss`], [`MeanAbsoluteError`], [`MeanSquaredError`], [`RootMeanSquaredError`], [`MeanPairwiseDistance`], [`CosineSimilarity`] |
+//! | distributions | [`Entropy`], [`KLDivergence`], [`JSDivergence`], [`MutualInformation`], [`MaximumMeanDiscrepancy`], [`HSIC`] |
+//! | images | [`PSNR`], [`SSIM`] |
+//! | one number, text, recommendations, clusters | [`regression`], [`nlp`], [`rec_sys`], [`clustering`] |
+//! | anything | [`Mean`], [`Average`], [`GeometricAverage`], [`RunningAverage`], [`Frequency`], [`EpochMetric`] |
+//! | other metrics | [`MetricsLambda`], [`MetricGroup`] |
+//! | your own | [`Pairwise`], [`Metric`] |
+//!
 //! What the values must be (0 or 1, say) is checked in `update` on the CPU. On other devices that would
 //! wait for the device; there the value is NaN from then on, until the next reset.
 

@@ -24,7 +24,8 @@ pub enum ClassMean {
 ///
 /// `y_pred` are scores of floating point; shapes are those of [`Accuracy`](super::Accuracy), where
 /// binary and multilabel scores need not be 0 or 1. A class without positives counts 0. Keeps
-/// everything on the device and sorts it in compute; no host sync.
+/// everything on the device and sorts it in compute; no host sync, but with
+/// [`rec_thresholds`](Of::rec_thresholds), which compute copies to the device.
 ///
 /// ```
 /// use tch::Tensor;

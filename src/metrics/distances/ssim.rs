@@ -1,6 +1,6 @@
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::{double, same_kind};
+use super::{accumulator_kind, double, same_kind};
 use crate::engine::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 use crate::{Error, Result};
@@ -54,15 +54,18 @@ impl SSIM {
         (0..self.ndims).map(|d| self.kernel_size[d % self.kernel_size.len()]).collect()
     }
 
-    /// The window, the product of one for each dimension.
-    fn kernel(&self) -> Result<Tensor, TchError> {
-        let mut kernel = Tensor::f_ones([] as [i64; 0], (Kind::Double, Device::Cpu))?;
+    /// The window, the product of one for each dimension. Made on the device: a copy would wait for it.
+    fn kernel(&self, device: Device) -> Result<Tensor, TchError> {
+        let options = (accumulator_kind(device), device);
+        let mut kernel = Tensor::f_ones([] as [i64; 0], options)?;
         for (dimension, size) in self.sizes().into_iter().enumerate() {
+            let places = Tensor::f_arange(size, options)?.f_sub_scalar((size - 1) as f64 / 2.)?;
             let one = match self.gaussian {
-                true => gaussian(size, self.sigma[dimension % self.sigma.len()]),
-                false => uniform(size),
+                true => gaussian(&places, self.sigma[dimension % self.sigma.len()])?,
+                // 0.2 at up to five places in the middle.
+                false => double(&places.f_abs()?.f_le(2.)?)?.f_div_scalar(5.)?,
             };
-            kernel = kernel.f_unsqueeze(-1)?.f_mul(&Tensor::f_from_slice(&one)?)?;
+            kernel = kernel.f_unsqueeze(-1)?.f_mul(&one)?;
         }
         Ok(kernel)
     }
@@ -112,17 +115,9 @@ impl<F> Of<SSIM, F> {
     }
 }
 
-fn gaussian(size: i64, sigma: f64) -> Vec<f64> {
-    let half = (size - 1) as f64 / 2.;
-    let values = (0..size).map(|i| (-0.5 * ((i as f64 - half) / sigma).powi(2)).exp());
-    let values: Vec<_> = values.collect();
-    let sum: f64 = values.iter().sum();
-    values.into_iter().map(|value| value / sum).collect()
-}
-
-fn uniform(size: i64) -> Vec<f64> {
-    let middle = (size / 2 - 2).max(0)..(size / 2 + 3).min(size);
-    (0..size).map(|i| if middle.contains(&i) { 0.2 } else { 0. }).collect()
+fn gaussian(places: &Tensor, sigma: f64) -> Result<Tensor, TchError> {
+    let values = places.f_div_scalar(sigma)?.f_square()?.f_mul_scalar(-0.5)?.f_exp()?;
+    values.f_div(&values.f_sum(None)?)
 }
 
 impl Pairwise for SSIM {
@@ -169,7 +164,7 @@ impl Pairwise for SSIM {
         );
         let kind = if y.is_floating_point() { y.kind() } else { Kind::Float };
         let (images, channels) = (shape[0], shape[1]);
-        let kernel = self.kernel()?.f_to_kind(kind)?.f_to_device(y.device())?;
+        let kernel = self.kernel(y.device())?.f_to_kind(kind)?;
         let window: Vec<_> = [channels, 1].into_iter().chain(kernel.size()).collect();
         let kernel = kernel.f_expand(&window, false)?;
         // The last dimension comes first.

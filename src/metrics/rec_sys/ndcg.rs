@@ -124,9 +124,8 @@ impl Pairwise for NDCG {
         let share = dcg.f_div(&ideal)?.f_masked_fill(&ideal.f_le(0.)?, 0.)?;
         let share = share.f_masked_fill(&counted.f_logical_not()?.f_unsqueeze(1)?, 0.)?;
         let sums = share.f_sum_dim_intlist(0i64, false, None)?;
-        let last: Vec<_> = self.top_k.iter().map(|k| k.min(&kept) - 1).collect();
-        let sums =
-            sums.f_index_select(0, &Tensor::f_from_slice(&last)?.f_to_device(y.device())?)?;
+        let sums = self.top_k.iter().map(|k| sums.f_select(0, k.min(&kept) - 1));
+        let sums = Tensor::f_stack(&sums.collect::<Result<Vec<_>, TchError>>()?, 0)?;
         Ok(Contribution::new([sums, counted.f_sum(Kind::Int64)?], users as u64))
     }
 
