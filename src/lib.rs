@@ -59,7 +59,7 @@
 //! | something a schedule can drive | [`optim::Knob`] |
 //! | schedules and their handler | [`schedule`], [`schedule::ParamScheduler`] |
 //! | schedules from files | [`schedule::SchedulePlan`] |
-//! | metrics that stay on the device | [`metrics`] |
+//! | metrics that stay on the device, and arithmetic with them | [`metrics`] |
 //! | batches from memory | [`data::Loader`] |
 //! | evaluation, early stopping, history, progress, profiles, a learning rate to start with | [`handlers`] |
 //! | TensorBoard, tables, a report for the browser | [`loggers`] |
@@ -89,7 +89,10 @@ pub mod prelude {
     pub use crate::data::{Batch, DataLoader, Dataset, Loader};
     pub use crate::engine::{Engine, Evaluator, Event, Trainer, Until};
     pub use crate::handlers::*;
-    pub use crate::metrics::{Accuracy, Loss, Mean, RunningAverage, Usage};
+    pub use crate::metrics::{
+        Accuracy, ConfusionMatrix, Loss, Mean, Metric, MetricGroup, Precision, Recall,
+        RunningAverage, Usage, pair,
+    };
     pub use crate::optim::{Knob, Optimizer, lr};
     pub use crate::schedule::{
         CosineAnnealing, CosineAnnealingScheduler, LinearCyclical, LinearCyclicalScheduler,

@@ -28,19 +28,36 @@
 //! i64. Unless its documentation says otherwise, a metric neither waits for the device in `update` nor
 //! in `compute`: the value is a tensor that is read when somebody asks. An empty batch counts nothing.
 //!
+//! | of | see |
+//! |---|---|
+//! | classes and labels | [`Accuracy`], [`Precision`], [`Recall`], [`Fbeta`], [`ConfusionMatrix`] and what [derives from it](SharedConfusionMatrix) (IoU, Dice, …), [`MultiLabelConfusionMatrix`], [`ClassificationReport`], [`TopKCategoricalAccuracy`], [`MatthewsCorrCoef`], [`CohenKappa`] |
+//! | scores of classes | [`RocAuc`], [`RocCurve`], [`AveragePrecision`], [`PrecisionRecallCurve`], [`MeanAveragePrecision`] |
+//! | distances | [`Loss`], [`MeanAbsoluteError`], [`MeanSquaredError`], [`RootMeanSquaredError`], [`MeanPairwiseDistance`], [`CosineSimilarity`] |
+//! | distributions | [`Entropy`], [`KLDivergence`], [`JSDivergence`], [`MutualInformation`], [`MaximumMeanDiscrepancy`], [`HSIC`] |
+//! | images | [`PSNR`], [`SSIM`] |
+//! | one number, text, recommendations, clusters | [`regression`], [`nlp`], [`rec_sys`], [`clustering`] |
+//! | anything | [`Mean`], [`Average`], [`GeometricAverage`], [`RunningAverage`], [`Frequency`], [`EpochMetric`] |
+//! | other metrics | [`MetricsLambda`], [`MetricGroup`] |
+//! | your own | [`Pairwise`], [`Metric`] |
+//!
 //! What the values must be (0 or 1, say) is checked in `update` on the CPU. On other devices that would
 //! wait for the device; there the value is NaN from then on, until the next reset.
 
 mod accumulator;
 mod average;
 mod classification;
+pub mod clustering;
 mod distances;
 mod epoch_metric;
+mod frequency;
 mod gathered;
 mod loss;
 mod mean;
+mod metric_group;
 mod metrics_lambda;
+pub mod nlp;
 mod pairwise;
+pub mod rec_sys;
 pub mod regression;
 mod running_average;
 mod usage;
@@ -51,8 +68,10 @@ pub use average::{Average, GeometricAverage};
 pub use classification::*;
 pub use distances::*;
 pub use epoch_metric::EpochMetric;
+pub use frequency::Frequency;
 pub use loss::Loss;
 pub use mean::Mean;
+pub use metric_group::MetricGroup;
 pub use metrics_lambda::MetricsLambda;
 pub use pairwise::{Contribution, Of, Pairwise, Parts, pair};
 pub use running_average::{OfMetric, RunningAverage};

@@ -39,13 +39,13 @@ pub(super) enum Share {
     Actual,
 }
 
-/// Counts of true positives, predicted and actual ones, of each class in i64. With
+/// Counts of true positives, predicted and actual ones, of each class in i64, (C,), or (1, 2) where
+/// the data is binary. With
 /// [`Averaging::Samples`] the first is the sum of the samples' rates.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     pub(super) averaging: Averaging,
     pub(super) labels: Labels,
-    binary: bool,
 }
 
 pub(super) const PARTS: &[(&str, Reduce)] =
@@ -59,7 +59,6 @@ impl Counts {
         of: Share,
     ) -> anyhow::Result<Contribution> {
         let (case, classes) = self.labels.case(y_pred, y)?;
-        self.binary = case == Case::Binary;
         let samples = y.size().first().copied().unwrap_or(0) as u64;
         anyhow::ensure!(
             self.averaging != Averaging::Samples || case == Case::Multilabel,
@@ -68,7 +67,10 @@ impl Counts {
         let (parts, wrong) = match case {
             Case::Binary => {
                 let wrong = both_binary(y_pred, y)?;
-                (by_class(&y_pred.f_reshape_as(y)?, y, classes)?, wrong)
+                let counts = by_class(&y_pred.f_reshape_as(y)?, y, classes)?;
+                // As rows, which tells them from those of two classes.
+                let rows = counts.iter().map(|count| count.f_unsqueeze(0));
+                (rows.collect::<Result<_, _>>()?, wrong)
             }
             Case::Multiclass => {
                 let outside = y.f_ge(classes)?.f_logical_or(&y.f_lt(0)?)?.f_any()?;
@@ -97,8 +99,10 @@ impl Counts {
             double(part)?.f_div(&double(whole)?.f_add_scalar(EPS)?)
         };
         Ok(match self.averaging {
-            Averaging::False if self.binary => share(true_positives, all)?.f_select(0, 1)?,
-            Averaging::False | Averaging::None => share(true_positives, all)?,
+            Averaging::False if true_positives.dim() == 2 => {
+                share(true_positives, all)?.f_reshape([-1])?.f_select(0, 1)?
+            }
+            Averaging::False | Averaging::None => share(true_positives, all)?.f_reshape([-1])?,
             Averaging::Macro => share(true_positives, all)?.f_mean(None)?,
             Averaging::Micro => share(&true_positives.f_sum(None)?, &all.f_sum(None)?)?,
             Averaging::Weighted => {

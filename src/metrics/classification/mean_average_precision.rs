@@ -24,7 +24,8 @@ pub enum ClassMean {
 ///
 /// `y_pred` are scores of floating point; shapes are those of [`Accuracy`](super::Accuracy), where
 /// binary and multilabel scores need not be 0 or 1. A class without positives counts 0. Keeps
-/// everything on the device and sorts it in compute; no host sync.
+/// everything on the device and sorts it in compute; no host sync, but with
+/// [`rec_thresholds`](Of::rec_thresholds), which compute copies to the device.
 ///
 /// ```
 /// use tch::Tensor;
@@ -38,7 +39,6 @@ pub enum ClassMean {
 #[derive(Debug, Default)]
 pub struct MeanAveragePrecision {
     labels: Labels,
-    case: Option<Case>,
     class_mean: ClassMean,
     rec_thresholds: Vec<f64>,
 }
@@ -102,7 +102,6 @@ impl Pairwise for MeanAveragePrecision {
             y_pred.kind()
         );
         let (case, classes) = self.labels.case(y_pred, y)?;
-        self.case = Some(case);
         let mut wrong = vec![];
         let (y_pred, y) = match case {
             Case::Binary => {
@@ -125,7 +124,8 @@ impl Pairwise for MeanAveragePrecision {
 
     fn value(&self, parts: &[Tensor], _samples: f64) -> anyhow::Result<MetricValue> {
         let (mut scores, mut y) = ranking::class_rows(&parts[0], &parts[1])?;
-        if self.case == Some(Case::Binary) {
+        // One column was gathered as none: binary.
+        if parts[0].dim() == 1 {
             return Ok(self.by_class(&scores, &y)?.f_squeeze_dim(0)?.into());
         }
         if self.class_mean == ClassMean::Micro {

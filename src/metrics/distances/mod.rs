@@ -2,30 +2,36 @@
 
 mod cosine_similarity;
 mod entropy;
+mod hsic;
 mod js_divergence;
 mod kl_divergence;
+mod maximum_mean_discrepancy;
 mod mean_absolute_error;
 mod mean_pairwise_distance;
 mod mean_squared_error;
 mod mutual_information;
 mod psnr;
 mod root_mean_squared_error;
+mod ssim;
 
 pub use cosine_similarity::CosineSimilarity;
 pub use entropy::Entropy;
+pub use hsic::HSIC;
 pub use js_divergence::JSDivergence;
 pub use kl_divergence::KLDivergence;
+pub use maximum_mean_discrepancy::MaximumMeanDiscrepancy;
 pub use mean_absolute_error::MeanAbsoluteError;
 pub use mean_pairwise_distance::MeanPairwiseDistance;
 pub use mean_squared_error::MeanSquaredError;
 pub use mutual_information::MutualInformation;
 pub use psnr::PSNR;
 pub use root_mean_squared_error::RootMeanSquaredError;
+pub use ssim::SSIM;
 
 use tch::{TchError, Tensor};
 
 use super::pairwise::of_pair;
-use super::value::double;
+use super::value::{accumulator_kind, double};
 
 /// Both in the accumulator's type, `y` in the shape of `y_pred`, and the number of samples.
 fn alike(y_pred: &Tensor, y: &Tensor) -> anyhow::Result<(Tensor, Tensor, u64)> {
@@ -72,4 +78,11 @@ fn logits(tensor: &Tensor) -> anyhow::Result<Tensor> {
 
 fn rows(tensor: &Tensor, classes: i64) -> Result<Tensor, TchError> {
     tensor.f_movedim_int(1, -1)?.f_reshape([-1, classes])
+}
+
+/// |a|² + |b|² − 2 a·b of all pairs of rows.
+fn squared_distances(a: &Tensor, b: &Tensor) -> Result<Tensor, TchError> {
+    let squares = |rows: &Tensor| rows.f_square()?.f_sum_dim_intlist(1i64, true, None);
+    let products = a.f_matmul(&b.f_transpose(0, 1)?)?.f_mul_scalar(2.)?;
+    squares(a)?.f_add(&squares(b)?.f_transpose(0, 1)?)?.f_sub(&products)
 }
