@@ -3,8 +3,20 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
+const FILES: &[&str] = &[
+    "src/bridge/autocast.cpp",
+    "src/bridge/average.cpp",
+    "src/bridge/bridge.cpp",
+    "src/bridge/fused.cpp",
+    "src/bridge/gradients.cpp",
+];
+const KERNELS: &[&str] = &["src/bridge/one_pass.cpp"];
+const HEADERS: &[&str] = &["src/bridge/bridge.h", "src/bridge/one_pass.h", "src/bridge/plan.h"];
+
 fn main() {
-    println!("cargo:rerun-if-changed=src/bridge/bridge.cpp");
+    for file in HEADERS.iter().chain(FILES).chain(KERNELS) {
+        println!("cargo:rerun-if-changed={file}");
+    }
     println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
     println!("cargo:rerun-if-env-changed=LIBTORCH_CXX11_ABI");
     if env::var_os("CARGO_FEATURE_DOC_ONLY").is_some() {
@@ -27,18 +39,28 @@ fn main() {
     }
 
     let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".into());
-    cc::Build::new()
+    let mut build = cc::Build::new();
+    build
         .cpp(true)
         .std("c++17")
         .pic(true)
         .warnings(false)
-        .opt_level(2)
         .include(include)
         .include(api)
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
-        .define("GLOG_USE_GLOG_EXPORT", None)
-        .file("src/bridge/bridge.cpp")
-        .compile("tch_ignite_bridge");
+        .define("GLOG_USE_GLOG_EXPORT", None);
+    // Loops for the compiler to vectorise. Products and sums are rounded as written, so that results do not
+    // depend on the compiler.
+    build
+        .clone()
+        .opt_level(3)
+        .flag("-ffp-contract=off")
+        .flag("-fno-math-errno")
+        .flag("-fno-trapping-math")
+        .files(KERNELS)
+        .compile("tch_ignite_kernels");
+    // After what it calls was compiled, because it is linked in this order, reversed.
+    build.opt_level(2).files(FILES).compile("tch_ignite_bridge");
 
     // For binaries of this package that are started by hand.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());

@@ -1,9 +1,14 @@
-//! The only unsafe code of the crate: what tch hides of libtorch's optimizers.
+//! The only unsafe code of the crate: what tch hides of libtorch, and faster steps for its optimizers.
 //!
 //! `tch::nn::Optimizer` keeps the C++ optimizer to itself, but it is built through the public trait
 //! `OptimizerConfig`, whose `build_copt` returns a `tch::COptimizer`: one pointer wide. A config that
 //! calls the inner one and notes that pointer on its way lets tch build its own optimizer, while
 //! [`Native`] knows the address of the very object inside it.
+
+mod autocast;
+mod average;
+mod fused;
+mod gradients;
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -12,6 +17,12 @@ use std::ptr::{NonNull, null, null_mut};
 use tch::nn::{self, OptimizerConfig};
 use tch::{COptimizer, TchError, Tensor};
 use torch_sys::C_tensor;
+
+pub(crate) use autocast::AutocastRegion;
+pub(crate) use average::{Average, Pairs};
+pub(crate) use fused::Mode;
+
+use fused::Plan;
 
 type Raw = *mut c_void;
 
@@ -50,7 +61,6 @@ unsafe extern "C" {
     ) -> c_int;
     fn tig_tensor_id(tensor: *const C_tensor) -> *const c_void;
     fn tig_zero_grad(optimizer: Raw, error: *mut *mut c_char) -> c_int;
-    fn tig_step(optimizer: Raw, error: *mut *mut c_char) -> c_int;
     fn tig_state(
         optimizer: Raw,
         kind: c_int,
@@ -157,6 +167,9 @@ pub(crate) struct Native {
     pub(crate) tch: nn::Optimizer,
     raw: NonNull<c_void>,
     pub(crate) kind: Kind,
+    /// How steps are done.
+    pub(crate) mode: Mode,
+    plan: Plan,
 }
 
 // SAFETY: nn::Optimizer is Send, and `raw` points into it: it is only used through &self or &mut self.
@@ -181,7 +194,7 @@ impl Native {
             2 => Kind::AdamW,
             _ => Kind::RmsProp,
         };
-        Ok(Self { tch, raw, kind })
+        Ok(Self { tch, raw, kind, mode: Mode::Fused, plan: Plan::new()? })
     }
 
     // In all that follows, `raw` lives as long as `self.tch`, which owns the C++ object, and the
@@ -234,13 +247,9 @@ impl Native {
         checked(|error| unsafe { tig_zero_grad(self.raw.as_ptr(), error) })
     }
 
-    pub(crate) fn step(&mut self) -> Result<(), Exception> {
-        // SAFETY: see above.
-        checked(|error| unsafe { tig_step(self.raw.as_ptr(), error) })
-    }
-
     /// The tensors are shared with the optimizer, not copied.
     pub(crate) fn state(&self, parameter: &Tensor) -> Result<Option<RawState>, Exception> {
+        self.settle()?;
         let (mut found, mut step) = (0, -1);
         let mut tensors: [*mut C_tensor; 3] = [null_mut(); 3];
         // SAFETY: see above; `tensors` has room for three.
@@ -268,6 +277,7 @@ impl Native {
         parameter: &Tensor,
         state: Option<&RawState>,
     ) -> Result<(), Exception> {
+        self.settle()?;
         let Some(state) = state else {
             // SAFETY: see above; the pointer of a live tch tensor is a live torch::Tensor.
             return checked(|error| unsafe {

@@ -4,6 +4,8 @@
 //! shadow copy, so values set through tch are seen here and the other way round.
 
 mod builder;
+mod fused;
+mod gradients;
 mod group;
 mod hyper;
 mod knob;
@@ -19,6 +21,7 @@ use tch::nn::{self, OptimizerConfig, VarStore, Variables};
 use tch::{TchError, Tensor};
 
 pub use builder::{GroupOptions, OptimizerBuilder, lr};
+pub use gradients::Gradients;
 pub use group::Group;
 pub use knob::Knob;
 pub use layerwise::layerwise_lr_decay;
@@ -258,12 +261,10 @@ impl Optimizer {
         self.native(|native| native.zero_grad().map_err(|text| Error::libtorch("zero_grad", text)))
     }
 
-    /// One update of all parameters that have a gradient.
+    /// One update of all parameters that have a gradient, by [fused steps](Self::set_fused) unless they are
+    /// switched off. No host sync.
     pub fn step(&self) -> Result<()> {
-        if self.has_new_variables()? {
-            return self.through_tch("optimizer step", |tch| tch.step());
-        }
-        self.native(|native| native.step().map_err(|text| Error::libtorch("optimizer step", text)))
+        self.update(None, None)
     }
 
     /// `zero_grad`, backward from the scalar `loss`, `step`.
@@ -290,6 +291,7 @@ impl Optimizer {
         }
         let mut lent = Lent(&self.shared, native);
         let native = lent.1.as_mut().ok_or_else(lent_out)?;
+        native.settle().map_err(|text| Error::libtorch("reading step counts", text))?;
         Ok(call(&mut TchOptimizer(&mut native.tch)))
     }
 
