@@ -32,7 +32,7 @@ fn resumed_schedules() {
 
 #[test]
 fn refusals() {
-    check("schedule_error.jsonl", 81);
+    check("schedule_error.jsonl", 85);
 }
 
 #[test]
@@ -50,6 +50,11 @@ fn training() {
 fn learning_rate_finder() {
     let tally = tally("lr_finder.jsonl");
     assert_eq!((tally.passed, tally.failed, tally.skipped), (116, 0, 0));
+}
+
+#[test]
+fn averages() {
+    check("handler.jsonl", 55);
 }
 
 #[test]

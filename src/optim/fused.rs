@@ -39,6 +39,11 @@ impl Optimizer {
         })
     }
 
+    /// Whether both are clones of one.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        std::sync::Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
     /// A step in which the gradients count `factor` times and which does nothing where `found_inf` is not
     /// 0: both tensors of one element, which are not read where they live on a device.
     pub(crate) fn update(&self, factor: Option<&Tensor>, found_inf: Option<&Tensor>) -> Result<()> {

@@ -11,7 +11,7 @@ use crate::{Error, Result};
 /// (`alpha` on SGD) and for values outside PyTorch's bounds.
 #[derive(Clone)]
 pub struct Group {
-    optimizer: Optimizer,
+    pub(super) optimizer: Optimizer,
     index: usize,
 }
 

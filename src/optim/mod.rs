@@ -11,6 +11,7 @@ mod hyper;
 mod knob;
 mod layerwise;
 mod lent;
+mod param_groups;
 mod snapshot;
 
 use std::collections::HashMap;
@@ -26,6 +27,7 @@ pub use group::Group;
 pub use knob::Knob;
 pub use layerwise::layerwise_lr_decay;
 pub use lent::TchOptimizer;
+pub use param_groups::is_bias_or_norm;
 pub use snapshot::OptimizerSnapshot;
 pub(crate) use snapshot::StoreSnapshot;
 

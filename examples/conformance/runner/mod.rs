@@ -1,6 +1,7 @@
 //! Reads cases, runs each and counts.
 
 mod engine_trace;
+mod handler;
 mod json;
 mod lr_finder;
 mod optimizer;
@@ -85,6 +86,7 @@ pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
             Some("schedule_error") => schedule_error::run(config, expect, &mut defect),
             Some("engine_trace") => engine_trace::run(config, expect, &mut defect),
             Some("train") => train::run(config, expect),
+            Some("handler") => handler::run(config, expect, &mut defect),
             Some("lr_finder") => lr_finder::run(config, expect, &mut defect),
             kind => Outcome::skipped(format!("kind {} does not exist yet", kind.unwrap_or("?"))),
         };

@@ -9,8 +9,8 @@ use tch_ignite::schedule::*;
 
 use super::Outcome;
 use super::json::{event_named, object, text};
-use super::lr_finder;
 use super::optimizer::{Params, knob, optimizer, store};
+use super::{handler, lr_finder};
 
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
     let target = text(&config["target"])?;
@@ -57,6 +57,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
         }
         "FastaiLRFinder.attach" => lr_finder::refused(args)?,
         "FastaiLRFinder.lr_suggestion" => lr_finder::curve(&args["history"])?.lr_suggestion().err(),
+        "EMAHandler" => handler::refused_ema(args)?,
         other => return Outcome::skipped(format!("{other} does not exist yet")),
     };
     Ok(said(refused.map(|error| error.to_string()), expect).into())
