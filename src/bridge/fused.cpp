@@ -122,7 +122,7 @@ class Step {
     for (auto& group : optimizer_.param_groups())
       for (const Tensor& p : group.params()) {
         if (!p.grad().defined()) continue;
-        if (for_kernels(p) && tig::is_alike(p, p.grad())) plan_.on_device.push_back(p.unsafeGetTensorImpl());
+        if (for_kernels(p) && tig::is_alike(p, p.grad()) && !p.is_alias_of(p.grad())) plan_.on_device.push_back(p.unsafeGetTensorImpl());
         else all = false;
         // A first step leaves another buffer than zeros do.
         all = all && !(kind_ == SGD && static_cast<torch::optim::SGDOptions&>(group.options()).dampening() != 0 &&
@@ -156,7 +156,7 @@ class Step {
 
   // Puts a parameter on the list it belongs to; false where only the loop can.
   bool take(const Tensor& p, const Tensor& g) {
-    if (!tig::is_alike(p, g)) return false;
+    if (!tig::is_alike(p, g) || p.is_alias_of(g)) return false;
     const bool own = mode_ == FUSED && tig::is_plain_cpu(p);
     if (!own && !for_kernels(p)) return false;
     // For parameters on the CPU a number; where it is there, nothing waits for it.

@@ -92,7 +92,7 @@ class OnePass {
 
 // Types, layout and memory for which a task may be made.
 bool is_plain_cpu(const at::Tensor& tensor);
-// Both walk the same memory order, with the same type on the same device, and do not share it.
+// Both walk their memory in the same order, with the same type, on the same device.
 bool is_alike(const at::Tensor& tensor, const at::Tensor& other);
 
 }  // namespace tig

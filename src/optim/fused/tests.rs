@@ -16,6 +16,14 @@ fn values(shape: &[i64], seed: f64, kind: Kind) -> Tensor {
     (ramp.sin() * 43758.5453).frac().reshape(shape).to_kind(kind)
 }
 
+fn set_mode(optimizer: &Optimizer, mode: Mode) {
+    let set = |native: &mut crate::bridge::Native| {
+        native.mode = mode;
+        Ok(())
+    };
+    optimizer.native(set).unwrap();
+}
+
 struct Net {
     vs: VarStore,
     optimizer: Optimizer,
@@ -58,7 +66,7 @@ impl Net {
     }
 
     fn mode(&self, mode: Mode) {
-        self.optimizer.native(|native| Ok(native.mode = mode)).unwrap();
+        set_mode(&self.optimizer, mode);
     }
 
     /// A parameter comes later, and not every one has a gradient in every step.
@@ -231,7 +239,7 @@ fn other_strides_than_the_parameters_take_the_loop() {
             assert!(!p.is_contiguous());
             let optimizer =
                 Optimizer::builder(nn::sgd(config, 0., 0., false), &vs).build().unwrap();
-            optimizer.native(|native| Ok(native.mode = mode)).unwrap();
+            set_mode(&optimizer, mode);
             for step in 0..3 {
                 let gradient = values(&p.size(), f64::from(step), Double);
                 assert!(gradient.is_contiguous());
@@ -252,7 +260,7 @@ fn large_tensors_are_updated_alike_by_any_number_of_threads() {
         let p = vs.root().add("p", values(&[400_001], 1., Float), true);
         let q = vs.root().add("q", values(&[300], 2., Float), true);
         let optimizer = Optimizer::adamw(&vs).build().unwrap();
-        optimizer.native(|native| Ok(native.mode = mode)).unwrap();
+        set_mode(&optimizer, mode);
         tch::set_num_threads(threads);
         for step in 0..3 {
             for p in [&p, &q] {
@@ -278,7 +286,7 @@ fn sparse_gradients_go_through_the_loop() {
             let table = vs.root().add("table", values(&[5, 3], 1., Double), true);
             let dense = vs.root().add("dense", values(&[3], 2., Double), true);
             let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
-            optimizer.native(|native| Ok(native.mode = mode)).unwrap();
+            set_mode(&optimizer, mode);
             let rows = Tensor::from_slice(&[1i64, 3, 1]);
             let found = Tensor::embedding(&table, &rows, -1, false, true);
             (found * &dense).sum(Double).backward();
@@ -312,7 +320,7 @@ fn skipped_steps_leave_everything_as_it_was() {
             let parameters =
                 [1, 2].map(|i| vs.root().add(&format!("p{i}"), parameter(i, Float), true));
             let optimizer = build(&vs);
-            optimizer.native(|native| Ok(native.mode = mode)).unwrap();
+            set_mode(&optimizer, mode);
             let factor = Tensor::from_slice(&[0.5f32]);
             for step in 0..9usize {
                 let inf = skip.contains(&step);
@@ -377,7 +385,7 @@ fn one_variable_under_two_names_is_updated_twice_as_by_the_loop() {
         let _ = vs.root().add("again", p.shallow_clone(), true);
         assert_eq!(TensorId::of(&p), TensorId::of(&vs.variables()["again"]));
         let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
-        optimizer.native(|native| Ok(native.mode = mode)).unwrap();
+        set_mode(&optimizer, mode);
         set_gradient(&p, Some(&values(&[200_000], 3., Float))).unwrap();
         optimizer.step().unwrap();
         p.detach().copy()
