@@ -77,9 +77,12 @@ impl Net {
     }
 }
 
+/// Whether the step of an iteration is fused.
+type Fused = fn(u64) -> bool;
+
 /// With fused steps, with libtorch's own, and with a switch at every other step.
 pub fn run(config: &Value, expect: &Value) -> Result<Outcome> {
-    let ways: [(&str, fn(u64) -> bool); 3] = [
+    let ways: [(&str, Fused); 3] = [
         ("fused", |_| true),
         ("the loop", |_| false),
         ("both in turn", |iteration| iteration % 2 == 0),
@@ -92,7 +95,7 @@ pub fn run(config: &Value, expect: &Value) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-fn train(config: &Value, expect: &Value, fused: fn(u64) -> bool) -> Result<Result<(), String>> {
+fn train(config: &Value, expect: &Value, fused: Fused) -> Result<Result<(), String>> {
     let entries = array(&config["schedulers"])?;
     let vs = VarStore::new(tch::Device::Cpu);
     let mut parameters = vec![];
