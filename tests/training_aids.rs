@@ -453,3 +453,50 @@ fn frozen_groups_do_not_train_and_go_on_later() -> Result<()> {
     assert_eq!(a.double_value(&[0]), 0.);
     Ok(())
 }
+
+/// What the one pass of the CPU does not take goes the way of CUDA.
+#[test]
+fn memory_with_gaps_and_sparse_gradients() -> Result<()> {
+    let mut vs = VarStore::new(Device::Cpu);
+    vs.set_kind(Kind::Double);
+    let all = Tensor::zeros([4, 6], (Kind::Double, Device::Cpu));
+    let w = vs.root().add("w", all.narrow(1, 2, 3), true);
+    let (ema, swa) = (EMAHandler::new(&vs, 0.25)?, SWAHandler::new(&vs)?);
+    for value in [2., 4.] {
+        tch::no_grad(|| drop(w.shallow_clone().fill_(value)));
+        ema.update()?;
+        swa.update()?;
+    }
+    assert_eq!(ema.averages()[0].1.double_value(&[3, 2]), 2. * 0.25 * 0.75 + 1.);
+    let swapped = swa.swap()?;
+    assert_eq!((w.double_value(&[3, 2]), all.double_value(&[3, 4])), (3., 3.));
+    assert_eq!(all.double_value(&[3, 5]), 0., "outside");
+    drop(swapped);
+    assert_eq!(w.double_value(&[0, 0]), 4.);
+
+    let table = vs.root().zeros("table", &[3, 2]);
+    let optimizer = Optimizer::sgd(&vs).lr(1.).build()?;
+    let scaler = GradScaler::new().init_scale(4.)?;
+    for (factor, expected) in [(3., -3.), (f64::INFINITY, -3.)] {
+        optimizer.zero_grad()?;
+        let rows = Tensor::embedding(&table, &Tensor::from_slice(&[1i64]), -1, false, true);
+        scaler.scale(&((rows * factor).sum(Kind::Double) + w.sum(Kind::Double)))?.backward();
+        assert!(table.grad().is_sparse());
+        let norm = value(&optimizer.gradients()?.norm()?);
+        assert!(!norm.is_finite() || (norm - 4. * (12f64 + 2. * 9.).sqrt()).abs() < 1e-9);
+        scaler.step(&optimizer)?;
+        scaler.update()?;
+        assert_eq!((table.double_value(&[1, 0]), w.double_value(&[0, 0])), (expected, 3.));
+    }
+    assert_eq!(scaler.skipped()?, 1);
+    optimizer.zero_grad()?;
+    Tensor::embedding(&table, &Tensor::from_slice(&[1i64, 1]), -1, false, true)
+        .sum(Kind::Double)
+        .backward();
+    let norm = optimizer.clip_grad_norm(1.)?;
+    assert!((value(&norm) - 8f64.sqrt()).abs() < 1e-12, "rows that are there twice add up");
+    assert!((value(&optimizer.gradients()?.norm()?) - 1.).abs() < 1e-5);
+    optimizer.zero_grad_in_place()?;
+    assert_eq!(value(&optimizer.gradients()?.norm()?), 0.);
+    Ok(())
+}
