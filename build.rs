@@ -3,6 +3,17 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
+const FILES: &[&str] = &[
+    "src/bridge/autocast.cpp",
+    "src/bridge/average.cpp",
+    "src/bridge/bridge.cpp",
+    "src/bridge/fused.cpp",
+    "src/bridge/generator.cpp",
+    "src/bridge/gradients.cpp",
+    "src/bridge/normalize.cpp",
+];
+const KERNELS: &[&str] = &["src/bridge/one_pass.cpp"];
+
 fn main() {
     println!("cargo:rerun-if-changed=src/bridge");
     println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
@@ -27,20 +38,28 @@ fn main() {
     }
 
     let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".into());
-    cc::Build::new()
+    let mut build = cc::Build::new();
+    build
         .cpp(true)
         .std("c++17")
         .pic(true)
         .warnings(false)
-        .opt_level(2)
         .include(include)
         .include(api)
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
-        .define("GLOG_USE_GLOG_EXPORT", None)
-        .file("src/bridge/bridge.cpp")
-        .file("src/bridge/generator.cpp")
-        .file("src/bridge/normalize.cpp")
-        .compile("tch_ignite_bridge");
+        .define("GLOG_USE_GLOG_EXPORT", None);
+    // Loops for the compiler to vectorise. Products and sums are rounded as written, so that results do not
+    // depend on the compiler.
+    build
+        .clone()
+        .opt_level(3)
+        .flag("-ffp-contract=off")
+        .flag("-fno-math-errno")
+        .flag("-fno-trapping-math")
+        .files(KERNELS)
+        .compile("tch_ignite_kernels");
+    // After what it calls was compiled, because it is linked in this order, reversed.
+    build.opt_level(2).files(FILES).compile("tch_ignite_bridge");
 
     // For binaries of this package that are started by hand.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());

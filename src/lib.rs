@@ -56,6 +56,10 @@
 //! |---|---|
 //! | the loop, events, filters, budgets | [`engine::Engine`], [`engine::Event`], [`engine::Until`] |
 //! | named parameter groups, every hyper-parameter | [`optim::Optimizer`], [`optim::Group`] |
+//! | clipping, freezing, groups without weight decay | [`optim::Gradients`], [`optim::Group`], [`optim::is_bias_or_norm`] |
+//! | mixed precision | [`amp::autocast`], [`amp::GradScaler`] |
+//! | gradient accumulation | [`Accumulation`], [`supervised::Supervised::accumulate`] |
+//! | averages of the weights | [`handlers::EMAHandler`], [`handlers::SWAHandler`] |
 //! | something a schedule can drive | [`optim::Knob`] |
 //! | schedules and their handler | [`schedule`], [`schedule::ParamScheduler`] |
 //! | schedules from files | [`schedule::SchedulePlan`] |
@@ -69,6 +73,8 @@
 //! Nothing here waits for the GPU unless its documentation says so: outputs and metrics stay tensors
 //! until somebody reads them.
 
+mod accumulate;
+pub mod amp;
 mod bridge;
 pub mod checkpoint;
 pub mod data;
@@ -81,6 +87,7 @@ pub mod optim;
 pub mod schedule;
 pub mod supervised;
 
+pub use accumulate::{Accumulation, Window};
 pub use error::{Error, Panicked, Result};
 pub use tch;
 

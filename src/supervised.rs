@@ -1,11 +1,21 @@
 //! A ready context for supervised learning, with its training and evaluation steps.
 
-use tch::Tensor;
 use tch::nn::ModuleT;
+use tch::{Kind, Tensor};
 
+use crate::amp::{GradScaler, autocast};
 use crate::data::Batch;
-use crate::engine::{Engine, Evaluator, Trainer};
+use crate::engine::{Engine, Evaluator, Event, Trainer};
 use crate::optim::{Optimizer, backward};
+use crate::{Accumulation, Result, Window};
+
+/// Fired by the trainer of [`create_supervised_trainer`] after each step of the optimizer that was made:
+/// not within a window of accumulation, and not where a [`GradScaler`] skipped it. A scheduler attached to
+/// it counts updates.
+///
+/// With a `GradScaler` on CUDA, and only if something is attached, the trainer has to hear whether there
+/// was a step: a host sync.
+pub const OPTIMIZER_STEPPED: Event = Event::custom("optimizer_stepped");
 
 /// What an evaluation step returns.
 #[derive(Debug)]
@@ -32,6 +42,24 @@ pub struct Supervised<N> {
     /// Its optimizer.
     pub optimizer: Optimizer,
     loss: LossFn,
+    autocast: Option<Kind>,
+    scaler: Option<GradScaler>,
+    accumulation: Option<Accumulation>,
+    max_norm: Option<f64>,
+    max_value: Option<f64>,
+    grad_norm: Option<Tensor>,
+    accumulated: Accumulated,
+}
+
+/// Where accumulation stands.
+#[derive(Debug, Default)]
+struct Accumulated {
+    /// Batches whose gradients wait for a step, each of its loss divided by `size`.
+    pending: u64,
+    size: u64,
+    /// Batches in this epoch, where the epoch's length is not known.
+    epoch: u64,
+    batches: u64,
 }
 
 impl<N: ModuleT> Supervised<N> {
@@ -41,29 +69,196 @@ impl<N: ModuleT> Supervised<N> {
         optimizer: Optimizer,
         loss: impl Fn(&Tensor, &Tensor) -> Tensor + Send + 'static,
     ) -> Self {
-        Self { net, optimizer, loss: Box::new(loss) }
+        Self {
+            net,
+            optimizer,
+            loss: Box::new(loss),
+            autocast: None,
+            scaler: None,
+            accumulation: None,
+            max_norm: None,
+            max_value: None,
+            grad_norm: None,
+            accumulated: Accumulated::default(),
+        }
     }
 
-    /// Forward in training mode, loss, backward, one step of the optimizer. Returns the loss, detached
-    /// and on its device: no host sync.
-    pub fn train_step(&mut self, (x, y): Batch) -> anyhow::Result<Tensor> {
-        self.optimizer.zero_grad()?;
-        let loss = (self.loss)(&self.net.forward_t(&x, true), &y);
-        backward(&loss)?;
-        self.optimizer.step()?;
+    /// Forward and loss under [`autocast`] to f16 or bf16, in training and evaluation.
+    pub fn autocast(mut self, kind: Kind) -> Self {
+        self.autocast = Some(kind);
+        self
+    }
+
+    /// Scales the loss, and skips steps with gradients that are not finite. Keep a clone to read and save it.
+    pub fn grad_scaler(mut self, scaler: GradScaler) -> Self {
+        self.scaler = Some(scaler);
+        self
+    }
+
+    /// One step for every `steps` batches, with the mean of their losses; the last window of an epoch may
+    /// be shorter. See [`Accumulation`].
+    pub fn accumulate(mut self, steps: u64) -> Result<Self> {
+        self.accumulation = Some(Accumulation::new(steps)?);
+        Ok(self)
+    }
+
+    /// Clips the gradients to a norm of at most `max` within the step: [`Optimizer::step_clipped`].
+    pub fn clip_grad_norm(mut self, max: f64) -> Self {
+        self.max_norm = Some(max);
+        self
+    }
+
+    /// Brings every element of the gradients between `-max` and `max` before the step, and before clipping
+    /// by norm.
+    pub fn clip_grad_value(mut self, max: f64) -> Self {
+        self.max_value = Some(max);
+        self
+    }
+
+    /// The norm of the gradients before the last clipping by norm, on its device.
+    pub fn grad_norm(&self) -> Option<&Tensor> {
+        self.grad_norm.as_ref()
+    }
+
+    /// Forward in training mode, loss, backward, one step of the optimizer, with what was asked for of
+    /// autocast, scaling, accumulation and clipping. Returns the loss, detached and on its device, whole
+    /// also where it is divided for accumulation: no host sync.
+    ///
+    /// With accumulation each `steps`-th call steps; [`train_step_in`](Self::train_step_in) knows about the
+    /// end of an epoch.
+    pub fn train_step(&mut self, batch: Batch) -> anyhow::Result<Tensor> {
+        let size = self.accumulation.map_or(1, Accumulation::steps);
+        let pending = self.accumulated.pending;
+        self.train_step_in(batch, Window { size, first: pending == 0, last: pending + 1 >= size })
+    }
+
+    /// [`train_step`](Self::train_step) for a batch that has this place in its window.
+    pub fn train_step_in(&mut self, (x, y): Batch, window: Window) -> anyhow::Result<Tensor> {
+        if window.first || self.accumulated.pending == 0 {
+            self.optimizer.zero_grad()?;
+            self.accumulated.pending = 0;
+        }
+        let (net, loss) = (&self.net, &self.loss);
+        let forward = || loss(&net.forward_t(&x, true), &y);
+        let loss = match self.autocast {
+            Some(kind) => autocast(x.device(), kind, forward)?,
+            None => forward(),
+        };
+        let share = if window.size > 1 {
+            loss.f_div_scalar(window.size as i64)?
+        } else {
+            loss.shallow_clone()
+        };
+        match &self.scaler {
+            Some(scaler) => backward(&scaler.scale(&share)?)?,
+            None => backward(&share)?,
+        }
+        self.accumulated.pending += 1;
+        self.accumulated.size = window.size;
+        if window.last {
+            self.update()?;
+        }
         Ok(loss.f_detach()?)
+    }
+
+    /// Steps for batches that wait for the end of their window, if there are any: at the end of an epoch
+    /// whose length was not known, or that was left early. Says whether there were.
+    pub fn finish_window(&mut self) -> anyhow::Result<bool> {
+        let Accumulated { pending, size, .. } = self.accumulated;
+        if pending == 0 {
+            return Ok(false);
+        }
+        // Each loss was divided by more than there are.
+        self.optimizer.gradients()?.scale(&Tensor::from(size as f64 / pending as f64))?;
+        self.update()?;
+        Ok(true)
+    }
+
+    fn update(&mut self) -> anyhow::Result<()> {
+        self.accumulated.pending = 0;
+        if let Some(max) = self.max_value {
+            if let Some(scaler) = &self.scaler {
+                scaler.unscale(&self.optimizer)?;
+            }
+            self.optimizer.clip_grad_value(max)?;
+        }
+        match (&self.scaler, self.max_norm) {
+            (None, None) => self.optimizer.step()?,
+            (None, Some(max)) => self.grad_norm = Some(self.optimizer.step_clipped(max)?),
+            (Some(scaler), None) => scaler.step(&self.optimizer)?,
+            (Some(scaler), Some(max)) => {
+                self.grad_norm = Some(scaler.step_clipped(&self.optimizer, max)?);
+            }
+        }
+        if let Some(scaler) = &self.scaler {
+            scaler.update()?;
+        }
+        Ok(())
+    }
+
+    /// The place of the trainer's batch.
+    fn window<B, O>(&mut self, state: &crate::engine::State<B, O>) -> Window {
+        let Some(accumulation) = self.accumulation else {
+            return Window { size: 1, first: true, last: true };
+        };
+        if state.epoch != self.accumulated.epoch {
+            self.accumulated.epoch = state.epoch;
+            self.accumulated.batches = 0;
+        }
+        let index = match state.epoch_length {
+            Some(length) if length > 0 => state.iteration.saturating_sub(1) % length,
+            _ => self.accumulated.batches,
+        };
+        self.accumulated.batches += 1;
+        accumulation.window(index, state.epoch_length)
     }
 
     /// Forward in evaluation mode, without gradients.
     pub fn eval_step(&mut self, (x, y): Batch) -> anyhow::Result<Prediction> {
         let _guard = tch::no_grad_guard();
-        Ok(Prediction { y_pred: self.net.forward_t(&x, false), y })
+        let forward = || self.net.forward_t(&x, false);
+        let y_pred = match self.autocast {
+            Some(kind) => autocast(x.device(), kind, forward)?,
+            None => forward(),
+        };
+        Ok(Prediction { y_pred, y })
     }
 }
 
-/// A trainer with [`Supervised::train_step`]: ignite's `create_supervised_trainer`.
+/// A trainer with [`Supervised::train_step`]: ignite's `create_supervised_trainer`. It fires
+/// [`OPTIMIZER_STEPPED`], and steps for what is left of a window at the end of an epoch.
 pub fn create_supervised_trainer<'a, N: ModuleT + 'a>() -> Trainer<'a, Supervised<N>> {
-    Engine::new(|cx: &mut Supervised<N>, _, batch| cx.train_step(batch))
+    let mut trainer = Engine::new(|cx: &mut Supervised<N>, engine: &mut Trainer<'a, _>, batch| {
+        let window = cx.window(&engine.state);
+        let loss = cx.train_step_in(batch, window)?;
+        if window.last {
+            fire_stepped(cx, engine)?;
+        }
+        Ok(loss)
+    });
+    // Its own name, registered once: this cannot fail, and if it did, firing would say so.
+    let _ = trainer.register_events([OPTIMIZER_STEPPED]);
+    trainer.on(Event::EpochCompleted, |cx: &mut Supervised<N>, engine| {
+        if cx.finish_window()? {
+            fire_stepped(cx, engine)?;
+        }
+        Ok(())
+    });
+    trainer
+}
+
+fn fire_stepped<N: ModuleT>(
+    cx: &mut Supervised<N>,
+    engine: &mut Trainer<'_, Supervised<N>>,
+) -> anyhow::Result<()> {
+    if !engine.listens(OPTIMIZER_STEPPED) {
+        return Ok(());
+    }
+    let skipped = cx.scaler.as_ref().map_or(Ok(false), GradScaler::last_skipped)?;
+    if !skipped {
+        engine.fire_event(OPTIMIZER_STEPPED, cx)?;
+    }
+    Ok(())
 }
 
 /// An evaluator with [`Supervised::eval_step`]: ignite's `create_supervised_evaluator`.

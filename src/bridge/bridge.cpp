@@ -1,12 +1,9 @@
 // What tch does not show of libtorch's optimizers. Every function that can throw catches, returns
 // non-zero and leaves a message in *error, to be freed with tig_free.
 
-#include <torch/optim.h>
+#include "bridge.h"
 
 #include <memory>
-#include <stdexcept>
-
-#include "guarded.h"
 
 using torch::Tensor;
 using torch::optim::Optimizer;
@@ -14,8 +11,7 @@ using torch::optim::OptimizerOptions;
 
 namespace {
 
-// The numbers of the enums in mod.rs.
-enum Kind : int { SGD = 0, ADAM = 1, ADAMW = 2, RMSPROP = 3 };
+// The numbers of the enum in hyper.rs.
 enum Option : int {
   LR = 0,
   MOMENTUM = 1,
@@ -150,10 +146,6 @@ const void* tig_tensor_id(const Tensor* tensor) { return tensor->unsafeGetTensor
 
 int tig_zero_grad(Optimizer* optimizer, char** error) {
   return guarded(error, [&] { optimizer->zero_grad(); });
-}
-
-int tig_step(Optimizer* optimizer, char** error) {
-  return guarded(error, [&] { optimizer->step(); });
 }
 
 // What the optimizer keeps for one parameter: up to three tensors (null where there is none) and the

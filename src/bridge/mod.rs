@@ -1,11 +1,15 @@
-//! The only unsafe code of the crate: what tch hides of libtorch's optimizers, and kernels of our own.
+//! The only unsafe code of the crate: what tch hides of libtorch, and kernels of our own.
 //!
 //! `tch::nn::Optimizer` keeps the C++ optimizer to itself, but it is built through the public trait
 //! `OptimizerConfig`, whose `build_copt` returns a `tch::COptimizer`: one pointer wide. A config that
 //! calls the inner one and notes that pointer on its way lets tch build its own optimizer, while
 //! [`Native`] knows the address of the very object inside it.
 
+mod autocast;
+mod average;
+mod fused;
 mod generator;
+mod gradients;
 mod memory;
 mod normalize;
 mod serial;
@@ -19,11 +23,16 @@ use tch::nn::{self, OptimizerConfig};
 use tch::{COptimizer, TchError, Tensor};
 use torch_sys::C_tensor;
 
+pub(crate) use autocast::AutocastRegion;
+pub(crate) use average::{Average, Pairs};
+pub(crate) use fused::Mode;
 pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use memory::{bytes, bytes_mut};
 pub(crate) use normalize::{Rows, normalize_rows};
 pub(crate) use serial::Serial;
 pub(crate) use shared_tensor::SharedTensor;
+
+use fused::Plan;
 
 type Raw = *mut c_void;
 
@@ -62,7 +71,6 @@ unsafe extern "C" {
     ) -> c_int;
     fn tig_tensor_id(tensor: *const C_tensor) -> *const c_void;
     fn tig_zero_grad(optimizer: Raw, error: *mut *mut c_char) -> c_int;
-    fn tig_step(optimizer: Raw, error: *mut *mut c_char) -> c_int;
     fn tig_state(
         optimizer: Raw,
         kind: c_int,
@@ -183,6 +191,9 @@ pub(crate) struct Native {
     pub(crate) tch: nn::Optimizer,
     raw: NonNull<c_void>,
     pub(crate) kind: Kind,
+    /// How steps are done.
+    pub(crate) mode: Mode,
+    plan: Plan,
 }
 
 // SAFETY: nn::Optimizer is Send, and `raw` points into it: it is only used through &self or &mut self.
@@ -207,7 +218,7 @@ impl Native {
             2 => Kind::AdamW,
             _ => Kind::RmsProp,
         };
-        Ok(Self { tch, raw, kind })
+        Ok(Self { tch, raw, kind, mode: Mode::Fused, plan: Plan::new()? })
     }
 
     // In all that follows, `raw` lives as long as `self.tch`, which owns the C++ object, and the
@@ -260,13 +271,9 @@ impl Native {
         checked(|error| unsafe { tig_zero_grad(self.raw.as_ptr(), error) })
     }
 
-    pub(crate) fn step(&mut self) -> Result<(), Exception> {
-        // SAFETY: see above.
-        checked(|error| unsafe { tig_step(self.raw.as_ptr(), error) })
-    }
-
     /// The tensors are shared with the optimizer, not copied.
     pub(crate) fn state(&self, parameter: &Tensor) -> Result<Option<RawState>, Exception> {
+        self.settle()?;
         let (mut found, mut step) = (0, -1);
         let mut tensors: [*mut C_tensor; 3] = [null_mut(); 3];
         // SAFETY: see above; `tensors` has room for three.
@@ -316,6 +323,7 @@ impl Native {
         parameter: &Tensor,
         state: Option<&RawState>,
     ) -> Result<(), Exception> {
+        self.settle()?;
         let Some(state) = state else {
             // SAFETY: see above; the pointer of a live tch tensor is a live torch::Tensor.
             return checked(|error| unsafe {

@@ -238,6 +238,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         events.into_iter().try_for_each(|event| self.handlers.register(event))
     }
 
+    /// Whether an event has handlers.
+    pub(crate) fn listens(&self, event: Event) -> bool {
+        self.handlers.index(event).is_ok_and(|index| !self.handlers.is_empty(index))
+    }
+
     /// Calls the handlers of an event, now: from within the step or a handler, for events of your own.
     ///
     /// ```

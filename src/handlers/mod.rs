@@ -1,6 +1,7 @@
 //! Handlers that come with the crate.
 
 mod early_stopping;
+mod ema;
 mod epoch_output_store;
 mod evaluate;
 pub(crate) mod files;
@@ -26,6 +27,10 @@ mod tracing;
 pub use self::tracing::Tracing;
 pub use early_stopping::EarlyStopping;
 pub use epoch_output_store::EpochOutputStore;
+mod shadow;
+mod swa;
+
+pub use ema::EMAHandler;
 pub use evaluate::Evaluate;
 pub use grad_norm::GradNorm;
 pub use history::History;
@@ -34,7 +39,9 @@ pub use interrupt_on::InterruptOn;
 pub use lr_finder::{LrCurve, LrFinder, StepMode};
 #[cfg(feature = "progress")]
 pub use progress_bar::ProgressBar;
+pub use shadow::{Buffers, Swapped, WithAverages};
 pub use skip_batch::SkipBatch;
+pub use swa::SWAHandler;
 pub use terminate_on_nan::{Numbers, TerminateOnNan};
 pub use throughput::Throughput;
 pub use time_limit::TimeLimit;

@@ -4,12 +4,15 @@
 //! shadow copy, so values set through tch are seen here and the other way round.
 
 mod builder;
+mod fused;
+mod gradients;
 mod group;
 mod grouping;
 mod hyper;
 mod knob;
 mod layerwise;
 mod lent;
+mod param_groups;
 mod saved;
 mod snapshot;
 
@@ -22,10 +25,12 @@ use tch::nn::{self, OptimizerConfig, VarStore, Variables};
 use tch::{TchError, Tensor};
 
 pub use builder::{GroupOptions, OptimizerBuilder, lr};
+pub use gradients::Gradients;
 pub use group::Group;
 pub use knob::Knob;
 pub use layerwise::layerwise_lr_decay;
 pub use lent::TchOptimizer;
+pub use param_groups::is_bias_or_norm;
 pub use snapshot::OptimizerSnapshot;
 pub(crate) use snapshot::StoreSnapshot;
 
@@ -218,14 +223,10 @@ impl Optimizer {
         }
     }
 
-    /// One update of all parameters that have a gradient.
+    /// One update of all parameters that have a gradient, by [fused steps](Self::set_fused) unless they are
+    /// switched off. No host sync.
     pub fn step(&self) -> Result<()> {
-        match self.group_new_variables()? {
-            Some(new) => self.through_tch("optimizer step", &new, |tch| tch.step()),
-            None => self.native(|native| {
-                native.step().map_err(|text| Error::libtorch("optimizer step", text))
-            }),
-        }
+        self.update(None, None)
     }
 
     /// `zero_grad`, backward from the scalar `loss`, `step`.
@@ -252,6 +253,7 @@ impl Optimizer {
         }
         let mut lent = Lent(&self.shared, native);
         let native = lent.1.as_mut().ok_or_else(lent_out)?;
+        native.settle().map_err(|text| Error::libtorch("reading step counts", text))?;
         Ok(call(&mut TchOptimizer::new(self, &mut native.tch)))
     }
 

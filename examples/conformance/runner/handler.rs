@@ -2,6 +2,7 @@
 
 pub(super) mod checkpoint;
 mod early_stopping;
+pub(super) mod ema;
 mod epoch_output_store;
 mod progress_bar;
 mod running_average;
@@ -21,11 +22,12 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
         "setup_filename_pattern" => checkpoint::run_pattern(config, expect),
         "global_step_from_engine" => checkpoint::run_global_step(config, expect),
         "EarlyStopping" => early_stopping::run(config, expect, defect),
+        "EMA" => ema::run(config, expect, defect),
         "EpochOutputStore" => epoch_output_store::run(config, expect),
         "ProgressBar" => progress_bar::run(config, expect, defect),
         "RunningAverage" => running_average::run(config, expect),
         "Tensorboard" => tensorboard::run(config, expect, defect),
         "TerminateOnNan" => terminate_on_nan::run(config, expect),
-        other => Outcome::skipped(format!("handler {other} does not exist yet")),
+        other => Outcome::skipped(format!("handler {other} is not known")),
     }
 }

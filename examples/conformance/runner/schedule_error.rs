@@ -74,6 +74,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
             TimeLimit::new(Duration::from_secs(seconds)).err()
         }
         "DiskSaver" => return Ok(said(handler::checkpoint::refused(args)?, expect).into()),
+        "EMAHandler" => handler::ema::refused(args)?,
         other => return Outcome::skipped(format!("{other} does not exist yet")),
     };
     Ok(said(refused.map(|error| error.to_string()), expect).into())

@@ -77,7 +77,25 @@ impl Net {
     }
 }
 
+/// Whether the step of an iteration is fused.
+type Fused = fn(u64) -> bool;
+
+/// With fused steps, with libtorch's own, and with a switch at every other step.
 pub fn run(config: &Value, expect: &Value) -> Result<Outcome> {
+    let ways: [(&str, Fused); 3] = [
+        ("fused", |_| true),
+        ("the loop", |_| false),
+        ("both in turn", |iteration| iteration % 2 == 0),
+    ];
+    for (name, fused) in ways {
+        if let Err(why) = train(config, expect, fused)? {
+            return Ok(Outcome::Failed(format!("{name}: {why}")));
+        }
+    }
+    Ok(Outcome::Passed)
+}
+
+fn train(config: &Value, expect: &Value, fused: Fused) -> Result<Result<(), String>> {
     let entries = array(&config["schedulers"])?;
     let vs = VarStore::new(tch::Device::Cpu);
     let mut parameters = vec![];
@@ -101,6 +119,7 @@ pub fn run(config: &Value, expect: &Value) -> Result<Outcome> {
     let batches = array(&config["batches"])?;
     let mut trainer = Engine::new(|net: &mut Net, engine, batch: &Value| {
         let batch = (tensor(&batch["x"])?, tensor(&batch["y"])?);
+        net.optimizer.set_fused(fused(engine.state.iteration))?;
         net.step(engine.state.iteration, batch)
     });
     for entry in entries {
@@ -109,7 +128,7 @@ pub fn run(config: &Value, expect: &Value) -> Result<Outcome> {
     let batches: Vec<&Value> = batches.iter().collect();
     let epochs = count(&config["max_epochs"])?.unwrap_or(1);
     trainer.run(&mut net, batches, Until::epochs(epochs))?;
-    Ok(compare(&net, expect)?.into())
+    compare(&net, expect)
 }
 
 fn compare(net: &Net, expect: &Value) -> Result<Result<(), String>> {

@@ -1,0 +1,164 @@
+//! Optimizer steps, clipping and averages: ours against tch's own, on the shapes of real models.
+//!
+//! `cargo bench --bench steps`, with `OMP_NUM_THREADS` at the number of threads to measure. Each pair of
+//! lines is one ratio; "floor" updates the same bytes in place, as the memory allows.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use tch::nn::{self, OptimizerConfig, VarStore};
+use tch::{Device, Kind, Tensor};
+use tch_ignite::handlers::EMAHandler;
+use tch_ignite::optim::Optimizer;
+
+/// Shapes of all parameters.
+fn shapes() -> Vec<(&'static str, Vec<Vec<i64>>)> {
+    vec![("200 of 16x16", vec![vec![16, 16]; 200]), ("ResNet-18", resnet18())]
+}
+
+fn resnet18() -> Vec<Vec<i64>> {
+    let mut shapes = vec![vec![64, 3, 7, 7], vec![64], vec![64]];
+    let mut block = |from: i64, to: i64| {
+        shapes.extend([vec![to, from, 3, 3], vec![to], vec![to]]);
+        shapes.extend([vec![to, to, 3, 3], vec![to], vec![to]]);
+        if from != to {
+            shapes.extend([vec![to, from, 1, 1], vec![to], vec![to]]);
+        }
+    };
+    for (from, to) in [(64, 64), (64, 128), (128, 256), (256, 512)] {
+        block(from, to);
+        block(to, to);
+    }
+    shapes.extend([vec![1000, 512], vec![1000]]);
+    shapes
+}
+
+/// Parameters with gradients.
+fn store(shapes: &[Vec<i64>]) -> VarStore {
+    let vs = VarStore::new(Device::Cpu);
+    let root = vs.root();
+    let mut loss = Tensor::zeros([], (Kind::Float, Device::Cpu));
+    for (index, shape) in shapes.iter().enumerate() {
+        let parameter = root.randn(&format!("p{index}"), shape, 0., 0.1);
+        loss += (parameter * Tensor::randn(shape, (Kind::Float, Device::Cpu))).sum(Kind::Float);
+    }
+    loss.backward();
+    vs
+}
+
+fn steps(c: &mut Criterion) {
+    for (name, shapes) in shapes() {
+        compare(c, name, &shapes, "SGD", nn::sgd(0.9, 0., 0., false));
+        compare(c, name, &shapes, "Adam", nn::Adam::default());
+        compare(c, name, &shapes, "AdamW", nn::AdamW::default());
+        compare(c, name, &shapes, "RMSprop", nn::RmsProp::default());
+    }
+}
+
+fn compare(
+    c: &mut Criterion,
+    shape: &str,
+    shapes: &[Vec<i64>],
+    name: &str,
+    config: impl OptimizerConfig,
+) {
+    let vs = store(shapes);
+    let optimizer = Optimizer::builder(config, &vs).lr(1e-6).build().expect("one group");
+    let mut group = c.benchmark_group(format!("{name}, {shape}"));
+    group
+        .measurement_time(Duration::from_secs(2))
+        .warm_up_time(Duration::from_millis(500))
+        .sample_size(20);
+    for fused in [false, true] {
+        optimizer.set_fused(fused).expect("not lent");
+        let way = if fused { "fused" } else { "loop (tch)" };
+        group.bench_function(way, |b| b.iter(|| optimizer.step().expect("steps")));
+    }
+    if name == "AdamW" {
+        group.bench_function("clip + step, tch", |b| {
+            b.iter(|| {
+                optimizer.set_fused(false).expect("not lent");
+                optimizer.with_tch(|tch| tch.clip_grad_norm(1e9)).expect("gradients");
+                optimizer.step().expect("steps")
+            });
+        });
+        optimizer.set_fused(true).expect("not lent");
+        group.bench_function("clip + step, fused", |b| {
+            b.iter(|| black_box(optimizer.step_clipped(1e-9).expect("steps")));
+        });
+    }
+    group.finish();
+}
+
+fn gradients(c: &mut Criterion) {
+    for (name, shapes) in shapes() {
+        let vs = store(&shapes);
+        let optimizer = Optimizer::sgd(&vs).build().expect("one group");
+        let mut group = c.benchmark_group(format!("gradients, {name}"));
+        group
+            .measurement_time(Duration::from_secs(2))
+            .warm_up_time(Duration::from_millis(500))
+            .sample_size(20);
+        // Gradients shrink a little every time, so that clipping stays active.
+        for (kind, clips) in [("below the bound", false), ("clipped", true)] {
+            let max = std::cell::Cell::new(1e3);
+            let bound = || {
+                max.set(max.get() * 0.999);
+                if clips { max.get() } else { 1e9 }
+            };
+            group.bench_function(format!("clip_grad_norm, {kind}, tch"), |b| {
+                optimizer.with_tch(|tch| b.iter(|| tch.clip_grad_norm(bound()))).expect("not lent");
+            });
+            group.bench_function(format!("clip_grad_norm, {kind}, ours"), |b| {
+                b.iter(|| black_box(optimizer.clip_grad_norm(bound()).expect("clips")));
+            });
+        }
+        group.bench_function("zeros, tch", |b| {
+            let variables = vs.trainable_variables();
+            b.iter(|| variables.iter().for_each(|v| drop(v.grad().zero_())));
+        });
+        group.bench_function("zeros, ours", |b| {
+            b.iter(|| optimizer.zero_grad_in_place().expect("zeros"));
+        });
+        group.finish();
+    }
+}
+
+fn averages(c: &mut Criterion) {
+    for (name, shapes) in shapes() {
+        let vs = store(&shapes);
+        let variables = vs.trainable_variables();
+        let mut copies: Vec<_> = variables.iter().map(|v| v.detach().copy()).collect();
+        let ema = EMAHandler::new(&vs, 1e-3).expect("a momentum");
+        let mut group = c.benchmark_group(format!("EMA, {name}"));
+        group
+            .measurement_time(Duration::from_secs(2))
+            .warm_up_time(Duration::from_millis(500))
+            .sample_size(20);
+        group.bench_function("lerp_ in a loop, tch", |b| {
+            b.iter(|| {
+                tch::no_grad(|| {
+                    for (copy, variable) in copies.iter_mut().zip(&variables) {
+                        let _ = copy.lerp_(variable, 1e-3);
+                    }
+                });
+            });
+        });
+        group.bench_function("ours", |b| b.iter(|| ema.update().expect("averages")));
+        group.bench_function("swap, twice", |b| b.iter(|| drop(ema.swap().expect("once"))));
+        group.finish();
+    }
+}
+
+fn floor(c: &mut Criterion) {
+    // Memory that no cache holds; 8 bytes an element.
+    let mut large = Tensor::ones([1 << 26], (Kind::Float, Device::Cpu));
+    let mut group = c.benchmark_group("floor");
+    group.measurement_time(Duration::from_secs(2)).sample_size(10);
+    group.bench_function("in place, 512 MiB", |b| b.iter(|| drop(large.g_mul_scalar_(1.0000001))));
+    group.finish();
+}
+
+criterion_group!(benches, floor, steps, gradients, averages);
+criterion_main!(benches);

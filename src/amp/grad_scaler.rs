@@ -1,0 +1,344 @@
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde_json::{Map, Value};
+use tch::{Device, Kind, TchError, Tensor};
+
+use crate::optim::Optimizer;
+use crate::{Error, Result};
+
+/// Scales the loss, so that f16 gradients do not vanish, and skips steps whose gradients are not finite:
+/// torch's `GradScaler`, with torch's defaults. Clones share one scale.
+///
+/// The check, the skipping and the growth of the scale stay on the device: no host sync, except where a
+/// method says so. `scale`, backward, [`step`](Self::step), [`update`](Self::update), in this order.
+///
+/// ```
+/// # use tch::{Device, Kind, nn};
+/// # use tch_ignite::{amp::GradScaler, optim::Optimizer};
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let w = vs.root().ones("w", &[1]);
+/// let optimizer = Optimizer::sgd(&vs).lr(0.5).build()?;
+/// let scaler = GradScaler::new();
+/// for factor in [1.0, f64::INFINITY] {
+///     optimizer.zero_grad()?;
+///     let loss = (&w * factor).sum(Kind::Float);
+///     scaler.scale(&loss)?.backward();
+///     scaler.step(&optimizer)?; // the second is skipped
+///     scaler.update()?;
+/// }
+/// assert_eq!(w.double_value(&[0]), 0.5);
+/// assert_eq!((scaler.get_scale()?, scaler.skipped()?), (32768.0, 1));
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct GradScaler {
+    shared: Arc<Mutex<Scaler>>,
+}
+
+struct Scaler {
+    settings: Settings,
+    /// Where they are is known from the first loss on.
+    scale: Tensor,
+    /// Steps in a row without an overflow.
+    growth_tracker: Tensor,
+    skipped: Tensor,
+    optimizers: Vec<Optimized>,
+    /// What the last update heard.
+    last_found: Option<Tensor>,
+}
+
+#[derive(Clone, Copy)]
+struct Settings {
+    growth_factor: f64,
+    backoff_factor: f64,
+    growth_interval: i64,
+}
+
+/// Between two updates.
+struct Optimized {
+    optimizer: Optimizer,
+    found_inf: Tensor,
+    unscaled: bool,
+    stepped: bool,
+}
+
+impl Default for GradScaler {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn failed(error: TchError) -> Error {
+    Error::libtorch("scaling gradients", error)
+}
+
+impl Scaler {
+    fn to(&mut self, device: Device) -> Result<(), TchError> {
+        if self.scale.device() != device {
+            self.scale = self.scale.f_to_device(device)?;
+            self.growth_tracker = self.growth_tracker.f_to_device(device)?;
+            self.skipped = self.skipped.f_to_device(device)?;
+        }
+        Ok(())
+    }
+
+    /// Checks the gradients, once between two updates.
+    fn checked(&mut self, optimizer: &Optimizer) -> Result<&mut Optimized> {
+        let known = self.optimizers.iter().position(|known| known.optimizer.is(optimizer));
+        let index = match known {
+            Some(index) => index,
+            None => {
+                let found_inf = optimizer.gradients()?.found_inf()?;
+                let optimizer = optimizer.clone();
+                let new = Optimized { optimizer, found_inf, unscaled: false, stepped: false };
+                self.optimizers.push(new);
+                self.optimizers.len() - 1
+            }
+        };
+        Ok(&mut self.optimizers[index])
+    }
+
+    fn inverse(&self) -> Result<Tensor> {
+        // In f64, as torch does; the devices that have no f64 are not supported.
+        let inverse = self.scale.f_to_kind(Kind::Double).and_then(|scale| scale.f_reciprocal());
+        inverse.and_then(|inverse| inverse.f_to_kind(Kind::Float)).map_err(failed)
+    }
+
+    fn step(
+        &mut self,
+        optimizer: &Optimizer,
+        clip: impl FnOnce(Option<Tensor>) -> Result<Option<Tensor>>,
+    ) -> Result<()> {
+        let inverse = self.inverse()?;
+        let optimized = self.checked(optimizer)?;
+        if optimized.stepped {
+            return Err(Error::invalid(
+                "step() has already been called since the last update() of this GradScaler",
+            ));
+        }
+        let factor = clip((!optimized.unscaled).then_some(inverse))?;
+        optimizer.update(factor.as_ref(), Some(&optimized.found_inf))?;
+        optimized.stepped = true;
+        Ok(())
+    }
+}
+
+impl GradScaler {
+    /// Starts with 65,536, doubles after 2,000 steps without an overflow, halves after one.
+    pub fn new() -> Self {
+        let options = |kind| (kind, Device::Cpu);
+        let scaler = Scaler {
+            settings: Settings { growth_factor: 2., backoff_factor: 0.5, growth_interval: 2000 },
+            scale: Tensor::full([1], 65536., options(Kind::Float)),
+            growth_tracker: Tensor::zeros([1], options(Kind::Int)),
+            skipped: Tensor::zeros([1], options(Kind::Int64)),
+            optimizers: vec![],
+            last_found: None,
+        };
+        Self { shared: Arc::new(Mutex::new(scaler)) }
+    }
+
+    /// Starts with this scale instead.
+    pub fn init_scale(self, scale: f64) -> Result<Self> {
+        if !(scale > 0. && scale.is_finite()) {
+            return Err(Error::invalid(format!(
+                "the scale must be finite and above 0, but {scale} was given"
+            )));
+        }
+        let _ = self.locked().scale.f_fill_(scale).map_err(failed)?;
+        Ok(self)
+    }
+
+    /// Grows by `growth`, above 1, after `interval` steps without an overflow, and shrinks by `backoff`,
+    /// below 1, after one.
+    pub fn growth(self, growth: f64, backoff: f64, interval: u32) -> Result<Self> {
+        if !(growth > 1. && growth.is_finite() && backoff > 0. && backoff < 1. && interval > 0) {
+            return Err(Error::invalid(format!(
+                "growth must be above 1, backoff above 0 and below 1, and the interval positive, but {growth}, {backoff} and {interval} were given"
+            )));
+        }
+        self.locked().settings = Settings {
+            growth_factor: growth,
+            backoff_factor: backoff,
+            growth_interval: i64::from(interval),
+        };
+        Ok(self)
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Scaler> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The loss times the scale, for backward.
+    pub fn scale(&self, loss: &Tensor) -> Result<Tensor> {
+        let mut scaler = self.locked();
+        scaler.to(loss.device()).map_err(failed)?;
+        let scale = scaler.scale.f_reshape([0i64; 0]).map_err(failed)?;
+        loss.f_mul(&scale).map_err(failed)
+    }
+
+    /// Divides the gradients by the scale, in place, for who wants to look at them or change them before
+    /// the step.
+    ///
+    /// # Errors
+    /// They are unscaled already, or the step was made.
+    pub fn unscale(&self, optimizer: &Optimizer) -> Result<()> {
+        let mut scaler = self.locked();
+        let inverse = scaler.inverse()?;
+        let optimized = scaler.checked(optimizer)?;
+        if optimized.unscaled || optimized.stepped {
+            return Err(Error::invalid(
+                "unscale() has already been called on this optimizer, or step(), since the last update() of this GradScaler",
+            ));
+        }
+        optimizer.gradients()?.scale(&inverse)?;
+        optimized.unscaled = true;
+        Ok(())
+    }
+
+    /// A step with the unscaled gradients, or none if one of them is not finite. The gradients are divided
+    /// where the step reads them, so they stay scaled, unless [`unscale`](Self::unscale) was called.
+    ///
+    /// RMSprop on CUDA, SGD with dampening at its first step there, and parameters on several devices have
+    /// to hear whether there is a step: a host sync.
+    pub fn step(&self, optimizer: &Optimizer) -> Result<()> {
+        self.locked().step(optimizer, Ok)
+    }
+
+    /// [`step`](Self::step) with the unscaled gradients clipped to a norm of at most `max`, as by
+    /// [`Optimizer::step_clipped`]; returns the norm before.
+    pub fn step_clipped(&self, optimizer: &Optimizer, max: f64) -> Result<Tensor> {
+        let mut norm = None;
+        self.locked().step(optimizer, |inverse| {
+            let (scaled, clip) = optimizer.gradients()?.norm_and_factor(max)?;
+            let Some(inverse) = inverse else {
+                norm = Some(scaled);
+                return Ok(Some(clip));
+            };
+            let factor = (|| {
+                let inverse = inverse.f_reshape([0i64; 0])?.f_to_kind(scaled.kind())?;
+                let total = scaled.f_mul(&inverse)?;
+                let clip = total.f_add_scalar(1e-6)?.f_reciprocal()?.f_mul_scalar_(max)?;
+                let factor = clip.f_clamp_max(1.)?.f_mul(&inverse)?;
+                norm = Some(total);
+                Ok(factor)
+            })();
+            factor.map(Some).map_err(failed)
+        })?;
+        norm.ok_or_else(|| Error::invalid("no norm was computed"))
+    }
+
+    /// After the steps of all optimizers: makes the scale smaller if one was skipped, and larger after a
+    /// long time without.
+    ///
+    /// # Errors
+    /// No step since the last update.
+    pub fn update(&self) -> Result<()> {
+        let mut scaler = self.locked();
+        if scaler.optimizers.is_empty() {
+            return Err(Error::invalid(
+                "no step since the last update() of this GradScaler: call step() first",
+            ));
+        }
+        let device = scaler.scale.device();
+        let found = scaler.optimizers.iter().map(|optimized| {
+            optimized.found_inf.f_to_device(device).and_then(|found| found.f_reshape([1]))
+        });
+        let found = found.reduce(|a, b| a?.f_maximum(&b?)).transpose().map_err(failed)?;
+        let Some(found) = found else { return Ok(()) };
+        scaler.optimizers.clear();
+        let Settings { growth_factor, backoff_factor, growth_interval } = scaler.settings;
+        let updated = (|| {
+            let tracker = scaler.growth_tracker.shallow_clone();
+            let _ = scaler.scale.f_internal_amp_update_scale_(
+                &tracker,
+                &found,
+                growth_factor,
+                backoff_factor,
+                growth_interval,
+            )?;
+            let _ = scaler.skipped.f_add_(&found.f_ne(0.)?.f_to_kind(Kind::Int64)?)?;
+            Ok(())
+        })();
+        scaler.last_found = Some(found);
+        updated.map_err(failed)
+    }
+
+    /// The scale. A host sync on CUDA.
+    pub fn get_scale(&self) -> Result<f64> {
+        self.locked().scale.f_double_value(&[0]).map_err(failed)
+    }
+
+    /// How many steps were skipped since the beginning. A host sync on CUDA.
+    pub fn skipped(&self) -> Result<u64> {
+        let skipped = self.locked().skipped.f_int64_value(&[0]).map_err(failed)?;
+        Ok(skipped.unsigned_abs())
+    }
+
+    /// Whether the last step before the last update was skipped: false before the first. A host sync on
+    /// CUDA.
+    pub fn last_skipped(&self) -> Result<bool> {
+        let found = self.locked().last_found.as_ref().map(Tensor::shallow_clone);
+        let found = found.map(|found| found.f_double_value(&[0])).transpose().map_err(failed)?;
+        Ok(found.is_some_and(|found| found != 0.))
+    }
+
+    /// The state under torch's names, and `"skipped"`. A host sync on CUDA.
+    pub fn state_dict(&self) -> Result<Map<String, Value>> {
+        let (scale, skipped) = (self.get_scale()?, self.skipped()?);
+        let scaler = self.locked();
+        let tracker = scaler.growth_tracker.f_int64_value(&[0]).map_err(failed)?;
+        let mut state = Map::new();
+        state.insert("scale".into(), scale.into());
+        state.insert("growth_factor".into(), scaler.settings.growth_factor.into());
+        state.insert("backoff_factor".into(), scaler.settings.backoff_factor.into());
+        state.insert("growth_interval".into(), scaler.settings.growth_interval.into());
+        state.insert("_growth_tracker".into(), tracker.into());
+        state.insert("skipped".into(), skipped.into());
+        Ok(state)
+    }
+
+    /// Goes to a saved state; `"skipped"` may be absent, as in torch's. Nothing is changed on error.
+    pub fn load_state_dict(&self, state: &Map<String, Value>) -> Result<()> {
+        let number = |key: &str| {
+            let value = state.get(key).ok_or_else(|| {
+                Error::State(format!(
+                    "Required state attribute '{key}' is absent in provided state_dict"
+                ))
+            })?;
+            value
+                .as_f64()
+                .filter(|value| *value >= 0. && value.is_finite())
+                .ok_or_else(|| Error::State(format!("the GradScaler's '{key}' cannot be {value}")))
+        };
+        let (scale, tracker) = (number("scale")?, number("_growth_tracker")?);
+        let interval = number("growth_interval")? as u32;
+        let (growth, backoff) = (number("growth_factor")?, number("backoff_factor")?);
+        let skipped = if state.contains_key("skipped") { number("skipped")? } else { 0. };
+        // Refuses what a scaler could not have been built with.
+        let fresh = Self::new().init_scale(scale)?.growth(growth, backoff, interval)?;
+        let settings = fresh.locked().settings;
+        let mut scaler = self.locked();
+        scaler.settings = settings;
+        let Scaler { scale: ours, growth_tracker, skipped: count, .. } = &mut *scaler;
+        for (tensor, value) in [(ours, scale), (growth_tracker, tracker), (count, skipped)] {
+            let _ = tensor.f_fill_(value).map_err(failed)?;
+        }
+        scaler.optimizers.clear();
+        scaler.last_found = None;
+        Ok(())
+    }
+}
+
+impl fmt::Debug for GradScaler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The scale itself may be on a device.
+        let Settings { growth_factor, backoff_factor, growth_interval } = self.locked().settings;
+        f.debug_struct("GradScaler")
+            .field("growth_factor", &growth_factor)
+            .field("backoff_factor", &backoff_factor)
+            .field("growth_interval", &growth_interval)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,37 @@
+// Autocast of one device type, on the current thread.
+
+#include <ATen/autocast_mode.h>
+
+#include "bridge.h"
+
+namespace {
+
+at::DeviceType device_of(int device) { return device == 0 ? at::kCPU : at::kCUDA; }
+
+}  // namespace
+
+extern "C" {
+
+// Sets autocast of the device (0: CPU, 1: CUDA) and writes what it was. `dtype` is libtorch's number of a type.
+int tig_autocast_enter(int device, int enabled, int dtype, int* was_enabled, int* had_dtype, char** error) {
+  return guarded(error, [&] {
+    const auto type = device_of(device);
+    *was_enabled = at::autocast::is_autocast_enabled(type);
+    *had_dtype = static_cast<int>(at::autocast::get_autocast_dtype(type));
+    at::autocast::set_autocast_enabled(type, enabled != 0);
+    if (enabled) at::autocast::set_autocast_dtype(type, static_cast<at::ScalarType>(dtype));
+    at::autocast::increment_nesting();
+  });
+}
+
+// Goes back to what was. Casts of weights are kept until the outermost region ends.
+int tig_autocast_leave(int device, int was_enabled, int had_dtype, char** error) {
+  return guarded(error, [&] {
+    const auto type = device_of(device);
+    if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+    at::autocast::set_autocast_enabled(type, was_enabled != 0);
+    at::autocast::set_autocast_dtype(type, static_cast<at::ScalarType>(had_dtype));
+  });
+}
+
+}  // extern "C"

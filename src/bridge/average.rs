@@ -1,0 +1,71 @@
+//! Averages of tensors that training changes; the C++ is in average.cpp.
+
+use std::ffi::{c_char, c_int, c_void};
+use std::ptr::NonNull;
+
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use super::{Exception, Raw, checked};
+
+unsafe extern "C" {
+    fn tig_pairs_new(
+        averages: *const *const C_tensor,
+        sources: *const *const C_tensor,
+        count: usize,
+    ) -> Raw;
+    fn tig_pairs_free(pairs: Raw);
+    fn tig_pairs_update(pairs: Raw, how: c_int, number: f64, error: *mut *mut c_char) -> c_int;
+}
+
+/// What happens to each average.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Average {
+    /// `average * (1 - momentum) + source * momentum`
+    Lerp(f64),
+    /// `average + (source - average) / count`
+    Mean(f64),
+    /// The source's values.
+    Copy,
+    /// Average and source change their values.
+    Swap,
+}
+
+/// Tensors and what they average, as lists on the C++ side. The tensors are shared, not copied.
+#[derive(Debug)]
+pub(crate) struct Pairs(NonNull<c_void>);
+
+// SAFETY: torch::Tensors may be used from any thread, one at a time; `update` takes &mut self.
+unsafe impl Send for Pairs {}
+
+impl Pairs {
+    /// Pairs each average with the source of the same place.
+    pub(crate) fn new<'t>(pairs: impl Iterator<Item = (&'t Tensor, &'t Tensor)>) -> Self {
+        let (averages, sources): (Vec<_>, Vec<_>) =
+            pairs.map(|(average, source)| (average.as_ptr(), source.as_ptr())).unzip();
+        // SAFETY: both lists have that length and point to live torch::Tensors.
+        let raw = unsafe {
+            tig_pairs_new(averages.as_ptr().cast(), sources.as_ptr().cast(), averages.len())
+        };
+        // `new` throws rather than to return null, and then the process ends.
+        Self(NonNull::new(raw).expect("made by `new`"))
+    }
+
+    pub(crate) fn update(&mut self, how: Average) -> Result<(), Exception> {
+        let (how, number) = match how {
+            Average::Lerp(momentum) => (0, momentum),
+            Average::Mean(count) => (1, count),
+            Average::Copy => (2, 0.),
+            Average::Swap => (3, 0.),
+        };
+        // SAFETY: the object is live and only we use it.
+        checked(|error| unsafe { tig_pairs_update(self.0.as_ptr(), how, number, error) })
+    }
+}
+
+impl Drop for Pairs {
+    fn drop(&mut self) {
+        // SAFETY: made by tig_pairs_new, freed once, here.
+        unsafe { tig_pairs_free(self.0.as_ptr()) };
+    }
+}

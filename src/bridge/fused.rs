@@ -1,0 +1,94 @@
+//! Steps of all parameters at once; the C++ is in fused.cpp.
+
+use std::ffi::{c_char, c_int, c_void};
+use std::ptr::{NonNull, null};
+
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use super::{Exception, Native, Raw, checked};
+
+unsafe extern "C" {
+    fn tig_plan_new() -> Raw;
+    fn tig_plan_free(plan: Raw);
+    fn tig_step(
+        optimizer: Raw,
+        kind: c_int,
+        plan: Raw,
+        mode: c_int,
+        factor: *const C_tensor,
+        found_inf: *const C_tensor,
+        error: *mut *mut c_char,
+    ) -> c_int;
+    fn tig_settle(optimizer: Raw, kind: c_int, plan: Raw, error: *mut *mut c_char) -> c_int;
+}
+
+/// How steps are done; the numbers are those of fused.cpp.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub(crate) enum Mode {
+    /// libtorch's own loop, parameter by parameter.
+    Loop = 0,
+    /// One pass of our own on the CPU, libtorch's fused kernels on CUDA, the loop for what neither takes.
+    Fused = 1,
+    /// libtorch's fused kernels on the CPU too: what CUDA does, for tests without one.
+    #[cfg(test)]
+    Kernels = 2,
+}
+
+/// The C++ side's lists, kept from step to step.
+#[derive(Debug)]
+pub(super) struct Plan(NonNull<c_void>);
+
+impl Plan {
+    pub(super) fn new() -> Result<Self, Exception> {
+        // SAFETY: makes an object of its own.
+        NonNull::new(unsafe { tig_plan_new() }).map(Self).ok_or_else(|| "no memory".into())
+    }
+
+    pub(super) fn as_ptr(&self) -> Raw {
+        self.0.as_ptr()
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: made by tig_plan_new, freed once, here.
+        unsafe { tig_plan_free(self.0.as_ptr()) };
+    }
+}
+
+impl Native {
+    /// One update. The gradients count `factor` times, and nothing happens where `found_inf` is not 0;
+    /// both have one element and are not read where they live on a device, but for RMSprop and for
+    /// parameters on several devices.
+    pub(crate) fn step(
+        &mut self,
+        factor: Option<&Tensor>,
+        found_inf: Option<&Tensor>,
+    ) -> Result<(), Exception> {
+        let pointer = |tensor: Option<&Tensor>| tensor.map_or(null(), |t| t.as_ptr());
+        // SAFETY: `raw` is the live optimizer inside `self.tch`, the plan is live; the pointers of live
+        // tch tensors are live torch::Tensors, and null is allowed for them.
+        checked(|error| unsafe {
+            tig_step(
+                self.raw.as_ptr(),
+                self.kind as c_int,
+                self.plan.as_ptr(),
+                self.mode as c_int,
+                pointer(factor),
+                pointer(found_inf),
+                error,
+            )
+        })
+    }
+
+    /// Makes the step counts right after steps that were skipped on a device: a host sync, if there were
+    /// steps with `found_inf` on a device since the last time.
+    pub(crate) fn settle(&self) -> Result<(), Exception> {
+        // SAFETY: as in `step`; the borrow of `self` keeps other threads out, because Native is not Sync.
+        checked(|error| unsafe {
+            tig_settle(self.raw.as_ptr(), self.kind as c_int, self.plan.as_ptr(), error)
+        })
+    }
+}

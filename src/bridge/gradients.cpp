@@ -1,0 +1,182 @@
+// Norms, clipping and checks of an optimizer's gradients: one pass on the CPU, libtorch's foreach kernels
+// elsewhere, and no number read from a device.
+
+#include <ATen/ops/_amp_foreach_non_finite_check_and_unscale.h>
+#include <ATen/ops/_foreach_clamp_max.h>
+#include <ATen/ops/_foreach_clamp_min.h>
+#include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/_foreach_zero.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/stack.h>
+
+#include <cmath>
+#include <map>
+
+#include "bridge.h"
+#include "plan.h"
+
+using at::Tensor;
+using torch::optim::Optimizer;
+
+namespace {
+
+// Of the optimizer's groups, those with the given numbers.
+struct Groups {
+  const size_t* numbers;
+  size_t count;
+};
+
+// Calls f(gradient), once for each parameter that has one.
+template <typename F>
+void for_gradients(Optimizer& optimizer, Groups groups, F&& f) {
+  auto& all = optimizer.param_groups();
+  for (size_t i = 0; i < groups.count; ++i)
+    for (const Tensor& p : all.at(groups.numbers[i]).params())
+      if (p.grad().defined()) f(p.grad());
+}
+
+using Lists = std::map<std::pair<c10::DeviceType, c10::DeviceIndex>, std::vector<Tensor>>;
+
+// Puts what the one pass can take into it (as `p` and as `g`), and the rest, without zeros of sparse ones,
+// into lists by device.
+Lists sort(Optimizer& optimizer, Groups groups, tig::OnePass& pass, bool coalesced, bool all_in_lists = false) {
+  Lists lists;
+  pass.clear();
+  for_gradients(optimizer, groups, [&](const Tensor& gradient) {
+    if (!all_in_lists && tig::is_plain_cpu(gradient)) {
+      tig::Task task{};
+      task.p = gradient.mutable_data_ptr();
+      task.g = task.p;
+      task.n = gradient.numel();
+      task.dtype = gradient.scalar_type();
+      task.factor = 1;
+      pass.add(task);
+    } else {
+      const Tensor dense = !gradient.is_sparse() ? gradient
+          : coalesced                            ? gradient.coalesce()._values()
+                                                 : gradient._values();
+      lists[{dense.device().type(), dense.device().index()}].push_back(dense);
+    }
+  });
+  return lists;
+}
+
+void scale(tig::OnePass& pass, const Lists& lists, const Tensor& factor) {
+  if (!pass.empty()) {
+    const double number = factor.item<double>();
+    if (number != 1.) pass.update(tig::Rule::Scale, number);
+  }
+  for (const auto& [device, list] : lists) {
+    if (list[0].device().is_cpu() && factor.device().is_cpu() && factor.item<double>() == 1.) continue;
+    at::_foreach_mul_(list, factor.to(list[0].device()).reshape({}));
+  }
+}
+
+// Those of the lists and that of the pass, on one device; a device other than the CPU where there is one.
+template <typename F>
+std::vector<Tensor> gathered(std::vector<Tensor> parts, const tig::OnePass& pass, F&& of_pass) {
+  if (!pass.empty() || parts.empty()) parts.push_back(of_pass());
+  for (Tensor& part : parts) part = part.to(parts[0].device());
+  return parts;
+}
+
+// In f64 where a gradient is, else in f32. 0 if there are none.
+Tensor norm(Optimizer& optimizer, Groups groups, Plan& plan, double order) {
+  auto type = at::kFloat;
+  for_gradients(optimizer, groups, [&](const Tensor& g) { type = g.scalar_type() == at::kDouble ? at::kDouble : type; });
+  const bool infinity = std::isinf(order) && order > 0;
+  const Lists lists = sort(optimizer, groups, plan.pass, true, order != 2. && !infinity);
+  std::vector<Tensor> parts;
+  for (const auto& [device, list] : lists)
+    for (const Tensor& part : at::_foreach_norm(list, order)) parts.push_back(part.to(type));
+  parts = gathered(std::move(parts), plan.pass, [&] {
+    return at::full({}, plan.pass.norm(infinity ? tig::Norm::Infinity : tig::Norm::Two), type);
+  });
+  return parts.size() == 1 ? parts[0] : at::linalg_vector_norm(at::stack(parts), order);
+}
+
+Tensor* give(const Tensor& tensor) { return new Tensor(tensor); }
+
+}  // namespace
+
+extern "C" {
+
+// The norm of all gradients together, and by which they are to be multiplied so that it is at most `max`.
+int tig_clip_norm(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, double max, double order,
+                  Tensor** total, Tensor** factor, char** error) {
+  return guarded(error, [&] {
+    at::NoGradGuard no_grad;
+    const Tensor all = norm(*optimizer, {numbers, count}, *plan, order);
+    const Tensor by = (max / (all + 1e-6)).clamp_max_(1.);
+    *total = give(all);
+    *factor = give(by);
+  });
+}
+
+// In place. On the CPU nothing is written where the factor is 1.
+int tig_scale_gradients(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, const Tensor* factor,
+                        char** error) {
+  return guarded(error, [&] {
+    at::NoGradGuard no_grad;
+    const Lists lists = sort(*optimizer, {numbers, count}, plan->pass, false);
+    scale(plan->pass, lists, *factor);
+  });
+}
+
+int tig_clip_value(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, double max, char** error) {
+  return guarded(error, [&] {
+    at::NoGradGuard no_grad;
+    Lists lists = sort(*optimizer, {numbers, count}, plan->pass, true);
+    if (!plan->pass.empty()) plan->pass.update(tig::Rule::Clamp, max);
+    // Duplicates of an uncoalesced gradient are not added up here, as in torch.
+    for (auto& [device, list] : lists) {
+      at::_foreach_clamp_max_(list, max);
+      at::_foreach_clamp_min_(list, -max);
+    }
+  });
+}
+
+int tig_zero_gradients(Optimizer* optimizer, const size_t* numbers, size_t count, char** error) {
+  return guarded(error, [&] {
+    at::NoGradGuard no_grad;
+    std::vector<Tensor> dense;
+    for_gradients(*optimizer, {numbers, count}, [&](const Tensor& gradient) {
+      // What a graph was made of (create_graph) must not be changed under it.
+      if (gradient.grad_fn()) gradient.detach_();
+      if (gradient.layout() == at::kStrided) dense.push_back(gradient);
+      else Tensor(gradient).zero_();
+    });
+    if (!dense.empty()) at::_foreach_zero_(dense);
+  });
+}
+
+int tig_clear_gradients(Optimizer* optimizer, const size_t* numbers, size_t count, char** error) {
+  return guarded(error, [&] {
+    auto& all = optimizer->param_groups();
+    for (size_t i = 0; i < count; ++i)
+      for (Tensor& p : all.at(numbers[i]).params()) p.mutable_grad().reset();
+  });
+}
+
+// 1 if a gradient has an element that is not finite, else 0: f32 of one element, where the gradients are.
+int tig_found_inf(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, Tensor** found,
+                  char** error) {
+  return guarded(error, [&] {
+    at::NoGradGuard no_grad;
+    const Lists lists = sort(*optimizer, {numbers, count}, plan->pass, true);
+    std::vector<Tensor> parts;
+    for (const auto& [device, list] : lists) {
+      const auto options = at::device(list[0].device()).dtype(at::kFloat);
+      parts.push_back(at::zeros({1}, options));
+      at::_amp_foreach_non_finite_check_and_unscale_(list, parts.back(), at::ones({1}, options));
+    }
+    parts = gathered(std::move(parts), plan->pass, [&] {
+      return at::full({1}, plan->pass.any_nonfinite() ? 1. : 0., at::kFloat);
+    });
+    const Tensor all = parts.size() == 1 ? parts[0] : at::stack(parts).amax({0});
+    *found = give(all);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,449 @@
+#include "one_pass.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+namespace tig {
+namespace {
+
+// Below, one thread is faster than waking another, and much faster where the cores are busy.
+constexpr int64_t PARALLEL_FROM = 1 << 17;
+// A share of the work: large against the cost of fetching it, small against a time slice.
+constexpr int64_t CHUNK = 1 << 15;
+// Elements converted at a time: six buffers of this many floats stay in the L1 cache.
+constexpr int64_t BLOCK = 512;
+
+#define TIG_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define TIG_X86 1
+constexpr bool FMA_EVERYWHERE = false;
+#elif defined(__FMA__) || defined(__aarch64__)
+constexpr bool FMA_EVERYWHERE = true;
+#else
+constexpr bool FMA_EVERYWHERE = false;
+#endif
+
+// a * b + c, rounded once where libtorch's kernels have the instruction.
+template <bool FMA>
+TIG_INLINE float mul_add(float a, float b, float c) {
+  return FMA ? __builtin_fmaf(a, b, c) : a * b + c;
+}
+template <bool FMA>
+TIG_INLINE double mul_add(double a, double b, double c) {
+  return FMA ? __builtin_fma(a, b, c) : a * b + c;
+}
+TIG_INLINE float root(float x) { return __builtin_sqrtf(x); }
+TIG_INLINE double root(double x) { return __builtin_sqrt(x); }
+
+constexpr bool is_sgd(Rule r) { return r <= Rule::SgdFirstNesterov; }
+constexpr bool is_adam(Rule r) { return r >= Rule::Adam && r <= Rule::AdamWAmsgrad; }
+constexpr bool is_rmsprop(Rule r) { return r >= Rule::RmsProp && r <= Rule::RmsPropCenteredMomentum; }
+
+template <Rule R, bool DECAY, bool FMA, typename S>
+TIG_INLINE void update(S* __restrict p, const S* __restrict g, S* __restrict a, S* __restrict b, S* __restrict c,
+                       int64_t n, const double* k) {
+  const S k0 = S(k[0]), k1 = S(k[1]), k2 = S(k[2]), k3 = S(k[3]);
+  const S k4 = S(k[4]), k5 = S(k[5]), k6 = S(k[6]), k7 = S(k[7]);
+  for (int64_t i = 0; i < n; ++i) {
+    if constexpr (R == Rule::Lerp) {
+      p[i] = mul_add<FMA>(g[i], k1, p[i] * k0);
+    } else if constexpr (R == Rule::Mean) {
+      p[i] = p[i] + (g[i] - p[i]) / k0;
+    } else if constexpr (R == Rule::Scale) {
+      p[i] = p[i] * k0;
+    } else if constexpr (R == Rule::Clamp) {
+      const S x = p[i] > k0 ? k0 : p[i];
+      p[i] = x < -k0 ? -k0 : x;
+    } else if constexpr (R == Rule::Swap) {
+      const S x = p[i];
+      p[i] = a[i];
+      a[i] = x;
+    } else if constexpr (is_sgd(R)) {
+      S d = g[i];
+      if constexpr (DECAY) d = mul_add<FMA>(p[i], k1, d);
+      if constexpr (R != Rule::Sgd) {
+        constexpr bool first = R == Rule::SgdFirst || R == Rule::SgdFirstNesterov;
+        S buffer = d;
+        if constexpr (!first) buffer = mul_add<FMA>(d, k3, a[i] * k2);
+        a[i] = buffer;
+        constexpr bool nesterov = R == Rule::SgdNesterov || R == Rule::SgdFirstNesterov;
+        d = nesterov ? mul_add<FMA>(buffer, k2, d) : buffer;
+      }
+      p[i] = mul_add<FMA>(d, -k0, p[i]);
+    } else if constexpr (is_adam(R)) {
+      constexpr bool decoupled = R == Rule::AdamW || R == Rule::AdamWAmsgrad;
+      S d = g[i], w = p[i];
+      if constexpr (DECAY && decoupled) w = w * k1;
+      if constexpr (DECAY && !decoupled) d = mul_add<FMA>(w, k1, d);
+      const S m = mul_add<FMA>(d, k3, a[i] * k2);
+      S v = mul_add<FMA>(k5 * d, d, b[i] * k4);
+      a[i] = m;
+      b[i] = v;
+      if constexpr (R == Rule::AdamAmsgrad || R == Rule::AdamWAmsgrad) {
+        // A NaN stays, as in torch::max.
+        const S most = c[i];
+        v = v > most || v != v ? v : most;
+        c[i] = v;
+      }
+      const S denominator = root(v) / k6 + k7;
+      p[i] = w + (-k0 * m) / denominator;
+    } else {
+      constexpr bool centered = R == Rule::RmsPropCentered || R == Rule::RmsPropCenteredMomentum;
+      constexpr bool momentum = R == Rule::RmsPropMomentum || R == Rule::RmsPropCenteredMomentum;
+      S d = g[i];
+      if constexpr (DECAY) d = mul_add<FMA>(p[i], k1, d);
+      S average = mul_add<FMA>(k3 * d, d, a[i] * k2);
+      a[i] = average;
+      if constexpr (centered) {
+        const S mean = mul_add<FMA>(d, k3, c[i] * k2);
+        c[i] = mean;
+        average = mul_add<FMA>(-mean, mean, average);
+      }
+      average = root(average) + k4;
+      if constexpr (momentum) {
+        const S buffer = b[i] * k5 + d / average;
+        b[i] = buffer;
+        p[i] = mul_add<FMA>(buffer, -k0, p[i]);
+      } else {
+        p[i] = p[i] + (-k0 * d) / average;
+      }
+    }
+  }
+}
+
+template <typename S>
+TIG_INLINE void scaled(S* __restrict to, const S* __restrict from, int64_t n, S factor) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i] * factor;
+}
+
+template <typename T>
+TIG_INLINE void load(float* __restrict to, const T* __restrict from, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]) * factor;
+}
+
+template <typename T>
+TIG_INLINE void store(T* __restrict to, const float* __restrict from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
+}
+
+TIG_INLINE double widened(double x) { return x; }
+TIG_INLINE double widened(float x) { return x; }
+template <typename T>
+TIG_INLINE double widened(T x) {
+  return static_cast<float>(x);
+}
+
+// Several sums at once: one would wait for each addition.
+constexpr int LANES = 16;
+
+template <typename T>
+TIG_INLINE double sum_of_squares(const T* from, int64_t n) {
+  double sums[LANES] = {};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int j = 0; j < LANES; ++j) {
+      const double x = widened(from[i + j]);
+      sums[j] += x * x;
+    }
+  for (; i < n; ++i) {
+    const double x = widened(from[i]);
+    sums[0] += x * x;
+  }
+  double sum = 0;
+  for (double each : sums) sum += each;
+  return sum;
+}
+
+// NaN if there is one.
+template <typename T>
+TIG_INLINE double largest(const T* from, int64_t n) {
+  double most = 0;
+  bool nan = false;
+  for (int64_t i = 0; i < n; ++i) {
+    const double x = std::abs(widened(from[i]));
+    most = x > most ? x : most;
+    nan |= x != x;
+  }
+  return nan ? std::numeric_limits<double>::quiet_NaN() : most;
+}
+
+// Adds 0 * x: NaN if an element is infinite or NaN.
+template <typename T>
+TIG_INLINE double zeros(const T* from, int64_t n) {
+  double sums[LANES] = {};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int j = 0; j < LANES; ++j) sums[j] += widened(from[i + j]) * 0.;
+  for (; i < n; ++i) sums[0] += widened(from[i]) * 0.;
+  double sum = 0;
+  for (double each : sums) sum += each;
+  return sum;
+}
+
+enum class Reduction { Squares, Largest, Zeros };
+
+template <typename S>
+using UpdateFn = void (*)(S*, const S*, S*, S*, S*, int64_t, const double*);
+
+// The loops above for one instruction set.
+struct Isa {
+  UpdateFn<float> (*float_update)(Rule, bool decay);
+  UpdateFn<double> (*double_update)(Rule, bool decay);
+  void (*scale_float)(float*, const float*, int64_t, float);
+  void (*scale_double)(double*, const double*, int64_t, double);
+  void (*load_half)(float*, const c10::Half*, int64_t, float);
+  void (*load_bfloat)(float*, const c10::BFloat16*, int64_t, float);
+  void (*store_half)(c10::Half*, const float*, int64_t);
+  void (*store_bfloat)(c10::BFloat16*, const float*, int64_t);
+  double (*reduce)(const void*, int64_t, at::ScalarType, Reduction);
+};
+
+#define TIG_RULES(X)                                                                                   \
+  X(Sgd) X(SgdMomentum) X(SgdNesterov) X(SgdFirst) X(SgdFirstNesterov) X(Adam) X(AdamAmsgrad) X(AdamW) \
+      X(AdamWAmsgrad) X(RmsProp) X(RmsPropMomentum) X(RmsPropCentered) X(RmsPropCenteredMomentum)      \
+          X(Lerp) X(Mean) X(Scale) X(Clamp) X(Swap)
+
+#define TIG_CASE(R) \
+  case Rule::R: return decay ? run<Rule::R, true, S> : run<Rule::R, false, S>;
+
+// A namespace with all loops compiled for the target given in TARGET.
+#define TIG_ISA(NAME, TARGET, FMA)                                                                              \
+  namespace NAME {                                                                                              \
+  template <Rule R, bool DECAY, typename S>                                                                     \
+  TARGET void run(S* p, const S* g, S* a, S* b, S* c, int64_t n, const double* k) {                             \
+    update<R, DECAY, FMA, S>(p, g, a, b, c, n, k);                                                              \
+  }                                                                                                             \
+  template <typename S>                                                                                         \
+  UpdateFn<S> find(Rule rule, bool decay) {                                                                     \
+    switch (rule) { TIG_RULES(TIG_CASE) }                                                                       \
+    return nullptr;                                                                                             \
+  }                                                                                                             \
+  template <typename S>                                                                                         \
+  TARGET void scale(S* to, const S* from, int64_t n, S factor) { scaled(to, from, n, factor); }                 \
+  template <typename T>                                                                                         \
+  TARGET void load_all(float* to, const T* from, int64_t n, float factor) { load(to, from, n, factor); }        \
+  template <typename T>                                                                                         \
+  TARGET void store_all(T* to, const float* from, int64_t n) { store(to, from, n); }                            \
+  template <typename T>                                                                                         \
+  TARGET double reduce_as(const void* data, int64_t n, Reduction reduction) {                                   \
+    const T* from = static_cast<const T*>(data);                                                                \
+    switch (reduction) {                                                                                        \
+      case Reduction::Squares: return sum_of_squares(from, n);                                                  \
+      case Reduction::Largest: return largest(from, n);                                                         \
+      default: return zeros(from, n);                                                                           \
+    }                                                                                                           \
+  }                                                                                                             \
+  double reduce(const void* data, int64_t n, at::ScalarType dtype, Reduction reduction) {                       \
+    switch (dtype) {                                                                                            \
+      case at::kDouble: return reduce_as<double>(data, n, reduction);                                           \
+      case at::kFloat: return reduce_as<float>(data, n, reduction);                                             \
+      case at::kHalf: return reduce_as<c10::Half>(data, n, reduction);                                          \
+      default: return reduce_as<c10::BFloat16>(data, n, reduction);                                             \
+    }                                                                                                           \
+  }                                                                                                             \
+  const Isa isa = {find<float>,          find<double>,             scale<float>,         scale<double>,         \
+                   load_all<c10::Half>,  load_all<c10::BFloat16>,  store_all<c10::Half>, store_all<c10::BFloat16>, \
+                   reduce};                                                                                     \
+  }
+
+TIG_ISA(baseline, , FMA_EVERYWHERE)
+#ifdef TIG_X86
+TIG_ISA(avx2, __attribute__((target("avx2,fma"))), true)
+TIG_ISA(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))), true)
+#endif
+
+const Isa& isa() {
+#ifdef TIG_X86
+  static const Isa& chosen = [&]() -> const Isa& {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return baseline::isa;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return wide ? avx512::isa : avx2::isa;
+  }();
+  return chosen;
+#else
+  return baseline::isa;
+#endif
+}
+
+template <typename S>
+S* at_offset(void* data, int64_t offset) {
+  return data ? static_cast<S*>(data) + offset : nullptr;
+}
+
+// f32 and f64: on the memory itself.
+template <typename S>
+void update_range(const Task& task, int64_t begin, int64_t end, UpdateFn<S> run,
+                  void (*scale)(S*, const S*, int64_t, S)) {
+  auto state = [&](int which, int64_t at) { return at_offset<S>(task.s[which], at); };
+  auto p = static_cast<S*>(task.p);
+  auto g = static_cast<const S*>(task.g);
+  if (task.factor == 1.) {
+    run(p + begin, g ? g + begin : nullptr, state(0, begin), state(1, begin), state(2, begin), end - begin, task.k);
+    return;
+  }
+  alignas(64) S gradient[BLOCK];
+  for (int64_t at = begin; at < end; at += BLOCK) {
+    const int64_t n = std::min(BLOCK, end - at);
+    scale(gradient, g + at, n, S(task.factor));
+    run(p + at, gradient, state(0, at), state(1, at), state(2, at), n, task.k);
+  }
+}
+
+// f16 and bf16: computed in f32, rounded once.
+template <typename T>
+void update_range(const Task& task, int64_t begin, int64_t end, UpdateFn<float> run,
+                  void (*load)(float*, const T*, int64_t, float), void (*store)(T*, const float*, int64_t)) {
+  alignas(64) float p[BLOCK], g[BLOCK], s[3][BLOCK];
+  for (int64_t at = begin; at < end; at += BLOCK) {
+    const int64_t n = std::min(BLOCK, end - at);
+    T* state[3];
+    load(p, static_cast<const T*>(task.p) + at, n, 1.f);
+    if (task.g) load(g, static_cast<const T*>(task.g) + at, n, static_cast<float>(task.factor));
+    for (int i = 0; i < 3; ++i) {
+      state[i] = at_offset<T>(task.s[i], at);
+      if (state[i]) load(s[i], state[i], n, 1.f);
+    }
+    run(p, g, s[0], s[1], s[2], n, task.k);
+    store(static_cast<T*>(task.p) + at, p, n);
+    for (int i = 0; i < 3; ++i)
+      if (state[i]) store(state[i], s[i], n);
+  }
+}
+
+void update_range(const Task& task, int64_t begin, int64_t end) {
+  const Isa& with = isa();
+  switch (task.dtype) {
+    case at::kDouble:
+      return update_range<double>(task, begin, end, with.double_update(task.rule, task.decay), with.scale_double);
+    case at::kFloat:
+      return update_range<float>(task, begin, end, with.float_update(task.rule, task.decay), with.scale_float);
+    case at::kHalf:
+      return update_range<c10::Half>(task, begin, end, with.float_update(task.rule, task.decay), with.load_half,
+                                     with.store_half);
+    default:
+      return update_range<c10::BFloat16>(task, begin, end, with.float_update(task.rule, task.decay),
+                                         with.load_bfloat, with.store_bfloat);
+  }
+}
+
+// The OpenMP runtime that libtorch itself uses, without linking to another: found among what is loaded.
+// Null where there is none, and then all runs on one thread.
+using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+Parallel openmp() {
+  static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
+}  // namespace
+
+// Two tasks write to the same memory: their order then matters.
+bool OnePass::overlapping() {
+  ranges_.clear();
+  for (const Task& task : tasks_) {
+    auto begin = static_cast<const char*>(task.p);
+    ranges_.emplace_back(begin, begin + task.n * c10::elementSize(task.dtype));
+  }
+  std::sort(ranges_.begin(), ranges_.end());
+  for (size_t i = 1; i < ranges_.size(); ++i)
+    if (ranges_[i].first < ranges_[i - 1].second) return true;
+  return false;
+}
+
+// Calls f(index of the chunk, its task, begin, end).
+template <typename F>
+void OnePass::for_chunks(bool writes, const F& f) {
+  chunks_.clear();
+  for (uint32_t i = 0; i < tasks_.size(); ++i)
+    for (int64_t begin = 0; begin < tasks_[i].n; begin += CHUNK)
+      chunks_.push_back({i, begin, std::min(begin + CHUNK, tasks_[i].n)});
+  auto one = [&](size_t index) {
+    const Chunk& chunk = chunks_[index];
+    f(index, tasks_[chunk.task], chunk.begin, chunk.end);
+  };
+  const bool alone = total_ < PARALLEL_FROM || at::get_num_threads() == 1 || at::in_parallel_region() ||
+                     openmp() == nullptr || (writes && overlapping());
+  if (alone) {
+    for (size_t index = 0; index < chunks_.size(); ++index) one(index);
+    return;
+  }
+  // Threads fetch chunks as they come, so that one whose core is busy elsewhere gets fewer.
+  struct Shared {
+    std::atomic<size_t> next{0};
+    size_t count;
+    const decltype(one)* call;
+  } shared;
+  shared.count = chunks_.size();
+  shared.call = &one;
+  openmp()(
+      [](void* data) {
+        auto& shared = *static_cast<Shared*>(data);
+        for (size_t i = shared.next++; i < shared.count; i = shared.next++) (*shared.call)(i);
+      },
+      &shared, 0, 0);
+}
+
+void OnePass::update() {
+  for_chunks(true, [](size_t, const Task& task, int64_t begin, int64_t end) { update_range(task, begin, end); });
+}
+
+void OnePass::update(Rule rule, double number) {
+  for (Task& task : tasks_) {
+    task.g = nullptr;
+    task.rule = rule;
+    task.k[0] = number;
+  }
+  update();
+}
+
+namespace {
+double reduce_range(const Task& task, int64_t begin, int64_t end, Reduction reduction) {
+  auto data = static_cast<const char*>(task.g) + begin * static_cast<int64_t>(c10::elementSize(task.dtype));
+  return isa().reduce(data, end - begin, task.dtype, reduction);
+}
+}  // namespace
+
+double OnePass::norm(Norm norm) {
+  const auto reduction = norm == Norm::Two ? Reduction::Squares : Reduction::Largest;
+  int64_t count = 0;
+  for (const Task& task : tasks_) count += (task.n + CHUNK - 1) / CHUNK;
+  partial_.assign(count, 0.);
+  for_chunks(false, [&](size_t index, const Task& task, int64_t begin, int64_t end) {
+    partial_[index] = reduce_range(task, begin, end, reduction);
+  });
+  double all = 0;
+  for (double each : partial_) all = norm == Norm::Two ? all + each : (each > all || each != each ? each : all);
+  return norm == Norm::Two ? std::sqrt(all) : all;
+}
+
+bool OnePass::any_nonfinite() {
+  std::atomic<bool> found{false};
+  for_chunks(false, [&](size_t, const Task& task, int64_t begin, int64_t end) {
+    if (reduce_range(task, begin, end, Reduction::Zeros) != 0.) found.store(true, std::memory_order_relaxed);
+  });
+  return found;
+}
+
+bool is_plain_cpu(const at::Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  return tensor.device().is_cpu() && tensor.layout() == at::kStrided &&
+         (type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16) &&
+         tensor.is_non_overlapping_and_dense() && !tensor.is_inference() && !tensor.is_neg();
+}
+
+bool is_alike(const at::Tensor& tensor, const at::Tensor& other) {
+  return other.defined() && other.layout() == at::kStrided && other.scalar_type() == tensor.scalar_type() &&
+         other.device() == tensor.device() && other.sizes() == tensor.sizes() &&
+         other.strides() == tensor.strides() && !other.is_neg();
+}
+
+}  // namespace tig

@@ -1,0 +1,98 @@
+// Elementwise updates of many CPU tensors in one pass: a list of tasks, cut into chunks, in one parallel
+// region at most. Nothing here touches the dispatcher or allocates once the lists have grown.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace tig {
+
+// The arithmetic of one kind of update. `a`, `b`, `c` are the state tensors of a task; `k` its numbers.
+// In the order of operations of libtorch's own loops, so that f32 and f64 agree with them.
+enum class Rule : int {
+  // k: lr, weight decay, momentum, 1 - dampening. a: momentum buffer.
+  Sgd,
+  SgdMomentum,
+  SgdNesterov,
+  SgdFirst,          // makes the momentum buffer
+  SgdFirstNesterov,
+  // k: step size, weight decay, beta1, 1 - beta1, beta2, 1 - beta2, sqrt of bias correction 2, eps.
+  // a: exp_avg, b: exp_avg_sq, c: max_exp_avg_sq.
+  Adam,
+  AdamAmsgrad,
+  // The same; k[1] is the factor 1 - lr * weight decay of the parameter.
+  AdamW,
+  AdamWAmsgrad,
+  // k: lr, weight decay, alpha, 1 - alpha, eps, momentum. a: square_avg, b: momentum_buffer, c: grad_avg.
+  RmsProp,
+  RmsPropMomentum,
+  RmsPropCentered,
+  RmsPropCenteredMomentum,
+  // p = p * k[0] + g * k[1]
+  Lerp,
+  // p = p + (g - p) / k[0]
+  Mean,
+  // p = p * k[0]
+  Scale,
+  // p = p between -k[0] and k[0]; a NaN stays
+  Clamp,
+  // p and a change places
+  Swap,
+};
+
+struct Task {
+  void* p;
+  const void* g;
+  void* s[3];
+  int64_t n;
+  at::ScalarType dtype;
+  Rule rule;
+  bool decay;  // weight decay is not 0
+  double k[8];
+  double factor;  // of g, applied first
+};
+
+enum class Norm : int { Two, Infinity };
+
+class OnePass {
+ public:
+  void clear() { tasks_.clear(); total_ = 0; }
+  void add(const Task& task) { tasks_.push_back(task); total_ += task.n; }
+  bool empty() const { return tasks_.empty(); }
+
+  // Does all updates.
+  void update();
+
+  // Does one update with one number, instead of those of the tasks, to all `p`.
+  void update(Rule rule, double number);
+
+  // The norm over `g` of all tasks, accumulated in f64; the same with any number of threads.
+  double norm(Norm norm);
+
+  // Whether an element of `g` of any task is not finite.
+  bool any_nonfinite();
+
+ private:
+  struct Chunk {
+    uint32_t task;
+    int64_t begin, end;
+  };
+  template <typename F>
+  void for_chunks(bool writes, const F& f);
+  bool overlapping();
+
+  std::vector<Task> tasks_;
+  std::vector<Chunk> chunks_;
+  std::vector<double> partial_;
+  std::vector<std::pair<const char*, const char*>> ranges_;
+  int64_t total_ = 0;
+};
+
+// Types, layout and memory for which a task may be made.
+bool is_plain_cpu(const at::Tensor& tensor);
+// Both walk their memory in the same order, with the same type, on the same device.
+bool is_alike(const at::Tensor& tensor, const at::Tensor& other);
+
+}  // namespace tig

@@ -1,0 +1,250 @@
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tch::Tensor;
+use tch::nn::VarStore;
+
+use super::shadow::{Buffers, Shadow, Swapped, WithAverages};
+use crate::bridge::Average;
+use crate::engine::{Engine, Event, Events, Handler};
+use crate::optim::Knob;
+use crate::{Error, Result};
+
+/// An exponential moving average of a model's variables: ignite's `EMAHandler`. At each of its events
+/// `ema = ema * (1 - momentum) + model * momentum`, in one pass and in place.
+///
+/// A clone shares the averages: attach one and evaluate with the other. Averages are of the variables that
+/// the store has when this is made. No host sync.
+///
+/// ```
+/// use tch::{Device, Kind, nn};
+/// use tch_ignite::engine::{Engine, Until};
+/// use tch_ignite::handlers::EMAHandler;
+///
+/// let vs = nn::VarStore::new(Device::Cpu);
+/// let mut w = vs.root().zeros("w", &[1]);
+/// let ema = EMAHandler::new(&vs, 0.5)?; // or EMAHandler::decay(&vs, 0.5), the same in other words
+/// let mut trainer = Engine::new(|w: &mut tch::Tensor, _, value: f64| Ok(tch::no_grad(|| { let _ = w.fill_(value); })));
+/// trainer.attach(ema.clone());
+/// trainer.run(&mut w, vec![1.0, 3.0], Until::epochs(1))?;
+/// {
+///     let _averages = ema.swap()?; // until the end of this block
+///     assert_eq!(w.double_value(&[0]), 1.75);
+/// }
+/// assert_eq!(w.double_value(&[0]), 3.0);
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct EMAHandler {
+    shadow: Shadow,
+    momentum: Arc<Mutex<Momentum>>,
+    buffers: Buffers,
+    name: String,
+    events: Events,
+    save_history: bool,
+}
+
+#[derive(Debug)]
+struct Momentum {
+    /// After the warm-up.
+    target: f64,
+    /// What the next update uses, or the last one used.
+    current: f64,
+    warmup: Warmup,
+    updates: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Warmup {
+    None,
+    Linear { from: f64, updates: u64 },
+    Count,
+}
+
+impl Momentum {
+    /// That of the update to come, from 1.
+    fn next(&mut self) -> f64 {
+        self.updates += 1;
+        let index = (self.updates - 1) as f64;
+        match self.warmup {
+            Warmup::None => {}
+            Warmup::Linear { from, updates } => {
+                let denominator = (updates.max(2) - 1) as f64;
+                let value = from + (self.target - from) * index / denominator;
+                self.current = if self.target >= from {
+                    value.min(self.target)
+                } else {
+                    value.max(self.target)
+                };
+            }
+            Warmup::Count => self.current = (1. - (1. + index) / (10. + index)).max(self.target),
+        }
+        self.current
+    }
+}
+
+fn locked(momentum: &Mutex<Momentum>) -> MutexGuard<'_, Momentum> {
+    momentum.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn check(momentum: f64) -> Result<()> {
+    if 0. < momentum && momentum < 1. {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "Invalid momentum: {momentum:?}. It must be above 0 and below 1: the weight of the new values"
+    )))
+}
+
+impl EMAHandler {
+    /// Averages in which the new values have this weight, between 0 and 1 (ignite's default is 0.0002).
+    /// Starts with copies of the variables: as much memory again.
+    pub fn new(vs: &VarStore, momentum: f64) -> Result<Self> {
+        check(momentum)?;
+        let momentum =
+            Momentum { target: momentum, current: momentum, warmup: Warmup::None, updates: 0 };
+        Ok(Self {
+            shadow: Shadow::of(vs)?,
+            momentum: Arc::new(Mutex::new(momentum)),
+            buffers: Buffers::default(),
+            name: "ema_momentum".into(),
+            events: Event::IterationCompleted.into(),
+            save_history: false,
+        })
+    }
+
+    /// Averages in which the old values have this weight, as most papers say it: `new(vs, 1 - decay)`.
+    pub fn decay(vs: &VarStore, decay: f64) -> Result<Self> {
+        if !(0. < decay && decay < 1.) {
+            return Err(Error::invalid(format!(
+                "Invalid decay: {decay:?}. It must be above 0 and below 1: the weight of the old values"
+            )));
+        }
+        Self::new(vs, 1. - decay)
+    }
+
+    /// The momentum goes in a straight line from `momentum_warmup` (0 to 1), at the first update, to its
+    /// value, at update `warmup_iters`.
+    pub fn warmup(self, momentum_warmup: f64, warmup_iters: u64) -> Result<Self> {
+        if !(0. ..=1.).contains(&momentum_warmup) {
+            return Err(Error::invalid(format!(
+                "Invalid momentum_warmup: {momentum_warmup:?}. It must be between 0 and 1"
+            )));
+        }
+        if warmup_iters == 0 {
+            return Err(Error::invalid("Invalid warmup_iters: 0. It must be positive"));
+        }
+        let warmup = Warmup::Linear { from: momentum_warmup, updates: warmup_iters };
+        locked(&self.momentum).warmup = warmup;
+        Ok(self)
+    }
+
+    /// The decay of update n, from 0, is at most `(1 + n) / (10 + n)`, so that the first values are soon
+    /// forgotten (TensorFlow's `num_updates`).
+    pub fn warmup_by_count(self) -> Self {
+        locked(&self.momentum).warmup = Warmup::Count;
+        self
+    }
+
+    /// What happens to buffers; [`Buffers::Copy`] unless given.
+    pub fn handle_buffers(mut self, buffers: Buffers) -> Self {
+        self.buffers = buffers;
+        self
+    }
+
+    /// The name in errors and in the history; `"ema_momentum"` unless given.
+    pub fn named(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// Updates at these events instead of [`Event::IterationCompleted`].
+    pub fn on(mut self, events: impl Into<Events>) -> Self {
+        self.events = events.into();
+        self
+    }
+
+    /// Whether the momentum of each update goes to `engine.state.param_history`, under the handler's name.
+    pub fn save_history(mut self, on: bool) -> Self {
+        self.save_history = on;
+        self
+    }
+
+    /// The momentum of the last update; before the first, that after the warm-up.
+    pub fn momentum(&self) -> f64 {
+        locked(&self.momentum).current
+    }
+
+    /// How many updates were made.
+    pub fn updates(&self) -> u64 {
+        locked(&self.momentum).updates
+    }
+
+    /// The momentum as something that a scheduler can drive. Setting it ends the warm-up. What is not
+    /// above 0 and below 1 is refused by the next update.
+    pub fn knob(&self) -> Knob {
+        let (get, set) = (self.momentum.clone(), self.momentum.clone());
+        Knob::new(
+            self.name.clone(),
+            move || locked(&get).current,
+            move |value| {
+                let mut momentum = locked(&set);
+                (momentum.target, momentum.current) = (value, value);
+                momentum.warmup = Warmup::None;
+            },
+        )
+    }
+
+    /// One update, without an engine; returns its momentum.
+    pub fn update(&self) -> Result<f64> {
+        let mut momentum = locked(&self.momentum);
+        check(momentum.target)?;
+        let value = momentum.next();
+        let updated = self.shadow.update(Average::Lerp(value), self.buffers);
+        if updated.is_err() {
+            momentum.updates -= 1;
+        }
+        updated.map(|()| value)
+    }
+
+    /// The averages by the names of the variables. They are the handler's own: copy them to keep values,
+    /// and copy into them to restore.
+    pub fn averages(&self) -> Vec<(String, Tensor)> {
+        self.shadow.averages()
+    }
+
+    /// Gives the model the averages' values until the guard is dropped, for an evaluation.
+    ///
+    /// # Errors
+    /// They are swapped in already.
+    pub fn swap(&self) -> Result<Swapped> {
+        self.shadow.swap()
+    }
+
+    /// Calls a handler with the averages swapped in: `ema.with_averages(Evaluate::each_epoch(…))`.
+    pub fn with_averages<H>(&self, handler: H) -> WithAverages<H> {
+        WithAverages { shadow: self.shadow.clone(), handler }
+    }
+}
+
+impl<C, B, O> Handler<C, B, O> for EMAHandler {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn events(&self) -> Events {
+        self.events.clone()
+    }
+
+    fn call(
+        &mut self,
+        _event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        let momentum = self.update()?;
+        if self.save_history {
+            engine.state.record_param(&self.name, vec![momentum]);
+        }
+        Ok(())
+    }
+}

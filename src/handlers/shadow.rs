@@ -1,0 +1,183 @@
+//! Averages kept beside a store's variables.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tch::nn::VarStore;
+use tch::{TchError, Tensor};
+
+use crate::bridge::{Average, Pairs};
+use crate::engine::{Engine, Event, Events, Handler};
+use crate::{Error, Result};
+
+/// What happens to buffers (variables that are not trained, such as batch-norm statistics).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Buffers {
+    /// They are copied: ignite's `"copy"`.
+    #[default]
+    Copy,
+    /// They are averaged like parameters; integers are copied: ignite's `"update"`.
+    Update,
+    /// They stay as they are, because the averaged model computes its own: ignite's `"ema_train"`.
+    Keep,
+}
+
+impl std::str::FromStr for Buffers {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "copy" => Ok(Self::Copy),
+            "update" => Ok(Self::Update),
+            "ema_train" => Ok(Self::Keep),
+            other => Err(Error::invalid(format!(
+                "handle_buffers can only be one of 'copy', 'update', 'ema_train', but got {other}"
+            ))),
+        }
+    }
+}
+
+/// An average of each variable of a store; clones share it.
+#[derive(Clone)]
+pub(super) struct Shadow(Arc<Mutex<Lists>>);
+
+struct Lists {
+    averages: Vec<(String, Tensor)>,
+    parameters: Pairs,
+    buffers: Pairs,
+    all: Pairs,
+    swapped: bool,
+}
+
+fn locked(lists: &Mutex<Lists>) -> MutexGuard<'_, Lists> {
+    lists.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Lists {
+    fn of(vs: &VarStore) -> Result<Self, TchError> {
+        let variables = vs.variables_.lock().unwrap_or_else(PoisonError::into_inner);
+        let trained: Vec<_> = variables
+            .trainable_variables
+            .iter()
+            .map(|variable| crate::bridge::TensorId::of(&variable.tensor))
+            .collect();
+        let mut named: Vec<_> = variables.named_variables.iter().collect();
+        named.sort_by_key(|(name, _)| *name);
+        let (mut averages, mut parameter) = (vec![], vec![]);
+        for (name, source) in &named {
+            let detached = source.f_detach()?;
+            let mut average = detached.f_empty_like()?;
+            average.f_copy_(&detached)?;
+            averages.push(((*name).clone(), average));
+            parameter.push(trained.contains(&crate::bridge::TensorId::of(source)));
+        }
+        let pairs = |wanted: &dyn Fn(bool) -> bool| {
+            let all = averages.iter().zip(&named).zip(&parameter);
+            let chosen = all.filter(|(_, parameter)| wanted(**parameter));
+            Pairs::new(chosen.map(|(((_, average), (_, source)), _)| (average, *source)))
+        };
+        let (parameters, buffers) = (pairs(&|parameter| parameter), pairs(&|parameter| !parameter));
+        let all = pairs(&|_| true);
+        Ok(Self { averages, parameters, buffers, all, swapped: false })
+    }
+
+    fn update(&mut self, how: Average, buffers: Buffers) -> Result<()> {
+        if self.swapped {
+            return Err(Error::invalid(
+                "the averages are swapped in, so they cannot be updated; drop the guard of `swap` first",
+            ));
+        }
+        let failed = |text| Error::libtorch("averaging variables", text);
+        self.parameters.update(how).map_err(failed)?;
+        match buffers {
+            Buffers::Copy => self.buffers.update(Average::Copy).map_err(failed),
+            Buffers::Update => self.buffers.update(how).map_err(failed),
+            Buffers::Keep => Ok(()),
+        }
+    }
+
+    fn swap(&mut self) -> Result<()> {
+        self.all.update(Average::Swap).map_err(|text| Error::libtorch("swapping averages", text))
+    }
+}
+
+impl Shadow {
+    pub(super) fn of(vs: &VarStore) -> Result<Self> {
+        let lists =
+            Lists::of(vs).map_err(|error| Error::libtorch("copying the variables", error))?;
+        Ok(Self(Arc::new(Mutex::new(lists))))
+    }
+
+    pub(super) fn update(&self, how: Average, buffers: Buffers) -> Result<()> {
+        locked(&self.0).update(how, buffers)
+    }
+
+    pub(super) fn averages(&self) -> Vec<(String, Tensor)> {
+        let lists = locked(&self.0);
+        lists.averages.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect()
+    }
+
+    pub(super) fn swap(&self) -> Result<Swapped> {
+        let mut lists = locked(&self.0);
+        if lists.swapped {
+            return Err(Error::invalid("the averages are swapped in already"));
+        }
+        lists.swap()?;
+        lists.swapped = true;
+        Ok(Swapped(self.clone()))
+    }
+}
+
+impl fmt::Debug for Shadow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} variables", locked(&self.0).averages.len())
+    }
+}
+
+/// While it lives, the model's variables have the values of the averages and the other way round; when it
+/// is dropped, after an error or a panic too, both have their own again. One pass over both each time, in
+/// place: nothing is allocated on the CPU.
+#[derive(Debug)]
+#[must_use = "the values go back when this is dropped"]
+pub struct Swapped(Shadow);
+
+impl Drop for Swapped {
+    fn drop(&mut self) {
+        let mut lists = locked(&self.0.0);
+        // It worked the other way round on the same tensors, and there is nobody to tell.
+        let _ = lists.swap();
+        lists.swapped = false;
+    }
+}
+
+/// A handler that is called with the averages swapped in: an evaluation of the averaged model. Made by
+/// [`EMAHandler::with_averages`](super::EMAHandler::with_averages) and
+/// [`SWAHandler::with_averages`](super::SWAHandler::with_averages).
+pub struct WithAverages<H> {
+    pub(super) shadow: Shadow,
+    pub(super) handler: H,
+}
+
+impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
+    fn name(&self) -> String {
+        self.handler.name()
+    }
+
+    fn events(&self) -> Events {
+        self.handler.events()
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.handler.validate()
+    }
+
+    fn call(
+        &mut self,
+        event: Event,
+        cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        let _swapped = self.shadow.swap()?;
+        self.handler.call(event, cx, engine)
+    }
+}

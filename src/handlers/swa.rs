@@ -1,0 +1,119 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tch::Tensor;
+use tch::nn::VarStore;
+
+use super::shadow::{Buffers, Shadow, Swapped, WithAverages};
+use crate::Result;
+use crate::bridge::Average;
+use crate::engine::{Engine, Event, Events, Handler};
+
+/// The plain average of a model's variables over its events, for stochastic weight averaging (Izmailov et
+/// al. 2018, <https://arxiv.org/abs/1803.05407>): torch's `AveragedModel`. At event n, from 0,
+/// `average = average + (model - average) / (n + 1)`, in one pass and in place.
+///
+/// At the end of each epoch unless told otherwise; begin late with
+/// `.on(Event::EpochCompleted.after(100))`. A clone shares the averages. Batch-norm statistics of the
+/// average have to be computed anew by passing data through it, as in torch. No host sync.
+///
+/// ```
+/// use tch::{Device, nn};
+/// use tch_ignite::handlers::SWAHandler;
+///
+/// let vs = nn::VarStore::new(Device::Cpu);
+/// let mut w = vs.root().zeros("w", &[1]);
+/// let swa = SWAHandler::new(&vs)?;
+/// for value in [1.0, 2.0, 6.0] {
+///     tch::no_grad(|| { let _ = w.fill_(value); });
+///     swa.update()?;
+/// }
+/// assert_eq!((swa.n_averaged(), swa.averages()[0].1.double_value(&[0])), (3, 3.0));
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct SWAHandler {
+    shadow: Shadow,
+    count: Arc<AtomicU64>,
+    buffers: Buffers,
+    events: Events,
+}
+
+impl SWAHandler {
+    /// Averages of the variables that the store has now: as much memory again.
+    pub fn new(vs: &VarStore) -> Result<Self> {
+        Ok(Self {
+            shadow: Shadow::of(vs)?,
+            count: Arc::default(),
+            buffers: Buffers::default(),
+            events: Event::EpochCompleted.into(),
+        })
+    }
+
+    /// What happens to buffers; [`Buffers::Copy`] unless given.
+    pub fn handle_buffers(mut self, buffers: Buffers) -> Self {
+        self.buffers = buffers;
+        self
+    }
+
+    /// Updates at these events instead of [`Event::EpochCompleted`].
+    pub fn on(mut self, events: impl Into<Events>) -> Self {
+        self.events = events.into();
+        self
+    }
+
+    /// How many values each average is of.
+    pub fn n_averaged(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// Takes the model's values into the averages, without an engine.
+    pub fn update(&self) -> Result<()> {
+        let count = self.n_averaged() + 1;
+        let how = if count == 1 { Average::Copy } else { Average::Mean(count as f64) };
+        let buffers = match (self.buffers, count) {
+            (Buffers::Update, 1) => Buffers::Copy,
+            (buffers, _) => buffers,
+        };
+        self.shadow.update(how, buffers)?;
+        self.count.store(count, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The averages by the names of the variables. They are the handler's own: copy them to keep values.
+    pub fn averages(&self) -> Vec<(String, Tensor)> {
+        self.shadow.averages()
+    }
+
+    /// Gives the model the averages' values until the guard is dropped, for an evaluation.
+    ///
+    /// # Errors
+    /// They are swapped in already.
+    pub fn swap(&self) -> Result<Swapped> {
+        self.shadow.swap()
+    }
+
+    /// Calls a handler with the averages swapped in: `swa.with_averages(Evaluate::each_epoch(…))`.
+    pub fn with_averages<H>(&self, handler: H) -> WithAverages<H> {
+        WithAverages { shadow: self.shadow.clone(), handler }
+    }
+}
+
+impl<C, B, O> Handler<C, B, O> for SWAHandler {
+    fn name(&self) -> String {
+        "SWA".into()
+    }
+
+    fn events(&self) -> Events {
+        self.events.clone()
+    }
+
+    fn call(
+        &mut self,
+        _event: Event,
+        _cx: &mut C,
+        _engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        Ok(self.update()?)
+    }
+}

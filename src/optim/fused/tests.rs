@@ -1,0 +1,394 @@
+//! Fused steps against libtorch's own loop, and libtorch's fused kernels as CUDA would use them.
+
+use tch::nn::{self, OptimizerConfig, VarStore};
+use tch::{Device, Kind, Tensor};
+
+use super::super::{GroupOptions, OptimizerSnapshot};
+use super::*;
+use crate::bridge::{TensorId, set_gradient};
+
+use Kind::{BFloat16, Double, Float, Half};
+
+/// Values without a pattern, between -1 and 1.
+fn values(shape: &[i64], seed: f64, kind: Kind) -> Tensor {
+    let count = shape.iter().product::<i64>();
+    let ramp = Tensor::arange(count, (Double, Device::Cpu)) * 12.9898 + seed * 78.233;
+    (ramp.sin() * 43758.5453).frac().reshape(shape).to_kind(kind)
+}
+
+fn set_mode(optimizer: &Optimizer, mode: Mode) {
+    let set = |native: &mut crate::bridge::Native| {
+        native.mode = mode;
+        Ok(())
+    };
+    optimizer.native(set).unwrap();
+}
+
+struct Net {
+    vs: VarStore,
+    optimizer: Optimizer,
+    parameters: Vec<Tensor>,
+    kind: Kind,
+}
+
+/// Dense ones, one element, none, other strides, and memory with gaps (which only the loop takes).
+fn parameter(index: usize, kind: Kind) -> Tensor {
+    let seed = index as f64;
+    match index {
+        0 => values(&[], seed, kind),
+        1 => values(&[7], seed, kind),
+        2 => values(&[16, 33], seed, kind),
+        3 => values(&[2, 4, 5, 3], seed, kind).permute([0, 3, 1, 2]),
+        4 => values(&[0, 3], seed, kind),
+        5 => values(&[6, 8], seed, kind).narrow(1, 1, 5),
+        _ => values(&[1100], seed, kind),
+    }
+}
+
+const FIRST: usize = 6;
+const ALL: usize = 7;
+
+impl Net {
+    fn new(config: impl OptimizerConfig, options: &GroupOptions, kind: Kind) -> Self {
+        let mut vs = VarStore::new(Device::Cpu);
+        vs.set_kind(kind);
+        let mut parameters = vec![];
+        for index in 0..FIRST {
+            parameters.push(vs.root().add(&format!("p{index}"), parameter(index, kind), true));
+        }
+        let optimizer = Optimizer::builder(config, &vs)
+            .lr(0.05)
+            .group("even", |name| name.ends_with(['0', '2', '4', '6']), GroupOptions::new())
+            .group("odd", |name| name.ends_with(['1', '3', '5']), options.clone())
+            .build()
+            .unwrap();
+        Self { vs, optimizer, parameters, kind }
+    }
+
+    fn mode(&self, mode: Mode) {
+        set_mode(&self.optimizer, mode);
+    }
+
+    /// A parameter comes later, and not every one has a gradient in every step.
+    fn step(&mut self, step: usize) {
+        self.gradients(step);
+        self.optimizer.step().unwrap();
+    }
+
+    fn gradients(&mut self, step: usize) {
+        if step == 3 {
+            let late = self.vs.root().add("p6", parameter(6, self.kind), true);
+            self.parameters.push(late);
+        }
+        self.optimizer.zero_grad().unwrap();
+        for (index, parameter) in self.parameters.iter().enumerate() {
+            if (step + index) % 4 == 3 {
+                continue;
+            }
+            let seed = (step * ALL + index) as f64 * 0.37;
+            let gradient = values(&parameter.size(), seed, self.kind) * 0.5;
+            // In other strides than the parameter's, here and there.
+            let gradient = match (index, step % 2) {
+                (3, 0) => gradient,
+                (3, _) => {
+                    let same = parameter.detach().empty_like();
+                    same.shallow_clone().copy_(&gradient);
+                    same
+                }
+                _ => gradient,
+            };
+            set_gradient(parameter, Some(&gradient)).unwrap();
+        }
+    }
+
+    /// Parameters and state, as f64.
+    fn all(&self) -> Vec<Tensor> {
+        let mut all = vec![];
+        for (index, parameter) in self.parameters.iter().enumerate() {
+            all.push(parameter.detach().copy());
+            let state = self.optimizer.state(&format!("p{index}")).unwrap();
+            all.extend(state.into_iter().map(|(_, tensor)| tensor.copy()));
+        }
+        all.into_iter().map(|tensor| tensor.to_kind(Double).reshape([-1])).collect()
+    }
+}
+
+/// The largest difference, relative to values above 1.
+fn difference(a: &[Tensor], b: &[Tensor]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let pairs = a.iter().zip(b).filter(|(a, _)| a.numel() > 0);
+    pairs.fold(0., |most: f64, (a, b)| {
+        assert_eq!(a.size(), b.size());
+        let largest = ((a - b).abs() / b.abs().clamp_min(1.)).max().double_value(&[]);
+        assert!(largest.is_finite(), "{a:?} against {b:?}");
+        most.max(largest)
+    })
+}
+
+const STEPS: usize = 12;
+
+fn trained(
+    config: impl OptimizerConfig,
+    options: &GroupOptions,
+    kind: Kind,
+    mode: impl Fn(usize) -> Mode,
+) -> Vec<Tensor> {
+    let mut net = Net::new(config, options, kind);
+    for step in 0..STEPS {
+        net.mode(mode(step));
+        net.step(step);
+    }
+    net.all()
+}
+
+fn agrees(config: impl OptimizerConfig + Copy, options: GroupOptions, what: &str) {
+    agrees_in(&[(Double, 1e-12), (Float, 1e-6), (BFloat16, 0.1)], config, options, what);
+}
+
+fn agrees_in(
+    kinds: &[(Kind, f64)],
+    config: impl OptimizerConfig + Copy,
+    options: GroupOptions,
+    what: &str,
+) {
+    for &(kind, bound) in kinds {
+        // libtorch's own kernels for halves on the CPU are not those of CUDA.
+        let kernels = matches!(kind, Double | Float);
+        let run = |mode: &dyn Fn(usize) -> Mode| trained(config, &options, kind, mode);
+        let looped = run(&|_| Mode::Loop);
+        for (name, mode) in [
+            ("fused", &(|_| Mode::Fused) as &dyn Fn(usize) -> Mode),
+            ("fused, then the loop", &|step| if step < 5 { Mode::Fused } else { Mode::Loop }),
+            ("the loop, then fused", &|step| if step < 5 { Mode::Loop } else { Mode::Fused }),
+            ("kernels", &|_| Mode::Kernels),
+        ] {
+            if name == "kernels" && !kernels {
+                continue;
+            }
+            let difference = difference(&run(mode), &looped);
+            // libtorch's kernels have their own order of operations.
+            let bound = if name == "kernels" { bound * 20. } else { bound };
+            assert!(difference <= bound, "{what} in {kind:?}, {name}: {difference:e}");
+        }
+    }
+}
+
+#[test]
+fn sgd() {
+    let own = GroupOptions::new;
+    agrees(nn::sgd(0., 0., 0., false), own().lr(0.2), "plain");
+    agrees(nn::sgd(0.9, 0., 0., false), own().momentum(0.), "momentum");
+    agrees(nn::sgd(0.9, 0.3, 1e-2, false), own().lr(0.01).momentum(0.5), "dampening, decay");
+    agrees(nn::sgd(0.9, 0., 0., true), own().weight_decay(0.1).nesterov(false), "Nesterov");
+}
+
+#[test]
+fn adam() {
+    let own = GroupOptions::new;
+    agrees(nn::Adam::default(), own().betas(0.8, 0.9).eps(1e-4), "Adam");
+    agrees(
+        nn::Adam { wd: 0.1, amsgrad: true, ..Default::default() },
+        own().amsgrad(false),
+        "AMSGrad",
+    );
+}
+
+#[test]
+fn adamw() {
+    let own = GroupOptions::new;
+    agrees(nn::AdamW::default(), own().betas(0.8, 0.9).weight_decay(0.), "AdamW");
+    agrees(nn::AdamW { wd: 0.1, amsgrad: true, ..Default::default() }, own().lr(0.1), "AMSGrad");
+}
+
+#[test]
+fn rmsprop() {
+    let own = GroupOptions::new;
+    agrees(nn::RmsProp::default(), own().alpha(0.8), "RMSprop");
+    agrees(nn::rms_prop(0.9, 1e-6, 0.1, 0.9, true), own().momentum(0.).centered(false), "all");
+    agrees(nn::rms_prop(0.9, 1e-6, 0., 0.9, false), own().weight_decay(0.1), "momentum");
+    agrees(nn::rms_prop(0.9, 1e-6, 0., 0., true), own().lr(0.01), "centered");
+}
+
+/// In f16 the loop divides by an eps of 0 unless it is large.
+#[test]
+fn f16() {
+    let (own, half) = (GroupOptions::new, &[(Half, 0.02)]);
+    agrees_in(half, nn::sgd(0.9, 0., 0.01, true), own().nesterov(false), "SGD");
+    agrees_in(half, nn::Adam { eps: 1e-2, ..Default::default() }, own().weight_decay(0.1), "Adam");
+    agrees_in(half, nn::AdamW { eps: 1e-2, ..Default::default() }, own(), "AdamW");
+    agrees_in(half, nn::rms_prop(0.9, 1e-2, 0., 0.5, true), own().momentum(0.), "RMSprop");
+}
+
+#[test]
+fn sgd_is_bit_identical_to_the_loop() {
+    for kind in [Double, Float] {
+        let config = nn::sgd(0.9, 0.3, 1e-2, false);
+        let run = |mode| trained(config, &GroupOptions::new().lr(0.01), kind, |_| mode);
+        assert_eq!(run(Mode::Fused), run(Mode::Loop));
+    }
+}
+
+/// What the fast paths must leave alone: here, libtorch's own kernels would go astray without an error.
+#[test]
+fn other_strides_than_the_parameters_take_the_loop() {
+    for config in [0.0, 0.9] {
+        let run = |mode| {
+            let mut vs = VarStore::new(Device::Cpu);
+            vs.set_kind(Double);
+            let p = vs.root().add("p", parameter(3, Double), true);
+            assert!(!p.is_contiguous());
+            let optimizer =
+                Optimizer::builder(nn::sgd(config, 0., 0., false), &vs).build().unwrap();
+            set_mode(&optimizer, mode);
+            for step in 0..3 {
+                let gradient = values(&p.size(), f64::from(step), Double);
+                assert!(gradient.is_contiguous());
+                set_gradient(&p, Some(&gradient)).unwrap();
+                optimizer.step().unwrap();
+            }
+            p.detach().copy()
+        };
+        assert_eq!(run(Mode::Fused), run(Mode::Loop));
+        assert_eq!(run(Mode::Kernels), run(Mode::Loop));
+    }
+}
+
+#[test]
+fn large_tensors_are_updated_alike_by_any_number_of_threads() {
+    let run = |mode, threads| {
+        let vs = VarStore::new(Device::Cpu);
+        let p = vs.root().add("p", values(&[400_001], 1., Float), true);
+        let q = vs.root().add("q", values(&[300], 2., Float), true);
+        let optimizer = Optimizer::adamw(&vs).build().unwrap();
+        set_mode(&optimizer, mode);
+        tch::set_num_threads(threads);
+        for step in 0..3 {
+            for p in [&p, &q] {
+                set_gradient(p, Some(&values(&p.size(), f64::from(step), Float))).unwrap();
+            }
+            let _ = optimizer.step_clipped(0.1).unwrap();
+        }
+        tch::set_num_threads(1);
+        [p.detach().copy(), q.detach().copy()]
+    };
+    let alone = run(Mode::Fused, 1);
+    assert_eq!(run(Mode::Fused, 3), alone);
+    let looped = run(Mode::Loop, 1).map(|tensor| tensor.to_kind(Double));
+    assert!(difference(&alone.map(|tensor| tensor.to_kind(Double)), &looped) < 1e-6);
+}
+
+#[test]
+fn sparse_gradients_go_through_the_loop() {
+    for factor in [None, Some(0.5)] {
+        let run = |mode| {
+            let mut vs = VarStore::new(Device::Cpu);
+            vs.set_kind(Double);
+            let table = vs.root().add("table", values(&[5, 3], 1., Double), true);
+            let dense = vs.root().add("dense", values(&[3], 2., Double), true);
+            let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
+            set_mode(&optimizer, mode);
+            let rows = Tensor::from_slice(&[1i64, 3, 1]);
+            let found = Tensor::embedding(&table, &rows, -1, false, true);
+            (found * &dense).sum(Double).backward();
+            assert!(table.grad().is_sparse());
+            let factor = factor.map(|factor: f64| Tensor::from(factor));
+            optimizer.update(factor.as_ref(), None).unwrap();
+            [table.detach().copy(), dense.detach().copy()]
+        };
+        assert_eq!(run(Mode::Fused), run(Mode::Loop));
+    }
+    let vs = VarStore::new(Device::Cpu);
+    let table = vs.root().zeros("table", &[5, 3]);
+    let optimizer = Optimizer::adam(&vs).build().unwrap();
+    Tensor::embedding(&table, &Tensor::from_slice(&[1i64]), -1, false, true).sum(Float).backward();
+    let error = optimizer.step().unwrap_err().to_string();
+    assert!(error.contains("sparse"), "{error}");
+}
+
+/// The two ways of a GradScaler: the answer is known at once (CPU), or stays on the device (CUDA).
+#[test]
+fn skipped_steps_leave_everything_as_it_was() {
+    let configs: [fn(&VarStore) -> Optimizer; 4] = [
+        |vs| Optimizer::builder(nn::sgd(0.9, 0.2, 0., false), vs).lr(0.1).build().unwrap(),
+        |vs| Optimizer::builder(nn::sgd(0.9, 0., 0., true), vs).lr(0.1).build().unwrap(),
+        |vs| Optimizer::adamw(vs).lr(0.1).build().unwrap(),
+        |vs| Optimizer::rms_prop(vs).build().unwrap(),
+    ];
+    for build in configs {
+        let run = |mode, skip: &[usize]| {
+            let vs = VarStore::new(Device::Cpu);
+            let parameters =
+                [1, 2].map(|i| vs.root().add(&format!("p{i}"), parameter(i, Float), true));
+            let optimizer = build(&vs);
+            set_mode(&optimizer, mode);
+            let factor = Tensor::from_slice(&[0.5f32]);
+            for step in 0..9usize {
+                let inf = skip.contains(&step);
+                if inf && mode == Mode::Loop {
+                    continue;
+                }
+                for (index, p) in parameters.iter().enumerate() {
+                    // The second has no gradient in some steps, so the counts of the two differ.
+                    let none = index == 1 && matches!(step, 4 | 5);
+                    let gradient = values(&p.size(), step as f64, Float);
+                    let gradient = if inf { gradient * f64::INFINITY } else { gradient };
+                    set_gradient(p, (!none).then_some(&gradient)).unwrap();
+                }
+                let found = Tensor::from_slice(&[f32::from(u8::from(inf))]);
+                optimizer.update(Some(&factor), Some(&found)).unwrap();
+            }
+            let mut all: Vec<_> = parameters.iter().map(|p| p.detach().to_kind(Double)).collect();
+            for name in ["p1", "p2"] {
+                let state = optimizer.state(name).unwrap();
+                all.extend(state.iter().map(|(_, tensor)| tensor.to_kind(Double)));
+            }
+            all
+        };
+        for skip in [&[][..], &[0], &[0, 1, 5], &[3, 4, 8], &[2, 6]] {
+            let looped = run(Mode::Loop, skip);
+            for mode in [Mode::Fused, Mode::Kernels] {
+                let difference = difference(&run(mode, skip), &looped);
+                assert!(difference < 1e-6, "{skip:?} {mode:?}: {difference:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn state_saved_by_the_one_goes_on_with_the_other() {
+    for (first, then) in [(Mode::Fused, Mode::Loop), (Mode::Loop, Mode::Fused)] {
+        let mut net = Net::new(nn::Adam::default(), &GroupOptions::new(), Double);
+        net.mode(first);
+        (0..5).for_each(|step| net.step(step));
+        let saved: OptimizerSnapshot = net.optimizer.snapshot().unwrap();
+        let values: Vec<_> = net.parameters.iter().map(|p| p.detach().copy()).collect();
+        (5..9).for_each(|step| net.step(step));
+        let straight = net.all();
+
+        net.optimizer.restore(&saved).unwrap();
+        tch::no_grad(|| {
+            for (p, value) in net.parameters.iter_mut().zip(&values) {
+                p.copy_(value);
+            }
+        });
+        net.mode(then);
+        (5..9).for_each(|step| net.step(step));
+        assert!(difference(&net.all(), &straight) < 1e-12);
+    }
+}
+
+#[test]
+fn one_variable_under_two_names_is_updated_twice_as_by_the_loop() {
+    let run = |mode| {
+        let vs = VarStore::new(Device::Cpu);
+        let p = vs.root().add("p", values(&[200_000], 1., Float), true);
+        let _ = vs.root().add("again", p.shallow_clone(), true);
+        assert_eq!(TensorId::of(&p), TensorId::of(&vs.variables()["again"]));
+        let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
+        set_mode(&optimizer, mode);
+        set_gradient(&p, Some(&values(&[200_000], 3., Float))).unwrap();
+        optimizer.step().unwrap();
+        p.detach().copy()
+    };
+    assert_eq!(run(Mode::Fused), run(Mode::Loop));
+}

@@ -1,0 +1,224 @@
+//! Norms, clipping and zeroing of gradients.
+
+use tch::Tensor;
+
+use super::{Optimizer, locked};
+use crate::{Error, Result};
+
+/// The gradients of all groups of an optimizer, or of some: their norm, clipping, zeroing.
+///
+/// Made by [`Optimizer::gradients`]. Parameters without a gradient are passed over; if none has one, norms
+/// are 0 and nothing happens. On the CPU it is one pass over all gradients, on CUDA libtorch's foreach
+/// kernels; norms stay on the device.
+///
+/// ```
+/// # use tch::{Device, Kind, nn};
+/// # use tch_ignite::optim::Optimizer;
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let w = vs.root().zeros("w", &[2]);
+/// # let optimizer = Optimizer::sgd(&vs).lr(1.0).build()?;
+/// let gradient = tch::Tensor::from_slice(&[3.0f32, 4.0]);
+/// (&w * &gradient).sum(Kind::Float).backward();
+/// let norm = optimizer.gradients()?.clip_norm(1.0)?;
+/// assert_eq!(norm.double_value(&[]), 5.0); // this reads it: a host sync on CUDA
+/// assert!((w.grad().norm().double_value(&[]) - 1.0).abs() < 1e-6);
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Gradients {
+    optimizer: Optimizer,
+    groups: Vec<usize>,
+    order: f64,
+    error_if_nonfinite: bool,
+}
+
+impl Optimizer {
+    /// The gradients of all groups.
+    pub fn gradients(&self) -> Result<Gradients> {
+        let groups = (0..self.group_count()?).collect();
+        Ok(Gradients { optimizer: self.clone(), groups, order: 2., error_if_nonfinite: false })
+    }
+
+    /// Fills the gradients with zeros, in their memory. [`zero_grad`](Self::zero_grad), which sets them to
+    /// none, saves this write and makes the next backward write instead of add: prefer it.
+    pub fn zero_grad_in_place(&self) -> Result<()> {
+        self.gradients()?.zero()
+    }
+
+    /// Clips the gradients of all groups together to a norm of at most `max` and returns the norm they had:
+    /// [`Gradients::clip_norm`].
+    pub fn clip_grad_norm(&self, max: f64) -> Result<Tensor> {
+        self.gradients()?.clip_norm(max)
+    }
+
+    /// Brings every element of every gradient between `-max` and `max`: [`Gradients::clip_value`].
+    pub fn clip_grad_value(&self, max: f64) -> Result<()> {
+        self.gradients()?.clip_value(max)
+    }
+
+    /// [`clip_grad_norm`](Self::clip_grad_norm) and [`step`](Self::step) in one: the gradients are scaled
+    /// where the step reads them and stay unclipped in memory (but those of parameters that go through
+    /// libtorch's loop). Returns the norm before clipping. No host sync.
+    pub fn step_clipped(&self, max: f64) -> Result<Tensor> {
+        let (norm, factor) = self.gradients()?.norm_and_factor(max)?;
+        self.update(Some(&factor), None)?;
+        Ok(norm)
+    }
+}
+
+impl Gradients {
+    /// Only of these groups.
+    pub fn groups<'n>(mut self, names: impl IntoIterator<Item = &'n str>) -> Result<Self> {
+        let group = |name| Ok(self.optimizer.group(name)?.index());
+        self.groups = names.into_iter().map(group).collect::<Result<_>>()?;
+        Ok(self)
+    }
+
+    /// Which norm: 2 unless given; `f64::INFINITY` for the largest absolute value; any p above 0.
+    pub fn order(mut self, p: f64) -> Self {
+        self.order = p;
+        self
+    }
+
+    /// Makes a norm that is not finite an error. It has to be read for that: a host sync on CUDA.
+    pub fn error_if_nonfinite(mut self) -> Self {
+        self.error_if_nonfinite = true;
+        self
+    }
+
+    /// The norm of all these gradients together, as if they were one vector: one element on their device,
+    /// f64 where a gradient is, else f32.
+    pub fn norm(&self) -> Result<Tensor> {
+        Ok(self.norm_and_factor(1.)?.0)
+    }
+
+    /// Scales the gradients in place by `min(1, max / (norm + 1e-6))`, so that their norm is at most `max`;
+    /// returns the norm they had, on their device (torch's `clip_grad_norm_`). No host sync. A norm that is
+    /// not finite makes all of them NaN, unless [`error_if_nonfinite`](Self::error_if_nonfinite) is set.
+    ///
+    /// On the CPU nothing is written where the norm is small enough.
+    pub fn clip_norm(&self, max: f64) -> Result<Tensor> {
+        let (norm, factor) = self.norm_and_factor(max)?;
+        self.native("scaling gradients", |native, groups| native.scale_gradients(groups, &factor))?;
+        Ok(norm)
+    }
+
+    /// Brings every element between `-max` and `max`, in place (torch's `clip_grad_value_`). NaN stays.
+    pub fn clip_value(&self, max: f64) -> Result<()> {
+        check_max(max)?;
+        self.native("clipping gradients", |native, groups| native.clip_value(groups, max))
+    }
+
+    /// Adaptive clipping (AGC; Brock et al. 2021, <https://arxiv.org/abs/2102.06171>, equation 3): each
+    /// unit's gradient (a row of the first dimension; the whole where there is but one) is scaled to a norm
+    /// of at most `clipping` times that of its weights, which count as at least `eps`. The paper uses 1e-2
+    /// and 1e-3, and leaves the last layer out. No host sync; about ten small operations for each
+    /// parameter. Sparse gradients are an error.
+    pub fn clip_adaptive(&self, clipping: f64, eps: f64) -> Result<()> {
+        for (name, value) in [("clipping", clipping), ("eps", eps)] {
+            if !(value > 0. && value.is_finite()) {
+                return Err(Error::invalid(format!(
+                    "{name} must be finite and above 0, but {value} was given"
+                )));
+            }
+        }
+        self.optimizer.admit_new()?;
+        let parameters: Vec<_> = {
+            let variables = locked(&self.optimizer.shared.variables);
+            let ours =
+                variables.trainable_variables.iter().filter(|v| self.groups.contains(&v.group));
+            ours.map(|variable| variable.tensor.shallow_clone()).collect()
+        };
+        let _guard = tch::no_grad_guard();
+        parameters.iter().try_for_each(|parameter| {
+            clip_units(parameter, clipping, eps)
+                .map_err(|error| Error::libtorch("adaptive clipping", error))
+        })
+    }
+
+    /// Fills them with zeros, in their memory.
+    pub fn zero(&self) -> Result<()> {
+        self.native("zero_grad", |native, groups| native.zero_gradients(groups))
+    }
+
+    /// Sets them to none.
+    pub fn clear(&self) -> Result<()> {
+        self.native("zero_grad", |native, groups| native.clear_gradients(groups))
+    }
+
+    /// 1 where an element is not finite, else 0: one f32 element on their device.
+    pub(crate) fn found_inf(&self) -> Result<Tensor> {
+        self.native("checking gradients", |native, groups| native.found_inf(groups))
+    }
+
+    /// Multiplies them, in place.
+    pub(crate) fn scale(&self, factor: &Tensor) -> Result<()> {
+        self.native("scaling gradients", |native, groups| native.scale_gradients(groups, factor))
+    }
+
+    /// The norm, and the factor that clips to `max`.
+    pub(crate) fn norm_and_factor(&self, max: f64) -> Result<(Tensor, Tensor)> {
+        check_max(max)?;
+        if self.order.is_nan() || self.order <= 0. {
+            return Err(Error::invalid(format!(
+                "the order of a norm must be above 0, but {} was given",
+                self.order
+            )));
+        }
+        let (norm, factor) = self.native("the norm of gradients", |native, groups| {
+            native.clip_norm(groups, max, self.order)
+        })?;
+        if self.error_if_nonfinite {
+            let value = norm
+                .f_double_value(&[])
+                .map_err(|error| Error::libtorch("the norm of gradients", error))?;
+            if !value.is_finite() {
+                return Err(Error::invalid(format!(
+                    "the total norm of order {} of the gradients is {value}, so they cannot be clipped; look for a loss or an input that is not finite",
+                    self.order
+                )));
+            }
+        }
+        Ok((norm, factor))
+    }
+
+    fn native<R>(
+        &self,
+        operation: &str,
+        call: impl FnOnce(&mut crate::bridge::Native, &[usize]) -> Result<R, String>,
+    ) -> Result<R> {
+        self.optimizer.admit_new()?;
+        self.optimizer.native(|native| {
+            call(native, &self.groups).map_err(|text| Error::libtorch(operation, text))
+        })
+    }
+}
+
+fn check_max(max: f64) -> Result<()> {
+    if max >= 0. {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "the largest norm or value must not be negative, but {max} was given"
+    )))
+}
+
+fn clip_units(parameter: &Tensor, clipping: f64, eps: f64) -> Result<(), tch::TchError> {
+    let mut gradient = parameter.f_grad()?;
+    if !gradient.defined() {
+        return Ok(());
+    }
+    let norm = |tensor: &Tensor| match tensor.dim() {
+        0 | 1 => tensor.f_norm(),
+        dims => {
+            let others: Vec<_> = (1..dims as i64).collect();
+            tensor.f_norm_scalaropt_dim(2., &others[..], true)
+        }
+    };
+    let most = norm(&parameter.f_detach()?)?.f_clamp_min_(eps)?.f_mul_scalar_(clipping)?;
+    let of_gradient = norm(&gradient)?;
+    // 1 where the norm is small enough; never a division by zero.
+    let factor = most.f_div(&of_gradient.f_clamp_min(1e-6)?)?.f_clamp_max_(1.)?;
+    let _ = gradient.f_mul_(&factor.f_to_kind(gradient.kind())?)?;
+    Ok(())
+}

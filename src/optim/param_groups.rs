@@ -1,0 +1,79 @@
+//! Parameter groups that training recipes ask for.
+
+use std::collections::HashSet;
+
+use tch::Tensor;
+use tch::nn::VarStore;
+
+use super::{Group, locked};
+use crate::bridge::set_gradient;
+use crate::{Error, Result};
+
+/// Says which variables of a store, by name, are biases or scales and shifts of norms: those with at most
+/// one dimension, which recipes leave out of the weight decay.
+///
+/// ```
+/// # use tch::{Device, nn};
+/// use tch_ignite::optim::{GroupOptions, Optimizer, is_bias_or_norm};
+///
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # nn::linear(vs.root() / "fc", 4, 2, Default::default());
+/// let (without, with) = (is_bias_or_norm(&vs), is_bias_or_norm(&vs));
+/// let optimizer = Optimizer::adamw(&vs)
+///     .group("no decay", without, GroupOptions::new().weight_decay(0.))
+///     .group("decay", move |name| !with(name), GroupOptions::new())
+///     .build()?;
+/// assert_eq!(optimizer.group("no decay")?.parameters()?, ["fc.bias"]);
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+pub fn is_bias_or_norm(vs: &VarStore) -> impl Fn(&str) -> bool + Send + 'static {
+    let variables = locked(&vs.variables_);
+    let flat = variables.named_variables.iter().filter(|(_, tensor)| tensor.dim() <= 1);
+    let names: HashSet<String> = flat.map(|(name, _)| name.clone()).collect();
+    move |name| names.contains(name)
+}
+
+impl Group {
+    /// Stops the training of the group's parameters: backward computes no gradients for them, those they
+    /// have are dropped, and steps pass them over. Their state stays for [`unfreeze`](Self::unfreeze).
+    ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// # use tch_ignite::optim::{Optimizer, lr};
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let (base, head) = (vs.root().ones("base", &[1]), vs.root().ones("head", &[1]));
+    /// let optimizer = Optimizer::sgd(&vs)
+    ///     .group("base", |name| name == "base", lr(0.5))
+    ///     .group("head", |name| name == "head", lr(0.5))
+    ///     .build()?;
+    /// optimizer.group("base")?.freeze()?;
+    /// optimizer.backward_step(&(&base * &head).sum(tch::Kind::Float))?;
+    /// assert_eq!((base.double_value(&[0]), head.double_value(&[0])), (1.0, 0.5));
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    pub fn freeze(&self) -> Result<()> {
+        for parameter in self.tensors() {
+            set_gradient(&parameter, None).map_err(|text| Error::libtorch("freezing", text))?;
+            let _ = parameter
+                .f_set_requires_grad(false)
+                .map_err(|error| Error::libtorch("freezing", error))?;
+        }
+        Ok(())
+    }
+
+    /// Goes on training the group's parameters.
+    pub fn unfreeze(&self) -> Result<()> {
+        for parameter in self.tensors() {
+            let _ = parameter
+                .f_set_requires_grad(true)
+                .map_err(|error| Error::libtorch("unfreezing", error))?;
+        }
+        Ok(())
+    }
+
+    fn tensors(&self) -> Vec<Tensor> {
+        let variables = locked(&self.optimizer.shared.variables);
+        let ours = variables.trainable_variables.iter().filter(|v| v.group == self.index());
+        ours.map(|variable| variable.tensor.shallow_clone()).collect()
+    }
+}
