@@ -39,6 +39,7 @@ fn main() {
         .define("GLOG_USE_GLOG_EXPORT", None)
         .file("src/bridge/bridge.cpp")
         .file("src/bridge/generator.cpp")
+        .file("src/bridge/normalize.cpp")
         .compile("tch_ignite_bridge");
 
     // For binaries of this package that are started by hand.

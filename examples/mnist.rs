@@ -10,9 +10,10 @@ use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use tch::nn::{self, ModuleT, OptimizerConfig, VarStore};
 use tch::{Cuda, Device, Tensor};
+use tch_ignite::checkpoint::Checkpoint;
 use tch_ignite::data::Loader;
-use tch_ignite::engine::{Event, Until};
-use tch_ignite::handlers::{Evaluate, History, ProgressBar};
+use tch_ignite::engine::{Event, Stop, Until};
+use tch_ignite::handlers::{Evaluate, History, InterruptOn, ProgressBar};
 use tch_ignite::metrics::{Accuracy, RunningAverage};
 use tch_ignite::optim::{Optimizer, OptimizerBuilder, lr};
 use tch_ignite::schedule::{
@@ -60,6 +61,9 @@ struct Args {
     /// Folder for history.csv and history.svg
     #[arg(long, value_name = "DIR", default_value = "runs/mnist")]
     out: PathBuf,
+    /// Goes on from the newest checkpoint in the output folder, where there is one
+    #[arg(long)]
+    resume: bool,
     /// Only tries that everything works, on a few pictures, in seconds
     #[arg(long)]
     smoke: bool,
@@ -200,7 +204,22 @@ fn train(mut args: Args) -> Result<()> {
             bar.suspend(|| println!("epoch {}: test accuracy {accuracy:.2} %", engine.state.epoch));
             Ok(())
         });
+    trainer
+        .attach(InterruptOn::signals()?)
+        .attach(Checkpoint::new(args.out.join("checkpoints")))
+        .track("model", &vs)
+        .track("optimizer", &optimizer);
+    if args.resume {
+        match trainer.resume(&mut model, args.out.join("checkpoints"))? {
+            Some(resumed) => println!("{resumed}"),
+            None => println!("no checkpoint to resume: starting anew"),
+        }
+    }
     let summary = trainer.run(&mut model, &train_loader, Until::epochs(args.epochs))?;
+    if let Stop::Signal(_) = summary.stop {
+        println!("{summary}; go on with --resume");
+        return Ok(());
+    }
 
     history.write_csv(args.out.join("history.csv"))?;
     history.plot(

@@ -56,6 +56,9 @@ cargo test --release
 say "MNIST example in smoke mode"
 cargo run --release --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out"
 
+say "a run that is killed, resumed and compared"
+cargo run --release --example resume -- --smoke --out "$out/resume"
+
 say "schedules of a file, previewed and trained with"
 cargo run --release --example preview -- examples/schedules/mnist.toml --epoch-length 16 --epochs 2 --out "$out/preview.svg"
 cargo run --release --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out" --schedule examples/schedules/mnist.toml

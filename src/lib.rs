@@ -59,10 +59,11 @@
 //! | something a schedule can drive | [`optim::Knob`] |
 //! | schedules and their handler | [`schedule`], [`schedule::ParamScheduler`] |
 //! | schedules from files | [`schedule::SchedulePlan`] |
-//! | metrics that stay on the device | [`metrics`] |
+//! | metrics that stay on the device, and arithmetic with them | [`metrics`] |
 //! | batches from memory | [`data::Loader`] |
 //! | evaluation, early stopping, history, progress, profiles, a learning rate to start with | [`handlers`] |
 //! | TensorBoard, tables, a report for the browser | [`loggers`] |
+//! | samples of your own, read by worker threads | [`data::DataLoader`], [`data::Dataset`] |
 //! | ready steps for supervised learning | [`supervised`] |
 //!
 //! Nothing here waits for the GPU unless its documentation says so: outputs and metrics stay tensors
@@ -85,10 +86,13 @@ pub use tch;
 
 /// What most programs need.
 pub mod prelude {
-    pub use crate::data::{Batch, Loader};
+    pub use crate::data::{Batch, DataLoader, Dataset, Loader};
     pub use crate::engine::{Engine, Evaluator, Event, Trainer, Until};
     pub use crate::handlers::*;
-    pub use crate::metrics::{Accuracy, Loss, Mean, RunningAverage, Usage};
+    pub use crate::metrics::{
+        Accuracy, ConfusionMatrix, Loss, Mean, Metric, MetricGroup, Precision, Recall,
+        RunningAverage, Usage, pair,
+    };
     pub use crate::optim::{Knob, Optimizer, lr};
     pub use crate::schedule::{
         CosineAnnealing, CosineAnnealingScheduler, LinearCyclical, LinearCyclicalScheduler,

@@ -2,7 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 use tch_ignite::data::{
-    Batch, IntoSource, Loader, Source, no_data, one_shot, permutation, restartable,
+    Batch, IntoSource, Loader, Source, SubsetRandomSampler, WeightedRandomSampler, no_data,
+    one_shot, permutation, restartable,
 };
 use tch_ignite::engine::{Engine, Until};
 
@@ -221,6 +222,159 @@ fn the_batch_size_of_a_loader_and_its_clones_can_be_changed() {
     clone.set_batch_size(4).unwrap();
     assert_eq!((next(), next(), next()), (Some(vec![2, 3, 4, 5]), Some(vec![6]), None));
     assert_eq!((clone.batch_size(), clone.batches()), (4, 2));
+}
+
+#[test]
+fn a_sampler_says_which_samples_a_pass_has() -> anyhow::Result<()> {
+    let some = loader(9, 2).sampler(SubsetRandomSampler::new([8, 3, 5], 1)?);
+    assert_eq!((some.samples(), some.batches()), (3, 2));
+    for number in 0..3 {
+        let mut seen = pass(&some, number, 0).concat();
+        seen.sort();
+        assert_eq!(seen, [3, 5, 8]);
+        assert_eq!(pass(&some, number, 1), pass(&some, number, 0)[1..]);
+    }
+    let heavy = WeightedRandomSampler::new(&[0., 0., 1.], 50, 0)?;
+    assert_eq!(pass(&loader(3, 60).sampler(heavy.clone()), 0, 0), [vec![2; 50]]);
+    let error = loader(2, 60).sampler(heavy).into_source().seek(1, 0).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the sampler gives index 2 in pass 1, but the data has 2 samples"
+    );
+    Ok(())
+}
+
+/// Bytes of this shape; each row has others.
+fn bytes(shape: &[i64]) -> Tensor {
+    let count: i64 = shape.iter().product();
+    let values = Tensor::arange(count, (Kind::Int64, Device::Cpu)) * 7919;
+    values.remainder(251).f_add_scalar(3).unwrap().to_kind(Kind::Uint8).view(shape)
+}
+
+/// What torchvision's ToTensor and Normalize do, with libtorch's operations.
+fn normalized(bytes: &Tensor, mean: &[f64], std: &[f64]) -> Tensor {
+    let mut shape = vec![1; bytes.dim()];
+    if mean.len() > 1 {
+        shape[1] = mean.len() as i64;
+    }
+    let column = |values: &[f64]| Tensor::from_slice(values).to_kind(Kind::Float).view(&*shape);
+    (bytes.to_kind(Kind::Float) / 255. - column(mean)) / column(std)
+}
+
+fn bits(tensor: &Tensor) -> Vec<u32> {
+    let values = Vec::<f32>::try_from(tensor.flatten(0, -1)).unwrap();
+    values.into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn bytes_are_normalized_bit_for_bit_as_by_libtorch() -> anyhow::Result<()> {
+    let grey = (&[0.1307][..], &[0.3081][..]);
+    let colour = (&[0.4914, 0.4822, 0.4465][..], &[0.2470, 0.2435, 0.2616][..]);
+    let odd = (&[-3., 1e-30][..], &[1e-3, 7e5][..]);
+    for (shape, (mean, std)) in [
+        (&[11, 1, 28, 28][..], grey),
+        (&[11, 784], grey),
+        (&[300], grey),
+        (&[7, 3, 5, 3], grey),
+        (&[7, 3, 5, 3], colour),
+        (&[5, 3], colour),
+        (&[4, 3, 1, 2, 3], colour),
+        (&[9, 2, 13], odd),
+        (&[3, 1, 0], grey),
+        (&[3, 3, 0], colour),
+    ] {
+        let x = bytes(shape);
+        let y = Tensor::arange(shape[0], (Kind::Int64, Device::Cpu));
+        let plain = Loader::new(&x, &y, 4)?.normalize(mean, std)?;
+        for loader in [plain.clone(), plain.shuffle(3)] {
+            for from in 0..loader.batches() {
+                let mut source = (&loader).into_source();
+                source.seek(1, from)?;
+                for (inputs, rows) in rest(source.as_mut()) {
+                    let expected = normalized(&x.index_select(0, &rows), mean, std);
+                    assert_eq!((inputs.kind(), inputs.size()), (Kind::Float, expected.size()));
+                    assert_eq!(bits(&inputs), bits(&expected), "{shape:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_byte_is_normalized_as_f32_arithmetic_says() -> anyhow::Result<()> {
+    let x = Tensor::arange(256, (Kind::Int64, Device::Cpu)).to_kind(Kind::Uint8);
+    let loader = Loader::new(&x, &x, 256)?.normalize(&[0.2860], &[0.3530])?;
+    let expected = (0..=255u8).map(|byte| (f32::from(byte) / 255. - 0.2860) / 0.3530);
+    let mut source = loader.into_source();
+    source.seek(0, 0)?;
+    let (values, _) = source.next().unwrap()?;
+    assert!(bits(&values).into_iter().eq(expected.map(f32::to_bits)));
+    Ok(())
+}
+
+#[test]
+fn bytes_that_are_not_contiguous_are_normalized_too() -> anyhow::Result<()> {
+    let x = bytes(&[3, 8, 5]).transpose(0, 1).flip([2]);
+    let rows = Tensor::arange(8, (Kind::Int64, Device::Cpu));
+    let loader = Loader::new(&x, &rows, 3)?.shuffle(1).normalize(&[0.5; 3], &[0.25; 3])?;
+    let mut source = loader.into_source();
+    source.seek(0, 0)?;
+    for (inputs, rows) in rest(source.as_mut()) {
+        let expected = normalized(&x.index_select(0, &rows), &[0.5; 3], &[0.25; 3]);
+        assert_eq!(bits(&inputs), bits(&expected));
+    }
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_normalized_is_refused() -> anyhow::Result<()> {
+    let y = Tensor::zeros([4], (Kind::Int64, Device::Cpu));
+    let try_with = |x: Tensor, mean: &[f64], std: &[f64]| {
+        text(Loader::new(&x, &y, 2).unwrap().normalize(mean, std))
+    };
+    let images = || bytes(&[4, 3, 2]);
+    for (error, expected) in [
+        (try_with(images().to_kind(Kind::Float), &[0.], &[1.]), "they are Float"),
+        (try_with(images(), &[], &[]), "0 and 0 were given"),
+        (try_with(images(), &[0.; 3], &[1.]), "3 and 1 were given"),
+        (
+            try_with(images(), &[0.; 2], &[1.; 2]),
+            "need images of shape [samples, 2, …], but the shape is [4, 3, 2]",
+        ),
+        (try_with(bytes(&[4]), &[0.; 4], &[1.; 4]), "the shape is [4]"),
+        (try_with(images(), &[f64::NAN], &[1.]), "mean must be finite, but NaN"),
+        (try_with(images(), &[0.], &[0.]), "std must be above 0, but 0"),
+        (try_with(images(), &[0.], &[-1.]), "but -1 was given"),
+        (try_with(images(), &[0.], &[f64::INFINITY]), "but inf was given"),
+        (try_with(images(), &[0.], &[1e-60]), "std must be above 0"),
+    ] {
+        assert!(error.contains(expected), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn on_a_gpu_bytes_are_normalized_there() -> anyhow::Result<()> {
+    if !tch::Cuda::is_available() {
+        return Ok(());
+    }
+    let (x, gpu) = (bytes(&[9, 3, 4]), Device::Cuda(0));
+    let rows = Tensor::arange(9, (Kind::Int64, Device::Cpu));
+    for data in [x.shallow_clone(), x.to_device(gpu)] {
+        let loader = Loader::new(&data, &rows, 4)?.shuffle(2).normalize(&[0.5; 3], &[0.3; 3])?;
+        let mut source = loader.to_device(gpu).into_source();
+        source.seek(0, 0)?;
+        for (inputs, rows) in rest(source.as_mut()) {
+            assert_eq!(inputs.device(), gpu);
+            let expected =
+                normalized(&x.index_select(0, &rows.to_device(Device::Cpu)), &[0.5; 3], &[0.3; 3]);
+            assert!(
+                (inputs.to_device(Device::Cpu) - expected).abs().max().double_value(&[]) < 1e-6
+            );
+        }
+    }
+    Ok(())
 }
 
 #[test]

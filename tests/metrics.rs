@@ -62,10 +62,10 @@ fn accuracy_of_labels_wants_all_labels_of_a_sample() -> anyhow::Result<()> {
     let accuracy = || Accuracy::of(parts);
     let flat = || (ints(&pred, &[3, 2]), ints(&y, &[3, 2]));
     assert_eq!(over(accuracy(), [flat()])?, 5. / 6.);
-    assert_eq!(over(accuracy().multilabel(true), [flat()])?, 2. / 3.);
+    assert_eq!(over(accuracy().is_multilabel(true), [flat()])?, 2. / 3.);
     // Labels lie along dimension 1: columns (1, 1), (0, 1), (1, 0) against (1, 0), (0, 0), (1, 0).
     let deep = (ints(&pred, &[1, 2, 3]), ints(&y, &[1, 2, 3]));
-    assert_eq!(over(accuracy().multilabel(true), [deep])?, 2. / 3.);
+    assert_eq!(over(accuracy().is_multilabel(true), [deep])?, 2. / 3.);
     Ok(())
 }
 
@@ -91,7 +91,8 @@ fn shapes_that_do_not_fit_are_named() {
         (vec![3], vec![3], true),
         (vec![3, 2], vec![3], true),
     ] {
-        let error = refused(Accuracy::of(parts).multilabel(multilabel), (zeros(&pred), zeros(&y)));
+        let error =
+            refused(Accuracy::of(parts).is_multilabel(multilabel), (zeros(&pred), zeros(&y)));
         assert!(error.ends_with(&format!("they are {pred:?} and {y:?}")), "{error}");
     }
     let shape = "a single value is needed, but the tensor has shape [2]";
@@ -199,7 +200,7 @@ fn the_running_average_starts_with_the_first_value() -> anyhow::Result<()> {
         let error = of(alpha, vec![1.]).unwrap_err().to_string();
         assert_eq!(
             error,
-            format!("Argument alpha should be a float between 0.0 and 1.0, but given {alpha}")
+            format!("Argument alpha should be a float between 0.0 and 1.0. Given was {alpha}")
         );
     }
     Ok(())
@@ -296,7 +297,7 @@ fn usages_say_when_a_mean_is_reset_and_computed() -> anyhow::Result<()> {
         (Usage::RunningBatchWise, [1., 1.5, 7. / 3., 3.75], [1.5, 3.75]),
         (Usage::SingleEpochRunningBatchWise, [1., 1.5, 4., 6.], [1.5, 6.]),
     ] {
-        let [seen, at_end] = watched(Mean::new(), usage, 2, vec![1., 2., 4., 8.])?;
+        let [seen, at_end] = watched(Mean::new(), usage.clone(), 2, vec![1., 2., 4., 8.])?;
         let same = |a: &[f64], b: &[f64]| {
             a.iter().zip(b).all(|(a, b)| a == b || (a.is_nan() && b.is_nan()))
         };
@@ -383,7 +384,7 @@ fn accuracy_loss_and_mean_agree_with_ignite() -> anyhow::Result<()> {
         match config["metric"].as_str() {
             Some("Accuracy") => {
                 let multilabel = config["args"]["is_multilabel"].as_bool().unwrap_or(false);
-                check_each(case, Accuracy::of(parts).multilabel(multilabel), pairs(config))?;
+                check_each(case, Accuracy::of(parts).is_multilabel(multilabel), pairs(config))?;
             }
             Some("Loss") => {
                 let name = config["args"]["loss_fn"].as_str().unwrap();

@@ -233,4 +233,9 @@ int tig_set_gradient(const Tensor* parameter, const Tensor* gradient, char** err
   return guarded(error, [&] { parameter->mutable_grad() = gradient ? *gradient : Tensor(); });
 }
 
+// A copy in pinned memory. tch's own passes a device, which libtorch warns of.
+int tig_pin_memory(const Tensor* tensor, Tensor** pinned, char** error) {
+  return guarded(error, [&] { *pinned = new Tensor(tensor->pin_memory()); });
+}
+
 }  // extern "C"

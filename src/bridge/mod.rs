@@ -1,4 +1,4 @@
-//! The only unsafe code of the crate: what tch hides of libtorch's optimizers.
+//! The only unsafe code of the crate: what tch hides of libtorch's optimizers, and kernels of our own.
 //!
 //! `tch::nn::Optimizer` keeps the C++ optimizer to itself, but it is built through the public trait
 //! `OptimizerConfig`, whose `build_copt` returns a `tch::COptimizer`: one pointer wide. A config that
@@ -7,6 +7,9 @@
 
 mod generator;
 mod memory;
+mod normalize;
+mod serial;
+mod shared_tensor;
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -18,6 +21,9 @@ use torch_sys::C_tensor;
 
 pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use memory::{bytes, bytes_mut};
+pub(crate) use normalize::{Rows, normalize_rows};
+pub(crate) use serial::Serial;
+pub(crate) use shared_tensor::SharedTensor;
 
 type Raw = *mut c_void;
 
@@ -79,6 +85,11 @@ unsafe extern "C" {
         parameter: *const C_tensor,
         error: *mut *mut c_char,
     ) -> c_int;
+    fn tig_pin_memory(
+        tensor: *const C_tensor,
+        pinned: *mut *mut C_tensor,
+        error: *mut *mut c_char,
+    ) -> c_int;
     fn tig_set_gradient(
         parameter: *const C_tensor,
         gradient: *const C_tensor,
@@ -127,6 +138,15 @@ impl TensorId {
         // SAFETY: the pointer of a live tch tensor is a live torch::Tensor.
         Self(unsafe { tig_tensor_id(tensor.as_ptr()) } as usize)
     }
+}
+
+/// A copy in pinned memory: needs CUDA.
+pub(crate) fn pin_memory(tensor: &Tensor) -> Result<Tensor, Exception> {
+    let mut pinned = null_mut();
+    // SAFETY: the pointer of a live tch tensor is a live torch::Tensor.
+    checked(|error| unsafe { tig_pin_memory(tensor.as_ptr(), &mut pinned, error) })?;
+    // SAFETY: on success it is a torch::Tensor made with `new` for us, owned from here on.
+    Ok(unsafe { Tensor::from_ptr(pinned) })
 }
 
 /// Gives a parameter this gradient, shared and not copied, or none.

@@ -23,10 +23,70 @@ pub enum Mode {
     Max,
 }
 
-type ScoreFn<B, O> = Box<dyn Fn(&State<B, O>) -> Result<f64>>;
+/// What decides which files stay: the larger, the better. In file names a float has four decimals.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Score {
+    /// A whole number.
+    Int(i64),
+    /// Any other; NaN is never kept.
+    Float(f64),
+}
 
-/// What decides which files stay; the step where there is none.
-struct Score<B, O> {
+impl From<i64> for Score {
+    fn from(score: i64) -> Self {
+        Self::Int(score)
+    }
+}
+
+impl From<f64> for Score {
+    fn from(score: f64) -> Self {
+        Self::Float(score)
+    }
+}
+
+impl Score {
+    fn as_f64(self) -> f64 {
+        match self {
+            Self::Int(score) => score as f64,
+            Self::Float(score) => score,
+        }
+    }
+
+    /// JSON has no infinities.
+    fn saved(self) -> Value {
+        match self {
+            Self::Int(score) => score.into(),
+            Self::Float(score) if score.is_finite() => score.into(),
+            Self::Float(score) => score.to_string().into(),
+        }
+    }
+
+    fn loaded(saved: &Value) -> Result<Self> {
+        let score = match saved {
+            Value::Number(score) => {
+                score.as_i64().map(Self::Int).or(score.as_f64().map(Self::Float))
+            }
+            Value::String(score) => score.parse().ok().map(Self::Float),
+            _ => None,
+        };
+        score.ok_or_else(|| Error::State(format!("{saved} is no score of a checkpoint")))
+    }
+}
+
+/// As ignite writes it.
+impl fmt::Display for Score {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Int(score) => write!(f, "{score}"),
+            Self::Float(score) => write!(f, "{score:.4}"),
+        }
+    }
+}
+
+type ScoreFn<B, O> = Box<dyn Fn(&State<B, O>) -> Result<Score>>;
+
+/// How the score is found; the step is taken where there is none.
+struct Scoring<B, O> {
     name: Option<String>,
     of: ScoreFn<B, O>,
 }
@@ -71,7 +131,7 @@ pub struct Checkpoint<B, O> {
     parts: Parts,
     pattern: Option<String>,
     global_step: Option<Event>,
-    score: Option<Score<B, O>>,
+    score: Option<Scoring<B, O>>,
     greater_or_equal: bool,
     weights: Option<Box<dyn Stateful>>,
     saved: Vec<Saved>,
@@ -82,9 +142,7 @@ pub struct Checkpoint<B, O> {
 /// A file that is kept.
 #[derive(Debug, Clone, PartialEq)]
 struct Saved {
-    priority: f64,
-    /// Counts of steps are shown as whole numbers.
-    is_step: bool,
+    priority: Score,
     name: String,
 }
 
@@ -168,8 +226,12 @@ impl<B, O> Checkpoint<B, O> {
 
     /// Keeps the files of the largest scores, by a function of the engine's state: ignite's
     /// `score_function`.
-    pub fn score_function(mut self, score: impl Fn(&State<B, O>) -> Result<f64> + 'static) -> Self {
-        self.score = Some(Score { name: None, of: Box::new(score) });
+    pub fn score_function<S: Into<Score>>(
+        mut self,
+        score: impl Fn(&State<B, O>) -> Result<S> + 'static,
+    ) -> Self {
+        let of = Box::new(move |state: &State<B, O>| score(state).map(Into::into));
+        self.score = Some(Scoring { name: None, of });
         self
     }
 
@@ -253,12 +315,12 @@ impl<B, O> Checkpoint<B, O> {
 
     /// The files that are kept with their scores or steps, the smallest first.
     pub fn saved(&self) -> impl Iterator<Item = (f64, &str)> {
-        self.saved.iter().map(|saved| (saved.priority, saved.name.as_str()))
+        self.saved.iter().map(|saved| (saved.priority.as_f64(), saved.name.as_str()))
     }
 
     fn state(&self) -> Result<StateDict> {
         let saved: Vec<(Value, &str)> =
-            self.saved.iter().map(|saved| (saved.shown(), saved.name.as_str())).collect();
+            self.saved.iter().map(|saved| (saved.priority.saved(), saved.name.as_str())).collect();
         let mut state = StateDict::new();
         state.set_value("_saved", saved)?;
         Ok(state)
@@ -299,13 +361,14 @@ impl<B, O> Checkpoint<B, O> {
             Some(Event::EpochStarted | Event::EpochCompleted) => state.epoch,
             _ => state.iteration,
         };
-        let priority = score.unwrap_or(step as f64);
+        let priority = score.unwrap_or(Score::Int(step as i64));
+        let value = priority.as_f64();
         let room = self.n_saved.is_none_or(|most| self.saved.len() < most);
         let fits = match self.saved.first() {
-            _ if priority.is_nan() => false,
+            _ if value.is_nan() => false,
             _ if room => true,
-            Some(smallest) if self.greater_or_equal => priority >= smallest.priority,
-            Some(smallest) => priority > smallest.priority,
+            Some(smallest) if self.greater_or_equal => value >= smallest.priority.as_f64(),
+            Some(smallest) => value > smallest.priority.as_f64(),
             None => false,
         };
         if !fits {
@@ -313,7 +376,7 @@ impl<B, O> Checkpoint<B, O> {
         }
         let parts = Parts {
             score_name: self.score.as_ref().and_then(|score| score.name.clone()),
-            score: score.map(|score| format!("{score:.4}")),
+            score: score.map(|score| score.to_string()),
             global_step: (score.is_none() || self.global_step.is_some()).then_some(step),
             ..self.parts.clone()
         };
@@ -321,7 +384,7 @@ impl<B, O> Checkpoint<B, O> {
         let name = parts.filled(&pattern)?;
         let same = self.saved.iter().position(|saved| saved.name == name);
         let goes = same.or((!room).then_some(0));
-        Ok(Some(Chosen { saved: Saved { priority, is_step: score.is_none(), name }, goes }))
+        Ok(Some(Chosen { saved: Saved { priority, name }, goes }))
     }
 
     fn write<C>(&mut self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<()> {
@@ -329,7 +392,8 @@ impl<B, O> Checkpoint<B, O> {
         let Some(Chosen { saved, goes }) = self.choose(&engine.state)? else { return Ok(()) };
         let (name, before) = (saved.name.clone(), self.saved.clone());
         let remove = goes.map(|index| self.saved.remove(index).name);
-        let at = self.saved.partition_point(|other| other.priority <= saved.priority);
+        let priority = saved.priority.as_f64();
+        let at = self.saved.partition_point(|other| other.priority.as_f64() <= priority);
         self.saved.insert(at, saved);
         let written = self.contents(cx, engine).and_then(|state| {
             let plain = self.weights.is_some();
@@ -368,12 +432,6 @@ struct Chosen {
     saved: Saved,
     /// Which of the kept files it takes the place of.
     goes: Option<usize>,
-}
-
-impl Saved {
-    fn shown(&self) -> Value {
-        if self.is_step { Value::from(self.priority as u64) } else { Value::from(self.priority) }
-    }
 }
 
 impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
@@ -417,13 +475,9 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         let saved: Vec<(Value, String)> = state.value("_saved")?;
         self.saved = saved
             .into_iter()
-            .map(|(priority, name)| Saved {
-                priority: priority.as_f64().unwrap_or(0.),
-                is_step: priority.is_u64(),
-                name,
-            })
-            .filter(|saved| self.folder.join(&saved.name).exists())
-            .collect();
+            .map(|(score, name)| Ok(Saved { priority: Score::loaded(&score)?, name }))
+            .filter(|saved| saved.as_ref().map_or(true, |s| self.folder.join(&s.name).exists()))
+            .collect::<Result<_>>()?;
         Ok(())
     }
 

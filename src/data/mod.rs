@@ -1,15 +1,48 @@
 //! Where batches come from.
 //!
-//! [`Engine::run`](crate::engine::Engine::run) takes a [`Loader`], a vector or slice of batches, or
-//! one of [`restartable`], [`one_shot`], [`no_data`] and [`source`] (anything of your own).
+//! [`Engine::run`](crate::engine::Engine::run) takes one of these:
+//!
+//! | for | take |
+//! |---|---|
+//! | tensors in memory; images as bytes, normalised on the fly | [`Loader`]: whole batches at a time, by far the fastest |
+//! | samples read from files, computed, augmented one by one; batches of your own type | [`DataLoader`] over a [`Dataset`], with worker threads |
+//! | few batches that are there already | a vector or slice of them |
+//! | iterators, streams, no data, anything of your own | [`restartable`], [`one_shot`], [`no_data`], [`source`] |
+//!
+//! Both loaders take a [`Sampler`]. Their orders, and the random numbers of augmentation, are arithmetic
+//! on seed, pass and index, so that a run that is continued anywhere sees what it would have seen.
 
+mod batch_size;
+mod collate;
+mod concat_dataset;
+mod data_loader;
+mod dataset;
+mod fetcher;
 mod loader;
+mod normalize;
 mod order;
+mod sampler;
+mod subset;
+mod tensor_dataset;
+mod transfer;
+mod weighted_random_sampler;
+mod workers;
 
 use anyhow::Result;
+use tch::Tensor;
 
+pub use batch_size::BatchSize;
+pub use collate::Collate;
+pub use concat_dataset::ConcatDataset;
+pub use data_loader::DataLoader;
+pub use dataset::{Dataset, FromFn, Map, from_fn};
 pub use loader::{Batch, Loader};
 pub use order::{SplitMix64, permutation};
+pub use sampler::{RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler};
+pub use subset::{Subset, random_split};
+pub use tensor_dataset::TensorDataset;
+pub use transfer::Transfer;
+pub use weighted_random_sampler::WeightedRandomSampler;
 
 /// A cursor over batches. One walk over the data is a pass; the engine starts the next one when a
 /// pass is exhausted.
@@ -170,6 +203,22 @@ impl<I: Iterator> Source<I::Item> for OneShot<I> {
     fn next(&mut self) -> Option<Result<I::Item>> {
         self.0.next().map(Ok)
     }
+}
+
+/// The number of samples in both.
+fn common_len(inputs: &Tensor, targets: &Tensor) -> crate::Result<usize> {
+    let (x, y) = (inputs.size(), targets.size());
+    let (Some(&samples), Some(&labels)) = (x.first(), y.first()) else {
+        return Err(crate::Error::invalid(format!(
+            "inputs and targets need a first dimension, the samples; their shapes are {x:?} and {y:?}"
+        )));
+    };
+    if samples != labels {
+        return Err(crate::Error::invalid(format!(
+            "there are {samples} inputs but {labels} targets (shapes {x:?} and {y:?})"
+        )));
+    }
+    Ok(samples as usize)
 }
 
 fn skip(iterator: &mut impl Iterator, batches: u64) {

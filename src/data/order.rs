@@ -11,6 +11,11 @@ impl SplitMix64 {
         Self(seed)
     }
 
+    /// The sequence that belongs to these numbers, in this order; neighbours share nothing.
+    pub fn keyed<const N: usize>(numbers: [u64; N]) -> Self {
+        Self(numbers.into_iter().fold(0, |key, number| Self(key ^ number).next_u64()))
+    }
+
     /// The next 64 bits.
     pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -18,6 +23,11 @@ impl SplitMix64 {
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
+    }
+
+    /// A number from 0 to below 1, one of 2^53.
+    pub fn uniform(&mut self) -> f64 {
+        (self.next_u64() >> 11) as f64 * (0.5f64).powi(53)
     }
 
     /// A number below `bound`, without bias (Lemire 2019, <https://arxiv.org/abs/1805.10941>); 0 for
@@ -53,6 +63,26 @@ mod tests {
         let mut rng = SplitMix64::new(1234567);
         let values: Vec<_> = (0..3).map(|_| rng.next_u64()).collect();
         assert_eq!(values, [6457827717110365317, 3203168211198807973, 9817491932198370423]);
+    }
+
+    #[test]
+    fn keyed_sequences_depend_on_each_number_and_its_place() {
+        let keys = [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]];
+        let mut firsts = keys.map(|key| SplitMix64::keyed(key).next_u64()).to_vec();
+        firsts.push(SplitMix64::keyed([0, 0]).next_u64());
+        firsts.sort();
+        firsts.dedup();
+        assert_eq!(firsts.len(), 7);
+    }
+
+    #[test]
+    fn uniform_numbers_lie_between_0_and_1() {
+        let mut rng = SplitMix64::keyed([7]);
+        let numbers: Vec<f64> = (0..100_000).map(|_| rng.uniform()).collect();
+        assert!(numbers.iter().all(|x| (0. ..1.).contains(x)));
+        let mean = numbers.iter().sum::<f64>() / 1e5;
+        // Standard deviation of the mean: 0.0009.
+        assert!((mean - 0.5).abs() < 0.004, "{mean}");
     }
 
     #[test]

@@ -193,6 +193,11 @@ impl From<Event> for FilteredEvent {
 }
 
 impl FilteredEvent {
+    /// The event without the filter.
+    pub fn event(&self) -> Event {
+        self.event
+    }
+
     /// Every `n`-th time, from the first where `after` is given.
     pub fn every(mut self, n: u64) -> Self {
         self.every = Some(n);

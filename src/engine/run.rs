@@ -69,6 +69,8 @@ pub(super) struct Position {
     budgeted: bool,
     /// Taken when it was followed.
     entry: Option<Entry>,
+    /// The batch before `fetched` is needed again.
+    refetch: bool,
     /// Iterations done in this epoch.
     counter: u64,
     /// Number of the walk over the data, and batches fetched in it.
@@ -97,6 +99,7 @@ impl Default for Position {
             left: Left::Nothing,
             budgeted: false,
             entry: Some(Entry::Start),
+            refetch: false,
             counter: 0,
             pass: 0,
             fetched: 0,
@@ -154,14 +157,16 @@ pub(super) struct SavedPosition {
 
 impl SavedPosition {
     pub(super) fn restore(self, event: Event, budgeted: bool) -> Position {
+        let refetch = matches!(self.phase, Phase::BatchFetched | Phase::Step);
         Position {
+            refetch,
             phase: self.phase,
             left: Left::Restored,
             budgeted,
             entry: Some(self.entry),
             counter: self.counter,
             pass: self.pass,
-            fetched: self.fetched,
+            fetched: self.fetched.saturating_sub(u64::from(refetch)),
             restarted: self.restarted,
             exhausted: self.exhausted,
             left_early: self.left_early,
@@ -385,6 +390,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let fetches = self.data.as_ref().is_none_or(|data| data.fetches());
         if self.position.entry == Some(Entry::Kept) {
             self.enter()?;
+        }
+        if std::mem::take(&mut self.position.refetch) {
+            // The batch was under way when the state was saved.
+            let samples = self.state.samples;
+            self.fetch()?;
+            self.state.samples = samples;
         }
         if self.control.any {
             // Asked for before the state was saved.

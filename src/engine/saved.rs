@@ -320,22 +320,33 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn metric_values(&self) -> StateDict {
-        let mut values = StateDict::new();
-        for (name, value) in self.state.metrics.iter() {
-            values.set_tensor(
-                name,
-                match value {
-                    MetricValue::Number(value) => Tensor::from(*value),
-                    MetricValue::Tensor(tensor) => tensor.shallow_clone(),
-                },
-            );
+        fn add(values: &mut StateDict, name: &str, value: &MetricValue) {
+            match value {
+                MetricValue::Number(value) => values.set_tensor(name, Tensor::from(*value)),
+                MetricValue::Tensor(tensor) => values.set_tensor(name, tensor.shallow_clone()),
+                MetricValue::Named(named) => {
+                    let mut part = StateDict::new();
+                    named.iter().for_each(|(name, value)| add(&mut part, name, value));
+                    values.set_part(name, part);
+                }
+            }
         }
+        let mut values = StateDict::new();
+        self.state.metrics.iter().for_each(|(name, value)| add(&mut values, name, value));
         values
     }
 
     fn load_metric_values(&mut self, values: StateDict) {
+        fn values_of(state: StateDict) -> impl Iterator<Item = (String, MetricValue)> {
+            let tensors = state.tensors.into_iter().map(|(name, value)| (name, value.into()));
+            let named = state.parts.into_iter().map(|(name, part)| {
+                let part: Box<dyn Iterator<Item = _>> = Box::new(values_of(part));
+                (name, MetricValue::Named(part.collect()))
+            });
+            tensors.chain(named)
+        }
         self.state.metrics.clear();
-        for (name, value) in values.tensors {
+        for (name, value) in values_of(values) {
             self.state.metrics.set(&name, value);
         }
     }

@@ -335,6 +335,7 @@ impl Record {
         };
         let value = match value {
             MetricValue::Number(value) => value,
+            MetricValue::Named(_) => value.read()?,
             MetricValue::Tensor(tensor) => {
                 column.unread.push((column.points.len(), tensor));
                 f64::NAN

@@ -1,19 +1,91 @@
 //! Metrics: accumulated where the outputs live, read when somebody asks.
+//!
+//! A metric takes what it needs out of the step's output by a closure, so that one which cannot read
+//! the output does not compile. [`pair`] is that closure for steps that return `(y_pred, y)`:
+//!
+//! ```
+//! use tch::Tensor;
+//! use tch_ignite::engine::{Engine, Until};
+//! use tch_ignite::metrics::{Accuracy, Metric, Precision, Recall, pair};
+//!
+//! let mut evaluator = Engine::new(|_: &mut (), _, scores: [f64; 2]| {
+//!     Ok((Tensor::from_slice(&scores).unsqueeze(0), Tensor::from_slice(&[1i64])))
+//! });
+//! let (precision, recall) = (Precision::of(pair).shared(), Recall::of(pair).shared());
+//! let f1 = (&precision * &recall * 2. / (&precision + &recall + 1e-15)).mean();
+//! evaluator
+//!     .metric("accuracy", Accuracy::of(pair))
+//!     .metric("recall", recall) // of each class: a vector
+//!     .metric("f1", f1);
+//! evaluator.run(&mut (), vec![[0.2, 0.8], [0.9, 0.1]], Until::epochs(1))?;
+//! let metrics = &evaluator.state.metrics;
+//! assert_eq!(metrics.get("accuracy")?, 0.5);
+//! assert_eq!(metrics.tensor("recall")?, Tensor::from_slice(&[0.0, 0.5]));
+//! # Ok::<(), tch_ignite::Error>(())
+//! ```
+//!
+//! Sums are kept in f64 on the device of the predictions (f32 on devices that have no f64), counts in
+//! i64. Unless its documentation says otherwise, a metric neither waits for the device in `update` nor
+//! in `compute`: the value is a tensor that is read when somebody asks. An empty batch counts nothing.
+//!
+//! | of | see |
+//! |---|---|
+//! | classes and labels | [`Accuracy`], [`Precision`], [`Recall`], [`Fbeta`], [`ConfusionMatrix`] and what [derives from it](SharedConfusionMatrix) (IoU, Dice, …), [`MultiLabelConfusionMatrix`], [`ClassificationReport`], [`TopKCategoricalAccuracy`], [`MatthewsCorrCoef`], [`CohenKappa`] |
+//! | scores of classes | [`RocAuc`], [`RocCurve`], [`AveragePrecision`], [`PrecisionRecallCurve`], [`MeanAveragePrecision`] |
+//! | distances | [`Loss`], [`MeanAbsoluteError`], [`MeanSquaredError`], [`RootMeanSquaredError`], [`MeanPairwiseDistance`], [`CosineSimilarity`] |
+//! | distributions | [`Entropy`], [`KLDivergence`], [`JSDivergence`], [`MutualInformation`], [`MaximumMeanDiscrepancy`], [`HSIC`] |
+//! | images | [`PSNR`], [`SSIM`] |
+//! | one number, text, recommendations, clusters | [`regression`], [`nlp`], [`rec_sys`], [`clustering`] |
+//! | anything | [`Mean`], [`Average`], [`GeometricAverage`], [`RunningAverage`], [`Frequency`], [`EpochMetric`] |
+//! | other metrics | [`MetricsLambda`], [`MetricGroup`] |
+//! | your own | [`Pairwise`], [`Metric`] |
+//!
+//! What the values must be (0 or 1, say) is checked in `update` on the CPU. On other devices that would
+//! wait for the device; there the value is NaN from then on, until the next reset.
 
-mod accuracy;
+mod accumulator;
+mod average;
+mod classification;
+pub mod clustering;
+mod distances;
+mod epoch_metric;
+mod frequency;
+mod gathered;
+mod loss;
 mod mean;
+mod metric_group;
+mod metrics_lambda;
+pub mod nlp;
+mod pairwise;
+pub mod rec_sys;
+pub mod regression;
 mod running_average;
+mod usage;
+mod value;
 
-pub use accuracy::Accuracy;
-pub use mean::{Loss, Mean};
-pub use running_average::RunningAverage;
+pub use accumulator::{Accumulated, Reduce};
+pub use average::{Average, GeometricAverage};
+pub use classification::*;
+pub use distances::*;
+pub use epoch_metric::EpochMetric;
+pub use frequency::Frequency;
+pub use loss::Loss;
+pub use mean::Mean;
+pub use metric_group::MetricGroup;
+pub use metrics_lambda::MetricsLambda;
+pub use pairwise::{Contribution, Of, Pairwise, Parts, pair};
+pub use running_average::{OfMetric, RunningAverage};
+pub(crate) use usage::MetricHandler;
+pub use usage::Usage;
+pub use value::ToValue;
 
-use tch::{Device, Kind, Tensor};
-
-use crate::engine::{Engine, Event, Events, Handler, MetricValue};
+use crate::Result;
+use crate::engine::MetricValue;
 
 /// Something computed from the outputs of a step. Attach it with
 /// [`Engine::metric`](crate::engine::Engine::metric).
+///
+/// Metrics of predictions and targets are easier made by [`Pairwise`].
 pub trait Metric<O> {
     /// Forgets everything.
     fn reset(&mut self);
@@ -28,129 +100,36 @@ pub trait Metric<O> {
     fn usage(&self) -> Usage {
         Usage::EpochWise
     }
-}
 
-/// When a metric is reset, updated and computed: ignite's `MetricUsage`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Usage {
-    /// Over the iterations of each epoch, computed at its end.
-    EpochWise,
-    /// Over all epochs of a run, by the output at the end of each.
-    RunningEpochWise,
-    /// Of each iteration alone.
-    BatchWise,
-    /// Over all iterations of a run, computed at each.
-    RunningBatchWise,
-    /// Over the iterations of each epoch, computed at each.
-    SingleEpochRunningBatchWise,
-}
-
-impl Usage {
-    /// The events to reset, update and compute at.
-    fn events(self) -> (Event, Event, Event) {
-        use Event::*;
-        match self {
-            Self::EpochWise => (EpochStarted, IterationCompleted, EpochCompleted),
-            Self::RunningEpochWise => (Started, EpochCompleted, EpochCompleted),
-            Self::BatchWise => (IterationStarted, IterationCompleted, IterationCompleted),
-            Self::RunningBatchWise => (Started, IterationCompleted, IterationCompleted),
-            Self::SingleEpochRunningBatchWise => {
-                (EpochStarted, IterationCompleted, IterationCompleted)
-            }
-        }
-    }
-}
-
-/// A metric as a handler.
-pub(crate) struct MetricHandler<M> {
-    name: String,
-    metric: M,
-    usage: Usage,
-}
-
-impl<M> MetricHandler<M> {
-    pub(crate) fn new(name: String, metric: M, usage: Usage) -> Self {
-        Self { name, metric, usage }
-    }
-}
-
-impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
-    fn name(&self) -> String {
-        format!("metric {}", self.name)
-    }
-
-    fn events(&self) -> Events {
-        let (reset, update, compute) = self.usage.events();
-        match update == compute {
-            true => reset | update,
-            false => reset | update | compute,
-        }
-    }
-
-    fn call(
-        &mut self,
-        event: Event,
-        _cx: &mut C,
-        engine: &mut Engine<'_, C, B, O>,
-    ) -> anyhow::Result<()> {
-        let (reset, update, compute) = self.usage.events();
-        if event == reset {
-            self.metric.reset();
-        }
-        if event == update
-            && let Some(output) = &engine.state.output
-        {
-            let _guard = tch::no_grad_guard();
-            self.metric.update(output)?;
-        }
-        if event == compute {
-            let value = self.metric.compute()?;
-            engine.state.metrics.set(&self.name, value);
-        }
+    /// What is wrong with its arguments, if anything; asked when it is attached.
+    fn validate(&self) -> Result<()> {
         Ok(())
     }
-}
 
-/// Outputs that are a value themselves, for [`Mean::new`] and [`RunningAverage::new`].
-pub trait ToValue {
-    /// The value; a tensor is shared, not copied.
-    fn to_value(&self) -> MetricValue;
-}
-
-impl ToValue for Tensor {
-    fn to_value(&self) -> MetricValue {
-        self.shallow_clone().into()
+    /// Makes a handle that can be used several times, in [arithmetic](MetricsLambda) too, and is
+    /// updated once.
+    fn shared<'a>(self) -> MetricsLambda<'a, O>
+    where
+        Self: Sized + 'a,
+    {
+        MetricsLambda::of(self)
     }
-}
 
-impl ToValue for f64 {
-    fn to_value(&self) -> MetricValue {
-        (*self).into()
+    /// What has been accumulated since the last reset, each part with how several processes join it.
+    /// Nothing where there is nothing yet, and for metrics of your own that do not say. Shares the
+    /// tensors; those gathered batch by batch are joined, a copy.
+    fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
+        Ok(vec![])
     }
-}
 
-/// The accumulator's type: f64, or f32 on devices that have no f64.
-fn accumulator_kind(device: Device) -> Kind {
-    match device {
-        Device::Mps => Kind::Float,
-        _ => Kind::Double,
-    }
-}
-
-/// A detached scalar of the accumulator's type, on the device where the value is.
-fn scalar(value: MetricValue) -> anyhow::Result<MetricValue> {
-    match value {
-        MetricValue::Number(_) => Ok(value),
-        MetricValue::Tensor(tensor) => {
-            anyhow::ensure!(
-                tensor.numel() == 1,
-                "a single value is needed, but the tensor has shape {:?}",
-                tensor.size()
-            );
-            let kind = accumulator_kind(tensor.device());
-            // Kept apart from the step's tensor, which somebody may change in place.
-            Ok(tensor.f_detach()?.f_reshape([0i64; 0])?.f_to_dtype(kind, false, true)?.into())
+    /// Goes on from what [`state`](Self::state) gave, or from what processes joined.
+    ///
+    /// # Errors
+    /// Parts that are missing, or that this metric does not know: the text names the first.
+    fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
+        match state.first() {
+            Some(part) => anyhow::bail!("this metric keeps no '{}'", part.name),
+            None => Ok(()),
         }
     }
 }

@@ -1,10 +1,14 @@
-use super::{Metric, ToValue, Usage, scalar};
+use super::value::Scalar;
+use super::{Accumulated, Metric, Reduce, ToValue, Usage};
 use crate::engine::MetricValue;
+use crate::{Error, Result};
 
 /// Exponential moving average of a value, at each iteration: ignite's `RunningAverage`.
 ///
 /// `v = v * alpha + (1 - alpha) * new`, starting with the first value, kept in f64 on the device of
 /// the value (four small kernels an iteration, no host sync until somebody reads it).
+///
+/// The value is a number, or a tensor with one element. `alpha` is checked when it is attached.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -18,7 +22,7 @@ use crate::engine::MetricValue;
 pub struct RunningAverage<F> {
     value: F,
     alpha: f64,
-    average: Option<MetricValue>,
+    average: Option<Scalar>,
 }
 
 impl<O: ToValue> RunningAverage<fn(&O) -> MetricValue> {
@@ -50,40 +54,124 @@ impl<F> RunningAverage<F> {
     }
 }
 
+/// Where [`RunningAverage::of_metric`] takes its values from.
+pub struct OfMetric<M>(M);
+
+impl<M> RunningAverage<OfMetric<M>> {
+    /// Of a metric of each iteration alone: it is updated, computed and reset each time.
+    ///
+    /// ```
+    /// use tch::Tensor;
+    /// use tch_ignite::metrics::{Accuracy, Metric, RunningAverage, pair};
+    /// let mut metric = RunningAverage::of_metric(Accuracy::of(pair)).alpha(0.5);
+    /// for y in [1i64, 0] {
+    ///     metric.update(&(Tensor::from_slice(&[1i64]), Tensor::from_slice(&[y])))?;
+    /// }
+    /// assert_eq!(metric.compute()?.read()?, 0.5);
+    /// # anyhow::Ok(())
+    /// ```
+    pub fn of_metric(metric: M) -> Self {
+        Self { value: OfMetric(metric), alpha: 0.98, average: None }
+    }
+}
+
+impl<F> RunningAverage<F> {
+    fn check(&self) -> Result<()> {
+        match self.alpha > 0. && self.alpha <= 1. {
+            true => Ok(()),
+            false => Err(Error::invalid(format!(
+                "Argument alpha should be a float between 0.0 and 1.0. Given was {}",
+                self.alpha
+            ))),
+        }
+    }
+
+    fn take_in(&mut self, new: MetricValue) -> anyhow::Result<()> {
+        self.check()?;
+        let new = Scalar::of(new)?;
+        self.average = Some(match &self.average {
+            Some(old) => old.times(self.alpha)?.plus(&new.times(1. - self.alpha)?)?,
+            None => new,
+        });
+        Ok(())
+    }
+
+    fn average(&self) -> anyhow::Result<MetricValue> {
+        match &self.average {
+            Some(average) => Ok(average.value()),
+            None => anyhow::bail!("RunningAverage has no value before the first iteration"),
+        }
+    }
+
+    fn parts(&self) -> Vec<Accumulated> {
+        let part = |average: &Scalar| Accumulated::new("average", average.tensor(), Reduce::Mean);
+        self.average.iter().map(part).collect()
+    }
+
+    fn load(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
+        self.average = match state {
+            [] => None,
+            state => Some(Scalar::Tensor(Accumulated::find(state, "average")?)),
+        };
+        Ok(())
+    }
+}
+
+/// What both sources share.
+macro_rules! averaged {
+    () => {
+        fn compute(&self) -> anyhow::Result<MetricValue> {
+            self.average()
+        }
+
+        fn usage(&self) -> Usage {
+            Usage::RunningBatchWise
+        }
+
+        fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
+            Ok(self.parts())
+        }
+
+        fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
+            self.load(state)
+        }
+    };
+}
+
 impl<O, V: Into<MetricValue>, F: Fn(&O) -> V> Metric<O> for RunningAverage<F> {
     fn reset(&mut self) {
         self.average = None;
     }
 
     fn update(&mut self, output: &O) -> anyhow::Result<()> {
-        anyhow::ensure!(
-            self.alpha > 0. && self.alpha <= 1.,
-            "Argument alpha should be a float between 0.0 and 1.0, but given {}",
-            self.alpha
-        );
-        let new = scalar((self.value)(output).into())?;
-        self.average = Some(match (self.average.take(), new) {
-            (Some(MetricValue::Number(old)), MetricValue::Number(new)) => {
-                (old * self.alpha + (1. - self.alpha) * new).into()
-            }
-            (Some(MetricValue::Tensor(old)), MetricValue::Tensor(new)) => {
-                old.f_mul_scalar(self.alpha)?.f_add(&new.f_mul_scalar(1. - self.alpha)?)?.into()
-            }
-            // The first, or a change between numbers and tensors.
-            (_, new) => new,
-        });
-        Ok(())
+        let value = (self.value)(output).into();
+        self.take_in(value)
     }
 
-    fn compute(&self) -> anyhow::Result<MetricValue> {
-        match &self.average {
-            Some(MetricValue::Number(value)) => Ok((*value).into()),
-            Some(MetricValue::Tensor(value)) => Ok(value.shallow_clone().into()),
-            None => anyhow::bail!("RunningAverage has no value before the first iteration"),
-        }
+    fn validate(&self) -> Result<()> {
+        self.check()
     }
 
-    fn usage(&self) -> Usage {
-        Usage::RunningBatchWise
+    averaged!();
+}
+
+impl<O, M: Metric<O>> Metric<O> for RunningAverage<OfMetric<M>> {
+    fn reset(&mut self) {
+        self.average = None;
+        self.value.0.reset();
     }
+
+    fn update(&mut self, output: &O) -> anyhow::Result<()> {
+        self.value.0.reset();
+        self.value.0.update(output)?;
+        let value = self.value.0.compute()?;
+        self.take_in(value)
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.check()?;
+        self.value.0.validate()
+    }
+
+    averaged!();
 }

@@ -2,11 +2,12 @@ use serde_json::{Map, Value};
 
 use super::{Schedule, value};
 use crate::checkpoint::StateDict;
-use crate::data::Loader;
+use crate::data::BatchSize;
 use crate::engine::{Engine, Event, Events, Handler};
 use crate::{Error, Result};
 
-/// Drives the batch size of a [`Loader`]: ignite's `BatchSizeScheduler`.
+/// Drives the batch size of a [`Loader`](crate::data::Loader) or [`DataLoader`](crate::data::DataLoader):
+/// ignite's `BatchSizeScheduler`.
 ///
 /// At the start of each epoch, unless told otherwise, the loader gets the schedule's value, rounded,
 /// and `state.epoch_length` becomes its new number of batches, so that an epoch stays one pass over
@@ -31,17 +32,17 @@ use crate::{Error, Result};
 /// ```
 #[derive(Debug)]
 pub struct BatchSizeScheduler<S> {
-    loader: Loader,
+    batch_size: BatchSize,
     schedule: S,
     events_done: u64,
     events: Events,
 }
 
 impl<S: Schedule> BatchSizeScheduler<S> {
-    /// Of this loader and its clones.
-    pub fn new(loader: &Loader, schedule: S) -> Self {
-        let (loader, events) = (loader.clone(), Event::EpochStarted.into());
-        Self { loader, schedule, events_done: 0, events }
+    /// Of this loader (`&loader`) and its clones.
+    pub fn new(loader: impl Into<BatchSize>, schedule: S) -> Self {
+        let (batch_size, events) = (loader.into(), Event::EpochStarted.into());
+        Self { batch_size, schedule, events_done: 0, events }
     }
 
     /// The position, with the schedule's arguments.
@@ -69,7 +70,7 @@ impl<S: Schedule> BatchSizeScheduler<S> {
                 "a batch size must be at least 1 and finite, but the schedule gives {size}"
             )));
         }
-        self.loader.set_batch_size(size as u64)
+        self.batch_size.set(size as u64)
     }
 
     /// Acts on these events. The epoch length is only adapted at [`Event::EpochStarted`].
@@ -108,11 +109,11 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
     ) -> anyhow::Result<()> {
         self.set(self.events_done)?;
         if event == Event::EpochStarted {
-            let (batches, size) = (self.loader.batches(), self.loader.batch_size());
+            let (batches, size) = (self.batch_size.batches(), self.batch_size.get());
             anyhow::ensure!(
                 batches > 0,
                 "the schedule gives batch_size {size}, but with drop_last the loader's {} samples make no batch of that size",
-                self.loader.samples()
+                self.batch_size.samples()
             );
             engine.state.epoch_length = Some(batches);
         }

@@ -1,5 +1,6 @@
 //! Kind `handler`: one file for each handler.
 
+pub(super) mod checkpoint;
 mod early_stopping;
 mod epoch_output_store;
 mod progress_bar;
@@ -15,6 +16,10 @@ use super::json::text;
 
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
     match text(&config["handler"])? {
+        "Checkpoint" => checkpoint::run(config, expect, defect),
+        "ModelCheckpoint" => checkpoint::run_model(config, expect, defect),
+        "setup_filename_pattern" => checkpoint::run_pattern(config, expect),
+        "global_step_from_engine" => checkpoint::run_global_step(config, expect),
         "EarlyStopping" => early_stopping::run(config, expect, defect),
         "EpochOutputStore" => epoch_output_store::run(config, expect),
         "ProgressBar" => progress_bar::run(config, expect, defect),

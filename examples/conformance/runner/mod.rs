@@ -4,6 +4,7 @@ mod engine_trace;
 mod handler;
 mod json;
 mod lr_finder;
+mod metric;
 mod optimizer;
 mod schedule;
 mod schedule_error;
@@ -88,6 +89,7 @@ pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
             Some("train") => train::run(config, expect),
             Some("handler") => handler::run(config, expect, &mut defect),
             Some("lr_finder") => lr_finder::run(config, expect, &mut defect),
+            Some("metric") => metric::run(config, expect, &mut defect),
             kind => Outcome::skipped(format!("kind {} does not exist yet", kind.unwrap_or("?"))),
         };
         if let Some(defect) = defect {

@@ -12,14 +12,17 @@ use tch_ignite::schedule::*;
 
 use super::Outcome;
 use super::json::{event_named, object, text};
-use super::lr_finder;
 use super::optimizer::{Params, knob, optimizer, store};
+use super::{handler, lr_finder, metric};
 
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
     let target = text(&config["target"])?;
     let args = &config["args"];
     if config["type_level"] == true {
         return Outcome::skipped(format!("the types rule out the wrong type given to {target}"));
+    }
+    if config["area"] == "metric" && !args_ruled_out(args) {
+        return Ok(said(metric::refused(target, args)?, expect).into());
     }
     if let Some(reason) = ruled_out(target, args) {
         return Outcome::skipped(reason);
@@ -70,15 +73,23 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
             let seconds = args["limit_sec"].as_u64().context("limit_sec")?;
             TimeLimit::new(Duration::from_secs(seconds)).err()
         }
+        "DiskSaver" => return Ok(said(handler::checkpoint::refused(args)?, expect).into()),
         other => return Outcome::skipped(format!("{other} does not exist yet")),
     };
     Ok(said(refused.map(|error| error.to_string()), expect).into())
+}
+
+/// Whether a metric's argument is a name that no enum here has.
+fn args_ruled_out(args: &Value) -> bool {
+    args["average"] == "x" || args["weights"] == "x"
 }
 
 /// Why a bad argument cannot even be written down here.
 fn ruled_out(target: &str, args: &Value) -> Option<String> {
     let has = |key: &str, text: &str| args[key].to_string().contains(text);
     let reason = match target {
+        "Precision" | "ConfusionMatrix" => "an unknown average",
+        "CohenKappa" => "unknown weights",
         "ParamScheduler" => "a schedule with several values at once",
         "Events.ITERATION_STARTED" if args.as_object().is_some_and(|args| args.is_empty()) => {
             "an event called without a filter"
@@ -107,6 +118,11 @@ fn ruled_out(target: &str, args: &Value) -> Option<String> {
         }
         "EarlyStopping" if !args["mode"].is_null() => "an unknown mode",
         "EarlyStopping" if !args["threshold_mode"].is_null() => "an unknown threshold mode",
+        "Checkpoint" if args["include_self"] == true => {
+            "an object of the same name as the handler's own state: each kind of part has its own place"
+        }
+        "Checkpoint.get_default_score_fn" => "another sign than those of Mode::Min and Mode::Max",
+        "ModelCheckpoint" => "a handler without a model: weights() takes one",
         "FastaiLRFinder.attach" if !args["step_mode"].is_null() => "an unknown step mode",
         "FastaiLRFinder.attach" if !args["to_save_keys"].is_null() => {
             "a finder without an optimizer"

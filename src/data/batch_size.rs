@@ -1,0 +1,81 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::{Error, Result};
+
+/// The batch size of a [`Loader`](super::Loader) or [`DataLoader`](super::DataLoader): a handle,
+/// whose clones share it, so that it can be changed while the engine has the loader.
+#[derive(Debug, Clone)]
+pub struct BatchSize {
+    size: Arc<AtomicU64>,
+    samples: u64,
+    drop_last: bool,
+}
+
+impl BatchSize {
+    pub(super) fn new(size: usize, samples: u64) -> Result<Self> {
+        if samples == 0 {
+            return Err(Error::invalid("Input data has zero size. Please provide non-empty data"));
+        }
+        let this = Self { size: Arc::default(), samples, drop_last: false };
+        this.set(size as u64)?;
+        Ok(this)
+    }
+
+    pub(super) fn drop_last(&mut self, on: bool) {
+        self.drop_last = on;
+    }
+
+    /// Of a pass of this many samples. Shares the size.
+    pub(super) fn set_samples(&mut self, samples: u64) {
+        self.samples = samples;
+    }
+
+    /// Samples in a batch.
+    pub fn get(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// Changes it, from the next batch on.
+    ///
+    /// # Errors
+    /// A batch size of 0.
+    pub fn set(&self, samples: u64) -> Result<()> {
+        if samples == 0 {
+            return Err(Error::invalid("batch_size must be at least 1, but 0 was given"));
+        }
+        self.size.store(samples, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Samples in a pass.
+    pub fn samples(&self) -> u64 {
+        self.samples
+    }
+
+    /// Batches in a pass.
+    pub fn batches(&self) -> u64 {
+        match self.drop_last {
+            true => self.samples / self.get(),
+            false => self.samples.div_ceil(self.get()),
+        }
+    }
+
+    /// Samples in the batch of (at most) `size` that begins with sample `first`; 0 where there is none.
+    pub(super) fn batch_at(&self, first: u64, size: u64) -> u64 {
+        let len = size.min(self.samples.saturating_sub(first));
+        if self.drop_last && len < size { 0 } else { len }
+    }
+
+    /// That there is a batch at all.
+    pub(super) fn validate(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(self.samples > 0, "the sampler gives no samples");
+        anyhow::ensure!(
+            self.batches() > 0,
+            "the loader has no batch: it drops the last one where it is smaller than batch_size ({}), and there are {} samples; use a smaller batch_size or drop_last(false)",
+            self.get(),
+            self.samples
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,391 @@
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result as AnyResult};
+use tch::{Cuda, Device};
+
+use super::fetcher::{Fetched, Fetcher, Plan};
+use super::sampler::order_of;
+use super::workers::{Work, Workers};
+use super::{BatchSize, Collate, Dataset, IntoSource, RandomSampler, Sampler, Source, Transfer};
+use crate::Result;
+
+/// Batches of a [`Dataset`], read sample by sample, by worker threads if you like: PyTorch's
+/// `DataLoader`.
+///
+/// What comes, and in which order, is a function of seeds and pass alone: not of the number of workers,
+/// not of where a run was continued. Any position is reached without reading what lies before it.
+///
+/// For tensors in memory that need nothing done sample by sample, a [`Loader`](super::Loader) is some 5
+/// times as fast.
+///
+/// ```
+/// use tch::{Device, Kind, Tensor};
+/// use tch_ignite::data::{DataLoader, from_fn};
+/// use tch_ignite::engine::{Engine, Until};
+///
+/// let waves = from_fn(100, |index, rng| {
+///     let t = Tensor::f_arange(32, (Kind::Float, Device::Cpu))?;
+///     let noise = 0.1 * rng.uniform();
+///     Ok(((t * (index as f64 / 100.) + noise).f_sin()?, (index / 50) as i64))
+/// });
+/// let loader = DataLoader::new(waves, 8)?.shuffle(42).num_workers(2);
+/// let mut trainer = Engine::new(|seen: &mut i64, _, (x, y): (Tensor, Tensor)| {
+///     assert_eq!(x.size()[0], y.size()[0]);
+///     *seen += x.size()[0];
+///     Ok(())
+/// });
+/// let mut seen = 0;
+/// trainer.run(&mut seen, &loader, Until::epochs(2))?;
+/// assert_eq!(seen, 200);
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+///
+/// # Errors and panics
+/// An error or a panic of the dataset ends the run with an error that names the sample's index, at the
+/// batch it belongs to; see [`skip_errors`](Self::skip_errors) for another way. The loader can be used
+/// again afterwards.
+///
+/// # Threads
+/// Workers live as long as a run, and end with it: what runs waits for the samples being read. They make
+/// batches without gradients, and each with one thread of libtorch's.
+pub struct DataLoader<D: Dataset, B> {
+    fetcher: Fetcher<D, B>,
+    len: usize,
+    batch_size: BatchSize,
+    /// None: in order.
+    sampler: Option<Arc<dyn Sampler>>,
+    /// Of the samples' random numbers: given, or that of the order.
+    seed: Option<u64>,
+    shuffle_seed: u64,
+    num_workers: usize,
+    prefetch_factor: usize,
+    device: Option<(Device, MoveFn<B>)>,
+    skipped: Arc<Skipped>,
+}
+
+type MoveFn<B> = fn(B, Device, bool) -> AnyResult<B>;
+
+#[derive(Default)]
+struct Skipped {
+    count: AtomicU64,
+    last: Mutex<Option<String>>,
+}
+
+impl<D: Dataset + 'static, B> DataLoader<D, B> {
+    /// Batches of `batch_size` samples, in order, the last one possibly smaller, put together as their
+    /// type says ([`Collate`]).
+    ///
+    /// # Errors
+    /// Batch size 0, no samples.
+    pub fn new(dataset: D, batch_size: usize) -> Result<Self>
+    where
+        D::Item: Collate<Batch = B>,
+    {
+        Self::with_collate(dataset, batch_size, D::Item::collate)
+    }
+
+    /// The same, put together by a function of your own: of at least one sample, in order.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor};
+    /// use tch_ignite::data::{DataLoader, from_fn};
+    /// // Texts of different lengths, filled up with zeros to the longest of the batch.
+    /// let texts = from_fn(10, |index, _| Ok(Tensor::f_ones([index as i64 + 1], (Kind::Int64, Device::Cpu))?));
+    /// let pad = |texts: Vec<Tensor>| Ok(Tensor::f_pad_sequence(&texts, true, 0., "right")?);
+    /// let loader = DataLoader::with_collate(texts, 4, pad)?;
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_collate(
+        dataset: D,
+        batch_size: usize,
+        collate: impl Fn(Vec<D::Item>) -> AnyResult<B> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let len = dataset.len();
+        Ok(Self {
+            fetcher: Fetcher {
+                dataset: Arc::new(dataset),
+                collate: Arc::new(collate),
+                pin: None,
+                seed: 0,
+                repeats: false,
+                skip_errors: false,
+            },
+            len,
+            batch_size: BatchSize::new(batch_size, len as u64)?,
+            sampler: None,
+            seed: None,
+            shuffle_seed: 0,
+            num_workers: 0,
+            prefetch_factor: 2,
+            device: None,
+            skipped: Arc::default(),
+        })
+    }
+
+    /// Shuffles each pass anew, by this seed: a [`RandomSampler`].
+    pub fn shuffle(mut self, seed: u64) -> Self {
+        self.shuffle_seed = seed;
+        let sampler = RandomSampler::new(self.len, seed);
+        self.sampler(sampler)
+    }
+
+    /// Takes the samples that this one names, in its order.
+    pub fn sampler(mut self, sampler: impl Sampler + 'static) -> Self {
+        self.batch_size.set_samples(sampler.num_samples() as u64);
+        self.fetcher.repeats = sampler.repeats();
+        self.sampler = Some(Arc::new(sampler));
+        self
+    }
+
+    /// The seed of the random numbers that the dataset gets; that of [`shuffle`](Self::shuffle), or 0,
+    /// where it is not given.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = Some(seed);
+        self
+    }
+
+    /// Leaves out the last batch of a pass where it is smaller.
+    pub fn drop_last(mut self, on: bool) -> Self {
+        self.batch_size.drop_last(on);
+        self
+    }
+
+    /// Makes batches in this many threads, ahead of their use; with 0, which it is at first, when they
+    /// are asked for.
+    pub fn num_workers(mut self, threads: usize) -> Self {
+        self.num_workers = threads;
+        self
+    }
+
+    /// Batches begun or ready, for each worker; 2 at first. So many batches are in memory.
+    pub fn prefetch_factor(mut self, batches: usize) -> Self {
+        self.prefetch_factor = batches;
+        self
+    }
+
+    /// Gives batches on this device. The copy is made when a batch is asked for, and waits for the device
+    /// unless memory is [pinned](Self::pin_memory).
+    pub fn to_device(mut self, device: Device) -> Self
+    where
+        B: Transfer,
+    {
+        self.device = Some((device, B::transfer));
+        self
+    }
+
+    /// Puts batches into pinned memory, where the workers are, so that the copy to a CUDA device does not
+    /// hold up the program. Without CUDA it changes nothing.
+    pub fn pin_memory(mut self, on: bool) -> Self
+    where
+        B: Transfer,
+    {
+        self.fetcher.pin = (on && Cuda::is_available()).then_some(B::pin_memory);
+        self
+    }
+
+    /// Leaves out samples that cannot be read: their batches are smaller. [`skipped`](Self::skipped)
+    /// counts them. A batch without any sample is an error all the same, and so is a panic.
+    pub fn skip_errors(mut self, on: bool) -> Self {
+        self.fetcher.skip_errors = on;
+        self
+    }
+
+    /// Samples left out of the batches that this loader and its clones gave.
+    pub fn skipped(&self) -> u64 {
+        self.skipped.count.load(Ordering::Relaxed)
+    }
+
+    /// Index and error of the sample that was left out last.
+    pub fn last_skipped(&self) -> Option<String> {
+        self.skipped.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Batches in a pass.
+    pub fn batches(&self) -> u64 {
+        self.batch_size.batches()
+    }
+
+    /// Samples in a batch.
+    pub fn batch_size(&self) -> u64 {
+        self.batch_size.get()
+    }
+
+    /// Changes the batch size of this loader and its clones, from the next batch on; what workers have
+    /// made ahead is made anew. See [`BatchSizeScheduler`](crate::schedule::BatchSizeScheduler).
+    ///
+    /// # Errors
+    /// A batch size of 0.
+    pub fn set_batch_size(&self, samples: u64) -> Result<()> {
+        self.batch_size.set(samples)
+    }
+
+    /// Samples in a pass.
+    pub fn samples(&self) -> u64 {
+        self.batch_size.samples()
+    }
+}
+
+impl<D: Dataset, B> Clone for DataLoader<D, B> {
+    /// Shares the dataset, the batch size and the count of what was skipped.
+    fn clone(&self) -> Self {
+        Self {
+            fetcher: self.fetcher.clone(),
+            batch_size: self.batch_size.clone(),
+            sampler: self.sampler.clone(),
+            skipped: self.skipped.clone(),
+            ..*self
+        }
+    }
+}
+
+impl<D: Dataset, B> fmt::Debug for DataLoader<D, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DataLoader")
+            .field("len", &self.len)
+            .field("batch_size", &self.batch_size)
+            .field("in_order", &self.sampler.is_none())
+            .field("num_workers", &self.num_workers)
+            .field("prefetch_factor", &self.prefetch_factor)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<D: Dataset, B> From<&DataLoader<D, B>> for BatchSize {
+    fn from(loader: &DataLoader<D, B>) -> Self {
+        loader.batch_size.clone()
+    }
+}
+
+struct Cursor<D: Dataset, B> {
+    loader: DataLoader<D, B>,
+    plan: Option<Arc<Plan>>,
+    /// The first sample of the next batch.
+    next: u64,
+    last_samples: u64,
+    /// Started with the first batch.
+    workers: Option<Workers<Fetched<B>>>,
+    /// The batch size of what they are at; None where that is not what comes next.
+    under_way: Option<u64>,
+}
+
+impl<D: Dataset + 'static, B: Send + 'static> Cursor<D, B> {
+    /// The batch of `len` samples (`size` where there are enough) that comes next.
+    fn fetch(&mut self, size: u64, len: u64) -> AnyResult<B> {
+        if self.plan.is_none() {
+            self.seek(0, 0)?;
+        }
+        let plan = self.plan.as_ref().context("no pass has begun")?;
+        let first = self.next;
+        self.next += len;
+        let fetched = if self.loader.num_workers == 0 {
+            let positions = first as usize..(first + len) as usize;
+            self.loader.fetcher.fetch(plan, positions, &|| false)?
+        } else {
+            if self.workers.is_none() {
+                self.workers = Some(self.loader.spawn()?);
+            }
+            let workers = self.workers.as_ref().context("no workers")?;
+            if self.under_way != Some(size) {
+                let (plan, bounds) = (plan.clone(), self.loader.batch_size.clone());
+                workers.begin(Some(Work { plan, first, batch_size: size, bounds }));
+                self.under_way = Some(size);
+            }
+            workers.next().transpose()?
+        };
+        let fetched = fetched.context("the workers have no further batch")?;
+        self.last_samples = fetched.samples;
+        self.loader.skipped.add(fetched.skipped, fetched.last_skipped);
+        match self.loader.device {
+            Some((device, transfer)) => {
+                let pinned = self.loader.fetcher.pin.is_some();
+                transfer(fetched.batch, device, pinned)
+                    .with_context(|| format!("moving a batch to {device:?}"))
+            }
+            None => Ok(fetched.batch),
+        }
+    }
+}
+
+impl Skipped {
+    fn add(&self, count: u64, last: Option<String>) {
+        if last.is_some() {
+            self.count.fetch_add(count, Ordering::Relaxed);
+            *self.last.lock().unwrap_or_else(PoisonError::into_inner) = last;
+        }
+    }
+}
+
+impl<D: Dataset + 'static, B: Send + 'static> DataLoader<D, B> {
+    fn spawn(&self) -> AnyResult<Workers<Fetched<B>>> {
+        let fetcher = self.fetcher.clone();
+        let ahead = self.num_workers.saturating_mul(self.prefetch_factor);
+        let make = move |plan: &Plan, positions, cancelled: &dyn Fn() -> bool| {
+            fetcher.fetch(plan, positions, cancelled)
+        };
+        Workers::spawn(self.num_workers, ahead, Arc::new(make))
+    }
+}
+
+impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
+    fn validate(&self) -> AnyResult<()> {
+        anyhow::ensure!(
+            self.loader.prefetch_factor > 0 || self.loader.num_workers == 0,
+            "prefetch_factor must be at least 1 with workers, but 0 was given"
+        );
+        self.loader.batch_size.validate()
+    }
+
+    fn batches(&self) -> Option<u64> {
+        Some(self.loader.batches())
+    }
+
+    fn seek(&mut self, pass: u64, batch: u64) -> AnyResult<()> {
+        self.under_way = None;
+        if let Some(workers) = &self.workers {
+            workers.begin(None);
+        }
+        if self.plan.as_ref().is_none_or(|plan| plan.pass != pass) {
+            let (samples, len) = (self.loader.samples(), self.loader.len);
+            let sampler = self.loader.sampler.as_deref();
+            let order = sampler.map(|sampler| order_of(sampler, pass, samples, len)).transpose()?;
+            self.plan = Some(Arc::new(Plan { pass, order: order.map(Arc::from) }));
+        }
+        self.next = batch.saturating_mul(self.loader.batch_size());
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<AnyResult<B>> {
+        let size = self.loader.batch_size();
+        let len = self.loader.batch_size.batch_at(self.next, size);
+        (len > 0).then(|| self.fetch(size, len))
+    }
+
+    fn samples(&self) -> Option<u64> {
+        Some(self.last_samples)
+    }
+}
+
+impl<'a, D: Dataset + 'static, B: Send + 'static> IntoSource<'a, B> for &DataLoader<D, B> {
+    fn into_source(self) -> Box<dyn Source<B> + 'a> {
+        self.clone().into_source()
+    }
+}
+
+impl<'a, D: Dataset + 'static, B: Send + 'static> IntoSource<'a, B> for DataLoader<D, B> {
+    fn into_source(mut self) -> Box<dyn Source<B> + 'a> {
+        self.fetcher.seed = self.seed.unwrap_or(self.shuffle_seed);
+        Box::new(Cursor {
+            loader: self,
+            plan: None,
+            next: 0,
+            last_samples: 0,
+            workers: None,
+            under_way: None,
+        })
+    }
+}

@@ -1,0 +1,51 @@
+use tch::Tensor;
+
+use super::gathered;
+use super::{Contribution, Of, Pairwise, Parts};
+use crate::engine::MetricValue;
+
+/// A function of all predictions and targets since the last reset: ignite's `EpochMetric`.
+///
+/// `y_pred` and `y` are (N,) or (N, C) each, of the same type and columns in every batch; one column
+/// (N, 1) is given to the function as (N,). Keeps a copy of everything on the device. Neither update
+/// nor compute wait for it, unless the function does.
+///
+/// ```
+/// use tch::Tensor;
+/// use tch_ignite::metrics::{EpochMetric, Metric, pair};
+/// let largest = |y_pred: &Tensor, y: &Tensor| Ok(y_pred.f_sub(y)?.f_abs()?.f_max()?.into());
+/// let mut metric = EpochMetric::of(largest, pair);
+/// metric.update(&(Tensor::from_slice(&[1.0, 2.0]), Tensor::from_slice(&[1.5, 2.0])))?;
+/// metric.update(&(Tensor::from_slice(&[3.0]), Tensor::from_slice(&[3.25])))?;
+/// assert_eq!(metric.compute()?.read()?, 0.5);
+/// # anyhow::Ok(())
+/// ```
+pub struct EpochMetric<C> {
+    compute: C,
+}
+
+impl<C: Fn(&Tensor, &Tensor) -> anyhow::Result<MetricValue>> EpochMetric<C> {
+    /// `compute(y_pred, y)` gives the value; `parts` takes both out of the output.
+    pub fn of<O, F>(compute: C, parts: F) -> Of<Self, F>
+    where
+        F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
+    {
+        Of::new(Self { compute }, parts)
+    }
+}
+
+impl<C: Fn(&Tensor, &Tensor) -> anyhow::Result<MetricValue>> Pairwise for EpochMetric<C> {
+    const NAME: &'static str = "EpochMetric";
+
+    fn parts(&self) -> Parts {
+        gathered::PARTS
+    }
+
+    fn batch(&mut self, y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution> {
+        gathered::gather(y_pred, y)
+    }
+
+    fn value(&self, parts: &[Tensor], _samples: f64) -> anyhow::Result<MetricValue> {
+        (self.compute)(&parts[0], &parts[1])
+    }
+}

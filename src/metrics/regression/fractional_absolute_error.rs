@@ -1,0 +1,42 @@
+use tch::Tensor;
+
+use super::{columns, of_pair};
+use crate::engine::MetricValue;
+use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
+
+/// The mean of 2 |y − y_pred| / (|y_pred| + |y|): ignite's `FractionalAbsoluteError`.
+///
+/// `y_pred` and `y` are of floating point, (N,) or (N, 1). No host sync.
+///
+/// ```
+/// use tch::Tensor;
+/// use tch_ignite::metrics::{Metric, pair, regression::FractionalAbsoluteError};
+/// let mut metric = FractionalAbsoluteError::of(pair);
+/// let y_pred = Tensor::from_slice(&[1., 2.]);
+/// metric.update(&(y_pred, Tensor::from_slice(&[3., 2.])))?;
+/// assert!((metric.compute()?.read()? - 0.5).abs() < 1e-12);
+/// # anyhow::Ok(())
+/// ```
+#[derive(Debug, Default)]
+pub struct FractionalAbsoluteError;
+
+of_pair!(FractionalAbsoluteError);
+
+impl Pairwise for FractionalAbsoluteError {
+    const NAME: &'static str = "FractionalAbsoluteError";
+
+    fn parts(&self) -> Parts {
+        &[("sum", Reduce::Sum)]
+    }
+
+    fn batch(&mut self, y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution> {
+        let (y_pred, y, samples) = columns(y_pred, y)?;
+        let sizes = y_pred.f_abs()?.f_add(&y.f_abs()?)?;
+        let errors = y.f_sub(&y_pred)?.f_abs()?.f_mul_scalar(2.)?.f_div(&sizes)?;
+        Ok(Contribution::new([errors.f_sum(None)?], samples))
+    }
+
+    fn value(&self, parts: &[Tensor], samples: f64) -> anyhow::Result<MetricValue> {
+        Ok(parts[0].f_div_scalar(samples)?.into())
+    }
+}

@@ -1,0 +1,41 @@
+use tch::Tensor;
+
+use super::{columns, no_zeros, of_pair};
+use crate::engine::MetricValue;
+use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
+
+/// The mean of |y_pred − y| / |y|: ignite's `MeanAbsoluteRelativeError`.
+///
+/// `y_pred` and `y` are of floating point, (N,) or (N, 1). `y` must not be 0. No host sync.
+///
+/// ```
+/// use tch::Tensor;
+/// use tch_ignite::metrics::{Metric, pair, regression::MeanAbsoluteRelativeError};
+/// let mut metric = MeanAbsoluteRelativeError::of(pair);
+/// let y_pred = Tensor::from_slice(&[1., 2.]);
+/// metric.update(&(y_pred, Tensor::from_slice(&[2., 4.])))?;
+/// assert!((metric.compute()?.read()? - 0.5).abs() < 1e-12);
+/// # anyhow::Ok(())
+/// ```
+#[derive(Debug, Default)]
+pub struct MeanAbsoluteRelativeError;
+
+of_pair!(MeanAbsoluteRelativeError);
+
+impl Pairwise for MeanAbsoluteRelativeError {
+    const NAME: &'static str = "MeanAbsoluteRelativeError";
+
+    fn parts(&self) -> Parts {
+        &[("sum", Reduce::Sum)]
+    }
+
+    fn batch(&mut self, y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution> {
+        let (y_pred, y, samples) = columns(y_pred, y)?;
+        let errors = y_pred.f_sub(&y)?.f_abs()?.f_div(&y.f_abs()?)?;
+        Ok(Contribution::new([errors.f_sum(None)?], samples).wrong(no_zeros(&y)?))
+    }
+
+    fn value(&self, parts: &[Tensor], samples: f64) -> anyhow::Result<MetricValue> {
+        Ok(parts[0].f_div_scalar(samples)?.into())
+    }
+}

@@ -1,0 +1,41 @@
+use tch::Tensor;
+
+use super::{columns, gathered, median, of_pair};
+use crate::engine::MetricValue;
+use crate::metrics::{Contribution, Pairwise, Parts};
+
+/// The median of |y − y_pred|: ignite's `MedianAbsoluteError`.
+///
+/// `y_pred` and `y` are of floating point, (N,) or (N, 1). Keeps everything on the device; no host sync.
+///
+/// ```
+/// use tch::Tensor;
+/// use tch_ignite::metrics::{Metric, pair, regression::MedianAbsoluteError};
+/// let mut metric = MedianAbsoluteError::of(pair);
+/// let y_pred = Tensor::from_slice(&[1., 2.]);
+/// metric.update(&(y_pred, Tensor::from_slice(&[3., 10.])))?;
+/// assert!((metric.compute()?.read()? - 5.).abs() < 1e-12);
+/// # anyhow::Ok(())
+/// ```
+#[derive(Debug, Default)]
+pub struct MedianAbsoluteError;
+
+of_pair!(MedianAbsoluteError);
+
+impl Pairwise for MedianAbsoluteError {
+    const NAME: &'static str = "MedianAbsoluteError";
+
+    fn parts(&self) -> Parts {
+        gathered::PARTS
+    }
+
+    fn batch(&mut self, y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution> {
+        let (y_pred, y, _) = columns(y_pred, y)?;
+        gathered::gather(&y_pred, &y)
+    }
+
+    fn value(&self, parts: &[Tensor], _samples: f64) -> anyhow::Result<MetricValue> {
+        let (y_pred, y) = (&parts[0], &parts[1]);
+        Ok(median(&y.f_sub(y_pred)?.f_abs()?)?.into())
+    }
+}

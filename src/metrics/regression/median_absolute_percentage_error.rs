@@ -1,0 +1,42 @@
+use tch::Tensor;
+
+use super::{columns, gathered, median, of_pair};
+use crate::engine::MetricValue;
+use crate::metrics::{Contribution, Pairwise, Parts};
+
+/// The median of 100 |y − y_pred| / |y|: ignite's `MedianAbsolutePercentageError`.
+///
+/// `y_pred` and `y` are of floating point, (N,) or (N, 1). Keeps everything on the device; no host sync.
+///
+/// ```
+/// use tch::Tensor;
+/// use tch_ignite::metrics::{Metric, pair, regression::MedianAbsolutePercentageError};
+/// let mut metric = MedianAbsolutePercentageError::of(pair);
+/// let y_pred = Tensor::from_slice(&[1., 2.]);
+/// metric.update(&(y_pred, Tensor::from_slice(&[2., 8.])))?;
+/// assert!((metric.compute()?.read()? - 62.5).abs() < 1e-12);
+/// # anyhow::Ok(())
+/// ```
+#[derive(Debug, Default)]
+pub struct MedianAbsolutePercentageError;
+
+of_pair!(MedianAbsolutePercentageError);
+
+impl Pairwise for MedianAbsolutePercentageError {
+    const NAME: &'static str = "MedianAbsolutePercentageError";
+
+    fn parts(&self) -> Parts {
+        gathered::PARTS
+    }
+
+    fn batch(&mut self, y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution> {
+        let (y_pred, y, _) = columns(y_pred, y)?;
+        gathered::gather(&y_pred, &y)
+    }
+
+    fn value(&self, parts: &[Tensor], _samples: f64) -> anyhow::Result<MetricValue> {
+        let (y_pred, y) = (&parts[0], &parts[1]);
+        let errors = y.f_sub(y_pred)?.f_abs()?.f_div(&y.f_abs()?)?;
+        Ok(median(&errors)?.f_mul_scalar(100.)?.into())
+    }
+}

@@ -1,0 +1,121 @@
+use super::{Accumulated, Metric, Reduce};
+use crate::checkpoint::StateDict;
+use crate::engine::{Engine, Event, Events, FilteredEvent, Handler};
+use crate::{Error, Result};
+
+/// When a metric is reset, updated and computed: ignite's `MetricUsage`.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Usage {
+    /// Over the iterations of each epoch, computed at its end.
+    EpochWise,
+    /// Over all epochs of a run, by the output at the end of each.
+    RunningEpochWise,
+    /// Of each iteration alone.
+    BatchWise,
+    /// Over all iterations of a run, computed at each.
+    RunningBatchWise,
+    /// Over the iterations of each epoch, computed at each.
+    SingleEpochRunningBatchWise,
+    /// Over those iterations of each epoch that pass the filter, computed at its end. The event must
+    /// be [`Event::IterationCompleted`], as in `Event::IterationCompleted.every(10)`.
+    BatchFiltered(FilteredEvent),
+}
+
+impl Usage {
+    /// The events to reset, update and compute at.
+    fn events(&self) -> (Event, Event, Event) {
+        use Event::*;
+        match self {
+            Self::EpochWise | Self::BatchFiltered(_) => {
+                (EpochStarted, IterationCompleted, EpochCompleted)
+            }
+            Self::RunningEpochWise => (Started, EpochCompleted, EpochCompleted),
+            Self::BatchWise => (IterationStarted, IterationCompleted, IterationCompleted),
+            Self::RunningBatchWise => (Started, IterationCompleted, IterationCompleted),
+            Self::SingleEpochRunningBatchWise => {
+                (EpochStarted, IterationCompleted, IterationCompleted)
+            }
+        }
+    }
+}
+
+/// A metric as a handler.
+pub(crate) struct MetricHandler<M> {
+    name: String,
+    metric: M,
+    usage: Usage,
+}
+
+impl<M> MetricHandler<M> {
+    pub(crate) fn new(name: String, metric: M, usage: Usage) -> Self {
+        Self { name, metric, usage }
+    }
+}
+
+impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
+    fn name(&self) -> String {
+        format!("metric {}", self.name)
+    }
+
+    fn events(&self) -> Events {
+        let (reset, update, compute) = self.usage.events();
+        match &self.usage {
+            Usage::BatchFiltered(filtered) => reset | filtered.clone() | compute,
+            _ if update == compute => reset | update,
+            _ => reset | update | compute,
+        }
+    }
+
+    fn validate(&self) -> Result<()> {
+        if let Usage::BatchFiltered(filtered) = &self.usage
+            && filtered.event() != Event::IterationCompleted
+        {
+            return Err(Error::invalid(format!(
+                "Usage::BatchFiltered filters ITERATION_COMPLETED, not {}",
+                filtered.event()
+            )));
+        }
+        self.metric.validate()
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        let parts = self.metric.state().map_err(|error| Error::State(format!("{error:#}")))?;
+        let mut state = StateDict::new();
+        for part in parts {
+            state.set_tensor(&part.name, part.value);
+        }
+        Ok(Some(state))
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        // How processes would join them does not matter here.
+        let part = |(name, value)| Accumulated::new(name, value, Reduce::Sum);
+        let parts: Vec<_> = state.tensors.into_iter().map(part).collect();
+        self.metric.reset();
+        self.metric.load_state(&parts).map_err(|error| Error::State(format!("{error:#}")))
+    }
+
+    fn call(
+        &mut self,
+        event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        let (reset, update, compute) = self.usage.events();
+        if event == reset {
+            self.metric.reset();
+        }
+        if event == update
+            && let Some(output) = &engine.state.output
+        {
+            let _guard = tch::no_grad_guard();
+            self.metric.update(output)?;
+        }
+        if event == compute {
+            let value = self.metric.compute()?;
+            engine.state.metrics.set(&self.name, value);
+        }
+        Ok(())
+    }
+}
