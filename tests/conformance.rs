@@ -54,7 +54,7 @@ fn learning_rate_finder() {
 
 #[test]
 fn handlers() {
-    check("handler.jsonl", 192);
+    check("handler.jsonl", 309);
 }
 
 #[test]

@@ -108,15 +108,8 @@ impl<B, O> OutputHandler<B, O> {
     }
 
     fn log(&self, name: &str, value: &MetricValue, step: u64) -> anyhow::Result<()> {
-        let tag = tagged(&self.tag, name);
-        match value {
-            MetricValue::Tensor(tensor) if tensor.dim() > 0 && tensor.numel() != 1 => {
-                let numbers = tensor.f_flatten(0, -1)?.f_to_kind(tch::Kind::Double)?;
-                for (index, number) in Vec::<f64>::try_from(numbers)?.into_iter().enumerate() {
-                    self.logger.scalar(&format!("{tag}/{index}"), number, step)?;
-                }
-            }
-            one => self.logger.scalar(&tag, one.read()?, step)?,
+        for (tag, number) in value.flatten(&tagged(&self.tag, name))? {
+            self.logger.scalar(&tag, number, step)?;
         }
         Ok(())
     }
