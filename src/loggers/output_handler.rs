@@ -1,10 +1,11 @@
 use super::{Logger, each_epoch, step_at, tagged};
-use crate::engine::{Engine, Event, Events, Handler, MetricValue, State};
+use crate::engine::{Engine, Event, Events, Handler, MetricValue, Priority, State};
 use crate::optim::Knob;
 
 /// Logs metrics, parts of the output and knobs, as `tag/name`: ignite's `OutputHandler`.
 ///
-/// Metrics without a value are left out. Reading a metric is a host sync where it is on a GPU: log
+/// It acts after the other handlers of its events ([`Priority::Last`]), so that it logs what they leave
+/// wherever it is attached. Metrics without a value are left out. Reading a metric is a host sync where it is on a GPU: log
 /// every so many iterations there.
 ///
 /// ```
@@ -122,6 +123,10 @@ impl<C, B, O> Handler<C, B, O> for OutputHandler<B, O> {
 
     fn events(&self) -> Events {
         self.events.clone()
+    }
+
+    fn priority(&self) -> Priority {
+        Priority::Last
     }
 
     fn call(
