@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Parser;
 use serde::Serialize;
-use tch::nn::{self, Module, VarStore};
+use tch::nn::{self, ModuleT, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::data::{Batch, Loader};
 use tch_ignite::engine::{Engine, Event, Until};
@@ -23,7 +23,7 @@ struct Args {
     #[arg(long, value_name = "DIR", default_value = "data/mnist")]
     data: PathBuf,
     /// Passes over the digits
-    #[arg(long, value_name = "N", default_value_t = 30)]
+    #[arg(long, value_name = "N", default_value_t = 12)]
     epochs: u64,
     /// Seed of the parameters, the noise and the order of the pictures
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -37,13 +37,12 @@ struct Args {
 }
 
 const NOISE: i64 = 64;
-const PIXELS: i64 = 28 * 28;
 /// Fired when the discriminator has made its step and the generator has not.
 const DISC_STEPPED: Event = Event::custom("disc_stepped");
 
 struct Gan {
-    generator: nn::Sequential,
-    discriminator: nn::Sequential,
+    generator: nn::SequentialT,
+    discriminator: nn::SequentialT,
     opt_g: Optimizer,
     opt_d: Optimizer,
 }
@@ -57,25 +56,52 @@ fn noise(pictures: i64) -> Tensor {
     Tensor::randn([pictures, NOISE], (Kind::Float, Device::Cpu))
 }
 
+/// Weights as in DCGAN (Radford and others 2015).
+const SMALL: nn::Init = nn::Init::Randn { mean: 0., stdev: 0.02 };
+
+/// Doubles height and width.
+fn doubled(path: nn::Path, from: i64, to: i64) -> nn::ConvTranspose2D {
+    let config =
+        nn::ConvTransposeConfig { stride: 2, padding: 1, ws_init: SMALL, ..Default::default() };
+    nn::conv_transpose2d(path, from, to, 4, config)
+}
+
+/// Halves height and width.
+fn halved(path: nn::Path, from: i64, to: i64) -> nn::Conv2D {
+    let config = nn::ConvConfig { stride: 2, padding: 1, ws_init: SMALL, ..Default::default() };
+    nn::conv2d(path, from, to, 4, config)
+}
+
+fn leaky(x: &Tensor) -> Tensor {
+    x.maximum(&(x * 0.2))
+}
+
 /// Pixels from -1 (black) to 1.
-fn generator(vs: &VarStore) -> nn::Sequential {
+fn generator(vs: &VarStore) -> nn::SequentialT {
     let root = vs.root();
-    nn::seq()
-        .add(nn::linear(&root / "fc1", NOISE, 256, Default::default()))
-        .add_fn(|x| x.leaky_relu())
-        .add(nn::linear(&root / "fc2", 256, 512, Default::default()))
-        .add_fn(|x| x.leaky_relu())
-        .add(nn::linear(&root / "fc3", 512, PIXELS, Default::default()))
+    let normed = nn::BatchNormConfig::default();
+    nn::seq_t()
+        .add(nn::linear(&root / "fc", NOISE, 64 * 7 * 7, Default::default()))
+        .add_fn(|x| x.view([-1, 64, 7, 7]))
+        .add(nn::batch_norm2d(&root / "norm1", 64, normed))
+        .add_fn(|x| x.relu())
+        .add(doubled(&root / "up1", 64, 32))
+        .add(nn::batch_norm2d(&root / "norm2", 32, normed))
+        .add_fn(|x| x.relu())
+        .add(doubled(&root / "up2", 32, 1))
         .add_fn(|x| x.tanh())
 }
 
 /// One score a picture, above 0 for a real one.
-fn discriminator(vs: &VarStore) -> nn::Sequential {
+fn discriminator(vs: &VarStore) -> nn::SequentialT {
     let root = vs.root();
-    nn::seq()
-        .add(nn::linear(&root / "fc1", PIXELS, 256, Default::default()))
-        .add_fn(|x| x.leaky_relu())
-        .add(nn::linear(&root / "fc2", 256, 1, Default::default()))
+    nn::seq_t()
+        .add(halved(&root / "down1", 1, 32))
+        .add_fn(leaky)
+        .add(halved(&root / "down2", 32, 64))
+        .add_fn(leaky)
+        .add_fn(|x| x.flat_view())
+        .add(nn::linear(&root / "fc", 64 * 7 * 7, 1, Default::default()))
 }
 
 fn adam(vs: &VarStore) -> Result<Optimizer> {
@@ -94,13 +120,13 @@ fn step<'a>(
     engine: &mut Engine<'a, Gan, Batch, Losses>,
     (real, _): Batch,
 ) -> Result<Losses> {
-    let fake = gan.generator.forward(&noise(real.size()[0]));
-    let on_real = loss(&gan.discriminator.forward(&real), true);
-    let on_fake = loss(&gan.discriminator.forward(&fake.detach()), false);
+    let fake = gan.generator.forward_t(&noise(real.size()[0]), true);
+    let on_real = loss(&gan.discriminator.forward_t(&real, true), true);
+    let on_fake = loss(&gan.discriminator.forward_t(&fake.detach(), true), false);
     let d = on_real + on_fake;
     gan.opt_d.backward_step(&d)?;
     engine.fire_event(DISC_STEPPED, gan)?;
-    let g = loss(&gan.discriminator.forward(&fake), true);
+    let g = loss(&gan.discriminator.forward_t(&fake, true), true);
     gan.opt_g.backward_step(&g)?;
     Ok(Losses { g: g.detach(), d: d.detach() })
 }
@@ -112,7 +138,7 @@ fn digits(args: &Args) -> Result<Loader> {
     let count = if args.smoke { 640 } else { set.train_images.size()[0] };
     let images = set.train_images.narrow(0, 0, count) * 2. - 1.;
     let labels = set.train_labels.narrow(0, 0, count);
-    Ok(Loader::new(&images.view([-1, PIXELS]), &labels, 64)?.shuffle(args.seed.into()))
+    Ok(Loader::new(&images.view([-1, 1, 28, 28]), &labels, 64)?.shuffle(args.seed.into()))
 }
 
 fn main() -> Result<()> {
@@ -149,9 +175,9 @@ fn main() -> Result<()> {
         .attach(OutputHandler::new(&run, "loss", often.clone()).metric("g").metric("d"))
         .attach(OutputHandler::new(&run, "", often).metric("grad_norm_d"))
         .on(Event::EpochCompleted, move |gan, engine| {
-            let drawn = tch::no_grad(|| gan.generator.forward(&same_noise));
+            let drawn = tch::no_grad(|| gan.generator.forward_t(&same_noise, false));
             let drawn = (drawn + 1.) / 2.;
-            let grid = Image::grid(&drawn.view([-1, 1, 28, 28]), 8)?;
+            let grid = Image::grid(&drawn, 8)?;
             Ok(pictures.image("digits", &grid, engine.state.epoch)?)
         })
         .attach(run.clone());

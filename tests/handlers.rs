@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use tch_ignite::engine::{Engine, Event, Stop, Until};
 use tch_ignite::handlers::{EarlyStopping, Evaluate, SkipBatch, TimeLimit};
-use tch_ignite::loggers::{CsvLogger, OutputHandler};
+use tch_ignite::loggers::{CsvLogger, Logger, OutputHandler};
 use tch_ignite::metrics::Mean;
 use tch_ignite::optim::Knob;
 use tch_ignite::schedule::ReduceLROnPlateauScheduler;
@@ -173,6 +173,22 @@ fn only_a_batch_that_was_fetched_can_be_passed_over() {
     });
     let error = trainer.run(&mut 0., vec![()], Until::epochs(1)).unwrap_err().to_string();
     assert!(error.contains("skip_batch() was called at ITERATION_STARTED"), "{error}");
+}
+
+#[test]
+fn loggers_see_what_the_others_leave() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let csv = CsvLogger::open(folder.path().join("log.csv"))?;
+    let mut trainer = trainer();
+    trainer
+        .attach(OutputHandler::each_epoch(&csv, "").metric("val/loss"))
+        .attach(Evaluate::each_epoch("val", evaluator(), vec![1.]));
+    trainer.run(&mut 0., vec![()], Until::epochs(2))?;
+    csv.flush()?;
+    let text = std::fs::read_to_string(folder.path().join("log.csv"))?;
+    let rows: Vec<_> = text.lines().skip(1).filter_map(|row| row.split_once(',')).collect();
+    assert_eq!(rows.iter().map(|row| row.1).collect::<Vec<_>>(), ["1,val/loss,1", "2,val/loss,2"]);
+    Ok(())
 }
 
 #[test]

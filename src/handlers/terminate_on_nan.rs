@@ -80,7 +80,14 @@ impl<F> TerminateOnNan<F> {
     fn take_in(&mut self, value: &MetricValue) -> anyhow::Result<bool> {
         let tensor = match value {
             MetricValue::Tensor(tensor) => tensor,
-            number => return Ok(number.read()?.is_finite()),
+            MetricValue::Number(number) => return Ok(number.is_finite()),
+            MetricValue::Named(parts) => {
+                let mut finite = true;
+                for (_, part) in parts {
+                    finite &= self.take_in(part)?;
+                }
+                return Ok(finite);
+            }
         };
         let kind = tensor.kind();
         let floating = kind == Kind::BFloat16 || tensor.is_floating_point() || tensor.is_complex();

@@ -1,11 +1,11 @@
 use super::{Logger, step_at, tagged};
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Event, Events, Handler, Priority};
 use crate::optim::Optimizer;
 
 /// Logs a hyper-parameter of each group, as `tag/lr/group_0`: ignite's `OptimizerParamsHandler`.
 ///
-/// Costs a read of each group, no host sync. On [`Event::IterationStarted`] attach it after the
-/// schedulers, to log what the step will use.
+/// Costs a read of each group, no host sync. It acts after the other handlers of its events
+/// ([`Priority::Last`]): on [`Event::IterationStarted`] it logs what the step will use.
 ///
 /// ```
 /// # use tch::{Device, nn};
@@ -72,6 +72,10 @@ impl<C, B, O> Handler<C, B, O> for OptimizerParamsHandler {
 
     fn events(&self) -> Events {
         self.events.clone()
+    }
+
+    fn priority(&self) -> Priority {
+        Priority::Last
     }
 
     fn call(

@@ -1,10 +1,11 @@
 use super::{Logger, each_epoch, step_at, tagged};
-use crate::engine::{Engine, Event, Events, Handler, MetricValue, State};
+use crate::engine::{Engine, Event, Events, Handler, MetricValue, Priority, State};
 use crate::optim::Knob;
 
 /// Logs metrics, parts of the output and knobs, as `tag/name`: ignite's `OutputHandler`.
 ///
-/// Metrics without a value are left out. Reading a metric is a host sync where it is on a GPU: log
+/// It acts after the other handlers of its events ([`Priority::Last`]), so that it logs what they leave
+/// wherever it is attached. Metrics without a value are left out. Reading a metric is a host sync where it is on a GPU: log
 /// every so many iterations there.
 ///
 /// ```
@@ -108,15 +109,8 @@ impl<B, O> OutputHandler<B, O> {
     }
 
     fn log(&self, name: &str, value: &MetricValue, step: u64) -> anyhow::Result<()> {
-        let tag = tagged(&self.tag, name);
-        match value {
-            MetricValue::Tensor(tensor) if tensor.dim() > 0 && tensor.numel() != 1 => {
-                let numbers = tensor.f_flatten(0, -1)?.f_to_kind(tch::Kind::Double)?;
-                for (index, number) in Vec::<f64>::try_from(numbers)?.into_iter().enumerate() {
-                    self.logger.scalar(&format!("{tag}/{index}"), number, step)?;
-                }
-            }
-            one => self.logger.scalar(&tag, one.read()?, step)?,
+        for (tag, number) in value.flatten(&tagged(&self.tag, name))? {
+            self.logger.scalar(&tag, number, step)?;
         }
         Ok(())
     }
@@ -129,6 +123,10 @@ impl<C, B, O> Handler<C, B, O> for OutputHandler<B, O> {
 
     fn events(&self) -> Events {
         self.events.clone()
+    }
+
+    fn priority(&self) -> Priority {
+        Priority::Last
     }
 
     fn call(

@@ -5,7 +5,7 @@ use tch::nn::VarStore;
 use tch::{Device, Tensor};
 
 use super::{Histogram, Logger, step_at, tagged};
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Event, Events, Handler, Priority};
 use crate::handlers::parameters::Parameters;
 
 macro_rules! handler {
@@ -48,6 +48,10 @@ macro_rules! handler {
 
             fn events(&self) -> Events {
                 self.events.clone()
+            }
+
+            fn priority(&self) -> Priority {
+                Priority::Last
             }
 
             fn call(

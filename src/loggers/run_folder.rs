@@ -13,7 +13,7 @@ use super::curve::Curve;
 use super::json_lines::scalar_of;
 use super::report::{self, Report};
 use super::{CsvLogger, Histogram, HyperParameter, Image, JsonLinesLogger, Logger, TensorBoard};
-use crate::engine::{Engine, Event, Events, Handler, State};
+use crate::engine::{Engine, Event, Events, Handler, Priority, State};
 use crate::handlers::files::write_whole;
 use crate::{Error, Result};
 
@@ -261,6 +261,10 @@ impl<C, B, O> Handler<C, B, O> for RunFolder {
     fn events(&self) -> Events {
         use Event::*;
         Started | EpochCompleted | Terminate | Completed | ExceptionRaised | Interrupt
+    }
+
+    fn priority(&self) -> Priority {
+        Priority::Last
     }
 
     fn call(
