@@ -32,7 +32,7 @@ fn resumed_schedules() {
 
 #[test]
 fn refusals() {
-    check("schedule_error.jsonl", 101);
+    check("schedule_error.jsonl", 151);
 }
 
 #[test]
