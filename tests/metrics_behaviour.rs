@@ -211,6 +211,21 @@ fn a_metric_goes_on_from_its_state_bit_for_bit() {
 }
 
 #[test]
+fn a_value_that_another_process_found_wrong_makes_all_nan() -> anyhow::Result<()> {
+    let mut metric = Accuracy::of(pair);
+    metric.update(&Takes::Classes.batch(4, 1))?;
+    let mut state = metric.state()?;
+    let marks = state.iter_mut().filter(|part| part.reduce == Reduce::Max);
+    marks.for_each(|mark| mark.value = Tensor::from(1i64));
+    metric.load_state(&state)?;
+    assert!(metric.compute()?.read()?.is_nan());
+    metric.reset();
+    metric.update(&Takes::Classes.batch(4, 1))?;
+    assert!(!metric.compute()?.read()?.is_nan());
+    Ok(())
+}
+
+#[test]
 fn states_of_processes_join_to_that_of_all() {
     for (name, takes, metric) in all() {
         let (mut whole, mut joined) = (metric(), metric());

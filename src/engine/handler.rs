@@ -305,8 +305,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
     }
 
     /// Takes out the handler at `position` of the event's list of that priority, if it is to run in a
-    /// firing that began after `removals`; `None` at the end of the list. The error is the handler's name and
-    /// the panic of its filter.
+    /// firing that began after `removals`; `None` at the end of the list.
     #[inline]
     pub(super) fn take(
         &mut self,
@@ -314,7 +313,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         (priority, position): (usize, usize),
         number: u64,
         removals: u64,
-    ) -> Option<Result<Option<Taken<'a, C, B, O>>, (String, anyhow::Error)>> {
+    ) -> Option<Result<Option<Taken<'a, C, B, O>>, FilterPanicked>> {
         let entry = self.lists[index.0][priority].get(position)?;
         let index = entry.slot;
         let slot = &mut self.slots[index];
@@ -322,7 +321,9 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             match filter.passes(number) {
                 Ok(true) => {}
                 Ok(false) => return Some(Ok(None)),
-                Err(panicked) => return Some(Err((slot.name.clone(), panicked))),
+                Err(source) => {
+                    return Some(Err(FilterPanicked { name: slot.name.clone(), source }));
+                }
             }
         }
         if slot.removed.is_some_and(|removal| removal <= removals) {
@@ -340,7 +341,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
     /// All handlers that have a state, with names of which no two are equal; `None` for one that is
     /// running.
-    pub(super) fn stateful(&self) -> Vec<(String, Option<&dyn Handler<C, B, O>>)> {
+    pub(super) fn stateful(&self) -> Vec<Named<'_, C, B, O>> {
         let mut names = Names::default();
         let mut objects = vec![];
         for slot in self.slots.iter().filter(|slot| slot.removed.is_none()) {
@@ -399,6 +400,14 @@ impl Names {
         *count += 1;
         if *count == 1 { name.to_owned() } else { format!("{name} #{count}") }
     }
+}
+
+type Named<'s, C, B, O> = (String, Option<&'s dyn Handler<C, B, O>>);
+
+/// The filter of a handler panicked.
+pub(super) struct FilterPanicked {
+    pub(super) name: String,
+    pub(super) source: anyhow::Error,
 }
 
 pub(super) struct Taken<'a, C, B, O> {

@@ -299,7 +299,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             let called = match taken {
                 Ok(Some(taken)) => self.call(event, taken, cx),
                 Ok(None) => continue,
-                Err((handler, source)) => Err(self.handler_error(handler, event, source)),
+                Err(panicked) => Err(self.handler_error(panicked.name, event, panicked.source)),
             };
             if called.is_err() {
                 result = result.and(called);

@@ -39,6 +39,11 @@ impl Accumulated {
         Ok(part.value.shallow_clone())
     }
 
+    /// The same part; the tensor is shared.
+    pub(super) fn share(&self) -> Self {
+        Self::new(self.name.clone(), self.value.shallow_clone(), self.reduce)
+    }
+
     /// The parts under `prefix/`, with the rest of their names.
     pub(super) fn within(state: &[Self], prefix: &str) -> Vec<Self> {
         let part = |part: &Self| {

@@ -179,13 +179,30 @@ where
     }
 
     fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
-        self.sums.state()
+        let mut state = self.sums.state()?;
+        // Every process lists the same parts.
+        if let Some(part) = state.first() {
+            let spoiled = match &self.spoiled {
+                Some(spoiled) => spoiled.f_to_kind(Kind::Int64)?,
+                None => Tensor::f_zeros([] as [i64; 0], (Kind::Int64, part.value.device()))?,
+            };
+            state.push(Accumulated::new(SPOILED, spoiled, Reduce::Max));
+        }
+        Ok(state)
     }
 
     fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
-        self.sums.load_state(state)
+        let (spoiled, sums): (Vec<_>, Vec<_>) = state.iter().partition(|part| part.name == SPOILED);
+        let sums: Vec<_> = sums.into_iter().map(Accumulated::share).collect();
+        let spoiled = spoiled.first().map(|part| part.value.f_to_kind(Kind::Bool)).transpose()?;
+        self.sums.load_state(&sums)?;
+        self.spoiled = spoiled;
+        Ok(())
     }
 }
+
+/// The name under which it is listed that a value was wrong.
+const SPOILED: &str = "spoiled";
 
 fn nan_where(spoiled: &Tensor, value: MetricValue) -> Result<MetricValue, tch::TchError> {
     Ok(match value {

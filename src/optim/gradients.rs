@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{Optimizer, locked};
+use super::Optimizer;
 use crate::{Error, Result};
 
 /// The gradients of all groups of an optimizer, or of some: their norm, clipping, zeroing.
@@ -122,13 +122,7 @@ impl Gradients {
                 )));
             }
         }
-        self.optimizer.admit_new()?;
-        let parameters: Vec<_> = {
-            let variables = locked(&self.optimizer.shared.variables);
-            let ours =
-                variables.trainable_variables.iter().filter(|v| self.groups.contains(&v.group));
-            ours.map(|variable| variable.tensor.shallow_clone()).collect()
-        };
+        let parameters = self.optimizer.parameters_of(&self.groups)?;
         let _guard = tch::no_grad_guard();
         parameters.iter().try_for_each(|parameter| {
             clip_units(parameter, clipping, eps)

@@ -16,6 +16,7 @@ mod param_groups;
 mod saved;
 mod snapshot;
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -206,6 +207,24 @@ impl Optimizer {
             }
             native.set(group, hyper as i32, value).map_err(failed)
         })
+    }
+
+    /// The parameters of these groups, as libtorch has them.
+    fn parameters_of(&self, groups: &[usize]) -> Result<Vec<Tensor>> {
+        self.admit_new()?;
+        let mut ids = HashSet::new();
+        self.native(|native| {
+            for group in groups {
+                ids.extend(
+                    native
+                        .parameter_ids(*group)
+                        .map_err(|text| Error::libtorch("reading the group's parameters", text))?,
+                );
+            }
+            Ok(())
+        })?;
+        let parameters = self.parameters().into_iter();
+        Ok(parameters.filter(|parameter| ids.contains(&TensorId::of(parameter))).collect())
     }
 
     fn parameters(&self) -> Vec<Tensor> {

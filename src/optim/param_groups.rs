@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 
-use tch::Tensor;
 use tch::nn::VarStore;
 
 use super::{Group, locked};
@@ -52,7 +51,7 @@ impl Group {
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
     pub fn freeze(&self) -> Result<()> {
-        for parameter in self.tensors() {
+        for parameter in self.optimizer.parameters_of(&[self.index()])? {
             set_gradient(&parameter, None).map_err(|text| Error::libtorch("freezing", text))?;
             let _ = parameter
                 .f_set_requires_grad(false)
@@ -63,17 +62,11 @@ impl Group {
 
     /// Goes on training the group's parameters.
     pub fn unfreeze(&self) -> Result<()> {
-        for parameter in self.tensors() {
+        for parameter in self.optimizer.parameters_of(&[self.index()])? {
             let _ = parameter
                 .f_set_requires_grad(true)
                 .map_err(|error| Error::libtorch("unfreezing", error))?;
         }
         Ok(())
-    }
-
-    fn tensors(&self) -> Vec<Tensor> {
-        let variables = locked(&self.optimizer.shared.variables);
-        let ours = variables.trainable_variables.iter().filter(|v| v.group == self.index());
-        ours.map(|variable| variable.tensor.shallow_clone()).collect()
     }
 }

@@ -148,7 +148,8 @@ fn check_groups(saved: &[SavedGroup], groups: &[Group]) -> Result<()> {
     }
     for (saved, group) in saved.iter().zip(groups) {
         let (mut theirs, mut ours) = (saved.parameters.clone(), group.parameters()?);
-        (theirs.sort(), ours.sort());
+        theirs.sort();
+        ours.sort();
         let only = |a: &[String], b: &[String]| a.iter().find(|name| !b.contains(name)).cloned();
         if let Some(name) = only(&theirs, &ours) {
             return Err(Error::State(format!(
