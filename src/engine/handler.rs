@@ -313,7 +313,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         (priority, position): (usize, usize),
         number: u64,
         removals: u64,
-    ) -> Option<Result<Option<Taken<'a, C, B, O>>, FilterPanicked>> {
+    ) -> Option<MayTake<'a, C, B, O>> {
         let entry = self.lists[index.0][priority].get(position)?;
         let index = entry.slot;
         let slot = &mut self.slots[index];
@@ -401,6 +401,9 @@ impl Names {
         if *count == 1 { name.to_owned() } else { format!("{name} #{count}") }
     }
 }
+
+/// `None` for a handler that is not to run.
+type MayTake<'a, C, B, O> = Result<Option<Taken<'a, C, B, O>>, FilterPanicked>;
 
 type Named<'s, C, B, O> = (String, Option<&'s dyn Handler<C, B, O>>);
 
