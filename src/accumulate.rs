@@ -3,7 +3,8 @@ use crate::{Error, Result};
 /// Gradient accumulation: one step of the optimizer for several batches, whose losses are averaged. The
 /// last window of an epoch may be shorter, and its losses are averaged over what it has.
 ///
-/// Plain arithmetic on the position, so that it is right after a resume:
+/// Plain arithmetic on the position, so that it is right after a resume. A checkpoint that is written
+/// within a window needs the gradients too: track [`Gradients`](crate::checkpoint::Gradients).
 ///
 /// ```
 /// use tch_ignite::Accumulation;

@@ -4,6 +4,7 @@ use tch::nn::ModuleT;
 use tch::{Kind, Tensor};
 
 use crate::amp::{GradScaler, autocast};
+use crate::checkpoint::{Gradients, StateDict, Stateful};
 use crate::data::Batch;
 use crate::engine::{Engine, Evaluator, Event, Trainer};
 use crate::optim::{Optimizer, backward};
@@ -57,9 +58,6 @@ struct Accumulated {
     /// Batches whose gradients wait for a step, each of its loss divided by `size`.
     pending: u64,
     size: u64,
-    /// Batches in this epoch, where the epoch's length is not known.
-    epoch: u64,
-    batches: u64,
 }
 
 impl<N: ModuleT> Supervised<N> {
@@ -196,21 +194,12 @@ impl<N: ModuleT> Supervised<N> {
         Ok(())
     }
 
-    /// The place of the trainer's batch.
-    fn window<B, O>(&mut self, state: &crate::engine::State<B, O>) -> Window {
-        let Some(accumulation) = self.accumulation else {
-            return Window { size: 1, first: true, last: true };
-        };
-        if state.epoch != self.accumulated.epoch {
-            self.accumulated.epoch = state.epoch;
-            self.accumulated.batches = 0;
+    /// The place of a batch of the epoch, from 1.
+    fn window(&self, number: u64, epoch_length: Option<u64>) -> Window {
+        match self.accumulation {
+            Some(accumulation) => accumulation.window(number.saturating_sub(1), epoch_length),
+            None => Window { size: 1, first: true, last: true },
         }
-        let index = match state.epoch_length {
-            Some(length) if length > 0 => state.iteration.saturating_sub(1) % length,
-            _ => self.accumulated.batches,
-        };
-        self.accumulated.batches += 1;
-        accumulation.window(index, state.epoch_length)
     }
 
     /// Forward in evaluation mode, without gradients.
@@ -225,17 +214,53 @@ impl<N: ModuleT> Supervised<N> {
     }
 }
 
+/// The scaler, and gradients that wait for a step. Model and optimizer are tracked by name.
+impl<N> Stateful for Supervised<N> {
+    fn state_dict(&self) -> Result<StateDict> {
+        let mut state = StateDict::new();
+        let Accumulated { pending, size } = self.accumulated;
+        state.set_value("accumulated", (pending, size))?;
+        if pending > 0 {
+            state.set_part("gradients", self.gradients().state_dict()?);
+        }
+        if let Some(scaler) = &self.scaler {
+            state.set_part("scaler", Stateful::state_dict(scaler)?);
+        }
+        Ok(state)
+    }
+
+    fn load_state_dict(&mut self, mut state: StateDict) -> Result<()> {
+        let (pending, size) = state.value("accumulated")?;
+        if pending > 0 {
+            self.gradients().load_state_dict(state.take_part("gradients")?)?;
+        }
+        if let Some(scaler) = &mut self.scaler {
+            Stateful::load_state_dict(scaler, state.take_part("scaler")?)?;
+        }
+        self.accumulated = Accumulated { pending, size };
+        Ok(())
+    }
+}
+
+impl<N> Supervised<N> {
+    fn gradients(&self) -> Gradients {
+        Gradients::of_optimizer(&self.optimizer)
+    }
+}
+
 /// A trainer with [`Supervised::train_step`]: ignite's `create_supervised_trainer`. It fires
-/// [`OPTIMIZER_STEPPED`], and steps for what is left of a window at the end of an epoch.
+/// [`OPTIMIZER_STEPPED`], and steps for what is left of a window at the end of an epoch. Checkpoints hold
+/// the scaler's state and, within a window, the gradients.
 pub fn create_supervised_trainer<'a, N: ModuleT + 'a>() -> Trainer<'a, Supervised<N>> {
     let mut trainer = Engine::new(|cx: &mut Supervised<N>, engine: &mut Trainer<'a, _>, batch| {
-        let window = cx.window(&engine.state);
+        let window = cx.window(engine.iteration_in_epoch(), engine.state.epoch_length);
         let loss = cx.train_step_in(batch, window)?;
         if window.last {
             fire_stepped(cx, engine)?;
         }
         Ok(loss)
     });
+    trainer.track_context();
     // Its own name, registered once: this cannot fail, and if it did, firing would say so.
     let _ = trainer.register_events([OPTIMIZER_STEPPED]);
     trainer.on(Event::EpochCompleted, |cx: &mut Supervised<N>, engine| {

@@ -7,19 +7,22 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tch::nn::{self, ModuleT, VarStore};
 use tch::{Device, Kind, Tensor};
+use tch_ignite::amp::GradScaler;
 use tch_ignite::checkpoint::{
     Checkpoint, Mode, StateDict, Stateful, load_weights, read_state, save_weights, verify,
     write_state,
 };
 use tch_ignite::data::{Batch, Loader};
 use tch_ignite::engine::{Engine, Event, Events, Handler, Priority, Until};
-use tch_ignite::handlers::{Evaluate, History};
+use tch_ignite::handlers::{EMAHandler, EarlyStopping, Evaluate, History, SWAHandler};
 use tch_ignite::metrics::{Loss, Mean, RunningAverage};
 use tch_ignite::optim::{Optimizer, lr};
 use tch_ignite::schedule::{
     CosineAnnealing, LinearCyclical, ParamScheduler, ReduceLROnPlateauScheduler, Schedule,
 };
-use tch_ignite::supervised::Prediction;
+use tch_ignite::supervised::{
+    Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,
+};
 use tch_ignite::{Error, Result};
 
 struct Net {
@@ -262,8 +265,10 @@ fn difference(ours: &str, theirs: &str) -> String {
     lines.map(|(a, b)| format!("- {a:.300}\n+ {b:.300}\n")).collect()
 }
 
+type Small = Engine<'static, (), i64, f64>;
+
 /// A trainer that does nothing, over a model of two variables.
-fn small(vs: &VarStore) -> Engine<'static, (), i64, f64> {
+fn small(vs: &VarStore) -> Small {
     let mut trainer = Engine::new(|_: &mut (), _, batch: i64| Ok(batch as f64));
     trainer.track("model", vs);
     trainer.metric("mean", Mean::new());
@@ -426,7 +431,8 @@ fn what_does_not_fit_is_named() -> Result<()> {
         Ok(restored.ignored)
     };
     assert_eq!(load(&|_| {}, true)?, [""; 0]);
-    let cases: [(&dyn Fn(&mut Program), &str); 5] = [
+    type Change<'c> = &'c dyn Fn(&mut Program);
+    let cases: [(Change<'_>, &str); 5] = [
         (&|p| _ = p.trainer.track("ema", &p.vs), "ema"),
         (&|p| drop(p.vs.root().ones("more", &[1])), "'more' is missing"),
         (&|p| _ = p.trainer.attach(Checkpoint::new("nowhere")), "no part 'handler 'checkpoint''"),
@@ -459,7 +465,7 @@ fn changed_settings_are_told() -> Result<()> {
     let _serial = serial();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("checkpoint.safetensors");
-    let build = |rate: f64| -> Result<(Optimizer, Engine<'static, (), i64, f64>)> {
+    let build = |rate: f64| -> Result<(Optimizer, Small)> {
         let vs = store();
         let optimizer = Optimizer::adam(&vs).lr(rate).build()?;
         let mut trainer = small(&vs);
@@ -523,7 +529,7 @@ fn things_of_ones_own_and_the_context_are_saved() -> Result<()> {
 #[test]
 fn what_handlers_asked_for_is_done_after_a_resume() -> Result<()> {
     let _serial = serial();
-    let asks: [fn(&mut Engine<'static, (), i64, f64>); 3] =
+    let asks: [fn(&mut Small); 3] =
         [Engine::terminate, Engine::terminate_epoch, Engine::terminate_skip_completed];
     for ask in asks {
         let make = || {
@@ -534,7 +540,7 @@ fn what_handlers_asked_for_is_done_after_a_resume() -> Result<()> {
             });
             trainer
         };
-        let events = |trainer: &mut Engine<'static, (), i64, f64>| {
+        let events = |trainer: &mut Small| {
             let seen = Rc::new(RefCell::new(vec![]));
             for event in EVENTS.into_iter().chain([
                 Event::Terminate,
@@ -857,5 +863,82 @@ fn a_folder_that_cannot_be_written_is_an_error_that_keeps_the_last() -> Result<(
     std::fs::remove_dir_all(&blocked).unwrap();
     trainer.run(&mut (), vec![1], Until::epochs(3))?;
     assert_eq!(files(folder.path()), ["checkpoint_3.safetensors", "file", "latest"]);
+    Ok(())
+}
+
+/// A run with everything that today's training adds.
+struct Aided {
+    cx: Supervised<nn::SequentialT>,
+    trainer: tch_ignite::engine::Trainer<'static, Supervised<nn::SequentialT>>,
+    state: Box<dyn Fn(&Self) -> Result<String>>,
+}
+
+fn aided(seed: i64) -> Result<Aided> {
+    tch::manual_seed(seed);
+    let vs = VarStore::new(Device::Cpu);
+    let net = net(&vs, 4);
+    let optimizer = optimizer("AdamW", &vs)?;
+    let scaler = GradScaler::new().init_scale(1024.)?.growth(2., 0.5, 3)?;
+    let mse = |y_pred: &Tensor, y: &Tensor| y_pred.mse_loss(y, tch::Reduction::Mean);
+    let cx = Supervised::new(net, optimizer.clone(), mse)
+        .accumulate(3)?
+        .grad_scaler(scaler)
+        .clip_grad_norm(0.5);
+    let mut trainer = create_supervised_trainer();
+    let ema = EMAHandler::decay(&vs, 0.9)?.warmup_by_count();
+    let swa = SWAHandler::new(&vs)?.on(Event::IterationCompleted.after(4));
+    let mut evaluator = create_supervised_evaluator();
+    evaluator.metric("loss", Loss::of(mse, Prediction::parts));
+    let data = Loader::new(&inputs(14, 3), &inputs(14, 2), 3)?.shuffle(2);
+    trainer
+        .metric("loss", Mean::new())
+        .attach(ema.clone())
+        .attach(swa)
+        .attach(ema.with_averages(Evaluate::each_epoch("ema", evaluator, data)))
+        .attach(EarlyStopping::min("ema/loss", 100))
+        .track("model", &vs)
+        .track("optimizer", &optimizer);
+    Ok(Aided {
+        cx,
+        trainer,
+        state: Box::new(|this| {
+            let mut state = this.trainer.checkpoint(&this.cx)?;
+            let _ = state.take_part("settings");
+            Ok(bits(&state))
+        }),
+    })
+}
+
+fn inputs(rows: i64, columns: i64) -> Tensor {
+    (Tensor::arange(rows * columns, (Kind::Float, Device::Cpu)) * 0.7).cos().view([rows, columns])
+}
+
+#[test]
+fn scaler_averages_and_accumulated_gradients_go_on_too() -> Result<()> {
+    let _serial = serial();
+    let data = Loader::new(&inputs(14, 3), &inputs(14, 2), 3)?.shuffle(2);
+    let until = Until::epochs(3);
+    let mut straight = aided(1)?;
+    straight.trainer.run(&mut straight.cx, &data, until)?;
+    let expected = (straight.state)(&straight)?;
+    for n in 1..=15 {
+        let folder = tempfile::tempdir().unwrap();
+        let mut killed = aided(1)?;
+        killed
+            .trainer
+            .attach(Checkpoint::new(folder.path()).on(Event::IterationCompleted.once(n)))
+            .on(Event::GetBatchStarted, move |_, engine| {
+                anyhow::ensure!(engine.state.iteration < n, "killed");
+                Ok(())
+            });
+        let _ = killed.trainer.run(&mut killed.cx, &data, until);
+        drop(killed);
+        let mut resumed = aided(100)?;
+        let told = resumed.trainer.resume_with(&mut resumed.cx, folder.path(), false)?.unwrap();
+        println!("{told}");
+        resumed.trainer.run(&mut resumed.cx, &data, until)?;
+        let outcome = (resumed.state)(&resumed)?;
+        assert!(outcome == expected, "killed at {n}:\n{}", difference(&outcome, &expected));
+    }
     Ok(())
 }

@@ -345,11 +345,11 @@ fn after_an_error_runs_by_time_or_samples_go_on_too() {
             Ok(())
         });
         let mut seen = vec![];
-        assert!(engine.run(&mut seen, &loader(9, 3), until).is_err());
-        let summary = engine.run(&mut seen, &loader(9, 3), until).unwrap();
+        assert!(engine.run(&mut seen, loader(9, 3), until).is_err());
+        let summary = engine.run(&mut seen, loader(9, 3), until).unwrap();
         assert_eq!((summary.iterations, seen.len()), (9, 9), "{until:?}");
         let mut all = vec![];
-        sampled().run(&mut all, &loader(9, 3), Until::epochs(3)).unwrap();
+        sampled().run(&mut all, loader(9, 3), Until::epochs(3)).unwrap();
         assert_eq!(seen, all);
     }
 }
@@ -359,11 +359,11 @@ fn a_limit_that_was_reached_leaves_something_to_go_on_with() -> Result<()> {
     let mut engine = sampled();
     let mut seen = vec![];
     for (epochs, iterations) in [(2, 4), (4, 8)] {
-        let summary = engine.run(&mut seen, &loader(9, 3), Until::samples(12))?;
+        let summary = engine.run(&mut seen, loader(9, 3), Until::samples(12))?;
         assert_eq!((summary.epochs, summary.iterations), (epochs, iterations));
     }
     engine.reset()?;
-    assert_eq!(engine.run(&mut seen, &loader(9, 3), Until::samples(12))?.iterations, 4);
+    assert_eq!(engine.run(&mut seen, loader(9, 3), Until::samples(12))?.iterations, 4);
     assert_eq!(seen[8..], seen[..4], "and so do the passes");
     Ok(())
 }

@@ -105,7 +105,8 @@ fn watching_a_run_costs_three_percent_at_most() -> Result<()> {
         Ok(begun.elapsed())
     };
 
-    (bare(), watched()?);
+    bare();
+    watched()?;
     let (mut bares, mut watcheds) = (vec![], vec![]);
     for _ in 0..ROUNDS {
         bares.push(bare());

@@ -63,7 +63,10 @@ impl Takes {
     }
 }
 
-fn all() -> Vec<(&'static str, Takes, fn() -> Boxed)> {
+/// Its name, what it takes, and how to make one.
+type Listed = (&'static str, Takes, fn() -> Boxed);
+
+fn all() -> Vec<Listed> {
     use Takes::*;
     macro_rules! list {
         ($($takes:ident $name:literal $metric:expr),* $(,)?) => {

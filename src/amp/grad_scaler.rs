@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, TchError, Tensor};
 
+use crate::checkpoint::{StateDict, Stateful};
 use crate::optim::Optimizer;
 use crate::{Error, Result};
 
@@ -328,6 +329,17 @@ impl GradScaler {
         scaler.optimizers.clear();
         scaler.last_found = None;
         Ok(())
+    }
+}
+
+/// Saving waits for the device on CUDA.
+impl Stateful for GradScaler {
+    fn state_dict(&self) -> Result<StateDict> {
+        Self::state_dict(self).map(StateDict::from)
+    }
+
+    fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
+        Self::load_state_dict(self, state.values())
     }
 }
 

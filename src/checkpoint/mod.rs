@@ -31,4 +31,5 @@ pub use filename::setup_filename_pattern;
 pub use handler::{Checkpoint, Mode, Score};
 pub use resume::{Resumed, load_weights, read_state, save_weights, verify, write_state};
 pub use state_dict::{StateDict, Stateful};
-pub use stateful::IntoStateful;
+pub(crate) use stateful::check_fixed;
+pub use stateful::{Gradients, IntoStateful};

@@ -9,12 +9,13 @@ use tch::Tensor;
 use tch::nn::{VarStore, Variables};
 
 use super::{StateDict, Stateful};
-use crate::bridge::TensorId;
+use crate::amp::GradScaler;
+use crate::bridge::{TensorId, set_gradient};
 use crate::optim::Optimizer;
 use crate::{Error, Result};
 
-/// What [`Engine::track`](crate::engine::Engine::track) takes: `&VarStore`, `&Optimizer`, and
-/// `Rc<RefCell<T>>` or `Arc<Mutex<T>>` of a [`Stateful`] type.
+/// What [`Engine::track`](crate::engine::Engine::track) takes: `&VarStore`, `&Optimizer`, a
+/// [`GradScaler`], [`Gradients`], and `Rc<RefCell<T>>` or `Arc<Mutex<T>>` of a [`Stateful`] type.
 pub trait IntoStateful<'a> {
     /// A handle to it.
     fn into_stateful(self) -> Box<dyn Stateful + 'a>;
@@ -29,6 +30,18 @@ impl<'a> IntoStateful<'a> for &VarStore {
 impl<'a> IntoStateful<'a> for &Optimizer {
     fn into_stateful(self) -> Box<dyn Stateful + 'a> {
         Box::new(self.clone())
+    }
+}
+
+impl<'a> IntoStateful<'a> for &GradScaler {
+    fn into_stateful(self) -> Box<dyn Stateful + 'a> {
+        Box::new(self.clone())
+    }
+}
+
+impl<'a> IntoStateful<'a> for Gradients {
+    fn into_stateful(self) -> Box<dyn Stateful + 'a> {
+        Box::new(self)
     }
 }
 
@@ -99,6 +112,62 @@ impl Stateful for Model {
     }
 }
 
+/// The gradients of a model's parameters, to be tracked beside the model where checkpoints are written
+/// while gradients are accumulated over several batches. Elsewhere a step begins without any, and they
+/// need not be saved.
+pub struct Gradients(Arc<Mutex<Variables>>);
+
+impl Gradients {
+    /// Of the parameters of this store.
+    pub fn of(vs: &VarStore) -> Self {
+        Self(vs.variables_.clone())
+    }
+
+    pub(crate) fn of_optimizer(optimizer: &Optimizer) -> Self {
+        Self(optimizer.variables())
+    }
+}
+
+impl Stateful for Gradients {
+    fn state_dict(&self) -> Result<StateDict> {
+        let mut state = StateDict::new();
+        for (name, variable) in variables_of(&self.0).tensors {
+            let gradient = variable
+                .f_grad()
+                .map_err(|error| Error::libtorch(format!("the gradient of '{name}'"), error))?;
+            if gradient.defined() {
+                state.set_tensor(&name, gradient);
+            }
+        }
+        Ok(state)
+    }
+
+    /// Nothing is changed where they do not fit. Parameters without a saved gradient have none then.
+    fn load_state_dict(&mut self, mut state: StateDict) -> Result<()> {
+        let variables = variables_of(&self.0).tensors;
+        for (name, gradient) in &state.tensors {
+            let fits = variables.get(name).is_some_and(|variable| {
+                (variable.kind(), variable.size()) == (gradient.kind(), gradient.size())
+            });
+            if !fits {
+                return Err(Error::State(format!(
+                    "the gradient of '{name}' fits no parameter here"
+                )));
+            }
+        }
+        for (name, variable) in variables {
+            let failed = |text: String| Error::libtorch(format!("the gradient of '{name}'"), text);
+            let gradient = state.tensors.remove(&name);
+            let gradient = gradient
+                .map(|gradient| gradient.f_to_device(variable.device()))
+                .transpose()
+                .map_err(|error| failed(error.to_string()))?;
+            set_gradient(&variable, gradient.as_ref()).map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
 pub(super) fn variables_of(variables: &Mutex<Variables>) -> StateDict {
     let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
     let mut state = StateDict::new();
@@ -129,7 +198,7 @@ pub(super) fn load_variables(variables: &Mutex<Variables>, state: &StateDict) ->
 }
 
 /// Whether the saved tensors are those of `ours`, in name, type and shape.
-pub(super) fn check_fixed<'n>(
+pub(crate) fn check_fixed<'n>(
     ours: &StateDict,
     saved: impl Fn(&str) -> Option<(tch::Kind, Vec<i64>)>,
     saved_names: impl IntoIterator<Item = &'n String>,

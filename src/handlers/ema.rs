@@ -5,6 +5,7 @@ use tch::nn::VarStore;
 
 use super::shadow::{Buffers, Shadow, Swapped, WithAverages};
 use crate::bridge::Average;
+use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler};
 use crate::optim::Knob;
 use crate::{Error, Result};
@@ -233,6 +234,25 @@ impl<C, B, O> Handler<C, B, O> for EMAHandler {
 
     fn events(&self) -> Events {
         self.events.clone()
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        let mut state = StateDict::new();
+        {
+            let momentum = locked(&self.momentum);
+            state.set_value("updates", momentum.updates)?;
+            state.set_value("momentum", momentum.current)?;
+        }
+        state.set_part("averages", self.shadow.save());
+        Ok(Some(state))
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        let (updates, current) = (state.value("updates")?, state.value("momentum")?);
+        self.shadow.load(state.part("averages")?)?;
+        let mut momentum = locked(&self.momentum);
+        (momentum.updates, momentum.current) = (updates, current);
+        Ok(())
     }
 
     fn call(

@@ -7,7 +7,8 @@ use tch::nn::VarStore;
 use tch::{TchError, Tensor};
 
 use crate::bridge::{Average, Pairs};
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::checkpoint::{StateDict, check_fixed};
+use crate::engine::{Engine, Event, Events, Handler, Priority};
 use crate::{Error, Result};
 
 /// What happens to buffers (variables that are not trained, such as batch-norm statistics).
@@ -117,6 +118,30 @@ impl Shadow {
         lists.averages.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect()
     }
 
+    /// The averages under the names of the variables.
+    pub(super) fn save(&self) -> StateDict {
+        let mut state = StateDict::new();
+        for (name, average) in self.averages() {
+            state.set_tensor(&name, average);
+        }
+        state
+    }
+
+    /// Copies saved averages into ours. Nothing is changed where they do not fit.
+    pub(super) fn load(&self, state: &StateDict) -> Result<()> {
+        let ours = self.save();
+        let fits = |tensor: &Tensor| (tensor.kind(), tensor.size());
+        check_fixed(&ours, |name| state.tensors.get(name).map(fits), state.tensors.keys())?;
+        let _guard = tch::no_grad_guard();
+        for (name, value) in &state.tensors {
+            let Some(average) = ours.tensors.get(name) else { continue };
+            average.shallow_clone().f_copy_(value).map_err(|error| {
+                Error::libtorch(format!("loading the average of '{name}'"), error)
+            })?;
+        }
+        Ok(())
+    }
+
     pub(super) fn swap(&self) -> Result<Swapped> {
         let mut lists = locked(&self.0);
         if lists.swapped {
@@ -169,6 +194,18 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
 
     fn validate(&self) -> Result<()> {
         self.handler.validate()
+    }
+
+    fn priority(&self) -> Priority {
+        self.handler.priority()
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        self.handler.save_state()
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        self.handler.load_state(state)
     }
 
     fn call(

@@ -7,6 +7,7 @@ use tch::nn::VarStore;
 use super::shadow::{Buffers, Shadow, Swapped, WithAverages};
 use crate::Result;
 use crate::bridge::Average;
+use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler};
 
 /// The plain average of a model's variables over its events, for stochastic weight averaging (Izmailov et
@@ -106,6 +107,20 @@ impl<C, B, O> Handler<C, B, O> for SWAHandler {
 
     fn events(&self) -> Events {
         self.events.clone()
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        let mut state = StateDict::new();
+        state.set_value("n_averaged", self.n_averaged())?;
+        state.set_part("averages", self.shadow.save());
+        Ok(Some(state))
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        let count = state.value("n_averaged")?;
+        self.shadow.load(state.part("averages")?)?;
+        self.count.store(count, Ordering::Relaxed);
+        Ok(())
     }
 
     fn call(

@@ -209,6 +209,11 @@ impl Optimizer {
         })
     }
 
+    /// Those of the store it was built over.
+    pub(crate) fn variables(&self) -> Arc<Mutex<Variables>> {
+        self.shared.variables.clone()
+    }
+
     /// The parameters of these groups, as libtorch has them.
     fn parameters_of(&self, groups: &[usize]) -> Result<Vec<Tensor>> {
         self.admit_new()?;
