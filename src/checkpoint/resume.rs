@@ -109,8 +109,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         strict: bool,
     ) -> Result<Result<StateDict, String>> {
         let mut places = BTreeMap::new();
-        let mut destroyed = false;
-        for (name, ours) in self.fixed_parts()? {
+        for (name, fixed, ours) in self.tracked_states()? {
             let prefix = format!("{name}/");
             let saved: BTreeMap<String, _> = contents
                 .layouts()
@@ -119,17 +118,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 })
                 .collect();
             let layout = |name: &str| saved.get(name).map(|l| (l.kind, l.shape.clone()));
-            match check_fixed(&ours, layout, saved.keys()) {
-                Ok(()) => {
-                    destroyed = true;
-                    places.extend(ours.tensors.into_iter().map(|(n, t)| (prefix.clone() + &n, t)));
-                }
-                Err(error) if strict => {
+            if fixed && let Err(error) = check_fixed(&ours, layout, saved.keys()) {
+                if strict {
                     return Err(Error::State(format!("{}: {name}: {error}", path.display())));
                 }
-                Err(_) => {}
+                continue;
             }
+            places.extend(ours.tensors.into_iter().map(|(name, t)| (prefix.clone() + &name, t)));
         }
+        let destroyed = !places.is_empty();
         let state = contents.read(&mut places);
         if state.is_err() && destroyed {
             self.refuse_until_restored();

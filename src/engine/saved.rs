@@ -385,10 +385,17 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    /// Models and the like, whose tensors a saved state must have: their current state, by name.
-    pub(crate) fn fixed_parts(&self) -> Result<Vec<(&str, StateDict)>> {
-        let fixed = self.tracked.parts.iter().filter(|(_, part)| part.has_fixed_tensors());
-        fixed.map(|(name, part)| Ok((name.as_str(), part.state_dict()?))).collect()
+    /// What is tracked, by name: whether its tensors are fixed, and its current state.
+    pub(crate) fn tracked_states(&self) -> Result<Vec<(&str, bool, StateDict)>> {
+        let state = |(name, part): &'_ (String, Box<dyn Stateful + 'a>)| {
+            part.state_dict()
+                .map(|state| (part.has_fixed_tensors(), state))
+                .map_err(|e| of_part(name, e))
+        };
+        let parts = self.tracked.parts.iter();
+        parts
+            .map(|part| state(part).map(|(fixed, state)| (part.0.as_str(), fixed, state)))
+            .collect()
     }
 }
 
