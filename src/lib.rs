@@ -64,6 +64,7 @@
 //! | schedules and their handler | [`schedule`], [`schedule::ParamScheduler`] |
 //! | schedules from files | [`schedule::SchedulePlan`] |
 //! | metrics that stay on the device, and arithmetic with them | [`metrics`] |
+//! | checkpoints, going on bit for bit | [`checkpoint`], [`engine::Engine::resume`] |
 //! | batches from memory | [`data::Loader`] |
 //! | evaluation, early stopping, history, progress, profiles, a learning rate to start with | [`handlers`] |
 //! | TensorBoard, tables, a report for the browser | [`loggers`] |

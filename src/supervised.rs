@@ -8,7 +8,7 @@ use crate::checkpoint::{Gradients, StateDict, Stateful};
 use crate::data::Batch;
 use crate::engine::{Engine, Evaluator, Event, Trainer};
 use crate::optim::{Optimizer, backward};
-use crate::{Accumulation, Result, Window};
+use crate::{Accumulation, Error, Result, Window};
 
 /// Fired by the trainer of [`create_supervised_trainer`] after each step of the optimizer that was made:
 /// not within a window of accumulation, and not where a [`GradScaler`] skipped it. A scheduler attached to
@@ -234,8 +234,12 @@ impl<N> Stateful for Supervised<N> {
         if pending > 0 {
             self.gradients().load_state_dict(state.take_part("gradients")?)?;
         }
-        if let Some(scaler) = &mut self.scaler {
-            Stateful::load_state_dict(scaler, state.take_part("scaler")?)?;
+        match &mut self.scaler {
+            Some(scaler) => Stateful::load_state_dict(scaler, state.take_part("scaler")?)?,
+            None if state.part("scaler").is_ok() => {
+                return Err(Error::State("a GradScaler was used, and is not here".into()));
+            }
+            None => {}
         }
         self.accumulated = Accumulated { pending, size };
         Ok(())

@@ -16,7 +16,7 @@ use tch_ignite::data::{Batch, Loader};
 use tch_ignite::engine::{Engine, Event, Events, Handler, Priority, Until};
 use tch_ignite::handlers::{EMAHandler, EarlyStopping, Evaluate, History, SWAHandler};
 use tch_ignite::metrics::{Loss, Mean, RunningAverage};
-use tch_ignite::optim::{Optimizer, lr};
+use tch_ignite::optim::{Knob, Optimizer, lr};
 use tch_ignite::schedule::{
     CosineAnnealing, LinearCyclical, ParamScheduler, ReduceLROnPlateauScheduler, Schedule,
 };
@@ -790,6 +790,8 @@ fn hostile_headers_are_errors() {
         r#"{"__metadata__":{"tch-ignite":"1","state":"{\"tensors\":[\"b\"]}"},"a":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}"#.into(),
         r#"{"__metadata__":{"tch-ignite":"1","state":"{}","crc32c":"zzz"},"a":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}"#.into(),
         r#"{"__metadata__":{"x":7}}"#.into(),
+        r#"{"__metadata__":{"crc32c":""}}"#.into(),
+        r#"{"__metadata__":{"crc32c":"00000000"}}"#.into(),
     ];
     for header in headers {
         let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
@@ -939,6 +941,166 @@ fn scaler_averages_and_accumulated_gradients_go_on_too() -> Result<()> {
         resumed.trainer.run(&mut resumed.cx, &data, until)?;
         let outcome = (resumed.state)(&resumed)?;
         assert!(outcome == expected, "killed at {n}:\n{}", difference(&outcome, &expected));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_checkpoint_names_no_file_outside_its_folder() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint_1.safetensors");
+    let precious = folder.path().join("precious");
+    std::fs::write(&precious, "").unwrap();
+    let inner = folder.path().join("inner");
+    let mut trainer = small(&store());
+    trainer.attach(Checkpoint::new(&inner));
+    trainer.run(&mut (), vec![1], Until::epochs(1))?;
+    for name in ["../precious", precious.to_str().unwrap(), "", ".lock", "latest"] {
+        let mut state = read_state(inner.join("checkpoint_1.safetensors"))?;
+        let mut handlers = state.take_part("handlers")?;
+        let mut own = StateDict::new();
+        own.set_value("_saved", [(-1, name)])?;
+        handlers.set_part("checkpoint", own);
+        state.set_part("handlers", handlers);
+        write_state(&path, &state)?;
+        let mut next = small(&store());
+        next.attach(Checkpoint::new(&inner));
+        let error = text(next.load_checkpoint(&mut (), &path, true));
+        assert!(error.contains("cannot be the name of a checkpoint"), "{error}");
+    }
+    assert!(precious.exists());
+    Ok(())
+}
+
+#[test]
+fn the_last_written_is_resumed_not_the_one_of_an_older_longer_run() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    for epochs in [5, 2] {
+        let mut trainer = small(&store());
+        trainer.attach(Checkpoint::new(folder.path()).n_saved(2));
+        trainer.run(&mut (), vec![1], Until::epochs(epochs))?;
+    }
+    let mut next = small(&store());
+    next.attach(Checkpoint::new(folder.path()).n_saved(2));
+    assert_eq!(next.resume(&mut (), folder.path())?.unwrap().iteration, 2);
+    Ok(())
+}
+
+#[test]
+fn runs_of_one_engine_write_anew() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let mut trainer = small(&store());
+    trainer.attach(Checkpoint::new(folder.path()));
+    for epochs in [4, 4, 2] {
+        trainer.reset()?;
+        trainer.run(&mut (), vec![1], Until::epochs(epochs))?;
+        let newest = folder.path().join(format!("checkpoint_{epochs}.safetensors"));
+        assert_eq!(read_state(newest)?.part("engine")?.values()["position"]["epoch"], epochs);
+    }
+    Ok(())
+}
+
+#[test]
+fn weights_do_not_take_the_place_of_checkpoints() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let make = || {
+        let vs = store();
+        let mut trainer = small(&vs);
+        trainer.attach(Checkpoint::new(folder.path()));
+        trainer.attach(Checkpoint::new(folder.path()).weights(&vs));
+        trainer
+    };
+    let mut trainer = make();
+    trainer.on(Event::IterationCompleted.once(3), |_, engine| {
+        engine.interrupt();
+        Ok(())
+    });
+    trainer.run(&mut (), vec![1, 2], Until::epochs(2))?;
+    let names =
+        ["checkpoint_2.safetensors", "interrupted.safetensors", "latest", "model_2.safetensors"];
+    assert_eq!(files(folder.path()), names);
+    assert_eq!(make().resume(&mut (), folder.path())?.unwrap().iteration, 3);
+    Ok(())
+}
+
+#[test]
+fn a_checkpoint_within_a_step_is_refused() {
+    let _serial = serial();
+    const WITHIN: Event = Event::custom("within");
+    let mut trainer = Engine::new(|cx: &mut (), engine: &mut Engine<(), i64, ()>, _| {
+        Ok(engine.fire_event(WITHIN, cx)?)
+    });
+    trainer.register_events([WITHIN]).unwrap();
+    trainer.attach(Checkpoint::new(tempfile::tempdir().unwrap().path()).on(WITHIN));
+    let error = trainer.run(&mut (), vec![1], Until::epochs(1)).unwrap_err();
+    let all = format!("{:#}", anyhow::Error::from(error));
+    assert!(all.contains("cannot be made within a step"), "{all}");
+}
+
+#[test]
+fn knobs_of_ones_own_are_saved() -> Result<()> {
+    let _serial = serial();
+    let make = || {
+        let value = std::sync::Arc::new(Mutex::new(1.));
+        let (get, set) = (value.clone(), value.clone());
+        let knob =
+            Knob::new("dropout", move || *get.lock().unwrap(), move |v| *set.lock().unwrap() = v);
+        let mut trainer = small(&store());
+        trainer
+            .attach(ReduceLROnPlateauScheduler::max("dropout", knob, "mean").unwrap().patience(0));
+        (trainer, value)
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let (mut trainer, value) = make();
+    trainer.attach(Checkpoint::new(folder.path()));
+    trainer.run(&mut (), vec![1], Until::epochs(3))?;
+    let reduced = *value.lock().unwrap();
+    assert!(reduced < 1.);
+    let (mut trainer, value) = make();
+    trainer.attach(Checkpoint::new(folder.path()));
+    trainer.resume(&mut (), folder.path())?;
+    assert_eq!(*value.lock().unwrap(), reduced);
+    Ok(())
+}
+
+#[test]
+fn a_finished_run_stays_finished() -> Result<()> {
+    let _serial = serial();
+    for stops in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let make = || {
+            let mut trainer = small(&store());
+            trainer.attach(Checkpoint::new(folder.path()).on(Event::Completed));
+            trainer.on(Event::IterationCompleted.once(3), move |_, engine| {
+                if stops {
+                    engine.terminate();
+                }
+                Ok(())
+            });
+            trainer
+        };
+        let done = make().run(&mut (), vec![1, 2], Until::epochs(3))?;
+        let mut next = make();
+        let fired = Rc::new(RefCell::new(vec![]));
+        for event in EVENTS.into_iter().chain([Event::Terminate, Event::Completed]) {
+            let fired = fired.clone();
+            next.on(event, move |_, _| {
+                fired.borrow_mut().push(event);
+                Ok(())
+            });
+        }
+        next.resume(&mut (), folder.path())?.unwrap();
+        let again = next.run(&mut (), vec![1, 2], Until::epochs(3))?;
+        let goes_on = !fired.borrow().is_empty();
+        assert_eq!(goes_on, stops, "what was terminated has something left: {:?}", fired.borrow());
+        assert_eq!((again.epochs, again.iterations >= done.iterations), (3, true));
+        // And a larger budget goes on.
+        let more = next.run(&mut (), vec![1, 2], Until::epochs(4))?;
+        assert_eq!(more.epochs, 4);
     }
     Ok(())
 }

@@ -203,7 +203,7 @@ fn after_a_full_disk_the_run_can_go_on() -> Result<()> {
         Ok(*sum)
     });
     let every = Event::IterationCompleted;
-    let logger = OutputHandler::new(&CsvLogger::open(full)?, &"t".repeat(9000), every);
+    let logger = OutputHandler::new(&CsvLogger::open(full)?, "t".repeat(9000), every);
     let id = trainer.add_handler(logger.output("sum", |sum: &f64| *sum))?;
     let mut sum = 0.;
     let error = trainer.run(&mut sum, vec![1.; 20], Until::epochs(1)).unwrap_err();

@@ -209,7 +209,7 @@ class Step {
       first = state == nullptr;
       if (first) {
         auto made = std::make_unique<torch::optim::SGDParamState>();
-        made->momentum_buffer(own ? at::empty_like(p) : at::zeros_like(p));
+        made->momentum_buffer(at::zeros_like(p));
         state = &put(optimizer_, p, std::move(made));
       }
       buffer = state->momentum_buffer();
@@ -229,6 +229,7 @@ class Step {
     one.k[2] = o.momentum();
     one.k[3] = 1 - o.dampening();
     plan_.pass.add(one);
+    p.unsafeGetTensorImpl()->bump_version();
     return true;
   }
 

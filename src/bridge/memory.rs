@@ -14,7 +14,11 @@ fn checked_pointer(tensor: &Tensor) -> Result<(*mut c_void, usize), Exception> {
         return Err("the bytes of a tensor that is not dense and contiguous were asked for".into());
     }
     let size = tensor.f_kind().map_err(|error| error.to_string())?.elt_size_in_bytes();
-    Ok((tensor.data_ptr(), tensor.numel() * size))
+    let (start, len) = (tensor.data_ptr(), tensor.numel() * size);
+    if start.is_null() && len > 0 {
+        return Err("a tensor without memory of its own has no bytes".into());
+    }
+    Ok((start, len))
 }
 
 /// The elements of a dense, contiguous CPU tensor, in memory order.

@@ -1,5 +1,6 @@
 //! Names of checkpoints, as ignite makes them.
 
+use super::folder::is_part;
 use crate::{Error, Result};
 
 /// What a name is made of.
@@ -84,13 +85,20 @@ impl Parts {
             rest = after;
         }
         name += rest;
-        if name.is_empty() || name.contains(['/', '\\', '\0']) || name.starts_with('.') {
-            return Err(Error::invalid(format!(
-                "'{name}' cannot be the name of a checkpoint: it must be a plain file name that does not begin with a dot"
-            )));
-        }
+        check_name(&name)?;
         Ok(name)
     }
+}
+
+/// Whether it is a plain name, of a file in the folder.
+pub(super) fn check_name(name: &str) -> Result<()> {
+    let plain = !name.is_empty() && !name.contains(['/', '\\', '\0']) && !name.starts_with('.');
+    if plain && name != super::handler::LATEST && !is_part(name) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "'{name}' cannot be the name of a checkpoint: it must be a plain file name that does not begin with a dot, and none of those used for other things"
+    )))
 }
 
 fn unknown(pattern: &str, key: &str) -> Error {

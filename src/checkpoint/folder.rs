@@ -58,10 +58,17 @@ impl Folder {
     }
 
     fn remove_parts(&self) {
-        for name in self.names().iter().filter(|name| name.contains(PART)) {
+        for name in self.names().iter().filter(|name| is_part(name)) {
             let _ = fs::remove_file(self.file(name));
         }
     }
+}
+
+/// Whether a file of that name was being written: it ends in `.part-<process>-<number>`.
+pub(super) fn is_part(name: &str) -> bool {
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let numbers = name.rsplit_once(PART).and_then(|(_, numbers)| numbers.split_once('-'));
+    numbers.is_some_and(|(process, number)| digits(process) && digits(number))
 }
 
 /// The names of all files in a folder.

@@ -7,12 +7,14 @@
 //! ```
 //!
 //! The metadata holds `tch-ignite` (the version of this layout), `state` (the values and parts, as
-//! JSON) and `crc32c`: the CRC-32C of header and tensors, with zeros in its own place.
+//! JSON), `written` (when, in nanoseconds since 1970) and `crc32c`: the CRC-32C of header and tensors,
+//! with zeros in its own place.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -104,8 +106,14 @@ pub(super) fn write(file: &mut (impl Write + Seek), state: &StateDict) -> io::Re
         ("tch-ignite", VERSION.to_string()),
         ("state", serde_json::to_string(&tree_of(state))?),
         ("crc32c", NO_CRC.into()),
+        ("written", now().to_string()),
     ]);
     write_tensors(file, &tensors, &metadata)
+}
+
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Writes tensors alone, as other programs do.
@@ -188,6 +196,13 @@ fn type_name(name: &str, tensor: &Tensor) -> io::Result<&'static str> {
     })
 }
 
+fn checksum(text: &String) -> Result<u32, String> {
+    match u32::from_str_radix(text, 16) {
+        Ok(number) if format!("{number:08x}") == *text => Ok(number),
+        _ => Err(format!("its checksum is '{text}'")),
+    }
+}
+
 /// Where the eight digits of the checksum are in the header that was just made. Its metadata comes
 /// first and its keys are sorted, so the first match is the place.
 fn crc_place(header: &[u8]) -> Option<usize> {
@@ -205,6 +220,8 @@ pub(super) struct Contents {
     /// Length of the file, and of the tensors in it.
     length: u64,
     data: u64,
+    /// When it was written, in nanoseconds since 1970; 0 where it does not say.
+    pub(super) written: u64,
 }
 
 /// A tensor of the file: what it is.
@@ -219,7 +236,11 @@ impl Contents {
     /// longer than the file.
     pub(super) fn open(path: &Path) -> Result<Self, String> {
         let mut file = File::open(path).map_err(|error| error.to_string())?;
-        let length = file.metadata().map_err(|error| error.to_string())?.len();
+        let metadata = file.metadata().map_err(|error| error.to_string())?;
+        let length = metadata.len();
+        if !metadata.is_file() || length < 8 {
+            return Err("it is too short, or no file".into());
+        }
         let mut prefix = [0; 8];
         file.read_exact(&mut prefix).map_err(|_| "the file is too short".to_owned())?;
         let header_length = u64::from_le_bytes(prefix);
@@ -250,19 +271,16 @@ impl Contents {
                 ..Tree::default()
             },
         };
-        let crc = metadata.get("crc32c");
+        let crc = metadata.get("crc32c").map(checksum).transpose()?;
         if crc.is_none() && metadata.contains_key("tch-ignite") {
             return Err("it has no checksum".into());
         }
         if let Some(place) = crc.and_then(|_| crc_place(&header)) {
-            header[place..place + NO_CRC.len()].copy_from_slice(NO_CRC.as_bytes());
+            let digits = header.get_mut(place..place + NO_CRC.len()).ok_or("it has no checksum")?;
+            digits.copy_from_slice(NO_CRC.as_bytes());
         }
-        let checksum = |crc: &String| match u32::from_str_radix(crc, 16) {
-            Ok(number) if format!("{number:08x}") == *crc => Ok(number),
-            _ => Err(format!("its checksum is '{crc}'")),
-        };
-        let crc = crc.map(checksum).transpose()?;
-        Ok(Self { file, tree, entries, crc: (crc32c::crc32c(&header), crc), length, data })
+        let written = metadata.get("written").and_then(|time| time.parse().ok()).unwrap_or(0);
+        Ok(Self { file, tree, entries, crc: (crc32c::crc32c(&header), crc), length, data, written })
     }
 
     /// Whether it is a checkpoint, not only tensors.

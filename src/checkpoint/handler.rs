@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::filename::Parts;
+use super::filename::{Parts, check_name};
 use super::folder::Folder;
 use super::stateful::IntoStateful;
 use super::writer::{Job, Writer};
@@ -146,7 +146,10 @@ struct Saved {
     name: String,
 }
 
-const LATEST: &str = "latest";
+pub(super) const LATEST: &str = "latest";
+/// No write may be under way after these.
+const ENDS: [Event; 4] =
+    [Event::Terminate, Event::Completed, Event::ExceptionRaised, Event::Interrupt];
 const EXT: &str = "safetensors";
 
 impl<B, O> Checkpoint<B, O> {
@@ -282,10 +285,11 @@ impl<B, O> Checkpoint<B, O> {
     }
 
     /// Only the weights of a model, as a plain safetensors file with PyTorch's names: ignite's
-    /// `ModelCheckpoint`. Nothing can be resumed from these.
+    /// `ModelCheckpoint`. Nothing can be resumed from these. The name in file names is `"model"` then,
+    /// unless given after.
     pub fn weights(mut self, model: impl IntoStateful<'static>) -> Self {
         self.weights = Some(model.into_stateful());
-        self
+        self.name("model")
     }
 
     /// Writes in a thread of its own, from a copy of all tensors: one copy at most, so training waits
@@ -337,6 +341,9 @@ impl<B, O> Checkpoint<B, O> {
 
     fn begin(&mut self, anew: bool) -> Result<()> {
         let folder = self.folder()?;
+        if anew {
+            self.saved.clear();
+        }
         if self.require_empty && anew {
             let ext = format!(".{}", self.parts.ext);
             let mut files: Vec<_> =
@@ -366,7 +373,7 @@ impl<B, O> Checkpoint<B, O> {
         let room = self.n_saved.is_none_or(|most| self.saved.len() < most);
         let fits = match self.saved.first() {
             _ if value.is_nan() => false,
-            _ if room => true,
+            _ if room || score.is_none() => true,
             Some(smallest) if self.greater_or_equal => value >= smallest.priority.as_f64(),
             Some(smallest) => value > smallest.priority.as_f64(),
             None => false,
@@ -415,16 +422,18 @@ impl<B, O> Checkpoint<B, O> {
         }
     }
 
-    /// Besides the files that are counted.
+    /// Besides the files that are counted. Weights alone are of no use there, and the name is another
+    /// handler's.
     fn write_named<C>(&mut self, name: &str, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<()> {
+        if self.weights.is_some() {
+            return Ok(());
+        }
         let folder = self.folder()?;
         let state = self.contents(cx, engine)?;
         let name = format!("{name}.{}", self.parts.ext);
-        let latest = self.weights.is_none().then(|| LATEST.to_owned());
-        self.writer.submit(
-            Job { folder, state, plain: self.weights.is_some(), name, latest, remove: vec![] },
-            false,
-        )
+        let latest = Some(LATEST.to_owned());
+        let job = Job { folder, state, plain: false, name, latest, remove: vec![] };
+        self.writer.submit(job, false)
     }
 }
 
@@ -441,7 +450,7 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
 
     fn events(&self) -> Events {
         let mut events = self.events.clone();
-        for event in [Event::Started, Event::Completed, Event::ExceptionRaised, Event::Interrupt] {
+        for event in [Event::Started].into_iter().chain(ENDS) {
             if !events.names(event) {
                 events = events | event;
             }
@@ -475,9 +484,16 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         let saved: Vec<(Value, String)> = state.value("_saved")?;
         self.saved = saved
             .into_iter()
-            .map(|(score, name)| Ok(Saved { priority: Score::loaded(&score)?, name }))
+            .map(|(score, name)| {
+                // They are removed one day: nothing outside the folder may be named.
+                check_name(&name)?;
+                Ok(Saved { priority: Score::loaded(&score)?, name })
+            })
             .filter(|saved| saved.as_ref().map_or(true, |s| self.folder.join(&s.name).exists()))
             .collect::<Result<_>>()?;
+        self.saved.sort_by(|a, b| a.priority.as_f64().total_cmp(&b.priority.as_f64()));
+        // Locked from here on, not only at the first write.
+        self.folder()?;
         Ok(())
     }
 
@@ -504,7 +520,7 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
             self.write(cx, engine)?;
             self.written = Some(Instant::now());
         }
-        if matches!(event, Event::Completed | Event::ExceptionRaised | Event::Interrupt) {
+        if ENDS.contains(&event) {
             self.writer.wait()?;
         }
         Ok(())

@@ -1,7 +1,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use tch::Tensor;
 use tch::nn::VarStore;
@@ -67,7 +66,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         strict: bool,
     ) -> Result<Option<Resumed>> {
         let (candidates, mut skipped) = candidates(folder.as_ref());
-        for Candidate { path, contents, epoch, iteration, .. } in candidates {
+        for Candidate { path, .. } in candidates {
+            let contents = match Contents::open(&path) {
+                Ok(contents) => contents,
+                Err(why) => {
+                    skipped.push((path, why));
+                    continue;
+                }
+            };
+            let (epoch, iteration) = contents.progress();
             match self.read(&path, contents, strict)? {
                 Ok(state) => {
                     let restored = self.restore(cx, state, strict)?;
@@ -137,18 +144,16 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
 struct Candidate {
     path: PathBuf,
-    contents: Contents,
-    epoch: u64,
+    written: u64,
     iteration: u64,
-    modified: SystemTime,
 }
 
-/// Files that are checkpoints by their headers, the newest first, and those that should be.
+/// Files that are checkpoints by their headers, the last written first, and those that should be.
 fn candidates(folder: &Path) -> (Vec<Candidate>, Vec<(PathBuf, String)>) {
     let (mut found, mut broken) = (vec![], vec![]);
     let mut names = folder::names(folder);
     names.sort();
-    for name in names.iter().filter(|name| !name.starts_with('.') && !name.contains(".part-")) {
+    for name in names.iter().filter(|name| !name.starts_with('.') && !folder::is_part(name)) {
         let path = folder.join(name);
         if !path.is_file() {
             continue;
@@ -156,21 +161,20 @@ fn candidates(folder: &Path) -> (Vec<Candidate>, Vec<(PathBuf, String)>) {
         let looks_like_one = name.ends_with(".safetensors") || name.ends_with(".pt");
         match Contents::open(&path) {
             Ok(contents) if contents.has_state() => {
-                let (epoch, iteration) = contents.progress();
-                let modified = path
-                    .metadata()
-                    .and_then(|metadata| metadata.modified())
-                    .unwrap_or(SystemTime::UNIX_EPOCH);
-                found.push(Candidate { path, contents, epoch, iteration, modified });
+                let (_, iteration) = contents.progress();
+                found.push(Candidate { path, written: contents.written, iteration });
             }
             Ok(_) => {}
             Err(why) if looks_like_one => broken.push((path, why)),
             Err(_) => {}
         }
     }
-    found.sort_by_key(|c| std::cmp::Reverse((c.iteration, c.epoch, c.modified)));
+    // Not by iterations: an older run in the same folder may have had more.
+    found.sort_by_key(|c| std::cmp::Reverse((c.written, c.iteration)));
     (found, broken)
 }
+
+const NO_CHECKPOINT: &str = "it holds tensors, but is no checkpoint of this crate";
 
 fn broken(path: &Path, why: &str) -> Error {
     Error::State(format!("{}: {why}", path.display()))
@@ -204,7 +208,7 @@ pub fn read_state(path: impl AsRef<Path>) -> Result<StateDict> {
     let path = path.as_ref();
     let contents = Contents::open(path).map_err(|why| broken(path, &why))?;
     if !contents.has_state() {
-        return Err(broken(path, "it holds tensors, but is no checkpoint of this crate"));
+        return Err(broken(path, NO_CHECKPOINT));
     }
     contents.read(&mut BTreeMap::<String, Tensor>::new()).map_err(|why| broken(path, &why))
 }
@@ -222,12 +226,15 @@ pub fn write_state(path: impl AsRef<Path>, state: &StateDict) -> Result<()> {
     writer::write(path.as_ref(), state, false)
 }
 
-/// Whether a file is a whole checkpoint: reads it once and compares its checksum.
+/// Whether a file is a whole checkpoint, by its checksum: reads it once.
 ///
 /// # Errors
 /// Why it is not.
 pub fn verify(path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
-    let contents = Contents::open(path).and_then(|mut contents| contents.verify());
-    contents.map_err(|why| broken(path, &why))
+    let mut contents = Contents::open(path).map_err(|why| broken(path, &why))?;
+    if !contents.has_state() {
+        return Err(broken(path, NO_CHECKPOINT));
+    }
+    contents.verify().map_err(|why| broken(path, &why))
 }

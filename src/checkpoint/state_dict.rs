@@ -193,4 +193,10 @@ pub trait Stateful {
     fn has_fixed_tensors(&self) -> bool {
         false
     }
+
+    /// Whether a checkpoint may be read straight into the tensors that [`state_dict`](Self::state_dict)
+    /// gives. On error they hold garbage then.
+    fn is_read_in_place(&self) -> bool {
+        false
+    }
 }

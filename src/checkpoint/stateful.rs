@@ -110,6 +110,10 @@ impl Stateful for Model {
     fn has_fixed_tensors(&self) -> bool {
         true
     }
+
+    fn is_read_in_place(&self) -> bool {
+        true
+    }
 }
 
 /// The gradients of a model's parameters, to be tracked beside the model where checkpoints are written

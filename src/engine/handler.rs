@@ -294,6 +294,10 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         }
     }
 
+    pub(super) fn firings_under_way(&self) -> u32 {
+        self.depth
+    }
+
     pub(super) fn begin(&mut self) -> u64 {
         self.depth += 1;
         self.removals

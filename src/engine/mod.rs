@@ -23,6 +23,7 @@ pub use state::{MetricValue, Metrics, State};
 pub use summary::{Stop, Summary};
 pub use until::Until;
 
+use crate::checkpoint::StateDict;
 use crate::data::{IntoSource, Source};
 use crate::error::Panicked;
 use crate::metrics::{Metric, MetricHandler, Usage};
@@ -119,6 +120,8 @@ pub struct Engine<'a, C, B, O> {
     /// Why a registration was refused; `run` says so.
     refused: Option<String>,
     tracked: Tracked<'a, C>,
+    /// Random numbers of a restored state, for the next run.
+    random: Option<StateDict>,
     profile: Option<Profile>,
 }
 
@@ -152,6 +155,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             running: false,
             refused: None,
             tracked: Tracked::default(),
+            random: None,
             profile: None,
         }
     }

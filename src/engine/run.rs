@@ -28,6 +28,8 @@ enum Phase {
     EpochEnded,
     Terminate,
     Completed,
+    /// Only in saved states: COMPLETED was fired.
+    Ended,
 }
 
 /// How the last run was left.
@@ -82,6 +84,8 @@ pub(super) struct Position {
     exhausted: bool,
     /// The run ends before its budget in epochs is used up.
     left_early: bool,
+    /// COMPLETED is being fired.
+    completing: bool,
     /// Why it is being interrupted, if for that.
     pub(super) signal: Option<i32>,
     /// The last one that was fired.
@@ -106,6 +110,7 @@ impl Default for Position {
             restarted: false,
             exhausted: false,
             left_early: false,
+            completing: false,
             signal: None,
             event: Event::Started,
             until: Until::default(),
@@ -123,7 +128,7 @@ impl Position {
 
     pub(super) fn save(&self) -> SavedPosition {
         SavedPosition {
-            phase: self.phase,
+            phase: if self.completing { Phase::Ended } else { self.phase },
             // In the same process the data is where it is.
             entry: self.entry.unwrap_or(Entry::Kept),
             counter: self.counter,
@@ -138,7 +143,7 @@ impl Position {
     /// Whether an epoch is under way.
     fn in_epoch(&self) -> bool {
         use Phase::*;
-        !matches!(self.phase, Started | NextEpoch | EpochEnded | Terminate | Completed)
+        !matches!(self.phase, Started | NextEpoch | EpochEnded | Terminate | Completed | Ended)
     }
 }
 
@@ -156,6 +161,10 @@ pub(super) struct SavedPosition {
 }
 
 impl SavedPosition {
+    pub(super) fn counts(&self) -> [u64; 3] {
+        [self.counter, self.pass, self.fetched]
+    }
+
     pub(super) fn restore(self, event: Event, budgeted: bool) -> Position {
         let refetch = matches!(self.phase, Phase::BatchFetched | Phase::Step);
         Position {
@@ -264,7 +273,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             _ if was_reset => Left::Nothing,
             Left::Ended | Left::Loaded if has_budget && used_up => Left::Nothing,
             // Only COMPLETED is missing, but for a budget that grew.
-            Left::Failed | Left::Restored if position.phase == Phase::Completed && !used_up => {
+            Left::Failed | Left::Restored
+                if matches!(position.phase, Phase::Completed | Phase::Ended) && !used_up =>
+            {
                 Left::Ended
             }
             left => left,
@@ -321,6 +332,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         position.budgeted = max_epochs.is_some() || max_iters.is_some();
         position.exhausted = false;
+        position.signal = None;
         position.warnings.clear();
         position.until = until;
         position.deadline = until.max_time.and_then(|time| Instant::now().checked_add(time));
@@ -397,6 +409,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             self.fetch()?;
             self.state.samples = samples;
         }
+        self.restore_random_numbers()?;
         if self.control.any {
             // Asked for before the state was saved.
             self.obey(self.position.event, cx)?;
@@ -513,8 +526,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 }
                 Phase::Completed => {
                     if !self.control.skip_completed {
-                        self.fire(Event::Completed, cx)?;
+                        self.position.completing = true;
+                        let fired = self.fire(Event::Completed, cx);
+                        self.position.completing = false;
+                        fired?;
                     }
+                    self.position.phase = Phase::Ended;
+                    continue;
+                }
+                Phase::Ended => {
                     self.position.left = Left::Ended;
                     self.data = None;
                     return Ok(match self.position.left_early {
@@ -623,7 +643,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 return Ok(true);
             }
         }
-        if self.control.terminate {
+        if std::mem::take(&mut self.control.terminate) {
             self.position.phase = Phase::Terminate;
         }
         Ok(false)

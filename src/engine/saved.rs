@@ -40,6 +40,9 @@ const CONTEXT: &str = "context";
 const SETTINGS: &str = "settings";
 const RESERVED: [&str; 7] = [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, SETTINGS];
 
+/// Additions cannot overflow.
+const MAX_COUNT: u64 = 1 << 53;
+
 const IN_PART: &str = "a checkpoint was loaded only in part: restore a whole one before running";
 
 /// The engine's own values, as they are saved.
@@ -128,6 +131,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         cx: &C,
         mut caller: Option<StateDict>,
     ) -> Result<StateDict> {
+        if self.step.is_none() || self.handlers.firings_under_way() > 1 {
+            return Err(Error::State(
+                "a checkpoint cannot be made within a step, nor in handlers of events that are fired within a step or another handler: it would not know how far these have come".into(),
+            ));
+        }
         let mut all = StateDict::new();
         all.set_part(ENGINE, self.own_state()?);
         all.set_part(HANDLERS, self.save_handlers(&mut caller)?);
@@ -212,12 +220,26 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if let Some(history) = part(PARAM_HISTORY) {
             report.load(PARAM_HISTORY, Some(history), |history| self.load_history(history))?;
         }
-        load_generators(part(RNG), report)?;
+        let random = part(RNG);
+        let again = random.as_ref().map(StateDict::copy).transpose()?;
+        load_generators(random, report)?;
         let own = part(ENGINE);
         for name in parts.keys() {
             report.note(format!("the state has a part '{name}', which is not tracked here"))?;
         }
-        report.load(ENGINE, own, |state| self.load_own_state(state))
+        report.load(ENGINE, own, |state| self.load_own_state(state))?;
+        self.random = again;
+        Ok(())
+    }
+
+    /// Random numbers that were drawn between restoring and running do not count.
+    pub(super) fn restore_random_numbers(&mut self) -> Result<()> {
+        match self.random.take() {
+            Some(states) => {
+                load_generators(Some(states), &mut Report { strict: true, ignored: vec![] })
+            }
+            None => Ok(()),
+        }
     }
 
     /// The states of all handlers that have one.
@@ -287,6 +309,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     fn load_own_state(&mut self, own: StateDict) -> Result<()> {
         let saved: Values = own.value("position")?;
+        let counts = [saved.iteration, saved.epoch, saved.samples];
+        if counts.into_iter().chain(saved.position.counts()).any(|count| count > MAX_COUNT) {
+            return Err(Error::State("the saved position is beyond any run's".into()));
+        }
         let asked = saved.asked;
         let event = BUILT_IN_EVENTS.into_iter().find(|event| event.to_string() == asked.event);
         let event =
@@ -385,14 +411,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    /// What is tracked, by name: whether its tensors are fixed, and its current state.
+    /// What is read in place, by name: whether its tensors are fixed, and its current state.
     pub(crate) fn tracked_states(&self) -> Result<Vec<(&str, bool, StateDict)>> {
         let state = |(name, part): &'_ (String, Box<dyn Stateful + 'a>)| {
             part.state_dict()
                 .map(|state| (part.has_fixed_tensors(), state))
                 .map_err(|e| of_part(name, e))
         };
-        let parts = self.tracked.parts.iter();
+        let parts = self.tracked.parts.iter().filter(|(_, part)| part.is_read_in_place());
         parts
             .map(|part| state(part).map(|(fixed, state)| (part.0.as_str(), fixed, state)))
             .collect()

@@ -32,6 +32,8 @@ use crate::{Error, Result};
 pub struct InterruptOn {
     /// The number of the signal that came, or 0.
     signal: Arc<AtomicUsize>,
+    /// One came, or nobody listens any more: the next ends the process.
+    came: Arc<AtomicBool>,
     registered: Vec<SigId>,
     after: Option<Duration>,
     deadline: Option<Instant>,
@@ -45,12 +47,13 @@ impl InterruptOn {
     pub fn signals() -> Result<Self> {
         let mut this = Self::new();
         for signal in [SIGTERM, SIGINT] {
-            let came = Arc::new(AtomicBool::new(false));
-            // In this order: the first sets the flag, the second finds it set and ends the process.
-            let registered = flag::register_conditional_default(signal, came.clone())
-                .and_then(|id| Ok([id, flag::register(signal, came)?]))
-                .and_then(|[a, b]| {
-                    Ok([a, b, flag::register_usize(signal, this.signal.clone(), signal as usize)?])
+            // In this order: the first signal sets the flag, the second finds it set and ends the process.
+            // What ends it stays registered, because the system's own way is gone for good.
+            let registered = flag::register_conditional_default(signal, this.came.clone())
+                .and_then(|_| flag::register(signal, this.came.clone()))
+                .and_then(|id| {
+                    let number = this.signal.clone();
+                    Ok([id, flag::register_usize(signal, number, signal as usize)?])
                 })
                 .map_err(|error| Error::invalid(format!("cannot listen to signals: {error}")))?;
             this.registered.extend(registered);
@@ -70,12 +73,14 @@ impl InterruptOn {
     }
 
     fn new() -> Self {
-        Self { signal: Arc::default(), registered: vec![], after: None, deadline: None }
+        let (signal, came) = (Arc::default(), Arc::default());
+        Self { signal, came, registered: vec![], after: None, deadline: None }
     }
 }
 
 impl Drop for InterruptOn {
     fn drop(&mut self) {
+        self.came.store(true, Ordering::Relaxed);
         for id in self.registered.drain(..) {
             low_level::unregister(id);
         }
@@ -88,7 +93,8 @@ impl<C, B, O> Handler<C, B, O> for InterruptOn {
     }
 
     fn events(&self) -> Events {
-        Event::Started | Event::IterationCompleted | Event::Interrupt
+        let ends = Event::Interrupt | Event::Completed | Event::ExceptionRaised;
+        Event::Started | Event::IterationCompleted | Event::EpochCompleted | ends
     }
 
     fn call(
@@ -97,7 +103,7 @@ impl<C, B, O> Handler<C, B, O> for InterruptOn {
         _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
-        if event == Event::Interrupt {
+        if matches!(event, Event::Interrupt | Event::Completed | Event::ExceptionRaised) {
             self.deadline = None;
             return Ok(());
         }

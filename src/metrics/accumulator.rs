@@ -85,6 +85,13 @@ impl Accumulator {
         if self.held.is_empty() {
             self.held = batch.into_iter().map(|part| vec![part]).collect();
         } else {
+            for (held, part) in self.held.iter_mut().zip(&batch) {
+                let device = part.device();
+                if held.last().is_some_and(|held| held.device() != device) {
+                    // Loaded from a checkpoint.
+                    *held = held.iter().map(|t| t.f_to_device(device)).collect::<Result<_, _>>()?;
+                }
+            }
             // All or nothing: an error leaves the sums as they were.
             let mut joined = Vec::with_capacity(batch.len());
             for ((held, part), (name, reduce)) in self.held.iter().zip(&batch).zip(self.parts) {
@@ -131,7 +138,8 @@ impl Accumulator {
         Ok(tensors.map(part).chain([samples]).collect())
     }
 
-    /// Nothing is changed on error.
+    /// Nothing is changed on error. What comes from a checkpoint is on the CPU; it moves with the next
+    /// batch.
     pub(super) fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
         if state.is_empty() {
             self.reset();

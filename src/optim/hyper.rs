@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use tch::Tensor;
+
 use crate::bridge::Kind;
 use crate::{Error, Result};
 
@@ -53,6 +55,16 @@ impl Kind {
             Kind::Adam | Kind::AdamW => ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
             Kind::RmsProp => ["square_avg", "momentum_buffer", "grad_avg"],
         }
+    }
+
+    /// Whether the tensors that libtorch needs at every step are among these.
+    pub(crate) fn has_needed(self, tensors: &[Option<Tensor>; 3]) -> bool {
+        let needed = match self {
+            Kind::Sgd => 0,
+            Kind::Adam | Kind::AdamW => 2,
+            Kind::RmsProp => 1,
+        };
+        tensors[..needed].iter().all(Option::is_some)
     }
 
     /// The number of the state tensor that libtorch makes at a parameter's first step only if this

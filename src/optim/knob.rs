@@ -1,8 +1,11 @@
 use std::fmt;
 use std::sync::Arc;
 
+use tch::Tensor;
+
 use super::Optimizer;
 use super::hyper::Hyper;
+use crate::checkpoint::StateDict;
 use crate::{Error, Result};
 
 /// Something with one value that can be read and written: what schedulers drive.
@@ -114,6 +117,27 @@ impl Knob {
                 Ok(())
             }
         }
+    }
+}
+
+/// Checkpoints hold the values of knobs that belong to no optimizer; a schedule may only change them later.
+impl Knob {
+    pub(crate) fn save_value(&self, state: &mut StateDict) -> Result<()> {
+        if let Target::Custom { get, .. } = &self.target {
+            state.set_tensor("knob", Tensor::from(get()));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn load_value(&self, state: &mut StateDict) -> Result<()> {
+        if let Target::Custom { .. } = &self.target {
+            let value = state.take_tensor("knob")?;
+            let value = value
+                .f_double_value(&[])
+                .map_err(|error| Error::libtorch(format!("loading '{}'", self.name), error))?;
+            self.set(value)?;
+        }
+        Ok(())
     }
 }
 

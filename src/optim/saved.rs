@@ -53,7 +53,11 @@ impl Stateful for Optimizer {
         self.shared.built.get().cloned().unwrap_or_default()
     }
 
-    /// Nothing is changed on error.
+    fn is_read_in_place(&self) -> bool {
+        true
+    }
+
+    /// Nothing is changed on error, but for what was read in place.
     fn load_state_dict(&mut self, mut state: StateDict) -> Result<()> {
         let kind: String = state.value("optimizer")?;
         if kind != self.name() {
@@ -78,6 +82,12 @@ impl Stateful for Optimizer {
             }
             if step.is_none() && tensors.iter().any(Option::is_some) {
                 return Err(Error::State(format!("'{name}' has tensors but no step")));
+            }
+            if step.is_some() && !self.shared.kind.has_needed(&tensors) {
+                return Err(Error::State(format!("the state of '{name}' is not complete")));
+            }
+            if step.is_some_and(|step| step.is_some_and(|step| !(0..1 << 53).contains(&step))) {
+                return Err(Error::State(format!("the step of '{name}' is impossible")));
             }
             let state = step.map(|step| RawState { step: *step, tensors });
             checked.push(Checked { parameter, state });

@@ -244,11 +244,15 @@ impl<C, B, O> Handler<C, B, O> for ReduceLROnPlateauScheduler {
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
-        Ok(Some(self.state_dict().into()))
+        let mut state = self.state_dict().into();
+        // A knob that is no optimizer's is the only one.
+        self.knobs.iter().try_for_each(|knob| knob.save_value(&mut state))?;
+        Ok(Some(state))
     }
 
-    fn load_state(&mut self, state: StateDict) -> Result<()> {
-        self.load_state_dict(state.values())
+    fn load_state(&mut self, mut state: StateDict) -> Result<()> {
+        self.load_state_dict(state.values())?;
+        self.knobs.iter().try_for_each(|knob| knob.load_value(&mut state))
     }
 
     fn call(

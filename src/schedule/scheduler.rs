@@ -141,11 +141,14 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamScheduler<S> {
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
-        Ok(Some(self.state_dict().into()))
+        let mut state = self.state_dict().into();
+        self.knob.save_value(&mut state)?;
+        Ok(Some(state))
     }
 
-    fn load_state(&mut self, state: StateDict) -> Result<()> {
-        self.load_state_dict(state.values())
+    fn load_state(&mut self, mut state: StateDict) -> Result<()> {
+        self.load_state_dict(state.values())?;
+        self.knob.load_value(&mut state)
     }
 
     fn call(

@@ -85,6 +85,10 @@ fn calls(config: &Value, folder: &Path, only_weights: bool) -> Result<Vec<Value>
     let mut handler = handler(config, folder)?.on(event.clone());
     if only_weights {
         handler = handler.weights(&vs);
+        handler = match &names(config)?[..] {
+            [name] => handler.name(name.as_str()),
+            _ => handler.name("checkpoint"),
+        };
     }
     let handler = Rc::new(RefCell::new(handler));
     let mut trainer = Engine::new(|_: &mut (), _, _: ()| Ok(()));
