@@ -872,7 +872,14 @@ fn a_folder_that_cannot_be_written_is_an_error_that_keeps_the_last() -> Result<(
 struct Aided {
     cx: Supervised<nn::SequentialT>,
     trainer: tch_ignite::engine::Trainer<'static, Supervised<nn::SequentialT>>,
-    state: Box<dyn Fn(&Self) -> Result<String>>,
+}
+
+impl Aided {
+    fn outcome(&self) -> Result<String> {
+        let mut state = self.trainer.checkpoint(&self.cx)?;
+        let _ = state.take_part("settings");
+        Ok(bits(&state))
+    }
 }
 
 fn aided(seed: i64) -> Result<Aided> {
@@ -900,15 +907,7 @@ fn aided(seed: i64) -> Result<Aided> {
         .attach(EarlyStopping::min("ema/loss", 100))
         .track("model", &vs)
         .track("optimizer", &optimizer);
-    Ok(Aided {
-        cx,
-        trainer,
-        state: Box::new(|this| {
-            let mut state = this.trainer.checkpoint(&this.cx)?;
-            let _ = state.take_part("settings");
-            Ok(bits(&state))
-        }),
-    })
+    Ok(Aided { cx, trainer })
 }
 
 fn inputs(rows: i64, columns: i64) -> Tensor {
@@ -922,7 +921,7 @@ fn scaler_averages_and_accumulated_gradients_go_on_too() -> Result<()> {
     let until = Until::epochs(3);
     let mut straight = aided(1)?;
     straight.trainer.run(&mut straight.cx, &data, until)?;
-    let expected = (straight.state)(&straight)?;
+    let expected = straight.outcome()?;
     for n in 1..=15 {
         let folder = tempfile::tempdir().unwrap();
         let mut killed = aided(1)?;
@@ -939,7 +938,7 @@ fn scaler_averages_and_accumulated_gradients_go_on_too() -> Result<()> {
         let told = resumed.trainer.resume_with(&mut resumed.cx, folder.path(), false)?.unwrap();
         println!("{told}");
         resumed.trainer.run(&mut resumed.cx, &data, until)?;
-        let outcome = (resumed.state)(&resumed)?;
+        let outcome = resumed.outcome()?;
         assert!(outcome == expected, "killed at {n}:\n{}", difference(&outcome, &expected));
     }
     Ok(())
