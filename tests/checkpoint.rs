@@ -988,6 +988,22 @@ fn the_last_written_is_resumed_not_the_one_of_an_older_longer_run() -> Result<()
 }
 
 #[test]
+fn data_of_another_length_is_told() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let mut trainer = small(&store());
+    trainer.attach(Checkpoint::new(folder.path()));
+    trainer.run(&mut (), vec![1, 2, 3], Until::epochs(1))?;
+    let mut next = small(&store());
+    next.attach(Checkpoint::new(folder.path()));
+    next.resume(&mut (), folder.path())?;
+    let summary = next.run(&mut (), vec![1, 2], Until::epochs(2))?;
+    assert!(summary.warnings[0].contains("had 3 batches"), "{summary}");
+    assert_eq!(next.run(&mut (), vec![1, 2], Until::epochs(3))?.warnings, [""; 0]);
+    Ok(())
+}
+
+#[test]
 fn runs_of_one_engine_write_anew() -> Result<()> {
     let _serial = serial();
     let folder = tempfile::tempdir().unwrap();

@@ -195,6 +195,39 @@ fn an_epoch_gone_on_with_keeps_its_batch_size() -> Result<()> {
 }
 
 #[test]
+fn an_epoch_resumed_in_another_process_keeps_its_batch_size() -> Result<()> {
+    let x = Tensor::arange(24, (Kind::Float, Device::Cpu));
+    let make = || -> Result<_> {
+        let loader = Loader::new(&x, &x, 6)?.shuffle(1);
+        let mut trainer = Engine::new(|seen: &mut Vec<Vec<f64>>, _, (x, _): Batch| {
+            seen.push(Vec::try_from(x.to_kind(Kind::Double))?);
+            Ok(())
+        });
+        trainer.attach(BatchSizeScheduler::new(&loader, StepLR::new(6., 1).gamma(0.5)));
+        Ok((trainer, loader))
+    };
+    let (mut trainer, loader) = make()?;
+    let mut all = vec![];
+    trainer.run(&mut all, &loader, Until::epochs(3))?;
+    for iteration in 1..=all.len() {
+        let (mut trainer, loader) = make()?;
+        let mut seen = vec![];
+        trainer.on(Event::IterationCompleted.once(iteration as u64), |_, engine| {
+            engine.interrupt();
+            Ok(())
+        });
+        trainer.run(&mut seen, &loader, Until::epochs(3))?;
+        let state = trainer.checkpoint(&seen)?;
+        let (mut next, loader) = make()?;
+        next.restore(&mut seen, state, true)?;
+        let summary = next.run(&mut seen, &loader, Until::epochs(3))?;
+        assert_eq!(summary.warnings, [""; 0]);
+        assert_eq!(seen, all, "{iteration}");
+    }
+    Ok(())
+}
+
+#[test]
 fn arguments_changed_after_a_look_count() {
     let cosine = CosineAnnealing::new(1., 0., 10);
     cosine.at(25);

@@ -13,6 +13,11 @@
 //! Values (the position, hyper-parameters, the schedulers' state) are JSON in its metadata, under
 //! `state`; a CRC-32C of everything is there too.
 //!
+//! The place in the data is counted in batches: change the batch size or the data, and it is another
+//! one (the summary of the run says so). A batch that was under way is fetched again, without what
+//! handlers of `GET_BATCH_COMPLETED` made of it: do that in the data. `state.output` is not saved, nor
+//! is what handlers only measure (times, throughput), nor which parameters are frozen.
+//!
 //! What goes on bit for bit: parameters, buffers, the optimizer's state, schedules, metrics, the data's
 //! order and position, random numbers of libtorch's default generators on the CPU and CUDA. What does
 //! not: kernels that are not deterministic themselves, and random numbers on another kind of device

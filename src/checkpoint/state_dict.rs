@@ -38,8 +38,10 @@ impl StateDict {
 
     /// Sets a value: anything that serde can turn into JSON.
     ///
+    /// NaN and infinity become null.
+    ///
     /// # Errors
-    /// JSON cannot hold it.
+    /// JSON cannot hold it, such as a map whose keys are no texts.
     pub fn set_value(&mut self, name: &str, value: impl Serialize) -> Result<()> {
         let value = serde_json::to_value(value)
             .map_err(|error| Error::State(format!("'{name}' cannot be saved: {error}")))?;

@@ -78,6 +78,8 @@ pub(super) struct Position {
     /// Number of the walk over the data, and batches fetched in it.
     pub(super) pass: u64,
     fetched: u64,
+    /// Batches in a pass when the state was saved that was restored.
+    batches: Option<u64>,
     /// The data was restarted and gave nothing since.
     restarted: bool,
     /// It gave nothing in a whole epoch.
@@ -107,6 +109,7 @@ impl Default for Position {
             counter: 0,
             pass: 0,
             fetched: 0,
+            batches: None,
             restarted: false,
             exhausted: false,
             left_early: false,
@@ -126,7 +129,8 @@ impl Position {
         Self { left: Left::Loaded, entry: Some(Entry::Loaded), budgeted, ..Self::default() }
     }
 
-    pub(super) fn save(&self) -> SavedPosition {
+    /// `batches`: those in a pass over the data.
+    pub(super) fn save(&self, batches: Option<u64>) -> SavedPosition {
         SavedPosition {
             phase: if self.completing { Phase::Ended } else { self.phase },
             // In the same process the data is where it is.
@@ -134,6 +138,7 @@ impl Position {
             counter: self.counter,
             pass: self.pass,
             fetched: self.fetched,
+            batches,
             restarted: self.restarted,
             exhausted: self.exhausted,
             left_early: self.left_early,
@@ -155,6 +160,7 @@ pub(super) struct SavedPosition {
     counter: u64,
     pass: u64,
     fetched: u64,
+    batches: Option<u64>,
     restarted: bool,
     exhausted: bool,
     left_early: bool,
@@ -176,6 +182,7 @@ impl SavedPosition {
             counter: self.counter,
             pass: self.pass,
             fetched: self.fetched.saturating_sub(u64::from(refetch)),
+            batches: self.batches,
             restarted: self.restarted,
             exhausted: self.exhausted,
             left_early: self.left_early,
@@ -334,6 +341,17 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         position.exhausted = false;
         position.signal = None;
         position.warnings.clear();
+        let batches = source.batches();
+        if left == Left::Restored && batches != position.batches {
+            let shown = |batches: Option<u64>| {
+                batches.map_or_else(|| "an unknown number of".to_owned(), |n| n.to_string())
+            };
+            position.warnings.push(format!(
+                "a pass over the data had {} batches when this state was saved, and has {} now: the place in it is counted in batches",
+                shown(position.batches),
+                shown(batches)
+            ));
+        }
         position.until = until;
         position.deadline = until.max_time.and_then(|time| Instant::now().checked_add(time));
         self.exception = None;

@@ -291,7 +291,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             max_epochs: state.max_epochs,
             max_iters: state.max_iters,
             samples: state.samples,
-            position: self.position.save(),
+            position: self.position.save(self.data.as_ref().and_then(|data| data.batches())),
             asked: SavedControl {
                 event: self.position.event.to_string(),
                 terminate: control.terminate,

@@ -26,7 +26,9 @@ use crate::engine::{Engine, Event, Events, Handler, State};
 #[derive(Debug, Clone)]
 pub struct Throughput {
     times: Percentiles,
+    /// Samples of the measured iterations, and what the engine had counted at the last one.
     samples: u64,
+    counted: u64,
     elapsed: Duration,
     last: Option<Instant>,
 }
@@ -40,12 +42,13 @@ impl Default for Throughput {
 impl Throughput {
     /// Measures each epoch.
     pub fn new() -> Self {
-        Self { times: Percentiles::new(), samples: 0, elapsed: Duration::ZERO, last: None }
+        let (samples, counted, elapsed) = (0, 0, Duration::ZERO);
+        Self { times: Percentiles::new(), samples, counted, elapsed, last: None }
     }
 
     fn begin<B, O>(&mut self, state: &State<B, O>) {
         self.times.clear();
-        self.samples = state.samples;
+        (self.samples, self.counted) = (0, state.samples);
         self.elapsed = Duration::ZERO;
         self.last = Some(Instant::now());
     }
@@ -56,9 +59,8 @@ impl Throughput {
             return;
         }
         let metrics = &mut state.metrics;
-        let samples = state.samples.saturating_sub(self.samples);
-        if samples > 0 {
-            metrics.set("throughput/samples_per_second", samples as f64 / seconds);
+        if self.samples > 0 {
+            metrics.set("throughput/samples_per_second", self.samples as f64 / seconds);
         }
         metrics.set("throughput/iterations_per_second", self.times.count as f64 / seconds);
         for (name, share) in [
@@ -91,10 +93,12 @@ impl<C, B, O> Handler<C, B, O> for Throughput {
             Event::EpochStarted => self.begin(&engine.state),
             Event::IterationCompleted => {
                 let now = Instant::now();
-                // None after a pause, which is nobody's time.
+                let before = std::mem::replace(&mut self.counted, engine.state.samples);
+                // None after a pause, which is nobody's time, and where a run is resumed in mid epoch.
                 if let Some(last) = self.last.replace(now) {
                     let time = now - last;
                     self.elapsed += time;
+                    self.samples += self.counted.saturating_sub(before);
                     self.times.add(time.as_nanos().try_into().unwrap_or(u64::MAX));
                 }
             }
