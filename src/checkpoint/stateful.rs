@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use serde_json::{Map, Value};
 use tch::Tensor;
@@ -79,19 +79,30 @@ impl<T: Stateful> Stateful for Rc<RefCell<T>> {
 
 impl<T: Stateful> Stateful for Arc<Mutex<T>> {
     fn state_dict(&self) -> Result<StateDict> {
-        self.lock().unwrap_or_else(PoisonError::into_inner).state_dict()
+        free(self)?.state_dict()
     }
 
     fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
-        self.lock().unwrap_or_else(PoisonError::into_inner).load_state_dict(state)
+        free(self)?.load_state_dict(state)
     }
 
     fn settings(&self) -> Map<String, Value> {
-        self.lock().unwrap_or_else(PoisonError::into_inner).settings()
+        free(self).map_or_else(|_| Map::new(), |part| part.settings())
     }
 
     fn has_fixed_tensors(&self) -> bool {
-        self.lock().unwrap_or_else(PoisonError::into_inner).has_fixed_tensors()
+        free(self).is_ok_and(|part| part.has_fixed_tensors())
+    }
+}
+
+/// An error, not a deadlock, where the caller has the guard itself.
+fn free<T>(part: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
+    match part.try_lock() {
+        Ok(guard) => Ok(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => {
+            Err(Error::State("a part that is locked elsewhere has no state".into()))
+        }
     }
 }
 

@@ -62,19 +62,20 @@ pub(super) const PRIORITIES: usize = 3;
 /// A handler that you keep a hold of: attach a clone and read the other.
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
     fn name(&self) -> String {
-        self.borrow().name()
+        self.try_borrow().map_or_else(|_| "a handler that is borrowed".into(), |h| h.name())
     }
 
     fn events(&self) -> Events {
-        self.borrow().events()
+        // Without events it is refused.
+        self.try_borrow().map_or_else(|_| Events(vec![]), |h| h.events())
     }
 
     fn validate(&self) -> Result<()> {
-        self.borrow().validate()
+        self.try_borrow().map_or(Ok(()), |h| h.validate())
     }
 
     fn priority(&self) -> Priority {
-        self.borrow().priority()
+        self.try_borrow().map_or(Priority::Normal, |h| h.priority())
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
