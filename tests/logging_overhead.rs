@@ -51,7 +51,7 @@ fn median(mut times: Vec<Duration>) -> Duration {
 }
 
 #[test]
-#[ignore = "a measurement"]
+#[ignore = "a measurement, for a quiet machine: cargo test --release --test logging_overhead -- --ignored --nocapture"]
 fn watching_a_run_costs_three_percent_at_most() -> Result<()> {
     tch::set_num_threads(1);
     let images = Tensor::rand([64 * BATCHES, 1, 28, 28], (Kind::Float, Device::Cpu));

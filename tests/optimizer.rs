@@ -1,7 +1,6 @@
 //! Groups, options and steps of the optimizer, against tch's own setters and updates computed by hand.
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
@@ -608,7 +607,7 @@ fn all_is_locked_while_tch_has_the_optimizer_also_after_a_panic_in_there() -> Re
         assert!(text(refused).contains("lent out by `with_tch`"));
     }
     let panic = || optimizer.with_tch(|tch| tch.set_lr_group(9, 1.));
-    assert!(catch_unwind(AssertUnwindSafe(panic)).is_err());
+    assert!(panic().is_err());
     assert_eq!(optimizer.with_tch(|_| 7)?, 7);
     step_with(&optimizer, &a, 1.)?;
     assert_close(&[value(&a), group.lr()?], &[0.9, 0.1], "after the panic");
@@ -841,4 +840,16 @@ fn several_optimizers_group_one_store_each_in_its_way() -> Result<()> {
         assert_eq!(optimizer.group("second")?.parameters()?, second);
     }
     Ok(())
+}
+
+#[test]
+fn a_panic_of_tchs_is_an_error_that_leaves_the_optimizer_usable() -> Result<()> {
+    let (vs, a, _b) = two();
+    let optimizer = optimizer("Adam", &vs);
+    // tch unwraps what libtorch refuses: a group that is not there, a loss that is no scalar.
+    let error = text(optimizer.with_tch(|tch| tch.set_lr_group(7, 0.1)));
+    assert!(error.starts_with("with_tch: "), "{error}");
+    let two_losses = Tensor::stack(&[&a, &a], 0);
+    assert!(optimizer.with_tch(|tch| tch.backward_step(&two_losses)).is_err());
+    step_with(&optimizer, &a, 1.)
 }

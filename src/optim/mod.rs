@@ -261,7 +261,8 @@ impl Optimizer {
     }
 
     /// Lends out tch's optimizer, for what this type does not offer. Until `call` returns, all other
-    /// calls on this optimizer are errors. tch's methods panic where these return errors.
+    /// calls on this optimizer are errors. tch's methods panic where these return errors; a panic in `call`
+    /// ends it and is an error here.
     pub fn with_tch<R>(&self, call: impl FnOnce(&mut TchOptimizer<'_>) -> R) -> Result<R> {
         /// Puts it back, also after a panic of `call`.
         struct Lent<'s>(&'s Shared, Option<Native>);
@@ -278,7 +279,8 @@ impl Optimizer {
         let mut lent = Lent(&self.shared, native);
         let native = lent.1.as_mut().ok_or_else(lent_out)?;
         native.settle().map_err(|text| Error::libtorch("reading step counts", text))?;
-        Ok(call(&mut TchOptimizer::new(self, &mut native.tch)))
+        catch_unwind(AssertUnwindSafe(|| call(&mut TchOptimizer::new(self, &mut native.tch))))
+            .map_err(|payload| Error::libtorch("with_tch", crate::panic_message(&*payload)))
     }
 
     /// What libtorch keeps for a parameter, under PyTorch's names (`"step"`, `"exp_avg"`, …); empty

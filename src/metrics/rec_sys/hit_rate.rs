@@ -1,9 +1,9 @@
 use tch::{Kind, TchError, Tensor};
 
-use super::{check, double};
+use super::{check, check_top_k, double};
+use crate::Result;
 use crate::engine::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
-use crate::{Error, Result};
 
 /// The share of users with a relevant item among the `k` with the highest scores: ignite's `HitRate`.
 ///
@@ -54,14 +54,7 @@ impl Pairwise for HitRate {
     }
 
     fn validate(&self) -> Result<()> {
-        match self.top_k.first() {
-            None => Err(Error::invalid("top_k must have at least one positive value")),
-            Some(k) if *k <= 0 => Err(Error::invalid(format!(
-                "top_k must be list of positive integers only, but given {:?}",
-                self.top_k
-            ))),
-            _ => Ok(()),
-        }
+        check_top_k(&self.top_k)
     }
 
     fn batch(&mut self, y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution> {

@@ -9,6 +9,17 @@ pub use ndcg::{Gain, NDCG};
 use tch::Tensor;
 
 use super::value::double;
+use crate::{Error, Result};
+
+fn check_top_k(top_k: &[i64]) -> Result<()> {
+    match top_k.first() {
+        None => Err(Error::invalid("top_k must have at least one positive value")),
+        Some(k) if *k <= 0 => Err(Error::invalid(format!(
+            "top_k must be list of positive integers only, but given {top_k:?}"
+        ))),
+        _ => Ok(()),
+    }
+}
 
 /// Both (N, items), with at least so many items.
 fn check(y_pred: &Tensor, y: &Tensor, items: i64) -> anyhow::Result<()> {

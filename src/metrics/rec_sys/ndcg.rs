@@ -1,9 +1,9 @@
 use tch::{Kind, TchError, Tensor};
 
-use super::{check, double};
+use super::{check, check_top_k, double};
+use crate::Result;
 use crate::engine::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
-use crate::{Error, Result};
 
 /// Normalised discounted cumulative gain of the `k` items with the highest scores: ignite's `NDCG`.
 ///
@@ -94,14 +94,7 @@ impl Pairwise for NDCG {
     }
 
     fn validate(&self) -> Result<()> {
-        match self.top_k.first() {
-            None => Err(Error::invalid("top_k must have at least one positive value")),
-            Some(k) if *k <= 0 => Err(Error::invalid(format!(
-                "top_k must be list of positive integers only, but given {:?}",
-                self.top_k
-            ))),
-            _ => Ok(()),
-        }
+        check_top_k(&self.top_k)
     }
 
     fn batch(&mut self, y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution> {
