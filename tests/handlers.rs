@@ -214,3 +214,9 @@ fn after_a_full_disk_the_run_can_go_on() -> Result<()> {
     assert_eq!(sum, 20.);
     Ok(())
 }
+
+#[test]
+fn undefined_tensors_are_errors() {
+    assert!(tch_ignite::loggers::Histogram::of(&tch::Tensor::new()).is_err());
+    assert!(tch_ignite::amp::GradScaler::new().scale(&tch::Tensor::new()).is_err());
+}

@@ -173,6 +173,9 @@ impl GradScaler {
 
     /// The loss times the scale, for backward.
     pub fn scale(&self, loss: &Tensor) -> Result<Tensor> {
+        if !loss.defined() {
+            return Err(Error::invalid("the loss to scale is an undefined tensor"));
+        }
         let mut scaler = self.locked();
         scaler.to(loss.device()).map_err(failed)?;
         let scale = scaler.scale.f_reshape([0i64; 0]).map_err(failed)?;

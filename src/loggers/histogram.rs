@@ -31,7 +31,7 @@ impl Histogram {
 
     fn measure(tensor: &Tensor) -> Result<Self, tch::TchError> {
         let _guard = tch::no_grad_guard();
-        let kind = if tensor.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+        let kind = if tensor.f_kind()? == Kind::Double { Kind::Double } else { Kind::Float };
         let values = tensor.f_detach()?.f_to_kind(kind)?;
         let values = values.f_masked_select(&values.f_isfinite()?)?;
         let count = values.numel() as u64;
