@@ -28,10 +28,10 @@ enum Update : int {
   SWAP = 3,
 };
 
-
 void update(Pairs& pairs, Update how, double number) {
   at::NoGradGuard no_grad;
   pairs.pass.clear();
+  pairs.pass.add(tig::Numbers{how == LERP ? 1. - number : number, number});  // of all tasks
   pairs.other_averages.clear();
   pairs.other_sources.clear();
   for (size_t i = 0; i < pairs.averages.size(); ++i) {
@@ -49,7 +49,6 @@ void update(Pairs& pairs, Update how, double number) {
       task.p = average.mutable_data_ptr();
       task.n = average.numel();
       task.dtype = average.scalar_type();
-      task.factor = 1;
       if (how == SWAP) {
         task.s[0] = source.mutable_data_ptr();
         task.rule = Rule::Swap;
@@ -57,8 +56,6 @@ void update(Pairs& pairs, Update how, double number) {
       } else {
         task.g = source.const_data_ptr();
         task.rule = how == LERP ? Rule::Lerp : Rule::Mean;
-        task.k[0] = how == LERP ? 1. - number : number;
-        task.k[1] = number;
       }
       average.unsafeGetTensorImpl()->bump_version();
       pairs.pass.add(task);

@@ -10,19 +10,34 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/_fused_sgd.h>
 
-#include <cmath>
-#include <map>
+#include <algorithm>
 #include <memory>
 #include <tuple>
 
 #include "bridge.h"
 #include "plan.h"
+#include "rules.h"
 
 using at::Tensor;
-using tig::Rule;
 using torch::optim::Optimizer;
 
 namespace {
+
+using Sgd = tig::SgdRules;
+using Adam = tig::AdamRules<torch::optim::AdamOptions, torch::optim::AdamParamState>;
+using AdamW = tig::AdamRules<torch::optim::AdamWOptions, torch::optim::AdamWParamState>;
+using RmsProp = tig::RmsPropRules;
+
+// Calls f(rules) with those of this kind of optimizer.
+template <typename F>
+auto with_rules(int kind, F&& f) {
+  switch (kind) {
+    case SGD: return f(Sgd());
+    case ADAM: return f(Adam());
+    case ADAMW: return f(AdamW());
+    default: return f(RmsProp());
+  }
+}
 
 // How steps are done; the numbers of the enum in fused.rs.
 enum Mode : int {
@@ -67,8 +82,9 @@ State& put(Optimizer& optimizer, const Tensor& p, std::unique_ptr<State> state) 
 }
 
 // Makes the step counts those of the steps that were made. Reads from the device if steps were made there
-// with a GradScaler since the last time: a host sync.
+// with a GradScaler since the last time: a host sync. To be called before anything but Step touches the state.
 void settle(Optimizer& optimizer, int kind, Plan& plan) {
+  plan.known.valid = false;
   if (!plan.ahead.skipped.defined()) return;
   const auto skipped = static_cast<int64_t>(plan.ahead.skipped.item<double>());
   auto& all = optimizer.state();
@@ -82,6 +98,22 @@ void settle(Optimizer& optimizer, int kind, Plan& plan) {
   plan.ahead = {};
 }
 
+c10::StorageImpl& storage(c10::TensorImpl& t) { return *t.unsafe_storage().unsafeGetStorageImpl(); }
+
+int64_t offset(const c10::TensorImpl& t) { return t.storage_offset() * static_cast<int64_t>(t.dtype().itemsize()); }
+
+// The first element, to write to and to read from.
+void* memory(c10::TensorImpl& t) { return static_cast<char*>(storage(t).mutable_data()) + offset(t); }
+const void* read_memory(c10::TensorImpl& t) { return static_cast<const char*>(storage(t).data()) + offset(t); }
+
+bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
+  const auto sizes = a.sizes(), strides = a.strides(), other_sizes = b.sizes(), other_strides = b.strides();
+  if (sizes.size() != other_sizes.size()) return false;
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] != other_sizes[i] || strides[i] != other_strides[i]) return false;
+  return true;
+}
+
 class Step {
  public:
   Step(Optimizer& optimizer, int kind, Plan& plan, Mode mode, const Tensor* factor, const Tensor* found_inf)
@@ -91,23 +123,11 @@ class Step {
     at::NoGradGuard no_grad;
     if (mode_ == LOOP) return loop();
     if (skipped_on_host()) return;
-    auto& groups = optimizer_.param_groups();
-    plan_.pass.clear();
-    plan_.left.resize(groups.size());
-    for (auto& left : plan_.left) left.clear();
-    plan_.buckets.clear();
-    any_left_ = false;
-    for (group_ = 0; group_ < groups.size(); ++group_)
-      for (const Tensor& p : groups[group_].params()) {
-        const Tensor& g = p.grad();
-        if (g.defined() && !take(p, g)) {
-          plan_.left[group_].push_back(p);
-          any_left_ = true;
-        }
-      }
-    // First, so that what the loop refuses leaves the rest as it was.
-    if (any_left_) loop_over_left();
-    plan_.pass.update();
+    with_rules(kind_, [&](auto rules) {
+      using Rules = decltype(rules);
+      if (!recall<Rules>()) build<Rules>();
+    });
+    plan_.pass.update(factor());
     run_buckets();
   }
 
@@ -117,6 +137,7 @@ class Step {
   // Whether the step is known to be skipped. Where all can be left to the device's kernels it is not asked.
   bool skipped_on_host() {
     if (found_inf_ && found_inf_->device().is_cpu() && mode_ != KERNELS) return skipped();
+    if (!found_inf_ && !plan_.ahead.skipped.defined()) return false;
     bool all = kind_ != RMSPROP;  // libtorch has no fused one
     plan_.on_device.clear();
     for (auto& group : optimizer_.param_groups())
@@ -154,166 +175,169 @@ class Step {
     optimizer_.step();
   }
 
+  // Uses the tasks of the last step again, if nothing they were made of has changed but values. Else nothing
+  // has happened.
+  template <typename Rules>
+  bool recall() {
+    auto& known = plan_.known;
+    if (!known.valid || mode_ != FUSED) return false;
+    auto& groups = optimizer_.param_groups();
+    for (const auto& shared : known.shared) {
+      if (shared.group >= groups.size()) return false;
+      const auto& o = options<Rules>(shared.group);
+      if (shared.rule != Rules::rule(o, false) || shared.decay != (o.weight_decay() != 0)) return false;
+    }
+    size_t next = 0;
+    for (size_t group = 0; group < groups.size(); ++group)
+      for (const Tensor& p : groups[group].params()) {
+        if (next == known.parameters.size()) return false;
+        const auto& before = known.parameters[next++];
+        if (before.group != group || !recall(before, p)) return false;
+      }
+    if (next != known.parameters.size()) return false;
+
+    for (const auto& parameter : known.parameters) {
+      if (parameter.task == Plan::Known::NONE) continue;
+      if (parameter.steps) ++*parameter.steps;
+      parameter.p->bump_version();
+    }
+    for (uint32_t i = 0; i < known.shared.size(); ++i) {
+      auto& shared = known.shared[i];
+      plan_.pass.numbers(i) = Rules::numbers(options<Rules>(shared.group), ++shared.steps);
+    }
+    return true;
+  }
+
+  bool recall(const Plan::Known::Parameter& before, const Tensor& p) {
+    c10::TensorImpl* const now = p.unsafeGetTensorImpl();
+    if (now != before.p) return false;
+    const Tensor& gradient = now->grad();
+    if (gradient.defined() != (before.task != Plan::Known::NONE)) return false;
+    if (!gradient.defined()) return true;
+    c10::TensorImpl* const g = gradient.unsafeGetTensorImpl();
+    tig::Task& task = plan_.pass.task(before.task);
+    // The keys tell device, layout and negated views.
+    if (now->key_set() != before.keys || g->key_set() != before.keys) return false;
+    if (now->dtype() != g->dtype() || now->dtype().toScalarType() != task.dtype || now->numel() != task.n) return false;
+    if (!same_layout(*now, *g) || !now->is_non_overlapping_and_dense()) return false;
+    if (&storage(*now) == &storage(*g) || memory(*now) != task.p) return false;
+    for (int i = 0; i < 3; ++i) {
+      c10::TensorImpl* const state = before.state[i];
+      if (state && (memory(*state) != task.s[i] || !same_layout(*now, *state))) return false;
+    }
+    if (before.steps && *before.steps != plan_.known.shared[task.numbers].steps) return false;
+    task.g = read_memory(*g);
+    return true;
+  }
+
+  // Makes the tasks and lists of all parameters, and steps those that only the loop can.
+  template <typename Rules>
+  void build() {
+    auto& groups = optimizer_.param_groups();
+    auto& known = plan_.known;
+    known.valid = false;
+    known.shared.clear();
+    known.parameters.clear();
+    plan_.pass.clear();
+    plan_.left.resize(groups.size());
+    for (auto& left : plan_.left) left.clear();
+    plan_.buckets.clear();
+    bool any_left = false;
+    for (group_ = 0; group_ < groups.size(); ++group_)
+      for (const Tensor& p : groups[group_].params()) {
+        const Tensor& g = p.unsafeGetTensorImpl()->grad();
+        if (!g.defined()) {
+          known.parameters.push_back({group_, p.unsafeGetTensorImpl(), {}, {}, nullptr, Plan::Known::NONE});
+        } else if (!take<Rules>(p, g, options<Rules>(group_))) {
+          plan_.left[group_].push_back(p);
+          any_left = true;
+        }
+      }
+    known.valid = mode_ == FUSED && !any_left && plan_.buckets.empty();
+    // First, so that what the loop refuses leaves the rest as it was.
+    if (any_left) loop_over_left();
+  }
+
   // Puts a parameter on the list it belongs to; false where only the loop can.
-  bool take(const Tensor& p, const Tensor& g) {
+  template <typename Rules>
+  bool take(const Tensor& p, const Tensor& g, const typename Rules::Options& o) {
+    using State = typename Rules::State;
     if (!tig::is_alike(p, g) || p.is_alias_of(g)) return false;
     const bool own = mode_ == FUSED && tig::is_plain_cpu(p);
     if (!own && !for_kernels(p)) return false;
-    // For parameters on the CPU a number; where it is there, nothing waits for it.
-    if (own && factor_ && !host_factor_) host_factor_ = factor_->item<double>();
-    auto& options = optimizer_.param_groups()[group_].options();
-    switch (kind_) {
-      case SGD: return sgd(p, g, own, static_cast<torch::optim::SGDOptions&>(options));
-      case ADAM:
-        return adam<torch::optim::AdamParamState>(p, g, own, static_cast<torch::optim::AdamOptions&>(options));
-      case ADAMW:
-        return adam<torch::optim::AdamWParamState>(p, g, own, static_cast<torch::optim::AdamWOptions&>(options));
-      default: return rmsprop(p, g, own, static_cast<torch::optim::RMSpropOptions&>(options));
+    State* state = nullptr;
+    tig::StateTensors tensors{};
+    bool first = false;
+    if (Rules::has_state(o)) {
+      state = find<State>(optimizer_, p);
+      first = state == nullptr;
+      if (first) state = &put(optimizer_, p, Rules::make(p, o));
+      tensors = Rules::tensors(*state, o);
+      for (const Tensor* tensor : tensors)
+        if (tensor && !tig::is_alike(p, *tensor)) return false;
     }
+    int64_t* steps = nullptr;
+    if constexpr (Rules::counts) steps = &state->step();
+    if (own) add<Rules>(p, g, o, tensors, steps, first);
+    else add_to_bucket(p, g, tensors, steps ? *steps : first ? 0 : 1);
+    if (steps) ++*steps;
+    return true;
   }
+
+  template <typename Rules>
+  void add(const Tensor& p, const Tensor& g, const typename Rules::Options& o, const tig::StateTensors& tensors,
+           int64_t* steps, bool first) {
+    auto& known = plan_.known;
+    const Plan::Known::Shared shared{group_, Rules::rule(o, first), o.weight_decay() != 0, steps ? *steps + 1 : 0};
+    const auto same = [&](const Plan::Known::Shared& other) {
+      return other.group == shared.group && other.rule == shared.rule && other.steps == shared.steps;
+    };
+    auto found = std::find_if(known.shared.begin(), known.shared.end(), same);
+    const auto numbers = static_cast<uint32_t>(found - known.shared.begin());
+    if (found == known.shared.end()) {
+      known.shared.push_back(shared);
+      plan_.pass.add(Rules::numbers(o, shared.steps));
+    }
+    tig::Task task{};
+    task.p = memory(*p.unsafeGetTensorImpl());
+    task.g = g.const_data_ptr();
+    task.n = p.numel();
+    task.dtype = p.scalar_type();
+    task.rule = shared.rule;
+    task.decay = shared.decay;
+    task.numbers = numbers;
+    Plan::Known::Parameter parameter{group_, p.unsafeGetTensorImpl(), p.key_set(), {}, steps, 0};
+    for (int i = 0; i < 3; ++i) {
+      if (!tensors[i]) continue;
+      parameter.state[i] = tensors[i]->unsafeGetTensorImpl();
+      task.s[i] = memory(*parameter.state[i]);
+    }
+    parameter.task = plan_.pass.add(task);
+    known.parameters.push_back(parameter);
+    p.unsafeGetTensorImpl()->bump_version();
+  }
+
+  void add_to_bucket(const Tensor& p, const Tensor& g, const tig::StateTensors& tensors, int64_t steps) {
+    Plan::Bucket& bucket = plan_.buckets[{group_, p.scalar_type(), p.device().type(), p.device().index(), steps}];
+    bucket.p.push_back(p);
+    bucket.g.push_back(g);
+    std::vector<Tensor>* const lists[] = {&bucket.a, &bucket.b, &bucket.c};
+    for (int i = 0; i < 3; ++i)
+      if (tensors[i]) lists[i]->push_back(*tensors[i]);
+  }
+
+  template <typename Rules>
+  typename Rules::Options& options(size_t group) const {
+    return static_cast<typename Rules::Options&>(optimizer_.param_groups()[group].options());
+  }
+
+  // For parameters on the CPU a number; where it is there, nothing waits for it.
+  double factor() const { return factor_ && !plan_.pass.empty() ? factor_->item<double>() : 1.; }
 
   bool for_kernels(const Tensor& p) const {
     const bool device = p.device().is_cuda() || (mode_ == KERNELS && p.device().is_cpu());
     return device && p.layout() == at::kStrided && at::isFloatingType(p.scalar_type()) &&
            p.is_non_overlapping_and_dense() && !p.is_inference() && !p.is_neg();
-  }
-
-  bool fits(const Tensor& p, const Tensor& state) const { return state.defined() && tig::is_alike(p, state); }
-
-  tig::Task task(const Tensor& p, const Tensor& g, Rule rule, bool decay) const {
-    tig::Task task{};
-    task.p = p.mutable_data_ptr();
-    task.g = g.const_data_ptr();
-    task.n = p.numel();
-    task.dtype = p.scalar_type();
-    task.rule = rule;
-    task.decay = decay;
-    task.factor = host_factor_.value_or(1.);
-    return task;
-  }
-
-  Plan::Bucket& bucket(const Tensor& p, const Tensor& g, int64_t steps) {
-    Plan::Bucket& bucket = plan_.buckets[{group_, p.scalar_type(), p.device().type(), p.device().index(), steps}];
-    bucket.p.push_back(p);
-    bucket.g.push_back(g);
-    return bucket;
-  }
-
-  bool sgd(const Tensor& p, const Tensor& g, bool own, const torch::optim::SGDOptions& o) {
-    const bool decay = o.weight_decay() != 0, momentum = o.momentum() != 0;
-    Tensor buffer;
-    bool first = false;
-    if (momentum) {
-      auto state = find<torch::optim::SGDParamState>(optimizer_, p);
-      if (state && !fits(p, state->momentum_buffer())) return false;
-      first = state == nullptr;
-      if (first) {
-        auto made = std::make_unique<torch::optim::SGDParamState>();
-        made->momentum_buffer(at::zeros_like(p));
-        state = &put(optimizer_, p, std::move(made));
-      }
-      buffer = state->momentum_buffer();
-    }
-    if (!own) {
-      Plan::Bucket& into = bucket(p, g, first ? 0 : 1);
-      if (momentum) into.a.push_back(buffer);
-      return true;
-    }
-    const Rule rule = !momentum ? Rule::Sgd
-        : first ? (o.nesterov() ? Rule::SgdFirstNesterov : Rule::SgdFirst)
-                : (o.nesterov() ? Rule::SgdNesterov : Rule::SgdMomentum);
-    auto one = task(p, g, rule, decay);
-    if (momentum) one.s[0] = buffer.mutable_data_ptr();
-    one.k[0] = o.lr();
-    one.k[1] = o.weight_decay();
-    one.k[2] = o.momentum();
-    one.k[3] = 1 - o.dampening();
-    plan_.pass.add(one);
-    p.unsafeGetTensorImpl()->bump_version();
-    return true;
-  }
-
-  template <typename State, typename Options>
-  bool adam(const Tensor& p, const Tensor& g, bool own, const Options& o) {
-    constexpr bool decoupled = std::is_same<Options, torch::optim::AdamWOptions>::value;
-    auto state = find<State>(optimizer_, p);
-    if (!state) {
-      auto made = std::make_unique<State>();
-      made->step(0);
-      made->exp_avg(at::zeros_like(p));
-      made->exp_avg_sq(at::zeros_like(p));
-      if (o.amsgrad()) made->max_exp_avg_sq(at::zeros_like(p));
-      state = &put(optimizer_, p, std::move(made));
-    }
-    if (!fits(p, state->exp_avg()) || !fits(p, state->exp_avg_sq())) return false;
-    if (o.amsgrad() && !fits(p, state->max_exp_avg_sq())) return false;
-    state->step(state->step() + 1);
-    if (!own) {
-      Plan::Bucket& into = bucket(p, g, state->step() - 1);
-      into.a.push_back(state->exp_avg());
-      into.b.push_back(state->exp_avg_sq());
-      if (o.amsgrad()) into.c.push_back(state->max_exp_avg_sq());
-      return true;
-    }
-    const double beta1 = std::get<0>(o.betas()), beta2 = std::get<1>(o.betas());
-    const double correction1 = 1 - std::pow(beta1, state->step());
-    const double correction2 = 1 - std::pow(beta2, state->step());
-    const Rule rule = decoupled ? (o.amsgrad() ? Rule::AdamWAmsgrad : Rule::AdamW)
-                                : (o.amsgrad() ? Rule::AdamAmsgrad : Rule::Adam);
-    auto one = task(p, g, rule, o.weight_decay() != 0);
-    one.s[0] = state->exp_avg().mutable_data_ptr();
-    one.s[1] = state->exp_avg_sq().mutable_data_ptr();
-    if (o.amsgrad()) one.s[2] = state->max_exp_avg_sq().mutable_data_ptr();
-    one.k[0] = o.lr() / correction1;
-    one.k[1] = decoupled ? 1 - o.lr() * o.weight_decay() : o.weight_decay();
-    one.k[2] = beta1;
-    one.k[3] = 1 - beta1;
-    one.k[4] = beta2;
-    one.k[5] = 1 - beta2;
-    one.k[6] = std::sqrt(correction2);
-    one.k[7] = o.eps();
-    plan_.pass.add(one);
-    p.unsafeGetTensorImpl()->bump_version();
-    return true;
-  }
-
-  bool rmsprop(const Tensor& p, const Tensor& g, bool own, const torch::optim::RMSpropOptions& o) {
-    const bool momentum = o.momentum() > 0, centered = o.centered();
-    auto state = find<torch::optim::RMSpropParamState>(optimizer_, p);
-    if (!state) {
-      auto made = std::make_unique<torch::optim::RMSpropParamState>();
-      made->step(0);
-      made->square_avg(at::zeros_like(p));
-      if (momentum) made->momentum_buffer(at::zeros_like(p));
-      if (centered) made->grad_avg(at::zeros_like(p));
-      state = &put(optimizer_, p, std::move(made));
-    }
-    if (!fits(p, state->square_avg())) return false;
-    if (momentum && !fits(p, state->momentum_buffer())) return false;
-    if (centered && !fits(p, state->grad_avg())) return false;
-    state->step(state->step() + 1);
-    if (!own) {
-      Plan::Bucket& into = bucket(p, g, 0);
-      into.a.push_back(state->square_avg());
-      if (momentum) into.b.push_back(state->momentum_buffer());
-      if (centered) into.c.push_back(state->grad_avg());
-      return true;
-    }
-    const Rule rule = centered ? (momentum ? Rule::RmsPropCenteredMomentum : Rule::RmsPropCentered)
-                               : (momentum ? Rule::RmsPropMomentum : Rule::RmsProp);
-    auto one = task(p, g, rule, o.weight_decay() != 0);
-    one.s[0] = state->square_avg().mutable_data_ptr();
-    if (momentum) one.s[1] = state->momentum_buffer().mutable_data_ptr();
-    if (centered) one.s[2] = state->grad_avg().mutable_data_ptr();
-    one.k[0] = o.lr();
-    one.k[1] = o.weight_decay();
-    one.k[2] = o.alpha();
-    one.k[3] = 1 - o.alpha();
-    one.k[4] = o.eps();
-    one.k[5] = o.momentum();
-    plan_.pass.add(one);
-    p.unsafeGetTensorImpl()->bump_version();
-    return true;
   }
 
   // libtorch's kernels: one call for each bucket.
@@ -395,8 +419,6 @@ class Step {
   const Tensor* factor_;
   const Tensor* found_inf_;
   size_t group_ = 0;
-  std::optional<double> host_factor_;
-  bool any_left_ = false;
 };
 
 }  // namespace

@@ -32,42 +32,47 @@ template <typename F>
 void for_gradients(Optimizer& optimizer, Groups groups, F&& f) {
   auto& all = optimizer.param_groups();
   for (size_t i = 0; i < groups.count; ++i)
-    for (const Tensor& p : all.at(groups.numbers[i]).params())
-      if (p.grad().defined()) f(p.grad());
+    for (const Tensor& p : all.at(groups.numbers[i]).params()) {
+      const Tensor& gradient = p.unsafeGetTensorImpl()->grad();
+      if (gradient.defined()) f(gradient);
+    }
 }
 
-using Lists = std::map<std::pair<c10::DeviceType, c10::DeviceIndex>, std::vector<Tensor>>;
+struct Sorted {
+  std::map<std::pair<c10::DeviceType, c10::DeviceIndex>, std::vector<Tensor>> lists;
+  at::ScalarType norm_type = at::kFloat;  // f64 where a gradient is
+};
 
 // Puts what the one pass can take into it (as `p` and as `g`), and the rest, without zeros of sparse ones,
 // into lists by device.
-Lists sort(Optimizer& optimizer, Groups groups, tig::OnePass& pass, bool coalesced, bool all_in_lists = false) {
-  Lists lists;
+Sorted sort(Optimizer& optimizer, Groups groups, tig::OnePass& pass, bool coalesced, bool all_in_lists = false) {
+  Sorted sorted;
   pass.clear();
   for_gradients(optimizer, groups, [&](const Tensor& gradient) {
+    if (gradient.scalar_type() == at::kDouble) sorted.norm_type = at::kDouble;
     if (!all_in_lists && tig::is_plain_cpu(gradient)) {
       tig::Task task{};
       task.p = gradient.mutable_data_ptr();
       task.g = task.p;
       task.n = gradient.numel();
       task.dtype = gradient.scalar_type();
-      task.factor = 1;
       pass.add(task);
     } else {
       const Tensor dense = !gradient.is_sparse() ? gradient
           : coalesced                            ? gradient.coalesce()._values()
                                                  : gradient._values();
-      lists[{dense.device().type(), dense.device().index()}].push_back(dense);
+      sorted.lists[{dense.device().type(), dense.device().index()}].push_back(dense);
     }
   });
-  return lists;
+  return sorted;
 }
 
-void scale(tig::OnePass& pass, const Lists& lists, const Tensor& factor) {
+void scale(tig::OnePass& pass, const Sorted& sorted, const Tensor& factor) {
   if (!pass.empty()) {
     const double number = factor.item<double>();
     if (number != 1.) pass.update(tig::Rule::Scale, number);
   }
-  for (const auto& [device, list] : lists) {
+  for (const auto& [device, list] : sorted.lists) {
     if (list[0].device().is_cpu() && factor.device().is_cpu() && factor.item<double>() == 1.) continue;
     at::_foreach_mul_(list, factor.to(list[0].device()).reshape({}));
   }
@@ -83,15 +88,13 @@ std::vector<Tensor> gathered(std::vector<Tensor> parts, const tig::OnePass& pass
 
 // In f64 where a gradient is, else in f32. 0 if there are none.
 Tensor norm(Optimizer& optimizer, Groups groups, Plan& plan, double order) {
-  auto type = at::kFloat;
-  for_gradients(optimizer, groups, [&](const Tensor& g) { type = g.scalar_type() == at::kDouble ? at::kDouble : type; });
   const bool infinity = std::isinf(order) && order > 0;
-  const Lists lists = sort(optimizer, groups, plan.pass, true, order != 2. && !infinity);
+  const Sorted sorted = sort(optimizer, groups, plan.gradients, true, order != 2. && !infinity);
   std::vector<Tensor> parts;
-  for (const auto& [device, list] : lists)
-    for (const Tensor& part : at::_foreach_norm(list, order)) parts.push_back(part.to(type));
-  parts = gathered(std::move(parts), plan.pass, [&] {
-    return at::full({}, plan.pass.norm(infinity ? tig::Norm::Infinity : tig::Norm::Two), type);
+  for (const auto& [device, list] : sorted.lists)
+    for (const Tensor& part : at::_foreach_norm(list, order)) parts.push_back(part.to(sorted.norm_type));
+  parts = gathered(std::move(parts), plan.gradients, [&] {
+    return at::full({}, plan.gradients.norm(infinity ? tig::Norm::Infinity : tig::Norm::Two), sorted.norm_type);
   });
   return parts.size() == 1 ? parts[0] : at::linalg_vector_norm(at::stack(parts), order);
 }
@@ -119,18 +122,18 @@ int tig_scale_gradients(Optimizer* optimizer, const size_t* numbers, size_t coun
                         char** error) {
   return guarded(error, [&] {
     at::NoGradGuard no_grad;
-    const Lists lists = sort(*optimizer, {numbers, count}, plan->pass, false);
-    scale(plan->pass, lists, *factor);
+    const Sorted sorted = sort(*optimizer, {numbers, count}, plan->gradients, false);
+    scale(plan->gradients, sorted, *factor);
   });
 }
 
 int tig_clip_value(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, double max, char** error) {
   return guarded(error, [&] {
     at::NoGradGuard no_grad;
-    Lists lists = sort(*optimizer, {numbers, count}, plan->pass, true);
-    if (!plan->pass.empty()) plan->pass.update(tig::Rule::Clamp, max);
+    Sorted sorted = sort(*optimizer, {numbers, count}, plan->gradients, true);
+    if (!plan->gradients.empty()) plan->gradients.update(tig::Rule::Clamp, max);
     // Duplicates of an uncoalesced gradient are not added up here, as in torch.
-    for (auto& [device, list] : lists) {
+    for (auto& [device, list] : sorted.lists) {
       at::_foreach_clamp_max_(list, max);
       at::_foreach_clamp_min_(list, -max);
     }
@@ -164,15 +167,15 @@ int tig_found_inf(Optimizer* optimizer, const size_t* numbers, size_t count, Pla
                   char** error) {
   return guarded(error, [&] {
     at::NoGradGuard no_grad;
-    const Lists lists = sort(*optimizer, {numbers, count}, plan->pass, true);
+    const Sorted sorted = sort(*optimizer, {numbers, count}, plan->gradients, true);
     std::vector<Tensor> parts;
-    for (const auto& [device, list] : lists) {
+    for (const auto& [device, list] : sorted.lists) {
       const auto options = at::device(list[0].device()).dtype(at::kFloat);
       parts.push_back(at::zeros({1}, options));
       at::_amp_foreach_non_finite_check_and_unscale_(list, parts.back(), at::ones({1}, options));
     }
-    parts = gathered(std::move(parts), plan->pass, [&] {
-      return at::full({1}, plan->pass.any_nonfinite() ? 1. : 0., at::kFloat);
+    parts = gathered(std::move(parts), plan->gradients, [&] {
+      return at::full({1}, plan->gradients.any_nonfinite() ? 1. : 0., at::kFloat);
     });
     const Tensor all = parts.size() == 1 ? parts[0] : at::stack(parts).amax({0});
     *found = give(all);

@@ -40,6 +40,15 @@ template <bool FMA>
 TIG_INLINE double mul_add(double a, double b, double c) {
   return FMA ? __builtin_fma(a, b, c) : a * b + c;
 }
+// x / k where r = 1 / k, rounded as the division is: by its remainder, which is exact. Faster where one k
+// divides many.
+template <bool FMA, typename S>
+TIG_INLINE S quotient(S x, S k, S r) {
+  if (!FMA) return x / k;
+  const S q = x * r;
+  const S rest = mul_add<FMA>(-q, k, x);
+  return rest == rest ? mul_add<FMA>(rest, r, q) : q;  // of an infinite x there is none
+}
 TIG_INLINE float root(float x) { return __builtin_sqrtf(x); }
 TIG_INLINE double root(double x) { return __builtin_sqrt(x); }
 
@@ -51,7 +60,7 @@ template <Rule R, bool DECAY, bool FMA, typename S>
 TIG_INLINE void update(S* __restrict p, const S* __restrict g, S* __restrict a, S* __restrict b, S* __restrict c,
                        int64_t n, const double* k) {
   const S k0 = S(k[0]), k1 = S(k[1]), k2 = S(k[2]), k3 = S(k[3]);
-  const S k4 = S(k[4]), k5 = S(k[5]), k6 = S(k[6]), k7 = S(k[7]);
+  const S k4 = S(k[4]), k5 = S(k[5]), k6 = S(k[6]), k7 = S(k[7]), one_over_k6 = S(1) / k6;
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (R == Rule::Lerp) {
       p[i] = mul_add<FMA>(g[i], k1, p[i] * k0);
@@ -93,7 +102,7 @@ TIG_INLINE void update(S* __restrict p, const S* __restrict g, S* __restrict a, 
         v = v > most || v != v ? v : most;
         c[i] = v;
       }
-      const S denominator = root(v) / k6 + k7;
+      const S denominator = quotient<FMA>(root(v), k6, one_over_k6) + k7;
       p[i] = w + (-k0 * m) / denominator;
     } else {
       constexpr bool centered = R == Rule::RmsPropCentered || R == Rule::RmsPropCenteredMomentum;
@@ -282,58 +291,55 @@ S* at_offset(void* data, int64_t offset) {
 
 // f32 and f64: on the memory itself.
 template <typename S>
-void update_range(const Task& task, int64_t begin, int64_t end, UpdateFn<S> run,
+void update_range(const Task& task, const double* k, double factor, int64_t begin, int64_t end, UpdateFn<S> run,
                   void (*scale)(S*, const S*, int64_t, S)) {
   auto state = [&](int which, int64_t at) { return at_offset<S>(task.s[which], at); };
   auto p = static_cast<S*>(task.p);
   auto g = static_cast<const S*>(task.g);
-  if (task.factor == 1.) {
-    run(p + begin, g ? g + begin : nullptr, state(0, begin), state(1, begin), state(2, begin), end - begin, task.k);
+  if (factor == 1.) {
+    run(p + begin, g ? g + begin : nullptr, state(0, begin), state(1, begin), state(2, begin), end - begin, k);
     return;
   }
   alignas(64) S gradient[BLOCK];
   for (int64_t at = begin; at < end; at += BLOCK) {
     const int64_t n = std::min(BLOCK, end - at);
-    scale(gradient, g + at, n, S(task.factor));
-    run(p + at, gradient, state(0, at), state(1, at), state(2, at), n, task.k);
+    scale(gradient, g + at, n, S(factor));
+    run(p + at, gradient, state(0, at), state(1, at), state(2, at), n, k);
   }
 }
 
 // f16 and bf16: computed in f32, rounded once.
 template <typename T>
-void update_range(const Task& task, int64_t begin, int64_t end, UpdateFn<float> run,
-                  void (*load)(float*, const T*, int64_t, float), void (*store)(T*, const float*, int64_t)) {
+void update_range(const Task& task, const double* k, double factor, int64_t begin, int64_t end,
+                  UpdateFn<float> run, void (*load)(float*, const T*, int64_t, float), void (*store)(T*, const float*, int64_t)) {
   alignas(64) float p[BLOCK], g[BLOCK], s[3][BLOCK];
   for (int64_t at = begin; at < end; at += BLOCK) {
     const int64_t n = std::min(BLOCK, end - at);
     T* state[3];
     load(p, static_cast<const T*>(task.p) + at, n, 1.f);
-    if (task.g) load(g, static_cast<const T*>(task.g) + at, n, static_cast<float>(task.factor));
+    if (task.g) load(g, static_cast<const T*>(task.g) + at, n, static_cast<float>(factor));
     for (int i = 0; i < 3; ++i) {
       state[i] = at_offset<T>(task.s[i], at);
       if (state[i]) load(s[i], state[i], n, 1.f);
     }
-    run(p, g, s[0], s[1], s[2], n, task.k);
+    run(p, g, s[0], s[1], s[2], n, k);
     store(static_cast<T*>(task.p) + at, p, n);
     for (int i = 0; i < 3; ++i)
       if (state[i]) store(state[i], s[i], n);
   }
 }
 
-void update_range(const Task& task, int64_t begin, int64_t end) {
+void update_range(const Task& task, const double* k, double factor, int64_t begin, int64_t end) {
   const Isa& with = isa();
-  switch (task.dtype) {
-    case at::kDouble:
-      return update_range<double>(task, begin, end, with.double_update(task.rule, task.decay), with.scale_double);
-    case at::kFloat:
-      return update_range<float>(task, begin, end, with.float_update(task.rule, task.decay), with.scale_float);
-    case at::kHalf:
-      return update_range<c10::Half>(task, begin, end, with.float_update(task.rule, task.decay), with.load_half,
-                                     with.store_half);
-    default:
-      return update_range<c10::BFloat16>(task, begin, end, with.float_update(task.rule, task.decay),
-                                         with.load_bfloat, with.store_bfloat);
+  if (task.dtype == at::kDouble) {
+    const auto run = with.double_update(task.rule, task.decay);
+    return update_range<double>(task, k, factor, begin, end, run, with.scale_double);
   }
+  const auto run = with.float_update(task.rule, task.decay);
+  if (task.dtype == at::kFloat) return update_range<float>(task, k, factor, begin, end, run, with.scale_float);
+  if (task.dtype == at::kHalf)
+    return update_range<c10::Half>(task, k, factor, begin, end, run, with.load_half, with.store_half);
+  update_range<c10::BFloat16>(task, k, factor, begin, end, run, with.load_bfloat, with.store_bfloat);
 }
 
 // The OpenMP runtime that libtorch itself uses, without linking to another: found among what is loaded.
@@ -346,8 +352,32 @@ Parallel openmp() {
 
 }  // namespace
 
+void OnePass::clear() {
+  tasks_.clear();
+  numbers_.clear();
+  chunks_.clear();
+  overlapping_.reset();
+  total_ = 0;
+}
+
+uint32_t OnePass::add(const Numbers& numbers) {
+  numbers_.push_back(numbers);
+  return numbers_.size() - 1;
+}
+
+uint32_t OnePass::add(const Task& task) {
+  const auto index = static_cast<uint32_t>(tasks_.size());
+  tasks_.push_back(task);
+  for (int64_t begin = 0; begin < task.n; begin += CHUNK)
+    chunks_.push_back({index, begin, std::min(begin + CHUNK, task.n)});
+  total_ += task.n;
+  return index;
+}
+
 // Two tasks write to the same memory: their order then matters.
 bool OnePass::overlapping() {
+  if (overlapping_) return *overlapping_;
+  overlapping_ = false;
   ranges_.clear();
   for (const Task& task : tasks_) {
     auto begin = static_cast<const char*>(task.p);
@@ -355,17 +385,13 @@ bool OnePass::overlapping() {
   }
   std::sort(ranges_.begin(), ranges_.end());
   for (size_t i = 1; i < ranges_.size(); ++i)
-    if (ranges_[i].first < ranges_[i - 1].second) return true;
-  return false;
+    if (ranges_[i].first < ranges_[i - 1].second) overlapping_ = true;
+  return *overlapping_;
 }
 
 // Calls f(index of the chunk, its task, begin, end).
 template <typename F>
 void OnePass::for_chunks(bool writes, const F& f) {
-  chunks_.clear();
-  for (uint32_t i = 0; i < tasks_.size(); ++i)
-    for (int64_t begin = 0; begin < tasks_[i].n; begin += CHUNK)
-      chunks_.push_back({i, begin, std::min(begin + CHUNK, tasks_[i].n)});
   auto one = [&](size_t index) {
     const Chunk& chunk = chunks_[index];
     f(index, tasks_[chunk.task], chunk.begin, chunk.end);
@@ -392,15 +418,18 @@ void OnePass::for_chunks(bool writes, const F& f) {
       &shared, 0, 0);
 }
 
-void OnePass::update() {
-  for_chunks(true, [](size_t, const Task& task, int64_t begin, int64_t end) { update_range(task, begin, end); });
+void OnePass::update(double factor) {
+  for_chunks(true, [&](size_t, const Task& task, int64_t begin, int64_t end) {
+    update_range(task, numbers_[task.numbers].data(), factor, begin, end);
+  });
 }
 
 void OnePass::update(Rule rule, double number) {
+  const uint32_t numbers = add(Numbers{number});
   for (Task& task : tasks_) {
     task.g = nullptr;
     task.rule = rule;
-    task.k[0] = number;
+    task.numbers = numbers;
   }
   update();
 }
@@ -414,9 +443,7 @@ double reduce_range(const Task& task, int64_t begin, int64_t end, Reduction redu
 
 double OnePass::norm(Norm norm) {
   const auto reduction = norm == Norm::Two ? Reduction::Squares : Reduction::Largest;
-  int64_t count = 0;
-  for (const Task& task : tasks_) count += (task.n + CHUNK - 1) / CHUNK;
-  partial_.assign(count, 0.);
+  partial_.assign(chunks_.size(), 0.);
   for_chunks(false, [&](size_t index, const Task& task, int64_t begin, int64_t end) {
     partial_[index] = reduce_range(task, begin, end, reduction);
   });

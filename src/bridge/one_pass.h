@@ -4,12 +4,14 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace tig {
 
-// The arithmetic of one kind of update. `a`, `b`, `c` are the state tensors of a task; `k` its numbers.
+// The arithmetic of one kind of update. `a`, `b`, `c` are the state tensors of a task; `k` are numbers.
 // In the order of operations of libtorch's own loops, so that f32 and f64 agree with them.
 enum class Rule : int {
   // k: lr, weight decay, momentum, 1 - dampening. a: momentum buffer.
@@ -42,6 +44,8 @@ enum class Rule : int {
   Swap,
 };
 
+using Numbers = std::array<double, 8>;
+
 struct Task {
   void* p;
   const void* g;
@@ -49,21 +53,26 @@ struct Task {
   int64_t n;
   at::ScalarType dtype;
   Rule rule;
-  bool decay;  // weight decay is not 0
-  double k[8];
-  double factor;  // of g, applied first
+  bool decay;        // weight decay is not 0
+  uint32_t numbers;  // which of the pass are `k`
 };
 
 enum class Norm : int { Two, Infinity };
 
 class OnePass {
  public:
-  void clear() { tasks_.clear(); total_ = 0; }
-  void add(const Task& task) { tasks_.push_back(task); total_ += task.n; }
+  void clear();
   bool empty() const { return tasks_.empty(); }
 
-  // Does all updates.
-  void update();
+  // Tasks refer to numbers by their index. Both may be changed from one call to the next, but for the
+  // sizes, types and memory that is written.
+  uint32_t add(const Numbers& numbers);
+  uint32_t add(const Task& task);
+  Numbers& numbers(uint32_t index) { return numbers_[index]; }
+  Task& task(uint32_t index) { return tasks_[index]; }
+
+  // Does all updates; each `g` counts `factor` times.
+  void update(double factor = 1.);
 
   // Does one update with one number, instead of those of the tasks, to all `p`.
   void update(Rule rule, double number);
@@ -84,9 +93,11 @@ class OnePass {
   bool overlapping();
 
   std::vector<Task> tasks_;
+  std::vector<Numbers> numbers_;
   std::vector<Chunk> chunks_;
   std::vector<double> partial_;
   std::vector<std::pair<const char*, const char*>> ranges_;
+  std::optional<bool> overlapping_;
   int64_t total_ = 0;
 };
 

@@ -1,4 +1,4 @@
-// What a step needs besides the optimizer, kept from one to the next so that the lists do not grow anew.
+// What steps need besides the optimizer, kept from one to the next.
 #pragma once
 
 #include <map>
@@ -21,7 +21,32 @@ struct Plan {
     std::vector<void*> parameters;
   };
 
-  tig::OnePass pass;
+  // What the tasks of the last step were made of. If the next one finds the same it uses them again.
+  struct Known {
+    // Of tasks with the same numbers, which stand at the same index in the pass.
+    struct Shared {
+      size_t group;
+      tig::Rule rule;
+      bool decay;
+      int64_t steps;  // done
+    };
+    struct Parameter {
+      size_t group;
+      c10::TensorImpl* p;
+      c10::DispatchKeySet keys;
+      c10::TensorImpl* state[3];
+      int64_t* steps;  // where the optimizer counts
+      uint32_t task;   // NONE: it had no gradient
+    };
+    static constexpr uint32_t NONE = UINT32_MAX;
+
+    bool valid = false;
+    std::vector<Shared> shared;
+    std::vector<Parameter> parameters;
+  };
+
+  tig::OnePass pass, gradients;
+  Known known;
   std::vector<std::vector<at::Tensor>> left;  // for each group, what goes through the loop
   std::map<BucketKey, Bucket> buckets;
   std::vector<void*> on_device;

@@ -392,3 +392,163 @@ fn one_variable_under_two_names_is_updated_twice_as_by_the_loop() {
     };
     assert_eq!(run(Mode::Fused), run(Mode::Loop));
 }
+
+/// Dense parameters that have a gradient in every step: their tasks are made once and used again.
+struct Steady {
+    vs: VarStore,
+    optimizer: Optimizer,
+    parameters: Vec<Tensor>,
+    step: f64,
+}
+
+impl Steady {
+    fn new(config: impl OptimizerConfig, mode: Mode, kind: Kind) -> Self {
+        let mut vs = VarStore::new(Device::Cpu);
+        vs.set_kind(kind);
+        let add = |index| vs.root().add(&format!("p{index}"), parameter(index, kind), true);
+        let parameters = [1, 2, 3, 4].map(add).into();
+        let optimizer = Optimizer::builder(config, &vs)
+            .lr(0.05)
+            .group("first", |name| name == "p1", GroupOptions::new())
+            .group("others", |name| name != "p1", GroupOptions::new())
+            .build()
+            .unwrap();
+        set_mode(&optimizer, mode);
+        Self { vs, optimizer, parameters, step: 0. }
+    }
+
+    fn gradients(&mut self) {
+        self.step += 1.;
+        for parameter in &self.parameters {
+            let gradient = parameter.detach().empty_like();
+            let values = values(&parameter.size(), self.step, gradient.kind());
+            gradient.shallow_clone().copy_(&values);
+            set_gradient(parameter, Some(&gradient)).unwrap();
+        }
+    }
+
+    fn steps(&mut self, count: usize) {
+        for _ in 0..count {
+            self.gradients();
+            self.optimizer.step().unwrap();
+        }
+    }
+
+    fn all(&self) -> Vec<Tensor> {
+        let parameters = self.parameters.iter().map(|p| p.detach().copy());
+        let state = |index: &usize| self.optimizer.state(&format!("p{index}")).unwrap();
+        let state = [1, 2, 3, 4].iter().flat_map(state).map(|(_, tensor)| tensor.copy());
+        parameters.chain(state).map(|tensor| tensor.to_kind(Double).reshape([-1])).collect()
+    }
+}
+
+type Change = fn(&mut Steady);
+
+/// What may happen between two steps.
+const CHANGES: [(&str, Change); 11] = [
+    ("nothing", |_| {}),
+    ("options", |net| {
+        let groups = net.optimizer.groups().unwrap();
+        groups[0].set_lr(0.01).unwrap();
+        groups[1].set_weight_decay(0.1).unwrap();
+    }),
+    ("a gradient is missing", |net| {
+        net.gradients();
+        set_gradient(&net.parameters[1], None).unwrap();
+        net.optimizer.step().unwrap();
+    }),
+    ("a gradient has other strides", |net| {
+        net.gradients();
+        let contiguous = values(&net.parameters[2].size(), 5., net.parameters[2].kind());
+        set_gradient(&net.parameters[2], Some(&contiguous)).unwrap();
+        net.optimizer.step().unwrap();
+    }),
+    ("a gradient is sparse", |net| {
+        net.gradients();
+        let sparse = net.parameters[1].grad().to_sparse_sparse_dim(1);
+        set_gradient(&net.parameters[1], Some(&sparse)).unwrap();
+        net.optimizer.step().unwrap();
+    }),
+    ("a step of the loop", |net| {
+        let fused = net.optimizer.fused().unwrap();
+        net.optimizer.set_fused(false).unwrap();
+        net.steps(1);
+        net.optimizer.set_fused(fused).unwrap();
+    }),
+    ("a step through tch", |net| {
+        net.gradients();
+        net.optimizer.with_tch(|tch| tch.step()).unwrap();
+    }),
+    ("a restored snapshot", |net| {
+        let before = net.optimizer.snapshot().unwrap();
+        net.steps(2);
+        net.optimizer.restore(&before).unwrap();
+    }),
+    ("a parameter's memory", |net| {
+        let other = net.parameters[1].detach().copy() * 0.5;
+        net.parameters[1].set_data(&other);
+    }),
+    ("the state's memory", |net| {
+        for (name, mut tensor) in net.optimizer.state("p2").unwrap() {
+            if name != "step" {
+                let other = &tensor * 0.5;
+                tensor.set_data(&other);
+            }
+        }
+    }),
+    ("a new parameter", |net| {
+        let late = net.vs.root().add("p6", parameter(6, net.parameters[0].kind()), true);
+        net.parameters.push(late);
+    }),
+];
+
+#[test]
+fn tasks_of_the_last_step_are_used_only_while_they_hold() {
+    fn check(config: impl OptimizerConfig + Copy, what: &str) {
+        for (name, change) in CHANGES {
+            let run = |mode| {
+                let mut net = Steady::new(config, mode, Double);
+                net.steps(3);
+                change(&mut net);
+                net.steps(3);
+                net.all()
+            };
+            // Sparse gradients are for SGD alone.
+            if name == "a gradient is sparse" && !what.starts_with("SGD") {
+                continue;
+            }
+            let difference = difference(&run(Mode::Fused), &run(Mode::Loop));
+            assert!(difference < 1e-12, "{what}, {name}: {difference:e}");
+        }
+    }
+    check(nn::sgd(0., 0., 0., false), "SGD");
+    check(nn::sgd(0.9, 0.3, 0., false), "SGD with momentum");
+    check(nn::Adam { amsgrad: true, ..Default::default() }, "Adam");
+    check(nn::AdamW::default(), "AdamW");
+    check(nn::rms_prop(0.9, 1e-6, 0., 0.5, true), "RMSprop");
+}
+
+/// The kernel divides by multiplying, with the remainder put right.
+#[test]
+fn adam_divides_as_the_loop_does() {
+    for (kind, bound) in [(Double, 4e-16), (Float, 2e-7)] {
+        let run = |mode| {
+            let mut vs = VarStore::new(Device::Cpu);
+            vs.set_kind(kind);
+            let p = vs.root().add("p", values(&[100_003], 1., kind), true);
+            let optimizer = Optimizer::adam(&vs).lr(0.01).build().unwrap();
+            set_mode(&optimizer, mode);
+            for step in 0..4 {
+                // From the smallest to what overflows when it is squared.
+                let exponents = Tensor::linspace(-45., 38., p.size()[0], (Double, Device::Cpu));
+                let sizes = Tensor::from(10.).pow(&exponents).to_kind(kind);
+                let gradient = values(&p.size(), f64::from(step), kind) * sizes;
+                set_gradient(&p, Some(&gradient)).unwrap();
+                optimizer.step().unwrap();
+            }
+            p.detach().to_kind(Double)
+        };
+        let difference = difference(&[run(Mode::Fused)], &[run(Mode::Loop)]);
+        assert!(difference < bound, "{kind:?}: {difference:e}");
+    }
+}

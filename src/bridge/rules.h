@@ -1,0 +1,110 @@
+// What each of libtorch's optimizers asks of a step: its state, the rule its options choose, the numbers.
+#pragma once
+
+#include <torch/optim.h>
+
+#include <array>
+#include <cmath>
+#include <memory>
+
+#include "one_pass.h"
+
+namespace tig {
+
+// The tensors of a state in the order of Task::s; null where the options use none.
+using StateTensors = std::array<const at::Tensor*, 3>;
+
+struct SgdRules {
+  using Options = torch::optim::SGDOptions;
+  using State = torch::optim::SGDParamState;
+  static constexpr bool counts = false;  // its steps
+
+  static bool has_state(const Options& o) { return o.momentum() != 0; }
+
+  static std::unique_ptr<State> make(const at::Tensor& p, const Options&) {
+    auto state = std::make_unique<State>();
+    state->momentum_buffer(at::zeros_like(p));
+    return state;
+  }
+
+  static StateTensors tensors(const State& s, const Options&) { return {&s.momentum_buffer()}; }
+
+  static Rule rule(const Options& o, bool first) {
+    if (o.momentum() == 0) return Rule::Sgd;
+    if (first) return o.nesterov() ? Rule::SgdFirstNesterov : Rule::SgdFirst;
+    return o.nesterov() ? Rule::SgdNesterov : Rule::SgdMomentum;
+  }
+
+  static Numbers numbers(const Options& o, int64_t) {
+    return {o.lr(), o.weight_decay(), o.momentum(), 1 - o.dampening()};
+  }
+};
+
+template <typename O, typename S>
+struct AdamRules {
+  using Options = O;
+  using State = S;
+  static constexpr bool counts = true;
+  static constexpr bool decoupled = std::is_same<O, torch::optim::AdamWOptions>::value;
+
+  static bool has_state(const Options&) { return true; }
+
+  static std::unique_ptr<State> make(const at::Tensor& p, const Options& o) {
+    auto state = std::make_unique<State>();
+    state->step(0);
+    state->exp_avg(at::zeros_like(p));
+    state->exp_avg_sq(at::zeros_like(p));
+    if (o.amsgrad()) state->max_exp_avg_sq(at::zeros_like(p));
+    return state;
+  }
+
+  static StateTensors tensors(const State& s, const Options& o) {
+    return {&s.exp_avg(), &s.exp_avg_sq(), o.amsgrad() ? &s.max_exp_avg_sq() : nullptr};
+  }
+
+  static Rule rule(const Options& o, bool) {
+    if (decoupled) return o.amsgrad() ? Rule::AdamWAmsgrad : Rule::AdamW;
+    return o.amsgrad() ? Rule::AdamAmsgrad : Rule::Adam;
+  }
+
+  static Numbers numbers(const Options& o, int64_t steps) {
+    const auto [beta1, beta2] = o.betas();
+    const double correction1 = 1 - std::pow(beta1, steps), correction2 = 1 - std::pow(beta2, steps);
+    const double decay = decoupled ? 1 - o.lr() * o.weight_decay() : o.weight_decay();
+    return {o.lr() / correction1, decay, beta1, 1 - beta1, beta2, 1 - beta2, std::sqrt(correction2), o.eps()};
+  }
+};
+
+struct RmsPropRules {
+  using Options = torch::optim::RMSpropOptions;
+  using State = torch::optim::RMSpropParamState;
+  static constexpr bool counts = true;
+
+  static bool has_state(const Options&) { return true; }
+
+  static std::unique_ptr<State> make(const at::Tensor& p, const Options& o) {
+    auto state = std::make_unique<State>();
+    state->step(0);
+    state->square_avg(at::zeros_like(p));
+    if (o.momentum() > 0) state->momentum_buffer(at::zeros_like(p));
+    if (o.centered()) state->grad_avg(at::zeros_like(p));
+    return state;
+  }
+
+  static StateTensors tensors(const State& s, const Options& o) {
+    return {&s.square_avg(), o.momentum() > 0 ? &s.momentum_buffer() : nullptr,
+            o.centered() ? &s.grad_avg() : nullptr};
+  }
+
+  static Rule rule(const Options& o, bool) {
+    const bool momentum = o.momentum() > 0;
+    if (o.centered()) return momentum ? Rule::RmsPropCenteredMomentum : Rule::RmsPropCentered;
+    return momentum ? Rule::RmsPropMomentum : Rule::RmsProp;
+  }
+
+  static Numbers numbers(const Options& o, int64_t) {
+    return {o.lr(), o.weight_decay(), o.alpha(), 1 - o.alpha(), o.eps(), o.momentum()};
+  }
+};
+
+}  // namespace tig
