@@ -1,12 +1,15 @@
 //! Optimizer steps, clipping and averages: ours against tch's own, on the shapes of real models.
 //!
-//! `cargo bench --bench steps`, with `OMP_NUM_THREADS` at the number of threads to measure. Each pair of
-//! lines is one ratio; "floor" updates the same bytes in place, as the memory allows.
+//! `scripts/bench.sh` runs this with one and with two threads, `steps.py` beside it, and makes a table.
+//! "floor" measures how fast memory is updated in place, for the least time that anything else could take.
 
 use std::hint::black_box;
 use std::time::Duration;
 
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::measurement::WallTime;
+use criterion::{
+    BatchSize, BenchmarkGroup, Criterion, SamplingMode, criterion_group, criterion_main,
+};
 use tch::nn::{self, OptimizerConfig, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::handlers::EMAHandler;
@@ -14,7 +17,40 @@ use tch_ignite::optim::Optimizer;
 
 /// Shapes of all parameters.
 fn shapes() -> Vec<(&'static str, Vec<Vec<i64>>)> {
-    vec![("200 of 16x16", vec![vec![16, 16]; 200]), ("ResNet-18", resnet18())]
+    vec![
+        ("200 of 16x16", vec![vec![16, 16]; 200]),
+        ("ResNet-18", resnet18()),
+        ("4 of 4M", vec![vec![2048, 2048]; 4]),
+        ("GPT-2 small", gpt2_small()),
+    ]
+}
+
+fn gpt2_small() -> Vec<Vec<i64>> {
+    let d = 768;
+    let mut shapes = vec![vec![50257, d], vec![1024, d]];
+    for _ in 0..12 {
+        shapes.extend([vec![d], vec![d], vec![d, 3 * d], vec![3 * d], vec![d, d], vec![d]]);
+        shapes.extend([vec![d], vec![d], vec![d, 4 * d], vec![4 * d], vec![4 * d, d], vec![d]]);
+    }
+    shapes.extend([vec![d], vec![d]]);
+    shapes
+}
+
+/// Few samples where one takes long.
+fn group<'c>(
+    c: &'c mut Criterion,
+    name: String,
+    shapes: &[Vec<i64>],
+) -> BenchmarkGroup<'c, WallTime> {
+    let mut group = c.benchmark_group(name);
+    let elements: i64 = shapes.iter().map(|shape| shape.iter().product::<i64>()).sum();
+    group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
+    if elements > 1 << 26 {
+        group.sample_size(10).sampling_mode(SamplingMode::Flat);
+    } else {
+        group.sample_size(20);
+    }
+    group
 }
 
 fn resnet18() -> Vec<Vec<i64>> {
@@ -65,26 +101,25 @@ fn compare(
 ) {
     let vs = store(shapes);
     let optimizer = Optimizer::builder(config, &vs).lr(1e-6).build().expect("one group");
-    let mut group = c.benchmark_group(format!("{name}, {shape}"));
-    group
-        .measurement_time(Duration::from_secs(2))
-        .warm_up_time(Duration::from_millis(500))
-        .sample_size(20);
+    let mut group = group(c, format!("{name}, {shape}"), shapes);
     for fused in [false, true] {
         optimizer.set_fused(fused).expect("not lent");
-        let way = if fused { "fused" } else { "loop (tch)" };
+        let way = if fused { "ours" } else { "tch" };
         group.bench_function(way, |b| b.iter(|| optimizer.step().expect("steps")));
     }
     if name == "AdamW" {
+        // Gradients shrink a little every time, so that clipping stays active.
+        optimizer.set_fused(false).expect("not lent");
+        let mut max = 1e3;
         group.bench_function("clip + step, tch", |b| {
             b.iter(|| {
-                optimizer.set_fused(false).expect("not lent");
-                optimizer.with_tch(|tch| tch.clip_grad_norm(1e9)).expect("gradients");
+                max *= 0.999;
+                optimizer.with_tch(|tch| tch.clip_grad_norm(max)).expect("gradients");
                 optimizer.step().expect("steps")
             });
         });
         optimizer.set_fused(true).expect("not lent");
-        group.bench_function("clip + step, fused", |b| {
+        group.bench_function("clip + step, ours", |b| {
             b.iter(|| black_box(optimizer.step_clipped(1e-9).expect("steps")));
         });
     }
@@ -95,12 +130,7 @@ fn gradients(c: &mut Criterion) {
     for (name, shapes) in shapes() {
         let vs = store(&shapes);
         let optimizer = Optimizer::sgd(&vs).build().expect("one group");
-        let mut group = c.benchmark_group(format!("gradients, {name}"));
-        group
-            .measurement_time(Duration::from_secs(2))
-            .warm_up_time(Duration::from_millis(500))
-            .sample_size(20);
-        // Gradients shrink a little every time, so that clipping stays active.
+        let mut group = group(c, format!("gradients, {name}"), &shapes);
         for (kind, clips) in [("below the bound", false), ("clipped", true)] {
             let max = std::cell::Cell::new(1e3);
             let bound = || {
@@ -121,6 +151,21 @@ fn gradients(c: &mut Criterion) {
         group.bench_function("zeros, ours", |b| {
             b.iter(|| optimizer.zero_grad_in_place().expect("zeros"));
         });
+        if name.starts_with("200") {
+            let backward = || {
+                let parts: Vec<_> =
+                    vs.trainable_variables().iter().map(|v| v.sum(Kind::Float)).collect();
+                Tensor::stack(&parts, 0).sum(Kind::Float).backward();
+            };
+            group.bench_function("to none, tch", |b| {
+                let clear = |()| optimizer.with_tch(|tch| tch.zero_grad()).expect("not lent");
+                b.iter_batched(backward, clear, BatchSize::PerIteration);
+            });
+            group.bench_function("to none, ours", |b| {
+                let clear = |()| optimizer.zero_grad().expect("not lent");
+                b.iter_batched(backward, clear, BatchSize::PerIteration);
+            });
+        }
         group.finish();
     }
 }
@@ -131,12 +176,8 @@ fn averages(c: &mut Criterion) {
         let variables = vs.trainable_variables();
         let mut copies: Vec<_> = variables.iter().map(|v| v.detach().copy()).collect();
         let ema = EMAHandler::new(&vs, 1e-3).expect("a momentum");
-        let mut group = c.benchmark_group(format!("EMA, {name}"));
-        group
-            .measurement_time(Duration::from_secs(2))
-            .warm_up_time(Duration::from_millis(500))
-            .sample_size(20);
-        group.bench_function("lerp_ in a loop, tch", |b| {
+        let mut group = group(c, format!("EMA, {name}"), &shapes);
+        group.bench_function("tch, lerp_ in a loop", |b| {
             b.iter(|| {
                 tch::no_grad(|| {
                     for (copy, variable) in copies.iter_mut().zip(&variables) {
@@ -156,7 +197,7 @@ fn floor(c: &mut Criterion) {
     let mut large = Tensor::ones([1 << 26], (Kind::Float, Device::Cpu));
     let mut group = c.benchmark_group("floor");
     group.measurement_time(Duration::from_secs(2)).sample_size(10);
-    group.bench_function("in place, 512 MiB", |b| b.iter(|| drop(large.g_mul_scalar_(1.0000001))));
+    group.bench_function("in place, 256 MiB", |b| b.iter(|| drop(large.g_mul_scalar_(1.0000001))));
     group.finish();
 }
 

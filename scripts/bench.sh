@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Steps, clipping and averages against tch's own: a Markdown table of medians and ratios.
+# Steps, clipping and averages against tch's own and PyTorch's: Markdown tables of medians and ratios.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -7,12 +7,15 @@ usage() {
   cat <<'EOF'
 usage: scripts/bench.sh [--help] [--table]
 
-Sets up libtorch (.libtorch/) where it is missing, runs `cargo bench --bench steps` and prints
-a Markdown table: for each benchmark the median, and how many times as fast it is as
-tch's own. --table prints that of the last run again. Needs Python 3 for the table.
+Sets up libtorch (.libtorch/) where it is missing and runs `cargo bench --bench steps`, then
+benches/steps.py where a Python with torch is found, and prints a Markdown table for each number of
+threads. --table prints those of the last run again. Takes about ten minutes for each number of
+threads, wants 6 GB of memory, and needs Python 3 for the table.
 
-environment: OMP_NUM_THREADS, the number of threads (default 1), and what
-scripts/setup-libtorch.sh names in its --help.
+environment:
+  BENCH_THREADS  the numbers of threads (default "1 2")
+  PYTHON         a Python with torch to compare with (default python3)
+and what scripts/setup-libtorch.sh names in its --help.
 EOF
 }
 
@@ -24,36 +27,25 @@ case "${1:-}" in
   *) usage >&2; printf "scripts/bench.sh: error: unknown argument '%s'\n" "$1" >&2; exit 1 ;;
 esac
 
-if [ "$table" = no ]; then
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-  scripts/setup-libtorch.sh
-  cargo bench --bench steps -- --noplot
-fi
-
-python3 - "${CARGO_TARGET_DIR:-target}/criterion" <<'EOF'
-import json, pathlib, sys
-
-groups = {}
-for file in pathlib.Path(sys.argv[1]).glob("*/*/new/benchmark.json"):
-    names = json.loads(file.read_text())
-    median = json.loads((file.parent / "estimates.json").read_text())["median"]["point_estimate"]
-    groups.setdefault(names["group_id"], []).append((names["function_id"], median))
-
-def theirs(ours, rows):
-    """What a line is compared with: tch's of the same operation."""
-    operation = ours.rsplit(", ", 1)[0] if ", " in ours else None
-    for name, median in rows:
-        if "tch" in name and (operation is None or name.startswith(operation)):
-            if operation is not None or ", " not in name or "loop" in name:
-                return median
-    return None
-
-print("| | | µs | times as fast as tch |\n|---|---|---|---|")
-for group, rows in sorted(groups.items()):
-    if group != "floor" and not any("tch" in name for name, _ in rows):
-        continue
-    for name, median in sorted(rows):
-        other = None if "tch" in name else theirs(name, rows)
-        ratio = f"{other / median:.1f}" if other else ""
-        print(f"| {group} | {name} | {median / 1e3:,.1f} | {ratio} |")
-EOF
+python=${PYTHON:-python3}
+out="${CARGO_TARGET_DIR:-target}/criterion"
+[ "$table" = yes ] || scripts/setup-libtorch.sh
+for threads in ${BENCH_THREADS:-1 2}; do
+  peer="$out/torch-$threads.jsonl"
+  if [ "$table" = no ]; then
+    export OMP_NUM_THREADS="$threads"
+    cargo bench --bench steps -- --noplot --save-baseline "threads-$threads"
+    rm -f "$peer"
+    if "$python" -c 'import torch' 2>/dev/null; then
+      "$python" benches/steps.py --threads "$threads" --out "$peer"
+    else
+      echo "scripts/bench.sh: $python has no torch (PYTHON=...): nothing to compare with but tch" >&2
+    fi
+  fi
+  printf '\n%s thread(s)\n\n' "$threads"
+  if [ -f "$peer" ]; then
+    python3 scripts/bench-table.py "$out" "threads-$threads" "$peer"
+  else
+    python3 scripts/bench-table.py "$out" "threads-$threads"
+  fi
+done

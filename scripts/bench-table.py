@@ -1,0 +1,80 @@
+"""A Markdown table of what `scripts/bench.sh` measured: bench-table.py CRITERION_FOLDER BASELINE [PYTHON_FILE]
+
+Medians; how many times as fast as tch's own and as the fastest of torch's; and the time over the least that
+the memory allows: the bytes that an operation reads and writes, at the rate of an update in place.
+"""
+
+import json
+import pathlib
+import sys
+
+# Bytes an element, each read or written once.
+BYTES = {
+    "SGD": 20, "Adam": 28, "AdamW": 28, "RMSprop": 20, "AdamW clip": 32,
+    "clip": 12, "norm": 4, "EMA": 12, "zeros": 4,
+}  # fmt: skip
+ELEMENTS = {"ResNet-18": 11_689_512, "4 of 4M": 4 * 2048 * 2048, "GPT-2 small": 124_439_808}
+
+
+def medians(folder, baseline, python):
+    found = {}
+    for file in pathlib.Path(folder).glob(f"*/*/{baseline}/benchmark.json"):
+        names = json.loads(file.read_text())
+        median = json.loads((file.parent / "estimates.json").read_text())["median"]["point_estimate"]
+        found.setdefault(names["group_id"], {})[names["function_id"]] = median
+    for line in pathlib.Path(python).read_text().splitlines() if python else ():
+        line = json.loads(line)
+        found.setdefault(line["group"], {})[line["name"]] = line["median"]
+    return found
+
+
+def operations(rows):
+    """Medians by operation and by who does it."""
+    found = {}
+    for name, median in rows.items():
+        operation, _, who = name.rpartition(", ")
+        if name.startswith(("tch, ", "torch, ")):
+            operation, who = "", name
+        found.setdefault(operation, {})[who] = median
+    return found
+
+
+def floor(group, operation, bandwidth):
+    kind, _, shape = group.partition(", ")
+    if shape not in ELEMENTS:
+        return None
+    if kind == "gradients":
+        kind = {"zeros": "zeros", "clip_grad_norm, clipped": "clip"}.get(operation, "norm")
+    elif operation:
+        kind = f"{kind} clip"
+    return BYTES[kind] * ELEMENTS[shape] / bandwidth
+
+
+def main():
+    folder, baseline, *python = sys.argv[1:]
+    groups = medians(folder, baseline, python[0] if python else None)
+    in_place = groups.pop("floor", {}).get("in place, 256 MiB")
+    bandwidth = (1 << 29) / in_place if in_place else None  # bytes a ns, read and written
+    if bandwidth:
+        print(f"Memory is updated in place at {bandwidth:.1f} GB/s, read and written.\n")
+    print("| | µs | tch's / ours | torch's best / ours | × floor |\n|---|---|---|---|---|")
+    for group, rows in sorted(groups.items()):
+        for operation, whose in sorted(operations(rows).items()):
+            ours = whose.get("ours")
+            tch = min((median for who, median in whose.items() if who.startswith("tch")), default=None)
+            torch = min((median for who, median in whose.items() if who.startswith("torch")), default=None)
+            if ours is None or tch is None:
+                continue
+            least = floor(group, operation, bandwidth) if bandwidth else None
+            columns = [
+                f"{group}: {operation}" if operation else group,
+                f"{ours / 1e3:,.1f}",
+                f"{tch / ours:.1f}",
+                f"{torch / ours:.1f}" if torch else "",
+                f"{ours / least:.2f}" if least else "",
+            ]
+            print("| " + " | ".join(columns) + " |")
+
+
+if __name__ == "__main__":
+    main()
