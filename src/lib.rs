@@ -83,6 +83,7 @@ pub mod engine;
 mod error;
 pub mod handlers;
 pub mod loggers;
+pub mod memory_format;
 pub mod metrics;
 pub mod optim;
 pub mod schedule;
