@@ -29,7 +29,13 @@ pub fn to_channels_last(tensor: &Tensor) -> Result<Tensor> {
             tensor.size()
         )));
     }
-    let converted = || tensor.f_permute([0, 2, 3, 1])?.f_contiguous()?.f_permute([0, 3, 1, 2]);
+    let size = tensor.size();
+    let (c, h, w) = (size[1], size[2], size[3]);
+    // The strides are set, because those of a single channel could be any and are not taken for channels last.
+    let converted = || {
+        let contiguous = tensor.f_permute([0, 2, 3, 1])?.f_contiguous()?;
+        contiguous.f_as_strided(&size, [h * w * c, 1, w * c, c], None::<i64>)
+    };
     converted().map_err(|error| Error::libtorch("changing the memory format", error))
 }
 
@@ -45,4 +51,65 @@ pub fn channels_last_parameters(vs: &VarStore) -> Result<()> {
             .map_err(|error| Error::libtorch("changing the memory format", error))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::nn::{self, Module};
+    use tch::{Device, Kind};
+
+    use crate::optim::Optimizer;
+
+    /// One channel too, whose strides could be any.
+    #[test]
+    fn a_network_goes_on_with_the_channels_last() {
+        for channels in [1, 3] {
+            let vs = VarStore::new(Device::Cpu);
+            let conv = nn::conv2d(vs.root(), channels, 8, 3, Default::default());
+            let x = Tensor::rand([16, channels, 10, 10], (Kind::Float, Device::Cpu));
+            let before = conv.forward(&x);
+            channels_last_parameters(&vs).unwrap();
+            let y = conv.forward(&to_channels_last(&x).unwrap());
+            assert_eq!(y.stride(), [512, 1, 64, 8]);
+            assert_eq!(y.max_pool2d_default(2).stride(), [128, 1, 32, 8]);
+            assert!((y - before).abs().max().double_value(&[]) < 1e-5);
+        }
+    }
+
+    #[test]
+    fn steps_are_the_loops() {
+        // Not of the generator, which other tests use at the same time.
+        let values = |shape: &[i64], seed: f64| {
+            let count = shape.iter().product::<i64>();
+            (Tensor::arange(count, (Kind::Float, Device::Cpu)) * 12.9898 + seed)
+                .sin()
+                .reshape(shape)
+        };
+        let train = |fused| {
+            let vs = VarStore::new(Device::Cpu);
+            let conv = nn::conv2d(vs.root(), 1, 8, 3, Default::default());
+            for mut variable in vs.trainable_variables() {
+                tch::no_grad(|| variable.copy_(&values(&variable.size(), 1.)));
+            }
+            channels_last_parameters(&vs).unwrap();
+            let optimizer = Optimizer::builder(nn::sgd(0.9, 0., 0., false), &vs).build().unwrap();
+            optimizer.set_fused(fused).unwrap();
+            for step in 0..3 {
+                let x = to_channels_last(&values(&[16, 1, 10, 10], f64::from(step))).unwrap();
+                optimizer.zero_grad().unwrap();
+                conv.forward(&x).square().mean(Kind::Float).backward();
+                optimizer.step().unwrap();
+            }
+            vs.variables()["weight"].copy()
+        };
+        let (fused, looped) = (train(true), train(false));
+        assert!((fused - looped).abs().max().double_value(&[]) < 1e-6);
+    }
+
+    #[test]
+    fn other_than_four_dimensions_are_refused() {
+        let error = to_channels_last(&Tensor::zeros([2, 3], (Kind::Float, Device::Cpu)));
+        assert!(error.unwrap_err().to_string().contains("[2, 3]"));
+    }
 }

@@ -7,6 +7,7 @@ use crate::amp::{GradScaler, autocast};
 use crate::checkpoint::{Gradients, StateDict, Stateful};
 use crate::data::Batch;
 use crate::engine::{Engine, Evaluator, Event, Trainer};
+use crate::memory_format::to_channels_last;
 use crate::optim::{Optimizer, backward};
 use crate::{Accumulation, Error, Result, Window};
 
@@ -44,6 +45,7 @@ pub struct Supervised<N> {
     pub optimizer: Optimizer,
     loss: LossFn,
     autocast: Option<Kind>,
+    channels_last: bool,
     scaler: Option<GradScaler>,
     accumulation: Option<Accumulation>,
     max_norm: Option<f64>,
@@ -72,6 +74,7 @@ impl<N: ModuleT> Supervised<N> {
             optimizer,
             loss: Box::new(loss),
             autocast: None,
+            channels_last: false,
             scaler: None,
             accumulation: None,
             max_norm: None,
@@ -84,6 +87,14 @@ impl<N: ModuleT> Supervised<N> {
     /// Forward and loss under [`autocast`] to f16 or bf16, in training and evaluation.
     pub fn autocast(mut self, kind: Kind) -> Self {
         self.autocast = Some(kind);
+        self
+    }
+
+    /// Gives the network its pictures with the channels last in memory: [`crate::memory_format`]. Bring the
+    /// parameters there too, with [`channels_last_parameters`](crate::memory_format::channels_last_parameters).
+    /// Inputs of other than four dimensions are then an error.
+    pub fn channels_last(mut self) -> Self {
+        self.channels_last = true;
         self
     }
 
@@ -136,6 +147,7 @@ impl<N: ModuleT> Supervised<N> {
             self.optimizer.zero_grad()?;
             self.accumulated.pending = 0;
         }
+        let x = self.formatted(x)?;
         let (net, loss) = (&self.net, &self.loss);
         let forward = || loss(&net.forward_t(&x, true), &y);
         let loss = match self.autocast {
@@ -202,9 +214,14 @@ impl<N: ModuleT> Supervised<N> {
         }
     }
 
+    fn formatted(&self, x: Tensor) -> Result<Tensor> {
+        if self.channels_last { to_channels_last(&x) } else { Ok(x) }
+    }
+
     /// Forward in evaluation mode, without gradients.
     pub fn eval_step(&mut self, (x, y): Batch) -> anyhow::Result<Prediction> {
         let _guard = tch::no_grad_guard();
+        let x = self.formatted(x)?;
         let forward = || self.net.forward_t(&x, false);
         let y_pred = match self.autocast {
             Some(kind) => autocast(x.device(), kind, forward)?,

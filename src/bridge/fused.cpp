@@ -106,14 +106,6 @@ int64_t offset(const c10::TensorImpl& t) { return t.storage_offset() * static_ca
 void* memory(c10::TensorImpl& t) { return static_cast<char*>(storage(t).mutable_data()) + offset(t); }
 const void* read_memory(c10::TensorImpl& t) { return static_cast<const char*>(storage(t).data()) + offset(t); }
 
-bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
-  const auto sizes = a.sizes(), strides = a.strides(), other_sizes = b.sizes(), other_strides = b.strides();
-  if (sizes.size() != other_sizes.size()) return false;
-  for (size_t i = 0; i < sizes.size(); ++i)
-    if (sizes[i] != other_sizes[i] || strides[i] != other_strides[i]) return false;
-  return true;
-}
-
 class Step {
  public:
   Step(Optimizer& optimizer, int kind, Plan& plan, Mode mode, const Tensor* factor, const Tensor* found_inf)
@@ -219,11 +211,11 @@ class Step {
     // The keys tell device, layout and negated views.
     if (now->key_set() != before.keys || g->key_set() != before.keys) return false;
     if (now->dtype() != g->dtype() || now->dtype().toScalarType() != task.dtype || now->numel() != task.n) return false;
-    if (!same_layout(*now, *g) || !now->is_non_overlapping_and_dense()) return false;
+    if (!tig::same_layout(*now, *g) || !now->is_non_overlapping_and_dense()) return false;
     if (&storage(*now) == &storage(*g) || memory(*now) != task.p) return false;
     for (int i = 0; i < 3; ++i) {
       c10::TensorImpl* const state = before.state[i];
-      if (state && (memory(*state) != task.s[i] || !same_layout(*now, *state))) return false;
+      if (state && (memory(*state) != task.s[i] || !tig::same_layout(*now, *state))) return false;
     }
     if (before.steps && *before.steps != plan_.known.shared[task.numbers].steps) return false;
     task.g = read_memory(*g);

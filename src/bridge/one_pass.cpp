@@ -469,8 +469,16 @@ bool is_plain_cpu(const at::Tensor& tensor) {
 
 bool is_alike(const at::Tensor& tensor, const at::Tensor& other) {
   return other.defined() && other.layout() == at::kStrided && other.scalar_type() == tensor.scalar_type() &&
-         other.device() == tensor.device() && other.sizes() == tensor.sizes() &&
-         other.strides() == tensor.strides() && !other.is_neg();
+         other.device() == tensor.device() && same_layout(*tensor.unsafeGetTensorImpl(), *other.unsafeGetTensorImpl()) &&
+         !other.is_neg();
+}
+
+bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
+  const auto sizes = a.sizes(), strides = a.strides(), other_sizes = b.sizes(), other_strides = b.strides();
+  if (sizes.size() != other_sizes.size()) return false;
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] != other_sizes[i] || (strides[i] != other_strides[i] && sizes[i] != 1)) return false;
+  return true;
 }
 
 }  // namespace tig

@@ -105,5 +105,7 @@ class OnePass {
 bool is_plain_cpu(const at::Tensor& tensor);
 // Both walk their memory in the same order, with the same type, on the same device.
 bool is_alike(const at::Tensor& tensor, const at::Tensor& other);
+// Of one size, and both walk their memory in the same order.
+bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b);
 
 }  // namespace tig
