@@ -12,6 +12,7 @@ const FILES: &[&str] = &[
     "src/bridge/gradients.cpp",
     "src/bridge/normalize.cpp",
 ];
+const DISTRIBUTED: &[&str] = &["src/bridge/dist.cpp"];
 const KERNELS: &[&str] = &["src/bridge/one_pass.cpp"];
 
 fn main() {
@@ -44,7 +45,7 @@ fn main() {
         .std("c++17")
         .pic(true)
         .warnings(false)
-        .include(include)
+        .include(&include)
         .include(api)
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         .define("GLOG_USE_GLOG_EXPORT", None);
@@ -58,12 +59,28 @@ fn main() {
         .flag("-fno-trapping-math")
         .files(KERNELS)
         .compile("tch_ignite_kernels");
+    build.opt_level(2);
+    if env::var_os("CARGO_FEATURE_DISTRIBUTED").is_some() {
+        compile_distributed(build.clone(), &include);
+    }
     // After what it calls was compiled, because it is linked in this order, reversed.
-    build.opt_level(2).files(FILES).compile("tch_ignite_bridge");
+    build.files(FILES).compile("tch_ignite_bridge");
 
     // For binaries of this package that are started by hand.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
     link_into_target(&lib);
+}
+
+/// libtorch's process groups. gloo's own headers do not come with it; ours declare what is needed of them.
+fn compile_distributed(mut build: cc::Build, include: &Path) {
+    let header = "torch/csrc/distributed/c10d/ProcessGroupGloo.hpp";
+    if !include.join(header).exists() {
+        fail(&format!(
+            "the feature `distributed` needs {header}, which this libtorch does not have (in {}). Use one with torch.distributed, such as the torch wheel of PyPI for Linux, or leave the feature out",
+            include.display()
+        ));
+    }
+    build.include("src/bridge/declarations").files(DISTRIBUTED).compile("tch_ignite_distributed");
 }
 
 /// Cargo puts search paths inside the target folder on the loader's path of all that it runs

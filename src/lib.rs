@@ -79,6 +79,8 @@ pub mod amp;
 mod bridge;
 pub mod checkpoint;
 pub mod data;
+#[cfg(feature = "distributed")]
+pub mod distributed;
 pub mod engine;
 mod error;
 pub mod handlers;

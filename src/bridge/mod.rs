@@ -7,6 +7,8 @@
 
 mod autocast;
 mod average;
+#[cfg(feature = "distributed")]
+mod dist;
 mod fused;
 mod generator;
 mod gradients;
@@ -25,6 +27,8 @@ use torch_sys::C_tensor;
 
 pub(crate) use autocast::AutocastRegion;
 pub(crate) use average::{Average, Pairs};
+#[cfg(feature = "distributed")]
+pub(crate) use dist::{Cause, DistException, Group, Store, StoreAddress};
 pub(crate) use fused::Mode;
 pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use memory::{bytes, bytes_mut};

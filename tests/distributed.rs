@@ -1,0 +1,8 @@
+//! Real processes that train together, and some that die.
+
+#![cfg(unix)]
+
+#[path = "distributed/collectives.rs"]
+mod collectives;
+#[path = "distributed/ranks.rs"]
+mod ranks;
