@@ -12,7 +12,7 @@ const FILES: &[&str] = &[
     "src/bridge/gradients.cpp",
     "src/bridge/normalize.cpp",
 ];
-const DISTRIBUTED: &[&str] = &["src/bridge/dist.cpp"];
+const DISTRIBUTED: &[&str] = &["src/bridge/dist.cpp", "src/bridge/reducer.cpp"];
 const KERNELS: &[&str] = &["src/bridge/one_pass.cpp"];
 
 fn main() {

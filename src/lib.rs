@@ -70,6 +70,7 @@
 //! | TensorBoard, tables, a report for the browser | [`loggers`] |
 //! | samples of your own, read by worker threads | [`data::DataLoader`], [`data::Dataset`] |
 //! | ready steps for supervised learning | [`supervised`] |
+#![cfg_attr(feature = "distributed", doc = "| many processes and machines | [`distributed`] |")]
 //!
 //! Nothing here waits for the GPU unless its documentation says so: outputs and metrics stay tensors
 //! until somebody reads them.
@@ -87,6 +88,7 @@ pub mod handlers;
 pub mod loggers;
 pub mod metrics;
 pub mod optim;
+mod parallel;
 pub mod schedule;
 pub mod supervised;
 

@@ -4,5 +4,7 @@
 
 #[path = "distributed/collectives.rs"]
 mod collectives;
+#[path = "distributed/data_parallel.rs"]
+mod data_parallel;
 #[path = "distributed/ranks.rs"]
 mod ranks;

@@ -103,7 +103,7 @@ pub(crate) struct DistException {
 }
 
 impl DistException {
-    fn other(text: impl ToString) -> Self {
+    pub(super) fn other(text: impl ToString) -> Self {
         Self { cause: Cause::Other, text: text.to_string() }
     }
 }

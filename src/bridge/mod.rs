@@ -14,6 +14,8 @@ mod generator;
 mod gradients;
 mod memory;
 mod normalize;
+#[cfg(feature = "distributed")]
+mod reducer;
 mod serial;
 mod shared_tensor;
 
@@ -33,6 +35,8 @@ pub(crate) use fused::Mode;
 pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use memory::{bytes, bytes_mut};
 pub(crate) use normalize::{Rows, normalize_rows};
+#[cfg(feature = "distributed")]
+pub(crate) use reducer::{Reducer, ReducerOptions};
 pub(crate) use serial::Serial;
 pub(crate) use shared_tensor::SharedTensor;
 

@@ -31,17 +31,21 @@
 //! error from `main`, so that the process ends with a code other than 0 and its launcher ends or restarts the job.
 
 mod control_group;
+mod data_parallel;
 mod deadline;
 mod environment;
 mod failure;
 mod frame;
 mod options;
+mod outputs;
 mod process_group;
 mod reduce_op;
 
 pub use control_group::ControlGroup;
+pub use data_parallel::{Compression, DdpOptions, DistributedDataParallel, NoSync};
 pub use failure::FailureKind;
 pub(crate) use failure::unanswered;
 pub use options::{Backend, ProcessGroupOptions};
+pub use outputs::Outputs;
 pub use process_group::ProcessGroup;
 pub use reduce_op::ReduceOp;

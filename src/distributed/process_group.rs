@@ -263,6 +263,11 @@ impl Turn<'_> {
         failure.error(self.op)
     }
 
+    /// Whether messages can be sent.
+    pub(super) fn has_control(&self) -> bool {
+        self.lines.control
+    }
+
     /// Compares what all ranks are about to do, if that is wanted.
     fn check(&self, op: impl FnOnce() -> String) -> Result<()> {
         if self.lines.check {

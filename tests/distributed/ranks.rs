@@ -1,9 +1,11 @@
 //! Processes of one group, on this machine: the test's own executable, started anew for every rank with the name of
 //! the test that is to play it.
 
+use std::io::Read;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// What a rank is to do.
@@ -15,7 +17,42 @@ pub fn role() -> Option<String> {
 }
 
 pub struct Ranks {
-    children: Vec<Option<Child>>,
+    ranks: Vec<Rank>,
+}
+
+struct Rank {
+    child: Child,
+    /// Read while it runs: a full pipe would stop it.
+    out: Option<JoinHandle<String>>,
+    err: Option<JoinHandle<String>>,
+}
+
+/// How a rank ended, and what it printed.
+pub struct Ended {
+    pub status: ExitStatus,
+    pub out: String,
+    pub err: String,
+}
+
+fn reader(mut pipe: impl Read + Send + 'static) -> Option<JoinHandle<String>> {
+    Some(std::thread::spawn(move || {
+        let mut bytes = vec![];
+        pipe.read_to_end(&mut bytes).unwrap();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }))
+}
+
+impl Rank {
+    fn running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    fn end(&mut self) -> Ended {
+        let status = self.child.wait().unwrap();
+        let [out, err] =
+            [self.out.take(), self.err.take()].map(|text| text.unwrap().join().unwrap());
+        Ended { status, out, err }
+    }
 }
 
 impl Ranks {
@@ -52,48 +89,43 @@ impl Ranks {
                 }
                 None => command.stdin(Stdio::null()),
             };
-            Some(command.spawn().unwrap())
+            let mut child = command.spawn().unwrap();
+            let out = reader(child.stdout.take().unwrap());
+            let err = reader(child.stderr.take().unwrap());
+            Rank { child, out, err }
         };
-        Self { children: (0..world).map(start).collect() }
-    }
-
-    pub fn id(&self, rank: usize) -> u32 {
-        self.children[rank].as_ref().unwrap().id()
+        Self { ranks: (0..world).map(start).collect() }
     }
 
     pub fn signal(&self, rank: usize, signal: &str) {
-        let id = self.id(rank).to_string();
+        let id = self.ranks[rank].child.id().to_string();
         assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
     }
 
-    /// What each rank printed and how it ended, `None` for those that had not ended after that time. None is left.
-    pub fn wait(mut self, time: Duration) -> Vec<Option<Output>> {
+    /// How each rank ended; `None` for those that had not ended after that time. None is left.
+    pub fn wait(mut self, time: Duration) -> Vec<Option<Ended>> {
         let begin = Instant::now();
-        let running = |children: &mut Vec<Option<Child>>| {
-            children.iter_mut().flatten().any(|child| child.try_wait().unwrap().is_none())
-        };
-        while begin.elapsed() < time && running(&mut self.children) {
+        while begin.elapsed() < time && self.ranks.iter_mut().any(Rank::running) {
             std::thread::sleep(Duration::from_millis(5));
         }
-        let end = |child: &mut Option<Child>| {
-            let mut child = child.take().unwrap();
-            let ended = child.try_wait().unwrap().is_some();
-            if !ended {
-                child.kill().unwrap();
+        let end = |rank: &mut Rank| {
+            let running = rank.running();
+            if running {
+                rank.child.kill().unwrap();
             }
-            let output = child.wait_with_output().unwrap();
-            ended.then_some(output)
+            let ended = rank.end();
+            (!running).then_some(ended)
         };
-        self.children.iter_mut().map(end).collect()
+        self.ranks.iter_mut().map(end).collect()
     }
 
     /// What each rank printed; all have to succeed.
     pub fn succeed(self) -> Vec<String> {
         let outputs = self.wait(Duration::from_secs(120)).into_iter().enumerate();
-        let text = |(rank, output): (usize, Option<Output>)| {
-            let output = output.unwrap_or_else(|| panic!("rank {rank} hangs"));
-            let (out, err) = (text(&output.stdout), text(&output.stderr));
-            assert!(output.status.success(), "rank {rank}: {}\n{out}\n{err}", output.status);
+        let text = |(rank, ended): (usize, Option<Ended>)| {
+            let ended = ended.unwrap_or_else(|| panic!("rank {rank} hangs"));
+            let Ended { status, out, err } = ended;
+            assert!(status.success(), "rank {rank}: {status}\n{out}\n{err}");
             out
         };
         outputs.map(text).collect()
@@ -102,13 +134,9 @@ impl Ranks {
 
 impl Drop for Ranks {
     fn drop(&mut self) {
-        for child in self.children.iter_mut().flatten() {
-            let _ = child.kill();
-            let _ = child.wait();
+        for rank in &mut self.ranks {
+            let _ = rank.child.kill();
+            let _ = rank.child.wait();
         }
     }
-}
-
-pub fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
