@@ -80,7 +80,43 @@ fn compile_distributed(mut build: cc::Build, include: &Path) {
             include.display()
         ));
     }
-    build.include("src/bridge/declarations").files(DISTRIBUTED).compile("tch_ignite_distributed");
+    build.include("src/bridge/declarations").files(DISTRIBUTED);
+    if env::var_os("CARGO_FEATURE_NCCL").is_some() {
+        nccl(&mut build);
+    }
+    build.compile("tch_ignite_distributed");
+}
+
+/// Its process group is in the CUDA half of libtorch, which also brings NCCL itself.
+fn nccl(build: &mut cc::Build) {
+    println!("cargo:rerun-if-env-changed=NCCL_INCLUDE");
+    println!("cargo:rerun-if-env-changed=CUDA_INCLUDE");
+    let folders = |variable: &str, default: &str| -> Vec<PathBuf> {
+        let given = env::var_os(variable).unwrap_or_else(|| default.into());
+        env::split_paths(&given).collect()
+    };
+    let (cuda, nccl) = (
+        folders("CUDA_INCLUDE", "/usr/local/cuda/include"),
+        folders("NCCL_INCLUDE", "/usr/include"),
+    );
+    for (variable, folders, header) in
+        [("CUDA_INCLUDE", &cuda, "cuda_runtime.h"), ("NCCL_INCLUDE", &nccl, "nccl.h")]
+    {
+        if !folders.iter().any(|folder| folder.join(header).exists()) {
+            fail(&format!(
+                "the feature `nccl` needs {header}, which is not in {}. Set {variable} to its folder (or folders, as in PATH)",
+                folders
+                    .iter()
+                    .map(|folder| folder.display().to_string())
+                    .collect::<Vec<_>>()
+                    .join(" or ")
+            ));
+        }
+    }
+    build.includes(nccl).includes(cuda).define("TCH_IGNITE_NCCL", None);
+    build.file("src/bridge/dist_nccl.cpp");
+    println!("cargo:rustc-link-lib=torch_cuda");
+    println!("cargo:rustc-link-lib=c10_cuda");
 }
 
 /// Cargo puts search paths inside the target folder on the loader's path of all that it runs

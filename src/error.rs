@@ -92,8 +92,8 @@ pub enum Error {
         source: std::io::Error,
     },
 
-    /// Something between the processes of a [`ProcessGroup`](crate::distributed::ProcessGroup) went wrong. The group is
-    /// dead, unless the kind is a mismatch: end the process with a code other than 0.
+    /// Something between the processes of a [`ProcessGroup`](crate::distributed::ProcessGroup) went wrong. End the
+    /// process with a code other than 0.
     #[cfg(feature = "distributed")]
     #[error("rank {rank}, {op}: {kind}: {message}{}", crate::distributed::unanswered(missing))]
     Distributed {

@@ -6,5 +6,7 @@
 mod collectives;
 #[path = "distributed/data_parallel.rs"]
 mod data_parallel;
+#[path = "distributed/failures.rs"]
+mod failures;
 #[path = "distributed/ranks.rs"]
 mod ranks;

@@ -134,6 +134,13 @@ int tig_store_has(DistStore* store, const char* key, int* has, int* cause, char*
   return dist_guarded(cause, error, [&] { *has = store->attempt->check({std::string("tch_ignite/") + key}); });
 }
 
+// Waits for the key.
+int tig_store_get(DistStore* store, const char* key, char** value, int* cause, char** error) {
+  return dist_guarded(cause, error, [&] {
+    *value = strdup(store->attempt->get_to_str(std::string("tch_ignite/") + key).c_str());
+  });
+}
+
 void tig_store_free(DistStore* store) { delete store; }
 
 // `control_timeout_ms` below 0: no control group.

@@ -6,7 +6,7 @@ use std::ptr::{NonNull, null_mut};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use super::checked;
+use super::{checked, taken_text};
 
 type Raw = *mut c_void;
 
@@ -35,6 +35,13 @@ unsafe extern "C" {
         store: Raw,
         key: *const c_char,
         has: *mut c_int,
+        cause: *mut c_int,
+        error: *mut *mut c_char,
+    ) -> c_int;
+    fn tig_store_get(
+        store: Raw,
+        key: *const c_char,
+        value: *mut *mut c_char,
         cause: *mut c_int,
         error: *mut *mut c_char,
     ) -> c_int;
@@ -199,6 +206,18 @@ impl Store {
             tig_store_has(self.0.as_ptr(), key.as_ptr(), &mut has, cause, error)
         })?;
         Ok(has != 0)
+    }
+
+    /// Waits for the key.
+    pub(crate) fn get(&self, key: &str) -> Result<String, DistException> {
+        let key = c_string(key)?;
+        let mut value = null_mut();
+        // SAFETY: as above.
+        dist_checked(|cause, error| unsafe {
+            tig_store_get(self.0.as_ptr(), key.as_ptr(), &mut value, cause, error)
+        })?;
+        // SAFETY: on success it is a text of strdup that ends with NUL, freed by `taken_text`.
+        Ok(unsafe { taken_text(value) })
     }
 }
 

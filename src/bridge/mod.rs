@@ -128,11 +128,18 @@ fn checked(call: impl FnOnce(*mut *mut c_char) -> c_int) -> Result<(), Exception
     if error.is_null() {
         return Err("no message".into());
     }
-    // SAFETY: on failure the C++ side leaves a NUL-terminated string of its own there, once.
-    let text = unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned();
-    // SAFETY: allocated by strdup on the C++ side, freed once, here.
-    unsafe { tig_free(error) };
-    Err(text)
+    // SAFETY: on failure the C++ side leaves a text of strdup there, once.
+    Err(unsafe { taken_text(error) })
+}
+
+/// # Safety
+/// A NUL-terminated string that strdup on the C++ side allocated, and that nobody else frees.
+unsafe fn taken_text(text: *mut c_char) -> String {
+    // SAFETY: as the caller promises.
+    let copy = unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
+    // SAFETY: as the caller promises, once.
+    unsafe { tig_free(text) };
+    copy
 }
 
 /// Which optimizer it is; the numbers are those of bridge.cpp.

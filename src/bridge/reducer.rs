@@ -1,13 +1,13 @@
 //! libtorch's reducer of gradients; the C++ is in reducer.cpp.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CString, c_char, c_int, c_void};
 use std::ptr::{NonNull, null_mut};
 
 use tch::Tensor;
 use torch_sys::C_tensor;
 
 use super::dist::{DistException, Group, dist_checked, pointers};
-use super::tig_free;
+use super::taken_text;
 
 type Raw = *mut c_void;
 
@@ -148,13 +148,8 @@ impl Reducer {
         dist_checked(|cause, error| unsafe {
             tig_ddp_logging_data(self.0.as_ptr(), &mut text, cause, error)
         })?;
-        if text.is_null() {
-            return Ok(vec![]);
-        }
-        // SAFETY: on success it is a text of strdup that ends with NUL.
-        let lines = unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
-        // SAFETY: freed once, here.
-        unsafe { tig_free(text) };
+        // SAFETY: on success it is a text of strdup that ends with NUL, freed by `taken_text`.
+        let lines = unsafe { taken_text(text) };
         let number = |line: &str| {
             let (name, value) = line.split_once(' ')?;
             Some((name.to_owned(), value.parse().ok()?))

@@ -81,26 +81,58 @@ impl Failure {
     }
 }
 
-/// Says in the store that this rank is alive and has failed, and looks for 2 seconds who else says so: those that do
-/// not, without this rank. Where the store does not answer it is rank 0, which serves it.
-pub(super) fn unreported(store: &Arc<Store>, rank: usize, world: usize) -> Vec<usize> {
-    let own = format!("failed/{rank}");
-    let others = move |store: &Store| absent(store, "failed", rank, world);
-    let store = store.clone();
-    let found = within(REPORTS + Duration::from_millis(500), move || {
-        store.set(&own, "1").ok()?;
-        let begin = Instant::now();
-        let mut missing = others(&store)?;
-        // Rank 0 serves the store to the others, so it stays for as long as they may ask.
-        while begin.elapsed() < REPORTS && (!missing.is_empty() || rank == 0) {
-            thread::sleep(POLL);
-            // A store that has gone now has gone with rank 0, which was alive.
-            let Some(now) = others(&store) else { break };
-            missing = now;
-        }
-        Some(missing)
-    });
-    found.flatten().unwrap_or_else(|| if rank == 0 { vec![] } else { vec![0] })
+/// What the others said after a failure.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Reports {
+    /// Those that said nothing.
+    pub(super) missing: Vec<usize>,
+    /// What the others were doing when they failed.
+    pub(super) doing: Vec<(usize, String)>,
+}
+
+impl Reports {
+    /// Says in the store that this rank is alive and failed doing `op`, and looks for 2 seconds who else says so. Where the
+    /// store does not answer it is rank 0 that is missing, which serves it.
+    pub(super) fn gather(store: &Arc<Store>, rank: usize, world: usize, op: &str) -> Self {
+        let (store, op) = (store.clone(), op.to_owned());
+        let found = within(REPORTS + Duration::from_millis(500), move || {
+            store.set(&format!("failed/{rank}"), &op).ok()?;
+            let begin = Instant::now();
+            let mut missing = absent(&store, "failed", rank, world)?;
+            // Rank 0 serves the store to the others, so it stays for as long as they may ask.
+            while begin.elapsed() < REPORTS && (!missing.is_empty() || rank == 0) {
+                thread::sleep(POLL);
+                // A store that has gone now has gone with rank 0, which was alive.
+                let Some(now) = absent(&store, "failed", rank, world) else { break };
+                missing = now;
+            }
+            let others = (0..world).filter(|other| *other != rank && !missing.contains(other));
+            let doing = others
+                .map_while(|other| Some((other, store.get(&format!("failed/{other}")).ok()?)));
+            let doing = doing.collect();
+            Some(Self { missing, doing })
+        });
+        found.flatten().unwrap_or_else(|| Self {
+            missing: if rank == 0 { vec![] } else { vec![0] },
+            doing: vec![],
+        })
+    }
+
+    /// What all ranks were doing, if all are alive and it was not the same.
+    pub(super) fn out_of_step(&self, rank: usize, op: &str) -> Option<String> {
+        let mut all = self.doing.clone();
+        all.push((rank, op.to_owned()));
+        all.sort();
+        let differs = all.iter().any(|(_, doing)| *doing != all[0].1);
+        (self.missing.is_empty() && differs).then(|| {
+            let each: Vec<_> =
+                all.iter().map(|(rank, doing)| format!("rank {rank} was in {doing}")).collect();
+            format!(
+                "the ranks are out of step, as with another number of batches on each: {}",
+                each.join(", ")
+            )
+        })
+    }
 }
 
 /// Ranks that did not come to the point where they say that they have joined.
@@ -131,6 +163,18 @@ pub(crate) fn unanswered(missing: &[usize]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranks_that_do_different_things_are_told_from_late_ones() {
+        let reports = |missing: &[usize], doing: &[(usize, &str)]| Reports {
+            missing: missing.to_vec(),
+            doing: doing.iter().map(|(rank, op)| (*rank, op.to_string())).collect(),
+        };
+        let text = reports(&[], &[(0, "barrier")]).out_of_step(1, "backward").unwrap();
+        assert!(text.ends_with("rank 0 was in barrier, rank 1 was in backward"), "{text}");
+        assert_eq!(reports(&[], &[(0, "barrier")]).out_of_step(1, "barrier"), None);
+        assert_eq!(reports(&[2], &[(0, "barrier")]).out_of_step(1, "backward"), None);
+    }
 
     #[test]
     fn texts_of_gloo_have_a_kind() {

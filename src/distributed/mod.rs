@@ -27,8 +27,11 @@
 //! another number of elements, is an error that says so ([`FailureKind::Mismatch`]).
 //!
 //! # Errors
-//! After [`Error::Distributed`](crate::Error::Distributed) of a kind other than `Mismatch` the group is dead: return the
-//! error from `main`, so that the process ends with a code other than 0 and its launcher ends or restarts the job.
+//! [`Error::Distributed`](crate::Error::Distributed) says what happened, in which operation, and which ranks did not answer.
+//! No call waits longer than its time-out; a rank that fails hangs up, so that the others hear of it at once, and all
+//! look for 2 seconds who is still there. After such an error the group is dead: return the error from `main`, so that
+//! the process ends with a code other than 0 and its launcher ends or restarts the job. Only a difference that the control
+//! group found before anything was sent leaves the group alive.
 
 mod control_group;
 mod data_parallel;

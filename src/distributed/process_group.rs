@@ -8,7 +8,7 @@ use tch::Tensor;
 use super::control_group::ControlGroup;
 use super::deadline::within;
 use super::environment::Environment;
-use super::failure::{Failure, FailureKind, classify, not_joined, unreported, words};
+use super::failure::{Failure, FailureKind, Reports, classify, not_joined, words};
 use super::frame;
 use super::{Backend, ProcessGroupOptions, ReduceOp};
 use crate::bridge::{DistException, Group, Store, StoreAddress};
@@ -54,6 +54,9 @@ const _: () = {
     shared::<ControlGroup>();
 };
 
+/// What libtorch takes longer than its time-out: it tries again once more.
+const SLACK: Duration = Duration::from_secs(5);
+
 /// What a joining process does: for errors.
 const JOIN: &str = "joining the process group";
 
@@ -62,7 +65,8 @@ impl ProcessGroup {
     /// `LOCAL_RANK`, as torchrun sets them; else the variables of Open MPI, MPICH and Slurm's `srun`, whose
     /// `MASTER_ADDR` is only needed where it cannot be told from them. With one process it is [`single`](Self::single).
     ///
-    /// Waits until all ranks are there, at most for the time-out. Rank 0 listens on `MASTER_PORT`, or on the socket whose
+    /// Waits until all ranks are there: for the store at most the time-out and 5 seconds, for connections then at most twice
+    /// the time-out and 5 seconds. Rank 0 listens on `MASTER_PORT`, or on the socket whose
     /// file descriptor is in `TCH_IGNITE_LISTEN_FD`. Neither it nor gloo knows passwords or encryption: trusted networks
     /// only.
     ///
@@ -257,8 +261,13 @@ impl Turn<'_> {
         };
         let Shared { rank, world_size, .. } = *self.shared;
         self.lines.group.hang_up();
-        let missing = unreported(&self.lines.store, rank, world_size);
-        let failure = Failure { kind, rank, missing, message: words(&exception.text) };
+        let reports = Reports::gather(&self.lines.store, rank, world_size, self.op);
+        let message = words(&exception.text);
+        let (kind, message) = match reports.out_of_step(rank, self.op) {
+            Some(difference) => (FailureKind::Mismatch, format!("{difference} ({message})")),
+            None => (kind, message),
+        };
+        let failure = Failure { kind, rank, missing: reports.missing, message };
         let _ = self.lines.failed.set(failure.clone());
         failure.error(self.op)
     }
@@ -342,8 +351,7 @@ fn connect(
         Failure { kind, rank, missing, message }.error(JOIN)
     };
     let to = address.clone();
-    // libtorch tries again for a while after its time-out.
-    let connected = within(timeout + Duration::from_secs(10), move || {
+    let connected = within(timeout + SLACK, move || {
         let store = Store::connect(&to, world_size, milliseconds(timeout))?;
         store.set(&format!("joined/{rank}"), "1")?;
         Ok::<_, DistException>(store)
@@ -371,7 +379,7 @@ fn assemble(
     let ProcessGroupOptions { timeout, control_timeout, backend, python_peers, .. } = *options;
     let control = (!python_peers).then(|| milliseconds(control_timeout.unwrap_or(timeout)));
     let with = store.clone();
-    let made = within(timeout * 2 + Duration::from_secs(10), move || {
+    let made = within(timeout * 2 + SLACK, move || {
         with.wait_for_workers()?;
         let nccl = backend == Backend::Nccl;
         Group::new(&with, rank, world_size, nccl, milliseconds(timeout), control)

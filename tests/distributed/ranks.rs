@@ -5,6 +5,7 @@ use std::io::Read;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -22,9 +23,14 @@ pub struct Ranks {
 
 struct Rank {
     child: Child,
-    /// Read while it runs: a full pipe would stop it.
-    out: Option<JoinHandle<String>>,
-    err: Option<JoinHandle<String>>,
+    out: Pipe,
+    err: Pipe,
+}
+
+/// Read while the process runs: a full pipe would stop it.
+struct Pipe {
+    text: Arc<Mutex<Vec<u8>>>,
+    reader: Option<JoinHandle<()>>,
 }
 
 /// How a rank ended, and what it printed.
@@ -34,12 +40,30 @@ pub struct Ended {
     pub err: String,
 }
 
-fn reader(mut pipe: impl Read + Send + 'static) -> Option<JoinHandle<String>> {
-    Some(std::thread::spawn(move || {
-        let mut bytes = vec![];
-        pipe.read_to_end(&mut bytes).unwrap();
-        String::from_utf8_lossy(&bytes).into_owned()
-    }))
+impl Pipe {
+    fn read(mut pipe: impl Read + Send + 'static) -> Self {
+        let text = Arc::new(Mutex::new(vec![]));
+        let to = text.clone();
+        let read = move || {
+            let mut bytes = [0; 1 << 16];
+            while let Ok(count @ 1..) = pipe.read(&mut bytes) {
+                to.lock().unwrap().extend(&bytes[..count]);
+            }
+        };
+        Self { text, reader: Some(std::thread::spawn(read)) }
+    }
+
+    fn so_far(&self) -> String {
+        String::from_utf8_lossy(&self.text.lock().unwrap()).into_owned()
+    }
+
+    /// All of it, once the process has ended.
+    fn end(&mut self) -> String {
+        if let Some(reader) = self.reader.take() {
+            reader.join().unwrap();
+        }
+        self.so_far()
+    }
 }
 
 impl Rank {
@@ -49,9 +73,7 @@ impl Rank {
 
     fn end(&mut self) -> Ended {
         let status = self.child.wait().unwrap();
-        let [out, err] =
-            [self.out.take(), self.err.take()].map(|text| text.unwrap().join().unwrap());
-        Ended { status, out, err }
+        Ended { status, out: self.out.end(), err: self.err.end() }
     }
 }
 
@@ -74,7 +96,6 @@ impl Ranks {
         let start = |rank: usize| {
             let mut command = Command::new(std::env::current_exe().unwrap());
             command.args(["--exact", test, "--nocapture", "--test-threads=1"]);
-            change(rank, &mut command);
             command
                 .env(ROLE, role)
                 .envs([("RANK", rank.to_string()), ("WORLD_SIZE", world.to_string())])
@@ -89,12 +110,28 @@ impl Ranks {
                 }
                 None => command.stdin(Stdio::null()),
             };
+            change(rank, &mut command);
             let mut child = command.spawn().unwrap();
-            let out = reader(child.stdout.take().unwrap());
-            let err = reader(child.stderr.take().unwrap());
+            let out = Pipe::read(child.stdout.take().unwrap());
+            let err = Pipe::read(child.stderr.take().unwrap());
             Rank { child, out, err }
         };
         Self { ranks: (0..world).map(start).collect() }
+    }
+
+    /// Waits until the rank prints that; false if it ended, or a minute passed, without it.
+    pub fn says(&mut self, rank: usize, text: &str) -> bool {
+        let begin = Instant::now();
+        loop {
+            let running = self.ranks[rank].running();
+            if self.ranks[rank].out.so_far().contains(text) {
+                return true;
+            }
+            if !running || begin.elapsed() > Duration::from_secs(60) {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     pub fn signal(&self, rank: usize, signal: &str) {
@@ -117,6 +154,24 @@ impl Ranks {
             (!running).then_some(ended)
         };
         self.ranks.iter_mut().map(end).collect()
+    }
+
+    /// As `wait`, for all but one rank, which is killed then; and how long that took.
+    pub fn wait_for_others(
+        mut self,
+        lost: usize,
+        time: Duration,
+    ) -> (Duration, Vec<Option<Ended>>) {
+        let begin = Instant::now();
+        let others = |ranks: &mut Vec<Rank>| {
+            ranks.iter_mut().enumerate().any(|(rank, other)| rank != lost && other.running())
+        };
+        while begin.elapsed() < time && others(&mut self.ranks) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let took = begin.elapsed();
+        let _ = self.ranks[lost].child.kill();
+        (took, self.wait(Duration::from_millis(200)))
     }
 
     /// What each rank printed; all have to succeed.
