@@ -8,5 +8,7 @@ mod collectives;
 mod data_parallel;
 #[path = "distributed/failures.rs"]
 mod failures;
+#[path = "distributed/interop.rs"]
+mod interop;
 #[path = "distributed/ranks.rs"]
 mod ranks;

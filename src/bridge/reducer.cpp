@@ -90,8 +90,10 @@ int tig_ddp_new(DistGroup* group, const Tensor* const* parameters, const char* c
     }
     const std::vector<bool> sparse(reduced.size(), false);
     const auto first = options->first_bucket_bytes, rest = options->bucket_bytes;
-    auto [buckets, limits] = c10d::compute_bucket_assignment_by_size(
-        reduced, {static_cast<size_t>(first), static_cast<size_t>(rest)}, sparse);
+    // As in Python: one bucket until the first backward has shown the order in which gradients come.
+    std::vector<size_t> sizes{static_cast<size_t>(INT64_MAX)};
+    if (ddp->find_unused) sizes = {static_cast<size_t>(first), static_cast<size_t>(rest)};
+    auto [buckets, limits] = c10d::compute_bucket_assignment_by_size(reduced, sizes, sparse);
     // Gradients come in the reverse order of the parameters, more or less.
     std::reverse(buckets.begin(), buckets.end());
     ddp->reducer = std::make_shared<Reducer>(reduced, buckets, group->tensors, sparse, rest, ddp->find_unused,

@@ -36,7 +36,7 @@ pub enum Compression {
 #[derive(Debug, Clone)]
 pub struct DdpOptions {
     find_unused_parameters: bool,
-    bucket_cap_mb: f64,
+    bucket_cap_mb: Option<f64>,
     gradient_as_bucket_view: bool,
     broadcast_buffers: bool,
     compression: Compression,
@@ -49,11 +49,12 @@ impl Default for DdpOptions {
 }
 
 impl DdpOptions {
-    /// Buckets of 25 MiB, the first of 1 MiB; buffers follow rank 0; every parameter has a gradient in each backward.
+    /// Buckets of 25 MiB, the first, which leaves first, of 1 MiB; buffers follow rank 0; every parameter has a gradient in
+    /// each backward.
     pub fn new() -> Self {
         Self {
             find_unused_parameters: false,
-            bucket_cap_mb: 25.,
+            bucket_cap_mb: None,
             gradient_as_bucket_view: false,
             broadcast_buffers: true,
             compression: Compression::None,
@@ -69,8 +70,9 @@ impl DdpOptions {
     }
 
     /// MiB of gradients that travel together; they leave as soon as the last of them is computed, while backward goes on.
+    /// In the first step all travel together.
     pub fn bucket_cap_mb(mut self, megabytes: f64) -> Self {
-        self.bucket_cap_mb = megabytes;
+        self.bucket_cap_mb = Some(megabytes);
         self
     }
 
@@ -95,17 +97,17 @@ impl DdpOptions {
     }
 
     fn checked(&self) -> Result<ReducerOptions> {
-        let bytes = self.bucket_cap_mb * 1024. * 1024.;
+        let megabytes = self.bucket_cap_mb.unwrap_or(25.);
+        let bytes = megabytes * 1024. * 1024.;
         if !(bytes >= 1. && bytes < i64::MAX as f64) {
             return Err(Error::invalid(format!(
-                "bucket_cap_mb must be positive, but {} was given",
-                self.bucket_cap_mb
+                "bucket_cap_mb must be positive, but {megabytes} was given"
             )));
         }
         let bytes = bytes as i64;
         Ok(ReducerOptions {
             bucket_bytes: bytes,
-            first_bucket_bytes: bytes.min(1 << 20),
+            first_bucket_bytes: if self.bucket_cap_mb.is_some() { bytes } else { 1 << 20 },
             find_unused: self.find_unused_parameters.into(),
             bucket_view: self.gradient_as_bucket_view.into(),
             broadcast_buffers: self.broadcast_buffers.into(),

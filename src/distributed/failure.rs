@@ -45,7 +45,8 @@ pub(super) fn classify(exception: &DistException) -> Option<FailureKind> {
         "DDP expects same model across all ranks",
         "appears not to match",
     ];
-    let timeouts = ["Timed out", "timed out", "Application timeout caused pair closure"];
+    let timeouts =
+        ["Timed out", "timed out", "wait timeout", "Application timeout caused pair closure"];
     let lost = ["gloo/transport", "Connection closed by peer", "Connection reset by peer"];
     if has(&mismatches) {
         Some(FailureKind::Mismatch)

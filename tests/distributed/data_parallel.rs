@@ -23,7 +23,7 @@ fn join() -> ProcessGroup {
 }
 
 /// Samples and targets by arithmetic, the same in all processes.
-fn data(kind: Kind) -> (Tensor, Tensor) {
+pub fn data(kind: Kind) -> (Tensor, Tensor) {
     let x = (Tensor::arange(96 * 6, (Kind::Double, Device::Cpu)) * 0.7).sin().view([96, 6]);
     let y = (Tensor::arange(96, (Kind::Double, Device::Cpu)) * 0.3).cos().view([96, 1]);
     (x.to_kind(kind), y.to_kind(kind))
@@ -48,14 +48,14 @@ fn flat(vs: &VarStore) -> Tensor {
     Tensor::cat(&rows, 0)
 }
 
-fn print(case: &str, values: &Tensor) {
+pub fn print(case: &str, values: &Tensor) {
     let values = Vec::<f64>::try_from(values.to_kind(Kind::Double)).unwrap();
     let bits: Vec<_> = values.iter().map(|value| format!("{:016x}", value.to_bits())).collect();
     println!("\nCASE {case} = {}", bits.join(" "));
 }
 
 /// The cases that a rank printed.
-fn printed(output: &str) -> Vec<(&str, Vec<f64>)> {
+pub fn printed(output: &str) -> Vec<(&str, Vec<f64>)> {
     let case = |line: &'_ str| -> Option<(usize, usize)> {
         line.starts_with("CASE ").then(|| (5, line.find(" = ").unwrap()))
     };

@@ -77,6 +77,13 @@ impl Rank {
     }
 }
 
+/// This executable, to run just that test.
+fn own(test: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture", "--test-threads=1"]);
+    command
+}
+
 impl Ranks {
     /// Starts `world` processes that play `role` of the test.
     pub fn start(test: &str, role: &str, world: usize) -> Self {
@@ -90,12 +97,35 @@ impl Ranks {
         world: usize,
         change: impl Fn(usize, &mut Command),
     ) -> Self {
+        Self::start_commands(role, world, |_| own(test), &change)
+    }
+
+    /// The same; some ranks are other programs.
+    pub fn start_some(
+        test: &str,
+        role: &str,
+        world: usize,
+        other: impl Fn(usize) -> Option<Command>,
+    ) -> Self {
+        Self::start_commands(
+            role,
+            world,
+            |rank| other(rank).unwrap_or_else(|| own(test)),
+            &|_, _| {},
+        )
+    }
+
+    fn start_commands(
+        role: &str,
+        world: usize,
+        command: impl Fn(usize) -> Command,
+        change: &dyn Fn(usize, &mut Command),
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let mut listener = Some(listener);
         let start = |rank: usize| {
-            let mut command = Command::new(std::env::current_exe().unwrap());
-            command.args(["--exact", test, "--nocapture", "--test-threads=1"]);
+            let mut command = command(rank);
             command
                 .env(ROLE, role)
                 .envs([("RANK", rank.to_string()), ("WORLD_SIZE", world.to_string())])
