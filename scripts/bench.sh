@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Steps, clipping and averages against tch's own: a Markdown table of medians and ratios.
+# Steps, clipping and averages against tch's own, or processes against torch's: Markdown tables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'EOF'
-usage: scripts/bench.sh [--help] [--table]
+usage: scripts/bench.sh [--help] [--table] [distributed]
 
 Sets up libtorch (.libtorch/) where it is missing, runs `cargo bench --bench steps` and prints
 a Markdown table: for each benchmark the median, and how many times as fast it is as
 tch's own. --table prints that of the last run again. Needs Python 3 for the table.
+
+`distributed` measures all-reduce and a step of data-parallel training instead, in turns
+with torch's own where TORCH_PYTHON (default python3) is a Python that has torch.
 
 environment: OMP_NUM_THREADS, the number of threads (default 1), and what
 scripts/setup-libtorch.sh names in its --help.
@@ -20,6 +23,11 @@ table=no
 case "${1:-}" in
   "") ;;
   --table) table=yes ;;
+  distributed)
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    scripts/setup-libtorch.sh
+    exec cargo bench --features distributed --bench distributed
+    ;;
   -h|--help) usage; exit 0 ;;
   *) usage >&2; printf "scripts/bench.sh: error: unknown argument '%s'\n" "$1" >&2; exit 1 ;;
 esac
