@@ -87,7 +87,8 @@ fn lose_ranks(test: &str, signal: &str, count: u64) {
     if role().is_some() {
         return main_of(train);
     }
-    let mut state = 0x9e37_79b9_7f4a_7c15 ^ signal.len() as u64;
+    let mut state =
+        signal.bytes().fold(0x9e37_79b9_7f4a_7c15, |state, byte| (state << 7) ^ u64::from(byte));
     let mut named = 0;
     for world in [2, 4] {
         for trial in 0..count {
@@ -122,7 +123,7 @@ fn lose_ranks(test: &str, signal: &str, count: u64) {
 }
 
 fn count() -> u64 {
-    if std::env::var_os("TCH_IGNITE_LONG_TESTS").is_some() { 25 } else { 3 }
+    if std::env::var_os("TCH_IGNITE_LONG_TESTS").is_some() { 25 } else { 2 }
 }
 
 #[test]
