@@ -12,6 +12,7 @@ const FILES: &[&str] = &[
     "src/bridge/gradients.cpp",
     "src/bridge/normalize.cpp",
 ];
+const DISTRIBUTED: &[&str] = &["src/bridge/dist.cpp", "src/bridge/reducer.cpp"];
 const KERNELS: &[&str] = &["src/bridge/one_pass.cpp"];
 
 fn main() {
@@ -44,7 +45,7 @@ fn main() {
         .std("c++17")
         .pic(true)
         .warnings(false)
-        .include(include)
+        .include(&include)
         .include(api)
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         .define("GLOG_USE_GLOG_EXPORT", None);
@@ -58,12 +59,64 @@ fn main() {
         .flag("-fno-trapping-math")
         .files(KERNELS)
         .compile("tch_ignite_kernels");
+    build.opt_level(2);
+    if env::var_os("CARGO_FEATURE_DISTRIBUTED").is_some() {
+        compile_distributed(build.clone(), &include);
+    }
     // After what it calls was compiled, because it is linked in this order, reversed.
-    build.opt_level(2).files(FILES).compile("tch_ignite_bridge");
+    build.files(FILES).compile("tch_ignite_bridge");
 
     // For binaries of this package that are started by hand.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
     link_into_target(&lib);
+}
+
+/// libtorch's process groups. gloo's own headers do not come with it; ours declare what is needed of them.
+fn compile_distributed(mut build: cc::Build, include: &Path) {
+    let header = "torch/csrc/distributed/c10d/ProcessGroupGloo.hpp";
+    if !include.join(header).exists() {
+        fail(&format!(
+            "the feature `distributed` needs {header}, which this libtorch does not have (in {}). Use one with torch.distributed, such as the torch wheel of PyPI for Linux, or leave the feature out",
+            include.display()
+        ));
+    }
+    build.include("src/bridge/declarations").files(DISTRIBUTED);
+    if env::var_os("CARGO_FEATURE_NCCL").is_some() {
+        nccl(&mut build);
+    }
+    build.compile("tch_ignite_distributed");
+}
+
+/// Its process group is in the CUDA half of libtorch, which also brings NCCL itself.
+fn nccl(build: &mut cc::Build) {
+    println!("cargo:rerun-if-env-changed=NCCL_INCLUDE");
+    println!("cargo:rerun-if-env-changed=CUDA_INCLUDE");
+    let folders = |variable: &str, default: &str| -> Vec<PathBuf> {
+        let given = env::var_os(variable).unwrap_or_else(|| default.into());
+        env::split_paths(&given).collect()
+    };
+    let (cuda, nccl) = (
+        folders("CUDA_INCLUDE", "/usr/local/cuda/include"),
+        folders("NCCL_INCLUDE", "/usr/include"),
+    );
+    for (variable, folders, header) in
+        [("CUDA_INCLUDE", &cuda, "cuda_runtime.h"), ("NCCL_INCLUDE", &nccl, "nccl.h")]
+    {
+        if !folders.iter().any(|folder| folder.join(header).exists()) {
+            fail(&format!(
+                "the feature `nccl` needs {header}, which is not in {}. Set {variable} to its folder (or folders, as in PATH)",
+                folders
+                    .iter()
+                    .map(|folder| folder.display().to_string())
+                    .collect::<Vec<_>>()
+                    .join(" or ")
+            ));
+        }
+    }
+    build.includes(nccl).includes(cuda).define("TCH_IGNITE_NCCL", None);
+    build.file("src/bridge/dist_nccl.cpp");
+    println!("cargo:rustc-link-lib=torch_cuda");
+    println!("cargo:rustc-link-lib=c10_cuda");
 }
 
 /// Cargo puts search paths inside the target folder on the loader's path of all that it runs

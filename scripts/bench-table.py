@@ -1,11 +1,15 @@
-"""A Markdown table of what `scripts/bench.sh` measured: bench-table.py CRITERION_FOLDER BASELINE [PYTHON_FILE]
+"""A Markdown table of what `scripts/bench.sh` measured.
 
-Medians; how many times as fast as tch's own and as the fastest of torch's; and the time over the least that
+bench-table.py steps CRITERION_FOLDER BASELINE [PYTHON_FILE]
+bench-table.py training FILE
+
+Steps: medians; how many times as fast as tch's own and as the fastest of torch's; and the time over the least that
 the memory allows: the bytes that an operation reads and writes, at the rate of an update in place.
 """
 
 import json
 import pathlib
+import statistics
 import sys
 
 # Bytes an element, each read or written once.
@@ -50,8 +54,23 @@ def floor(group, operation, bandwidth):
     return BYTES[kind] * ELEMENTS[shape] / bandwidth
 
 
-def main():
-    folder, baseline, *python = sys.argv[1:]
+def training(file):
+    runs = {}
+    for line in pathlib.Path(file).read_text().splitlines():
+        line = json.loads(line)
+        runs.setdefault((line["model"], line["batch"]), {}).setdefault(line["way"], []).append(line["result"])
+    print("| | | samples/s | ours / this | peak MB | s to first batch | accuracy |\n|---|---|---|---|---|---|---|")
+    for (model, batch), ways in runs.items():
+        found = {way: {key: statistics.median(r[key] for r in results) for key in results[0]} for way, results in ways.items()}
+        for way, median in found.items():
+            rate = median["samples_per_second"]
+            print(
+                f"| {model}, batch {batch} | {way} | {rate:,.0f} | {found['ours']['samples_per_second'] / rate:.2f} "
+                f"| {median['peak_mb']:,.0f} | {median['first_batch']:.2f} | {median['accuracy']:.3f} |"
+            )
+
+
+def steps(folder, baseline, *python):
     groups = medians(folder, baseline, python[0] if python else None)
     in_place = groups.pop("floor", {}).get("in place, 256 MiB")
     bandwidth = (1 << 29) / in_place if in_place else None  # bytes a ns, read and written
@@ -77,4 +96,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    what, *arguments = sys.argv[1:]
+    {"steps": steps, "training": training}[what](*arguments)

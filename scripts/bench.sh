@@ -1,51 +1,96 @@
 #!/usr/bin/env bash
-# Steps, clipping and averages against tch's own and PyTorch's: Markdown tables of medians and ratios.
+# Steps, whole training, or processes, against tch's own and PyTorch's: Markdown tables of medians and ratios.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'EOF'
-usage: scripts/bench.sh [--help] [--table]
+usage: scripts/bench.sh [--help] [--table] [steps | training | distributed]
 
-Sets up libtorch (.libtorch/) where it is missing and runs `cargo bench --bench steps`, then
-benches/steps.py where a Python with torch is found, and prints a Markdown table for each number of
-threads. --table prints those of the last run again. Takes about ten minutes for each number of
-threads, wants 6 GB of memory, and needs Python 3 for the table.
+Sets up libtorch (.libtorch/) where it is missing, measures, and prints Markdown tables.
+
+  steps        steps of all optimizers, clipping and averages (the default): about ten minutes
+               for each number of threads, and 6 GB of memory; --table prints the last run's again
+  training     an epoch of Fashion-MNIST (scripts/fetch-mnist.sh --fashion), contenders in turns
+  distributed  all-reduce and a step of data-parallel training
+
+Each compares with PyTorch (training: with ignite too) where TORCH_PYTHON has it.
 
 environment:
-  BENCH_THREADS  the numbers of threads (default "1 2")
-  PYTHON         a Python with torch to compare with (default python3)
+  BENCH_THREADS  the numbers of threads (steps: default "1 2"; else OMP_NUM_THREADS, default 1)
+  BENCH_ROUNDS   training: how often each contender runs (default 3)
+  TORCH_PYTHON   a Python with torch (default python3)
 and what scripts/setup-libtorch.sh names in its --help.
 EOF
 }
+say() { printf 'scripts/bench.sh: %s\n' "$*" >&2; }
 
-table=no
-case "${1:-}" in
-  "") ;;
-  --table) table=yes ;;
-  -h|--help) usage; exit 0 ;;
-  *) usage >&2; printf "scripts/bench.sh: error: unknown argument '%s'\n" "$1" >&2; exit 1 ;;
-esac
-
-python=${PYTHON:-python3}
-out="${CARGO_TARGET_DIR:-target}/criterion"
-[ "$table" = yes ] || scripts/setup-libtorch.sh
-for threads in ${BENCH_THREADS:-1 2}; do
-  peer="$out/torch-$threads.jsonl"
-  if [ "$table" = no ]; then
-    export OMP_NUM_THREADS="$threads"
-    cargo bench --bench steps -- --noplot --save-baseline "threads-$threads"
-    rm -f "$peer"
-    if "$python" -c 'import torch' 2>/dev/null; then
-      "$python" benches/steps.py --threads "$threads" --out "$peer"
-    else
-      echo "scripts/bench.sh: $python has no torch (PYTHON=...): nothing to compare with but tch" >&2
-    fi
-  fi
-  printf '\n%s thread(s)\n\n' "$threads"
-  if [ -f "$peer" ]; then
-    python3 scripts/bench-table.py "$out" "threads-$threads" "$peer"
-  else
-    python3 scripts/bench-table.py "$out" "threads-$threads"
-  fi
+what=steps table=no
+for argument in "$@"; do
+  case "$argument" in
+    --table) table=yes ;;
+    steps|training|distributed) what=$argument ;;
+    -h|--help) usage; exit 0 ;;
+    *) usage >&2; say "error: unknown argument '$argument'"; exit 1 ;;
+  esac
 done
+
+python=${TORCH_PYTHON:-python3}
+out="${CARGO_TARGET_DIR:-target}/criterion"
+mkdir -p "$out"
+[ "$table" = yes ] || scripts/setup-libtorch.sh
+has() { "$python" -c "import $1" 2>/dev/null || { say "$python has no $1 (TORCH_PYTHON=...): compared without it"; return 1; }; }
+
+steps() {
+  for threads in ${BENCH_THREADS:-1 2}; do
+    peer="$out/torch-$threads.jsonl"
+    if [ "$table" = no ]; then
+      export OMP_NUM_THREADS="$threads"
+      rm -f "$peer"
+      cargo bench --bench steps -- --noplot --save-baseline "threads-$threads"
+      if has torch; then "$python" benches/steps.py --threads "$threads" --out "$peer"; fi
+    fi
+    printf '\n%s thread(s)\n\n' "$threads"
+    [ -f "$peer" ] || peer=
+    python3 scripts/bench-table.py steps "$out" "threads-$threads" $peer
+  done
+}
+
+training() {
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  data="${FASHION_MNIST_DIR:-data/fashion-mnist}"
+  lines="$out/training.jsonl"
+  [ -f "$data/train-images-idx3-ubyte" ] || scripts/fetch-mnist.sh --fashion
+  ways="ours tch"
+  if has torch; then ways="$ways torch"; fi
+  if has ignite; then ways="$ways ignite"; fi
+  cargo bench --bench training --no-run
+  : > "$lines"
+  for round in $(seq "${BENCH_ROUNDS:-3}"); do
+    for model in mlp cnn; do
+      for batch in 64 256; do
+        for way in $ways ours-channels-last; do
+          arguments=(--data "$data" --model "$model" --batch-size "$batch")
+          case "$way $model" in
+            "ours-channels-last mlp") continue ;;
+            ours-channels-last*) run=(cargo bench -q --bench training -- --channels-last) ;;
+            ours*|tch*) run=(cargo bench -q --bench training -- --way "$way") ;;
+            *) run=("$python" benches/training.py --way "$way") ;;
+          esac
+          result=$("${run[@]}" "${arguments[@]}" 2>/dev/null)
+          printf '{"model": "%s", "batch": %s, "way": "%s", "result": %s}\n' "$model" "$batch" "$way" "$result" >> "$lines"
+          say "round $round: $model, batch $batch, $way: $result"
+        done
+      done
+    done
+  done
+  printf '\n%s thread(s)\n\n' "$OMP_NUM_THREADS"
+  python3 scripts/bench-table.py training "$lines"
+}
+
+distributed() {
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  cargo bench --features distributed --bench distributed
+}
+
+"$what"

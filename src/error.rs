@@ -91,6 +91,24 @@ pub enum Error {
         /// The reason.
         source: std::io::Error,
     },
+
+    /// Something between the processes of a [`ProcessGroup`](crate::distributed::ProcessGroup) went wrong. End the
+    /// process with a code other than 0.
+    #[cfg(feature = "distributed")]
+    #[error("rank {rank}, {op}: {kind}: {message}{}", crate::distributed::unanswered(missing))]
+    Distributed {
+        /// What it was.
+        kind: crate::distributed::FailureKind,
+        /// The rank that says so: this process.
+        rank: usize,
+        /// What was being done.
+        op: String,
+        /// Other ranks that did not answer within 2 seconds of the failure, or did not join. A rank that was busy with
+        /// something else for so long is among them.
+        missing: Vec<usize>,
+        /// libtorch's own words, or how the ranks differ.
+        message: String,
+    },
 }
 
 /// A panic caught in a step or handler, as an error: its message.

@@ -70,6 +70,7 @@
 //! | TensorBoard, tables, a report for the browser | [`loggers`] |
 //! | samples of your own, read by worker threads | [`data::DataLoader`], [`data::Dataset`] |
 //! | ready steps for supervised learning | [`supervised`] |
+#![cfg_attr(feature = "distributed", doc = "| many processes and machines | [`distributed`] |")]
 //!
 //! Nothing here waits for the GPU unless its documentation says so: outputs and metrics stay tensors
 //! until somebody reads them.
@@ -79,6 +80,8 @@ pub mod amp;
 mod bridge;
 pub mod checkpoint;
 pub mod data;
+#[cfg(feature = "distributed")]
+pub mod distributed;
 pub mod engine;
 mod error;
 pub mod handlers;
@@ -86,6 +89,7 @@ pub mod loggers;
 pub mod memory_format;
 pub mod metrics;
 pub mod optim;
+mod parallel;
 pub mod schedule;
 pub mod supervised;
 

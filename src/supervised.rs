@@ -8,7 +8,8 @@ use crate::checkpoint::{Gradients, StateDict, Stateful};
 use crate::data::Batch;
 use crate::engine::{Engine, Evaluator, Event, Trainer};
 use crate::memory_format::to_channels_last;
-use crate::optim::{Optimizer, backward};
+use crate::optim::Optimizer;
+use crate::parallel::Parallel;
 use crate::{Accumulation, Error, Result, Window};
 
 /// Fired by the trainer of [`create_supervised_trainer`] after each step of the optimizer that was made:
@@ -48,6 +49,7 @@ pub struct Supervised<N> {
     channels_last: bool,
     scaler: Option<GradScaler>,
     accumulation: Option<Accumulation>,
+    parallel: Parallel,
     max_norm: Option<f64>,
     max_value: Option<f64>,
     grad_norm: Option<Tensor>,
@@ -77,6 +79,7 @@ impl<N: ModuleT> Supervised<N> {
             channels_last: false,
             scaler: None,
             accumulation: None,
+            parallel: Parallel::default(),
             max_norm: None,
             max_value: None,
             grad_norm: None,
@@ -109,6 +112,14 @@ impl<N: ModuleT> Supervised<N> {
     pub fn accumulate(mut self, steps: u64) -> Result<Self> {
         self.accumulation = Some(Accumulation::new(steps)?);
         Ok(self)
+    }
+
+    /// Trains as one of several processes: forward and backward through this, gradients sent once for each window of
+    /// accumulation. Evaluation does not go through it.
+    #[cfg(feature = "distributed")]
+    pub fn data_parallel(mut self, ddp: crate::distributed::DistributedDataParallel) -> Self {
+        self.parallel = Parallel::new(ddp);
+        self
     }
 
     /// Clips the gradients to a norm of at most `max` within the step: [`Optimizer::step_clipped`].
@@ -148,20 +159,22 @@ impl<N: ModuleT> Supervised<N> {
             self.accumulated.pending = 0;
         }
         let x = self.formatted(x)?;
+        // Gradients travel in the last backward of the window.
+        let _local = (!window.last).then(|| self.parallel.no_sync());
         let (net, loss) = (&self.net, &self.loss);
         let forward = || loss(&net.forward_t(&x, true), &y);
-        let loss = match self.autocast {
-            Some(kind) => autocast(x.device(), kind, forward)?,
-            None => forward(),
-        };
+        let loss = self.parallel.forward(|| match self.autocast {
+            Some(kind) => autocast(x.device(), kind, forward),
+            None => Ok(forward()),
+        })?;
         let share = if window.size > 1 {
             loss.f_div_scalar(window.size as i64)?
         } else {
             loss.shallow_clone()
         };
         match &self.scaler {
-            Some(scaler) => backward(&scaler.scale(&share)?)?,
-            None => backward(&share)?,
+            Some(scaler) => self.parallel.backward(&scaler.scale(&share)?)?,
+            None => self.parallel.backward(&share)?,
         }
         self.accumulated.pending += 1;
         self.accumulated.size = window.size;
@@ -178,6 +191,7 @@ impl<N: ModuleT> Supervised<N> {
         if pending == 0 {
             return Ok(false);
         }
+        self.parallel.reduce_gradients()?;
         // Each loss was divided by more than there are.
         self.optimizer.gradients()?.scale(&Tensor::from(size as f64 / pending as f64))?;
         self.update()?;

@@ -144,8 +144,12 @@ int tig_parameter_ids(Optimizer* optimizer, size_t group, const void** ids, char
 
 const void* tig_tensor_id(const Tensor* tensor) { return tensor->unsafeGetTensorImpl(); }
 
+// Not the optimizer's own: it detaches each gradient first, which a view of a DDP bucket refuses.
 int tig_zero_grad(Optimizer* optimizer, char** error) {
-  return guarded(error, [&] { optimizer->zero_grad(); });
+  return guarded(error, [&] {
+    for (auto& group : optimizer->param_groups())
+      for (Tensor& parameter : group.params()) parameter.mutable_grad().reset();
+  });
 }
 
 // What the optimizer keeps for one parameter: up to three tensors (null where there is none) and the

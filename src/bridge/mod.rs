@@ -7,11 +7,15 @@
 
 mod autocast;
 mod average;
+#[cfg(feature = "distributed")]
+mod dist;
 mod fused;
 mod generator;
 mod gradients;
 mod memory;
 mod normalize;
+#[cfg(feature = "distributed")]
+mod reducer;
 mod serial;
 mod shared_tensor;
 
@@ -25,10 +29,14 @@ use torch_sys::C_tensor;
 
 pub(crate) use autocast::AutocastRegion;
 pub(crate) use average::{Average, Pairs};
+#[cfg(feature = "distributed")]
+pub(crate) use dist::{Cause, DistException, Group, Store, StoreAddress};
 pub(crate) use fused::Mode;
 pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use memory::{bytes, bytes_mut};
 pub(crate) use normalize::{Rows, normalize_rows};
+#[cfg(feature = "distributed")]
+pub(crate) use reducer::{Reducer, ReducerOptions};
 pub(crate) use serial::Serial;
 pub(crate) use shared_tensor::SharedTensor;
 
@@ -120,11 +128,18 @@ fn checked(call: impl FnOnce(*mut *mut c_char) -> c_int) -> Result<(), Exception
     if error.is_null() {
         return Err("no message".into());
     }
-    // SAFETY: on failure the C++ side leaves a NUL-terminated string of its own there, once.
-    let text = unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned();
-    // SAFETY: allocated by strdup on the C++ side, freed once, here.
-    unsafe { tig_free(error) };
-    Err(text)
+    // SAFETY: on failure the C++ side leaves a text of strdup there, once.
+    Err(unsafe { taken_text(error) })
+}
+
+/// # Safety
+/// A NUL-terminated string that strdup on the C++ side allocated, and that nobody else frees.
+unsafe fn taken_text(text: *mut c_char) -> String {
+    // SAFETY: as the caller promises.
+    let copy = unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
+    // SAFETY: as the caller promises, once.
+    unsafe { tig_free(text) };
+    copy
 }
 
 /// Which optimizer it is; the numbers are those of bridge.cpp.

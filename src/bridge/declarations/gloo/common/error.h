@@ -1,0 +1,2 @@
+// Nothing of it is used. See README.md.
+#pragma once

@@ -1,0 +1,12 @@
+// Declared, never defined here. See ../README.md.
+#pragma once
+
+namespace gloo {
+namespace transport {
+class Device;
+class UnboundBuffer {
+ public:
+  virtual ~UnboundBuffer() = 0;
+};
+}  // namespace transport
+}  // namespace gloo

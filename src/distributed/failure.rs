@@ -1,0 +1,215 @@
+use std::fmt;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::deadline::within;
+use crate::Error;
+use crate::bridge::{Cause, DistException, Store};
+
+/// What went wrong between processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FailureKind {
+    /// A rank did not answer within the time-out: it is frozen, late, or does something else.
+    Timeout,
+    /// A connection to another rank was closed: it has ended, or gave up because of yet another.
+    PeerLost,
+    /// The store through which the ranks find each other could not be reached or used.
+    Store,
+    /// The ranks are not doing the same: other operations, sizes, models, numbers of batches.
+    Mismatch,
+}
+
+impl fmt::Display for FailureKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Timeout => "timed out",
+            Self::PeerLost => "another rank is lost",
+            Self::Store => "the store cannot be used",
+            Self::Mismatch => "the ranks differ",
+        })
+    }
+}
+
+/// How long a rank waits for the others to say that they are alive, too.
+const REPORTS: Duration = Duration::from_secs(2);
+const POLL: Duration = Duration::from_millis(20);
+
+/// What it was, if it was between processes. gloo's exceptions have no type that could be caught, only texts.
+pub(super) fn classify(exception: &DistException) -> Option<FailureKind> {
+    let text = exception.text.as_str();
+    let has = |parts: &[&str]| parts.iter().any(|part| text.contains(part));
+    let mismatches = [
+        "Detected mismatch between collectives",
+        "DDP expects same model across all ranks",
+        "appears not to match",
+    ];
+    let timeouts =
+        ["Timed out", "timed out", "wait timeout", "Application timeout caused pair closure"];
+    let lost = ["gloo/transport", "Connection closed by peer", "Connection reset by peer"];
+    if has(&mismatches) {
+        Some(FailureKind::Mismatch)
+    } else if exception.cause == Cause::TimedOut || has(&timeouts) {
+        Some(FailureKind::Timeout)
+    } else if exception.cause == Cause::Store {
+        Some(FailureKind::Store)
+    } else if exception.cause == Cause::Network || has(&lost) {
+        Some(FailureKind::PeerLost)
+    } else {
+        None
+    }
+}
+
+/// The first words of an exception.
+pub(super) fn words(text: &str) -> String {
+    text.split("\nException raised from").next().unwrap_or_default().trim().to_owned()
+}
+
+/// A failure with all that its error says but for the operation.
+#[derive(Debug, Clone)]
+pub(super) struct Failure {
+    pub(super) kind: FailureKind,
+    pub(super) rank: usize,
+    pub(super) missing: Vec<usize>,
+    pub(super) message: String,
+}
+
+impl Failure {
+    pub(super) fn error(self, op: impl Into<String>) -> Error {
+        let Self { kind, rank, missing, message } = self;
+        Error::Distributed { kind, rank, op: op.into(), missing, message }
+    }
+}
+
+/// What the others said after a failure.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Reports {
+    /// Those that said nothing.
+    pub(super) missing: Vec<usize>,
+    /// What the others were doing when they failed.
+    pub(super) doing: Vec<(usize, String)>,
+}
+
+impl Reports {
+    /// Says in the store that this rank is alive and failed doing `op`, and looks for 2 seconds who else says so. Where the
+    /// store does not answer it is rank 0 that is missing, which serves it.
+    pub(super) fn gather(store: &Arc<Store>, rank: usize, world: usize, op: &str) -> Self {
+        let (store, op) = (store.clone(), op.to_owned());
+        let found = within(REPORTS + Duration::from_millis(500), move || {
+            store.set(&format!("failed/{rank}"), &op).ok()?;
+            let begin = Instant::now();
+            let mut missing = absent(&store, "failed", rank, world)?;
+            // Rank 0 serves the store to the others, so it stays for as long as they may ask.
+            while begin.elapsed() < REPORTS && (!missing.is_empty() || rank == 0) {
+                thread::sleep(POLL);
+                // A store that has gone now has gone with rank 0, which was alive.
+                let Some(now) = absent(&store, "failed", rank, world) else { break };
+                missing = now;
+            }
+            let others = (0..world).filter(|other| *other != rank && !missing.contains(other));
+            let doing = others
+                .map_while(|other| Some((other, store.get(&format!("failed/{other}")).ok()?)));
+            let doing = doing.collect();
+            Some(Self { missing, doing })
+        });
+        found.flatten().unwrap_or_else(|| Self {
+            missing: if rank == 0 { vec![] } else { vec![0] },
+            doing: vec![],
+        })
+    }
+
+    /// What all ranks were doing, if all are alive and it was not the same.
+    pub(super) fn out_of_step(&self, rank: usize, op: &str) -> Option<String> {
+        let mut all = self.doing.clone();
+        all.push((rank, op.to_owned()));
+        all.sort();
+        let differs = all.iter().any(|(_, doing)| *doing != all[0].1);
+        (self.missing.is_empty() && differs).then(|| {
+            let each: Vec<_> =
+                all.iter().map(|(rank, doing)| format!("rank {rank} was in {doing}")).collect();
+            format!(
+                "the ranks are out of step, as with another number of batches on each: {}",
+                each.join(", ")
+            )
+        })
+    }
+}
+
+/// Ranks that did not come to the point where they say that they have joined.
+pub(super) fn not_joined(store: &Arc<Store>, rank: usize, world: usize) -> Vec<usize> {
+    let store = store.clone();
+    let found = within(REPORTS, move || absent(&store, "joined", rank, world));
+    found.flatten().unwrap_or_else(|| if rank == 0 { vec![] } else { vec![0] })
+}
+
+fn absent(store: &Store, key: &str, rank: usize, world: usize) -> Option<Vec<usize>> {
+    let mut missing = vec![];
+    for other in (0..world).filter(|other| *other != rank) {
+        if !store.has(&format!("{key}/{other}")).ok()? {
+            missing.push(other);
+        }
+    }
+    Some(missing)
+}
+
+/// For the end of an error's text.
+pub(crate) fn unanswered(missing: &[usize]) -> String {
+    match missing {
+        [] => String::new(),
+        _ => format!("; ranks that did not answer: {missing:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_that_do_different_things_are_told_from_late_ones() {
+        let reports = |missing: &[usize], doing: &[(usize, &str)]| Reports {
+            missing: missing.to_vec(),
+            doing: doing.iter().map(|(rank, op)| (*rank, op.to_string())).collect(),
+        };
+        let text = reports(&[], &[(0, "barrier")]).out_of_step(1, "backward").unwrap();
+        assert!(text.ends_with("rank 0 was in barrier, rank 1 was in backward"), "{text}");
+        assert_eq!(reports(&[], &[(0, "barrier")]).out_of_step(1, "barrier"), None);
+        assert_eq!(reports(&[2], &[(0, "barrier")]).out_of_step(1, "backward"), None);
+    }
+
+    #[test]
+    fn texts_of_gloo_have_a_kind() {
+        let of = |cause, text: &str| classify(&DistException { cause, text: text.into() });
+        let gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/";
+        for (cause, text, kind) in [
+            (
+                Cause::Other,
+                &format!(
+                    "{gloo}unbound_buffer.cc:81] Timed out waiting 3000ms for recv operation to complete"
+                )[..],
+                Some(FailureKind::Timeout),
+            ),
+            (
+                Cause::Other,
+                &format!("{gloo}pair.cc:547] Connection closed by peer [127.0.0.1]:5000"),
+                Some(FailureKind::PeerLost),
+            ),
+            (Cause::TimedOut, "whatever", Some(FailureKind::Timeout)),
+            (
+                Cause::Store,
+                "Timed out after 4 seconds waiting for clients. 1/2 clients joined.",
+                Some(FailureKind::Timeout),
+            ),
+            (Cause::Store, "the store is gone", Some(FailureKind::Store)),
+            (Cause::Network, "recvValue failed", Some(FailureKind::PeerLost)),
+            (
+                Cause::Other,
+                "Detected mismatch between collectives on ranks. Rank 0 is running",
+                Some(FailureKind::Mismatch),
+            ),
+            (Cause::Other, "Invalid scalar type", None),
+        ] {
+            assert_eq!(of(cause, text), kind, "{text}");
+        }
+    }
+}

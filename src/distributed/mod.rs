@@ -1,0 +1,54 @@
+//! Training by many processes, on one machine or several, through libtorch's own engine (c10d): that of
+//! `torch.distributed` and Python's `DistributedDataParallel`. Needs the feature `distributed`.
+//!
+//! Each process runs the same program. [`ProcessGroup::from_env_or_single`] finds the others by the variables that
+//! torchrun, mpirun, Slurm or a shell loop sets; a process that runs alone is a group of one, for which everything here
+//! is the identity.
+//!
+//! ```
+//! use tch::{Device, Kind, Tensor};
+//! use tch_ignite::distributed::{ProcessGroup, ProcessGroupOptions, ReduceOp};
+//!
+//! let pg = ProcessGroup::from_env_or_single(ProcessGroupOptions::new())?;
+//! let sum = Tensor::from_slice(&[1.0f32, 2.0]);
+//! pg.all_reduce(&[&sum], ReduceOp::Sum)?; // in place
+//! let mut counts = [3.0, 4.0];
+//! pg.control().all_reduce_f64(&mut counts, ReduceOp::Sum)?;
+//! if pg.is_main() {
+//!     println!("{} of {}: {sum} {counts:?}", pg.rank(), pg.world_size());
+//! }
+//! # assert_eq!(counts, [3.0, 4.0]);
+//! # Ok::<(), tch_ignite::Error>(())
+//! ```
+//!
+//! # Order
+//! All ranks make the same calls in the same order: a call that one rank leaves out ends in an error on all after the
+//! time-out, and never in a hang. The control group compares what is called on each rank, so that another call, or
+//! another number of elements, is an error that says so ([`FailureKind::Mismatch`]).
+//!
+//! # Errors
+//! [`Error::Distributed`](crate::Error::Distributed) says what happened, in which operation, and which ranks did not answer.
+//! No call waits longer than its time-out; a rank that fails hangs up, so that the others hear of it at once, and all
+//! look for 2 seconds who is still there. After such an error the group is dead: return the error from `main`, so that
+//! the process ends with a code other than 0 and its launcher ends or restarts the job. Only a difference that the control
+//! group found before anything was sent leaves the group alive.
+
+mod control_group;
+mod data_parallel;
+mod deadline;
+mod environment;
+mod failure;
+mod frame;
+mod options;
+mod outputs;
+mod process_group;
+mod reduce_op;
+
+pub use control_group::ControlGroup;
+pub use data_parallel::{Compression, DdpOptions, DistributedDataParallel, NoSync};
+pub use failure::FailureKind;
+pub(crate) use failure::unanswered;
+pub use options::{Backend, ProcessGroupOptions};
+pub use outputs::Outputs;
+pub use process_group::ProcessGroup;
+pub use reduce_op::ReduceOp;

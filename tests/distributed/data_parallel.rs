@@ -1,0 +1,418 @@
+//! Several processes train the model that one would train with their batches joined.
+
+use std::time::Duration;
+
+use tch::nn::{self, Module, ModuleT, OptimizerConfig, VarStore};
+use tch::{Device, Kind, Tensor};
+use tch_ignite::Error;
+use tch_ignite::amp::GradScaler;
+use tch_ignite::distributed::{
+    Compression, DdpOptions, DistributedDataParallel, FailureKind, ProcessGroup,
+    ProcessGroupOptions,
+};
+use tch_ignite::handlers::EMAHandler;
+use tch_ignite::optim::Optimizer;
+use tch_ignite::supervised::Supervised;
+
+use crate::ranks::{Ranks, role};
+
+fn join() -> ProcessGroup {
+    tch::set_num_threads(1);
+    let options = ProcessGroupOptions::new().timeout(Duration::from_secs(30));
+    ProcessGroup::from_env_or_single(options).unwrap()
+}
+
+/// Samples and targets by arithmetic, the same in all processes.
+pub fn data(kind: Kind) -> (Tensor, Tensor) {
+    let x = (Tensor::arange(96 * 6, (Kind::Double, Device::Cpu)) * 0.7).sin().view([96, 6]);
+    let y = (Tensor::arange(96, (Kind::Double, Device::Cpu)) * 0.3).cos().view([96, 1]);
+    (x.to_kind(kind), y.to_kind(kind))
+}
+
+fn net(vs: &VarStore) -> nn::Sequential {
+    let root = vs.root();
+    let layer = |name: &str, from, to| nn::linear(&root / name, from, to, Default::default());
+    nn::seq()
+        .add(layer("a", 6, 32))
+        .add_fn(|x| x.tanh())
+        .add(layer("b", 32, 32))
+        .add_fn(|x| x.tanh())
+        .add(layer("c", 32, 1))
+}
+
+/// All parameters in one row, by name.
+fn flat(vs: &VarStore) -> Tensor {
+    let mut variables: Vec<_> = vs.variables().into_iter().collect();
+    variables.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let rows: Vec<_> = variables.iter().map(|(_, tensor)| tensor.detach().reshape([-1])).collect();
+    Tensor::cat(&rows, 0)
+}
+
+pub fn print(case: &str, values: &Tensor) {
+    let values = Vec::<f64>::try_from(values.to_kind(Kind::Double)).unwrap();
+    let bits: Vec<_> = values.iter().map(|value| format!("{:016x}", value.to_bits())).collect();
+    println!("\nCASE {case} = {}", bits.join(" "));
+}
+
+/// The cases that a rank printed.
+pub fn printed(output: &str) -> Vec<(&str, Vec<f64>)> {
+    let case = |line: &'_ str| -> Option<(usize, usize)> {
+        line.starts_with("CASE ").then(|| (5, line.find(" = ").unwrap()))
+    };
+    output
+        .lines()
+        .filter_map(|line| {
+            let (from, to) = case(line)?;
+            let bits = line[to + 3..].split(' ');
+            let values = bits.map(|bits| f64::from_bits(u64::from_str_radix(bits, 16).unwrap()));
+            Some((&line[from..to], values.collect()))
+        })
+        .collect()
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    adamw: bool,
+    fused: bool,
+    accumulate: u64,
+    bucket_cap_mb: f64,
+    view: bool,
+}
+
+fn train(pg: &ProcessGroup, case: Case) -> Tensor {
+    const STEPS: i64 = 24;
+    // Other weights on each rank: those of rank 0 count.
+    tch::manual_seed(5 + pg.rank() as i64);
+    let mut vs = VarStore::new(Device::Cpu);
+    let net = net(&vs);
+    vs.double();
+    let optimizer = if case.adamw {
+        Optimizer::adamw(&vs).lr(1e-2).build().unwrap()
+    } else {
+        let momentum = nn::Sgd { momentum: 0.9, wd: 1e-3, ..Default::default() };
+        Optimizer::builder(momentum, &vs).lr(0.05).build().unwrap()
+    };
+    optimizer.set_fused(case.fused).unwrap();
+    let options =
+        DdpOptions::new().bucket_cap_mb(case.bucket_cap_mb).gradient_as_bucket_view(case.view);
+    let ddp = DistributedDataParallel::new(pg, &vs, options).unwrap();
+    let ema = EMAHandler::new(&vs, 0.1).unwrap();
+    let mut cx =
+        Supervised::new(net, optimizer, |y_pred, y| y_pred.mse_loss(y, tch::Reduction::Mean))
+            .data_parallel(ddp)
+            .clip_grad_norm(0.5)
+            .accumulate(case.accumulate)
+            .unwrap();
+    let (x, y) = data(Kind::Double);
+    // 24 samples of all ranks together for each step.
+    let (world, rank) = (pg.world_size() as i64, pg.rank() as i64);
+    let local = 24 / case.accumulate as i64 / world;
+    for iteration in 0..STEPS * case.accumulate as i64 {
+        let from = (iteration * local * world) % 96 + rank * local;
+        let _ = cx.train_step((x.narrow(0, from, local), y.narrow(0, from, local))).unwrap();
+        if (iteration + 1) % case.accumulate as i64 == 0 {
+            ema.update().unwrap();
+        }
+    }
+    let averages = ema.averages();
+    let mut averages: Vec<_> = averages.iter().map(|(name, t)| (name, t.reshape([-1]))).collect();
+    averages.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let averages: Vec<_> = averages.into_iter().map(|(_, tensor)| tensor).collect();
+    Tensor::cat(&[flat(&vs), Tensor::cat(&averages, 0)], 0)
+}
+
+#[test]
+fn two_and_four_ranks_train_as_one_does() {
+    const NAME: &str = "data_parallel::two_and_four_ranks_train_as_one_does";
+    if role().is_some() {
+        let pg = join();
+        for adamw in [false, true] {
+            for (fused, accumulate, bucket_cap_mb, view) in [
+                (true, 1, 25., false),
+                (true, 1, 0.001, true),
+                (false, 3, 0.004, false),
+                (true, 3, 25., true),
+                (false, 1, 0.001, true),
+            ] {
+                let case = Case { adamw, fused, accumulate, bucket_cap_mb, view };
+                print(&format!("{case:?}"), &train(&pg, case));
+            }
+        }
+        return;
+    }
+    let one = Ranks::start(NAME, "all", 1).succeed().remove(0);
+    let one = printed(&one);
+    assert_eq!(one.len(), 10);
+    for world in [2, 4] {
+        let outputs = Ranks::start(NAME, "all", world).succeed();
+        let ranks: Vec<_> = outputs.iter().map(|output| printed(output)).collect();
+        for rank in 1..world {
+            assert!(ranks[rank] == ranks[0], "rank {rank} of {world} has other bits");
+        }
+        for ((case, expected), (_, values)) in one.iter().zip(&ranks[0]) {
+            let difference = expected.iter().zip(values).map(|(a, b)| (a - b).abs());
+            let difference = difference.fold(0., f64::max);
+            println!("{world} ranks, {case}: {difference:e}");
+            assert!(difference < 1e-12, "{world} ranks, {case}: {difference}");
+        }
+    }
+    // Accumulation gives the step of the joined batch.
+    let of = |index: usize| &one[index].1;
+    for (a, b) in [(0, 3), (5, 8)] {
+        let difference = of(a).iter().zip(of(b)).map(|(a, b)| (a - b).abs()).fold(0., f64::max);
+        assert!(difference < 1e-12, "{difference}");
+    }
+}
+
+/// A model with batch normalisation.
+fn normalised(vs: &VarStore) -> nn::SequentialT {
+    let root = vs.root();
+    nn::seq_t()
+        .add(nn::linear(&root / "a", 6, 8, Default::default()))
+        .add(nn::batch_norm1d(&root / "bn", 8, Default::default()))
+        .add_fn(|x| x.relu())
+        .add(nn::linear(&root / "b", 8, 1, Default::default()))
+}
+
+#[test]
+fn buffers_follow_rank_0_unless_told_otherwise() {
+    if role().is_none() {
+        Ranks::start("data_parallel::buffers_follow_rank_0_unless_told_otherwise", "all", 2)
+            .succeed();
+        return;
+    }
+    let pg = join();
+    let (x, _) = data(Kind::Float);
+    let own = x.narrow(0, 20 * pg.rank() as i64, 20);
+    for broadcast in [true, false] {
+        tch::manual_seed(pg.rank() as i64);
+        let vs = VarStore::new(Device::Cpu);
+        let net = normalised(&vs);
+        let options = DdpOptions::new().broadcast_buffers(broadcast);
+        let ddp = DistributedDataParallel::new(&pg, &vs, options).unwrap();
+        let step = || {
+            let loss = ddp.forward(|| net.forward_t(&own, true)).unwrap().mean(Kind::Float);
+            for parameter in vs.trainable_variables() {
+                let _ = parameter.grad().defined().then(|| parameter.grad().zero_());
+            }
+            ddp.backward(&loss).unwrap();
+        };
+        step();
+        // Before the next forward each has its own running mean.
+        let mean = &vs.variables()["bn.running_mean"];
+        let means = pg.all_gather(mean).unwrap();
+        assert_ne!(means[0], means[1]);
+        step();
+        let means = pg.all_gather(mean).unwrap();
+        let expected = |before: &Tensor, rank: i64| {
+            let x = x.narrow(0, 20 * rank, 20);
+            let hidden = x.linear(&vs.variables()["a.weight"], Some(&vs.variables()["a.bias"]));
+            before * 0.9 + hidden.mean_dim(0i64, false, Kind::Float) * 0.1
+        };
+        // What rank 1 has made of rank 0's mean, or of its own.
+        let first = |rank| expected(&Tensor::zeros([8], (Kind::Float, Device::Cpu)), rank);
+        let before = first(if broadcast { 0 } else { 1 });
+        let difference = (expected(&before, 1) - &means[1]).abs().max().double_value(&[]);
+        assert!(difference < 1e-6, "{broadcast}: {difference}");
+    }
+}
+
+#[test]
+fn parameters_without_gradients() {
+    if role().is_none() {
+        Ranks::start("data_parallel::parameters_without_gradients", "all", 2).succeed();
+        return;
+    }
+    let pg = join();
+    let x = Tensor::ones([2, 3], (Kind::Float, Device::Cpu));
+    let model = |find| {
+        let vs = VarStore::new(Device::Cpu);
+        let root = vs.root();
+        let layer = |name: &str| nn::linear(&root / name, 3, 1, Default::default());
+        let layers = [layer("all"), layer("one"), layer("none"), layer("frozen")];
+        let mut frozen = vs.variables();
+        for name in ["frozen.weight", "frozen.bias"] {
+            let _ = frozen.get_mut(name).unwrap().set_requires_grad(false);
+        }
+        let options = DdpOptions::new().find_unused_parameters(find);
+        let ddp = DistributedDataParallel::new(&pg, &vs, options).unwrap();
+        (vs, layers, ddp)
+    };
+    let (vs, layers, ddp) = model(true);
+    for _ in 0..3 {
+        let loss = ddp.forward(|| {
+            let y = layers[0].forward(&x) + layers[3].forward(&x);
+            if pg.is_main() { y + layers[1].forward(&x) } else { y }
+        });
+        ddp.backward(&loss.unwrap().sum(Kind::Float)).unwrap();
+    }
+    let gradient = |name: &str| vs.variables()[name].grad();
+    assert!(!gradient("none.weight").defined() && !gradient("frozen.weight").defined());
+    // Three backwards without zeroing: sums; half of rank 0's where rank 1 has none.
+    let values =
+        |name| Vec::<f64>::try_from(gradient(name).view([-1]).to_kind(Kind::Double)).unwrap();
+    assert_eq!(values("all.weight").len(), 3);
+    assert!(values("one.weight").iter().all(|value| *value > 0.));
+
+    let (_vs, layers, ddp) = model(false);
+    let step = || -> Result<(), Error> {
+        let loss = ddp.forward(|| layers[0].forward(&x))?.sum(Kind::Float);
+        ddp.backward(&loss)
+    };
+    step().unwrap();
+    let text = step().unwrap_err().to_string();
+    assert!(text.contains("Expected to have finished reduction"), "{text}");
+}
+
+#[test]
+fn compression_rounds_gradients_and_all_ranks_stay_alike() {
+    if role().is_none() {
+        let test = "data_parallel::compression_rounds_gradients_and_all_ranks_stay_alike";
+        Ranks::start(test, "all", 2).succeed();
+        return;
+    }
+    let pg = join();
+    let (x, y) = data(Kind::Float);
+    let own = |t: &Tensor| t.narrow(0, 48 * pg.rank() as i64, 48);
+    let trained = |compression| {
+        tch::manual_seed(3);
+        let vs = VarStore::new(Device::Cpu);
+        let net = net(&vs);
+        let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
+        let options = DdpOptions::new().compression(compression);
+        let ddp = DistributedDataParallel::new(&pg, &vs, options).unwrap();
+        for _ in 0..10 {
+            let y_pred = ddp.forward(|| net.forward(&own(&x))).unwrap();
+            optimizer.zero_grad().unwrap();
+            ddp.backward(&y_pred.mse_loss(&own(&y), tch::Reduction::Mean)).unwrap();
+            optimizer.step().unwrap();
+        }
+        let all = pg.all_gather(&flat(&vs)).unwrap();
+        assert_eq!(all[0], all[1], "{compression:?}");
+        all[0].shallow_clone()
+    };
+    let exact = trained(Compression::None);
+    for (compression, bound) in [(Compression::Fp16, 1e-3), (Compression::Bf16, 1e-2)] {
+        let difference = (trained(compression) - &exact).abs().max().double_value(&[]);
+        assert!(difference > 0. && difference < bound, "{compression:?}: {difference}");
+    }
+}
+
+#[test]
+fn a_scaler_skips_on_all_ranks_what_overflows_on_one() {
+    if role().is_none() {
+        let test = "data_parallel::a_scaler_skips_on_all_ranks_what_overflows_on_one";
+        Ranks::start(test, "all", 2).succeed();
+        return;
+    }
+    let pg = join();
+    let vs = VarStore::new(Device::Cpu);
+    let net = net(&vs);
+    let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
+    let ddp = DistributedDataParallel::new(&pg, &vs, DdpOptions::new()).unwrap();
+    let scaler = GradScaler::new();
+    let mut cx =
+        Supervised::new(net, optimizer, |y_pred, y| y_pred.mse_loss(y, tch::Reduction::Mean))
+            .data_parallel(ddp)
+            .autocast(Kind::BFloat16)
+            .grad_scaler(scaler.clone());
+    let (x, y) = data(Kind::Float);
+    for iteration in 0..6 {
+        let bad = iteration == 3 && !pg.is_main();
+        let x = if bad { &x * f64::INFINITY } else { x.shallow_clone() };
+        let _ = cx.train_step((x, y.shallow_clone())).unwrap();
+    }
+    assert_eq!((scaler.skipped().unwrap(), scaler.get_scale().unwrap()), (1, 32768.));
+    let all = pg.all_gather(&flat(&vs)).unwrap();
+    assert_eq!(all[0], all[1]);
+    assert!(bool::try_from(all[0].isfinite().all()).unwrap());
+}
+
+#[test]
+fn what_is_left_of_a_window_is_averaged() {
+    if role().is_none() {
+        let test = "data_parallel::what_is_left_of_a_window_is_averaged";
+        Ranks::start(test, "all", 2).succeed();
+        return;
+    }
+    let pg = join();
+    let vs = VarStore::new(Device::Cpu);
+    let net = net(&vs);
+    let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
+    let ddp = DistributedDataParallel::new(&pg, &vs, DdpOptions::new()).unwrap();
+    let mut cx =
+        Supervised::new(net, optimizer, |y_pred, y| y_pred.mse_loss(y, tch::Reduction::Mean))
+            .data_parallel(ddp)
+            .accumulate(4)
+            .unwrap();
+    let (x, y) = data(Kind::Float);
+    let before = flat(&vs);
+    for iteration in 0..6 {
+        let from = 10 * iteration + 5 * pg.rank() as i64;
+        let _ = cx.train_step((x.narrow(0, from, 5), y.narrow(0, from, 5))).unwrap();
+    }
+    assert!(cx.finish_window().unwrap());
+    assert_ne!(flat(&vs), before);
+    let all = pg.all_gather(&flat(&vs)).unwrap();
+    assert_eq!(all[0], all[1]);
+}
+
+#[test]
+fn models_that_differ_are_refused() {
+    if role().is_none() {
+        Ranks::start("data_parallel::models_that_differ_are_refused", "all", 2).succeed();
+        return;
+    }
+    let pg = join();
+    let odd = pg.rank() as i64;
+    let refused = |vs: &VarStore, options: DdpOptions| -> String {
+        match DistributedDataParallel::new(&pg, vs, options).unwrap_err() {
+            Error::Distributed { kind: FailureKind::Mismatch, message, .. } => message,
+            other => panic!("{other}"),
+        }
+    };
+    let vs = VarStore::new(Device::Cpu);
+    let _ = nn::linear(vs.root() / "a", 2 + odd, 3, Default::default());
+    assert_eq!(
+        refused(&vs, DdpOptions::new()),
+        "the models are not alike: rank 0 has a.weight [3, 2] Float, rank 1 has a.weight [3, 3] Float"
+    );
+    let vs = VarStore::new(Device::Cpu);
+    for layer in 0..2 + odd {
+        let _ = nn::linear(vs.root() / layer, 2, 2, Default::default());
+    }
+    let text = refused(&vs, DdpOptions::new());
+    assert!(text.contains("rank 0 has nothing more, rank 1 has 2."), "{text}");
+    let vs = VarStore::new(Device::Cpu);
+    let _ = nn::linear(vs.root(), 2, 2, Default::default());
+    let text = refused(&vs, DdpOptions::new().bucket_cap_mb(1. + odd as f64));
+    assert!(text.contains("bucket_bytes: 1048576"), "{text}");
+    // The group lives on.
+    let options = DdpOptions::new();
+    let ddp = DistributedDataParallel::new(&pg, &vs, options).unwrap();
+    let _ = nn::linear(vs.root() / "late", 2, 2, Default::default());
+    let text = ddp.forward(Tensor::new).unwrap_err().to_string();
+    assert!(text.contains("had 2 parameters"), "{text}");
+    pg.barrier().unwrap();
+}
+
+#[test]
+fn in_a_group_of_one_everything_is_as_without() {
+    let pg = ProcessGroup::single();
+    let case = Case { adamw: true, fused: true, accumulate: 3, bucket_cap_mb: 25., view: true };
+    let with = train(&pg, case);
+    assert_eq!(with, train(&pg, case));
+    let vs = VarStore::new(Device::Cpu);
+    let net = net(&vs);
+    let mut optimizer = nn::Sgd::default().build(&vs, 0.1).unwrap();
+    let ddp = DistributedDataParallel::new(&pg, &vs, DdpOptions::new()).unwrap();
+    let (x, y) = data(Kind::Float);
+    let loss = ddp.forward(|| net.forward(&x)).unwrap().mse_loss(&y, tch::Reduction::Mean);
+    optimizer.backward_step(&loss);
+    assert!(ddp.logging_data().unwrap().is_empty());
+    ddp.reduce_gradients().unwrap();
+    for wrong in [0., -1., f64::NAN] {
+        let options = DdpOptions::new().bucket_cap_mb(wrong);
+        assert!(DistributedDataParallel::new(&pg, &vs, options).is_err());
+    }
+}
