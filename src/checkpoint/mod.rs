@@ -23,18 +23,23 @@
 //! not: kernels that are not deterministic themselves, and random numbers on another kind of device
 //! than the one they were saved from.
 
+pub(crate) mod exact;
 mod filename;
 mod folder;
 mod format;
 mod handler;
+mod header;
 mod resume;
+mod saveable;
 mod state_dict;
 mod stateful;
+mod strides;
 mod writer;
 
 pub use filename::setup_filename_pattern;
 pub use handler::{Checkpoint, Mode, Score};
 pub use resume::{Resumed, load_weights, read_state, save_weights, verify, write_state};
+pub use saveable::Saveable;
 pub use state_dict::{StateDict, Stateful};
 pub(crate) use stateful::check_fixed;
 pub use stateful::{Gradients, IntoStateful};

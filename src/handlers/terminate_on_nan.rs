@@ -2,8 +2,10 @@ use std::collections::{BTreeMap, HashMap};
 
 use tch::{Device, Kind, Tensor};
 
+use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler, MetricValue};
 use crate::supervised::Prediction;
+use crate::{Error, Result};
 
 /// Iterations between two looks at a device.
 const PERIOD: u64 = 100;
@@ -127,6 +129,26 @@ impl<C, B, O, F: Fn(&O, &mut dyn FnMut(MetricValue))> Handler<C, B, O> for Termi
 
     fn events(&self) -> Events {
         Event::Started | Event::IterationCompleted | Event::EpochCompleted
+    }
+
+    /// What was not looked at yet. Waits for the devices.
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        let flags = self.flags.iter().map(|(_, flag)| flag.f_to_device(Device::Cpu));
+        let sum = flags.reduce(|a, b| a?.f_add(&b?)).transpose();
+        let mut state = StateDict::new();
+        if let Some(sum) = sum.map_err(|error| Error::libtorch("saving the flags", error))? {
+            state.set_tensor("flag", sum);
+        }
+        Ok(Some(state))
+    }
+
+    fn load_state(&mut self, mut state: StateDict) -> Result<()> {
+        let flag = state.tensors.remove("flag");
+        if flag.as_ref().is_some_and(|flag| flag.numel() != 1) {
+            return Err(Error::State("'flag' is not one number".into()));
+        }
+        self.flags = flag.into_iter().map(|flag| (Device::Cpu, flag)).collect();
+        Ok(())
     }
 
     fn call(
