@@ -205,7 +205,8 @@ fn survives(what: &str, make: impl Fn(i64) -> Program) {
             let all = [before, resumed.lines.borrow().clone()].concat();
             assert_eq!(all, lines, "{what} killed at {event} {n}");
             let outcome = resumed.outcome();
-            let differ = outcome.lines().zip(expected.lines()).find(|(ours, theirs)| ours != theirs);
+            let differ =
+                outcome.lines().zip(expected.lines()).find(|(ours, theirs)| ours != theirs);
             assert!(outcome == expected, "{what} killed at {event} {n}: {differ:.1000?}");
         }
     }
@@ -242,7 +243,11 @@ fn averages() {
         let ema = EMAHandler::new(&program.vs, 0.1).unwrap().warmup(0.9, 5).unwrap();
         let knob = ema.knob();
         program.trainer.attach(ema.clone().save_history(true));
-        program.trainer.attach(ema.with_averages(Evaluate::each_epoch("ema", evaluator(), loader())));
+        program.trainer.attach(ema.with_averages(Evaluate::each_epoch(
+            "ema",
+            evaluator(),
+            loader(),
+        )));
         program.trainer.on(Event::IterationCompleted.once(3), move |_, _| Ok(knob.set(0.3)?));
     });
     with("EMA that warms up by count, of buffers too", |program| {
@@ -252,7 +257,11 @@ fn averages() {
     with("SWA", |program| {
         let swa = SWAHandler::new(&program.vs).unwrap().on(Event::IterationCompleted.after(3));
         program.trainer.attach(swa.clone());
-        program.trainer.attach(swa.with_averages(Evaluate::each_epoch("swa", evaluator(), loader())));
+        program.trainer.attach(swa.with_averages(Evaluate::each_epoch(
+            "swa",
+            evaluator(),
+            loader(),
+        )));
     });
 }
 
@@ -269,7 +278,8 @@ fn evaluations() {
         });
         let (knob, _) = knob("temperature");
         evaluator.attach(
-            ParamScheduler::new("temperature", knob, ExponentialLR::new(1., 0.9)).save_history(true),
+            ParamScheduler::new("temperature", knob, ExponentialLR::new(1., 0.9))
+                .save_history(true),
         );
         program.trainer.attach(Evaluate::each_epoch("val", evaluator, loader()));
     });
@@ -312,9 +322,9 @@ fn what_watches() {
     with("a history", |program| {
         let knob = program.cx.optimizer.group("fc").unwrap().knob("lr").unwrap();
         program.trainer.metric("mean", Mean::new()).metric("running", RunningAverage::new());
-        program.trainer.attach(
-            History::new().knob("lr", knob).metric("running").epoch_metric("mean"),
-        );
+        program
+            .trainer
+            .attach(History::new().knob("lr", knob).metric("running").epoch_metric("mean"));
     });
     with("norms and batches left out", |program| {
         let skip = SkipBatch::when(|(x, _): &Batch| x.double_value(&[0, 0]) > 0.8);
@@ -326,7 +336,11 @@ fn what_watches() {
         program.trainer.attach(store.clone());
         program.watched(move || {
             let data = store.data();
-            format!("{} {:?}", data.len(), data.iter().map(|(t, _)| t.double_value(&[])).sum::<f64>())
+            format!(
+                "{} {:?}",
+                data.len(),
+                data.iter().map(|(t, _)| t.double_value(&[])).sum::<f64>()
+            )
         })
     });
     with("outputs that handlers of the epoch read", |program| {
@@ -372,7 +386,8 @@ fn metrics_of_all_usages() {
     with("metrics in groups and expressions", |program| {
         let sum = Mean::of(|loss: &Tensor| loss.double_value(&[])).shared();
         let square = Mean::of(|loss: &Tensor| loss.double_value(&[]).powi(2)).shared();
-        let group = MetricGroup::new().metric("a", Mean::new()).metric("b/c", RunningAverage::new());
+        let group =
+            MetricGroup::new().metric("a", Mean::new()).metric("b/c", RunningAverage::new());
         program
             .trainer
             .metric_with("variance", &square - &sum * &sum, Usage::EpochWise)
@@ -400,7 +415,7 @@ fn all_schedules() {
         ("PolynomialLR", || PolynomialLR::new(1e-2).total_iters(9).power(2.).into()),
         ("CosineAnnealingLR", || CosineAnnealingLR::new(1e-2, 5).into()),
         ("warm restarts", || CosineAnnealingWarmRestarts::new(1e-2, 3).t_mult(2).into()),
-        ("CyclicLR", || CyclicLR::new(1e-3, 1e-2).step_size_up(3).into()),
+        ("CyclicLR", || CyclicLR::new(1e-3, 1e-2).step_size_up(3.).into()),
         ("OneCycleLR", || OneCycleLR::new(1e-2, 12).into()),
         ("InverseSqrt", || InverseSqrt::new(1e-2, 3).into()),
         ("Noam", || Noam::new(4, 3).into()),
@@ -452,7 +467,7 @@ impl Handler<Cx, Batch, Tensor> for Late {
         self.name.into()
     }
     fn events(&self) -> Events {
-        Event::IterationCompleted.after(4)
+        Event::IterationCompleted.after(4).into()
     }
     fn save_state(&self) -> Result<Option<StateDict>> {
         let Some(count) = self.count else { return Ok(None) };
@@ -462,6 +477,7 @@ impl Handler<Cx, Batch, Tensor> for Late {
     }
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         self.count = Some(state.value("count")?);
+        self.seen.borrow_mut().extend(self.count);
         Ok(())
     }
     fn call(

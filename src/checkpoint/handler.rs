@@ -155,6 +155,8 @@ struct Saved {
 struct Kept {
     run: u64,
     of: String,
+    /// Its own: copies under other names are somebody's.
+    name: String,
     score: Value,
 }
 
@@ -455,7 +457,7 @@ impl<B, O> Checkpoint<B, O> {
             let Ok(mut contents) = Contents::open(&folder.file(&name)) else { continue };
             let kept = contents.stamp.kept.as_deref().map(serde_json::from_str::<Kept>);
             if let Some(Ok(kept)) = kept
-                && (kept.run, &kept.of) == (run, &identity)
+                && (kept.run, &kept.of, &kept.name) == (run, &identity, &name)
                 && contents.verify().is_ok()
             {
                 self.insert(Saved { priority: Score::loaded(&kept.score)?, name });
@@ -469,7 +471,8 @@ impl<B, O> Checkpoint<B, O> {
         let folder = self.folder()?;
         let Some(new) = self.choose(&engine.state)? else { return Ok(false) };
         let run = *self.run.get_or_insert_with(|| folder.time());
-        let kept = Kept { run, of: self.identity(), score: new.priority.saved() };
+        let (name, score) = (new.name.clone(), new.priority.saved());
+        let kept = Kept { run, of: self.identity(), name, score };
         let kept = serde_json::to_string(&kept).map_err(|error| Error::State(error.to_string()))?;
         let stamp = Stamp { written: folder.time(), kept: Some(kept) };
         let before = self.saved.clone();

@@ -270,6 +270,8 @@ struct Cursor<D: Dataset, B> {
     /// The first sample of the next batch, and of the last one.
     next: u64,
     last: u64,
+    /// The last one could not be made.
+    failed: bool,
     last_samples: u64,
     /// Started with the first batch.
     workers: Option<Workers<Fetched<B>>>,
@@ -285,7 +287,7 @@ impl<D: Dataset + 'static, B: Send + 'static> Cursor<D, B> {
         }
         let plan = self.plan.as_ref().context("no pass has begun")?;
         let first = self.next;
-        (self.last, self.next) = (first, first + len);
+        (self.last, self.next, self.failed) = (first, first + len, true);
         let fetched = if self.loader.num_workers == 0 {
             let positions = first as usize..(first + len) as usize;
             self.loader.fetcher.fetch(plan, positions, &|| false)?
@@ -302,7 +304,7 @@ impl<D: Dataset + 'static, B: Send + 'static> Cursor<D, B> {
             workers.next().transpose()?
         };
         let fetched = fetched.context("the workers have no further batch")?;
-        self.last_samples = fetched.samples;
+        (self.last_samples, self.failed) = (fetched.samples, false);
         self.loader.skipped.add(fetched.skipped, fetched.last_skipped);
         match self.loader.device {
             Some((device, transfer)) => {
@@ -349,7 +351,7 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
     }
 
     fn seek(&mut self, pass: u64, batch: u64) -> AnyResult<()> {
-        self.under_way = None;
+        (self.under_way, self.failed) = (None, false);
         if let Some(workers) = &self.workers {
             workers.begin(None);
         }
@@ -374,6 +376,7 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
     }
 
     fn place(&self, again: bool) -> Option<Place> {
+        let again = again || self.failed;
         Some(self.loader.batch_size.place(if again { self.last } else { self.next }))
     }
 
@@ -405,6 +408,7 @@ impl<'a, D: Dataset + 'static, B: Send + 'static> IntoSource<'a, B> for DataLoad
             plan: None,
             next: 0,
             last: 0,
+            failed: false,
             last_samples: 0,
             workers: None,
             under_way: None,

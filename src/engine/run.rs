@@ -791,15 +791,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 fn changes<B>(position: &Position, data: &dyn Source<B>) -> Vec<String> {
     let mut changes = vec![];
     let (batches, settings) = (data.batches(), data.settings());
-    if batches != position.batches {
+    // The settings tell more, and the batch size may be restored later.
+    if batches != position.batches && (settings.is_empty() || position.settings.is_empty()) {
         let shown = |batches: Option<u64>| {
             batches.map_or_else(|| "an unknown number of".to_owned(), |n| n.to_string())
         };
         changes.push(format!(
-            "a pass over the data had {} batches when this state was saved, and has {} now: the place in it is counted in {}",
+            "a pass over the data had {} batches when this state was saved, and has {} now: the place in it is counted in batches",
             shown(position.batches),
-            shown(batches),
-            if position.kept.is_some() { "samples" } else { "batches" }
+            shown(batches)
         ));
     }
     for (name, then) in &position.settings {

@@ -2,7 +2,7 @@ use std::cell::RefCell;
 use std::ops::{Add, Div, Mul, Neg, Rem, Sub};
 use std::rc::{Rc, Weak};
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use super::{Accumulated, Metric, Reduce, Usage};
 use crate::engine::MetricValue;
@@ -219,8 +219,8 @@ impl<O> Metric<O> for MetricsLambda<'_, O> {
                 state.push(Accumulated { name: format!("{index}/{}", part.name), ..part });
             }
             if leaf.user.borrow().as_ptr() == Rc::as_ptr(&self.user) {
-                let updates = Tensor::from(1i64);
-                state.push(Accumulated::new(updates_it(index), updates, Reduce::Max));
+                let nothing = Tensor::f_zeros([0], (Kind::Int64, Device::Cpu))?;
+                state.push(Accumulated::new(updates_it(index), nothing, Reduce::Concat));
             }
         }
         Ok(state)
