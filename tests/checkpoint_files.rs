@@ -96,6 +96,12 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
     }
 }
 
+/// A new file: some file systems wait for the disk when one is overwritten.
+fn rewrite(path: &Path, bytes: &[u8]) {
+    std::fs::remove_file(path).unwrap();
+    std::fs::write(path, bytes).unwrap();
+}
+
 #[test]
 fn ten_thousand_corrupted_files_are_errors_or_whole_but_never_panics() -> Result<()> {
     let _serial = serial();
@@ -126,10 +132,10 @@ fn ten_thousand_corrupted_files_are_errors_or_whole_but_never_panics() -> Result
             mend(&mut bytes);
         }
         let outcome = if is_plain {
-            std::fs::write(&weights, &bytes).unwrap();
+            rewrite(&weights, &bytes);
             load_weights(&vs, &weights)
         } else {
-            std::fs::write(&path, &bytes).unwrap();
+            rewrite(&path, &bytes);
             let mut next = small(&vs);
             next.attach(Checkpoint::new(folder.path()));
             let strict = round % 3 != 0;
@@ -159,10 +165,13 @@ fn file(path: &Path, header: &str, data: u64) {
     file.get_ref().set_len(8 + header.len() as u64 + data).unwrap();
 }
 
-/// As much JSON as fits.
+/// Well below the limit of the format, so that the test is quick.
+const LENGTH: usize = 24_000_000;
+
+/// That much JSON.
 fn filled(begin: &str, part: &str, end: &str, escapes: bool) -> String {
-    let most = 99_000_000 - begin.len() - end.len();
-    let mut text = String::with_capacity(100_000_000);
+    let most = LENGTH - begin.len() - end.len();
+    let mut text = String::with_capacity(LENGTH);
     text += begin;
     let part = if escapes { part.replace('"', "\\\"") } else { part.to_owned() };
     for number in 0.. {
@@ -230,8 +239,8 @@ fn a_hostile_header_takes_a_small_multiple_of_its_size() {
             panic!("{what}: {text} {}", String::from_utf8_lossy(&output.stderr))
         });
         let took: u64 = line.split(' ').nth(1).unwrap().parse().unwrap();
-        println!("{what}: {took} MB for 99");
-        assert!(took < 600, "{what}: {line}");
+        println!("{what}: {took} MB for 24");
+        assert!(took < 200, "{what}: {line}");
     }
 }
 
@@ -245,7 +254,7 @@ fn too_many_values_are_refused_when_they_are_written() {
     write_state(&path, &state).unwrap();
     let few: Vec<String> = read_state(&path).unwrap().value("few").unwrap();
     assert_eq!(few.len(), 300_000);
-    state.set_value("many", vec![0; 3_000_000]).unwrap();
+    state.set_value("many", vec![0; 1_500_000]).unwrap();
     let error = format!("{:#}", anyhow::Error::from(write_state(&path, &state).unwrap_err()));
     assert!(error.contains("put long lists into tensors"), "{error}");
 }

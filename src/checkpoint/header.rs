@@ -9,8 +9,8 @@ use tch::Kind;
 
 /// libtorch's own limit for most operations.
 const MAX_DIMENSIONS: usize = 64;
-/// A value takes two bytes of JSON and some fifty of memory.
-const MAX_VALUES: usize = 1 << 21;
+/// A value takes two bytes of JSON or more, and up to 150 of memory.
+const MAX_VALUES: usize = 1 << 20;
 
 /// safetensors' names of the types that libtorch shares with it.
 pub(super) const TYPES: [(&str, Kind); 10] = [

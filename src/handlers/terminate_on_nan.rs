@@ -309,4 +309,30 @@ mod tests {
         assert!(handler.read_flags()?);
         Ok(())
     }
+
+    #[test]
+    fn a_flag_that_nobody_read_is_saved() -> anyhow::Result<()> {
+        type OfTensor = TerminateOnNan<Output<Tensor>>;
+        let save = |handler: &OfTensor| {
+            <OfTensor as Handler<(), (), Tensor>>::save_state(handler)
+                .map(Option::unwrap_or_default)
+        };
+        let load = |state| {
+            let mut handler = OfTensor::new();
+            <OfTensor as Handler<(), (), Tensor>>::load_state(&mut handler, state)?;
+            anyhow::Ok(handler)
+        };
+        for number in [1., f64::NAN] {
+            let mut handler = OfTensor::new();
+            let flag = || (Tensor::from(number) * 0.).to_kind(Kind::Float);
+            handler.flags = vec![(Device::Cpu, flag()), (Device::Cuda(0), Tensor::from(0f32))];
+            let mut resumed = load(save(&handler)?)?;
+            assert_eq!(resumed.read_flags()?, number.is_finite());
+        }
+        assert!(load(save(&OfTensor::new())?)?.flags.is_empty());
+        let mut odd = StateDict::new();
+        odd.set_tensor("flag", Tensor::from_slice(&[1., 2.]));
+        assert!(load(odd).is_err());
+        Ok(())
+    }
 }
