@@ -335,6 +335,60 @@ fn fix_checksum(bytes: &mut [u8]) {
 }
 
 #[test]
+fn other_data_is_told_and_another_batch_size_keeps_the_place() -> Result<()> {
+    use tch_ignite::data::{Batch, BatchSize, DataLoader, Loader, TensorDataset};
+    let _serial = serial();
+    let x = Tensor::arange(20, (tch::Kind::Int64, Device::Cpu));
+    let more = Tensor::arange(24, (tch::Kind::Int64, Device::Cpu));
+    let make = |folder: &Path| {
+        let mut trainer =
+            Engine::new(|seen: &mut Vec<i64>, _: &mut Engine<_, Batch, _>, (x, _)| {
+                seen.extend(Vec::<i64>::try_from(x)?);
+                Ok(())
+            });
+        trainer.attach(Checkpoint::new(folder).on(Event::IterationCompleted.once(3)));
+        trainer
+    };
+    for by_worker in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let run =
+            |trainer: &mut Engine<'static, _, Batch, ()>, x: &Tensor, size, seed, seen: &mut _| {
+                let until = Until::epochs(1);
+                match by_worker {
+                    false => trainer.run(seen, Loader::new(x, x, size)?.shuffle(seed), until),
+                    true => {
+                        let data = TensorDataset::new(x, x)?;
+                        let loader = DataLoader::new(data, size)?.shuffle(seed).num_workers(2);
+                        assert_eq!(BatchSize::from(&loader).get(), size as u64);
+                        trainer.run(seen, loader, until)
+                    }
+                }
+            };
+        let mut seen = vec![];
+        let mut trainer = make(folder.path());
+        trainer.on(Event::IterationStarted.once(4), |_, _| anyhow::bail!("killed"));
+        run(&mut trainer, &x, 4, 1, &mut seen).unwrap_err();
+        drop(trainer);
+        let mut next = make(folder.path());
+        next.resume(&mut seen, folder.path())?.unwrap();
+        let summary = run(&mut next, &x, 2, 1, &mut seen)?;
+        // Two batches of 2 are left of the epoch of 5 batches, and 8 samples of the pass.
+        assert_eq!(summary.warnings, ["batch_size of the data: 4 then, 2 now"]);
+        assert_eq!(seen.len(), 16);
+        let mut distinct = seen.clone();
+        distinct.sort();
+        distinct.dedup();
+        assert_eq!(distinct.len(), 16, "{seen:?}");
+        let mut next = make(folder.path());
+        next.resume(&mut seen, folder.path())?.unwrap();
+        let warnings = run(&mut next, &more, 4, 2, &mut seen)?.warnings.join("; ");
+        assert!(warnings.contains("samples of the data: 20 then, 24 now"), "{warnings}");
+        assert!(warnings.contains("seed of the order of the data: 1 then, 2 now"), "{warnings}");
+    }
+    Ok(())
+}
+
+#[test]
 fn what_fails_or_panics_leaves_an_emergency_checkpoint_to_go_on_from() -> Result<()> {
     let _serial = serial();
     let expected = {

@@ -179,6 +179,12 @@ impl Handler<Cx, Batch, Tensor> for Killer {
     }
 }
 
+/// In memory where that is possible: there are thousands of files, and each is synced.
+fn temporary() -> tempfile::TempDir {
+    let in_memory = tempfile::tempdir_in("/dev/shm");
+    in_memory.or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 /// `make` builds the program, with random numbers of that seed.
 fn survives(what: &str, make: impl Fn(i64) -> Program) {
     let _serial = serial();
@@ -188,7 +194,7 @@ fn survives(what: &str, make: impl Fn(i64) -> Program) {
     use Event::*;
     for event in [EpochStarted, GetBatchCompleted, IterationCompleted, EpochCompleted] {
         for n in 1.. {
-            let folder = tempfile::tempdir().unwrap();
+            let folder = temporary();
             let path = folder.path().join("checkpoint.safetensors");
             let mut killed = make(1);
             killed.trainer.attach(Killer { event, left: n, path: path.clone() });

@@ -151,3 +151,24 @@ fn lock(folder: &Path) -> Result<File> {
     file.rewind().and_then(|()| write!(file, "{:<20}", std::process::id())).map_err(io)?;
     Ok(file)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn latest_names_the_newest_whoever_is_done_first() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::open(&folder.path().join("a/b"), true)?;
+        let latest = || fs::read_to_string(folder.file(LATEST)).unwrap();
+        let (first, second) = (folder.time(), folder.time());
+        assert!(first < second);
+        folder.set_latest("second", second)?;
+        // Of a handler that writes in the background.
+        folder.set_latest("first", first)?;
+        assert_eq!(latest(), "second\n");
+        folder.set_latest("third", folder.time())?;
+        assert_eq!(latest(), "third\n");
+        Ok(())
+    }
+}

@@ -99,6 +99,10 @@ struct Scoring<B, O> {
 /// beside its place, synced, renamed, and the folder synced, before an old one is removed: whatever
 /// happens, a folder that had a whole checkpoint has one. One process at a time may have the folder.
 ///
+/// Files of its run that a killed process left besides those on its list are taken onto it when a run goes
+/// on, and are counted. On an evaluator it goes on from one evaluation to the next; the trainer's
+/// [`resume`](Engine::resume) passes over its files.
+///
 /// It acts after all other handlers of its events ([`Priority::Last`]), so that what it saves is the
 /// state after them. `latest` in the folder holds the name of the newest.
 ///

@@ -23,7 +23,7 @@ pub struct Resumed {
     pub epoch: u64,
     /// See `epoch`.
     pub iteration: u64,
-    /// Newer files that are broken, and why.
+    /// Newer files that are broken or do not belong here, and why.
     pub skipped: Vec<(PathBuf, String)>,
     /// What changed since, and what was left out.
     pub restored: Restored,
@@ -49,11 +49,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Goes to the newest whole checkpoint in a folder; the next `run` goes on there. `None` where there
     /// is none, nor anything that looks like one: the run starts from the beginning then.
     ///
+    /// Files of engines that ran within others (evaluators) are passed over; those that have other parts
+    /// than this engine too, and told, where an older one fits. What changed in the data since is told by
+    /// the summary of the next run, which has it.
+    ///
     /// Attach handlers and track models first, as when it was saved. Reads the file once, models
     /// straight into their memory.
     ///
     /// # Errors
-    /// There are checkpoints, but none that is whole; one that does not fit this engine, by the name of
+    /// The folder cannot be read; there are checkpoints, but none that is whole; one that does not fit this engine, by the name of
     /// what does not. The engine may hold parts of it then and refuses to run.
     pub fn resume(&mut self, cx: &mut C, folder: impl AsRef<Path>) -> Result<Option<Resumed>> {
         self.resume_with(cx, folder, true)

@@ -276,12 +276,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// The states of all handlers that have one.
-    pub(crate) fn handler_states(&self) -> Result<StateDict> {
+    fn handler_states(&self) -> Result<StateDict> {
         self.save_handlers(&mut None)
     }
 
     /// Nothing may be missing or unknown.
-    pub(crate) fn load_handler_states(&mut self, states: StateDict) -> Result<()> {
+    fn load_handler_states(&mut self, states: StateDict) -> Result<()> {
         self.load_handlers(states, &mut Report { strict: true, ignored: vec![] })
     }
 

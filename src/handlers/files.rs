@@ -60,3 +60,21 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
     let _ = folder;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_are_made_from_the_first_that_is_missing() -> io::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let deep = folder.path().join("a/b/../c/d");
+        make_folder(&deep)?;
+        make_folder(&deep)?;
+        assert!(folder.path().join("a/c/d").is_dir());
+        make_folder(Path::new(""))?;
+        fs::write(folder.path().join("file"), "")?;
+        assert!(make_folder(&folder.path().join("file/e")).is_err());
+        Ok(())
+    }
+}

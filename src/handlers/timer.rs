@@ -7,7 +7,7 @@ use crate::engine::{Engine, Event, Events, Handler};
 /// A stopwatch, by hand or at events: ignite's `Timer`.
 ///
 /// [`value`](Self::value) is the time it ran, pauses left out; per [`step`](Self::step) where it is
-/// an average. Keep a hold of one that is attached with `Rc<RefCell<_>>`. What runs on a GPU is only
+/// an average. A resumed run goes on counting. Keep a hold of one that is attached with `Rc<RefCell<_>>`. What runs on a GPU is only
 /// in it as far as somebody waited for it.
 ///
 /// ```
