@@ -492,8 +492,10 @@ fn in_namespace(test: &str, script: &str) -> bool {
 
 const DISK: &str = "TCH_IGNITE_TEST_DISK";
 
+type Writes = (&'static str, Box<dyn Fn() -> Result<()>>);
+
 /// Each way of writing a file, under a name.
-fn writers(folder: &Path) -> Vec<(&'static str, Box<dyn Fn() -> Result<()>>)> {
+fn writers(folder: &Path) -> Vec<Writes> {
     let vs = VarStore::new(Device::Cpu);
     let _ = vs.root().ones("weight", &[50_000]);
     let history = History::new().metric("mean");
@@ -509,7 +511,7 @@ fn writers(folder: &Path) -> Vec<(&'static str, Box<dyn Fn() -> Result<()>>)> {
     let (checkpoint, weights) = (path("a.safetensors"), path("w.safetensors"));
     let (csv, report) = (path("history.csv"), path("run"));
     #[allow(unused_mut)]
-    let mut all: Vec<(&'static str, Box<dyn Fn() -> Result<()>>)> = vec![
+    let mut all: Vec<Writes> = vec![
         ("a.safetensors", Box::new(move || write_state(&checkpoint, &state()))),
         ("w.safetensors", Box::new(move || save_weights(&vs, &weights))),
         (

@@ -406,7 +406,8 @@ fn metrics_of_all_usages() {
 
 #[test]
 fn all_schedules() {
-    let schedules: Vec<(&str, fn() -> AnySchedule)> = vec![
+    type Named = (&'static str, fn() -> AnySchedule);
+    let schedules: Vec<Named> = vec![
         ("LinearCyclical", || LinearCyclical::new(1e-2, 1e-3, 5).cycle_mult(1.5).into()),
         ("CosineAnnealing", || CosineAnnealing::new(1e-2, 1e-3, 4).start_value_mult(0.9).into()),
         ("PiecewiseLinear", || PiecewiseLinear::new([(2, 1e-2), (9, 1e-3)]).into()),
@@ -426,10 +427,7 @@ fn all_schedules() {
         ("InverseSqrt", || InverseSqrt::new(1e-2, 3).into()),
         ("Noam", || Noam::new(4, 3).into()),
         ("LambdaLR", || LambdaLR::new(1e-2, |event| 1. / (event + 1) as f64).into()),
-        ("then and warmup", || {
-            let cosine = CosineAnnealing::new(1e-2, 1e-4, 6).warmup(0., 3).unwrap();
-            AnySchedule::from(cosine)
-        }),
+        ("then and warmup", || CosineAnnealing::new(1e-2, 1e-4, 6).warmup(0., 3).unwrap()),
     ];
     for (name, schedule) in schedules {
         with(name, |program| {
