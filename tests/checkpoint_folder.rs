@@ -14,6 +14,7 @@ use tch_ignite::Result;
 use tch_ignite::checkpoint::{Checkpoint, Mode, read_state, save_weights, verify, write_state};
 use tch_ignite::engine::{Engine, Event, Until};
 use tch_ignite::handlers::{EMAHandler, Evaluate, History};
+use tch_ignite::loggers::{CsvLogger, JsonLinesLogger, Logger, RunFolder, TensorBoard};
 use tch_ignite::metrics::Mean;
 
 type Small = Engine<'static, (), i64, f64>;
@@ -524,8 +525,7 @@ fn writers(folder: &Path) -> Vec<Writes> {
         (
             "run",
             Box::new(move || {
-                use tch_ignite::loggers::{Logger, RunFolder};
-                let run = RunFolder::create(&report)?;
+                    let run = RunFolder::create(&report)?;
                 for step in 0..100 {
                     run.scalar("a scalar with a name of some length", 0.5, step)?;
                 }
@@ -570,6 +570,23 @@ fn a_full_disk_is_an_error_that_leaves_what_was_there() {
         let rest: Vec<_> = files(disk).into_iter().filter(|file| file.contains(".part-")).collect();
         assert_eq!(rest, [""; 0], "nothing half-written stays");
         free();
+    }
+    // Loggers that were open before keep what they could not write.
+    let loggers: [(&str, Box<dyn Logger>); 3] = [
+        ("scalars.csv", Box::new(CsvLogger::open(disk.join("scalars.csv")).unwrap())),
+        ("scalars.jsonl", Box::new(JsonLinesLogger::open(disk.join("scalars.jsonl")).unwrap())),
+        ("tfevents", Box::new(TensorBoard::create(disk.join("board")).unwrap())),
+    ];
+    fill();
+    for (name, logger) in &loggers {
+        (0..500).for_each(|step| logger.scalar("loss", 0.5, step).unwrap());
+        let error = text(logger.flush().unwrap_err());
+        assert!(error.contains(name) && error.contains("No space left"), "{name}: {error}");
+    }
+    free();
+    loggers.iter().for_each(|(_, logger)| logger.flush().unwrap());
+    for (name, rows) in [("scalars.csv", 501), ("scalars.jsonl", 500)] {
+        assert_eq!(std::fs::read_to_string(disk.join(name)).unwrap().lines().count(), rows);
     }
     // Training goes on from where it was once there is room.
     let folder = disk.join("checkpoints");
