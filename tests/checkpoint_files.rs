@@ -336,6 +336,8 @@ fn damaged_weights_are_noticed() -> Result<()> {
     save_weights(&store(), &path)?;
     load_weights(&store(), &path)?;
     let mut bytes = std::fs::read(&path).unwrap();
+    save_weights(&store(), &path)?;
+    assert_eq!(bytes, std::fs::read(&path).unwrap(), "the same weights are the same bytes");
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(&path, bytes).unwrap();
     let error = load_weights(&store(), &path).unwrap_err().to_string();

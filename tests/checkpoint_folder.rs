@@ -525,7 +525,7 @@ fn writers(folder: &Path) -> Vec<Writes> {
         (
             "run",
             Box::new(move || {
-                    let run = RunFolder::create(&report)?;
+                let run = RunFolder::create(&report)?;
                 for step in 0..100 {
                     run.scalar("a scalar with a name of some length", 0.5, step)?;
                 }

@@ -9,7 +9,7 @@
 //! The metadata holds `tch-ignite` (the version of this layout), `state` (the values and parts, as
 //! JSON), `written` (when, in nanoseconds since 1970), `kept` (on whose list it is, for the
 //! [`Checkpoint`](super::Checkpoint) that wrote it) and `crc32c`: the CRC-32C of header and tensors, with
-//! zeros in its own place. Files of weights alone have neither version nor state.
+//! zeros in its own place. Files of weights alone have no version, state and time.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -139,6 +139,8 @@ pub(super) fn write_plain(
         return Err(io::Error::other(format!("a tensor cannot be named '{METADATA}'")));
     }
     let mut metadata = stamp.texts();
+    // The same weights are the same bytes.
+    metadata.remove("written");
     // What Python's readers of PyTorch weights look for.
     metadata.insert("format", "pt".into());
     write_tensors(file, &tensors, &metadata)
