@@ -251,6 +251,9 @@ impl<N> Stateful for Supervised<N> {
         let mut state = StateDict::new();
         let Accumulated { pending, size } = self.accumulated;
         state.set_value("accumulated", (pending, size))?;
+        if let Some(norm) = &self.grad_norm {
+            state.set_tensor("grad_norm", norm.shallow_clone());
+        }
         if pending > 0 {
             state.set_part("gradients", self.gradients().state_dict()?);
         }
@@ -273,6 +276,7 @@ impl<N> Stateful for Supervised<N> {
             None => {}
         }
         self.accumulated = Accumulated { pending, size };
+        self.grad_norm = state.take_tensor("grad_norm").ok();
         Ok(())
     }
 }
@@ -295,7 +299,7 @@ pub fn create_supervised_trainer<'a, N: ModuleT + 'a>() -> Trainer<'a, Supervise
         }
         Ok(loss)
     });
-    trainer.track_context();
+    trainer.track_context().track_output();
     // Its own name, registered once: this cannot fail, and if it did, firing would say so.
     let _ = trainer.register_events([OPTIMIZER_STEPPED]);
     trainer.on(Event::EpochCompleted, |cx: &mut Supervised<N>, engine| {

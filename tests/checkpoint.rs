@@ -140,7 +140,11 @@ fn data() -> Result<Loader> {
 }
 
 fn bits(state: &StateDict) -> String {
-    let mut text = format!("{:?}\n", state.values());
+    let mut text = String::new();
+    // Which run it was is not the same.
+    for (name, value) in state.values().iter().filter(|(name, _)| *name != "run") {
+        text += &format!("{name} {value}\n");
+    }
     for (name, tensor) in state.tensors() {
         // A tensor's own text rounds.
         let flat = tensor.detach().reshape([-1]).to_kind(match tensor.kind() {

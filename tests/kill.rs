@@ -135,11 +135,16 @@ fn a_run_killed_again_and_again_ends_bit_for_bit_the_same() {
             killed += 1;
             if folder.path().join("begun").exists() {
                 assert!(whole_checkpoints(folder.path()) > 0, "kill {killed} left none");
+                let checkpoints = folder.path().join("checkpoints");
+                let latest = std::fs::read_to_string(checkpoints.join("latest")).unwrap();
+                verify(checkpoints.join(latest.trim())).unwrap();
             }
         }
         assert!(spawn(NAME, role, folder.path(), iterations).wait().unwrap().success());
         let outcome = std::fs::read_to_string(folder.path().join("outcome")).unwrap();
         assert!(outcome == expected, "after {killed} kills, {role}");
+        // Nothing that was about to be removed when the process was killed stays for ever.
+        assert_eq!(whole_checkpoints(folder.path()), 2);
         assert!(killed > kills / 2, "the run ended after {killed} kills: make it longer");
     }
 }

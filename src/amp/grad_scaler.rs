@@ -338,11 +338,16 @@ impl GradScaler {
 /// Saving waits for the device on CUDA.
 impl Stateful for GradScaler {
     fn state_dict(&self) -> Result<StateDict> {
-        Self::state_dict(self).map(StateDict::from)
+        let mut state = StateDict::from(Self::state_dict(self)?);
+        state.set_value("last_skipped", self.last_skipped()?)?;
+        Ok(state)
     }
 
     fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
-        Self::load_state_dict(self, state.values())
+        let skipped: bool = state.value("last_skipped")?;
+        Self::load_state_dict(self, state.values())?;
+        self.locked().last_found = Some(Tensor::from_slice(&[f32::from(u8::from(skipped))]));
+        Ok(())
     }
 }
 

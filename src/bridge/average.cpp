@@ -5,6 +5,8 @@
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_sub.h>
 
+#include <memory>
+
 #include "bridge.h"
 #include "one_pass.h"
 
@@ -81,13 +83,16 @@ void update(Pairs& pairs, Update how, double number) {
 extern "C" {
 
 // Shares the tensors.
-Pairs* tig_pairs_new(const Tensor* const* averages, const Tensor* const* sources, size_t count) {
-  auto pairs = new Pairs;
-  for (size_t i = 0; i < count; ++i) {
-    pairs->averages.push_back(*averages[i]);
-    pairs->sources.push_back(*sources[i]);
-  }
-  return pairs;
+int tig_pairs_new(const Tensor* const* averages, const Tensor* const* sources, size_t count, Pairs** made,
+                  char** error) {
+  return guarded(error, [&] {
+    auto pairs = std::make_unique<Pairs>();
+    for (size_t i = 0; i < count; ++i) {
+      pairs->averages.push_back(*averages[i]);
+      pairs->sources.push_back(*sources[i]);
+    }
+    *made = pairs.release();
+  });
 }
 
 void tig_pairs_free(Pairs* pairs) { delete pairs; }

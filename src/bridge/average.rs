@@ -1,7 +1,7 @@
 //! Averages of tensors that training changes; the C++ is in average.cpp.
 
 use std::ffi::{c_char, c_int, c_void};
-use std::ptr::NonNull;
+use std::ptr::{NonNull, null_mut};
 
 use tch::Tensor;
 use torch_sys::C_tensor;
@@ -13,7 +13,9 @@ unsafe extern "C" {
         averages: *const *const C_tensor,
         sources: *const *const C_tensor,
         count: usize,
-    ) -> Raw;
+        made: *mut Raw,
+        error: *mut *mut c_char,
+    ) -> c_int;
     fn tig_pairs_free(pairs: Raw);
     fn tig_pairs_update(pairs: Raw, how: c_int, number: f64, error: *mut *mut c_char) -> c_int;
 }
@@ -40,15 +42,23 @@ unsafe impl Send for Pairs {}
 
 impl Pairs {
     /// Pairs each average with the source of the same place.
-    pub(crate) fn new<'t>(pairs: impl Iterator<Item = (&'t Tensor, &'t Tensor)>) -> Self {
+    pub(crate) fn new<'t>(
+        pairs: impl Iterator<Item = (&'t Tensor, &'t Tensor)>,
+    ) -> Result<Self, Exception> {
         let (averages, sources): (Vec<_>, Vec<_>) =
             pairs.map(|(average, source)| (average.as_ptr(), source.as_ptr())).unzip();
+        let mut made = null_mut();
         // SAFETY: both lists have that length and point to live torch::Tensors.
-        let raw = unsafe {
-            tig_pairs_new(averages.as_ptr().cast(), sources.as_ptr().cast(), averages.len())
-        };
-        // `new` throws rather than to return null, and then the process ends.
-        Self(NonNull::new(raw).expect("made by `new`"))
+        checked(|error| unsafe {
+            tig_pairs_new(
+                averages.as_ptr().cast(),
+                sources.as_ptr().cast(),
+                averages.len(),
+                &mut made,
+                error,
+            )
+        })?;
+        NonNull::new(made).map(Self).ok_or_else(|| "no memory".into())
     }
 
     pub(crate) fn update(&mut self, how: Average) -> Result<(), Exception> {

@@ -417,7 +417,9 @@ class Step {
 
 extern "C" {
 
-Plan* tig_plan_new() { return new Plan; }
+int tig_plan_new(Plan** made, char** error) {
+  return guarded(error, [&] { *made = new Plan; });
+}
 void tig_plan_free(Plan* plan) { delete plan; }
 
 // One step. The gradients count `factor` times, and nothing happens if `found_inf` is not 0; both are tensors

@@ -1,7 +1,7 @@
 //! Steps of all parameters at once; the C++ is in fused.cpp.
 
 use std::ffi::{c_char, c_int, c_void};
-use std::ptr::{NonNull, null};
+use std::ptr::{NonNull, null, null_mut};
 
 use tch::Tensor;
 use torch_sys::C_tensor;
@@ -9,7 +9,7 @@ use torch_sys::C_tensor;
 use super::{Exception, Native, Raw, checked};
 
 unsafe extern "C" {
-    fn tig_plan_new() -> Raw;
+    fn tig_plan_new(made: *mut Raw, error: *mut *mut c_char) -> c_int;
     fn tig_plan_free(plan: Raw);
     fn tig_step(
         optimizer: Raw,
@@ -42,8 +42,10 @@ pub(super) struct Plan(NonNull<c_void>);
 
 impl Plan {
     pub(super) fn new() -> Result<Self, Exception> {
+        let mut made = null_mut();
         // SAFETY: makes an object of its own.
-        NonNull::new(unsafe { tig_plan_new() }).map(Self).ok_or_else(|| "no memory".into())
+        checked(|error| unsafe { tig_plan_new(&mut made, error) })?;
+        NonNull::new(made).map(Self).ok_or_else(|| "no memory".into())
     }
 
     pub(super) fn as_ptr(&self) -> Raw {

@@ -1,6 +1,6 @@
 //! Names of checkpoints, as ignite makes them.
 
-use super::folder::is_part;
+use super::folder::{LATEST, is_part};
 use crate::{Error, Result};
 
 /// What a name is made of.
@@ -93,7 +93,7 @@ impl Parts {
 /// Whether it is a plain name, of a file in the folder.
 pub(super) fn check_name(name: &str) -> Result<()> {
     let plain = !name.is_empty() && !name.contains(['/', '\\', '\0']) && !name.starts_with('.');
-    if plain && name != super::handler::LATEST && !is_part(name) {
+    if plain && name != LATEST && !is_part(name) {
         return Ok(());
     }
     Err(Error::invalid(format!(

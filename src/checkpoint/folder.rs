@@ -2,13 +2,17 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
-use std::io::{Read, Seek, Write};
+use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
+use super::format::{Contents, Stamp};
+use crate::handlers::files::{make_folder, write_whole};
 use crate::{Error, Result};
 
 const LOCK: &str = ".lock";
+/// Holds the name of the newest file, for people and scripts.
+pub(super) const LATEST: &str = "latest";
 /// In the names of files that are being written.
 const PART: &str = ".part-";
 
@@ -16,6 +20,10 @@ const PART: &str = ".part-";
 #[derive(Debug)]
 pub(super) struct Folder {
     path: PathBuf,
+    /// When the newest file was written, so that the next is newer also where the clock was put back.
+    newest: Mutex<u64>,
+    /// Of which time the file is that `latest` names.
+    latest: Mutex<u64>,
     /// Locked as long as it is open; the system unlocks it however the process ends.
     _lock: File,
 }
@@ -30,7 +38,7 @@ impl Folder {
     pub(super) fn open(path: &Path, create: bool) -> Result<Arc<Self>> {
         let io = |source| Error::Io { path: path.to_owned(), source };
         if create {
-            fs::create_dir_all(path).map_err(io)?;
+            make_folder(path).map_err(io)?;
         } else if !path.is_dir() {
             return Err(Error::invalid(format!(
                 "Directory path '{}' is not found",
@@ -42,7 +50,15 @@ impl Folder {
         if let Some(folder) = open.get(&path).and_then(Weak::upgrade) {
             return Ok(folder);
         }
-        let folder = Arc::new(Self { _lock: lock(&path)?, path: path.clone() });
+        let lock = lock(&path)?;
+        let newest = newest(&path).map_err(io)?;
+        let folder = Self {
+            path: path.clone(),
+            newest: Mutex::new(newest),
+            latest: Mutex::default(),
+            _lock: lock,
+        };
+        let folder = Arc::new(folder);
         folder.remove_parts();
         open.retain(|_, folder| folder.strong_count() > 0);
         open.insert(path, Arc::downgrade(&folder));
@@ -53,12 +69,30 @@ impl Folder {
         self.path.join(name)
     }
 
-    pub(super) fn names(&self) -> Vec<String> {
-        names(&self.path)
+    pub(super) fn names(&self) -> Result<Vec<String>> {
+        names(&self.path).map_err(|source| Error::Io { path: self.path.clone(), source })
+    }
+
+    /// The time for a file that is written now: later than that of any other.
+    pub(super) fn time(&self) -> u64 {
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        *newest = Stamp::now().written.max(newest.saturating_add(1));
+        *newest
+    }
+
+    /// Lets `latest` name this file, unless a newer one was written meanwhile by somebody else.
+    pub(super) fn set_latest(&self, name: &str, written: u64) -> Result<()> {
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        if *latest > written {
+            return Ok(());
+        }
+        write_whole(&self.file(LATEST), |file| file.write_all(format!("{name}\n").as_bytes()))?;
+        *latest = written;
+        Ok(())
     }
 
     fn remove_parts(&self) {
-        for name in self.names().iter().filter(|name| is_part(name)) {
+        for name in names(&self.path).iter().flatten().filter(|name| is_part(name)) {
             let _ = fs::remove_file(self.file(name));
         }
     }
@@ -72,9 +106,22 @@ pub(super) fn is_part(name: &str) -> bool {
 }
 
 /// The names of all files in a folder.
-pub(super) fn names(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+pub(super) fn names(folder: &Path) -> io::Result<Vec<String>> {
+    let mut names = vec![];
+    for entry in fs::read_dir(folder)? {
+        names.extend(entry?.file_name().into_string());
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// The largest time of its files.
+fn newest(folder: &Path) -> io::Result<u64> {
+    let names = names(folder)?;
+    let written = |name: &String| Some(Contents::open(&folder.join(name)).ok()?.stamp.written);
+    // Beyond that it is no time, and none could follow.
+    let sensible = |written: &u64| *written < u64::MAX / 2;
+    Ok(names.iter().filter_map(written).filter(sensible).max().unwrap_or(0))
 }
 
 fn lock(folder: &Path) -> Result<File> {
@@ -103,4 +150,25 @@ fn lock(folder: &Path) -> Result<File> {
     // For the message above only.
     file.rewind().and_then(|()| write!(file, "{:<20}", std::process::id())).map_err(io)?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn latest_names_the_newest_whoever_is_done_first() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = Folder::open(&folder.path().join("a/b"), true)?;
+        let latest = || fs::read_to_string(folder.file(LATEST)).unwrap();
+        let (first, second) = (folder.time(), folder.time());
+        assert!(first < second);
+        folder.set_latest("second", second)?;
+        // Of a handler that writes in the background.
+        folder.set_latest("first", first)?;
+        assert_eq!(latest(), "second\n");
+        folder.set_latest("third", folder.time())?;
+        assert_eq!(latest(), "third\n");
+        Ok(())
+    }
 }

@@ -7,56 +7,33 @@
 //! ```
 //!
 //! The metadata holds `tch-ignite` (the version of this layout), `state` (the values and parts, as
-//! JSON), `written` (when, in nanoseconds since 1970) and `crc32c`: the CRC-32C of header and tensors,
-//! with zeros in its own place.
+//! JSON), `written` (when, in nanoseconds since 1970), `kept` (on whose list it is, for the
+//! [`Checkpoint`](super::Checkpoint) that wrote it) and `crc32c`: the CRC-32C of header and tensors, with
+//! zeros in its own place. Files of weights alone have no version, state and time.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::StateDict;
+use super::header::{Entry, TYPES, check_values, parsed};
+use super::{StateDict, strides};
 use crate::bridge::{bytes, bytes_mut};
 
 /// The version that is written; what is read may not be newer.
 const VERSION: u32 = 1;
 /// As in the reference implementation of safetensors.
 const MAX_HEADER: u64 = 100_000_000;
-/// libtorch's own limit for most operations.
-const MAX_DIMENSIONS: usize = 64;
 /// What a thread reads without looking up.
 const PIECE: usize = 1 << 23;
 /// Hashed while it is in the cache.
 const CHUNK: usize = 1 << 18;
 const NO_CRC: &str = "00000000";
-
-/// safetensors' names of the types that libtorch shares with it.
-const TYPES: [(&str, Kind); 10] = [
-    ("F64", Kind::Double),
-    ("I64", Kind::Int64),
-    ("F32", Kind::Float),
-    ("I32", Kind::Int),
-    ("F16", Kind::Half),
-    ("BF16", Kind::BFloat16),
-    ("I16", Kind::Int16),
-    ("I8", Kind::Int8),
-    ("U8", Kind::Uint8),
-    ("BOOL", Kind::Bool),
-];
-
-/// Where a tensor lies in the file, and what it is.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Entry {
-    dtype: String,
-    shape: Vec<u64>,
-    data_offsets: (u64, u64),
-}
 
 /// Values and parts of a [`StateDict`], and the names of its tensors.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -66,8 +43,20 @@ struct Tree {
     values: Map<String, Value>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     tensors: Vec<String>,
+    /// Names in the file that are not [`joined`] ones, because these were taken.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    renamed: BTreeMap<String, String>,
+    /// Of tensors that are dense in memory, but not in the order of the file: channels last.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    strides: BTreeMap<String, Vec<i64>>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     parts: BTreeMap<String, Tree>,
+}
+
+impl Tree {
+    fn name_in_file(&self, prefix: &str, name: &str) -> String {
+        self.renamed.get(name).cloned().unwrap_or_else(|| joined(prefix, name))
+    }
 }
 
 /// The name of a tensor in the file: the names of its part and itself.
@@ -75,54 +64,86 @@ fn joined(prefix: &str, name: &str) -> String {
     if prefix.is_empty() { name.into() } else { format!("{prefix}/{name}") }
 }
 
-fn tree_of(state: &StateDict) -> Tree {
-    Tree {
-        values: state.values.clone(),
-        tensors: state.tensors.keys().cloned().collect(),
-        parts: state.parts.iter().map(|(name, part)| (name.clone(), tree_of(part))).collect(),
-    }
-}
-
-fn flat<'s>(
+/// Collects the tensors by their names in the file.
+fn tree_of<'s>(
     prefix: &str,
     state: &'s StateDict,
     tensors: &mut BTreeMap<String, &'s Tensor>,
-) -> io::Result<()> {
+) -> Tree {
+    let mut tree = Tree { values: state.values.clone(), ..Tree::default() };
     for (name, tensor) in &state.tensors {
-        let name = joined(prefix, name);
-        if tensors.insert(name.clone(), tensor).is_some() || name == "__metadata__" {
-            return Err(io::Error::other(format!("two tensors would be named '{name}'")));
+        let mut in_file = joined(prefix, name);
+        while in_file == METADATA || tensors.contains_key(&in_file) {
+            in_file.push('\'');
+            tree.renamed.insert(name.clone(), in_file.clone());
+        }
+        tensors.insert(in_file, tensor);
+        tree.tensors.push(name.clone());
+        if let Some(strides) = strides::to_note(tensor) {
+            tree.strides.insert(name.clone(), strides);
         }
     }
-    state.parts.iter().try_for_each(|(name, part)| flat(&joined(prefix, name), part, tensors))
+    for (name, part) in &state.parts {
+        tree.parts.insert(name.clone(), tree_of(&joined(prefix, name), part, tensors));
+    }
+    tree
+}
+
+const METADATA: &str = "__metadata__";
+
+/// What is noted of a file besides its content.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Stamp {
+    /// In nanoseconds since 1970.
+    pub(super) written: u64,
+    pub(super) kept: Option<String>,
+}
+
+impl Stamp {
+    pub(super) fn now() -> Self {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Self { written: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX), kept: None }
+    }
+
+    fn texts(&self) -> BTreeMap<&'static str, String> {
+        let mut texts = BTreeMap::from([("crc32c", NO_CRC.to_owned())]);
+        texts.insert("written", self.written.to_string());
+        texts.extend(self.kept.iter().map(|kept| ("kept", kept.clone())));
+        texts
+    }
 }
 
 /// Writes a state. Dense, contiguous CPU tensors are written from where they lie; others are copied
 /// first, one at a time.
-pub(super) fn write(file: &mut (impl Write + Seek), state: &StateDict) -> io::Result<()> {
+pub(super) fn write(
+    file: &mut (impl Write + Seek),
+    state: &StateDict,
+    stamp: &Stamp,
+) -> io::Result<()> {
     let mut tensors = BTreeMap::new();
-    flat("", state, &mut tensors)?;
-    let metadata = BTreeMap::from([
-        ("tch-ignite", VERSION.to_string()),
-        ("state", serde_json::to_string(&tree_of(state))?),
-        ("crc32c", NO_CRC.into()),
-        ("written", now().to_string()),
-    ]);
+    let state = serde_json::to_string(&tree_of("", state, &mut tensors))?;
+    check_values(&state).map_err(io::Error::other)?;
+    let mut metadata = stamp.texts();
+    metadata.extend([("tch-ignite", VERSION.to_string()), ("state", state)]);
     write_tensors(file, &tensors, &metadata)
-}
-
-fn now() -> u64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Writes tensors alone, as other programs do.
 pub(super) fn write_plain(
     file: &mut (impl Write + Seek),
-    tensors: &BTreeMap<String, &Tensor>,
+    state: &StateDict,
+    stamp: &Stamp,
 ) -> io::Result<()> {
+    let tensors: BTreeMap<_, _> = state.tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
+    if tensors.contains_key(METADATA) {
+        return Err(io::Error::other(format!("a tensor cannot be named '{METADATA}'")));
+    }
+    let mut metadata = stamp.texts();
+    // The same weights are the same bytes.
+    metadata.remove("written");
     // What Python's readers of PyTorch weights look for.
-    write_tensors(file, tensors, &BTreeMap::from([("format", "pt".into())]))
+    metadata.insert("format", "pt".into());
+    write_tensors(file, &tensors, &metadata)
 }
 
 fn write_tensors(
@@ -136,17 +157,13 @@ fn write_tensors(
         .collect::<io::Result<Vec<_>>>()?;
     order.sort_by_key(|(_, tensor, _)| std::cmp::Reverse(tensor.kind().elt_size_in_bytes()));
     let mut header = Map::new();
-    header.insert("__metadata__".into(), serde_json::to_value(metadata)?);
+    header.insert(METADATA.into(), serde_json::to_value(metadata)?);
     let mut offset = 0;
     for (name, tensor, dtype) in &order {
-        let len = (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
-        let entry = Entry {
-            dtype: (*dtype).into(),
-            shape: tensor.size().into_iter().map(|size| size as u64).collect(),
-            data_offsets: (offset, offset + len),
-        };
-        header.insert((*name).clone(), serde_json::to_value(entry)?);
-        offset += len;
+        let end = offset + (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64;
+        let entry = json!({"dtype": dtype, "shape": tensor.size(), "data_offsets": [offset, end]});
+        header.insert((*name).clone(), entry);
+        offset = end;
     }
     let mut header = serde_json::to_string(&header)?.into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
@@ -169,7 +186,7 @@ fn write_tensors(
             file.write_all(chunk)?;
         }
     }
-    if let Some(place) = metadata.get("crc32c").and_then(|_| crc_place(&header)) {
+    if let Some(place) = crc_place(&header) {
         file.seek(SeekFrom::Start(start + 8 + place as u64))?;
         file.write_all(format!("{crc:08x}").as_bytes())?;
         file.seek(SeekFrom::End(0))?;
@@ -213,15 +230,16 @@ fn crc_place(header: &[u8]) -> Option<usize> {
 /// What a file holds, before its tensors are read.
 pub(super) struct Contents {
     file: File,
-    tree: Tree,
-    entries: Vec<(String, Kind, Entry)>,
+    /// None where there are only tensors.
+    tree: Option<Tree>,
+    entries: Vec<Entry>,
     /// The checksum of the header, and of all.
     crc: (u32, Option<u32>),
     /// Length of the file, and of the tensors in it.
     length: u64,
     data: u64,
-    /// When it was written, in nanoseconds since 1970; 0 where it does not say.
-    pub(super) written: u64,
+    /// What it says of itself; written at 0 where it does not say.
+    pub(super) stamp: Stamp,
 }
 
 /// A tensor of the file: what it is.
@@ -235,72 +253,76 @@ impl Contents {
     /// Reads and checks the header. Takes no more memory than a small multiple of it, and it is no
     /// longer than the file.
     pub(super) fn open(path: &Path) -> Result<Self, String> {
+        // Before it is opened: a pipe would be waited for.
+        let length = match fs::metadata(path).map_err(|error| error.to_string())? {
+            metadata if metadata.is_file() => metadata.len(),
+            _ => return Err("it is no file".into()),
+        };
         let mut file = File::open(path).map_err(|error| error.to_string())?;
-        let metadata = file.metadata().map_err(|error| error.to_string())?;
-        let length = metadata.len();
-        if !metadata.is_file() || length < 8 {
-            return Err("it is too short, or no file".into());
-        }
         let mut prefix = [0; 8];
         file.read_exact(&mut prefix).map_err(|_| "the file is too short".to_owned())?;
-        let header_length = u64::from_le_bytes(prefix);
-        if header_length > MAX_HEADER || header_length > length - 8 {
+        let (header_length, rest) = (u64::from_le_bytes(prefix), length.saturating_sub(8));
+        if header_length > MAX_HEADER || header_length > rest {
             return Err(format!(
                 "the header should be {header_length} bytes long, in a file of {length}"
             ));
         }
         let mut header = vec![0; header_length as usize];
         file.read_exact(&mut header).map_err(|error| error.to_string())?;
-        let data = length - 8 - header_length;
+        let data = rest - header_length;
         let (metadata, entries) = parsed(&header, data)?;
-        let tree = match metadata.get("tch-ignite") {
+        let crc = metadata.crc32c.as_ref().map(checksum).transpose()?;
+        let tree = match &metadata.version {
             Some(version) => {
-                let version: u32 =
-                    version.parse().map_err(|_| format!("its version is '{version}'"))?;
-                if version > VERSION {
-                    return Err(format!(
-                        "it is of version {version}, and this program reads up to {VERSION}"
-                    ));
+                let state = metadata.state.as_ref().ok_or("it has no state")?;
+                if crc.is_none() {
+                    return Err("it has no checksum".into());
                 }
-                let state = metadata.get("state").ok_or("it has no state")?;
-                serde_json::from_str(state).map_err(|error| format!("its state: {error}"))?
+                Some(tree_in(version, state)?)
             }
-            // Tensors of another program.
-            None => Tree {
-                tensors: entries.iter().map(|(name, ..)| name.clone()).collect(),
-                ..Tree::default()
-            },
+            None => None,
         };
-        let crc = metadata.get("crc32c").map(checksum).transpose()?;
-        if crc.is_none() && metadata.contains_key("tch-ignite") {
-            return Err("it has no checksum".into());
-        }
         if let Some(place) = crc.and_then(|_| crc_place(&header)) {
             let digits = header.get_mut(place..place + NO_CRC.len()).ok_or("it has no checksum")?;
             digits.copy_from_slice(NO_CRC.as_bytes());
         }
-        let written = metadata.get("written").and_then(|time| time.parse().ok()).unwrap_or(0);
-        Ok(Self { file, tree, entries, crc: (crc32c::crc32c(&header), crc), length, data, written })
+        let written = metadata.written.and_then(|time| time.parse().ok()).unwrap_or(0);
+        let stamp = Stamp { written, kept: metadata.kept };
+        Ok(Self { file, tree, entries, crc: (crc32c::crc32c(&header), crc), length, data, stamp })
     }
 
     /// Whether it is a checkpoint, not only tensors.
     pub(super) fn has_state(&self) -> bool {
-        self.crc.1.is_some()
+        self.tree.is_some()
     }
 
     /// What each tensor is, by its name in the file.
     pub(super) fn layouts(&self) -> impl Iterator<Item = (&str, Layout)> {
-        self.entries.iter().map(|(name, kind, entry)| {
-            let shape = entry.shape.iter().map(|size| *size as i64).collect();
-            (name.as_str(), Layout { kind: *kind, shape })
+        self.entries.iter().map(|entry| {
+            (entry.name.as_str(), Layout { kind: entry.kind, shape: entry.shape.clone() })
         })
     }
 
-    /// Epoch and iteration of the engine it is of; 0 where it says none.
-    pub(super) fn progress(&self) -> (u64, u64) {
-        let position = self.tree.parts.get("engine").and_then(|part| part.values.get("position"));
-        let count = |key| position.and_then(|p| p.get(key)).and_then(Value::as_u64).unwrap_or(0);
-        (count("epoch"), count("iteration"))
+    fn part(&self, name: &str) -> Option<&Tree> {
+        self.tree.as_ref()?.parts.get(name)
+    }
+
+    /// The names of its parts, and of those of one of them.
+    pub(super) fn parts(&self, of: &str) -> (Vec<&str>, Vec<&str>) {
+        fn names(tree: Option<&Tree>) -> Vec<&str> {
+            tree.into_iter().flat_map(|tree| tree.parts.keys()).map(String::as_str).collect()
+        }
+        (names(self.tree.as_ref()), names(self.part(of)))
+    }
+
+    /// Epoch and iteration of the engine it is of, 0 where it says none, and whether that ran within
+    /// another.
+    pub(super) fn progress(&self) -> (u64, u64, bool) {
+        let position = self.part("engine").and_then(|part| part.values.get("position"));
+        let get = |key| position.and_then(|position| position.get(key));
+        let count = |key| get(key).and_then(Value::as_u64).unwrap_or(0);
+        let nested = get("nested").and_then(Value::as_bool).unwrap_or(false);
+        (count("epoch"), count("iteration"), nested)
     }
 
     /// Reads all tensors: into `places`, by their names in the file, where these are dense CPU tensors
@@ -308,25 +330,27 @@ impl Contents {
     pub(super) fn read(self, places: &mut BTreeMap<String, Tensor>) -> Result<StateDict, String> {
         let mut taken = Ranges::default();
         let mut tensors = BTreeMap::new();
-        for (name, kind, entry) in &self.entries {
-            let shape: Vec<i64> = entry.shape.iter().map(|size| *size as i64).collect();
-            let place = places.remove(name).filter(|place| {
+        for entry in &self.entries {
+            let place = places.remove(&entry.name).filter(|place| {
                 place.device() == Device::Cpu
                     && !place.is_sparse()
                     && place.is_contiguous()
-                    && place.kind() == *kind
-                    && place.size() == shape
+                    && place.kind() == entry.kind
+                    && place.size() == entry.shape
                     && bytes(place).is_ok_and(|bytes| taken.take(bytes))
             });
             let tensor = match place {
                 Some(place) => place,
-                None => Tensor::f_empty(&shape, (*kind, Device::Cpu))
-                    .map_err(|error| format!("tensor '{name}': {error}"))?,
+                None => Tensor::f_empty(&entry.shape, (entry.kind, Device::Cpu))
+                    .map_err(|error| format!("tensor '{}': {error}", entry.name))?,
             };
-            tensors.insert(name.clone(), tensor);
+            tensors.insert(entry.name.clone(), tensor);
         }
         self.fill(&mut tensors)?;
-        let state = assembled(&self.tree, "", &mut tensors)?;
+        let Some(tree) = &self.tree else {
+            return Ok(StateDict { tensors, ..StateDict::default() });
+        };
+        let state = assembled(tree, "", &mut tensors)?;
         match tensors.keys().next() {
             Some(name) => Err(format!("tensor '{name}' belongs to no part")),
             None => Ok(state),
@@ -337,7 +361,7 @@ impl Contents {
     fn fill(&self, tensors: &mut BTreeMap<String, Tensor>) -> Result<(), String> {
         let begin = self.length - self.data;
         let places: BTreeMap<&str, u64> =
-            self.entries.iter().map(|(name, _, e)| (name.as_str(), e.data_offsets.0)).collect();
+            self.entries.iter().map(|entry| (entry.name.as_str(), entry.from)).collect();
         let mut pieces = vec![];
         for (name, tensor) in tensors {
             let is_bool = tensor.kind() == Kind::Bool;
@@ -465,8 +489,13 @@ fn assembled(
 ) -> Result<StateDict, String> {
     let mut state = StateDict { values: tree.values.clone(), ..StateDict::default() };
     for name in &tree.tensors {
-        let in_file = joined(prefix, name);
+        let in_file = tree.name_in_file(prefix, name);
         let tensor = tensors.remove(&in_file).ok_or(format!("tensor '{in_file}' is missing"))?;
+        let tensor = match tree.strides.get(name) {
+            Some(strides) => strides::with(&tensor, strides)
+                .map_err(|error| format!("tensor '{in_file}': {error}"))?,
+            None => tensor,
+        };
         state.tensors.insert(name.clone(), tensor);
     }
     for (name, part) in &tree.parts {
@@ -475,52 +504,11 @@ fn assembled(
     Ok(state)
 }
 
-type Parsed = (BTreeMap<String, String>, Vec<(String, Kind, Entry)>);
-
-/// Metadata and tensors in the order of their places, checked against each other and the file.
-fn parsed(header: &[u8], data: u64) -> Result<Parsed, String> {
-    let mut header: BTreeMap<String, Value> =
-        serde_json::from_slice(header).map_err(|error| format!("its header: {error}"))?;
-    let metadata = match header.remove("__metadata__") {
-        Some(metadata) => {
-            serde_json::from_value(metadata).map_err(|error| format!("its metadata: {error}"))?
-        }
-        None => BTreeMap::new(),
-    };
-    let mut entries = vec![];
-    for (name, entry) in header {
-        let entry: Entry =
-            serde_json::from_value(entry).map_err(|error| format!("tensor '{name}': {error}"))?;
-        let kind = TYPES
-            .iter()
-            .find(|(dtype, _)| *dtype == entry.dtype)
-            .map(|(_, kind)| *kind)
-            .ok_or(format!("tensor '{name}' is of unknown type '{}'", entry.dtype))?;
-        entries.push((name, kind, entry));
+fn tree_in(version: &str, state: &str) -> Result<Tree, String> {
+    let version: u32 = version.parse().map_err(|_| format!("its version is '{version:.20}'"))?;
+    if version > VERSION {
+        return Err(format!("it is of version {version}, and this program reads up to {VERSION}"));
     }
-    entries.sort_by_key(|(_, _, entry)| entry.data_offsets);
-    let mut end = 0;
-    for (name, kind, entry) in &entries {
-        let (from, to) = entry.data_offsets;
-        let size = kind.elt_size_in_bytes() as u64;
-        let len = entry.shape.iter().try_fold(size, |len, dim| {
-            // What is empty may have any other dimensions, but none that i64 cannot hold.
-            i64::try_from(*dim).ok()?;
-            len.checked_mul(*dim)
-        });
-        if from != end
-            || entry.shape.len() > MAX_DIMENSIONS
-            || len.is_none_or(|len| from.checked_add(len) != Some(to))
-        {
-            return Err(format!(
-                "tensor '{name}' of shape {:?} does not fit into bytes {from} to {to}",
-                entry.shape
-            ));
-        }
-        end = to;
-    }
-    if end != data {
-        return Err(format!("it should hold {end} bytes of tensors, and holds {data}"));
-    }
-    Ok((metadata, entries))
+    check_values(state)?;
+    serde_json::from_str(state).map_err(|error| format!("its state: {error}"))
 }

@@ -4,10 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::filename::{Parts, check_name};
 use super::folder::Folder;
+use super::format::{Contents, Stamp};
 use super::stateful::IntoStateful;
 use super::writer::{Job, Writer};
 use super::{StateDict, Stateful};
@@ -97,6 +99,10 @@ struct Scoring<B, O> {
 /// beside its place, synced, renamed, and the folder synced, before an old one is removed: whatever
 /// happens, a folder that had a whole checkpoint has one. One process at a time may have the folder.
 ///
+/// Files of its run that a killed process left besides those on its list are taken onto it when a run goes
+/// on, and are counted. On an evaluator it goes on from one evaluation to the next; the trainer's
+/// [`resume`](Engine::resume) passes over its files.
+///
 /// It acts after all other handlers of its events ([`Priority::Last`]), so that what it saves is the
 /// state after them. `latest` in the folder holds the name of the newest.
 ///
@@ -135,6 +141,8 @@ pub struct Checkpoint<B, O> {
     greater_or_equal: bool,
     weights: Option<Box<dyn Stateful>>,
     saved: Vec<Saved>,
+    /// Which run the files are of, told apart from others that had the folder.
+    run: Option<u64>,
     background: bool,
     writer: Writer,
 }
@@ -146,7 +154,16 @@ struct Saved {
     name: String,
 }
 
-pub(super) const LATEST: &str = "latest";
+/// What a file says of the list it is on.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    run: u64,
+    of: String,
+    /// Its own: copies under other names are somebody's.
+    name: String,
+    score: Value,
+}
+
 /// No write may be under way after these.
 const ENDS: [Event; 4] =
     [Event::Terminate, Event::Completed, Event::ExceptionRaised, Event::Interrupt];
@@ -174,6 +191,7 @@ impl<B, O> Checkpoint<B, O> {
             greater_or_equal: false,
             weights: None,
             saved: vec![],
+            run: None,
             background: false,
             writer: Writer::default(),
         }
@@ -327,6 +345,7 @@ impl<B, O> Checkpoint<B, O> {
             self.saved.iter().map(|saved| (saved.priority.saved(), saved.name.as_str())).collect();
         let mut state = StateDict::new();
         state.set_value("_saved", saved)?;
+        state.set_value("run", self.run)?;
         Ok(state)
     }
 
@@ -344,11 +363,13 @@ impl<B, O> Checkpoint<B, O> {
         if anew {
             self.saved.clear();
         }
+        if anew || self.run.is_none() {
+            self.run = Some(folder.time());
+        }
         if self.require_empty && anew {
             let ext = format!(".{}", self.parts.ext);
-            let mut files: Vec<_> =
-                folder.names().into_iter().filter(|name| name.ends_with(&ext)).collect();
-            files.sort();
+            let files: Vec<_> =
+                folder.names()?.into_iter().filter(|name| name.ends_with(&ext)).collect();
             if !files.is_empty() {
                 let files: Vec<_> = files.iter().map(|name| format!("'{name}'")).collect();
                 return Err(Error::invalid(format!(
@@ -361,8 +382,8 @@ impl<B, O> Checkpoint<B, O> {
         Ok(())
     }
 
-    /// What is written at this event, if anything, and what goes for it.
-    fn choose(&self, state: &State<B, O>) -> Result<Option<Chosen>> {
+    /// What is written at this event, if anything.
+    fn choose(&self, state: &State<B, O>) -> Result<Option<Saved>> {
         let score = self.score.as_ref().map(|score| (score.of)(state)).transpose()?;
         let step = match self.global_step {
             Some(Event::EpochStarted | Event::EpochCompleted) => state.epoch,
@@ -370,13 +391,16 @@ impl<B, O> Checkpoint<B, O> {
         };
         let priority = score.unwrap_or(Score::Int(step as i64));
         let value = priority.as_f64();
-        let room = self.n_saved.is_none_or(|most| self.saved.len() < most);
-        let fits = match self.saved.first() {
+        // There may be more than asked for, of a process that was killed.
+        let most = self.n_saved.unwrap_or(usize::MAX);
+        let smallest = self.saved.len().checked_sub(most).and_then(|index| self.saved.get(index));
+        let fits = match smallest {
             _ if value.is_nan() => false,
-            _ if room || score.is_none() => true,
-            Some(smallest) if self.greater_or_equal => value >= smallest.priority.as_f64(),
-            Some(smallest) => value > smallest.priority.as_f64(),
-            None => false,
+            Some(smallest) if score.is_some() && self.greater_or_equal => {
+                value >= smallest.priority.as_f64()
+            }
+            Some(smallest) if score.is_some() => value > smallest.priority.as_f64(),
+            _ => true,
         };
         if !fits {
             return Ok(None);
@@ -388,31 +412,86 @@ impl<B, O> Checkpoint<B, O> {
             ..self.parts.clone()
         };
         let pattern = self.pattern.clone().map_or_else(|| parts.default_pattern(), Ok)?;
-        let name = parts.filled(&pattern)?;
-        let same = self.saved.iter().position(|saved| saved.name == name);
-        let goes = same.or((!room).then_some(0));
-        Ok(Some(Chosen { saved: Saved { priority, name }, goes }))
+        Ok(Some(Saved { priority, name: parts.filled(&pattern)? }))
     }
 
-    fn write<C>(&mut self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<()> {
-        let folder = self.folder()?;
-        let Some(Chosen { saved, goes }) = self.choose(&engine.state)? else { return Ok(()) };
-        let (name, before) = (saved.name.clone(), self.saved.clone());
-        let remove = goes.map(|index| self.saved.remove(index).name);
-        let priority = saved.priority.as_f64();
+    /// Puts a file on the list, and takes off those that it replaces, or that are too many.
+    fn keep(&mut self, new: &Saved) -> Vec<String> {
+        let mut goes = vec![];
+        self.saved.retain(|saved| {
+            let same = saved.name == new.name;
+            if same {
+                goes.push(saved.name.clone());
+            }
+            !same
+        });
+        let most = self.n_saved.unwrap_or(usize::MAX);
+        while !self.saved.is_empty() && self.saved.len() >= most {
+            goes.push(self.saved.remove(0).name);
+        }
+        self.insert(new.clone());
+        goes
+    }
+
+    fn insert(&mut self, new: Saved) {
+        let priority = new.priority.as_f64();
         let at = self.saved.partition_point(|other| other.priority.as_f64() <= priority);
-        self.saved.insert(at, saved);
+        self.saved.insert(at, new);
+    }
+
+    /// What tells its files from those of other handlers.
+    fn identity(&self) -> String {
+        let Parts { filename_prefix, name, ext, .. } = &self.parts;
+        let score_name = self.score.as_ref().and_then(|score| score.name.as_deref());
+        let (score, pattern) = (score_name.unwrap_or(""), self.pattern.as_deref().unwrap_or(""));
+        format!("{filename_prefix}/{name}/{score}/{ext}/{pattern}")
+    }
+
+    /// Makes the list that of the files there are: without those that are gone, and with those of this
+    /// run that are whole and not on it. They were written, or would have been removed, right before the
+    /// process was killed, or after the checkpoint that the list is of.
+    fn reconcile(&mut self) -> Result<()> {
+        let (folder, identity) = (self.folder()?, self.identity());
+        self.saved.retain(|saved| folder.file(&saved.name).exists());
+        let Some(run) = self.run else { return Ok(()) };
+        for name in folder.names()? {
+            if check_name(&name).is_err() || self.saved.iter().any(|saved| saved.name == name) {
+                continue;
+            }
+            let Ok(mut contents) = Contents::open(&folder.file(&name)) else { continue };
+            let kept = contents.stamp.kept.as_deref().map(serde_json::from_str::<Kept>);
+            if let Some(Ok(kept)) = kept
+                && (kept.run, &kept.of, &kept.name) == (run, &identity, &name)
+                && contents.verify().is_ok()
+            {
+                self.insert(Saved { priority: Score::loaded(&kept.score)?, name });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether something was worth it.
+    fn write<C>(&mut self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<bool> {
+        let folder = self.folder()?;
+        let Some(new) = self.choose(&engine.state)? else { return Ok(false) };
+        let run = *self.run.get_or_insert_with(|| folder.time());
+        let (name, score) = (new.name.clone(), new.priority.saved());
+        let kept = Kept { run, of: self.identity(), name, score };
+        let kept = serde_json::to_string(&kept).map_err(|error| Error::State(error.to_string()))?;
+        let stamp = Stamp { written: folder.time(), kept: Some(kept) };
+        let before = self.saved.clone();
+        let remove = self.keep(&new);
         let written = self.contents(cx, engine).and_then(|state| {
-            let plain = self.weights.is_some();
-            let latest = (!plain).then(|| LATEST.to_owned());
-            let remove = remove.into_iter().collect();
-            self.writer.submit(Job { folder, state, plain, name, latest, remove }, self.background)
+            let (plain, name) = (self.weights.is_some(), new.name);
+            let job = Job { folder, state, plain, name, stamp, remove };
+            self.writer.submit(job, self.background)
         });
         if written.is_err() {
             // The old files are still there.
             self.saved = before;
+            self.reconcile()?;
         }
-        written
+        written.map(|()| true)
     }
 
     fn contents<C>(&self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<StateDict> {
@@ -428,19 +507,15 @@ impl<B, O> Checkpoint<B, O> {
         if self.weights.is_some() {
             return Ok(());
         }
+        // What went wrong in the background is told after this one is safe.
+        let before = self.writer.wait();
         let folder = self.folder()?;
         let state = self.contents(cx, engine)?;
         let name = format!("{name}.{}", self.parts.ext);
-        let latest = Some(LATEST.to_owned());
-        let job = Job { folder, state, plain: false, name, latest, remove: vec![] };
-        self.writer.submit(job, false)
+        let stamp = Stamp { written: folder.time(), kept: None };
+        let job = Job { folder, state, plain: false, name, stamp, remove: vec![] };
+        self.writer.submit(job, false).and(before)
     }
-}
-
-struct Chosen {
-    saved: Saved,
-    /// Which of the kept files it takes the place of.
-    goes: Option<usize>,
 }
 
 impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
@@ -489,12 +564,12 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
                 check_name(&name)?;
                 Ok(Saved { priority: Score::loaded(&score)?, name })
             })
-            .filter(|saved| saved.as_ref().map_or(true, |s| self.folder.join(&s.name).exists()))
             .collect::<Result<_>>()?;
+        self.run = state.value("run")?;
         self.saved.sort_by(|a, b| a.priority.as_f64().total_cmp(&b.priority.as_f64()));
-        // Locked from here on, not only at the first write.
-        self.folder()?;
-        Ok(())
+        self.written = Some(Instant::now());
+        // The folder is locked from here on, not only at the first write.
+        self.reconcile()
     }
 
     fn call(
@@ -505,7 +580,9 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
     ) -> anyhow::Result<()> {
         match event {
             Event::Started => {
-                self.begin(engine.state.iteration == 0)?;
+                // An engine within another starts again and again.
+                let goes_on = engine.is_nested() && self.run.is_some();
+                self.begin(engine.state.iteration == 0 && !goes_on)?;
                 self.written.get_or_insert_with(Instant::now);
             }
             Event::ExceptionRaised if self.on_exception => {
@@ -516,12 +593,14 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         }
         let own = self.events.names(event);
         let due = self.every.is_none_or(|time| self.written.is_none_or(|at| at.elapsed() >= time));
-        if own && due {
-            self.write(cx, engine)?;
+        if own && due && self.write(cx, engine)? {
             self.written = Some(Instant::now());
         }
-        if ENDS.contains(&event) {
-            self.writer.wait()?;
+        if ENDS.contains(&event)
+            && let Err(error) = self.writer.wait()
+        {
+            self.reconcile()?;
+            return Err(error.into());
         }
         Ok(())
     }

@@ -11,30 +11,44 @@
 //! ```
 //!
 //! Values (the position, hyper-parameters, the schedulers' state) are JSON in its metadata, under
-//! `state`; a CRC-32C of everything is there too.
+//! `state`; a CRC-32C of everything is there too. NaN and infinities, which JSON does not have, are objects
+//! such as `{"$f64": "NaN"}`. Tensors with channels last are in the usual order, and get their strides back.
 //!
-//! The place in the data is counted in batches: change the batch size or the data, and it is another
-//! one (the summary of the run says so). A batch that was under way is fetched again, without what
-//! handlers of `GET_BATCH_COMPLETED` made of it: do that in the data. `state.output` is not saved, nor
-//! is what handlers only measure (times, throughput), nor which parameters are frozen.
+//! The place in the data is counted in samples where the source does that, as both loaders do, so the batch
+//! size may change; in batches elsewhere. When the data is not what it was (its length, batch size, seeds),
+//! the summary of the run says so. A batch that was under way is fetched again, without what handlers of
+//! `GET_BATCH_COMPLETED` made of it: do that in the data.
+//!
+//! `state.output` is saved after [`Engine::track_output`](crate::engine::Engine::track_output), which the
+//! ready trainer has: what reads it at the end of an epoch needs that. Gradients are saved where they are
+//! [tracked](Gradients). Not saved is what belongs to the process: deadlines, bars, how many samples a
+//! loader left out.
+//!
+//! A damaged or hostile file is an error. Reading takes the memory of its tensors, and at most 150 MB and a
+//! few times the header besides; nothing in it is executed, and no path in it is followed.
 //!
 //! What goes on bit for bit: parameters, buffers, the optimizer's state, schedules, metrics, the data's
 //! order and position, random numbers of libtorch's default generators on the CPU and CUDA. What does
 //! not: kernels that are not deterministic themselves, and random numbers on another kind of device
 //! than the one they were saved from.
 
+pub(crate) mod exact;
 mod filename;
 mod folder;
 mod format;
 mod handler;
+mod header;
 mod resume;
+mod saveable;
 mod state_dict;
 mod stateful;
+mod strides;
 mod writer;
 
 pub use filename::setup_filename_pattern;
 pub use handler::{Checkpoint, Mode, Score};
 pub use resume::{Resumed, load_weights, read_state, save_weights, verify, write_state};
+pub use saveable::Saveable;
 pub use state_dict::{StateDict, Stateful};
 pub(crate) use stateful::check_fixed;
 pub use stateful::{Gradients, IntoStateful};

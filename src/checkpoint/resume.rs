@@ -1,14 +1,16 @@
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use tch::Tensor;
 use tch::nn::VarStore;
 
-use super::format::Contents;
+use super::format::{Contents, Stamp};
 use super::stateful::{check_fixed, load_variables, variables_of};
 use super::{StateDict, folder, writer};
-use crate::engine::{Engine, Restored};
+use crate::engine::{Engine, HANDLERS, Restored};
 use crate::{Error, Result};
 
 /// What [`Engine::resume`] found. Displayed, it is a line for each thing worth knowing.
@@ -21,7 +23,7 @@ pub struct Resumed {
     pub epoch: u64,
     /// See `epoch`.
     pub iteration: u64,
-    /// Newer files that are broken, and why.
+    /// Newer files that are broken or do not belong here, and why.
     pub skipped: Vec<(PathBuf, String)>,
     /// What changed since, and what was left out.
     pub restored: Restored,
@@ -47,11 +49,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Goes to the newest whole checkpoint in a folder; the next `run` goes on there. `None` where there
     /// is none, nor anything that looks like one: the run starts from the beginning then.
     ///
+    /// Files of engines that ran within others (evaluators) are passed over; those that have other parts
+    /// than this engine too, and told, where an older one fits. What changed in the data since is told by
+    /// the summary of the next run, which has it.
+    ///
     /// Attach handlers and track models first, as when it was saved. Reads the file once, models
     /// straight into their memory.
     ///
     /// # Errors
-    /// There are checkpoints, but none that is whole; one that does not fit this engine, by the name of
+    /// The folder cannot be read; there are checkpoints, but none that is whole; one that does not fit this engine, by the name of
     /// what does not. The engine may hold parts of it then and refuses to run.
     pub fn resume(&mut self, cx: &mut C, folder: impl AsRef<Path>) -> Result<Option<Resumed>> {
         self.resume_with(cx, folder, true)
@@ -65,8 +71,13 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         folder: impl AsRef<Path>,
         strict: bool,
     ) -> Result<Option<Resumed>> {
-        let (candidates, mut skipped) = candidates(folder.as_ref());
-        for Candidate { path, .. } in candidates {
+        let Found { candidates, broken: mut skipped } = self.find(folder.as_ref())?;
+        let some_fit = candidates.iter().any(|candidate| candidate.misfit.is_none());
+        for Candidate { path, epoch, iteration, misfit, .. } in candidates {
+            if let Some(misfit) = misfit.filter(|_| strict && some_fit) {
+                skipped.push((path, format!("it is of another program: {misfit}")));
+                continue;
+            }
             let contents = match Contents::open(&path) {
                 Ok(contents) => contents,
                 Err(why) => {
@@ -74,7 +85,6 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     continue;
                 }
             };
-            let (epoch, iteration) = contents.progress();
             match self.read(&path, contents, strict)? {
                 Ok(state) => {
                     let restored = self.restore(cx, state, strict)?;
@@ -145,33 +155,85 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 struct Candidate {
     path: PathBuf,
     written: u64,
+    epoch: u64,
     iteration: u64,
+    /// What it has that the engine has not, or the other way round.
+    misfit: Option<String>,
 }
 
-/// Files that are checkpoints by their headers, the last written first, and those that should be.
-fn candidates(folder: &Path) -> (Vec<Candidate>, Vec<(PathBuf, String)>) {
-    let (mut found, mut broken) = (vec![], vec![]);
-    let mut names = folder::names(folder);
-    names.sort();
-    for name in names.iter().filter(|name| !name.starts_with('.') && !folder::is_part(name)) {
-        let path = folder.join(name);
-        if !path.is_file() {
-            continue;
-        }
-        let looks_like_one = name.ends_with(".safetensors") || name.ends_with(".pt");
-        match Contents::open(&path) {
-            Ok(contents) if contents.has_state() => {
-                let (_, iteration) = contents.progress();
-                found.push(Candidate { path, written: contents.written, iteration });
+#[derive(Default)]
+struct Found {
+    candidates: Vec<Candidate>,
+    broken: Vec<(PathBuf, String)>,
+}
+
+impl<C, B, O> Engine<'_, C, B, O> {
+    /// Files that are checkpoints of an engine like this by their headers, the last written first, and
+    /// those that should be checkpoints.
+    fn find(&self, folder: &Path) -> Result<Found> {
+        let names = match folder::names(folder) {
+            Ok(names) => names,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::default()),
+            Err(source) => return Err(Error::Io { path: folder.to_owned(), source }),
+        };
+        let mut found = Found::default();
+        // Extensions of checkpoints.
+        let latest = fs::read_to_string(folder.join(folder::LATEST)).unwrap_or_default();
+        let mut known: Vec<_> =
+            ["a.safetensors", "a.pt", latest.trim()].iter().filter_map(|n| extension(n)).collect();
+        for name in names.iter().filter(|name| !name.starts_with('.') && !folder::is_part(name)) {
+            let path = folder.join(name);
+            if !path.is_file() {
+                continue;
             }
-            Ok(_) => {}
-            Err(why) if looks_like_one => broken.push((path, why)),
-            Err(_) => {}
+            match Contents::open(&path) {
+                Ok(contents) if contents.has_state() => {
+                    known.extend(extension(name));
+                    let (epoch, iteration, nested) = contents.progress();
+                    // An evaluator may keep its checkpoints in the trainer's folder.
+                    if nested == self.is_nested() {
+                        let (written, misfit) = (contents.stamp.written, self.misfit(&contents));
+                        let candidate = Candidate { path, written, epoch, iteration, misfit };
+                        found.candidates.push(candidate);
+                    }
+                }
+                Ok(_) => {}
+                Err(why) => found.broken.push((path, why)),
+            }
         }
+        found.broken.retain(|(path, _)| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            extension(&name).is_some_and(|ext| known.contains(&ext)) || begins_like_one(path)
+        });
+        // Not by iterations: an older run in the same folder may have had more.
+        found.candidates.sort_by_key(|c| std::cmp::Reverse((c.written, c.iteration)));
+        Ok(found)
     }
-    // Not by iterations: an older run in the same folder may have had more.
-    found.sort_by_key(|c| std::cmp::Reverse((c.written, c.iteration)));
-    (found, broken)
+
+    fn misfit(&self, contents: &Contents) -> Option<String> {
+        let (parts, handlers) = contents.parts(HANDLERS);
+        let (ours, required) = self.part_names();
+        let unknown = parts.iter().find(|name| !ours.iter().any(|our| our == **name));
+        let missing = required.iter().find(|name| !parts.contains(&name.as_str()));
+        let (known, stateful) = self.handler_names();
+        let unknown_handler = handlers.iter().find(|name| !known.iter().any(|k| k == **name));
+        let missing_handler = stateful.iter().find(|name| !handlers.contains(&name.as_str()));
+        None.or(missing.map(|name| format!("it has no part '{name}'")))
+            .or(unknown.map(|name| format!("its part '{name}' is not tracked here")))
+            .or(missing_handler.map(|name| format!("it has no part of handler '{name}'")))
+            .or(unknown_handler.map(|name| format!("its handler '{name}' is not attached here")))
+    }
+}
+
+fn extension(name: &str) -> Option<String> {
+    Some(Path::new(name).extension()?.to_str()?.to_owned())
+}
+
+/// Whether a file begins with a length and JSON.
+fn begins_like_one(path: &Path) -> bool {
+    let mut begin = [0; 9];
+    let read = fs::File::open(path).and_then(|mut file| file.read_exact(&mut begin));
+    read.is_ok() && begin[8] == b'{' && begin[4..8] == [0; 4]
 }
 
 const NO_CHECKPOINT: &str = "it holds tensors, but is no checkpoint of this crate";
@@ -186,7 +248,7 @@ fn broken(path: &Path, why: &str) -> Error {
 /// # Errors
 /// A type that safetensors does not have, or the disk's.
 pub fn save_weights(vs: &VarStore, path: impl AsRef<Path>) -> Result<()> {
-    writer::write(path.as_ref(), &variables_of(&vs.variables_), true)
+    writer::write(path.as_ref(), &variables_of(&vs.variables_), true, &Stamp::now())
 }
 
 /// Reads the variables of a store from a safetensors file, of this crate or of Python. The store's
@@ -223,7 +285,7 @@ fn read_tensors(path: &Path) -> Result<StateDict> {
 /// # Errors
 /// What cannot be saved, by name, or the disk's.
 pub fn write_state(path: impl AsRef<Path>, state: &StateDict) -> Result<()> {
-    writer::write(path.as_ref(), state, false)
+    writer::write(path.as_ref(), state, false, &Stamp::now())
 }
 
 /// Whether a file is a whole checkpoint, by its checksum: reads it once.

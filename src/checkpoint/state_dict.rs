@@ -4,14 +4,15 @@ use std::fmt;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
+use super::{exact, strides};
 use crate::{Error, Result};
 
 /// What something needs to go on exactly: values, tensors, and the state of its parts, all by name.
 ///
-/// Numbers come back bit for bit through JSON, but JSON has no NaN and no infinity: what may be one
-/// belongs into a tensor.
+/// Numbers come back bit for bit, NaN and infinities too, which JSON does not have: they are objects
+/// such as `{"$f64": "NaN"}` there.
 ///
 /// ```
 /// use tch::Tensor;
@@ -38,12 +39,10 @@ impl StateDict {
 
     /// Sets a value: anything that serde can turn into JSON.
     ///
-    /// NaN and infinity become null.
-    ///
     /// # Errors
-    /// JSON cannot hold it, such as a map whose keys are no texts.
+    /// JSON cannot hold it, such as a map whose keys are neither texts nor numbers.
     pub fn set_value(&mut self, name: &str, value: impl Serialize) -> Result<()> {
-        let value = serde_json::to_value(value)
+        let value = exact::to_value(&value)
             .map_err(|error| Error::State(format!("'{name}' cannot be saved: {error}")))?;
         self.values.insert(name.into(), value);
         Ok(())
@@ -65,7 +64,7 @@ impl StateDict {
     /// There is none, or one of another type.
     pub fn value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         let value = self.values.get(name).ok_or_else(|| absent("value", name))?;
-        T::deserialize(value).map_err(|error| {
+        exact::from_value(value).map_err(|error| {
             Error::State(format!("state attribute '{name}' is not what it should be: {error}"))
         })
     }
@@ -115,9 +114,7 @@ impl StateDict {
                 true => tensor.f_to_dense(None, false).map_err(failed)?,
                 false => tensor.shallow_clone(),
             };
-            let mut own =
-                Tensor::f_empty(dense.size(), (dense.f_kind().map_err(failed)?, Device::Cpu))
-                    .map_err(failed)?;
+            let mut own = strides::empty_like(&dense).map_err(failed)?;
             own.f_copy_(&dense).map_err(failed)?;
             copy.tensors.insert(name.clone(), own);
         }

@@ -1,14 +1,12 @@
 //! Writing, in the training's thread or in one of its own.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use tch::Tensor;
-
 use super::folder::Folder;
+use super::format::Stamp;
 use super::{StateDict, format};
 use crate::handlers::files::write_whole;
 use crate::{Error, Result};
@@ -17,22 +15,18 @@ use crate::{Error, Result};
 pub(super) struct Job {
     pub(super) folder: Arc<Folder>,
     pub(super) state: StateDict,
-    /// Only the tensors, for other programs.
+    /// Only the tensors, for other programs; `latest` does not name it.
     pub(super) plain: bool,
     pub(super) name: String,
-    /// Points to the newest, for people and scripts.
-    pub(super) latest: Option<String>,
+    pub(super) stamp: Stamp,
     pub(super) remove: Vec<String>,
 }
 
 impl Job {
     fn run(self) -> Result<()> {
-        let path = self.folder.file(&self.name);
-        write(&path, &self.state, self.plain)?;
-        if let Some(latest) = &self.latest {
-            write_whole(&self.folder.file(latest), |file| {
-                std::io::Write::write_all(file, format!("{}\n", self.name).as_bytes())
-            })?;
+        write(&self.folder.file(&self.name), &self.state, self.plain, &self.stamp)?;
+        if !self.plain {
+            self.folder.set_latest(&self.name, self.stamp.written)?;
         }
         for name in self.remove.iter().filter(|name| **name != self.name) {
             let path = self.folder.file(name);
@@ -47,14 +41,10 @@ impl Job {
     }
 }
 
-pub(super) fn write(path: &std::path::Path, state: &StateDict, plain: bool) -> Result<()> {
+pub(super) fn write(path: &Path, state: &StateDict, plain: bool, stamp: &Stamp) -> Result<()> {
     write_whole(path, |file| match plain {
-        false => format::write(file, state),
-        true => {
-            let tensors: BTreeMap<String, &Tensor> =
-                state.tensors.iter().map(|(name, tensor)| (name.clone(), tensor)).collect();
-            format::write_plain(file, &tensors)
-        }
+        false => format::write(file, state, stamp),
+        true => format::write_plain(file, state, stamp),
     })
 }
 

@@ -1,6 +1,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde_json::{Map, Value};
+
+use super::Place;
 use crate::{Error, Result};
 
 /// The batch size of a [`Loader`](super::Loader) or [`DataLoader`](super::DataLoader): a handle,
@@ -8,6 +11,8 @@ use crate::{Error, Result};
 #[derive(Debug, Clone)]
 pub struct BatchSize {
     size: Arc<AtomicU64>,
+    /// What it was made with.
+    made: u64,
     samples: u64,
     drop_last: bool,
 }
@@ -17,8 +22,9 @@ impl BatchSize {
         if samples == 0 {
             return Err(Error::invalid("Input data has zero size. Please provide non-empty data"));
         }
-        let this = Self { size: Arc::default(), samples, drop_last: false };
-        this.set(size as u64)?;
+        let made = size as u64;
+        let this = Self { size: Arc::default(), made, samples, drop_last: false };
+        this.set(made)?;
         Ok(this)
     }
 
@@ -59,6 +65,26 @@ impl BatchSize {
             true => self.samples / self.get(),
             false => self.samples.div_ceil(self.get()),
         }
+    }
+
+    /// The place after so many samples.
+    pub(super) fn place(&self, samples: u64) -> Place {
+        Place { samples, batch_size: Some(self.get()).filter(|size| *size != self.made) }
+    }
+
+    /// Makes the batch size that of a place; gives its samples.
+    pub(super) fn restore(&self, place: &Place) -> Result<u64> {
+        place.batch_size.map_or(Ok(()), |size| self.set(size))?;
+        Ok(place.samples)
+    }
+
+    /// See [`Source::settings`](super::Source::settings).
+    pub(super) fn settings(&self) -> Map<String, Value> {
+        Map::from_iter([
+            ("batch_size".to_owned(), self.made.into()),
+            ("samples".to_owned(), self.samples.into()),
+            ("drop_last".to_owned(), self.drop_last.into()),
+        ])
     }
 
     /// Samples in the batch of (at most) `size` that begins with sample `first`; 0 where there is none.

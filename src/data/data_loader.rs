@@ -3,12 +3,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result as AnyResult};
+use serde_json::{Map, Value};
 use tch::{Cuda, Device};
 
 use super::fetcher::{Fetched, Fetcher, Plan};
-use super::sampler::order_of;
+use super::sampler::{order_of, seed_of};
 use super::workers::{Work, Workers};
-use super::{BatchSize, Collate, Dataset, IntoSource, RandomSampler, Sampler, Source, Transfer};
+use super::{
+    BatchSize, Collate, Dataset, IntoSource, Place, RandomSampler, Sampler, Source, Transfer,
+};
 use crate::Result;
 
 /// Batches of a [`Dataset`], read sample by sample, by worker threads if you like: PyTorch's
@@ -264,8 +267,11 @@ impl<D: Dataset, B> From<&DataLoader<D, B>> for BatchSize {
 struct Cursor<D: Dataset, B> {
     loader: DataLoader<D, B>,
     plan: Option<Arc<Plan>>,
-    /// The first sample of the next batch.
+    /// The first sample of the next batch, and of the last one.
     next: u64,
+    last: u64,
+    /// The last one could not be made.
+    failed: bool,
     last_samples: u64,
     /// Started with the first batch.
     workers: Option<Workers<Fetched<B>>>,
@@ -281,7 +287,7 @@ impl<D: Dataset + 'static, B: Send + 'static> Cursor<D, B> {
         }
         let plan = self.plan.as_ref().context("no pass has begun")?;
         let first = self.next;
-        self.next += len;
+        (self.last, self.next, self.failed) = (first, first + len, true);
         let fetched = if self.loader.num_workers == 0 {
             let positions = first as usize..(first + len) as usize;
             self.loader.fetcher.fetch(plan, positions, &|| false)?
@@ -298,7 +304,7 @@ impl<D: Dataset + 'static, B: Send + 'static> Cursor<D, B> {
             workers.next().transpose()?
         };
         let fetched = fetched.context("the workers have no further batch")?;
-        self.last_samples = fetched.samples;
+        (self.last_samples, self.failed) = (fetched.samples, false);
         self.loader.skipped.add(fetched.skipped, fetched.last_skipped);
         match self.loader.device {
             Some((device, transfer)) => {
@@ -345,7 +351,7 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
     }
 
     fn seek(&mut self, pass: u64, batch: u64) -> AnyResult<()> {
-        self.under_way = None;
+        (self.under_way, self.failed) = (None, false);
         if let Some(workers) = &self.workers {
             workers.begin(None);
         }
@@ -368,6 +374,24 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
     fn samples(&self) -> Option<u64> {
         Some(self.last_samples)
     }
+
+    fn place(&self, again: bool) -> Option<Place> {
+        let again = again || self.failed;
+        Some(self.loader.batch_size.place(if again { self.last } else { self.next }))
+    }
+
+    fn seek_place(&mut self, pass: u64, place: &Place) -> AnyResult<bool> {
+        self.seek(pass, 0)?;
+        self.next = self.loader.batch_size.restore(place)?;
+        Ok(true)
+    }
+
+    fn settings(&self) -> Map<String, Value> {
+        let mut settings = self.loader.batch_size.settings();
+        settings.insert("seed of samples".into(), self.loader.fetcher.seed.into());
+        settings.extend(seed_of(self.loader.sampler.as_deref()));
+        settings
+    }
 }
 
 impl<'a, D: Dataset + 'static, B: Send + 'static> IntoSource<'a, B> for &DataLoader<D, B> {
@@ -383,6 +407,8 @@ impl<'a, D: Dataset + 'static, B: Send + 'static> IntoSource<'a, B> for DataLoad
             loader: self,
             plan: None,
             next: 0,
+            last: 0,
+            failed: false,
             last_samples: 0,
             workers: None,
             under_way: None,

@@ -2,11 +2,12 @@ use std::fmt;
 use std::sync::Arc;
 
 use anyhow::{Context, Result as AnyResult};
+use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::normalize::Normalize;
-use super::sampler::order_of;
-use super::{BatchSize, IntoSource, RandomSampler, Sampler, Source, common_len};
+use super::sampler::{order_of, seed_of};
+use super::{BatchSize, IntoSource, Place, RandomSampler, Sampler, Source, common_len};
 use crate::bridge::Rows;
 use crate::{Error, Result};
 
@@ -185,8 +186,9 @@ struct Cursor {
     loader: Loader,
     /// None where batches come in order.
     order: Option<Order>,
-    /// The first sample of the next batch.
+    /// The first sample of the next batch, and of the last one.
     next: u64,
+    last: u64,
     last_samples: u64,
 }
 
@@ -217,6 +219,7 @@ impl Cursor {
             }
         };
         let y = take(targets, order.map(|order| &order.for_targets))?.f_to_device(*device)?;
+        self.last = self.next;
         self.next += len;
         self.last_samples = len;
         Ok((x, y))
@@ -267,6 +270,22 @@ impl Source<Batch> for Cursor {
     fn samples(&self) -> Option<u64> {
         Some(self.last_samples)
     }
+
+    fn place(&self, again: bool) -> Option<Place> {
+        Some(self.loader.batch_size.place(if again { self.last } else { self.next }))
+    }
+
+    fn seek_place(&mut self, pass: u64, place: &Place) -> AnyResult<bool> {
+        self.seek(pass, 0)?;
+        self.next = self.loader.batch_size.restore(place)?;
+        Ok(true)
+    }
+
+    fn settings(&self) -> Map<String, Value> {
+        let mut settings = self.loader.batch_size.settings();
+        settings.extend(seed_of(self.loader.sampler.as_deref()));
+        settings
+    }
 }
 
 impl<'a> IntoSource<'a, Batch> for &Loader {
@@ -277,6 +296,6 @@ impl<'a> IntoSource<'a, Batch> for &Loader {
 
 impl<'a> IntoSource<'a, Batch> for Loader {
     fn into_source(self) -> Box<dyn Source<Batch> + 'a> {
-        Box::new(Cursor { loader: self, order: None, next: 0, last_samples: 0 })
+        Box::new(Cursor { loader: self, order: None, next: 0, last: 0, last_samples: 0 })
     }
 }

@@ -29,6 +29,7 @@ mod weighted_random_sampler;
 mod workers;
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 pub use batch_size::BatchSize;
@@ -67,11 +68,39 @@ pub trait Source<B> {
         None
     }
 
+    /// Where the batch that comes next begins, or with `again` the one that [`next`](Self::next) gave
+    /// last; `None` where that is only counted in batches.
+    fn place(&self, again: bool) -> Option<Place> {
+        let _ = again;
+        None
+    }
+
+    /// Goes to where [`place`](Self::place) was in pass `pass`, also in another process and with
+    /// another batch size; false where it cannot, and [`seek`](Self::seek) is to be used.
+    fn seek_place(&mut self, pass: u64, place: &Place) -> Result<bool> {
+        let _ = (pass, place);
+        Ok(false)
+    }
+
+    /// What the program chose, as far as a change of it should be told when a run is resumed.
+    fn settings(&self) -> serde_json::Map<String, serde_json::Value> {
+        serde_json::Map::new()
+    }
+
     /// Whether batches are fetched at all: false for [`no_data`], where the engine fires no
     /// `GET_BATCH` events.
     fn fetches(&self) -> bool {
         true
     }
+}
+
+/// A place in a pass that does not depend on the batch size.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// Samples of the pass before it.
+    pub samples: u64,
+    /// The batch size, where it is not the one that the source was made with.
+    pub batch_size: Option<u64>,
 }
 
 /// What can be given to [`Engine::run`](crate::engine::Engine::run).

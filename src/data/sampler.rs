@@ -1,3 +1,5 @@
+use serde_json::Value;
+
 use super::permutation;
 use crate::{Error, Result};
 
@@ -28,6 +30,11 @@ pub trait Sampler: Send + Sync {
     /// pass; positions within it are then reached at no cost.
     fn order(&self, pass: u64) -> anyhow::Result<Vec<usize>>;
 
+    /// The seed of the order, where it has one: told where a resumed run has another.
+    fn seed(&self) -> Option<u64> {
+        None
+    }
+
     /// Whether an index may come more than once in a pass. Random numbers of a sample then depend on
     /// its position in the pass too, so that it is not augmented the same way each time.
     fn repeats(&self) -> bool {
@@ -54,6 +61,11 @@ pub(super) fn order_of(
         );
     }
     Ok(order)
+}
+
+/// A setting of the loader that has it.
+pub(super) fn seed_of(sampler: Option<&dyn Sampler>) -> Option<(String, Value)> {
+    Some(("seed of the order".into(), sampler?.seed()?.into()))
 }
 
 /// All samples, in order.
@@ -102,6 +114,10 @@ impl Sampler for RandomSampler {
         let order = permutation(self.len, self.seed, pass);
         Ok(order.into_iter().map(|index| index as usize).collect())
     }
+
+    fn seed(&self) -> Option<u64> {
+        Some(self.seed)
+    }
 }
 
 /// Some samples, shuffled anew in each pass; without shuffling, see [`Subset`](super::Subset).
@@ -141,5 +157,9 @@ impl Sampler for SubsetRandomSampler {
     fn order(&self, pass: u64) -> anyhow::Result<Vec<usize>> {
         let order = permutation(self.indices.len(), self.seed, pass);
         Ok(order.into_iter().map(|place| self.indices[place as usize]).collect())
+    }
+
+    fn seed(&self) -> Option<u64> {
+        Some(self.seed)
     }
 }

@@ -71,6 +71,10 @@ impl Sampler for WeightedRandomSampler {
         Ok(std::iter::repeat_with(draw).take(self.num_samples).collect())
     }
 
+    fn seed(&self) -> Option<u64> {
+        Some(self.seed)
+    }
+
     fn repeats(&self) -> bool {
         true
     }

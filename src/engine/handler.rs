@@ -1,5 +1,5 @@
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::rc::Rc;
 
 use super::event::{BUILT_IN, FilteredEvent};
@@ -119,7 +119,7 @@ struct Slot<'a, C, B, O> {
     id: HandlerId,
     name: String,
     callable: Option<Callable<'a, C, B, O>>,
-    /// The name it gave itself, and whether it has a state; unless it is a closure.
+    /// The name it gave itself, and whether it had a state then; unless it is a closure.
     object: Option<(String, bool)>,
     /// The number of the removal that removed it.
     removed: Option<u64>,
@@ -344,30 +344,28 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.slots[taken.slot].callable = Some(taken.callable);
     }
 
-    /// All handlers that have a state, with names of which no two are equal; `None` for one that is
-    /// running.
-    pub(super) fn stateful(&self) -> Vec<Named<'_, C, B, O>> {
+    /// All handlers that are no closures, with names of which no two are equal.
+    pub(super) fn objects(&self) -> Vec<Named<'_, 'a, C, B, O>> {
         let mut names = Names::default();
         let mut objects = vec![];
         for slot in self.slots.iter().filter(|slot| slot.removed.is_none()) {
-            match (&slot.object, &slot.callable) {
-                (Some((name, true)), Some(Callable::Object(handler))) => {
-                    objects.push((names.distinct(name), Some(&**handler)));
-                }
-                (Some((name, true)), _) => objects.push((names.distinct(name), None)),
-                _ => {}
-            }
+            let Some((name, had_state)) = &slot.object else { continue };
+            let handler = match &slot.callable {
+                Some(Callable::Object(handler)) => Some(&**handler),
+                _ => None,
+            };
+            objects.push(Named { name: names.distinct(name), handler, had_state: *had_state });
         }
         objects
     }
 
     /// The same, to be changed; without those that are running.
-    pub(super) fn stateful_mut(
+    pub(super) fn objects_mut(
         &mut self,
     ) -> impl Iterator<Item = (String, &mut (dyn Handler<C, B, O> + 'a))> {
         let mut names = Names::default();
         self.slots.iter_mut().filter(|slot| slot.removed.is_none()).filter_map(move |slot| {
-            let (name, _) = slot.object.as_ref().filter(|(_, stateful)| *stateful)?;
+            let (name, _) = slot.object.as_ref()?;
             let name = names.distinct(name);
             match &mut slot.callable {
                 Some(Callable::Object(handler)) => Some((name, &mut **handler)),
@@ -397,20 +395,30 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
 /// Names as they come, the second of a kind with a number.
 #[derive(Default)]
-struct Names(HashMap<String, u32>);
+struct Names(HashSet<String>);
 
 impl Names {
     fn distinct(&mut self, name: &str) -> String {
-        let count = self.0.entry(name.to_owned()).or_default();
-        *count += 1;
-        if *count == 1 { name.to_owned() } else { format!("{name} #{count}") }
+        let mut distinct = name.to_owned();
+        let mut number = 1;
+        while !self.0.insert(distinct.clone()) {
+            number += 1;
+            distinct = format!("{name} #{number}");
+        }
+        distinct
     }
 }
 
 /// `None` for a handler that is not to run.
 type MayTake<'a, C, B, O> = Result<Option<Taken<'a, C, B, O>>, FilterPanicked>;
 
-type Named<'s, C, B, O> = (String, Option<&'s dyn Handler<C, B, O>>);
+/// A handler by its name; `None` while it is running.
+pub(super) struct Named<'s, 'a, C, B, O> {
+    pub(super) name: String,
+    pub(super) handler: Option<&'s (dyn Handler<C, B, O> + 'a)>,
+    /// When it was attached.
+    pub(super) had_state: bool,
+}
 
 /// The filter of a handler panicked.
 pub(super) struct FilterPanicked {

@@ -18,6 +18,7 @@ use serde_json::{Map, Value};
 pub use event::{Event, Events, FilteredEvent};
 pub use handler::{Handler, HandlerId, Priority};
 pub use profile::{Profile, ProfileRow};
+pub(crate) use saved::HANDLERS;
 pub use saved::Restored;
 pub use state::{MetricValue, Metrics, State};
 pub use summary::{Stop, Summary};
@@ -119,7 +120,7 @@ pub struct Engine<'a, C, B, O> {
     running: bool,
     /// Why a registration was refused; `run` says so.
     refused: Option<String>,
-    tracked: Tracked<'a, C>,
+    tracked: Tracked<'a, C, O>,
     /// Random numbers of a restored state, for the next run.
     random: Option<StateDict>,
     profile: Option<Profile>,

@@ -1,14 +1,16 @@
 //! The loop. [`Engine`] draws it; here it is a machine that can stop between any two events, so that
 //! `interrupt` can suspend it and the next run go on.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::state::check_budget;
 use super::{Control, Engine, Event, State, Stop, Summary, Until, guarded};
-use crate::data::IntoSource;
+use crate::data::{IntoSource, Place, Source};
 use crate::{Error, Result};
 
 /// What comes next.
@@ -30,6 +32,13 @@ enum Phase {
     Completed,
     /// Only in saved states: COMPLETED was fired.
     Ended,
+}
+
+impl Phase {
+    /// Whether a batch is under way, which has to be fetched again elsewhere.
+    fn has_batch(self) -> bool {
+        matches!(self, Self::BatchFetched | Self::Step)
+    }
 }
 
 /// How the last run was left.
@@ -78,8 +87,11 @@ pub(super) struct Position {
     /// Number of the walk over the data, and batches fetched in it.
     pub(super) pass: u64,
     fetched: u64,
-    /// Batches in a pass when the state was saved that was restored.
+    /// `fetched` in samples, where the data counts them and is to be put there.
+    kept: Option<Place>,
+    /// Of the data when the state was saved that was restored: batches in a pass, and settings.
     batches: Option<u64>,
+    settings: Map<String, Value>,
     /// The data was restarted and gave nothing since.
     restarted: bool,
     /// It gave nothing in a whole epoch.
@@ -109,7 +121,9 @@ impl Default for Position {
             counter: 0,
             pass: 0,
             fetched: 0,
+            kept: None,
             batches: None,
+            settings: Map::new(),
             restarted: false,
             exhausted: false,
             left_early: false,
@@ -129,16 +143,17 @@ impl Position {
         Self { left: Left::Loaded, entry: Some(Entry::Loaded), budgeted, ..Self::default() }
     }
 
-    /// `batches`: those in a pass over the data.
-    pub(super) fn save(&self, batches: Option<u64>) -> SavedPosition {
+    pub(super) fn save<B>(&self, data: Option<&(dyn Source<B> + '_)>) -> SavedPosition {
         SavedPosition {
+            place: self.kept.clone().or_else(|| data?.place(self.phase.has_batch())),
+            settings: data.map(|data| data.settings()).unwrap_or_default(),
+            batches: data.and_then(|data| data.batches()),
             phase: if self.completing { Phase::Ended } else { self.phase },
             // In the same process the data is where it is.
             entry: self.entry.unwrap_or(Entry::Kept),
             counter: self.counter,
             pass: self.pass,
             fetched: self.fetched,
-            batches,
             restarted: self.restarted,
             exhausted: self.exhausted,
             left_early: self.left_early,
@@ -160,19 +175,22 @@ pub(super) struct SavedPosition {
     counter: u64,
     pass: u64,
     fetched: u64,
+    place: Option<Place>,
     batches: Option<u64>,
+    settings: Map<String, Value>,
     restarted: bool,
     exhausted: bool,
     left_early: bool,
 }
 
 impl SavedPosition {
-    pub(super) fn counts(&self) -> [u64; 3] {
-        [self.counter, self.pass, self.fetched]
+    pub(super) fn counts(&self) -> [u64; 4] {
+        let samples = self.place.as_ref().map_or(0, |place| place.samples);
+        [self.counter, self.pass, self.fetched, samples]
     }
 
     pub(super) fn restore(self, event: Event, budgeted: bool) -> Position {
-        let refetch = matches!(self.phase, Phase::BatchFetched | Phase::Step);
+        let refetch = self.phase.has_batch();
         Position {
             refetch,
             phase: self.phase,
@@ -182,7 +200,9 @@ impl SavedPosition {
             counter: self.counter,
             pass: self.pass,
             fetched: self.fetched.saturating_sub(u64::from(refetch)),
+            kept: self.place,
             batches: self.batches,
+            settings: self.settings,
             restarted: self.restarted,
             exhausted: self.exhausted,
             left_early: self.left_early,
@@ -215,9 +235,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         let start = Instant::now();
         outside_the_step(|| self.prepare(data, until))?;
+        let running = Running::begin();
         self.running = true;
         let result = outside_the_step(|| self.drive(cx)).map_err(|error| self.fail(error, cx));
         self.running = false;
+        drop(running);
         self.state.run_time = start.elapsed();
         let stop = result?;
         Ok(Summary {
@@ -244,6 +266,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         (state.iteration, state.epoch) = (0, 0);
         (state.max_epochs, state.max_iters, state.epoch_length) = (None, None, None);
         Ok(())
+    }
+
+    /// Whether this engine is, or would be, run within another: as evaluators are.
+    pub(crate) fn is_nested(&self) -> bool {
+        RUNNING.get() > u32::from(self.running)
     }
 
     /// Iterations begun in this epoch, from 1; those before a run goes on in mid epoch count.
@@ -341,16 +368,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         position.exhausted = false;
         position.signal = None;
         position.warnings.clear();
-        let batches = source.batches();
-        if left == Left::Restored && batches != position.batches {
-            let shown = |batches: Option<u64>| {
-                batches.map_or_else(|| "an unknown number of".to_owned(), |n| n.to_string())
-            };
-            position.warnings.push(format!(
-                "a pass over the data had {} batches when this state was saved, and has {} now: the place in it is counted in batches",
-                shown(position.batches),
-                shown(batches)
-            ));
+        if left == Left::Restored {
+            position.warnings = changes(position, &*source);
         }
         position.until = until;
         position.deadline = until.max_time.and_then(|time| Instant::now().checked_add(time));
@@ -364,10 +383,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Puts data and counter to where this run begins.
     fn enter(&mut self) -> Result<()> {
         let Position { entry, pass, fetched, .. } = self.position;
+        let place = self.position.kept.clone().filter(|_| entry == Some(Entry::Kept));
         match entry {
             None => {}
             Some(Entry::Start) => self.seek(0, 0)?,
             Some(Entry::NextPass) => self.seek(pass + 1, 0)?,
+            Some(Entry::Kept) if self.seek_place(pass, place)? => {}
             Some(Entry::Kept) => self.seek(pass, fetched)?,
             Some(Entry::Loaded) => {
                 let iteration = self.state.iteration;
@@ -382,7 +403,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             }
         }
         self.position.entry = None;
+        self.position.kept = None;
         Ok(())
+    }
+
+    /// False where that is not possible.
+    fn seek_place(&mut self, pass: u64, place: Option<Place>) -> Result<bool> {
+        let (Some(place), Some(data)) = (place, self.data.as_mut()) else { return Ok(false) };
+        guarded(|| data.seek_place(pass, &place)).map_err(|error| self.data_error(error))
     }
 
     /// Goes past that many batches of data of unknown length.
@@ -727,6 +755,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// the event or the batch that failed up to the step, else with what follows.
     fn fail(&mut self, error: Error, cx: &mut C) -> Error {
         let position = &mut self.position;
+        if position.entry.is_none() {
+            let again = position.phase == Phase::BatchFetched;
+            let place = |data: &dyn Source<B>| guarded(|| Ok(data.place(again))).ok().flatten();
+            position.kept = self.data.as_deref().and_then(place);
+        }
         position.phase = match position.phase {
             Phase::NextEpoch => Phase::Started,
             Phase::EpochBegun => Phase::EpochStarted,
@@ -751,6 +784,49 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             (None, Err(error)) => error,
             (None, Ok(())) => Error::invalid("the run failed"),
         }
+    }
+}
+
+/// What is other data than when the state was saved.
+fn changes<B>(position: &Position, data: &dyn Source<B>) -> Vec<String> {
+    let mut changes = vec![];
+    let (batches, settings) = (data.batches(), data.settings());
+    // The settings tell more, and the batch size may be restored later.
+    if batches != position.batches && (settings.is_empty() || position.settings.is_empty()) {
+        let shown = |batches: Option<u64>| {
+            batches.map_or_else(|| "an unknown number of".to_owned(), |n| n.to_string())
+        };
+        changes.push(format!(
+            "a pass over the data had {} batches when this state was saved, and has {} now: the place in it is counted in batches",
+            shown(position.batches),
+            shown(batches)
+        ));
+    }
+    for (name, then) in &position.settings {
+        if let Some(now) = settings.get(name).filter(|now| *now != then) {
+            changes.push(format!("{name} of the data: {then} then, {now} now"));
+        }
+    }
+    changes
+}
+
+/// Engines that are running on this thread, one within the other.
+struct Running;
+
+thread_local! {
+    static RUNNING: Cell<u32> = const { Cell::new(0) };
+}
+
+impl Running {
+    fn begin() -> Self {
+        RUNNING.set(RUNNING.get() + 1);
+        Self
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        RUNNING.set(RUNNING.get() - 1);
     }
 }
 

@@ -7,16 +7,23 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::event::BUILT_IN_EVENTS;
+use super::handler::Named;
 use super::run::SavedPosition;
 use super::{Control, Engine, MetricValue};
 use crate::bridge::{generator_state, set_generator_state};
-use crate::checkpoint::{IntoStateful, StateDict, Stateful};
+use crate::checkpoint::{IntoStateful, Saveable, StateDict, Stateful};
 use crate::{Error, Result};
 
 /// What belongs to an engine by `track`.
-pub(super) struct Tracked<'a, C> {
+pub(super) struct Tracked<'a, C, O> {
     parts: Vec<(String, Box<dyn Stateful + 'a>)>,
     context: Option<ContextState<C>>,
+    output: Option<OutputState<O>>,
+}
+
+struct OutputState<O> {
+    save: fn(&O) -> Result<StateDict>,
+    load: fn(StateDict) -> Result<O>,
 }
 
 struct ContextState<C> {
@@ -24,21 +31,23 @@ struct ContextState<C> {
     load: fn(&mut C, StateDict) -> Result<()>,
 }
 
-impl<C> Default for Tracked<'_, C> {
+impl<C, O> Default for Tracked<'_, C, O> {
     fn default() -> Self {
-        Self { parts: vec![], context: None }
+        Self { parts: vec![], context: None, output: None }
     }
 }
 
 /// Parts that an engine's state always has.
 const ENGINE: &str = "engine";
-const HANDLERS: &str = "handlers";
+pub(crate) const HANDLERS: &str = "handlers";
 const METRICS: &str = "metrics";
 const PARAM_HISTORY: &str = "param_history";
 const RNG: &str = "rng";
 const CONTEXT: &str = "context";
 const SETTINGS: &str = "settings";
-const RESERVED: [&str; 7] = [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, SETTINGS];
+const OUTPUT: &str = "output";
+const RESERVED: [&str; 8] =
+    [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, OUTPUT, SETTINGS];
 
 /// Additions cannot overflow.
 const MAX_COUNT: u64 = 1 << 53;
@@ -54,6 +63,8 @@ struct Values {
     max_epochs: Option<u64>,
     max_iters: Option<u64>,
     samples: u64,
+    /// It ran within another engine, such as an evaluator.
+    nested: bool,
     position: SavedPosition,
     /// What handlers asked for and the engine has not done yet, and at which event.
     asked: SavedControl,
@@ -113,6 +124,18 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self
     }
 
+    /// Makes the output of the last step part of this engine's state, so that handlers of events after
+    /// the step find it when a run goes on there. [`create_supervised_trainer`] does.
+    ///
+    /// [`create_supervised_trainer`]: crate::supervised::create_supervised_trainer
+    pub fn track_output(&mut self) -> &mut Self
+    where
+        O: Saveable,
+    {
+        self.tracked.output = Some(OutputState { save: O::to_state, load: O::from_state });
+        self
+    }
+
     /// The state of everything: position, budgets, data position, metrics, all handlers, what is
     /// [tracked](Self::track), and the random number generators. Tensors are shared, not copied.
     ///
@@ -139,11 +162,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let mut all = StateDict::new();
         all.set_part(ENGINE, self.own_state()?);
         all.set_part(HANDLERS, self.save_handlers(&mut caller)?);
-        all.set_part(METRICS, self.metric_values());
+        all.set_part(METRICS, self.metric_values()?);
         all.set_part(PARAM_HISTORY, self.saved_history()?);
         all.set_part(RNG, generators()?);
         if let Some(context) = &self.tracked.context {
             all.set_part(CONTEXT, (context.save)(cx).map_err(|error| of_part(CONTEXT, error))?);
+        }
+        if let (Some(tracked), Some(output)) = (&self.tracked.output, &self.state.output) {
+            all.set_part(OUTPUT, (tracked.save)(output).map_err(|error| of_part(OUTPUT, error))?);
         }
         let mut settings = StateDict::new();
         for (name, part) in &self.tracked.parts {
@@ -215,7 +241,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         self.load_handlers(part(HANDLERS).unwrap_or_default(), report)?;
         if let Some(metrics) = part(METRICS) {
-            self.load_metric_values(metrics);
+            report.load(METRICS, Some(metrics), |metrics| self.load_metric_values(metrics))?;
+        }
+        self.state.output = None;
+        if let Some(tracked) = &self.tracked.output
+            && let Some(output) = part(OUTPUT)
+        {
+            let load = |saved| (tracked.load)(saved).map(|output| self.state.output = Some(output));
+            report.load(OUTPUT, Some(output), load)?;
         }
         if let Some(history) = part(PARAM_HISTORY) {
             report.load(PARAM_HISTORY, Some(history), |history| self.load_history(history))?;
@@ -243,25 +276,63 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// The states of all handlers that have one.
-    pub(crate) fn handler_states(&self) -> Result<StateDict> {
+    fn handler_states(&self) -> Result<StateDict> {
         self.save_handlers(&mut None)
     }
 
     /// Nothing may be missing or unknown.
-    pub(crate) fn load_handler_states(&mut self, states: StateDict) -> Result<()> {
+    fn load_handler_states(&mut self, states: StateDict) -> Result<()> {
         self.load_handlers(states, &mut Report { strict: true, ignored: vec![] })
+    }
+
+    /// What stays from one run of an evaluator to the next.
+    pub(crate) fn lasting_state(&self) -> Result<StateDict> {
+        let mut state = StateDict::new();
+        state.set_part(HANDLERS, self.handler_states()?);
+        state.set_part(PARAM_HISTORY, self.saved_history()?);
+        state.set_value("firings", self.handlers.firings().collect::<BTreeMap<_, _>>())?;
+        for (name, part) in &self.tracked.parts {
+            state.set_part(name, part.state_dict().map_err(|error| of_part(name, error))?);
+        }
+        Ok(state)
+    }
+
+    /// Nothing may be missing or unknown.
+    pub(crate) fn load_lasting_state(&mut self, mut state: StateDict) -> Result<()> {
+        for (name, part) in &mut self.tracked.parts {
+            part.load_state_dict(state.take_part(name)?).map_err(|error| of_part(name, error))?;
+        }
+        self.load_handler_states(state.take_part(HANDLERS)?)?;
+        self.load_history(state.take_part(PARAM_HISTORY)?)?;
+        self.load_firings(&state.value("firings")?)?;
+        match state.parts.keys().next() {
+            Some(name) => Err(Error::State(format!("'{name}' is not tracked here"))),
+            None => Ok(()),
+        }
+    }
+
+    fn load_firings(&mut self, saved: &BTreeMap<String, u64>) -> Result<()> {
+        for (name, firings) in saved {
+            if !self.handlers.set_firings(name, *firings) {
+                return Err(Error::State(format!(
+                    "the state counts firings of event '{name}', which is not registered here"
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn save_handlers(&self, caller: &mut Option<StateDict>) -> Result<StateDict> {
         let mut states = StateDict::new();
-        for (name, handler) in self.handlers.stateful() {
+        for Named { name, handler, had_state } in self.handlers.objects() {
             let state = match handler {
                 Some(handler) => handler.save_state().map_err(|error| of_part(&name, error))?,
-                None => Some(caller.take().ok_or_else(|| {
-                    Error::State(format!(
+                None if had_state && caller.is_none() => {
+                    return Err(Error::State(format!(
                         "handler '{name}' is running: a checkpoint cannot be made within it"
-                    ))
-                })?),
+                    )));
+                }
+                None => caller.take(),
             };
             if let Some(state) = state {
                 states.set_part(&name, state);
@@ -271,15 +342,35 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn load_handlers(&mut self, mut states: StateDict, report: &mut Report) -> Result<()> {
-        for (name, handler) in self.handlers.stateful_mut() {
-            let what = format!("handler '{name}'");
-            report.load(&what, states.parts.remove(&name), |state| handler.load_state(state))?;
+        for (name, handler) in self.handlers.objects_mut() {
+            let saved = states.parts.remove(&name);
+            // Asked now, because it may have none at times.
+            if saved.is_some() || handler.save_state()?.is_some() {
+                report
+                    .load(&format!("handler '{name}'"), saved, |state| handler.load_state(state))?;
+            }
         }
         states.parts.keys().try_for_each(|name| {
             report.note(format!(
                 "the state has a part of handler '{name}', which is not attached here (attach before restoring)"
             ))
         })
+    }
+
+    /// The names of the parts that a state may have, and of those that it must have.
+    pub(crate) fn part_names(&self) -> (Vec<String>, Vec<String>) {
+        let mut must: Vec<_> = self.tracked.parts.iter().map(|(name, _)| name.clone()).collect();
+        must.extend(self.tracked.context.iter().map(|_| CONTEXT.to_owned()));
+        let may = RESERVED.iter().map(|name| (*name).to_owned()).chain(must.clone());
+        (may.collect(), must)
+    }
+
+    /// The names of the handlers that may have a state, and of those that had one when they were
+    /// attached.
+    pub(crate) fn handler_names(&self) -> (Vec<String>, Vec<String>) {
+        let objects = self.handlers.objects();
+        let had = objects.iter().filter(|object| object.had_state).map(|object| &object.name);
+        (objects.iter().map(|object| object.name.clone()).collect(), had.cloned().collect())
     }
 
     fn own_state(&self) -> Result<StateDict> {
@@ -291,7 +382,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             max_epochs: state.max_epochs,
             max_iters: state.max_iters,
             samples: state.samples,
-            position: self.position.save(self.data.as_ref().and_then(|data| data.batches())),
+            nested: self.is_nested(),
+            position: self.position.save(self.data.as_deref()),
             asked: SavedControl {
                 event: self.position.event.to_string(),
                 terminate: control.terminate,
@@ -323,13 +415,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         state.epoch_length = saved.epoch_length;
         (state.max_epochs, state.max_iters) = (saved.max_epochs, saved.max_iters);
         state.samples = saved.samples;
-        for (name, firings) in &saved.firings {
-            if !self.handlers.set_firings(name, *firings) {
-                return Err(Error::State(format!(
-                    "the state counts firings of event '{name}', which is not registered here"
-                )));
-            }
-        }
+        self.load_firings(&saved.firings)?;
         let budgeted = saved.max_epochs.is_some() || saved.max_iters.is_some();
         self.position = saved.position.restore(event, budgeted);
         self.control = Control {
@@ -345,36 +431,40 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    fn metric_values(&self) -> StateDict {
-        fn add(values: &mut StateDict, name: &str, value: &MetricValue) {
+    fn metric_values(&self) -> Result<StateDict> {
+        fn add(values: &mut StateDict, name: &str, value: &MetricValue) -> Result<()> {
             match value {
-                MetricValue::Number(value) => values.set_tensor(name, Tensor::from(*value)),
+                MetricValue::Number(value) => values.set_value(name, value)?,
                 MetricValue::Tensor(tensor) => values.set_tensor(name, tensor.shallow_clone()),
                 MetricValue::Named(named) => {
                     let mut part = StateDict::new();
-                    named.iter().for_each(|(name, value)| add(&mut part, name, value));
+                    named.iter().try_for_each(|(name, value)| add(&mut part, name, value))?;
                     values.set_part(name, part);
                 }
             }
+            Ok(())
         }
         let mut values = StateDict::new();
-        self.state.metrics.iter().for_each(|(name, value)| add(&mut values, name, value));
-        values
+        self.state.metrics.iter().try_for_each(|(name, value)| add(&mut values, name, value))?;
+        Ok(values)
     }
 
-    fn load_metric_values(&mut self, values: StateDict) {
-        fn values_of(state: StateDict) -> impl Iterator<Item = (String, MetricValue)> {
-            let tensors = state.tensors.into_iter().map(|(name, value)| (name, value.into()));
-            let named = state.parts.into_iter().map(|(name, part)| {
-                let part: Box<dyn Iterator<Item = _>> = Box::new(values_of(part));
-                (name, MetricValue::Named(part.collect()))
-            });
-            tensors.chain(named)
+    fn load_metric_values(&mut self, saved: StateDict) -> Result<()> {
+        fn values_of(state: StateDict) -> Result<Vec<(String, MetricValue)>> {
+            let mut values = vec![];
+            for name in state.values.keys() {
+                values.push((name.clone(), state.value::<f64>(name)?.into()));
+            }
+            values.extend(state.tensors.into_iter().map(|(name, tensor)| (name, tensor.into())));
+            for (name, part) in state.parts {
+                values.push((name, MetricValue::Named(values_of(part)?)));
+            }
+            Ok(values)
         }
+        let values = values_of(saved)?;
         self.state.metrics.clear();
-        for (name, value) in values_of(values) {
-            self.state.metrics.set(&name, value);
-        }
+        values.into_iter().for_each(|(name, value)| self.state.metrics.set(&name, value));
+        Ok(())
     }
 
     fn saved_history(&self) -> Result<StateDict> {

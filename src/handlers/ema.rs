@@ -1,5 +1,6 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 use tch::nn::VarStore;
 
@@ -54,7 +55,7 @@ struct Momentum {
     updates: u64,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 enum Warmup {
     None,
     Linear { from: f64, updates: u64 },
@@ -242,16 +243,20 @@ impl<C, B, O> Handler<C, B, O> for EMAHandler {
             let momentum = locked(&self.momentum);
             state.set_value("updates", momentum.updates)?;
             state.set_value("momentum", momentum.current)?;
+            // A knob may have changed these.
+            state.set_value("target", momentum.target)?;
+            state.set_value("warmup", momentum.warmup)?;
         }
-        state.set_part("averages", self.shadow.save());
+        state.set_part("averages", self.shadow.save()?);
         Ok(Some(state))
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         let (updates, current) = (state.value("updates")?, state.value("momentum")?);
+        let (target, warmup) = (state.value("target")?, state.value("warmup")?);
         self.shadow.load(state.part("averages")?)?;
         let mut momentum = locked(&self.momentum);
-        (momentum.updates, momentum.current) = (updates, current);
+        *momentum = Momentum { target, current, warmup, updates };
         Ok(())
     }
 

@@ -1,15 +1,17 @@
 use std::cell::{Ref, RefCell};
 use std::rc::Rc;
 
+use crate::checkpoint::{Saveable, StateDict};
 use crate::engine::{Engine, Event, Events, Handler};
+use crate::{Error, Result};
 
 /// Keeps something of the output of each iteration, for the epoch: ignite's `EpochOutputStore`.
 ///
 /// Clones share the list: attach one, read the other. Attach it before the handlers that read it at
 /// the end of the epoch; it is emptied when the next one begins. Tensors stay on their device; keep
 /// no more of an output than is needed, and nothing that has gradients
-/// ([`detach`](tch::Tensor::detach) it), or the epoch's graphs stay in memory. Checkpoints do not have
-/// the list: a run that is resumed in mid epoch has the rest of it.
+/// ([`detach`](tch::Tensor::detach) it), or the epoch's graphs stay in memory. Checkpoints have the
+/// list after [`tracked`](Self::tracked); otherwise a run that is resumed in mid epoch has the rest.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -24,7 +26,22 @@ use crate::engine::{Engine, Event, Events, Handler};
 pub struct EpochOutputStore<T, F> {
     transform: F,
     data: Rc<RefCell<Vec<T>>>,
+    states: Option<States<T>>,
 }
+
+/// How the list goes into checkpoints.
+struct States<T> {
+    save: fn(&Vec<T>) -> Result<StateDict>,
+    load: fn(StateDict) -> Result<Vec<T>>,
+}
+
+impl<T> Clone for States<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for States<T> {}
 
 impl<T, F> EpochOutputStore<T, F> {
     /// Keeps what `transform` makes of each output.
@@ -32,7 +49,16 @@ impl<T, F> EpochOutputStore<T, F> {
     where
         F: Fn(&O) -> T,
     {
-        Self { transform, data: Rc::default() }
+        Self { transform, data: Rc::default(), states: None }
+    }
+
+    /// Puts the list into checkpoints.
+    pub fn tracked(mut self) -> Self
+    where
+        T: Saveable,
+    {
+        self.states = Some(States { save: Vec::to_state, load: Vec::from_state });
+        self
     }
 
     /// What was kept since the epoch began. Let go of it before the run goes on.
@@ -43,7 +69,8 @@ impl<T, F> EpochOutputStore<T, F> {
 
 impl<T, F: Clone> Clone for EpochOutputStore<T, F> {
     fn clone(&self) -> Self {
-        Self { transform: self.transform.clone(), data: self.data.clone() }
+        let (transform, data) = (self.transform.clone(), self.data.clone());
+        Self { transform, data, states: self.states }
     }
 }
 
@@ -54,6 +81,22 @@ impl<C, B, O, T, F: Fn(&O) -> T> Handler<C, B, O> for EpochOutputStore<T, F> {
 
     fn events(&self) -> Events {
         Event::EpochStarted | Event::IterationCompleted
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        let Some(states) = self.states else { return Ok(None) };
+        let data = self.data.try_borrow().map_err(|error| Error::State(error.to_string()))?;
+        (states.save)(&data).map(Some)
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        let Some(states) = self.states else {
+            return Err(Error::State("it was tracked, and is not here".into()));
+        };
+        let mut data =
+            self.data.try_borrow_mut().map_err(|error| Error::State(error.to_string()))?;
+        *data = (states.load)(state)?;
+        Ok(())
     }
 
     fn call(

@@ -25,6 +25,8 @@ pub struct Evaluate<'e, C, B, O, D> {
     events: Events,
     evaluator: Engine<'e, C, B, O>,
     data: D,
+    /// Names of the values that the last evaluation left.
+    left: Vec<String>,
 }
 
 impl<'e, C, B, O, D: IntoSource<'e, B> + Clone> Evaluate<'e, C, B, O, D> {
@@ -40,7 +42,7 @@ impl<'e, C, B, O, D: IntoSource<'e, B> + Clone> Evaluate<'e, C, B, O, D> {
         evaluator: Engine<'e, C, B, O>,
         data: D,
     ) -> Self {
-        Self { name: name.into(), events: events.into(), evaluator, data }
+        Self { name: name.into(), events: events.into(), evaluator, data, left: vec![] }
     }
 }
 
@@ -57,11 +59,17 @@ where
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
-        self.evaluator.handler_states().map(Some)
+        let mut state = StateDict::new();
+        state.set_part("evaluator", self.evaluator.lasting_state()?);
+        state.set_value("left", &self.left)?;
+        Ok(Some(state))
     }
 
-    fn load_state(&mut self, state: StateDict) -> Result<()> {
-        self.evaluator.load_handler_states(state)
+    fn load_state(&mut self, mut state: StateDict) -> Result<()> {
+        let left = state.value("left")?;
+        self.evaluator.load_lasting_state(state.take_part("evaluator")?)?;
+        self.left = left;
+        Ok(())
     }
 
     fn call(
@@ -73,13 +81,15 @@ where
         // Always from the start, also after a run that was left early, and with no value of an
         // earlier run for what this one does not compute.
         self.evaluator.reset()?;
-        for (metric, _) in self.evaluator.state.metrics.iter() {
-            engine.state.metrics.remove(&format!("{}/{metric}", self.name));
+        for name in self.left.drain(..) {
+            engine.state.metrics.remove(&name);
         }
         self.evaluator.state.metrics.clear();
         self.evaluator.run(cx, self.data.clone(), Until::epochs(1))?;
         for (metric, value) in self.evaluator.state.metrics.iter() {
-            engine.state.metrics.set(&format!("{}/{metric}", self.name), value.share());
+            let name = format!("{}/{metric}", self.name);
+            engine.state.metrics.set(&name, value.share());
+            self.left.push(name);
         }
         Ok(())
     }

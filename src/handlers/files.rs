@@ -20,7 +20,7 @@ pub(crate) fn write_whole(
 
     let whole = || {
         if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder)?;
+            make_folder(folder)?;
         }
         let mut file = BufWriter::new(File::create(beside)?);
         write(&mut file)?;
@@ -28,16 +28,53 @@ pub(crate) fn write_whole(
         file.get_ref().sync_all()?;
         fs::rename(beside, path)?;
         // The new name is only sure once the folder is on the disk too.
-        #[cfg(unix)]
-        if let Some(folder) = path.parent() {
-            File::open(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })?
-                .sync_all()?;
-        }
-        Ok(())
+        path.parent().map_or(Ok(()), sync_folder)
     };
     whole().map_err(|source| {
         // What is left of it is of no use; the first error is the one to tell.
         let _ = fs::remove_file(beside);
         Error::Io { path: path.to_owned(), source }
     })
+}
+
+/// Makes a folder and those above it that are missing, as safely as a file is written.
+pub(crate) fn make_folder(folder: &Path) -> io::Result<()> {
+    if folder.as_os_str().is_empty() || folder.is_dir() {
+        return Ok(());
+    }
+    let above = folder.parent();
+    above.map_or(Ok(()), make_folder)?;
+    match fs::create_dir(folder) {
+        // Somebody else was faster.
+        Err(_) if folder.is_dir() => Ok(()),
+        made => made,
+    }?;
+    above.map_or(Ok(()), sync_folder)
+}
+
+/// Names of files in the folder are on the disk then.
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    File::open(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })?.sync_all()?;
+    #[cfg(not(unix))]
+    let _ = folder;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_are_made_from_the_first_that_is_missing() -> io::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let deep = folder.path().join("a/b/../c/d");
+        make_folder(&deep)?;
+        make_folder(&deep)?;
+        assert!(folder.path().join("a/c/d").is_dir());
+        make_folder(Path::new(""))?;
+        fs::write(folder.path().join("file"), "")?;
+        assert!(make_folder(&folder.path().join("file/e")).is_err());
+        Ok(())
+    }
 }

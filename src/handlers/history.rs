@@ -379,6 +379,10 @@ impl Record {
                 _ => Err(odd()),
             })
             .collect::<Result<_>>()?;
+        let unknown = state.parts.keys().find(|part| self.columns.iter().all(|c| c.name != **part));
+        if let Some(name) = unknown {
+            return Err(Error::State(format!("there is no series '{name}' here")));
+        }
         let mut columns = vec![];
         for Column { name, .. } in &self.columns {
             let saved = state.part(name)?;

@@ -55,7 +55,8 @@ fn locked(lists: &Mutex<Lists>) -> MutexGuard<'_, Lists> {
 }
 
 impl Lists {
-    fn of(vs: &VarStore) -> Result<Self, TchError> {
+    fn of(vs: &VarStore) -> Result<Self> {
+        let failed = |error: TchError| Error::libtorch("copying the variables", error);
         let variables = vs.variables_.lock().unwrap_or_else(PoisonError::into_inner);
         let trained: Vec<_> = variables
             .trainable_variables
@@ -66,9 +67,9 @@ impl Lists {
         named.sort_by_key(|(name, _)| *name);
         let (mut averages, mut parameter) = (vec![], vec![]);
         for (name, source) in &named {
-            let detached = source.f_detach()?;
-            let mut average = detached.f_empty_like()?;
-            average.f_copy_(&detached)?;
+            let detached = source.f_detach().map_err(failed)?;
+            let mut average = detached.f_empty_like().map_err(failed)?;
+            average.f_copy_(&detached).map_err(failed)?;
             averages.push(((*name).clone(), average));
             parameter.push(trained.contains(&crate::bridge::TensorId::of(source)));
         }
@@ -76,9 +77,11 @@ impl Lists {
             let all = averages.iter().zip(&named).zip(&parameter);
             let chosen = all.filter(|(_, parameter)| wanted(**parameter));
             Pairs::new(chosen.map(|(((_, average), (_, source)), _)| (average, *source)))
+                .map_err(|text| Error::libtorch("pairing variables and averages", text))
         };
-        let (parameters, buffers) = (pairs(&|parameter| parameter), pairs(&|parameter| !parameter));
-        let all = pairs(&|_| true);
+        let (parameters, buffers) =
+            (pairs(&|parameter| parameter)?, pairs(&|parameter| !parameter)?);
+        let all = pairs(&|_| true)?;
         Ok(Self { averages, parameters, buffers, all, swapped: false })
     }
 
@@ -104,9 +107,7 @@ impl Lists {
 
 impl Shadow {
     pub(super) fn of(vs: &VarStore) -> Result<Self> {
-        let lists =
-            Lists::of(vs).map_err(|error| Error::libtorch("copying the variables", error))?;
-        Ok(Self(Arc::new(Mutex::new(lists))))
+        Ok(Self(Arc::new(Mutex::new(Lists::of(vs)?))))
     }
 
     pub(super) fn update(&self, how: Average, buffers: Buffers) -> Result<()> {
@@ -119,17 +120,26 @@ impl Shadow {
     }
 
     /// The averages under the names of the variables.
-    pub(super) fn save(&self) -> StateDict {
+    ///
+    /// # Errors
+    /// They are swapped in: the model would be saved with their values, and they with the model's.
+    pub(super) fn save(&self) -> Result<StateDict> {
+        if locked(&self.0).swapped {
+            return Err(Error::State(
+                "the averages are swapped in, so neither they nor the model can be saved or restored; drop the guard of `swap` first"
+                    .into(),
+            ));
+        }
         let mut state = StateDict::new();
         for (name, average) in self.averages() {
             state.set_tensor(&name, average);
         }
-        state
+        Ok(state)
     }
 
     /// Copies saved averages into ours. Nothing is changed where they do not fit.
     pub(super) fn load(&self, state: &StateDict) -> Result<()> {
-        let ours = self.save();
+        let ours = self.save()?;
         let fits = |tensor: &Tensor| (tensor.kind(), tensor.size());
         check_fixed(&ours, |name| state.tensors.get(name).map(fits), state.tensors.keys())?;
         let _guard = tch::no_grad_guard();

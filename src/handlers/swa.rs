@@ -112,7 +112,7 @@ impl<C, B, O> Handler<C, B, O> for SWAHandler {
     fn save_state(&self) -> Result<Option<StateDict>> {
         let mut state = StateDict::new();
         state.set_value("n_averaged", self.n_averaged())?;
-        state.set_part("averages", self.shadow.save());
+        state.set_part("averages", self.shadow.save()?);
         Ok(Some(state))
     }
 

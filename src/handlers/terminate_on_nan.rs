@@ -2,8 +2,10 @@ use std::collections::{BTreeMap, HashMap};
 
 use tch::{Device, Kind, Tensor};
 
+use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler, MetricValue};
 use crate::supervised::Prediction;
+use crate::{Error, Result};
 
 /// Iterations between two looks at a device.
 const PERIOD: u64 = 100;
@@ -127,6 +129,26 @@ impl<C, B, O, F: Fn(&O, &mut dyn FnMut(MetricValue))> Handler<C, B, O> for Termi
 
     fn events(&self) -> Events {
         Event::Started | Event::IterationCompleted | Event::EpochCompleted
+    }
+
+    /// What was not looked at yet. Waits for the devices.
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        let flags = self.flags.iter().map(|(_, flag)| flag.f_to_device(Device::Cpu));
+        let sum = flags.reduce(|a, b| a?.f_add(&b?)).transpose();
+        let mut state = StateDict::new();
+        if let Some(sum) = sum.map_err(|error| Error::libtorch("saving the flags", error))? {
+            state.set_tensor("flag", sum);
+        }
+        Ok(Some(state))
+    }
+
+    fn load_state(&mut self, mut state: StateDict) -> Result<()> {
+        let flag = state.tensors.remove("flag");
+        if flag.as_ref().is_some_and(|flag| flag.numel() != 1) {
+            return Err(Error::State("'flag' is not one number".into()));
+        }
+        self.flags = flag.into_iter().map(|flag| (Device::Cpu, flag)).collect();
+        Ok(())
     }
 
     fn call(
@@ -285,6 +307,32 @@ mod tests {
         handler.flags.push((Device::Cpu, flag(1.) + flag(f64::NAN) + flag(2.)));
         assert!(!handler.read_flags()?);
         assert!(handler.read_flags()?);
+        Ok(())
+    }
+
+    #[test]
+    fn a_flag_that_nobody_read_is_saved() -> anyhow::Result<()> {
+        type OfTensor = TerminateOnNan<Output<Tensor>>;
+        let save = |handler: &OfTensor| {
+            <OfTensor as Handler<(), (), Tensor>>::save_state(handler)
+                .map(Option::unwrap_or_default)
+        };
+        let load = |state| {
+            let mut handler = OfTensor::new();
+            <OfTensor as Handler<(), (), Tensor>>::load_state(&mut handler, state)?;
+            anyhow::Ok(handler)
+        };
+        for number in [1., f64::NAN] {
+            let mut handler = OfTensor::new();
+            let flag = || (Tensor::from(number) * 0.).to_kind(Kind::Float);
+            handler.flags = vec![(Device::Cpu, flag()), (Device::Cuda(0), Tensor::from(0f32))];
+            let mut resumed = load(save(&handler)?)?;
+            assert_eq!(resumed.read_flags()?, number.is_finite());
+        }
+        assert!(load(save(&OfTensor::new())?)?.flags.is_empty());
+        let mut odd = StateDict::new();
+        odd.set_tensor("flag", Tensor::from_slice(&[1., 2.]));
+        assert!(load(odd).is_err());
         Ok(())
     }
 }

@@ -1,6 +1,8 @@
 use std::time::{Duration, Instant};
 
+use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler, State};
+use crate::{Error, Result};
 
 /// How fast the run is: samples and iterations a second, and percentiles of the time of an iteration.
 ///
@@ -81,6 +83,28 @@ impl<C, B, O> Handler<C, B, O> for Throughput {
     fn events(&self) -> Events {
         use Event::*;
         EpochStarted | IterationCompleted | EpochCompleted | Interrupt | ExceptionRaised
+    }
+
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        let mut state = StateDict::new();
+        let bins = self.times.bins.iter().enumerate().filter(|(_, count)| **count > 0);
+        state.set_value("times", bins.collect::<Vec<_>>())?;
+        state.set_value("samples", (self.samples, self.counted))?;
+        state.set_value("elapsed", self.elapsed)?;
+        Ok(Some(state))
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        let mut times = Percentiles::new();
+        for (bin, count) in state.value::<Vec<(usize, u32)>>("times")? {
+            let place = times.bins.get_mut(bin);
+            *place.ok_or_else(|| Error::State(format!("there is no bin {bin}")))? = count;
+            times.count += u64::from(count);
+        }
+        (self.samples, self.counted) = state.value("samples")?;
+        self.elapsed = state.value("elapsed")?;
+        (self.times, self.last) = (times, None);
+        Ok(())
     }
 
     fn call(

@@ -1,11 +1,13 @@
 use std::time::{Duration, Instant};
 
+use crate::Result;
+use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler};
 
 /// A stopwatch, by hand or at events: ignite's `Timer`.
 ///
 /// [`value`](Self::value) is the time it ran, pauses left out; per [`step`](Self::step) where it is
-/// an average. Keep a hold of one that is attached with `Rc<RefCell<_>>`. What runs on a GPU is only
+/// an average. A resumed run goes on counting. Keep a hold of one that is attached with `Rc<RefCell<_>>`. What runs on a GPU is only
 /// in it as far as somebody waited for it.
 ///
 /// ```
@@ -97,7 +99,7 @@ impl Timer {
     /// Stops the clock.
     pub fn pause(&mut self) {
         if let Some(since) = self.running.take() {
-            self.total += since.elapsed();
+            self.total = self.total.saturating_add(since.elapsed());
         }
     }
 
@@ -116,9 +118,13 @@ impl Timer {
         self.steps
     }
 
+    fn total(&self) -> Duration {
+        self.total.saturating_add(self.running.map_or(Duration::ZERO, |since| since.elapsed()))
+    }
+
     /// The time it ran, per step where it is an average (all of it before the first).
     pub fn value(&self) -> Duration {
-        let total = self.total + self.running.map_or(Duration::ZERO, |since| since.elapsed());
+        let total = self.total();
         match self.average {
             true => total.div_f64(self.steps.max(1) as f64),
             false => total,
@@ -140,6 +146,22 @@ impl<C, B, O> Handler<C, B, O> for Timer {
             }
         }
         events.into_iter().map(Into::into).collect()
+    }
+
+    /// The time between saving and loading is nobody's.
+    fn save_state(&self) -> Result<Option<StateDict>> {
+        let mut state = StateDict::new();
+        state.set_value("total", self.total())?;
+        state.set_value("running", self.running.is_some())?;
+        state.set_value("steps", self.steps)?;
+        Ok(Some(state))
+    }
+
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        let (total, running) = (state.value("total")?, state.value::<bool>("running")?);
+        self.steps = state.value("steps")?;
+        (self.total, self.running) = (total, running.then(Instant::now));
+        Ok(())
     }
 
     fn call(

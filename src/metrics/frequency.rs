@@ -1,6 +1,8 @@
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::{Metric, Usage};
+use tch::Tensor;
+
+use super::{Accumulated, Metric, Reduce, Usage};
 use crate::engine::MetricValue;
 
 /// How many samples (tokens, images, …) a second are worked through: ignite's `Frequency`, which
@@ -53,6 +55,29 @@ impl<O, F: Fn(&O) -> f64> Metric<O> for Frequency<F> {
             Some(seconds) => Ok((self.total / seconds).into()),
             None => anyhow::bail!("Frequency has no value before the first iteration"),
         }
+    }
+
+    /// Processes work at the same time: what they do adds up, the time does not.
+    fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
+        let part = |seconds: f64| {
+            [
+                Accumulated::new("total", Tensor::from(self.total), Reduce::Sum),
+                Accumulated::new("seconds", Tensor::from(seconds), Reduce::Mean),
+            ]
+        };
+        Ok(self.seconds.into_iter().flat_map(part).collect())
+    }
+
+    fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
+        <Self as Metric<O>>::reset(self);
+        if !state.is_empty() {
+            let total = Accumulated::find(state, "total")?.f_double_value(&[])?;
+            let seconds = Accumulated::find(state, "seconds")?.f_double_value(&[])?;
+            let passed = Duration::try_from_secs_f64(seconds)?;
+            (self.total, self.seconds) = (total, Some(seconds));
+            self.since = self.since.checked_sub(passed).unwrap_or(self.since);
+        }
+        Ok(())
     }
 
     fn usage(&self) -> Usage {

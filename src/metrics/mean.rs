@@ -74,7 +74,7 @@ impl<O, V: Into<MetricValue>, F: Fn(&O) -> V> Metric<O> for Mean<F> {
     fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
         let Some(sum) = &self.sum else { return Ok(vec![]) };
         Ok(vec![
-            Accumulated::new("sum", sum.tensor(), Reduce::Sum),
+            Accumulated::new("sum", sum.saved()?, Reduce::Sum),
             Accumulated::new("count", Tensor::from(self.count as i64), Reduce::Sum),
         ])
     }
@@ -84,7 +84,7 @@ impl<O, V: Into<MetricValue>, F: Fn(&O) -> V> Metric<O> for Mean<F> {
             [] => <Self as Metric<O>>::reset(self),
             _ => {
                 let count = Accumulated::find(state, "count")?.f_int64_value(&[])?;
-                self.sum = Some(Scalar::Tensor(Accumulated::find(state, "sum")?));
+                self.sum = Some(Scalar::loaded(&Accumulated::find(state, "sum")?)?);
                 self.count = u64::try_from(count)?;
             }
         }

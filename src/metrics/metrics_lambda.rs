@@ -2,9 +2,9 @@ use std::cell::RefCell;
 use std::ops::{Add, Div, Mul, Neg, Rem, Sub};
 use std::rc::{Rc, Weak};
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
-use super::{Accumulated, Metric, Usage};
+use super::{Accumulated, Metric, Reduce, Usage};
 use crate::engine::MetricValue;
 use crate::{Error, Result};
 
@@ -218,18 +218,33 @@ impl<O> Metric<O> for MetricsLambda<'_, O> {
             for part in leaf.metric.try_borrow()?.state()? {
                 state.push(Accumulated { name: format!("{index}/{}", part.name), ..part });
             }
+            if leaf.user.borrow().as_ptr() == Rc::as_ptr(&self.user) {
+                let nothing = Tensor::f_zeros([0], (Kind::Int64, Device::Cpu))?;
+                state.push(Accumulated::new(updates_it(index), nothing, Reduce::Concat));
+            }
         }
         Ok(state)
     }
 
     fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
         for (index, leaf) in self.leaves.iter().enumerate() {
-            leaf.metric
-                .try_borrow_mut()?
-                .load_state(&Accumulated::within(state, &index.to_string()))?;
+            let parts = Accumulated::within(state, &index.to_string());
+            leaf.metric.try_borrow_mut()?.load_state(&parts)?;
+            let updates_it = updates_it(index);
+            let is_mine = leaf.user.borrow().as_ptr() == Rc::as_ptr(&self.user);
+            if state.iter().any(|part| part.name == updates_it) {
+                *leaf.user.borrow_mut() = Rc::downgrade(&self.user);
+            } else if is_mine {
+                *leaf.user.borrow_mut() = Weak::new();
+            }
         }
         Ok(())
     }
+}
+
+/// Notes whose calls count for a metric: another handle might come first when a run goes on.
+fn updates_it(index: usize) -> String {
+    format!("{index} is updated by this")
 }
 
 macro_rules! operator {

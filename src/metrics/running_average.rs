@@ -103,15 +103,16 @@ impl<F> RunningAverage<F> {
         }
     }
 
-    fn parts(&self) -> Vec<Accumulated> {
-        let part = |average: &Scalar| Accumulated::new("average", average.tensor(), Reduce::Mean);
+    fn parts(&self) -> anyhow::Result<Vec<Accumulated>> {
+        let part =
+            |average: &Scalar| Ok(Accumulated::new("average", average.saved()?, Reduce::Mean));
         self.average.iter().map(part).collect()
     }
 
     fn load(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
         self.average = match state {
             [] => None,
-            state => Some(Scalar::Tensor(Accumulated::find(state, "average")?)),
+            state => Some(Scalar::loaded(&Accumulated::find(state, "average")?)?),
         };
         Ok(())
     }
@@ -129,7 +130,7 @@ macro_rules! averaged {
         }
 
         fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
-            Ok(self.parts())
+            self.parts()
         }
 
         fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {

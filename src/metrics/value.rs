@@ -97,6 +97,22 @@ impl Scalar {
             Self::Tensor(value) => value.shallow_clone(),
         }
     }
+
+    /// For a state: a number has no dimensions there, and a tensor has one.
+    pub(super) fn saved(&self) -> Result<Tensor, TchError> {
+        match self {
+            Self::Number(value) => Ok(Tensor::from(*value)),
+            Self::Tensor(value) => value.f_reshape([1]),
+        }
+    }
+
+    /// Back from [`saved`](Self::saved). Waits for the device where that is a number.
+    pub(super) fn loaded(saved: &Tensor) -> anyhow::Result<Self> {
+        match saved.dim() {
+            0 => Ok(Self::Number(saved.f_double_value(&[])?)),
+            _ => Self::of(saved.shallow_clone().into()),
+        }
+    }
 }
 
 /// In the accumulator's type, without the graph.

@@ -2,9 +2,10 @@
 
 use std::collections::HashSet;
 
+use tch::Tensor;
 use tch::nn::VarStore;
 
-use super::{Group, locked};
+use super::{Group, Optimizer, locked};
 use crate::bridge::set_gradient;
 use crate::{Error, Result};
 
@@ -51,22 +52,25 @@ impl Group {
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
     pub fn freeze(&self) -> Result<()> {
-        for parameter in self.optimizer.parameters_of(&[self.index()])? {
-            set_gradient(&parameter, None).map_err(|text| Error::libtorch("freezing", text))?;
-            let _ = parameter
-                .f_set_requires_grad(false)
-                .map_err(|error| Error::libtorch("freezing", error))?;
-        }
-        Ok(())
+        let parameters = self.optimizer.parameters_of(&[self.index()])?;
+        parameters.iter().try_for_each(|parameter| self.optimizer.train(parameter, false))
     }
 
     /// Goes on training the group's parameters.
     pub fn unfreeze(&self) -> Result<()> {
-        for parameter in self.optimizer.parameters_of(&[self.index()])? {
-            let _ = parameter
-                .f_set_requires_grad(true)
-                .map_err(|error| Error::libtorch("unfreezing", error))?;
+        let parameters = self.optimizer.parameters_of(&[self.index()])?;
+        parameters.iter().try_for_each(|parameter| self.optimizer.train(parameter, true))
+    }
+}
+
+impl Optimizer {
+    /// Trains a parameter, or stops to.
+    pub(super) fn train(&self, parameter: &Tensor, on: bool) -> Result<()> {
+        let what = if on { "unfreezing" } else { "freezing" };
+        if !on {
+            set_gradient(parameter, None).map_err(|text| Error::libtorch(what, text))?;
         }
-        Ok(())
+        let set = parameter.f_set_requires_grad(on);
+        set.map(drop).map_err(|error| Error::libtorch(what, error))
     }
 }

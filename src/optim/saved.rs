@@ -21,6 +21,7 @@ struct SavedGroup {
 /// What `load_state_dict` will set, checked.
 struct Checked {
     parameter: Tensor,
+    trains: bool,
     state: Option<RawState>,
 }
 
@@ -30,10 +31,13 @@ impl Stateful for Optimizer {
     fn state_dict(&self) -> Result<StateDict> {
         let mut saved = StateDict::new();
         let groups = self.groups()?.iter().map(saved_group).collect::<Result<Vec<_>>>()?;
-        let mut steps = BTreeMap::new();
+        let (mut steps, mut frozen) = (BTreeMap::new(), vec![]);
         let keys = self.shared.kind.state_names();
         for (name, parameter) in self.named_parameters() {
             let failed = |text| Error::libtorch(format!("reading the state of '{name}'"), text);
+            if !parameter.requires_grad() {
+                frozen.push(name.clone());
+            }
             let state = self.native(|native| native.state(&parameter).map_err(failed))?;
             let Some(state) = state else { continue };
             steps.insert(name.clone(), state.step);
@@ -46,6 +50,7 @@ impl Stateful for Optimizer {
         saved.set_value("optimizer", self.name())?;
         saved.set_value("groups", groups)?;
         saved.set_value("steps", steps)?;
+        saved.set_value("frozen", frozen)?;
         Ok(saved)
     }
 
@@ -67,6 +72,7 @@ impl Stateful for Optimizer {
         let groups = self.groups()?;
         check_groups(&saved, &groups)?;
         let steps: BTreeMap<String, Option<i64>> = state.value("steps")?;
+        let frozen: Vec<String> = state.value("frozen")?;
         let mut checked = vec![];
         for (name, parameter) in self.named_parameters() {
             let step = steps.get(&name);
@@ -75,7 +81,7 @@ impl Stateful for Optimizer {
                 *tensor = state.tensors.remove(&format!("{name}/{key}"));
                 if let Some(tensor) = tensor.as_mut() {
                     check_tensor(&name, key, tensor, &parameter)?;
-                    *tensor = tensor.f_to_device(parameter.device()).map_err(|error| {
+                    *tensor = placed_like(tensor, &parameter).map_err(|error| {
                         Error::libtorch(format!("loading '{name}/{key}'"), error)
                     })?;
                 }
@@ -90,7 +96,7 @@ impl Stateful for Optimizer {
                 return Err(Error::State(format!("the step of '{name}' is impossible")));
             }
             let state = step.map(|step| RawState { step: *step, tensors });
-            checked.push(Checked { parameter, state });
+            checked.push(Checked { trains: !frozen.contains(&name), parameter, state });
         }
         if let Some(name) = state.tensors.keys().next() {
             return Err(Error::State(format!("'{name}' is unknown here")));
@@ -100,14 +106,28 @@ impl Stateful for Optimizer {
                 group.set(option, *value)?;
             }
         }
+        for Checked { parameter, trains, .. } in &checked {
+            self.train(parameter, *trains)?;
+        }
         self.native(|native| {
-            checked.iter().try_for_each(|Checked { parameter, state }| {
+            checked.iter().try_for_each(|Checked { parameter, state, .. }| {
                 native
                     .set_state(parameter, state.as_ref())
                     .map_err(|text| Error::libtorch("loading the optimizer's state", text))
             })
         })
     }
+}
+
+/// On the device of the parameter and laid out as it is: steps of tensors that differ are slow.
+fn placed_like(tensor: &Tensor, parameter: &Tensor) -> Result<Tensor, tch::TchError> {
+    if tensor.device() == parameter.device() && tensor.stride() == parameter.stride() {
+        return Ok(tensor.shallow_clone());
+    }
+    let _guard = tch::no_grad_guard();
+    let mut placed = parameter.f_detach()?.f_empty_like()?;
+    placed.f_copy_(tensor)?;
+    Ok(placed)
 }
 
 impl Optimizer {

@@ -100,11 +100,21 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamGroupScheduler<S> {
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
-        Ok(Some(self.state_dict().into()))
+        let mut state = StateDict::from(self.state_dict());
+        for (index, scheduler) in self.schedulers.iter().enumerate() {
+            let mut value = StateDict::new();
+            scheduler.save_knob(&mut value)?;
+            state.set_part(&index.to_string(), value);
+        }
+        Ok(Some(state))
     }
 
-    fn load_state(&mut self, state: StateDict) -> Result<()> {
-        self.load_state_dict(state.values())
+    fn load_state(&mut self, mut state: StateDict) -> Result<()> {
+        self.load_state_dict(state.values())?;
+        for (index, scheduler) in self.schedulers.iter().enumerate() {
+            scheduler.load_knob(&mut state.take_part(&index.to_string())?)?;
+        }
+        Ok(())
     }
 
     fn call(

@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::check::within;
-use crate::checkpoint::StateDict;
+use crate::checkpoint::{StateDict, exact};
 use crate::engine::{Engine, Event, Events, Handler};
 use crate::optim::Knob;
 use crate::{Error, Result};
@@ -212,7 +212,7 @@ impl ReduceLROnPlateauScheduler {
 
     /// Best metric, bad epochs, cool-down and position.
     pub fn state_dict(&self) -> Map<String, Value> {
-        match serde_json::to_value(&self.state) {
+        match exact::to_value(&self.state) {
             Ok(Value::Object(state)) => state,
             _ => Map::new(),
         }
@@ -223,7 +223,8 @@ impl ReduceLROnPlateauScheduler {
     /// # Errors
     /// A missing or unknown key.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
-        self.state = serde_json::from_value(Value::Object(state.clone())).map_err(|error| {
+        let state = Value::Object(state.clone());
+        self.state = exact::from_value(&state).map_err(|error| {
             Error::State(format!("state of scheduler '{}': {error}", self.name))
         })?;
         Ok(())

@@ -125,6 +125,15 @@ impl<S: Schedule> ParamScheduler<S> {
         self.save_history = save_history;
         Ok(())
     }
+
+    /// The value of a knob that is no optimizer's, which may only change with the next event.
+    pub(super) fn save_knob(&self, state: &mut StateDict) -> Result<()> {
+        self.knob.save_value(state)
+    }
+
+    pub(super) fn load_knob(&self, state: &mut StateDict) -> Result<()> {
+        self.knob.load_value(state)
+    }
 }
 
 impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamScheduler<S> {

@@ -1,0 +1,346 @@
+//! Files that are damaged, hostile or large: an error, never a panic, a hang or more memory than they
+//! are worth.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tch::nn::VarStore;
+use tch::{Device, Kind, Tensor};
+use tch_ignite::Result;
+use tch_ignite::checkpoint::{
+    Checkpoint, StateDict, load_weights, read_state, save_weights, verify, write_state,
+};
+use tch_ignite::engine::{Engine, Until};
+use tch_ignite::metrics::Mean;
+
+fn serial() -> MutexGuard<'static, ()> {
+    static SERIAL: Mutex<()> = Mutex::new(());
+    SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn store() -> VarStore {
+    let vs = VarStore::new(Device::Cpu);
+    let root = vs.root();
+    let _variables = (root.ones("weight", &[2, 3]), root.zeros_no_train("buffer", &[4]));
+    vs
+}
+
+type Small = Engine<'static, (), i64, f64>;
+
+fn small(vs: &VarStore) -> Small {
+    let mut trainer = Engine::new(|_: &mut (), _, batch: i64| Ok(batch as f64));
+    trainer.track("model", vs).track_output().metric("mean", Mean::new());
+    trainer
+}
+
+/// xorshift
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, below: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % below.max(1) as u64) as usize
+    }
+}
+
+/// Makes the checksum right again, where there is one, and the length of the header.
+fn mend(bytes: &mut [u8]) {
+    let key = b"\"crc32c\":\"";
+    let place = bytes.windows(key.len()).position(|window| window == key);
+    let Some(digits) = place.and_then(|at| bytes.get_mut(at + key.len()..at + key.len() + 8))
+    else {
+        return;
+    };
+    digits.copy_from_slice(b"00000000");
+    let crc = format!("{:08x}", crc32c::crc32c(&bytes[8..]));
+    let at = place.unwrap() + key.len();
+    bytes[at..at + 8].copy_from_slice(crc.as_bytes());
+}
+
+/// One of the things that happen to files, and some that do not.
+fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
+    let len = bytes.len();
+    match random.below(9) {
+        0 | 1 => bytes[random.below(len)] ^= 1 << random.below(8),
+        2 => bytes[random.below(len)] = random.below(256) as u8,
+        3 => bytes.truncate(random.below(len)),
+        4 => {
+            let from = random.below(len);
+            bytes.drain(from..(from + 1 + random.below(20)).min(len));
+        }
+        5 => {
+            let at = random.below(len);
+            let new: Vec<_> = (0..=random.below(20)).map(|_| random.below(256) as u8).collect();
+            bytes.splice(at..at, new);
+        }
+        6 => {
+            let (from, to) = (random.below(len), random.below(len));
+            let block = bytes[from..(from + random.below(40)).min(len)].to_vec();
+            bytes.splice(to..to, block);
+        }
+        7 => {
+            // Digits of the JSON: shapes, places, counts.
+            let digits: Vec<_> = (8..len).filter(|at| bytes[*at].is_ascii_digit()).collect();
+            if let Some(at) = digits.get(random.below(digits.len())) {
+                bytes[*at] = b'0' + random.below(10) as u8;
+            }
+        }
+        _ => {
+            let zeros = random.below(len)..len;
+            bytes[zeros].fill(0);
+        }
+    }
+}
+
+/// A new file: some file systems wait for the disk when one is overwritten.
+fn rewrite(path: &Path, bytes: &[u8]) {
+    std::fs::remove_file(path).unwrap();
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn ten_thousand_corrupted_files_are_errors_or_whole_but_never_panics() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let mut trainer = small(&store());
+    trainer.attach(Checkpoint::new(folder.path()).n_saved(1));
+    trainer.run(&mut (), vec![1, 2], Until::epochs(1))?;
+    let path = folder.path().join("checkpoint_2.safetensors");
+    let whole = std::fs::read(&path).unwrap();
+    let weights = folder.path().join("weights");
+    save_weights(&store(), &weights)?;
+    let plain = std::fs::read(&weights).unwrap();
+    let rounds = if std::env::var_os("TCH_IGNITE_LONG_TESTS").is_some() { 300_000 } else { 10_000 };
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let (vs, mut read, mut refused) = (store(), 0, 0);
+    for round in 0..rounds {
+        let is_plain = round % 4 == 3;
+        let original = if is_plain { &plain } else { &whole };
+        let mut bytes = original.clone();
+        for _ in 0..=random.below(3) {
+            if !bytes.is_empty() {
+                mutate(&mut bytes, &mut random);
+            }
+        }
+        // So that what lies behind the checksum is reached too.
+        let mended = round % 2 == 0;
+        if mended {
+            mend(&mut bytes);
+        }
+        let outcome = if is_plain {
+            rewrite(&weights, &bytes);
+            load_weights(&vs, &weights)
+        } else {
+            rewrite(&path, &bytes);
+            let mut next = small(&vs);
+            next.attach(Checkpoint::new(folder.path()));
+            let strict = round % 3 != 0;
+            assert!(verify(&path).is_err() == read_state(&path).is_err() || mended);
+            next.resume_with(&mut (), folder.path(), strict).map(drop)
+        };
+        match outcome {
+            Ok(()) => read += 1,
+            Err(error) => {
+                assert!(!error.to_string().contains("panicked"), "{error}");
+                refused += 1;
+            }
+        }
+        assert!(mended || bytes == *original || is_plain || read_state(&path).is_err(), "{round}");
+    }
+    println!("{read} could be read, {refused} were refused");
+    assert!(refused > rounds / 2 && read > 0);
+    Ok(())
+}
+
+/// A file with this header and so many bytes of tensors.
+fn file(path: &Path, header: &str, data: u64) {
+    let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    file.flush().unwrap();
+    file.get_ref().set_len(8 + header.len() as u64 + data).unwrap();
+}
+
+/// Well below the limit of the format, so that the test is quick.
+const LENGTH: usize = 24_000_000;
+
+/// That much JSON.
+fn filled(begin: &str, part: &str, end: &str, escapes: bool) -> String {
+    let most = LENGTH - begin.len() - end.len();
+    let mut text = String::with_capacity(LENGTH);
+    text += begin;
+    let part = if escapes { part.replace('"', "\\\"") } else { part.to_owned() };
+    for number in 0.. {
+        let part = part.replace('#', &format!("{number:x}"));
+        if text.len() + part.len() > most {
+            break;
+        }
+        text += &part;
+    }
+    text + end
+}
+
+const VARIANT: &str = "TCH_IGNITE_TEST_HEADER";
+
+/// What the process has ever had in memory, in MB.
+#[cfg(target_os = "linux")]
+fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_hostile_header_takes_a_small_multiple_of_its_size() {
+    const NAME: &str = "a_hostile_header_takes_a_small_multiple_of_its_size";
+    if let Some(path) = std::env::var_os(VARIANT) {
+        let before = peak();
+        let refused = read_state(&path).is_err();
+        println!("\ntook {} {refused}", peak() - before);
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("hostile");
+    let state = |begin: &str| {
+        format!(r#"{{"__metadata__":{{"tch-ignite":"1","crc32c":"00000000","state":"{begin}"#)
+    };
+    let headers: [(&str, &dyn Fn() -> String); 7] = [
+        ("tensors", &|| {
+            filled(
+                "{",
+                r##""#":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"##,
+                r#""z":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#,
+                false,
+            )
+        }),
+        ("dimensions", &|| {
+            filled(r#"{"a":{"dtype":"U8","shape":["#, "0,", r#"0],"data_offsets":[0,0]}}"#, false)
+        }),
+        ("metadata", &|| filled(r#"{"__metadata__":{"#, r##""#":"","##, r#""z":""}}"#, false)),
+        ("values", &|| filled(&state(r#"{\"values\":{\"a\":["#), "0,", r#"0]}}"}}"#, true)),
+        ("keys", &|| filled(&state(r#"{\"values\":{"#), r##""#":0,"##, r#"\"z\":0}}"}}"#, true)),
+        ("parts", &|| filled(&state(r#"{\"parts\":{"#), r##""#":{},"##, r#"\"z\":{}}}"}}"#, true)),
+        ("names", &|| filled(&state(r#"{\"tensors\":["#), r##""","##, r#"\"\"]}"}}"#, true)),
+    ];
+    for (what, header) in headers {
+        file(&path, &header(), 0);
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", NAME, "--nocapture", "--test-threads=1"])
+            .env(VARIANT, &path)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let line = text.lines().find(|line| line.starts_with("took")).unwrap_or_else(|| {
+            panic!("{what}: {text} {}", String::from_utf8_lossy(&output.stderr))
+        });
+        let took: u64 = line.split(' ').nth(1).unwrap().parse().unwrap();
+        println!("{what}: {took} MB for 24");
+        assert!(took < 200, "{what}: {line}");
+    }
+}
+
+#[test]
+fn too_many_values_are_refused_when_they_are_written() {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    let mut state = StateDict::new();
+    state.set_value("few", vec!["a, b, c, [ \"d\", { \\"; 300_000]).unwrap();
+    write_state(&path, &state).unwrap();
+    let few: Vec<String> = read_state(&path).unwrap().value("few").unwrap();
+    assert_eq!(few.len(), 300_000);
+    state.set_value("many", vec![0; 1_500_000]).unwrap();
+    let error = format!("{:#}", anyhow::Error::from(write_state(&path, &state).unwrap_err()));
+    assert!(error.contains("put long lists into tensors"), "{error}");
+}
+
+#[test]
+fn names_that_would_meet_in_the_file_are_kept_apart() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    let number = |value: f64| Tensor::from_slice(&[value]).to_kind(Kind::Double);
+    let part = |name: &str, value| {
+        let mut part = StateDict::new();
+        part.set_tensor(name, number(value));
+        part
+    };
+    let mut state = part("a/b/c", 1.);
+    state.set_tensor("a/b/c'", number(2.));
+    state.set_tensor("__metadata__", number(3.));
+    state.set_part("a/b", part("c", 4.));
+    let mut outer = part("b/c", 5.);
+    outer.set_part("b", part("c", 6.));
+    state.set_part("a", outer);
+    write_state(&path, &state)?;
+    let read = read_state(&path)?;
+    let value = |state: &StateDict, name: &str| state.tensor(name).unwrap().double_value(&[0]);
+    let (a, b) = (read.part("a")?, read.part("a/b")?);
+    let all = [
+        value(&read, "a/b/c"),
+        value(&read, "a/b/c'"),
+        value(&read, "__metadata__"),
+        value(b, "c"),
+        value(a, "b/c"),
+        value(a.part("b")?, "c"),
+    ];
+    assert_eq!(all, [1., 2., 3., 4., 5., 6.]);
+    Ok(())
+}
+
+#[test]
+fn hostile_strides_and_names_are_errors() {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    for state in [
+        r#"{\"tensors\":[\"a\"],\"strides\":{\"a\":[9223372036854775807,1]}}"#,
+        r#"{\"tensors\":[\"a\"],\"strides\":{\"a\":[1,1]}}"#,
+        r#"{\"tensors\":[\"a\"],\"strides\":{\"a\":[-1,2]}}"#,
+        r#"{\"tensors\":[\"a\"],\"strides\":{\"a\":[1]}}"#,
+        r#"{\"tensors\":[\"a\"],\"renamed\":{\"a\":\"b\"}}"#,
+        r#"{\"tensors\":[\"a\",\"a\"]}"#,
+        r#"{\"tensors\":[]}"#,
+    ] {
+        let header = format!(
+            r#"{{"__metadata__":{{"crc32c":"00000000","state":"{state}","tch-ignite":"1"}},"a":{{"data_offsets":[0,4],"dtype":"U8","shape":[2,2]}}}}"#
+        );
+        file(&path, &header, 4);
+        let mut bytes = std::fs::read(&path).unwrap();
+        mend(&mut bytes);
+        std::fs::write(&path, &bytes).unwrap();
+        verify(&path).unwrap();
+        assert!(read_state(&path).is_err(), "{state}");
+    }
+    for header in [
+        r#"{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#,
+        r#"{"__metadata__":{},"__metadata__":{}}"#,
+        r#"{"__metadata__":{"tch-ignite":"1","tch-ignite":"1"}}"#,
+    ] {
+        file(&path, header, 0);
+        let error = load_weights(&store(), &path).unwrap_err().to_string();
+        assert!(error.contains("two") || error.contains("twice"), "{error}");
+    }
+}
+
+#[test]
+fn damaged_weights_are_noticed() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("weights.safetensors");
+    save_weights(&store(), &path)?;
+    load_weights(&store(), &path)?;
+    let mut bytes = std::fs::read(&path).unwrap();
+    save_weights(&store(), &path)?;
+    assert_eq!(bytes, std::fs::read(&path).unwrap(), "the same weights are the same bytes");
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let error = load_weights(&store(), &path).unwrap_err().to_string();
+    assert!(error.contains("the file is damaged"), "{error}");
+    Ok(())
+}
