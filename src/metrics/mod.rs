@@ -93,6 +93,12 @@ pub trait Metric<O> {
     /// Takes in the output of one iteration. Called without gradients.
     fn update(&mut self, output: &O) -> anyhow::Result<()>;
 
+    /// Takes in the output of every iteration for a metric within this one, where the usage calls
+    /// [`update`](Self::update) less often. Nothing, but for [`RunningAverage::of_metric`] and what holds one.
+    fn observe(&mut self, _output: &O) -> anyhow::Result<()> {
+        Ok(())
+    }
+
     /// The value over all since the last reset; a tensor where reading it would wait for a device.
     fn compute(&self) -> anyhow::Result<MetricValue>;
 
