@@ -293,3 +293,52 @@ fn ranks_with_ties() {
     let first = (first.0.shallow_clone(), first.1.shallow_clone());
     close(over(AveragePrecision::of(pair), [first]), &[0.5208333333333333]);
 }
+
+#[test]
+fn generated_samples() {
+    let features = |x: &Tensor| Ok((x * 5.).f_sin()?);
+    close(over(gan::FID::of(4, features, pair), batches()), &[0.6175858460052197]);
+    let classify = |x: &Tensor| Ok((x * 3.).f_softmax(1, Kind::Double)?);
+    let score = gan::InceptionScore::of(4, classify, |pair: &Pair| &pair.0);
+    close(over(score, batches()), &[1.4832885847504782]);
+}
+
+#[test]
+fn a_singular_covariance_has_a_distance() -> anyhow::Result<()> {
+    // All but: computed with 40 digits, where ignite's root gives ...147.
+    let identity = |x: &Tensor| Ok(x.shallow_clone());
+    let distance = over(gan::FID::of(4, identity, pair), batches())?.read()?;
+    assert!((distance - 0.21921518096138572).abs() < 1e-10, "{distance}");
+    // Of 11 samples with 8 features that depend on each other.
+    let features = |x: &Tensor| Ok(Tensor::f_cat(&[x.f_square()?, x.f_abs()?], 1)?);
+    let distance = over(gan::FID::of(8, features, pair), batches())?.read()?;
+    assert!((distance - 0.3366893125434389).abs() < 1e-6, "{distance}");
+    let same = batches().map(|(x, _)| (x.shallow_clone(), x));
+    let none = over(gan::FID::of(8, features, pair), same)?.read()?;
+    assert!(none.abs() < 1e-6, "{none}");
+    Ok(())
+}
+
+#[test]
+fn features_that_do_not_fit_are_errors() -> anyhow::Result<()> {
+    let identity = |x: &Tensor| Ok(x.shallow_clone());
+    let error = |outcome: anyhow::Result<MetricValue>| outcome.unwrap_err().to_string();
+    let wide = error(over(gan::FID::of(5, identity, pair), batches()));
+    assert!(wide.contains("should be 5, got: 4"), "{wide}");
+    let none = error(over(gan::FID::of(0, identity, pair), batches()));
+    assert!(none.contains("greater to zero, got: 0"), "{none}");
+    let uneven = error(over(
+        gan::FID::of(4, identity, pair),
+        [(waves(&[3, 4], 1., 0.), waves(&[2, 4], 1., 0.))],
+    ));
+    assert!(uneven.contains("[3, 4] != [2, 4]"), "{uneven}");
+    let one =
+        over(gan::FID::of(4, identity, pair), [(waves(&[1, 4], 1., 0.), waves(&[1, 4], 1., 0.))])?;
+    assert!(one.read()?.is_nan());
+    let nan = over(
+        gan::FID::of(4, identity, pair),
+        [(waves(&[3, 4], f64::NAN, 0.), waves(&[3, 4], 1., 0.))],
+    )?;
+    assert!(nan.read()?.is_nan());
+    Ok(())
+}

@@ -35,7 +35,7 @@
 //! | distances | [`Loss`], [`MeanAbsoluteError`], [`MeanSquaredError`], [`RootMeanSquaredError`], [`MeanPairwiseDistance`], [`CosineSimilarity`] |
 //! | distributions | [`Entropy`], [`KLDivergence`], [`JSDivergence`], [`MutualInformation`], [`MaximumMeanDiscrepancy`], [`HSIC`] |
 //! | images | [`PSNR`], [`SSIM`] |
-//! | one number, text, recommendations, clusters | [`regression`], [`nlp`], [`rec_sys`], [`clustering`] |
+//! | one number, text, recommendations, clusters, generated pictures | [`regression`], [`nlp`], [`rec_sys`], [`clustering`], [`gan`] |
 //! | anything | [`Mean`], [`Average`], [`GeometricAverage`], [`RunningAverage`], [`Frequency`], [`EpochMetric`] |
 //! | other metrics | [`MetricsLambda`], [`MetricGroup`] |
 //! | your own | [`Pairwise`], [`Metric`] |
@@ -50,6 +50,7 @@ pub mod clustering;
 mod distances;
 mod epoch_metric;
 mod frequency;
+pub mod gan;
 mod gathered;
 mod loss;
 mod mean;
