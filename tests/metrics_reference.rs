@@ -342,3 +342,42 @@ fn features_that_do_not_fit_are_errors() -> anyhow::Result<()> {
     assert!(nan.read()?.is_nan());
     Ok(())
 }
+
+#[test]
+fn differences_between_groups() {
+    type Sample = (Tensor, Tensor, Tensor);
+    fn parts(sample: &Sample) -> fairness::Grouped<'_> {
+        (&sample.0, &sample.1, &sample.2)
+    }
+    let [(first, _), (second, _)] = batches();
+    let classes = || {
+        let of = |x: &Tensor, y: &[i64], groups: &[i64]| (x.shallow_clone(), ints(y), ints(groups));
+        [
+            of(&first, &[0, 1, 2, 3, 0, 1], &[0, 1, 2, 0, 1, 7]),
+            of(&second, &[3, 2, 1, 0, 3], &[2, 2, 1, 0, 0]),
+        ]
+    };
+    let labels = || {
+        classes().map(|(x, _, groups)| {
+            (x.gt(0.).to_kind(Kind::Int64), x.gt(0.1).to_kind(Kind::Int64), groups)
+        })
+    };
+    let accuracy = || fairness::SubgroupMetric::of([0, 1, 2], || Accuracy::of(pair), parts);
+    close(over(accuracy(), classes()), &[0.75, 0., 0.]);
+    close(over(fairness::SubgroupAccuracyDifference::of([0, 1, 2], parts), classes()), &[0.75]);
+    let parity = fairness::DemographicParityDifference::of([0, 1, 2], parts);
+    close(over(parity, classes()), &[0.75]);
+    let parity = fairness::DemographicParityDifference::multilabel([0, 1, 2], parts);
+    close(over(parity, labels()), &[2. / 3.]);
+    let pairs = |samples: [Sample; 2]| samples.map(|(x, y, _)| (x, y));
+    let rate = [4. / 11., 1. / 11., 1. / 11., 5. / 11.];
+    close(over(fairness::SelectionRate::of(pair), pairs(classes())), &rate);
+    let rate = fairness::SelectionRate::of(pair).is_multilabel(true);
+    close(over(rate, pairs(labels())), &[7. / 11.; 4]);
+
+    let one = over(fairness::SubgroupAccuracyDifference::of([0, 9], parts), classes());
+    assert!(one.unwrap_err().to_string().contains("at least two unique subgroups"));
+    let short = [(first.shallow_clone(), ints(&[0; 6]), ints(&[0; 5]))];
+    let error = over(accuracy(), short).unwrap_err().to_string();
+    assert!(error.contains("must have the same batch size") && error.contains("[5]"), "{error}");
+}

@@ -1,6 +1,7 @@
 //! The report of a run, looked at in a real browser: headless Chromium, found on the `PATH` or named by
 //! `CHROMIUM`. `REPORT_SCREENSHOTS=FOLDER` keeps the pictures.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -27,7 +28,11 @@ fn chromium() -> Option<PathBuf> {
 fn browser() -> Option<PathBuf> {
     let browser = chromium();
     if browser.is_none() {
-        eprintln!("SKIPPED: no Chromium found to look at reports with (apt-get install chromium)");
+        // Not captured by the test runner.
+        let _ = writeln!(
+            std::io::stderr(),
+            "SKIPPED: no Chromium found to look at reports with (apt-get install chromium)"
+        );
     }
     browser
 }
@@ -187,7 +192,7 @@ fn fifty_curves_can_be_told_apart() -> Result<()> {
             for epoch in 1..=20u64 {
                 let value = 1. - (-(epoch as f64) / (4. + class as f64 / 5.)).exp();
                 run.scalar(&format!("val/recall/{class}"), value, epoch)?;
-                run.scalar(&format!("val/metric number {class}"), value * noise(class), epoch)?;
+                run.scalar(&format!("val/weight of class {class}"), value * noise(class), epoch)?;
             }
         }
         Ok(())

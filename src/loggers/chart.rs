@@ -15,6 +15,8 @@ const BOTTOM: f64 = 24.;
 pub(super) const COLOURS: usize = 8;
 /// Pixels between points that are drawn, so that long curves stay small files.
 const PIXEL: f64 = 0.5;
+/// Lines of more points are drawn thinner.
+const DENSE: usize = 600;
 /// Positive values that differ by more are drawn on a logarithmic axis.
 const DECADES: f64 = 1000.;
 
@@ -77,7 +79,7 @@ impl Axis {
             false => (low, high),
         };
         // Halves: the difference of two numbers may be none.
-        let rough = (high / 2. - low / 2.) / 2.;
+        let rough = (high / 2. - low / 2.) / 3.;
         let power = 10f64.powf(rough.log10().floor());
         let step = [1., 2., 5., 10.].map(|m| m * power).into_iter().find(|step| *step >= rough);
         Some(Self { low, high, is_log: false, step: step.unwrap_or(rough) })
@@ -150,7 +152,8 @@ pub(super) fn draw(page: &mut String, curves: &[(&str, &Curve)]) -> Result {
                     y(*value)
                 )?,
                 part => {
-                    write!(page, "<polyline style=\"stroke:{colour}\" points=\"")?;
+                    let class = if part.len() > DENSE { " class=\"dense\"" } else { "" };
+                    write!(page, "<polyline{class} style=\"stroke:{colour}\" points=\"")?;
                     let part = part.iter().map(|(step, value)| (x(*step), y(*value)));
                     thinned_out(part, |x, y| write!(page, "{x:.1},{y:.1} "))?;
                     writeln!(page, "\"><title>{tag}</title></polyline>")?;
@@ -224,12 +227,12 @@ mod tests {
             let axis = Axis::of(values.iter().copied(), true).unwrap();
             axis.marks().map(|mark| axis.label(mark)).collect::<Vec<_>>()
         };
-        assert_eq!(labels(&[0., 1.]), ["0.0", "0.5", "1.0"]);
-        assert_eq!(labels(&[0.13, 2.4]), ["1", "2"]);
+        assert_eq!(labels(&[0., 1.]), ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]);
+        assert_eq!(labels(&[0.13, 2.4]), ["0.5", "1.0", "1.5", "2.0"]);
         assert_eq!(labels(&[0.9991, 0.9999]), ["0.9992", "0.9994", "0.9996", "0.9998"]);
         assert_eq!(labels(&[1e-5, 0.1]), ["1.00e-5", "1.00e-4", "0.001", "0.01", "0.1"]);
         assert_eq!(labels(&[-f64::MAX, f64::MAX]), ["-1.00e308", "0", "1.00e308"]);
-        assert_eq!(labels(&[3., 3.]), ["2.8", "3.0", "3.2"]);
+        assert_eq!(labels(&[-20., -20.]), ["-22", "-21", "-20", "-19", "-18"]);
         assert_eq!([900., 10_000., 12_500., 2e6].map(step_label), ["900", "10k", "12.5k", "2M"]);
     }
 

@@ -35,7 +35,7 @@ figure{margin:0;border:1px solid var(--line);border-radius:6px;padding:.75rem;ba
 figcaption{font-weight:600;margin-bottom:.25rem;overflow-wrap:anywhere}
 svg{display:block;width:100%;height:auto}
 svg text{font-size:11px;fill:var(--faint)}.grid{stroke:var(--line)}.axis{stroke:var(--faint)}
-polyline{fill:none;stroke-width:1.6;stroke-linejoin:round}.bad{stroke:var(--bad);stroke-width:1.5}.nan{color:var(--bad)}
+polyline{fill:none;stroke-width:1.6;stroke-linejoin:round}.dense{stroke-width:.8}.bad{stroke:var(--bad);stroke-width:1.5}.nan{color:var(--bad)}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.1rem .9rem .1rem 0;vertical-align:top;text-align:left;font-weight:400;overflow-wrap:anywhere}
 th,.facts td:first-child{color:var(--faint)}
@@ -164,6 +164,8 @@ fn body(page: &mut String, report: &Report<'_>) -> std::fmt::Result {
         writeln!(page, "<p>Nothing was logged yet.</p>")?;
     }
     writeln!(page, "<div class=\"charts\">")?;
+    let mut charts: Vec<_> = charts.into_iter().collect();
+    charts.sort_by(|((a, x), _), ((b, y), _)| a.cmp(b).then_with(|| by_number(x, y)));
     for ((_, name), curves) in charts {
         for curves in of_one_length(curves) {
             writeln!(page, "<figure><figcaption>{}</figcaption>", escaped(name))?;

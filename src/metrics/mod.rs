@@ -35,8 +35,8 @@
 //! | distances | [`Loss`], [`MeanAbsoluteError`], [`MeanSquaredError`], [`RootMeanSquaredError`], [`MeanPairwiseDistance`], [`CosineSimilarity`] |
 //! | distributions | [`Entropy`], [`KLDivergence`], [`JSDivergence`], [`MutualInformation`], [`MaximumMeanDiscrepancy`], [`HSIC`] |
 //! | images | [`PSNR`], [`SSIM`] |
-//! | one number, text, recommendations, clusters, generated pictures | [`regression`], [`nlp`], [`rec_sys`], [`clustering`], [`gan`] |
-//! | anything | [`Mean`], [`Average`], [`GeometricAverage`], [`RunningAverage`], [`Frequency`], [`EpochMetric`] |
+//! | one number, text, recommendations, clusters, generated pictures, groups of people | [`regression`], [`nlp`], [`rec_sys`], [`clustering`], [`gan`], [`fairness`] |
+//! | anything | [`Mean`], [`Average`], [`GeometricAverage`], [`RunningAverage`], [`Frequency`], [`EpochMetric`], [`VariableAccumulation`] |
 //! | other metrics | [`MetricsLambda`], [`MetricGroup`] |
 //! | your own | [`Pairwise`], [`Metric`] |
 //!
@@ -49,6 +49,7 @@ mod classification;
 pub mod clustering;
 mod distances;
 mod epoch_metric;
+pub mod fairness;
 mod frequency;
 pub mod gan;
 mod gathered;
@@ -63,6 +64,7 @@ pub mod regression;
 mod running_average;
 mod usage;
 mod value;
+mod variable_accumulation;
 
 pub use accumulator::{Accumulated, Reduce};
 pub use average::{Average, GeometricAverage};
@@ -79,6 +81,7 @@ pub use running_average::{OfMetric, RunningAverage};
 pub(crate) use usage::MetricHandler;
 pub use usage::Usage;
 pub use value::ToValue;
+pub use variable_accumulation::VariableAccumulation;
 
 use crate::Result;
 use crate::engine::MetricValue;
