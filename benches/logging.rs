@@ -2,7 +2,8 @@
 //! tch and with accuracy, loss, running average, progress bar, CSV and TensorBoard, by turns in one process.
 //!
 //! `cargo bench --bench logging` prints the median of the ratios of pairs of epochs, one after the other;
-//! with `-- --check` it fails where that is above 1.03. One thread; `MNIST_DIR` or `data/mnist`. Other
+//! with `-- --check` it fails where that is above 1.03. Then comes what the engine's own profile says of
+//! data and handlers, which busy neighbours disturb less. One thread; `MNIST_DIR` or `data/mnist`. Other
 //! programs on the machine widen the quartiles.
 
 use std::time::{Duration, Instant};
@@ -139,6 +140,17 @@ fn main() -> Result<()> {
         quantile(&mut ratios, 0.25),
         quantile(&mut ratios, 0.75),
     );
+    let profile = trainer.profile();
+    trainer.run(&mut (), &loader, Until::epochs(trainer.state.epoch + 3))?;
+    let rows = profile.basic();
+    let seconds = |of_steps: bool| -> f64 {
+        let rows = rows.iter().filter(|row| (row.name == "step") == of_steps);
+        rows.map(|row| row.total.as_secs_f64()).sum()
+    };
+    println!("data and handlers / steps, in one run: {:.4}", seconds(false) / seconds(true));
+    for row in profile.handlers().iter().take(6) {
+        println!("  {:.1} µs  {}", row.total.as_secs_f64() * 1e6 / row.count as f64, row.name);
+    }
     ensure!(!check || ratio <= AT_MOST, "{ratio:.4} is above {AT_MOST}");
     Ok(())
 }

@@ -9,7 +9,7 @@ use anyhow::Result;
 use tch_ignite::engine::{Engine, Event, Stop, Until};
 use tch_ignite::handlers::{EarlyStopping, Evaluate, SkipBatch, TimeLimit};
 use tch_ignite::loggers::{CsvLogger, Logger, OutputHandler};
-use tch_ignite::metrics::{Mean, MetricGroup, RunningAverage, Usage};
+use tch_ignite::metrics::{Mean, Metric, MetricGroup, RunningAverage, Usage};
 use tch_ignite::optim::Knob;
 use tch_ignite::schedule::ReduceLROnPlateauScheduler;
 

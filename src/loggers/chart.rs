@@ -100,7 +100,7 @@ impl Axis {
     /// With as many decimals as tell two marks apart.
     fn label(&self, value: f64) -> String {
         let size = self.low.abs().max(self.high.abs());
-        if self.is_log || size >= 1e6 || size < 1e-3 {
+        if self.is_log || !(1e-3..1e6).contains(&size) {
             return short(value);
         }
         let decimals = (-self.step.log10().floor()).clamp(0., 12.) as usize;

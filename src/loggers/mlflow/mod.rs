@@ -25,9 +25,9 @@ const AT_THE_END: Duration = Duration::from_secs(10);
 ///
 /// A thread of its own talks to the server, so that logging costs a push onto a queue; values are sent
 /// together, once a second or when there are a thousand. **The network never stops or delays a run.**
-/// What cannot be sent is tried again for a minute; meanwhile the queue keeps 10,000 values, and what
-/// comes then, or is refused by the server, is dropped and counted. [`close`](Self::close) says what was
-/// lost. Attached to an engine, this waits at the end of each run, ten seconds at most, for what is not
+/// What cannot be sent is tried again, every ten seconds at last; meanwhile the queue keeps 10,000 values
+/// and 64 MiB of files, and what comes then, or is refused by the server, is dropped and counted.
+/// [`close`](Self::close) says what was lost. Attached to an engine, this waits at the end of each run, ten seconds at most, for what is not
 /// sent yet, and what was lost is among the [`warnings`](crate::engine::Summary::warnings) of the run. Only the
 /// start needs the server.
 ///

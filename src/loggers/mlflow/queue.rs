@@ -12,13 +12,15 @@ use super::rest::{Client, Failure};
 
 /// Kept while the server does not answer.
 const ROOM: usize = 10_000;
+/// Bytes of files kept.
+const ROOM_FOR_FILES: usize = 64 << 20;
 /// What MLflow takes in one request.
 const METRICS: usize = 1000;
 const PARAMS: usize = 100;
 /// Between requests.
 const PERIOD: Duration = Duration::from_secs(1);
-/// After so long without an answer a batch is given up; those that follow are tried once.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Between tries, at most.
+const PAUSE: Duration = Duration::from_secs(10);
 
 /// Something to send.
 pub(super) enum Item {
@@ -26,6 +28,15 @@ pub(super) enum Item {
     Param(String, String),
     Tag(String, String),
     Artifact(String, Vec<u8>),
+}
+
+impl Item {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Artifact(_, bytes) => bytes.len(),
+            _ => 0,
+        }
+    }
 }
 
 /// What waits for the thread that talks to the server. No lock is held during a request.
@@ -38,11 +49,11 @@ pub(super) struct Queue {
 #[derive(Default)]
 struct State {
     items: VecDeque<Item>,
+    /// Of the files among them.
+    bytes: usize,
     /// Items of the request that is under way.
     sending: usize,
     hurry: bool,
-    /// The server did not answer for longer than [`PATIENCE`].
-    down: bool,
     failed: bool,
     /// Nothing is sent after this.
     until: Option<Instant>,
@@ -62,6 +73,20 @@ impl State {
         self.reason = reason;
     }
 
+    /// Gives up what is there.
+    fn lose_rest(&mut self) {
+        let rest = self.items.len() + self.sending;
+        self.items.clear();
+        (self.sending, self.bytes) = (0, 0);
+        if rest > 0 {
+            let reason = match self.reason.is_empty() {
+                true => "there was no time left to send it".into(),
+                false => std::mem::take(&mut self.reason),
+            };
+            self.lose(rest, reason);
+        }
+    }
+
     fn trouble(&self) -> Option<String> {
         let values = if self.lost == 1 { "value was" } else { "values were" };
         (self.lost > 0)
@@ -76,13 +101,18 @@ impl Queue {
 
     pub(super) fn push(&self, item: Item) {
         let mut state = self.state();
+        let bytes = item.bytes();
         if state.until.is_some() {
             state.lose(1, "the logger was closed".into());
-        } else if state.items.len() >= ROOM {
-            // The reason is that of the request that is tried again.
+        } else if state.items.len() >= ROOM || state.bytes + bytes > ROOM_FOR_FILES {
+            if state.reason.is_empty() {
+                state.reason = "more came than could be sent".into();
+            }
+            // Else the reason is that of the request that is tried again.
             state.lost += 1;
         } else {
             state.items.push_back(item);
+            state.bytes += bytes;
             if state.items.len() == METRICS {
                 self.changed.notify_all();
             }
@@ -117,18 +147,18 @@ impl Queue {
         if news { state.trouble() } else { None }
     }
 
-    /// Waits until all is sent, so long at most; not for a server that does not answer.
+    /// Waits until all is sent, so long at most.
     pub(super) fn wait(&self, at_most: Duration) {
         let until = Instant::now() + at_most;
         let mut state = self.state();
-        while !state.ended && !(state.items.is_empty() && state.sending == 0) && !state.down {
-            state.hurry = true;
-            self.changed.notify_all();
+        state.hurry = true;
+        self.changed.notify_all();
+        while !state.ended && (state.sending > 0 || !state.items.is_empty()) {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
             }
-            state = self.wait_on(state, left.min(Duration::from_millis(100)));
+            state = self.wait_on(state, left);
         }
     }
 
@@ -137,18 +167,12 @@ impl Queue {
         let until = Instant::now() + at_most;
         let mut state = self.state();
         state.until.get_or_insert(until);
+        state.hurry = true;
         self.changed.notify_all();
         while !state.ended {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let rest = state.items.len() + state.sending;
-                if rest > 0 {
-                    let reason = match state.reason.is_empty() {
-                        true => "there was no time left to send it".into(),
-                        false => state.reason.clone(),
-                    };
-                    state.lose(rest, reason);
-                }
+                state.lose_rest();
                 return false;
             }
             state = self.wait_on(state, left);
@@ -188,11 +212,12 @@ impl Queue {
     /// What goes into the next request, all of one kind. None after the end.
     fn next(&self) -> Option<Vec<Item>> {
         let mut state = self.state();
-        state.sending = 0;
-        self.changed.notify_all();
         let begun = Instant::now();
         loop {
-            if state.is_late() || (state.until.is_some() && state.items.is_empty()) {
+            if state.is_late() {
+                state.lose_rest();
+            }
+            if state.until.is_some() && state.items.is_empty() {
                 return None;
             }
             let left = PERIOD.saturating_sub(begun.elapsed());
@@ -211,37 +236,44 @@ impl Queue {
         };
         let alike = |item: &&Item| Some(std::mem::discriminant(*item)) == kind;
         let count = state.items.iter().take(most).take_while(alike).count();
+        let batch: Vec<_> = state.items.drain(..count).collect();
         state.sending = count;
-        Some(state.items.drain(..count).collect())
+        state.bytes = state.bytes.saturating_sub(batch.iter().map(Item::bytes).sum());
+        Some(batch)
     }
 
-    /// Tries until it works, or is hopeless.
+    /// Tries until it works, is refused, or there is no time left.
     fn send(&self, batch: &[Item], request: impl Fn(&[Item]) -> Result<Value, Failure>) {
-        let begun = Instant::now();
         let mut pause = Duration::from_millis(250);
         loop {
             let answer = request(batch);
             let mut state = self.state();
-            let Err(failure) = answer else {
-                state.down = false;
-                return;
-            };
-            let patient = !state.down && begun.elapsed() < PATIENCE && !state.is_late();
-            if !failure.passes || !patient {
-                state.down = failure.passes;
-                return state.lose(batch.len(), failure.reason);
+            match answer {
+                Ok(_) => {
+                    state.sending = 0;
+                    self.changed.notify_all();
+                    return;
+                }
+                Err(failure) if !failure.passes => {
+                    let lost = std::mem::take(&mut state.sending);
+                    state.lose(lost, failure.reason);
+                    self.changed.notify_all();
+                    return;
+                }
+                Err(failure) => state.reason = failure.reason,
             }
-            state.reason = failure.reason;
-            pause = (pause * 2).min(Duration::from_secs(10));
+            pause = (pause * 2).min(PAUSE);
             let again = Instant::now() + pause;
-            // Who closes the logger wakes this up.
-            while !state.is_late() && Instant::now() < again {
-                let left = again.saturating_duration_since(Instant::now());
-                let left = state.until.map_or(left, |until| {
-                    left.min(until.saturating_duration_since(Instant::now()))
-                });
+            // Who waits, or closes the logger, wakes this up.
+            while !state.hurry && Instant::now() < again {
+                if state.is_late() {
+                    return state.lose_rest();
+                }
+                let soon = state.until.unwrap_or(again).min(again);
+                let left = soon.saturating_duration_since(Instant::now());
                 state = self.wait_on(state, left);
             }
+            state.hurry = false;
         }
     }
 }
