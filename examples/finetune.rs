@@ -1,6 +1,6 @@
 //! Fine-tunes a network: learns the digits 0 to 4, then takes its convolutions over to learn 5 to 9
 //! from few pictures. First only the new layer learns, then all of it, each group by its own
-//! schedule, until the accuracy has stopped getting better.
+//! schedule, until the accuracy of the averaged weights has stopped getting better.
 //!
 //! Leaves a run folder: open `report.html` in a browser, or the folder in TensorBoard.
 
@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 use tch_ignite::data::Loader;
 use tch_ignite::engine::{Event, Until};
 use tch_ignite::handlers::{
-    EarlyStopping, Evaluate, GradNorm, ProgressBar, TerminateOnNan, Throughput,
+    EMAHandler, EarlyStopping, Evaluate, GradNorm, ProgressBar, TerminateOnNan, Throughput,
 };
 use tch_ignite::loggers::{OptimizerParamsHandler, OutputHandler, RunFolder, WeightsHistHandler};
 use tch_ignite::metrics::{Accuracy, Loss, RunningAverage};
@@ -113,7 +113,7 @@ fn train(mut args: Args) -> Result<()> {
     let new = digits(images, labels, 5, args.pictures)?.shuffle(args.seed.into());
     let test = digits(&set.test_images, &set.test_labels.to_kind(Kind::Int64), 5, i64::MAX)?;
 
-    let bar = ProgressBar::new().metric("loss").metric("val/accuracy");
+    let bar = ProgressBar::new().metric("loss").metric("ema/accuracy");
     let pretrained = pretrain(&args, &known.shuffle(args.seed.into()), &bar)?;
     let mut vs = VarStore::new(Device::Cpu);
     let net = network(&vs, "digits 5 to 9");
@@ -142,11 +142,16 @@ fn train(mut args: Args) -> Result<()> {
     let learn = |on: bool| frozen.iter().for_each(|tensor| drop(tensor.set_requires_grad(on)));
     learn(false);
 
-    let mut evaluator = create_supervised_evaluator();
-    evaluator
-        .metric("accuracy", Accuracy::of(Prediction::parts))
-        .metric("loss", Loss::of(cross_entropy, Prediction::parts))
-        .attach(bar.child("val"));
+    let evaluator = |name: &str| {
+        let mut evaluator = create_supervised_evaluator();
+        evaluator
+            .metric("accuracy", Accuracy::of(Prediction::parts))
+            .metric("loss", Loss::of(cross_entropy, Prediction::parts))
+            .attach(bar.child(name));
+        evaluator
+    };
+    // The averages follow within some twenty steps: two epochs of so few pictures.
+    let ema = EMAHandler::decay(&vs, 0.95)?.warmup_by_count();
     let mut trainer = create_supervised_trainer();
     let often = Event::IterationCompleted.every(5);
     trainer
@@ -156,8 +161,10 @@ fn train(mut args: Args) -> Result<()> {
         .attach(TerminateOnNan::new())
         .attach(GradNorm::new(&vs))
         .attach(Throughput::new())
-        .attach(bar)
-        .attach(Evaluate::each_epoch("val", evaluator, &test))
+        .attach(bar.clone())
+        .attach(ema.clone())
+        .attach(Evaluate::each_epoch("val", evaluator("val"), &test))
+        .attach(ema.with_averages(Evaluate::each_epoch("ema", evaluator("ema"), &test)))
         .attach(
             OutputHandler::new(&run, "training", often.clone()).metric("loss").metric("grad_norm"),
         )
@@ -167,10 +174,12 @@ fn train(mut args: Args) -> Result<()> {
             OutputHandler::each_epoch(&run, "")
                 .metric("val/accuracy")
                 .metric("val/loss")
+                .metric("ema/accuracy")
+                .metric("ema/loss")
                 .metric("throughput/samples_per_second")
                 .global_step(|state| state.iteration),
         )
-        .attach(EarlyStopping::max("val/accuracy", 4).min_evaluations(args.frozen + 4))
+        .attach(EarlyStopping::max("ema/accuracy", 4).min_evaluations(args.frozen + 4))
         .attach(run.clone())
         .on(Event::EpochStarted.once(args.frozen + 1), |_, _| {
             learn(true);
@@ -180,7 +189,9 @@ fn train(mut args: Args) -> Result<()> {
     let mut model = Supervised::new(net, optimizer.clone(), cross_entropy);
     let summary = trainer.run(&mut model, &new, Until::epochs(args.epochs))?;
     println!("{summary}\n{profile}");
-    println!("accuracy: {:.2} %", 100. * trainer.state.metrics.get("val/accuracy")?);
+    let percent = |name: &str| anyhow::Ok(100. * trainer.state.metrics.get(name)?);
+    println!("accuracy: {:.2} %", percent("val/accuracy")?);
+    println!("accuracy of the averages: {:.2} %", percent("ema/accuracy")?);
     println!("report: {}", run.path().join("report.html").display());
     Ok(())
 }

@@ -9,7 +9,7 @@ use anyhow::Result;
 use tch_ignite::engine::{Engine, Event, Stop, Until};
 use tch_ignite::handlers::{EarlyStopping, Evaluate, SkipBatch, TimeLimit};
 use tch_ignite::loggers::{CsvLogger, Logger, OutputHandler};
-use tch_ignite::metrics::Mean;
+use tch_ignite::metrics::{Mean, Metric, MetricGroup, RunningAverage, Usage};
 use tch_ignite::optim::Knob;
 use tch_ignite::schedule::ReduceLROnPlateauScheduler;
 
@@ -219,4 +219,55 @@ fn after_a_full_disk_the_run_can_go_on() -> Result<()> {
 fn undefined_tensors_are_errors() {
     assert!(tch_ignite::loggers::Histogram::of(&tch::Tensor::new()).is_err());
     assert!(tch_ignite::amp::GradScaler::new().scale(&tch::Tensor::new()).is_err());
+}
+
+#[test]
+fn a_running_average_of_a_metric_over_epochs_goes_on_in_mid_epoch() -> Result<()> {
+    let engine = || {
+        let mut engine = Engine::new(|sum: &mut f64, _, x: f64| {
+            *sum += x;
+            Ok(*sum)
+        });
+        let average = || RunningAverage::of_metric(Mean::new()).alpha(0.75);
+        let group = MetricGroup::new().metric("average", average());
+        engine
+            .metric_with("alone", average(), Usage::RunningEpochWise)
+            .metric_with("in", group, Usage::RunningEpochWise)
+            .metric_with("shared", average().shared() * 1., Usage::RunningEpochWise);
+        engine
+    };
+    let data = vec![0.1, 0.7, -0.3];
+    let (mut straight, mut sum) = (engine(), 0.);
+    straight.run(&mut sum, data.clone(), Until::epochs(3))?;
+    let values = |metrics: &tch_ignite::engine::Metrics| -> Result<Vec<f64>> {
+        ["alone", "in/average", "shared"].iter().map(|name| Ok(metrics.get(name)?)).collect()
+    };
+    // The mean of sums over each epoch: 0.4666…, 0.9666… and 1.4666…, and ignite's average of them.
+    let mut expected = 0.;
+    let (mut sum, mut first_epoch) = (0., true);
+    for _ in 0..3 {
+        let mut total = 0.;
+        for x in &data {
+            sum += x;
+            total += sum;
+        }
+        let mean = total / 3.;
+        expected = if first_epoch { mean } else { expected * 0.75 + 0.25 * mean };
+        first_epoch = false;
+    }
+    let straight = values(&straight.state.metrics)?;
+    assert!(straight.iter().all(|value| (value - expected).abs() < 1e-15), "{straight:?}");
+
+    let (mut first, mut sum) = (engine(), 0.);
+    first.on(Event::IterationCompleted.once(5), |_, engine| {
+        engine.interrupt();
+        Ok(())
+    });
+    first.run(&mut sum, data.clone(), Until::epochs(3))?;
+    let saved = first.checkpoint(&sum)?.copy()?;
+    let mut second = engine();
+    second.restore(&mut sum, saved, true)?;
+    second.run(&mut sum, data, Until::epochs(3))?;
+    assert_eq!(values(&second.state.metrics)?, straight);
+    Ok(())
 }

@@ -113,6 +113,9 @@ fn all() -> Vec<Listed> {
         Rows "MaximumMeanDiscrepancy" MaximumMeanDiscrepancy::of(pair),
         Rows "HSIC" HSIC::of(pair),
         Rows "PSNR" PSNR::of(1., pair),
+        Rows "FID" gan::FID::of(3, |x: &Tensor| Ok(x.shallow_clone()), pair),
+        Rows "InceptionScore"
+            gan::InceptionScore::of(3, |x: &Tensor| Ok(x.f_softmax(1, Kind::Double)?), |pair: &Pair| &pair.0),
         Images "SSIM" SSIM::of(1., pair).kernel_size([3]),
         Classes "Perplexity" Perplexity::of(pair),
         Relevances "HitRate" HitRate::of([1, 2], pair),

@@ -293,3 +293,91 @@ fn ranks_with_ties() {
     let first = (first.0.shallow_clone(), first.1.shallow_clone());
     close(over(AveragePrecision::of(pair), [first]), &[0.5208333333333333]);
 }
+
+#[test]
+fn generated_samples() {
+    let features = |x: &Tensor| Ok((x * 5.).f_sin()?);
+    close(over(gan::FID::of(4, features, pair), batches()), &[0.6175858460052197]);
+    let classify = |x: &Tensor| Ok((x * 3.).f_softmax(1, Kind::Double)?);
+    let score = gan::InceptionScore::of(4, classify, |pair: &Pair| &pair.0);
+    close(over(score, batches()), &[1.4832885847504782]);
+}
+
+#[test]
+fn a_singular_covariance_has_a_distance() -> anyhow::Result<()> {
+    // All but: computed with 40 digits, where ignite's root gives ...147.
+    let identity = |x: &Tensor| Ok(x.shallow_clone());
+    let distance = over(gan::FID::of(4, identity, pair), batches())?.read()?;
+    assert!((distance - 0.21921518096138572).abs() < 1e-10, "{distance}");
+    // Of 11 samples with 8 features that depend on each other.
+    let features = |x: &Tensor| Ok(Tensor::f_cat(&[x.f_square()?, x.f_abs()?], 1)?);
+    let distance = over(gan::FID::of(8, features, pair), batches())?.read()?;
+    assert!((distance - 0.3366893125434389).abs() < 1e-6, "{distance}");
+    let same = batches().map(|(x, _)| (x.shallow_clone(), x));
+    let none = over(gan::FID::of(8, features, pair), same)?.read()?;
+    assert!(none.abs() < 1e-6, "{none}");
+    Ok(())
+}
+
+#[test]
+fn features_that_do_not_fit_are_errors() -> anyhow::Result<()> {
+    let identity = |x: &Tensor| Ok(x.shallow_clone());
+    let error = |outcome: anyhow::Result<MetricValue>| outcome.unwrap_err().to_string();
+    let wide = error(over(gan::FID::of(5, identity, pair), batches()));
+    assert!(wide.contains("should be 5, got: 4"), "{wide}");
+    let none = error(over(gan::FID::of(0, identity, pair), batches()));
+    assert!(none.contains("greater to zero, got: 0"), "{none}");
+    let uneven = error(over(
+        gan::FID::of(4, identity, pair),
+        [(waves(&[3, 4], 1., 0.), waves(&[2, 4], 1., 0.))],
+    ));
+    assert!(uneven.contains("[3, 4] != [2, 4]"), "{uneven}");
+    let one =
+        over(gan::FID::of(4, identity, pair), [(waves(&[1, 4], 1., 0.), waves(&[1, 4], 1., 0.))])?;
+    assert!(one.read()?.is_nan());
+    let nan = over(
+        gan::FID::of(4, identity, pair),
+        [(waves(&[3, 4], f64::NAN, 0.), waves(&[3, 4], 1., 0.))],
+    )?;
+    assert!(nan.read()?.is_nan());
+    Ok(())
+}
+
+#[test]
+fn differences_between_groups() {
+    type Sample = (Tensor, Tensor, Tensor);
+    fn parts(sample: &Sample) -> fairness::Grouped<'_> {
+        (&sample.0, &sample.1, &sample.2)
+    }
+    let [(first, _), (second, _)] = batches();
+    let classes = || {
+        let of = |x: &Tensor, y: &[i64], groups: &[i64]| (x.shallow_clone(), ints(y), ints(groups));
+        [
+            of(&first, &[0, 1, 2, 3, 0, 1], &[0, 1, 2, 0, 1, 7]),
+            of(&second, &[3, 2, 1, 0, 3], &[2, 2, 1, 0, 0]),
+        ]
+    };
+    let labels = || {
+        classes().map(|(x, _, groups)| {
+            (x.gt(0.).to_kind(Kind::Int64), x.gt(0.1).to_kind(Kind::Int64), groups)
+        })
+    };
+    let accuracy = || fairness::SubgroupMetric::of([0, 1, 2], || Accuracy::of(pair), parts);
+    close(over(accuracy(), classes()), &[0.75, 0., 0.]);
+    close(over(fairness::SubgroupAccuracyDifference::of([0, 1, 2], parts), classes()), &[0.75]);
+    let parity = fairness::DemographicParityDifference::of([0, 1, 2], parts);
+    close(over(parity, classes()), &[0.75]);
+    let parity = fairness::DemographicParityDifference::multilabel([0, 1, 2], parts);
+    close(over(parity, labels()), &[2. / 3.]);
+    let pairs = |samples: [Sample; 2]| samples.map(|(x, y, _)| (x, y));
+    let rate = [4. / 11., 1. / 11., 1. / 11., 5. / 11.];
+    close(over(fairness::SelectionRate::of(pair), pairs(classes())), &rate);
+    let rate = fairness::SelectionRate::of(pair).is_multilabel(true);
+    close(over(rate, pairs(labels())), &[7. / 11.; 4]);
+
+    let one = over(fairness::SubgroupAccuracyDifference::of([0, 9], parts), classes());
+    assert!(one.unwrap_err().to_string().contains("at least two unique subgroups"));
+    let short = [(first.shallow_clone(), ints(&[0; 6]), ints(&[0; 5]))];
+    let error = over(accuracy(), short).unwrap_err().to_string();
+    assert!(error.contains("must have the same batch size") && error.contains("[5]"), "{error}");
+}

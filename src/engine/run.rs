@@ -656,6 +656,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
+    /// Notes something that looks wrong without being an error, for the summary of the run that is under
+    /// way.
+    pub fn warn(&mut self, warning: impl Into<String>) {
+        self.position.warnings.push(warning.into());
+    }
+
     fn warn_of_missing_data(&mut self) {
         if self.is_done() {
             return;

@@ -34,7 +34,7 @@ impl JsonLinesLogger {
 }
 
 /// The number, or its name where JSON has none.
-fn number(value: f64) -> Value {
+pub(super) fn number(value: f64) -> Value {
     match value {
         _ if value.is_finite() => value.into(),
         _ if value.is_nan() => "NaN".into(),

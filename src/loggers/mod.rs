@@ -1,7 +1,8 @@
 //! Where the numbers and pictures of a run go, and the handlers that send them there.
 //!
 //! A [`RunFolder`] has everything of a run in one place: [`TensorBoard`]'s event file, a CSV table,
-//! JSON lines, and a report for the browser. Each exists alone too. What is logged is said by
+//! JSON lines, and a report for the browser. Each exists alone too. `MLflowLogger` (feature `mlflow`)
+//! sends it to a server. What is logged is said by
 //! handlers, with ignite's names and tags:
 //!
 //! | handler | tag |
@@ -31,11 +32,15 @@
 //! ```
 
 mod append;
+mod chart;
 mod csv;
 mod curve;
+mod flat;
 mod histogram;
 mod image;
 mod json_lines;
+#[cfg(feature = "mlflow")]
+mod mlflow;
 mod optimizer_params_handler;
 mod output_handler;
 mod parameter_handlers;
@@ -49,6 +54,8 @@ pub use self::csv::CsvLogger;
 pub use self::histogram::Histogram;
 pub use self::image::Image;
 pub use self::json_lines::JsonLinesLogger;
+#[cfg(feature = "mlflow")]
+pub use self::mlflow::{MLflowBuilder, MLflowLogger};
 pub use self::optimizer_params_handler::OptimizerParamsHandler;
 pub use self::output_handler::OutputHandler;
 pub use self::parameter_handlers::{

@@ -5,7 +5,9 @@ use std::fmt::Write;
 
 use serde_json::Value;
 
+use super::chart::{self, COLOURS, colour, escaped, short};
 use super::curve::Curve;
+use super::flat;
 
 /// What the page shows.
 pub(super) struct Report<'r> {
@@ -16,34 +18,32 @@ pub(super) struct Report<'r> {
     pub(super) times: &'r [(&'static str, String)],
 }
 
+/// Told apart also by those who see fewer colours (Okabe and Ito's, lighter on dark ground).
 const STYLE: &str = "
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(21rem,1fr));gap:1rem}
-figure{margin:0;border:1px solid #ddd;border-radius:4px;padding:.5rem}
-figcaption{font-weight:600}svg{width:100%;height:auto}
-svg text{font-size:11px;fill:#555}svg .axis{stroke:#ccc}
-svg polyline{fill:none;stroke-width:1.5}
-.key{font-size:.85rem}.key span{margin-right:1rem;white-space:nowrap}
-.key i{display:inline-block;width:.8rem;height:.2rem;margin-right:.3rem;vertical-align:middle}
-table{border-collapse:collapse}td{padding:.1rem 1rem .1rem 0;vertical-align:top}td:first-child{color:#555}
-pre{background:#f6f6f6;padding:.5rem;overflow:auto}
+:root{color-scheme:light dark;--text:#1c2024;--faint:#667;--line:#dde1e6;--ground:#fff;--card:#f7f8fa;--bad:#c81e1e;--light:42%;
+--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#56b4e9;--c5:#e69f00;--c6:#555;--c7:#9a9200}
+@media(prefers-color-scheme:dark){:root{--text:#e4e7ea;--faint:#98a0aa;--line:#333a42;--ground:#14171a;--card:#1c2126;--bad:#ff6b6b;--light:62%;
+--c0:#4aa8e0;--c1:#ff8a3d;--c2:#2fc99b;--c3:#e39cc4;--c4:#8fd0f5;--c5:#f2b632;--c6:#b0b0b0;--c7:#d6cd3a}}
+*{box-sizing:border-box}
+body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:88rem;padding:1.5rem 1rem 3rem;color:var(--text);background:var(--ground)}
+h1{font-size:1.6rem;margin:0 0 .75rem;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:2rem 0 .5rem}
+dl{display:flex;flex-wrap:wrap;gap:.5rem;margin:0 0 1.5rem}
+dl div{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.4rem .9rem}
+dt{font-size:.75rem;color:var(--faint)}dd{margin:0;font-weight:600}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(26rem,100%),1fr));gap:1rem;align-items:start}
+figure{margin:0;border:1px solid var(--line);border-radius:6px;padding:.75rem;background:var(--card);min-width:0}
+figcaption{font-weight:600;margin-bottom:.25rem;overflow-wrap:anywhere}
+svg{display:block;width:100%;height:auto}
+svg text{font-size:11px;fill:var(--faint)}.grid{stroke:var(--line)}.axis{stroke:var(--faint)}
+polyline{fill:none;stroke-width:1.6;stroke-linejoin:round}.dense{stroke-width:.8}.bad{stroke:var(--bad);stroke-width:1.5}.nan{color:var(--bad)}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:.1rem .9rem .1rem 0;vertical-align:top;text-align:left;font-weight:400;overflow-wrap:anywhere}
+th,.facts td:first-child{color:var(--faint)}
+.key{width:100%;font-size:.82rem;margin-top:.35rem}.key td+td,.key th+th{text-align:right;padding-right:0;padding-left:.75rem;white-space:nowrap}
+i{display:inline-block;width:.9rem;height:.2rem;border-radius:1px;margin-right:.45rem;vertical-align:middle}
+summary{cursor:pointer;font-size:.85rem;color:var(--faint);margin-top:.35rem}
+.columns{display:flex;flex-wrap:wrap;gap:0 4rem}
 ";
-
-/// Told apart also by those who see fewer colours.
-const COLOURS: [&str; 8] =
-    ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555", "#b2a800"];
-
-const WIDTH: f64 = 400.;
-const HEIGHT: f64 = 220.;
-const LEFT: f64 = 58.;
-const BOTTOM: f64 = 24.;
-const TOP: f64 = 8.;
-
-fn escaped(text: &str) -> String {
-    let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-    text.replace('"', "&quot;")
-}
 
 /// Tags of these have a group's name behind them.
 const HYPER_PARAMETERS: [&str; 8] =
@@ -60,142 +60,132 @@ fn chart(tag: &str) -> &str {
     }
 }
 
-/// A number with four digits that count.
-fn short(value: f64) -> String {
-    let size = value.abs();
-    match value {
-        _ if value == 0. => "0".into(),
-        _ if (1e-3..1e5).contains(&size) => {
-            let decimals = (3 - size.log10().floor() as i32).max(0) as usize;
-            let text = format!("{value:.decimals$}");
-            match text.contains('.') {
-                true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
-                false => text,
-            }
-        }
-        _ => format!("{value:.2e}"),
+/// Losses come first, hyper-parameters last.
+fn rank(chart: &str) -> u8 {
+    let last = chart.rsplit('/').next().unwrap_or(chart);
+    match HYPER_PARAMETERS.iter().any(|name| last.split(' ').next() == Some(name)) {
+        true => 2,
+        false => u8::from(!chart.contains("loss")),
     }
 }
 
-fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
-    let (low, high) = values
-        .filter(|value| value.is_finite())
-        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)));
-    match low <= high {
-        true if low == high => Some((low - low.abs() * 0.1 - 1e-9, high + high.abs() * 0.1 + 1e-9)),
-        true => Some((low, high)),
-        false => None,
-    }
+/// Curves that end at about the same step; those of epochs would be a dot beside those of iterations.
+fn of_one_length<'c>(mut curves: Vec<(&'c str, &'c Curve)>) -> Vec<Vec<(&'c str, &'c Curve)>> {
+    let last = |curve: &Curve| curve.points.last().map_or(0, |(step, _)| *step);
+    curves.sort_by_key(|(_, curve)| std::cmp::Reverse(last(curve)));
+    let mut charts = curves
+        .chunk_by(|(_, a), (_, b)| last(a) <= 4 * last(b).max(1))
+        .map(<[_]>::to_vec)
+        .collect::<Vec<_>>();
+    charts.iter_mut().for_each(|chart| chart.sort_by(|(a, _), (b, _)| by_number(a, b)));
+    charts
 }
 
-/// Lines between the points that are numbers; a gap where they are none.
-fn svg(page: &mut String, curves: &[(&str, &Curve)]) -> std::fmt::Result {
-    let points = || curves.iter().flat_map(|(_, curve)| &curve.points);
-    let steps = range(points().map(|(step, _)| *step as f64));
-    let values = range(points().map(|(_, value)| *value));
-    let (Some((first, last)), Some((low, high))) = (steps, values) else {
-        return writeln!(page, "<p>no numbers</p>");
+/// `recall/2` before `recall/10`.
+fn by_number(a: &str, b: &str) -> std::cmp::Ordering {
+    let key = |tag: &str| {
+        let name = tag.trim_end_matches(|c: char| c.is_ascii_digit());
+        (name.to_owned(), tag[name.len()..].parse::<u64>().ok(), tag.to_owned())
     };
-    let x = |step: u64| LEFT + (step as f64 - first) / (last - first) * (WIDTH - LEFT - 8.);
-    let y = |value: f64| {
-        // Halves: the difference of two numbers may be none.
-        let share = (value / 2. - low / 2.) / (high / 2. - low / 2.);
-        HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
-    };
-    writeln!(page, "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\">")?;
-    for share in [0., 0.5, 1.] {
-        let value = low * (1. - share) + high * share;
-        let (at, text) = (y(value), short(value));
-        writeln!(
-            page,
-            "<line class=\"axis\" x1=\"{LEFT}\" x2=\"{WIDTH}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>"
-        )?;
-        writeln!(
-            page,
-            "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{text}</text>",
-            LEFT - 5.,
-            at + 4.
-        )?;
+    key(a).cmp(&key(b))
+}
+
+/// What the curves are, and their numbers.
+fn key(page: &mut String, curves: &[(&str, &Curve)]) -> std::fmt::Result {
+    let is_long = curves.len() > COLOURS;
+    if is_long {
+        writeln!(page, "<details><summary>{} curves</summary>", curves.len())?;
     }
-    let (left, right) =
-        (points().map(|(step, _)| *step).min(), points().map(|(step, _)| *step).max());
-    for (step, anchor, at) in [(left, "start", LEFT), (right, "end", WIDTH - 8.)] {
-        let step = step.unwrap_or(0);
-        writeln!(
-            page,
-            "<text x=\"{at}\" y=\"{}\" text-anchor=\"{anchor}\">{step}</text>",
-            HEIGHT - 6.
-        )?;
-    }
+    writeln!(
+        page,
+        "<table class=\"key\"><tr><th></th><th>last</th><th>lowest</th><th>highest</th></tr>"
+    )?;
     for (index, (tag, curve)) in curves.iter().enumerate() {
-        let colour = COLOURS[index % COLOURS.len()];
-        for part in curve.points.split(|(_, value)| !value.is_finite()) {
-            if let [(step, value)] = part {
-                writeln!(
-                    page,
-                    "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"2\" fill=\"{colour}\"/>",
-                    x(*step),
-                    y(*value)
-                )?;
-            } else if !part.is_empty() {
-                write!(page, "<polyline stroke=\"{colour}\" points=\"")?;
-                for (step, value) in part {
-                    write!(page, "{:.1},{:.1} ", x(*step), y(*value))?;
-                }
-                writeln!(page, "\"><title>{}</title></polyline>", escaped(tag))?;
-            }
+        let values = || curve.points.iter().map(|(_, value)| *value);
+        let finite = || values().filter(|value| value.is_finite());
+        let number = |value: Option<f64>| value.map_or_else(|| "–".into(), short);
+        let last = values().next_back();
+        let class = if last.is_some_and(f64::is_finite) { "" } else { " class=\"nan\"" };
+        writeln!(
+            page,
+            "<tr><td><i style=\"background:{}\"></i>{}</td><td{class}>{}</td><td>{}</td><td>{}</td></tr>",
+            colour(index, curves.len()),
+            escaped(tag),
+            number(last),
+            number(finite().reduce(f64::min)),
+            number(finite().reduce(f64::max)),
+        )?;
+        let bad = curve.points.iter().filter(|(_, value)| !value.is_finite());
+        if let Some((step, value)) = bad.clone().next() {
+            let (count, value) = (bad.count(), short(*value));
+            let more =
+                if count > 1 { format!(", {count} values not finite") } else { String::new() };
+            writeln!(
+                page,
+                "<tr><td colspan=\"4\" class=\"nan\">{value} at step {step}{more}</td></tr>"
+            )?;
         }
     }
-    writeln!(page, "</svg>")
+    writeln!(page, "</table>{}", if is_long { "</details>" } else { "" })
 }
 
-fn table(page: &mut String, title: &str, rows: &[(&str, String)]) -> std::fmt::Result {
+fn table<N: AsRef<str>>(page: &mut String, title: &str, rows: &[(N, String)]) -> std::fmt::Result {
     if rows.is_empty() {
         return Ok(());
     }
-    writeln!(page, "<h2>{title}</h2>\n<table>")?;
+    writeln!(page, "<section><h2>{title}</h2>\n<table class=\"facts\">")?;
     for (name, value) in rows {
-        writeln!(page, "<tr><td>{}</td><td>{}</td></tr>", escaped(name), escaped(value))?;
+        let (name, value) = (escaped(name.as_ref()), escaped(value));
+        writeln!(page, "<tr><td>{name}</td><td>{value}</td></tr>")?;
     }
-    writeln!(page, "</table>")
+    writeln!(page, "</table></section>")
 }
 
 fn body(page: &mut String, report: &Report<'_>) -> std::fmt::Result {
     let title = escaped(report.title);
     writeln!(page, "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">")?;
-    writeln!(page, "<meta name=\"viewport\" content=\"width=device-width\">")?;
+    writeln!(page, "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">")?;
+    // Else browsers ask for one.
+    writeln!(page, "<link rel=\"icon\" href=\"data:,\">")?;
     writeln!(page, "<title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>")?;
-    let mut charts = BTreeMap::<&str, Vec<(&str, &Curve)>>::new();
+    if !report.times.is_empty() {
+        writeln!(page, "<dl>")?;
+        for (name, value) in report.times {
+            writeln!(page, "<div><dt>{}</dt><dd>{}</dd></div>", escaped(name), escaped(value))?;
+        }
+        writeln!(page, "</dl>")?;
+    }
+    let mut charts = BTreeMap::<(u8, &str), Vec<(&str, &Curve)>>::new();
     for (tag, curve) in report.curves {
-        charts.entry(chart(tag)).or_default().push((tag, curve));
+        let name = chart(tag);
+        charts.entry((rank(name), name)).or_default().push((tag, curve));
+    }
+    if charts.is_empty() {
+        writeln!(page, "<p>Nothing was logged yet.</p>")?;
     }
     writeln!(page, "<div class=\"charts\">")?;
-    for (name, curves) in &charts {
-        writeln!(page, "<figure><figcaption>{}</figcaption>", escaped(name))?;
-        svg(page, curves)?;
-        writeln!(page, "<div class=\"key\">")?;
-        for (index, (tag, curve)) in curves.iter().enumerate() {
-            let last = curve.points.last().map_or_else(String::new, |(_, value)| short(*value));
-            let colour = COLOURS[index % COLOURS.len()];
-            writeln!(
-                page,
-                "<span><i style=\"background:{colour}\"></i>{} {last}</span>",
-                escaped(tag)
-            )?;
+    let mut charts: Vec<_> = charts.into_iter().collect();
+    charts.sort_by(|((a, x), _), ((b, y), _)| a.cmp(b).then_with(|| by_number(x, y)));
+    for ((_, name), curves) in charts {
+        for curves in of_one_length(curves) {
+            writeln!(page, "<figure><figcaption>{}</figcaption>", escaped(name))?;
+            chart::draw(page, &curves)?;
+            key(page, &curves)?;
+            writeln!(page, "</figure>")?;
         }
-        writeln!(page, "</div></figure>")?;
     }
-    writeln!(page, "</div>")?;
-    table(page, "Times", report.times)?;
-    if !report.config.is_null() {
-        writeln!(
-            page,
-            "<h2>Configuration</h2>\n<pre>{}</pre>",
-            escaped(&format!("{:#}", report.config))
-        )?;
-    }
+    writeln!(page, "</div><div class=\"columns\">")?;
+    // It is JSON already.
+    let config = flat::values(report.config).unwrap_or_default().into_iter();
+    let config: Vec<_> = config
+        .map(|(name, value)| match value {
+            Value::String(text) => (name, text),
+            other => (name, other.to_string()),
+        })
+        .collect();
+    table(page, "Configuration", &config)?;
     table(page, "Environment", report.environment)?;
-    writeln!(page, "</body></html>")
+    writeln!(page, "</div></body></html>")
 }
 
 pub(super) fn html(report: &Report<'_>) -> String {
@@ -216,10 +206,23 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_short() {
-        let numbers = [0., 0.5, 123.456, 99999., 1e-7, -2.5e9, 1000.];
-        let texts = ["0", "0.5", "123.5", "99999", "1.00e-7", "-2.50e9", "1000"];
-        assert_eq!(numbers.map(short), texts);
+    fn curves_of_epochs_have_a_chart_of_their_own() {
+        let curve = |last: u64| {
+            let mut curve = Curve::default();
+            (1..=last).for_each(|step| curve.push(step, 1.));
+            curve
+        };
+        let (long, short, empty) = (curve(900), curve(5), curve(0));
+        let charts = of_one_length(vec![
+            ("val/loss", &short),
+            ("training/loss", &long),
+            ("test/loss", &short),
+            ("x", &empty),
+        ]);
+        let tags: Vec<Vec<_>> =
+            charts.iter().map(|chart| chart.iter().map(|(tag, _)| *tag).collect()).collect();
+        assert_eq!(tags, [vec!["training/loss"], vec!["test/loss", "val/loss"], vec!["x"]]);
+        assert!(by_number("recall/2", "recall/10").is_lt() && by_number("a", "b").is_lt());
     }
 
     #[test]

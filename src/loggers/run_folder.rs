@@ -12,7 +12,9 @@ use tch::Cuda;
 use super::curve::Curve;
 use super::json_lines::scalar_of;
 use super::report::{self, Report};
-use super::{CsvLogger, Histogram, HyperParameter, Image, JsonLinesLogger, Logger, TensorBoard};
+use super::{
+    CsvLogger, Histogram, HyperParameter, Image, JsonLinesLogger, Logger, TensorBoard, flat,
+};
 use crate::engine::{Engine, Event, Events, Handler, Priority, State};
 use crate::handlers::files::write_whole;
 use crate::{Error, Result};
@@ -108,11 +110,9 @@ impl RunFolder {
     /// # Errors
     /// It cannot be written as JSON, or the file cannot be written.
     pub fn config(&self, config: &impl Serialize) -> Result<()> {
-        let value = serde_json::to_value(config)
-            .map_err(|error| Error::invalid(format!("the configuration is no JSON: {error}")))?;
+        let value = flat::to_json(config)?;
         write_whole(&self.path.join("config.json"), |file| writeln!(file, "{value:#}"))?;
-        let mut parameters = vec![];
-        flatten("", &value, &mut parameters);
+        let parameters = flat::values(&value)?;
         let parameters = parameters.iter().map(|(name, value)| {
             let parameter = match value {
                 Value::Bool(on) => HyperParameter::Switch(*on),
@@ -194,19 +194,6 @@ impl Times {
             Event::Completed if self.status != "terminated" => self.status = "completed",
             _ => {}
         }
-    }
-}
-
-/// Numbers, texts and switches in a value, with their places.
-fn flatten(place: &str, value: &Value, found: &mut Vec<(String, Value)>) {
-    let inner = |key: &str| if place.is_empty() { key.into() } else { format!("{place}/{key}") };
-    match value {
-        Value::Object(parts) => {
-            parts.iter().for_each(|(key, part)| flatten(&inner(key), part, found));
-        }
-        Value::Null => {}
-        _ => found
-            .push((if place.is_empty() { "config".into() } else { place.into() }, value.clone())),
     }
 }
 

@@ -234,6 +234,7 @@ impl Logger for TensorBoard {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::process::Command;
 
     use anyhow::{Context, Result, ensure};
@@ -344,7 +345,11 @@ print("read")
         let python = std::env::var("TENSORBOARD_PYTHON").unwrap_or_else(|_| "python3".into());
         let has = Command::new(&python).args(["-c", "import tensorboard"]).output();
         if !has.is_ok_and(|output| output.status.success()) {
-            eprintln!("SKIPPED: {python} has no tensorboard (pip install tensorboard)");
+            // Not captured by the test runner.
+            let _ = writeln!(
+                std::io::stderr(),
+                "SKIPPED: {python} has no tensorboard (pip install tensorboard)"
+            );
             return Ok(());
         }
         let output = Command::new(python).args(["-c", READER]).arg(folder.path()).output()?;

@@ -52,6 +52,12 @@ impl<O> Metric<O> for MetricGroup<'_, O> {
         })
     }
 
+    fn observe(&mut self, output: &O) -> anyhow::Result<()> {
+        self.metrics.iter_mut().try_for_each(|(name, metric)| {
+            metric.observe(output).map_err(|error| error.context(format!("metric '{name}'")))
+        })
+    }
+
     fn compute(&self) -> anyhow::Result<MetricValue> {
         let value = |(name, metric): &(String, Box<dyn Metric<O> + '_>)| {
             Ok((name.clone(), metric.compute()?))

@@ -196,6 +196,10 @@ impl<O> Metric<O> for MetricsLambda<'_, O> {
         self.mine().try_for_each(|leaf| leaf.metric.try_borrow_mut()?.update(output))
     }
 
+    fn observe(&mut self, output: &O) -> anyhow::Result<()> {
+        self.mine().try_for_each(|leaf| leaf.metric.try_borrow_mut()?.observe(output))
+    }
+
     fn compute(&self) -> anyhow::Result<MetricValue> {
         match &*self.node {
             Node::Metric(leaf) => leaf.metric.try_borrow()?.compute(),

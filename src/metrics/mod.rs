@@ -35,8 +35,8 @@
 //! | distances | [`Loss`], [`MeanAbsoluteError`], [`MeanSquaredError`], [`RootMeanSquaredError`], [`MeanPairwiseDistance`], [`CosineSimilarity`] |
 //! | distributions | [`Entropy`], [`KLDivergence`], [`JSDivergence`], [`MutualInformation`], [`MaximumMeanDiscrepancy`], [`HSIC`] |
 //! | images | [`PSNR`], [`SSIM`] |
-//! | one number, text, recommendations, clusters | [`regression`], [`nlp`], [`rec_sys`], [`clustering`] |
-//! | anything | [`Mean`], [`Average`], [`GeometricAverage`], [`RunningAverage`], [`Frequency`], [`EpochMetric`] |
+//! | one number, text, recommendations, clusters, generated pictures, groups of people | [`regression`], [`nlp`], [`rec_sys`], [`clustering`], [`gan`], [`fairness`] |
+//! | anything | [`Mean`], [`Average`], [`GeometricAverage`], [`RunningAverage`], [`Frequency`], [`EpochMetric`], [`VariableAccumulation`] |
 //! | other metrics | [`MetricsLambda`], [`MetricGroup`] |
 //! | your own | [`Pairwise`], [`Metric`] |
 //!
@@ -49,7 +49,9 @@ mod classification;
 pub mod clustering;
 mod distances;
 mod epoch_metric;
+pub mod fairness;
 mod frequency;
+pub mod gan;
 mod gathered;
 mod loss;
 mod mean;
@@ -62,6 +64,7 @@ pub mod regression;
 mod running_average;
 mod usage;
 mod value;
+mod variable_accumulation;
 
 pub use accumulator::{Accumulated, Reduce};
 pub use average::{Average, GeometricAverage};
@@ -78,6 +81,7 @@ pub use running_average::{OfMetric, RunningAverage};
 pub(crate) use usage::MetricHandler;
 pub use usage::Usage;
 pub use value::ToValue;
+pub use variable_accumulation::VariableAccumulation;
 
 use crate::Result;
 use crate::engine::MetricValue;
@@ -92,6 +96,12 @@ pub trait Metric<O> {
 
     /// Takes in the output of one iteration. Called without gradients.
     fn update(&mut self, output: &O) -> anyhow::Result<()>;
+
+    /// Takes in the output of every iteration for a metric within this one, where the usage calls
+    /// [`update`](Self::update) less often. Nothing, but for [`RunningAverage::of_metric`] and what holds one.
+    fn observe(&mut self, _output: &O) -> anyhow::Result<()> {
+        Ok(())
+    }
 
     /// The value over all since the last reset; a tensor where reading it would wait for a device.
     fn compute(&self) -> anyhow::Result<MetricValue>;

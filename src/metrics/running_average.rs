@@ -55,10 +55,19 @@ impl<F> RunningAverage<F> {
 }
 
 /// Where [`RunningAverage::of_metric`] takes its values from.
-pub struct OfMetric<M>(M);
+pub struct OfMetric<M> {
+    metric: M,
+    /// The metric has taken in something since it was read.
+    observed: bool,
+}
 
 impl<M> RunningAverage<OfMetric<M>> {
-    /// Of a metric of each iteration alone: it is updated, computed and reset each time.
+    /// Of a metric, which is updated at every iteration, and read and reset when the average is updated:
+    /// at each iteration, so that its values are those of single batches, or with
+    /// [`Usage::RunningEpochWise`] at the end of each epoch, so that they are those of epochs. ignite's
+    /// `src`; unlike there the metric need not be attached, and is not attached twice by accident.
+    ///
+    /// With [`Usage::BatchFiltered`] it takes in only the batches that pass.
     ///
     /// ```
     /// use tch::Tensor;
@@ -71,7 +80,8 @@ impl<M> RunningAverage<OfMetric<M>> {
     /// # anyhow::Ok(())
     /// ```
     pub fn of_metric(metric: M) -> Self {
-        Self { value: OfMetric(metric), alpha: 0.98, average: None }
+        let value = OfMetric { metric, observed: false };
+        Self { value, alpha: 0.98, average: None }
     }
 }
 
@@ -104,40 +114,24 @@ impl<F> RunningAverage<F> {
     }
 
     fn parts(&self) -> anyhow::Result<Vec<Accumulated>> {
-        let part =
-            |average: &Scalar| Ok(Accumulated::new("average", average.saved()?, Reduce::Mean));
+        let part = |average: &Scalar| Ok(Accumulated::new(AVERAGE, average.saved()?, Reduce::Mean));
         self.average.iter().map(part).collect()
     }
 
     fn load(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
         self.average = match state {
             [] => None,
-            state => Some(Scalar::loaded(&Accumulated::find(state, "average")?)?),
+            state => Some(Scalar::loaded(&Accumulated::find(state, AVERAGE)?)?),
         };
         Ok(())
     }
 }
 
-/// What both sources share.
-macro_rules! averaged {
-    () => {
-        fn compute(&self) -> anyhow::Result<MetricValue> {
-            self.average()
-        }
+/// The name of the average in the list of the state.
+const AVERAGE: &str = "average";
 
-        fn usage(&self) -> Usage {
-            Usage::RunningBatchWise
-        }
-
-        fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
-            self.parts()
-        }
-
-        fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
-            self.load(state)
-        }
-    };
-}
+/// Before the parts of the metric within, in the list of the state.
+const METRIC: &str = "metric";
 
 impl<O, V: Into<MetricValue>, F: Fn(&O) -> V> Metric<O> for RunningAverage<F> {
     fn reset(&mut self) {
@@ -149,30 +143,84 @@ impl<O, V: Into<MetricValue>, F: Fn(&O) -> V> Metric<O> for RunningAverage<F> {
         self.take_in(value)
     }
 
+    fn compute(&self) -> anyhow::Result<MetricValue> {
+        self.average()
+    }
+
+    fn usage(&self) -> Usage {
+        Usage::RunningBatchWise
+    }
+
     fn validate(&self) -> Result<()> {
         self.check()
     }
 
-    averaged!();
+    fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
+        self.parts()
+    }
+
+    fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
+        self.load(state)
+    }
 }
 
 impl<O, M: Metric<O>> Metric<O> for RunningAverage<OfMetric<M>> {
     fn reset(&mut self) {
         self.average = None;
-        self.value.0.reset();
+        self.value.observed = false;
+        self.value.metric.reset();
     }
 
+    fn observe(&mut self, output: &O) -> anyhow::Result<()> {
+        self.value.metric.update(output)?;
+        self.value.observed = true;
+        Ok(())
+    }
+
+    /// Without anything observed, `output` alone counts.
     fn update(&mut self, output: &O) -> anyhow::Result<()> {
-        self.value.0.reset();
-        self.value.0.update(output)?;
-        let value = self.value.0.compute()?;
+        if !self.value.observed {
+            self.observe(output)?;
+        }
+        let value = self.value.metric.compute()?;
+        self.value.metric.reset();
+        self.value.observed = false;
         self.take_in(value)
+    }
+
+    fn compute(&self) -> anyhow::Result<MetricValue> {
+        self.average()
+    }
+
+    fn usage(&self) -> Usage {
+        Usage::RunningBatchWise
     }
 
     fn validate(&self) -> Result<()> {
         self.check()?;
-        self.value.0.validate()
+        self.value.metric.validate()
     }
 
-    averaged!();
+    fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
+        let mut state = self.parts()?;
+        if self.value.observed {
+            let within = self.value.metric.state()?.into_iter();
+            state.extend(
+                within.map(|part| Accumulated { name: format!("{METRIC}/{}", part.name), ..part }),
+            );
+        }
+        Ok(state)
+    }
+
+    fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
+        let within = Accumulated::within(state, METRIC);
+        let known = |name: &str| name == AVERAGE || name.starts_with("metric/");
+        if let Some(part) = state.iter().find(|part| !known(&part.name)) {
+            anyhow::bail!("this metric keeps no '{}'", part.name);
+        }
+        self.value.metric.load_state(&within)?;
+        self.value.observed = !within.is_empty();
+        let average = state.iter().any(|part| part.name == AVERAGE);
+        self.load(if average { state } else { &[] })
+    }
 }

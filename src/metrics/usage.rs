@@ -9,7 +9,8 @@ use crate::{Error, Result};
 pub enum Usage {
     /// Over the iterations of each epoch, computed at its end.
     EpochWise,
-    /// Over all epochs of a run, by the output at the end of each.
+    /// Over all epochs of a run, by the output at the end of each;
+    /// [`RunningAverage::of_metric`](super::RunningAverage::of_metric) by its metric over each.
     RunningEpochWise,
     /// Of each iteration alone.
     BatchWise,
@@ -62,6 +63,8 @@ impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
         let (reset, update, compute) = self.usage.events();
         match &self.usage {
             Usage::BatchFiltered(filtered) => reset | filtered.clone() | compute,
+            // A metric within may have to see every iteration.
+            Usage::RunningEpochWise => reset | Event::IterationCompleted | update,
             _ if update == compute => reset | update,
             _ => reset | update | compute,
         }
@@ -106,11 +109,13 @@ impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
         if event == reset {
             self.metric.reset();
         }
-        if event == update
-            && let Some(output) = &engine.state.output
-        {
+        if let Some(output) = &engine.state.output {
             let _guard = tch::no_grad_guard();
-            self.metric.update(output)?;
+            if event == update {
+                self.metric.update(output)?;
+            } else if event == Event::IterationCompleted {
+                self.metric.observe(output)?;
+            }
         }
         if event == compute {
             let value = self.metric.compute()?;

@@ -17,6 +17,7 @@ mod ranking;
 mod recall;
 mod roc_auc;
 mod roc_curve;
+mod selection_rate;
 mod shared_confusion_matrix;
 mod top_k_categorical_accuracy;
 
@@ -36,6 +37,7 @@ pub(super) use ranking::ranks;
 pub use recall::Recall;
 pub use roc_auc::RocAuc;
 pub use roc_curve::RocCurve;
+pub use selection_rate::SelectionRate;
 pub use shared_confusion_matrix::SharedConfusionMatrix;
 pub use top_k_categorical_accuracy::TopKCategoricalAccuracy;
 

@@ -1,13 +1,10 @@
-//! `RunningAverage`: of outputs, and of the accuracy since the last value that went into it.
-
-use std::cell::RefCell;
-use std::rc::Rc;
+//! `RunningAverage`: of outputs, and of the accuracy.
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tch::Tensor;
-use tch_ignite::engine::{Engine, Event, MetricValue, Until};
-use tch_ignite::metrics::{Accuracy, Metric, RunningAverage, Usage};
+use tch_ignite::engine::{Engine, Event, Until};
+use tch_ignite::metrics::{Accuracy, RunningAverage, Usage};
 
 use super::super::Outcome;
 use super::super::json::{array, count, float, floats, text};
@@ -22,6 +19,13 @@ enum Output {
 }
 
 impl Output {
+    fn value(&self) -> f64 {
+        match self {
+            Self::Value(value) => *value,
+            Self::Labels(..) => unreachable!("the case has labels"),
+        }
+    }
+
     fn labels(&self) -> (&Tensor, &Tensor) {
         match self {
             Self::Labels(y_pred, y) => (y_pred, y),
@@ -57,23 +61,18 @@ pub fn run(config: &Value, expect: &Value) -> Result<Outcome> {
     let (length, epochs) = length.zip(epochs).context("a run with a length is expected")?;
     let mut outputs = outputs(config)?.into_iter();
 
-    let accuracy = Rc::new(RefCell::new(Accuracy::of(Output::labels)));
-    let source = accuracy.clone();
-    let average = RunningAverage::of(move |output: &Output| match output {
-        Output::Value(value) => MetricValue::from(*value),
-        Output::Labels(..) => {
-            let mut accuracy = source.borrow_mut();
-            let value = accuracy.compute().unwrap_or(f64::NAN.into());
-            accuracy.reset();
-            value
-        }
-    });
+    let alpha = float(&config["alpha"])?;
     let mut engine = Engine::new(|_: &mut Seen, _, _: ()| outputs.next().context("an output"));
-    engine.on(Event::IterationCompleted, move |_, engine| match &engine.state.output {
-        Some(output @ Output::Labels(..)) => accuracy.borrow_mut().update(output),
-        _ => Ok(()),
-    });
-    engine.metric_with("average", average.alpha(float(&config["alpha"])?), usage);
+    match text(&config["src"])? {
+        "output" => {
+            engine.metric_with("average", RunningAverage::of(Output::value).alpha(alpha), usage)
+        }
+        _ => engine.metric_with(
+            "average",
+            RunningAverage::of_metric(Accuracy::of(Output::labels)).alpha(alpha),
+            usage,
+        ),
+    };
     engine.on(Event::IterationCompleted, |seen, engine| {
         seen.0.push(engine.state.metrics.get("average").ok());
         Ok(())

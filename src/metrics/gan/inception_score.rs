@@ -1,0 +1,79 @@
+use tch::Tensor;
+
+use super::{check_num_features, extract};
+use crate::Result;
+use crate::engine::MetricValue;
+use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
+
+/// ignite's `_eps`, so that log 0 is none.
+const EPS: f64 = 1e-16;
+
+/// The inception score of generated samples: ignite's `InceptionScore`.
+///
+/// exp of the mean KL divergence between the class probabilities of each sample and their mean (Salimans et
+/// al., 2016): from 1 to the number of classes, better when larger. Sums in f64 on the device; no host sync.
+///
+/// ```
+/// use tch::{Kind, Tensor};
+/// use tch_ignite::metrics::{Metric, gan::InceptionScore};
+/// let classify = |images: &Tensor| Ok(images.f_softmax(1, Kind::Double)?);
+/// let mut metric = InceptionScore::of(2, classify, |images: &Tensor| images);
+/// metric.update(&Tensor::from_slice2(&[[100., 0.], [0., 100.]]))?;
+/// assert!((metric.compute()?.read()? - 2.).abs() < 1e-12);
+/// # anyhow::Ok(())
+/// ```
+pub struct InceptionScore<E> {
+    num_features: i64,
+    extractor: E,
+}
+
+impl<E: Fn(&Tensor) -> anyhow::Result<Tensor>> InceptionScore<E> {
+    /// `feature_extractor` gives probabilities (N, num_features) of a batch of samples, without gradients:
+    /// after softmax. `samples` takes the batch out of the output.
+    pub fn of<O, F>(
+        num_features: i64,
+        feature_extractor: E,
+        samples: F,
+    ) -> Of<Self, impl for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor)>
+    where
+        F: for<'o> Fn(&'o O) -> &'o Tensor,
+    {
+        let twice = both_of(move |output: &O| {
+            let samples = samples(output);
+            (samples, samples)
+        });
+        Of::new(Self { num_features, extractor: feature_extractor }, twice)
+    }
+}
+
+/// Tells the compiler that the closure is for outputs of any lifetime.
+fn both_of<O, F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor)>(parts: F) -> F {
+    parts
+}
+
+impl<E: Fn(&Tensor) -> anyhow::Result<Tensor>> Pairwise for InceptionScore<E> {
+    const NAME: &'static str = "InceptionScore";
+
+    fn parts(&self) -> Parts {
+        &[("prob_total", Reduce::Sum), ("total_kl_d", Reduce::Sum)]
+    }
+
+    fn validate(&self) -> Result<()> {
+        check_num_features(self.num_features)
+    }
+
+    fn batch(&mut self, samples: &Tensor, _: &Tensor) -> anyhow::Result<Contribution> {
+        let probabilities = extract(&self.extractor, self.num_features, samples)?;
+        let logs = probabilities.f_add_scalar(EPS)?.f_log()?;
+        let divergences = probabilities.f_mul(&logs)?.f_sum_dim_intlist(0i64, false, None)?;
+        let total = probabilities.f_sum_dim_intlist(0i64, false, None)?;
+        Ok(Contribution::new([total, divergences], probabilities.size()[0] as u64))
+    }
+
+    fn value(&self, parts: &[Tensor], samples: f64) -> anyhow::Result<MetricValue> {
+        let logs = parts[0].f_div_scalar(samples)?.f_add_scalar(EPS)?.f_log()?;
+        let excess = parts[0].f_mul(&logs)?;
+        let mean = parts[1].f_sub(&excess)?.f_sum(None)?.f_div_scalar(samples)?;
+        Ok(mean.f_exp()?.into())
+    }
+}
