@@ -243,7 +243,7 @@ fn a_group_that_does_not_come_together_says_who_is_missing() {
         ("only 1", "1") => {
             let (kind, _, missing, message) = fields(join().unwrap_err());
             assert_eq!((kind, missing), (FailureKind::Timeout, vec![0]), "{message}");
-            assert!(message.contains("store of rank 0 at 127.0.0.1:9"), "{message}");
+            assert!(message.contains("store at 127.0.0.1:9"), "{message}");
         }
         ("interface", _) => {
             let text = join().unwrap_err().to_string();
