@@ -12,6 +12,8 @@ pub(super) struct Environment {
     pub(super) local_rank: usize,
     /// `None` where it is alone.
     pub(super) store: Option<StoreAddress>,
+    /// The rank that serves the store; `None` where torchrun does.
+    pub(super) server: Option<usize>,
 }
 
 /// Names of rank, number of ranks and rank on the machine.
@@ -47,7 +49,7 @@ const LAUNCHERS: [Launcher; 4] = [
 
 impl Environment {
     pub(super) fn single() -> Self {
-        Self { rank: 0, world_size: 1, local_rank: 0, store: None }
+        Self { rank: 0, world_size: 1, local_rank: 0, store: None, server: None }
     }
 
     /// `None` if no launcher set anything.
@@ -111,7 +113,8 @@ impl Environment {
             listen_fd: listen_fd.filter(|_| rank == 0 && !agent),
             attempt: u32::try_from(attempt).unwrap_or(u32::MAX),
         };
-        Ok(Some(Self { rank, world_size, local_rank, store: Some(store) }))
+        let server = (!agent).then_some(0);
+        Ok(Some(Self { rank, world_size, local_rank, store: Some(store), server }))
     }
 }
 
@@ -176,8 +179,9 @@ mod tests {
             (3, true, 2, Some(0))
         );
         zero.push(("TORCHELASTIC_USE_AGENT_STORE", "True"));
-        let store = read(&zero).unwrap().unwrap().store.unwrap();
-        assert_eq!((store.serve, store.listen_fd), (false, None));
+        let found = read(&zero).unwrap().unwrap();
+        let store = found.store.unwrap();
+        assert_eq!((found.server, store.serve, store.listen_fd), (None, false, None));
     }
 
     #[test]

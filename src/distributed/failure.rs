@@ -93,17 +93,23 @@ pub(super) struct Reports {
 
 impl Reports {
     /// Says in the store that this rank is alive and failed doing `op`, and looks for 2 seconds who else says so. Where the
-    /// store does not answer it is rank 0 that is missing, which serves it.
-    pub(super) fn gather(store: &Arc<Store>, rank: usize, world: usize, op: &str) -> Self {
+    /// store does not answer it is the rank that serves it that is missing.
+    pub(super) fn gather(
+        store: &Arc<Store>,
+        rank: usize,
+        world: usize,
+        server: Option<usize>,
+        op: &str,
+    ) -> Self {
         let (store, op) = (store.clone(), op.to_owned());
         let found = within(REPORTS + Duration::from_millis(500), move || {
             store.set(&format!("failed/{rank}"), &op).ok()?;
             let begin = Instant::now();
             let mut missing = absent(&store, "failed", rank, world)?;
-            // Rank 0 serves the store to the others, so it stays for as long as they may ask.
-            while begin.elapsed() < REPORTS && (!missing.is_empty() || rank == 0) {
+            // Who serves the store to the others stays for as long as they may ask.
+            while begin.elapsed() < REPORTS && (!missing.is_empty() || server == Some(rank)) {
                 thread::sleep(POLL);
-                // A store that has gone now has gone with rank 0, which was alive.
+                // A store that has gone now has gone with its server, which was alive.
                 let Some(now) = absent(&store, "failed", rank, world) else { break };
                 missing = now;
             }
@@ -113,10 +119,9 @@ impl Reports {
             let doing = doing.collect();
             Some(Self { missing, doing })
         });
-        found.flatten().unwrap_or_else(|| Self {
-            missing: if rank == 0 { vec![] } else { vec![0] },
-            doing: vec![],
-        })
+        found
+            .flatten()
+            .unwrap_or_else(|| Self { missing: without_store(rank, server), doing: vec![] })
     }
 
     /// What all ranks were doing, if all are alive and it was not the same.
@@ -137,10 +142,20 @@ impl Reports {
 }
 
 /// Ranks that did not come to the point where they say that they have joined.
-pub(super) fn not_joined(store: &Arc<Store>, rank: usize, world: usize) -> Vec<usize> {
+pub(super) fn not_joined(
+    store: &Arc<Store>,
+    rank: usize,
+    world: usize,
+    server: Option<usize>,
+) -> Vec<usize> {
     let store = store.clone();
     let found = within(REPORTS, move || absent(&store, "joined", rank, world));
-    found.flatten().unwrap_or_else(|| if rank == 0 { vec![] } else { vec![0] })
+    found.flatten().unwrap_or_else(|| without_store(rank, server))
+}
+
+/// Who is missing where the store does not answer.
+pub(super) fn without_store(rank: usize, server: Option<usize>) -> Vec<usize> {
+    server.into_iter().filter(|server| *server != rank).collect()
 }
 
 fn absent(store: &Store, key: &str, rank: usize, world: usize) -> Option<Vec<usize>> {

@@ -71,7 +71,8 @@ impl ProcessGroupOptions {
     }
 
     /// Some ranks are Python programs with `torch.distributed`, which have no control group: then
-    /// [`control`](super::ProcessGroup::control) only gives errors, and collectives are not compared before they run.
+    /// [`control`](super::ProcessGroup::control) only gives errors, collectives are not compared before they run, and
+    /// errors do not name the ranks that did not answer.
     pub fn python_peers(mut self, on: bool) -> Self {
         self.python_peers = on;
         self

@@ -8,7 +8,7 @@ use tch::Tensor;
 use super::control_group::ControlGroup;
 use super::deadline::within;
 use super::environment::Environment;
-use super::failure::{Failure, FailureKind, Reports, classify, not_joined, words};
+use super::failure::{Failure, FailureKind, Reports, classify, not_joined, without_store, words};
 use super::frame;
 use super::{Backend, ProcessGroupOptions, ReduceOp};
 use crate::bridge::{DistException, Group, Store, StoreAddress};
@@ -41,6 +41,8 @@ struct Lines {
     store: Arc<Store>,
     /// One operation at a time.
     turn: Mutex<()>,
+    /// The rank that serves the store; `None` where torchrun does.
+    server: Option<usize>,
     /// Why the group is dead.
     failed: OnceLock<Failure>,
     check: bool,
@@ -104,13 +106,14 @@ impl ProcessGroup {
             return Ok(Self::alone(&environment));
         };
         check_timeouts(&options)?;
-        let Environment { rank, world_size, local_rank, .. } = environment;
-        let store = connect(&address, rank, world_size, &options)?;
-        let group = assemble(&store, rank, world_size, &options)?;
+        let Environment { rank, world_size, local_rank, server, .. } = environment;
+        let store = connect(&address, &environment, &options)?;
+        let group = assemble(&store, &environment, &options)?;
         let lines = Lines {
             group,
             store,
             turn: Mutex::new(()),
+            server,
             failed: OnceLock::new(),
             check: options.check && !options.python_peers,
             control: !options.python_peers,
@@ -261,7 +264,13 @@ impl Turn<'_> {
         };
         let Shared { rank, world_size, .. } = *self.shared;
         self.lines.group.hang_up();
-        let reports = Reports::gather(&self.lines.store, rank, world_size, self.op);
+        // Python's ranks do not report.
+        let reports = match self.lines.control {
+            true => {
+                Reports::gather(&self.lines.store, rank, world_size, self.lines.server, self.op)
+            }
+            false => Reports::default(),
+        };
         let message = words(&exception.text);
         let (kind, message) = match reports.out_of_step(rank, self.op) {
             Some(difference) => (FailureKind::Mismatch, format!("{difference} ({message})")),
@@ -340,14 +349,17 @@ fn milliseconds(duration: Duration) -> i64 {
 /// Connects to the store and says so in it.
 fn connect(
     address: &StoreAddress,
-    rank: usize,
-    world_size: usize,
+    environment: &Environment,
     options: &ProcessGroupOptions,
 ) -> Result<Arc<Store>> {
+    let Environment { rank, world_size, server, .. } = *environment;
     let timeout = options.timeout;
     let failed = |kind, message: String| {
-        let missing = if rank == 0 || kind != FailureKind::Timeout { vec![] } else { vec![0] };
-        let message = format!("{message} (store of rank 0 at {}:{})", address.host, address.port);
+        let missing = match kind {
+            FailureKind::Timeout => without_store(rank, server),
+            _ => vec![],
+        };
+        let message = format!("{message} (store at {}:{})", address.host, address.port);
         Failure { kind, rank, missing, message }.error(JOIN)
     };
     let to = address.clone();
@@ -372,10 +384,10 @@ fn connect(
 /// Waits for the others and connects to each.
 fn assemble(
     store: &Arc<Store>,
-    rank: usize,
-    world_size: usize,
+    environment: &Environment,
     options: &ProcessGroupOptions,
 ) -> Result<Group> {
+    let Environment { rank, world_size, server, .. } = *environment;
     let ProcessGroupOptions { timeout, control_timeout, backend, python_peers, .. } = *options;
     let control = (!python_peers).then(|| milliseconds(control_timeout.unwrap_or(timeout)));
     let with = store.clone();
@@ -392,7 +404,7 @@ fn assemble(
         },
         None => (FailureKind::Timeout, "no answer".into()),
     };
-    let missing = if python_peers { vec![] } else { not_joined(store, rank, world_size) };
+    let missing = if python_peers { vec![] } else { not_joined(store, rank, world_size, server) };
     Err(Failure { kind, rank, missing, message }.error(JOIN))
 }
 

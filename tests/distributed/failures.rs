@@ -14,8 +14,9 @@ use tch_ignite::supervised::Supervised;
 use crate::ranks::{Ended, Ranks, role};
 
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// Joining may wait for the store and then for the connections, and each survivor looks for the others for 2 seconds.
-const LATEST: Duration = Duration::from_secs(15);
+/// More than that is a hang. Joining may take 8 seconds for the store and 11 for the connections, each survivor looks for
+/// the others for 2 seconds, and the machine may be busy.
+const LATEST: Duration = Duration::from_secs(40);
 
 fn join() -> Result<ProcessGroup, Error> {
     tch::set_num_threads(1);
@@ -176,7 +177,7 @@ fn uneven_numbers_of_batches_are_an_error_that_says_so() {
     };
     let begin = Instant::now();
     let error = epoch().unwrap_err().downcast::<Error>().unwrap();
-    assert!(begin.elapsed() < TIMEOUT + Duration::from_secs(4));
+    assert!(begin.elapsed() < LATEST);
     let (kind, _, missing, message) = fields(error);
     assert_eq!((kind, missing), (FailureKind::Mismatch, vec![]), "{message}");
     let each = "rank 0 was in all_reduce_f64, rank 1 was in DistributedDataParallel::backward";
@@ -242,7 +243,7 @@ fn a_group_that_does_not_come_together_says_who_is_missing() {
         ("only 1", "1") => {
             let (kind, _, missing, message) = fields(join().unwrap_err());
             assert_eq!((kind, missing), (FailureKind::Timeout, vec![0]), "{message}");
-            assert!(message.contains("store of rank 0 at 127.0.0.1:9"), "{message}");
+            assert!(message.contains("store at 127.0.0.1:9"), "{message}");
         }
         ("interface", _) => {
             let text = join().unwrap_err().to_string();
