@@ -11,7 +11,7 @@ use super::folder::Folder;
 use super::stateful::IntoStateful;
 use super::writer::{Job, Writer};
 use super::{StateDict, Stateful};
-use crate::engine::{Engine, Event, Events, Handler, Priority, State};
+use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks, State};
 use crate::{Error, Result};
 
 /// Which values of a metric are better.
@@ -394,9 +394,16 @@ impl<B, O> Checkpoint<B, O> {
         Ok(Some(Chosen { saved: Saved { priority, name }, goes }))
     }
 
-    fn write<C>(&mut self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<()> {
+    fn write<C>(&mut self, cx: &C, engine: &Engine<'_, C, B, O>, due: bool) -> Result<()> {
+        // The main one of several processes decides.
+        let chosen = if due && engine.is_main() { self.choose(&engine.state)? } else { None };
+        if !engine.as_main("whether to write a checkpoint", chosen.is_some())? {
+            return Ok(());
+        }
+        let Some(Chosen { saved, goes }) = chosen else {
+            return self.contents(cx, engine).map(drop);
+        };
         let folder = self.folder()?;
-        let Some(Chosen { saved, goes }) = self.choose(&engine.state)? else { return Ok(()) };
         let (name, before) = (saved.name.clone(), self.saved.clone());
         let remove = goes.map(|index| self.saved.remove(index).name);
         let priority = saved.priority.as_f64();
@@ -418,7 +425,7 @@ impl<B, O> Checkpoint<B, O> {
     fn contents<C>(&self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<StateDict> {
         match &self.weights {
             Some(model) => model.state_dict(),
-            None => engine.checkpoint_within(cx, Some(self.state()?)),
+            None => engine.checkpoint_of_all(cx, Some(self.state()?)),
         }
     }
 
@@ -428,8 +435,16 @@ impl<B, O> Checkpoint<B, O> {
         if self.weights.is_some() {
             return Ok(());
         }
+        // After an error the other ranks are not to be counted on.
+        let state = match engine.exception() {
+            None => self.contents(cx, engine)?,
+            Some(_) if engine.is_main() => engine.checkpoint_within(cx, Some(self.state()?))?,
+            Some(_) => return Ok(()),
+        };
+        if !engine.is_main() {
+            return Ok(());
+        }
         let folder = self.folder()?;
-        let state = self.contents(cx, engine)?;
         let name = format!("{name}.{}", self.parts.ext);
         let latest = Some(LATEST.to_owned());
         let job = Job { folder, state, plain: false, name, latest, remove: vec![] };
@@ -476,6 +491,10 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         Priority::Last
     }
 
+    fn ranks(&self) -> Ranks {
+        Ranks::MainWithAll
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         self.state().map(Some)
     }
@@ -504,7 +523,7 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
         match event {
-            Event::Started => {
+            Event::Started if engine.is_main() => {
                 self.begin(engine.state.iteration == 0)?;
                 self.written.get_or_insert_with(Instant::now);
             }
@@ -514,11 +533,13 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
             Event::Interrupt if self.on_interrupt => self.write_named("interrupted", cx, engine)?,
             _ => {}
         }
-        let own = self.events.names(event);
-        let due = self.every.is_none_or(|time| self.written.is_none_or(|at| at.elapsed() >= time));
-        if own && due {
-            self.write(cx, engine)?;
-            self.written = Some(Instant::now());
+        if self.events.names(event) {
+            let since = self.written.map(|at| at.elapsed());
+            let due = self.every.is_none_or(|time| since.is_none_or(|since| since >= time));
+            self.write(cx, engine, due)?;
+            if due {
+                self.written = Some(Instant::now());
+            }
         }
         if ENDS.contains(&event) {
             self.writer.wait()?;

@@ -8,7 +8,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::event::BUILT_IN_EVENTS;
 use super::run::SavedPosition;
-use super::{Control, Engine, MetricValue};
+use super::together::RANKS;
+use super::{Control, Engine, MetricValue, Ranks};
 use crate::bridge::{generator_state, set_generator_state};
 use crate::checkpoint::{IntoStateful, StateDict, Stateful};
 use crate::{Error, Result};
@@ -38,7 +39,8 @@ const PARAM_HISTORY: &str = "param_history";
 const RNG: &str = "rng";
 const CONTEXT: &str = "context";
 const SETTINGS: &str = "settings";
-const RESERVED: [&str; 7] = [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, SETTINGS];
+const RESERVED: [&str; 8] =
+    [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, SETTINGS, RANKS];
 
 /// Additions cannot overflow.
 const MAX_COUNT: u64 = 1 << 53;
@@ -206,6 +208,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     fn restore_parts(&mut self, cx: &mut C, state: StateDict, report: &mut Report) -> Result<()> {
         let StateDict { mut parts, .. } = state;
         parts.remove(SETTINGS);
+        let ranks = parts.remove(RANKS);
         let mut part = |name: &str| parts.remove(name);
         for (name, tracked) in &mut self.tracked.parts {
             report.load(name, part(name), |state| tracked.load_state_dict(state))?;
@@ -220,9 +223,20 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if let Some(history) = part(PARAM_HISTORY) {
             report.load(PARAM_HISTORY, Some(history), |history| self.load_history(history))?;
         }
-        let random = part(RNG);
+        self.leave_metrics_to_main()?;
+        let (rank, random) = (self.rank(), part(RNG));
+        let random = match rank {
+            0 => random,
+            _ => ranks.and_then(|mut ranks| ranks.parts.remove(&rank.to_string())),
+        };
         let again = random.as_ref().map(StateDict::copy).transpose()?;
-        load_generators(random, report)?;
+        if rank > 0 && random.is_none() {
+            let text =
+                format!("no random numbers of rank {rank} were saved: they go on as they are");
+            report.ignored.push(text);
+        } else {
+            load_generators(random, report)?;
+        }
         let own = part(ENGINE);
         for name in parts.keys() {
             report.note(format!("the state has a part '{name}', which is not tracked here"))?;
@@ -271,7 +285,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn load_handlers(&mut self, mut states: StateDict, report: &mut Report) -> Result<()> {
+        let is_main = self.is_main();
         for (name, handler) in self.handlers.stateful_mut() {
+            if handler.ranks() != Ranks::All && !is_main {
+                states.parts.remove(&name);
+                continue;
+            }
             let what = format!("handler '{name}'");
             report.load(&what, states.parts.remove(&name), |state| handler.load_state(state))?;
         }
@@ -470,7 +489,7 @@ fn generator_devices() -> Vec<(String, Device)> {
     devices
 }
 
-fn generators() -> Result<StateDict> {
+pub(super) fn generators() -> Result<StateDict> {
     let mut states = StateDict::new();
     for (name, device) in generator_devices() {
         let state = generator_state(device)

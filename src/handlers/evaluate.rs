@@ -73,6 +73,7 @@ where
         // Always from the start, also after a run that was left early, and with no value of an
         // earlier run for what this one does not compute.
         self.evaluator.reset()?;
+        self.evaluator.follow(engine);
         for (metric, _) in self.evaluator.state.metrics.iter() {
             engine.state.metrics.remove(&format!("{}/{metric}", self.name));
         }

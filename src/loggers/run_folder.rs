@@ -13,7 +13,7 @@ use super::curve::Curve;
 use super::json_lines::scalar_of;
 use super::report::{self, Report};
 use super::{CsvLogger, Histogram, HyperParameter, Image, JsonLinesLogger, Logger, TensorBoard};
-use crate::engine::{Engine, Event, Events, Handler, Priority, State};
+use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks, State};
 use crate::handlers::files::write_whole;
 use crate::{Error, Result};
 
@@ -256,6 +256,10 @@ impl Logger for RunFolder {
 impl<C, B, O> Handler<C, B, O> for RunFolder {
     fn name(&self) -> String {
         format!("run folder {}", self.path.display())
+    }
+
+    fn ranks(&self) -> Ranks {
+        Ranks::Main
     }
 
     fn events(&self) -> Events {

@@ -1,13 +1,14 @@
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::{Metric, Usage};
+use super::{Accumulated, Metric, Reduce, Usage};
 use crate::engine::MetricValue;
+use tch::Tensor;
 
 /// How many samples (tokens, images, …) a second are worked through: ignite's `Frequency`, which
 /// rounds down to a whole number.
 ///
 /// Counted from the last reset, at each iteration of an epoch unless attached with another
-/// [`Usage`]. Of this process alone. Reads the clock; no host sync.
+/// [`Usage`]. Several processes: of all together. Reads the clock; no host sync.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -53,6 +54,32 @@ impl<O, F: Fn(&O) -> f64> Metric<O> for Frequency<F> {
             Some(seconds) => Ok((self.total / seconds).into()),
             None => anyhow::bail!("Frequency has no value before the first iteration"),
         }
+    }
+
+    fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
+        let Some(seconds) = self.seconds else { return Ok(vec![]) };
+        Ok(vec![
+            Accumulated::new("total", Tensor::from(self.total), Reduce::Sum),
+            Accumulated::new("seconds", Tensor::from(seconds), Reduce::Mean),
+        ])
+    }
+
+    fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
+        if state.is_empty() {
+            <Self as Metric<O>>::reset(self);
+            return Ok(());
+        }
+        let number =
+            |name| Accumulated::find(state, name)?.f_double_value(&[]).map_err(anyhow::Error::from);
+        let (total, seconds) = (number("total")?, number("seconds")?);
+        // In another process the time goes on from there; in this one it never stopped.
+        if self.seconds.is_none() {
+            let before = Duration::try_from_secs_f64(seconds)?;
+            self.since = self.since.checked_sub(before).unwrap_or(self.since);
+        }
+        self.total = total;
+        self.seconds = Some(seconds);
+        Ok(())
     }
 
     fn usage(&self) -> Usage {
