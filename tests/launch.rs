@@ -190,8 +190,11 @@ fn all_ranks_resume_one_checkpoint_also_with_another_number_of_them() {
     assert_eq!(checkpoints(folder.path()), 1);
     let resumed = outcomes(NAME, "12 dropout", 2, folder.path());
     for (resumed, straight) in resumed.iter().zip(&straight) {
-        assert_eq!(resumed[..ENDS], straight[..ENDS]);
-        assert_eq!(resumed[ENDS..], straight[ENDS + 14..]);
+        assert_eq!(resumed[..ENDS - 2], straight[..ENDS - 2]);
+        let losses = |values: &[f64]| values.iter().step_by(2).copied().collect::<Vec<_>>();
+        assert_eq!(losses(&resumed[ENDS..]), losses(&straight[ENDS + 14..]));
+        // Sums and averages of both ranks were joined in between.
+        close(&resumed[ENDS - 2..], &[&straight[ENDS - 2..ENDS], &straight[ENDS + 14..]].concat());
     }
 
     let straight = tempfile::tempdir().unwrap();
@@ -268,6 +271,8 @@ fn what_one_rank_asks_for_all_do_at_the_same_iteration() {
                 "signal" if second => {
                     let id = std::process::id().to_string();
                     assert!(Command::new("kill").args(["-TERM", &id]).status()?.success());
+                    // Another thread may take it.
+                    std::thread::sleep(Duration::from_millis(200));
                 }
                 _ => {}
             }
