@@ -12,7 +12,8 @@ Sets up libtorch (.libtorch/) and MNIST (data/mnist/) where they are missing, th
 the format check, clippy, all tests, the documentation build and the examples in smoke
 mode. Stops at the first failure.
 
-environment: OMP_NUM_THREADS (default 1), MNIST_DIR and what scripts/setup-libtorch.sh
+environment: OMP_NUM_THREADS (default 1), MNIST_DIR, TORCH_PYTHON (a Python with torch, for
+the tests with processes in Python), and what scripts/setup-libtorch.sh
 and scripts/fetch-mnist.sh name in their --help.
 EOF
 }
@@ -31,6 +32,7 @@ cargo clippy --version >/dev/null 2>&1 || die "no clippy found. Install it (rust
 # The tests are many small networks side by side: more threads each would only spin.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+features=(--features distributed)
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
@@ -41,30 +43,31 @@ say "set-up"
 scripts/setup-libtorch.sh
 scripts/fetch-mnist.sh
 
+# Everything that follows with the feature `distributed`, so that there is one build; without it only this check.
 say "library without default features"
 cargo check --release --no-default-features --lib
 
 say "clippy"
-cargo clippy --release --all-targets -- -D warnings
+cargo clippy --release --all-targets "${features[@]}" -- -D warnings
 
 say "documentation"
-RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
+RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps "${features[@]}"
 
 say "tests"
-cargo test --release
+cargo test --release "${features[@]}"
 
 say "MNIST example in smoke mode"
-cargo run --release --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out"
+cargo run --release "${features[@]}" --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out"
 
 say "a run that is killed, resumed and compared"
-cargo run --release --example resume -- --smoke --out "$out/resume"
+cargo run --release "${features[@]}" --example resume -- --smoke --out "$out/resume"
 
 say "schedules of a file, previewed and trained with"
-cargo run --release --example preview -- examples/schedules/mnist.toml --epoch-length 16 --epochs 2 --out "$out/preview.svg"
-cargo run --release --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out" --schedule examples/schedules/mnist.toml
+cargo run --release "${features[@]}" --example preview -- examples/schedules/mnist.toml --epoch-length 16 --epochs 2 --out "$out/preview.svg"
+cargo run --release "${features[@]}" --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out" --schedule examples/schedules/mnist.toml
 
 say "fine-tuning and GAN examples in smoke mode"
-cargo run --release --example finetune -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/finetune"
-cargo run --release --example gan -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/gan"
+cargo run --release "${features[@]}" --example finetune -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/finetune"
+cargo run --release "${features[@]}" --example gan -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/gan"
 
 say "all checks passed"

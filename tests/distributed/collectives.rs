@@ -47,8 +47,8 @@ fn collectives_of_tensors() {
     let base = Tensor::full([2, 3], rank, (Kind::Float, Device::Cpu));
     let parameter = Tensor::full([2], rank, (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let empty = Tensor::zeros([0], (Kind::Float, Device::Cpu));
-    let mut list = [f(Kind::Float), f(Kind::Int64), base.transpose(0, 1), parameter, empty];
-    pg.all_reduce(&mut list, ReduceOp::Sum).unwrap();
+    let list = [f(Kind::Float), f(Kind::Int64), base.transpose(0, 1), parameter, empty];
+    pg.all_reduce(&list, ReduceOp::Sum).unwrap();
     for tensor in &list {
         assert!(values(tensor).iter().all(|value| *value == sum), "{tensor:?}");
     }

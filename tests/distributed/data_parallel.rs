@@ -116,7 +116,7 @@ fn train(pg: &ProcessGroup, case: Case) -> Tensor {
     }
     let averages = ema.averages();
     let mut averages: Vec<_> = averages.iter().map(|(name, t)| (name, t.reshape([-1]))).collect();
-    averages.sort_by(|(a, _), (b, _)| a.cmp(b));
+    averages.sort_by_key(|(name, _)| *name);
     let averages: Vec<_> = averages.into_iter().map(|(_, tensor)| tensor).collect();
     Tensor::cat(&[flat(&vs), Tensor::cat(&averages, 0)], 0)
 }

@@ -14,8 +14,9 @@ use tch_ignite::supervised::Supervised;
 use crate::ranks::{Ended, Ranks, role};
 
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// Joining may wait for the store and then for the connections, and each survivor looks for the others for 2 seconds.
-const LATEST: Duration = Duration::from_secs(15);
+/// More than that is a hang. Joining may take 8 seconds for the store and 11 for the connections, each survivor looks for
+/// the others for 2 seconds, and the machine may be busy.
+const LATEST: Duration = Duration::from_secs(40);
 
 fn join() -> Result<ProcessGroup, Error> {
     tch::set_num_threads(1);
