@@ -147,7 +147,7 @@ struct Place {
 fn data(args: &Args, place: Place) -> Result<(Loader, Loader)> {
     let Place { rank, ranks } = place;
     ensure!(
-        args.batch_size % ranks == 0,
+        args.batch_size.is_multiple_of(ranks),
         "a batch of {} pictures cannot be divided among {ranks} ranks: choose another --batch-size",
         args.batch_size
     );

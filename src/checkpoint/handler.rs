@@ -435,12 +435,7 @@ impl<B, O> Checkpoint<B, O> {
         if self.weights.is_some() {
             return Ok(());
         }
-        // After an error the other ranks are not to be counted on.
-        let state = match engine.exception() {
-            None => self.contents(cx, engine)?,
-            Some(_) if engine.is_main() => engine.checkpoint_within(cx, Some(self.state()?))?,
-            Some(_) => return Ok(()),
-        };
+        let state = self.contents(cx, engine)?;
         if !engine.is_main() {
             return Ok(());
         }

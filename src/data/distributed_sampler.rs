@@ -128,7 +128,7 @@ impl Sampler for DistributedSampler {
 mod tests {
     use super::*;
 
-    /// What torch 2.13's `DistributedSampler(range(len), world, rank, shuffle=False, drop_last=…)` gives.
+    /// By hand, by the rule of torch's `DistributedSampler(shuffle=False)`: pad with the beginning, or cut, then every n-th.
     #[test]
     fn the_shares_are_torchs() -> anyhow::Result<()> {
         let shares = |len, world, drop_last| -> anyhow::Result<Vec<Vec<usize>>> {

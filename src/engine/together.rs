@@ -274,16 +274,21 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.metrics.iter().filter_map(|metric| metric.upgrade()).collect()
     }
 
+    /// The others, if they can be counted on: not after an error.
+    fn others(&self) -> Option<&Together> {
+        self.together.as_ref().filter(|_| self.exception.is_none())
+    }
+
     /// What the main process decides, on all; without a group what this one does.
     pub(crate) fn as_main(&self, what: &str, yes: bool) -> Result<bool> {
-        let Some(together) = &self.together else { return Ok(yes) };
+        let Some(together) = self.others() else { return Ok(yes) };
         let all = together.exchange(&self.occasion(what), &[u8::from(yes)])?;
         Ok(all.first().is_some_and(|main| main == &[1]))
     }
 
     /// The state with what is needed of all ranks, which all call this. Only that of the main one is whole.
     pub(crate) fn checkpoint_of_all(&self, cx: &C, caller: Option<StateDict>) -> Result<StateDict> {
-        let Some(together) = &self.together else { return self.checkpoint_within(cx, caller) };
+        let Some(together) = self.others() else { return self.checkpoint_within(cx, caller) };
         let state_error = |error: anyhow::Error| Error::State(format!("{error:#}"));
         let metrics = self.living_metrics();
         let mut own = vec![random_numbers()?];
