@@ -1,7 +1,8 @@
 //! Trains a small network on MNIST: two parameter groups, each with a schedule of its learning rate
 //! on every iteration. Leaves a history as CSV and as a picture.
 //!
-//! `scripts/mnist.sh` fetches what is needed and runs it; `--help` lists the options.
+//! `scripts/mnist.sh` fetches what is needed and runs it; `--help` lists the options. With the feature `distributed` it
+//! trains on several processes: `--ranks 2`, or started by torchrun or Slurm.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,7 +12,11 @@ use clap::{Parser, ValueEnum};
 use tch::nn::{self, ModuleT, OptimizerConfig, VarStore};
 use tch::{Cuda, Device, Tensor};
 use tch_ignite::checkpoint::Checkpoint;
-use tch_ignite::data::Loader;
+use tch_ignite::data::{DistributedSampler, Loader};
+#[cfg(feature = "distributed")]
+use tch_ignite::distributed::{
+    DdpOptions, DistributedDataParallel, ProcessGroup, ProcessGroupOptions, launch,
+};
 use tch_ignite::engine::{Event, Stop, Until};
 use tch_ignite::handlers::{Evaluate, History, InterruptOn, ProgressBar};
 use tch_ignite::metrics::{Accuracy, RunningAverage};
@@ -34,7 +39,10 @@ struct Args {
     /// Passes over the training set
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..))]
     epochs: u64,
-    /// Pictures in a batch
+    /// Processes on this machine that train together [needs the feature distributed]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    ranks: u16,
+    /// Pictures in a batch, over all ranks
     #[arg(long, value_name = "N", default_value_t = 64)]
     batch_size: usize,
     /// What updates the parameters
@@ -128,8 +136,21 @@ fn optimizer(args: &Args, vs: &VarStore) -> Result<Optimizer> {
     }
 }
 
-/// Loaders of the training and test set, on the device, normalised as the training set needs it.
-fn data(args: &Args) -> Result<(Loader, Loader)> {
+/// Which of the processes that train together this is.
+#[derive(Clone, Copy)]
+struct Place {
+    rank: usize,
+    ranks: usize,
+}
+
+/// Loaders of this rank's share of the training and test set, on the device, normalised as the training set needs it.
+fn data(args: &Args, place: Place) -> Result<(Loader, Loader)> {
+    let Place { rank, ranks } = place;
+    ensure!(
+        args.batch_size.is_multiple_of(ranks),
+        "a batch of {} pictures cannot be divided among {ranks} ranks: choose another --batch-size",
+        args.batch_size
+    );
     let set = tch::vision::mnist::load_dir(&args.data).with_context(|| {
         format!("no MNIST in {} (run scripts/fetch-mnist.sh to get it)", args.data.display())
     })?;
@@ -140,12 +161,26 @@ fn data(args: &Args) -> Result<(Loader, Loader)> {
         let labels = labels.f_narrow(0, 0, count)?.to_device(args.device);
         anyhow::Ok(Loader::new(&images.to_device(args.device), &labels, batch_size)?)
     };
-    let train = loader(&set.train_images, &set.train_labels, args.batch_size, 1024)?;
+    let train = loader(&set.train_images, &set.train_labels, args.batch_size / ranks, 1024)?;
     let test = loader(&set.test_images, &set.test_labels, 500, 500)?;
-    Ok((train.shuffle(args.seed.into()), test))
+    let share = |loader: &Loader| DistributedSampler::new(loader.samples() as usize, rank, ranks);
+    let (padded, whole) = (share(&train)?.shuffle(args.seed.into()), share(&test)?.uneven(true)?);
+    Ok((train.sampler(padded), test.sampler(whole)))
 }
 
 fn train(mut args: Args) -> Result<()> {
+    #[cfg(feature = "distributed")]
+    let pg = ProcessGroup::from_env_or_single(
+        ProcessGroupOptions::new().timeout(std::time::Duration::from_secs(300)),
+    )?;
+    #[cfg(feature = "distributed")]
+    let place = Place { rank: pg.rank(), ranks: pg.world_size() };
+    #[cfg(not(feature = "distributed"))]
+    let place = Place { rank: 0, ranks: 1 };
+    #[cfg(feature = "distributed")]
+    if place.ranks > 1 && args.device == Device::Cuda(0) {
+        args.device = Device::Cuda(pg.local_rank());
+    }
     if args.smoke {
         args.epochs = args.epochs.min(2);
     }
@@ -153,17 +188,27 @@ fn train(mut args: Args) -> Result<()> {
         .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
     tch::set_num_threads(args.threads);
     tch::manual_seed(args.seed.into());
-    let (train_loader, test_loader) = data(&args)?;
+    let (train_loader, test_loader) = data(&args, place)?;
     let vs = VarStore::new(args.device);
     let net = network(&vs);
     let optimizer = optimizer(&args, &vs)?;
     let (base, fc) = (optimizer.group("base")?.knob("lr")?, optimizer.group("fc")?.knob("lr")?);
     let cross_entropy = |y_pred: &Tensor, y: &Tensor| y_pred.cross_entropy_for_logits(y);
     let mut model = Supervised::new(net, optimizer.clone(), cross_entropy);
+    if place.ranks > 1 {
+        // The same weights on all ranks, another dropout on each.
+        tch::manual_seed(i64::from(args.seed) + place.rank as i64);
+    }
+    #[cfg(feature = "distributed")]
+    {
+        model = model.data_parallel(DistributedDataParallel::new(&pg, &vs, DdpOptions::new())?);
+    }
 
     let mut evaluator = create_supervised_evaluator();
     evaluator.metric("accuracy", Accuracy::of(Prediction::parts));
     let mut trainer = create_supervised_trainer();
+    #[cfg(feature = "distributed")]
+    trainer.distributed(&pg);
     trainer.metric("loss", RunningAverage::new().alpha(0.9));
 
     if let Some(file) = &args.schedule {
@@ -199,7 +244,7 @@ fn train(mut args: Args) -> Result<()> {
         .attach(bar.clone())
         .attach(Evaluate::each_epoch("val", evaluator, &test_loader))
         .attach(history.clone())
-        .on(Event::EpochCompleted, move |_, engine| {
+        .on_main(Event::EpochCompleted, move |_, engine| {
             let accuracy = 100. * engine.state.metrics.get("val/accuracy")?;
             bar.suspend(|| println!("epoch {}: test accuracy {accuracy:.2} %", engine.state.epoch));
             Ok(())
@@ -209,13 +254,18 @@ fn train(mut args: Args) -> Result<()> {
         .attach(Checkpoint::new(args.out.join("checkpoints")))
         .track("model", &vs)
         .track("optimizer", &optimizer);
+    let is_main = trainer.is_main();
     if args.resume {
         match trainer.resume(&mut model, args.out.join("checkpoints"))? {
+            _ if !is_main => {}
             Some(resumed) => println!("{resumed}"),
             None => println!("no checkpoint to resume: starting anew"),
         }
     }
     let summary = trainer.run(&mut model, &train_loader, Until::epochs(args.epochs))?;
+    if !is_main {
+        return Ok(());
+    }
     if let Stop::Signal(_) = summary.stop {
         println!("{summary}; go on with --resume");
         return Ok(());
@@ -235,10 +285,26 @@ fn train(mut args: Args) -> Result<()> {
     Ok(())
 }
 
+/// Trains, in this process or in several that it starts.
+fn start(args: Args) -> Result<ExitCode> {
+    if args.ranks > 1 {
+        #[cfg(feature = "distributed")]
+        if let Some(ended) = launch::spawn(args.ranks.into())? {
+            return Ok(ended.exit_code());
+        }
+        #[cfg(not(feature = "distributed"))]
+        anyhow::bail!("--ranks needs the feature distributed: cargo run --features distributed …");
+    }
+    train(args)?;
+    Ok(ExitCode::SUCCESS)
+}
+
 fn main() -> ExitCode {
     let result = match Args::try_parse() {
-        Ok(args) => train(args),
-        Err(help) if !help.use_stderr() => help.print().map_err(Into::into),
+        Ok(args) => start(args),
+        Err(help) if !help.use_stderr() => {
+            help.print().map(|()| ExitCode::SUCCESS).map_err(Into::into)
+        }
         Err(error) => {
             // Its first paragraph, on one line.
             let text = error.to_string();
@@ -247,7 +313,7 @@ fn main() -> ExitCode {
         }
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

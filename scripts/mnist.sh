@@ -12,6 +12,8 @@ examples/mnist.rs in release mode and runs it with the given options. Paths amon
 are relative to the repository. For the list of options, after the first run:
   cargo run --release --example mnist -- --help
 
+--ranks N trains on N processes of this machine.
+
 environment: MNIST_DIR and what scripts/setup-libtorch.sh and scripts/fetch-mnist.sh
 name in their --help.
 EOF
@@ -23,4 +25,6 @@ command -v cargo >/dev/null 2>&1 || die "no cargo found. Install Rust 1.89 or ne
 
 scripts/setup-libtorch.sh
 scripts/fetch-mnist.sh
-exec cargo run --release --quiet --example mnist -- --data "${MNIST_DIR:-data/mnist}" "$@"
+features=()
+case " $* " in *" --ranks"*) features=(--features distributed) ;; esac
+exec cargo run --release --quiet ${features[@]+"${features[@]}"} --example mnist -- --data "${MNIST_DIR:-data/mnist}" "$@"

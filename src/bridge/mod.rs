@@ -14,6 +14,8 @@ mod generator;
 mod gradients;
 mod memory;
 mod normalize;
+#[cfg(all(feature = "distributed", unix))]
+mod process;
 #[cfg(feature = "distributed")]
 mod reducer;
 mod serial;
@@ -35,6 +37,8 @@ pub(crate) use fused::Mode;
 pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use memory::{bytes, bytes_mut};
 pub(crate) use normalize::{Rows, normalize_rows};
+#[cfg(all(feature = "distributed", unix))]
+pub(crate) use process::send_signal;
 #[cfg(feature = "distributed")]
 pub(crate) use reducer::{Reducer, ReducerOptions};
 pub(crate) use serial::Serial;

@@ -13,7 +13,7 @@ use super::format::{Contents, Stamp};
 use super::stateful::IntoStateful;
 use super::writer::{Job, Writer};
 use super::{StateDict, Stateful};
-use crate::engine::{Engine, Event, Events, Handler, Priority, State};
+use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks, State};
 use crate::{Error, Result};
 
 /// Which values of a metric are better.
@@ -470,10 +470,14 @@ impl<B, O> Checkpoint<B, O> {
         Ok(())
     }
 
-    /// Whether something was worth it.
-    fn write<C>(&mut self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<bool> {
+    /// Whether something was worth it. The main one of several processes decides, and writes.
+    fn write<C>(&mut self, cx: &C, engine: &Engine<'_, C, B, O>, due: bool) -> Result<bool> {
+        let chosen = if due && engine.is_main() { self.choose(&engine.state)? } else { None };
+        if !engine.as_main("whether to write a checkpoint", chosen.is_some())? {
+            return Ok(false);
+        }
+        let Some(new) = chosen else { return self.contents(cx, engine).map(|_| true) };
         let folder = self.folder()?;
-        let Some(new) = self.choose(&engine.state)? else { return Ok(false) };
         let run = *self.run.get_or_insert_with(|| folder.time());
         let (name, score) = (new.name.clone(), new.priority.saved());
         let kept = Kept { run, of: self.identity(), name, score };
@@ -497,7 +501,7 @@ impl<B, O> Checkpoint<B, O> {
     fn contents<C>(&self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<StateDict> {
         match &self.weights {
             Some(model) => model.state_dict(),
-            None => engine.checkpoint_within(cx, Some(self.state()?)),
+            None => engine.checkpoint_of_all(cx, Some(self.state()?)),
         }
     }
 
@@ -509,8 +513,11 @@ impl<B, O> Checkpoint<B, O> {
         }
         // What went wrong in the background is told after this one is safe.
         let before = self.writer.wait();
-        let folder = self.folder()?;
         let state = self.contents(cx, engine)?;
+        if !engine.is_main() {
+            return Ok(());
+        }
+        let folder = self.folder()?;
         let name = format!("{name}.{}", self.parts.ext);
         let stamp = Stamp { written: folder.time(), kept: None };
         let job = Job { folder, state, plain: false, name, stamp, remove: vec![] };
@@ -551,6 +558,10 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         Priority::Last
     }
 
+    fn ranks(&self) -> Ranks {
+        Ranks::MainWithAll
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         self.state().map(Some)
     }
@@ -579,7 +590,7 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
         match event {
-            Event::Started => {
+            Event::Started if engine.is_main() => {
                 // An engine within another starts again and again.
                 let goes_on = engine.is_nested() && self.run.is_some();
                 self.begin(engine.state.iteration == 0 && !goes_on)?;
@@ -591,10 +602,12 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
             Event::Interrupt if self.on_interrupt => self.write_named("interrupted", cx, engine)?,
             _ => {}
         }
-        let own = self.events.names(event);
-        let due = self.every.is_none_or(|time| self.written.is_none_or(|at| at.elapsed() >= time));
-        if own && due && self.write(cx, engine)? {
-            self.written = Some(Instant::now());
+        if self.events.names(event) {
+            let since = self.written.map(|at| at.elapsed());
+            let due = self.every.is_none_or(|time| since.is_none_or(|since| since >= time));
+            if self.write(cx, engine, due)? {
+                self.written = Some(Instant::now());
+            }
         }
         if ENDS.contains(&event)
             && let Err(error) = self.writer.wait()

@@ -54,6 +54,14 @@ impl ControlGroup {
         }
     }
 
+    /// The bytes of all ranks, which all name the same occasion.
+    pub(crate) fn exchange(&self, occasion: &str, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        match self.pg.turn(occasion)? {
+            Some(turn) => turn.exchange(occasion, bytes),
+            None => Ok(vec![bytes.to_vec()]),
+        }
+    }
+
     /// The bytes of rank `root`; those of other ranks are not looked at.
     pub fn broadcast_bytes(&self, bytes: &[u8], root: usize) -> Result<Vec<u8>> {
         self.pg.check_rank(root)?;

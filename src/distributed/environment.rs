@@ -2,7 +2,7 @@ use crate::bridge::StoreAddress;
 use crate::{Error, Result};
 
 /// The listening socket of rank 0's store, as a number of a file descriptor that the process inherited.
-const LISTEN_FD: &str = "TCH_IGNITE_LISTEN_FD";
+pub(super) const LISTEN_FD: &str = "TCH_IGNITE_LISTEN_FD";
 
 /// The place of this process among the others, from what its launcher set.
 #[derive(Debug, Clone)]
@@ -116,6 +116,13 @@ impl Environment {
         let server = (!agent).then_some(0);
         Ok(Some(Self { rank, world_size, local_rank, store: Some(store), server }))
     }
+}
+
+/// The number of processes, if a launcher started this one.
+#[cfg(unix)]
+pub(super) fn world_size() -> Result<Option<usize>> {
+    let found = Environment::read(|name| std::env::var(name).ok())?;
+    Ok(found.map(|environment| environment.world_size))
 }
 
 fn number(name: &str, value: Option<String>) -> Result<Option<usize>> {

@@ -39,6 +39,8 @@ mod deadline;
 mod environment;
 mod failure;
 mod frame;
+#[cfg(unix)]
+pub mod launch;
 mod options;
 mod outputs;
 mod process_group;

@@ -3,7 +3,7 @@ use std::collections::HashSet;
 use std::rc::Rc;
 
 use super::event::{BUILT_IN, FilteredEvent};
-use super::{Engine, Event, Events};
+use super::{Engine, Event, Events, Ranks};
 use crate::checkpoint::StateDict;
 use crate::{Error, Result};
 
@@ -24,6 +24,11 @@ pub trait Handler<C, B, O> {
     /// Its place among the handlers of an event; those of one place are called as they were attached.
     fn priority(&self) -> Priority {
         Priority::Normal
+    }
+
+    /// Which processes call it, where there are several.
+    fn ranks(&self) -> Ranks {
+        Ranks::All
     }
 
     /// What it needs to go on in another process; `None` where that is nothing.
@@ -76,6 +81,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
 
     fn priority(&self) -> Priority {
         self.try_borrow().map_or(Priority::Normal, |h| h.priority())
+    }
+
+    fn ranks(&self) -> Ranks {
+        self.try_borrow().map_or(Ranks::All, |h| h.ranks())
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

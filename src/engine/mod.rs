@@ -8,9 +8,12 @@ mod run;
 mod saved;
 mod state;
 mod summary;
+mod together;
 mod until;
 
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
+use std::rc::{Rc, Weak};
 use std::time::Instant;
 
 use serde_json::{Map, Value};
@@ -22,16 +25,18 @@ pub(crate) use saved::HANDLERS;
 pub use saved::Restored;
 pub use state::{MetricValue, Metrics, State};
 pub use summary::{Stop, Summary};
+pub use together::Ranks;
 pub use until::Until;
 
 use crate::checkpoint::StateDict;
 use crate::data::{IntoSource, Source};
 use crate::error::Panicked;
-use crate::metrics::{Metric, MetricHandler, Usage};
+use crate::metrics::{Joins, Metric, MetricHandler, Usage};
 use crate::{Error, Result};
 use handler::{Callable, EventIndex, Handlers, Taken};
 use run::Position;
 use saved::Tracked;
+use together::Together;
 
 /// An engine whose step updates parameters. The same type as [`Evaluator`]; names to read.
 pub type Trainer<'a, C, B = crate::data::Batch, O = tch::Tensor> = Engine<'a, C, B, O>;
@@ -124,6 +129,11 @@ pub struct Engine<'a, C, B, O> {
     /// Random numbers of a restored state, for the next run.
     random: Option<StateDict>,
     profile: Option<Profile>,
+    together: Option<Together>,
+    /// How often the ranks meet, in iterations.
+    agree_every: u64,
+    /// Those that are attached.
+    metrics: Vec<Weak<RefCell<dyn Joins<O> + 'a>>>,
 }
 
 /// What handlers asked for.
@@ -158,6 +168,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             tracked: Tracked::default(),
             random: None,
             profile: None,
+            together: None,
+            agree_every: together::PERIOD,
+            metrics: vec![],
         }
     }
 
@@ -217,7 +230,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         metric: impl Metric<O> + 'a,
         usage: Usage,
     ) -> &mut Self {
-        self.attach(MetricHandler::new(name.into(), metric, usage))
+        let metric = Rc::new(RefCell::new(MetricHandler::new(name.into(), metric, usage)));
+        let joins: Rc<RefCell<dyn Joins<O> + 'a>> = metric.clone();
+        self.metrics.push(Rc::downgrade(&joins));
+        self.attach(metric)
     }
 
     fn refuse(&mut self, added: Result<HandlerId>) -> &mut Self {
@@ -331,6 +347,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let begun = self.clock();
         let result = guarded(|| match &mut taken.callable {
             Callable::Closure(closure) => closure(cx, self),
+            Callable::Object(handler) if handler.ranks() == Ranks::Main && !self.is_main() => {
+                Ok(())
+            }
             Callable::Object(handler) => handler.call(event, cx, self),
         });
         if let (Some(profile), Some(begun)) = (&self.profile, begun) {

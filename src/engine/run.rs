@@ -98,6 +98,8 @@ pub(super) struct Position {
     exhausted: bool,
     /// The run ends before its budget in epochs is used up.
     left_early: bool,
+    /// Some rank has reached a limit of samples or time.
+    pub(super) limit: bool,
     /// COMPLETED is being fired.
     completing: bool,
     /// Why it is being interrupted, if for that.
@@ -127,6 +129,7 @@ impl Default for Position {
             restarted: false,
             exhausted: false,
             left_early: false,
+            limit: false,
             completing: false,
             signal: None,
             event: Event::Started,
@@ -158,6 +161,10 @@ impl Position {
             exhausted: self.exhausted,
             left_early: self.left_early,
         }
+    }
+
+    pub(super) fn is_at_start(&self) -> bool {
+        self.phase == Phase::Started
     }
 
     /// Whether an epoch is under way.
@@ -366,6 +373,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         position.budgeted = max_epochs.is_some() || max_iters.is_some();
         position.exhausted = false;
+        position.limit = false;
         position.signal = None;
         position.warnings.clear();
         if left == Left::Restored {
@@ -445,6 +453,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn drive(&mut self, cx: &mut C) -> Result<Stop> {
+        self.agree_on_start()?;
         let fetches = self.data.as_ref().is_none_or(|data| data.fetches());
         if self.position.entry == Some(Entry::Kept) {
             self.enter()?;
@@ -590,7 +599,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 }
             };
             self.position.event = event;
+            self.join_metrics(event)?;
             self.fire(event, cx)?;
+            if !self.agree(event)? {
+                // What else is asked for waits until the ranks meet.
+                if std::mem::take(&mut self.control.skip_batch) {
+                    self.pass_over_batch(event)?;
+                }
+                continue;
+            }
             if self.control.any && self.obey(event, cx)? {
                 self.position.left = Left::Suspended;
                 let signal = self.position.signal.take();
@@ -747,6 +764,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn limit_reached(&self) -> bool {
+        // Clocks differ: ranks go by what they agreed on.
+        if self.joins_metrics() { self.position.limit } else { self.limit_reached_here() }
+    }
+
+    pub(super) fn limit_reached_here(&self) -> bool {
         self.position.until.max_samples.is_some_and(|max| self.state.samples >= max)
             || self.position.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }

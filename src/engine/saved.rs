@@ -9,7 +9,8 @@ use tch::{Device, Kind, Tensor};
 use super::event::BUILT_IN_EVENTS;
 use super::handler::Named;
 use super::run::SavedPosition;
-use super::{Control, Engine, MetricValue};
+use super::together::RANKS;
+use super::{Control, Engine, MetricValue, Ranks};
 use crate::bridge::{generator_state, set_generator_state};
 use crate::checkpoint::{IntoStateful, Saveable, StateDict, Stateful};
 use crate::{Error, Result};
@@ -46,8 +47,8 @@ const RNG: &str = "rng";
 const CONTEXT: &str = "context";
 const SETTINGS: &str = "settings";
 const OUTPUT: &str = "output";
-const RESERVED: [&str; 8] =
-    [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, OUTPUT, SETTINGS];
+const RESERVED: [&str; 9] =
+    [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, OUTPUT, SETTINGS, RANKS];
 
 /// Additions cannot overflow.
 const MAX_COUNT: u64 = 1 << 53;
@@ -232,6 +233,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     fn restore_parts(&mut self, cx: &mut C, state: StateDict, report: &mut Report) -> Result<()> {
         let StateDict { mut parts, .. } = state;
         parts.remove(SETTINGS);
+        let ranks = parts.remove(RANKS);
         let mut part = |name: &str| parts.remove(name);
         for (name, tracked) in &mut self.tracked.parts {
             report.load(name, part(name), |state| tracked.load_state_dict(state))?;
@@ -253,9 +255,20 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if let Some(history) = part(PARAM_HISTORY) {
             report.load(PARAM_HISTORY, Some(history), |history| self.load_history(history))?;
         }
-        let random = part(RNG);
+        self.leave_metrics_to_main()?;
+        let (rank, random) = (self.rank(), part(RNG));
+        let random = match rank {
+            0 => random,
+            _ => ranks.and_then(|mut ranks| ranks.parts.remove(&rank.to_string())),
+        };
         let again = random.as_ref().map(StateDict::copy).transpose()?;
-        load_generators(random, report)?;
+        if rank > 0 && random.is_none() {
+            let text =
+                format!("no random numbers of rank {rank} were saved: they go on as they are");
+            report.ignored.push(text);
+        } else {
+            load_generators(random, report)?;
+        }
         let own = part(ENGINE);
         for name in parts.keys() {
             report.note(format!("the state has a part '{name}', which is not tracked here"))?;
@@ -342,8 +355,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn load_handlers(&mut self, mut states: StateDict, report: &mut Report) -> Result<()> {
+        let is_main = self.is_main();
         for (name, handler) in self.handlers.objects_mut() {
             let saved = states.parts.remove(&name);
+            if handler.ranks() != Ranks::All && !is_main {
+                continue;
+            }
             // Asked now, because it may have none at times.
             if saved.is_some() || handler.save_state()?.is_some() {
                 report
@@ -560,7 +577,7 @@ fn generator_devices() -> Vec<(String, Device)> {
     devices
 }
 
-fn generators() -> Result<StateDict> {
+pub(super) fn generators() -> Result<StateDict> {
     let mut states = StateDict::new();
     for (name, device) in generator_devices() {
         let state = generator_state(device)

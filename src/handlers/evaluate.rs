@@ -81,6 +81,7 @@ where
         // Always from the start, also after a run that was left early, and with no value of an
         // earlier run for what this one does not compute.
         self.evaluator.reset()?;
+        self.evaluator.follow(engine);
         for name in self.left.drain(..) {
             engine.state.metrics.remove(&name);
         }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressDrawTarget, ProgressStyle};
 
-use crate::engine::{Engine, Event, Events, Handler, State};
+use crate::engine::{Engine, Event, Events, Handler, Ranks, State};
 use crate::optim::Knob;
 
 /// How often the bar is drawn.
@@ -321,6 +321,10 @@ impl ProgressBar {
 impl<C, B, O> Handler<C, B, O> for ProgressBar {
     fn name(&self) -> String {
         "progress bar".into()
+    }
+
+    fn ranks(&self) -> Ranks {
+        Ranks::Main
     }
 
     fn events(&self) -> Events {

@@ -1,5 +1,5 @@
 use super::{Logger, step_at, tagged};
-use crate::engine::{Engine, Event, Events, Handler, Priority};
+use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks};
 use crate::optim::Optimizer;
 
 /// Logs a hyper-parameter of each group, as `tag/lr/group_0`: ignite's `OptimizerParamsHandler`.
@@ -68,6 +68,10 @@ impl OptimizerParamsHandler {
 impl<C, B, O> Handler<C, B, O> for OptimizerParamsHandler {
     fn name(&self) -> String {
         format!("logger of {}", self.param)
+    }
+
+    fn ranks(&self) -> Ranks {
+        Ranks::Main
     }
 
     fn events(&self) -> Events {

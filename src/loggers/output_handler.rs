@@ -1,5 +1,5 @@
 use super::{Logger, each_epoch, step_at, tagged};
-use crate::engine::{Engine, Event, Events, Handler, MetricValue, Priority, State};
+use crate::engine::{Engine, Event, Events, Handler, MetricValue, Priority, Ranks, State};
 use crate::optim::Knob;
 
 /// Logs metrics, parts of the output and knobs, as `tag/name`: ignite's `OutputHandler`.
@@ -119,6 +119,10 @@ impl<B, O> OutputHandler<B, O> {
 impl<C, B, O> Handler<C, B, O> for OutputHandler<B, O> {
     fn name(&self) -> String {
         format!("logger of {}", if self.tag.is_empty() { "outputs" } else { &self.tag })
+    }
+
+    fn ranks(&self) -> Ranks {
+        Ranks::Main
     }
 
     fn events(&self) -> Events {

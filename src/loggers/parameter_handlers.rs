@@ -5,7 +5,7 @@ use tch::nn::VarStore;
 use tch::{Device, Tensor};
 
 use super::{Histogram, Logger, step_at, tagged};
-use crate::engine::{Engine, Event, Events, Handler, Priority};
+use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks};
 use crate::handlers::parameters::Parameters;
 
 macro_rules! handler {
@@ -44,6 +44,10 @@ macro_rules! handler {
         impl<C, B, O> Handler<C, B, O> for $name {
             fn name(&self) -> String {
                 concat!("logger of ", $kind).into()
+            }
+
+            fn ranks(&self) -> Ranks {
+                Ranks::Main
             }
 
             fn events(&self) -> Events {

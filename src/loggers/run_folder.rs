@@ -15,7 +15,7 @@ use super::report::{self, Report};
 use super::{
     CsvLogger, Histogram, HyperParameter, Image, JsonLinesLogger, Logger, TensorBoard, flat,
 };
-use crate::engine::{Engine, Event, Events, Handler, Priority, State};
+use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks, State};
 use crate::handlers::files::write_whole;
 use crate::{Error, Result};
 
@@ -243,6 +243,10 @@ impl Logger for RunFolder {
 impl<C, B, O> Handler<C, B, O> for RunFolder {
     fn name(&self) -> String {
         format!("run folder {}", self.path.display())
+    }
+
+    fn ranks(&self) -> Ranks {
+        Ranks::Main
     }
 
     fn events(&self) -> Events {

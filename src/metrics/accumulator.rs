@@ -1,7 +1,8 @@
+use serde::{Deserialize, Serialize};
 use tch::{TchError, Tensor};
 
 /// How several processes, or several batches, join a part of a metric's state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reduce {
     /// The sum.
     Sum,

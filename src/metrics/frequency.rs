@@ -9,7 +9,7 @@ use crate::engine::MetricValue;
 /// rounds down to a whole number.
 ///
 /// Counted from the last reset, at each iteration of an epoch unless attached with another
-/// [`Usage`]. Of this process alone. Reads the clock; no host sync.
+/// [`Usage`]. Several processes: of all together. Reads the clock; no host sync.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -57,26 +57,29 @@ impl<O, F: Fn(&O) -> f64> Metric<O> for Frequency<F> {
         }
     }
 
-    /// Processes work at the same time: what they do adds up, the time does not.
     fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
-        let part = |seconds: f64| {
-            [
-                Accumulated::new("total", Tensor::from(self.total), Reduce::Sum),
-                Accumulated::new("seconds", Tensor::from(seconds), Reduce::Mean),
-            ]
-        };
-        Ok(self.seconds.into_iter().flat_map(part).collect())
+        let Some(seconds) = self.seconds else { return Ok(vec![]) };
+        Ok(vec![
+            Accumulated::new("total", Tensor::from(self.total), Reduce::Sum),
+            Accumulated::new("seconds", Tensor::from(seconds), Reduce::Mean),
+        ])
     }
 
     fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
-        <Self as Metric<O>>::reset(self);
-        if !state.is_empty() {
-            let total = Accumulated::find(state, "total")?.f_double_value(&[])?;
-            let seconds = Accumulated::find(state, "seconds")?.f_double_value(&[])?;
-            let passed = Duration::try_from_secs_f64(seconds)?;
-            (self.total, self.seconds) = (total, Some(seconds));
-            self.since = self.since.checked_sub(passed).unwrap_or(self.since);
+        if state.is_empty() {
+            <Self as Metric<O>>::reset(self);
+            return Ok(());
         }
+        let number =
+            |name| Accumulated::find(state, name)?.f_double_value(&[]).map_err(anyhow::Error::from);
+        let (total, seconds) = (number("total")?, number("seconds")?);
+        // In another process the time goes on from there; in this one it never stopped.
+        if self.seconds.is_none() {
+            let before = Duration::try_from_secs_f64(seconds)?;
+            self.since = self.since.checked_sub(before).unwrap_or(self.since);
+        }
+        self.total = total;
+        self.seconds = Some(seconds);
         Ok(())
     }
 

@@ -49,6 +49,7 @@ mod classification;
 pub mod clustering;
 mod distances;
 mod epoch_metric;
+pub(crate) mod exchange;
 pub mod fairness;
 mod frequency;
 pub mod gan;
@@ -78,8 +79,8 @@ pub use metric_group::MetricGroup;
 pub use metrics_lambda::MetricsLambda;
 pub use pairwise::{Contribution, Of, Pairwise, Parts, pair};
 pub use running_average::{OfMetric, RunningAverage};
-pub(crate) use usage::MetricHandler;
 pub use usage::Usage;
+pub(crate) use usage::{Joins, MetricHandler};
 pub use value::ToValue;
 pub use variable_accumulation::VariableAccumulation;
 
@@ -126,8 +127,8 @@ pub trait Metric<O> {
     }
 
     /// What has been accumulated since the last reset, each part with how several processes join it.
-    /// Nothing where there is nothing yet, and for metrics of your own that do not say. Shares the
-    /// tensors; those gathered batch by batch are joined, a copy.
+    /// Nothing where there is nothing yet, and for metrics of your own that do not say: their value is that
+    /// of each process alone. Shares the tensors; those gathered batch by batch are joined, a copy.
     fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
         Ok(vec![])
     }

@@ -1,6 +1,6 @@
 use super::{Accumulated, Metric, Reduce};
 use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, FilteredEvent, Handler};
+use crate::engine::{Engine, Event, Events, FilteredEvent, Handler, MetricValue};
 use crate::{Error, Result};
 
 /// When a metric is reset, updated and computed: ignite's `MetricUsage`.
@@ -46,11 +46,83 @@ pub(crate) struct MetricHandler<M> {
     name: String,
     metric: M,
     usage: Usage,
+    /// The output of the event that is about to be fired was taken in already.
+    updated: bool,
 }
 
 impl<M> MetricHandler<M> {
     pub(crate) fn new(name: String, metric: M, usage: Usage) -> Self {
-        Self { name, metric, usage }
+        Self { name, metric, usage, updated: false }
+    }
+}
+
+/// What an engine of several processes does with a metric, before the handlers of an event.
+pub(crate) trait Joins<O> {
+    /// The name of the value.
+    fn name(&self) -> &str;
+
+    /// Whether it has a value at this event. All have one at the end of an epoch.
+    fn is_due(&self, event: Event) -> bool;
+
+    /// Takes in the output, if its time is this event.
+    fn update_before(&mut self, event: Event, output: Option<&O>) -> anyhow::Result<()>;
+
+    /// What it has accumulated.
+    fn parts(&self) -> anyhow::Result<Vec<Accumulated>>;
+
+    /// Goes to this state.
+    fn set_parts(&mut self, parts: &[Accumulated]) -> anyhow::Result<()>;
+
+    /// The value of its state; `None` where nothing is accumulated and the event is not one of its own.
+    fn value(&self, event: Event) -> anyhow::Result<Option<MetricValue>>;
+
+    /// After a state that was that of all processes was loaded, on others than the main one: forgets what would be counted
+    /// twice. Averages are the same everywhere.
+    fn leave_to_main(&mut self) -> anyhow::Result<()>;
+}
+
+impl<O, M: Metric<O>> Joins<O> for MetricHandler<M> {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn is_due(&self, event: Event) -> bool {
+        event == Event::EpochCompleted || self.usage.events().2 == event
+    }
+
+    fn update_before(&mut self, event: Event, output: Option<&O>) -> anyhow::Result<()> {
+        let (_, update, compute) = self.usage.events();
+        if let Some(output) = output
+            && event == update
+            && update == compute
+        {
+            let _guard = tch::no_grad_guard();
+            self.metric.update(output)?;
+            self.updated = true;
+        }
+        Ok(())
+    }
+
+    fn parts(&self) -> anyhow::Result<Vec<Accumulated>> {
+        self.metric.state()
+    }
+
+    fn set_parts(&mut self, parts: &[Accumulated]) -> anyhow::Result<()> {
+        self.metric.load_state(parts)
+    }
+
+    fn value(&self, event: Event) -> anyhow::Result<Option<MetricValue>> {
+        if self.usage.events().2 != event && self.metric.state()?.is_empty() {
+            return Ok(None);
+        }
+        self.metric.compute().map(Some)
+    }
+
+    fn leave_to_main(&mut self) -> anyhow::Result<()> {
+        if self.metric.state()?.iter().any(|part| part.reduce != Reduce::Mean) {
+            self.metric.reset();
+        }
+        Ok(())
     }
 }
 
@@ -109,7 +181,8 @@ impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
         if event == reset {
             self.metric.reset();
         }
-        if let Some(output) = &engine.state.output {
+        let updated = event == update && std::mem::take(&mut self.updated);
+        if !updated && let Some(output) = &engine.state.output {
             let _guard = tch::no_grad_guard();
             if event == update {
                 self.metric.update(output)?;
@@ -117,7 +190,8 @@ impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
                 self.metric.observe(output)?;
             }
         }
-        if event == compute {
+        // Where there are other processes the engine has joined and computed it.
+        if event == compute && !engine.joins_metrics() {
             let value = self.metric.compute()?;
             engine.state.metrics.set(&self.name, value);
         }

@@ -1,0 +1,197 @@
+use super::{Sampler, permutation};
+use crate::{Error, Result};
+
+/// The share of the samples that one of several processes has: PyTorch's `DistributedSampler`.
+///
+/// Of the order of a pass, shuffled or not, rank `r` of `n` takes the places `r`, `r + n`, `r + 2n`, …. So that all
+/// have as many, the order is padded with samples from its beginning, or cut ([`drop_last`](Self::drop_last)). The
+/// order is a function of seed and pass alone, so that the ranks agree without a message, and passes differ without
+/// torch's `set_epoch`. The first batches of all ranks, joined, are the beginning of that order: with the same number of
+/// samples over all ranks in a batch, any number of ranks sees the same samples in the same step.
+///
+/// A pass costs the order of all samples, 8 bytes each; any position in it is reached at no cost.
+///
+/// ```
+/// use tch_ignite::data::{DistributedSampler, Sampler};
+/// let (rank, world_size) = (1, 2);
+/// let sampler = DistributedSampler::new(5, rank, world_size)?;
+/// assert_eq!(sampler.order(0)?, [1, 3, 0]); // of 0 1 2 3 4 0
+/// assert_eq!(sampler.clone().drop_last(true)?.order(0)?, [1, 3]);
+/// assert_eq!(sampler.uneven(true)?.order(0)?, [1, 3]); // rank 0 has one more
+/// # anyhow::Ok(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct DistributedSampler {
+    len: usize,
+    rank: usize,
+    world_size: usize,
+    seed: Option<u64>,
+    rest: Rest,
+}
+
+/// What becomes of samples that cannot be divided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rest {
+    Padded,
+    Dropped,
+    /// Some ranks have one more.
+    Uneven,
+}
+
+impl DistributedSampler {
+    /// The share of `rank` among `world_size` processes, of data with `len` samples, in order and padded.
+    ///
+    /// # Errors
+    /// No samples, no processes, a rank that is not below their number.
+    pub fn new(len: usize, rank: usize, world_size: usize) -> Result<Self> {
+        if rank >= world_size {
+            return Err(Error::invalid(format!(
+                "Invalid rank {rank}, rank should be in the interval [0, {}]: there are {world_size} processes",
+                world_size as i128 - 1
+            )));
+        }
+        if len == 0 {
+            return Err(Error::invalid(
+                "a sampler needs at least one sample, but the data has none",
+            ));
+        }
+        Ok(Self { len, rank, world_size, seed: None, rest: Rest::Padded })
+    }
+
+    /// The share of this process of the group.
+    ///
+    /// # Errors
+    /// No samples.
+    #[cfg(feature = "distributed")]
+    pub fn of_group(len: usize, pg: &crate::distributed::ProcessGroup) -> Result<Self> {
+        Self::new(len, pg.rank(), pg.world_size())
+    }
+
+    /// Shuffles each pass anew. The seed must be the same on all ranks.
+    pub fn shuffle(mut self, seed: u64) -> Self {
+        self.seed = Some(seed);
+        self
+    }
+
+    /// Leaves out the last samples of the order where they cannot be divided, instead of padding.
+    ///
+    /// # Errors
+    /// Fewer samples than ranks: nothing would be left.
+    pub fn drop_last(self, on: bool) -> Result<Self> {
+        self.with(if on { Rest::Dropped } else { Rest::Padded })
+    }
+
+    /// Neither pads nor leaves out: each sample comes once, so that a metric over all ranks is that of one process. The
+    /// first ranks may have a sample more than the others, so that this is for evaluation; training waits for a gradient of
+    /// every rank.
+    ///
+    /// # Errors
+    /// Fewer samples than ranks: some would have none.
+    pub fn uneven(self, on: bool) -> Result<Self> {
+        self.with(if on { Rest::Uneven } else { Rest::Padded })
+    }
+
+    fn with(mut self, rest: Rest) -> Result<Self> {
+        if rest != Rest::Padded && self.len < self.world_size {
+            return Err(Error::invalid(format!(
+                "{} samples are too few for {} ranks without padding: some would have none",
+                self.len, self.world_size
+            )));
+        }
+        self.rest = rest;
+        Ok(self)
+    }
+}
+
+impl Sampler for DistributedSampler {
+    fn num_samples(&self) -> usize {
+        match self.rest {
+            Rest::Padded => self.len.div_ceil(self.world_size),
+            Rest::Dropped => self.len / self.world_size,
+            Rest::Uneven => (self.len - self.rank).div_ceil(self.world_size),
+        }
+    }
+
+    fn order(&self, pass: u64) -> anyhow::Result<Vec<usize>> {
+        let places = (0..self.num_samples()).map(|i| (self.rank + i * self.world_size) % self.len);
+        Ok(match self.seed {
+            None => places.collect(),
+            Some(seed) => {
+                let order = permutation(self.len, seed, pass);
+                places.map(|place| order[place] as usize).collect()
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// By hand, by the rule of torch's `DistributedSampler(shuffle=False)`: pad with the beginning, or cut, then every n-th.
+    #[test]
+    fn the_shares_are_torchs() -> anyhow::Result<()> {
+        let shares = |len, world, drop_last| -> anyhow::Result<Vec<Vec<usize>>> {
+            let share =
+                |rank| DistributedSampler::new(len, rank, world)?.drop_last(drop_last)?.order(3);
+            (0..world).map(share).collect()
+        };
+        assert_eq!(shares(8, 2, false)?, [[0, 2, 4, 6], [1, 3, 5, 7]]);
+        assert_eq!(shares(10, 4, false)?, [[0, 4, 8], [1, 5, 9], [2, 6, 0], [3, 7, 1]]);
+        assert_eq!(shares(10, 4, true)?, [[0, 4], [1, 5], [2, 6], [3, 7]]);
+        assert_eq!(shares(8, 4, true)?, [[0, 4], [1, 5], [2, 6], [3, 7]]);
+        // Padding that goes round more than once.
+        assert_eq!(shares(2, 5, false)?, [[0], [1], [0], [1], [0]]);
+        assert_eq!(shares(7, 1, false)?, [[0, 1, 2, 3, 4, 5, 6]]);
+        Ok(())
+    }
+
+    #[test]
+    fn uneven_shares_have_each_sample_once() -> anyhow::Result<()> {
+        for (len, world) in [(10, 4), (9, 4), (4, 4), (7, 1)] {
+            let share =
+                |rank| DistributedSampler::new(len, rank, world)?.shuffle(5).uneven(true)?.order(2);
+            let mut all = (0..world).map(share).collect::<anyhow::Result<Vec<_>>>()?.concat();
+            all.sort();
+            assert_eq!(all, (0..len).collect::<Vec<_>>());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn joined_batches_are_the_same_for_any_number_of_ranks() -> anyhow::Result<()> {
+        let joined = |world: usize| -> anyhow::Result<Vec<Vec<usize>>> {
+            let local = 12 / world;
+            let orders = (0..world)
+                .map(|rank| DistributedSampler::new(48, rank, world)?.shuffle(1).order(4));
+            let orders = orders.collect::<anyhow::Result<Vec<_>>>()?;
+            let batch = |i: usize| {
+                let mut batch: Vec<_> = orders
+                    .iter()
+                    .flat_map(|order| order[i * local..(i + 1) * local].to_vec())
+                    .collect();
+                batch.sort();
+                batch
+            };
+            Ok((0..4).map(batch).collect())
+        };
+        let one = joined(1)?;
+        for world in [2, 3, 4] {
+            assert_eq!(joined(world)?, one);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_cannot_be_shared_is_an_error() {
+        assert!(DistributedSampler::new(5, 2, 2).is_err());
+        assert!(DistributedSampler::new(5, 0, 0).is_err());
+        assert!(DistributedSampler::new(0, 0, 1).is_err());
+        for refused in [
+            DistributedSampler::new(3, 0, 4).and_then(|sampler| sampler.drop_last(true)),
+            DistributedSampler::new(3, 3, 4).and_then(|sampler| sampler.uneven(true)),
+        ] {
+            assert!(refused.unwrap_err().to_string().contains("3 samples are too few for 4 ranks"));
+        }
+    }
+}

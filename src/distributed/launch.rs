@@ -1,0 +1,334 @@
+//! Starts the ranks of a job on this machine: what torchrun does, from within the program itself.
+//!
+//! ```no_run
+//! use std::process::ExitCode;
+//! use tch_ignite::distributed::{ProcessGroup, ProcessGroupOptions, launch};
+//!
+//! fn main() -> anyhow::Result<ExitCode> {
+//!     // The process that was started by hand starts two of this program, and waits for them.
+//!     if let Some(ended) = launch::spawn(2)? {
+//!         return Ok(ended.exit_code());
+//!     }
+//!     let pg = ProcessGroup::from_env(ProcessGroupOptions::new())?;
+//!     println!("rank {} of {}", pg.rank(), pg.world_size());
+//!     Ok(ExitCode::SUCCESS)
+//! }
+//! ```
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{JoinHandle, sleep};
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::{SigId, flag, low_level};
+
+use super::environment::{self, LISTEN_FD};
+use crate::bridge::send_signal;
+use crate::{Error, Result};
+
+/// How often the ranks are looked at.
+const PERIOD: Duration = Duration::from_millis(20);
+
+/// Starts `ranks` processes of this program with its arguments, waits for all, and says how they ended; `None` in these
+/// processes, which go on, and in those that another launcher started. [`Launch`] has more to choose.
+///
+/// # Errors
+/// A process cannot be started (those that were are ended); no ranks; a launcher that started another number of them.
+pub fn spawn(ranks: usize) -> Result<Option<Ended>> {
+    if let Some(world_size) = environment::world_size()? {
+        return match world_size == ranks {
+            true => Ok(None),
+            false => Err(Error::invalid(format!(
+                "{ranks} ranks are to be started, but this process is one of {world_size} already: leave the number to one of the two launchers"
+            ))),
+        };
+    }
+    Launch::new(ranks)?.run().map(Some)
+}
+
+/// Processes to start on this machine, each a rank.
+///
+/// They find each other on 127.0.0.1 at a port that is free: rank 0 inherits the listening socket (as its standard input),
+/// so nobody else can take it. Each has a process group of its own; SIGTERM and SIGINT are handed on to all, so that
+/// [`InterruptOn`](crate::handlers::InterruptOn) works there. When a rank fails the others have 5 seconds to end, then they
+/// are killed.
+///
+/// `OMP_NUM_THREADS` is set to the cores divided by the ranks, and `GLOO_SOCKET_IFNAME` to the loopback interface, unless
+/// they are set. Lines that ranks other than 0 print begin with `[rank]`.
+#[derive(Debug)]
+pub struct Launch {
+    ranks: usize,
+    program: PathBuf,
+    args: Vec<OsString>,
+    env: Vec<(OsString, OsString)>,
+    logs: Option<PathBuf>,
+    grace: Duration,
+}
+
+/// How the ranks ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// How each ended, by rank.
+    pub statuses: Vec<ExitStatus>,
+    /// The rank that failed first.
+    pub failed: Option<usize>,
+}
+
+impl Ended {
+    /// The code of the rank that failed first, 128 and the number of the signal that killed it, or 0.
+    pub fn code(&self) -> u8 {
+        let Some(status) = self.failed.and_then(|rank| self.statuses.get(rank)) else { return 0 };
+        let code = status.code().or(status.signal().map(|signal| 128 + signal));
+        code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
+    }
+
+    /// The same, for `main` to return.
+    pub fn exit_code(&self) -> ExitCode {
+        self.code().into()
+    }
+}
+
+impl Launch {
+    /// This program, with its arguments.
+    ///
+    /// # Errors
+    /// No ranks; the system does not say which program this is.
+    pub fn new(ranks: usize) -> Result<Self> {
+        if ranks == 0 {
+            return Err(Error::invalid("the number of ranks must be at least 1, but 0 was given"));
+        }
+        let program = std::env::current_exe().map_err(|error| {
+            Error::invalid(format!("cannot find the program that is running: {error}"))
+        })?;
+        let args = std::env::args_os().skip(1).collect();
+        let grace = Duration::from_secs(5);
+        Ok(Self { ranks, program, args, env: vec![], logs: None, grace })
+    }
+
+    /// Other arguments.
+    pub fn args(mut self, args: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
+        self.args = args.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Another variable of the environment, for all ranks.
+    pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        self.env.push((name.into(), value.into()));
+        self
+    }
+
+    /// What the ranks print goes to `rank-0.log`, `rank-1.log` … in this folder, which is made where it is not there.
+    pub fn logs(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.logs = Some(folder.into());
+        self
+    }
+
+    /// How long the others may take to end when a rank has failed: 5 seconds unless given.
+    pub fn grace(mut self, time: Duration) -> Self {
+        self.grace = time;
+        self
+    }
+
+    /// Starts the ranks and waits until all have ended.
+    ///
+    /// # Errors
+    /// A rank cannot be started, or a log not be made; those that were started are ended.
+    pub fn run(self) -> Result<Ended> {
+        let signals = Signals::listen()?;
+        let mut ranks = Ranks::default();
+        self.start(&mut ranks)?;
+        let mut failure: Option<(usize, Instant)> = None;
+        let mut statuses = vec![None; self.ranks];
+        while statuses.contains(&None) {
+            if let Some(signal) = signals.take() {
+                ranks.children.iter().for_each(|child| send_signal(child, signal));
+            }
+            for (rank, child) in ranks.children.iter_mut().enumerate() {
+                if statuses[rank].is_some() {
+                    continue;
+                }
+                statuses[rank] = child.try_wait().map_err(|source| self.io(source))?;
+                if let Some(status) = statuses[rank].filter(|status| !status.success())
+                    && failure.is_none()
+                {
+                    failure = Some((rank, Instant::now()));
+                    let grace = self.grace.as_secs_f64();
+                    eprintln!("rank {rank} failed ({status}); the others end within {grace} s");
+                }
+            }
+            if failure.is_some_and(|(_, since)| since.elapsed() >= self.grace) {
+                ranks.kill();
+            }
+            sleep(PERIOD);
+        }
+        ranks.finish();
+        let statuses = statuses.into_iter().flatten().collect();
+        Ok(Ended { statuses, failed: failure.map(|(rank, _)| rank) })
+    }
+
+    fn start(&self, ranks: &mut Ranks) -> Result<()> {
+        let socket = TcpListener::bind("127.0.0.1:0").map_err(|error| {
+            Error::invalid(format!("no port of this machine can be listened at: {error}"))
+        })?;
+        let port = socket.local_addr().map_err(|source| self.io(source))?.port();
+        // It closes here when rank 0 has it, so that it closes when rank 0 ends.
+        let mut socket = Some(OwnedFd::from(socket));
+        if let Some(folder) = &self.logs {
+            std::fs::create_dir_all(folder)
+                .map_err(|source| Error::Io { path: folder.clone(), source })?;
+        }
+        for rank in 0..self.ranks {
+            let mut command = self.command(rank, port);
+            command.stdin(socket.take().map_or_else(Stdio::null, Stdio::from));
+            if let Some(folder) = &self.logs {
+                let path = folder.join(format!("rank-{rank}.log"));
+                let file = File::create(&path).and_then(|file| Ok((file.try_clone()?, file)));
+                let (out, err) = file.map_err(|source| Error::Io { path, source })?;
+                command.stdout(out).stderr(err);
+            } else if rank > 0 {
+                command.stdout(Stdio::piped()).stderr(Stdio::piped());
+            }
+            let mut child = command.spawn().map_err(|source| self.io(source))?;
+            let (out, err) = (child.stdout.take(), child.stderr.take());
+            ranks.children.push(child);
+            ranks.pipes.extend(out.map(|pipe| prefixed(rank, pipe, std::io::stdout)));
+            ranks.pipes.extend(err.map(|pipe| prefixed(rank, pipe, std::io::stderr)));
+        }
+        Ok(())
+    }
+
+    fn command(&self, rank: usize, port: u16) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(&self.args).process_group(0);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = (cores / self.ranks).max(1).to_string();
+        let loopback = if cfg!(target_os = "macos") { "lo0" } else { "lo" };
+        for (name, value) in
+            [("OMP_NUM_THREADS", threads.as_str()), ("GLOO_SOCKET_IFNAME", loopback)]
+        {
+            if std::env::var_os(name).is_none() {
+                command.env(name, value);
+            }
+        }
+        let ranks = self.ranks.to_string();
+        command
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
+            .env("RANK", rank.to_string())
+            .env("LOCAL_RANK", rank.to_string())
+            .env("WORLD_SIZE", &ranks)
+            .env("LOCAL_WORLD_SIZE", &ranks)
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", port.to_string());
+        match rank {
+            0 => command.env(LISTEN_FD, "0"),
+            _ => command.env_remove(LISTEN_FD),
+        };
+        command
+    }
+
+    fn io(&self, source: std::io::Error) -> Error {
+        Error::Io { path: self.program.clone(), source }
+    }
+}
+
+/// The processes; killed where this is dropped before they have ended.
+#[derive(Default)]
+struct Ranks {
+    children: Vec<Child>,
+    pipes: Vec<JoinHandle<()>>,
+}
+
+impl Ranks {
+    fn kill(&mut self) {
+        for child in &mut self.children {
+            // Only fails where it has ended.
+            let _ = child.kill();
+        }
+    }
+
+    /// Waits until all that they printed is shown.
+    fn finish(&mut self) {
+        for pipe in self.pipes.drain(..) {
+            let _ = pipe.join();
+        }
+    }
+}
+
+impl Drop for Ranks {
+    fn drop(&mut self) {
+        self.kill();
+        for child in &mut self.children {
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Shows lines with the rank before them, whole.
+fn prefixed<W: Write + 'static>(
+    rank: usize,
+    pipe: impl Read + Send + 'static,
+    to: fn() -> W,
+) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        let mut lines = BufReader::new(pipe);
+        let mut line = vec![];
+        loop {
+            line.clear();
+            line.extend(format!("[{rank}] ").bytes());
+            let prefix = line.len();
+            match lines.read_until(b'\n', &mut line) {
+                Ok(_) if line.len() > prefix => {
+                    if line.last() != Some(&b'\n') {
+                        line.push(b'\n');
+                    }
+                    // Read on even if nobody takes them: a full pipe would stop the rank.
+                    let _ = to().write_all(&line);
+                }
+                _ => return,
+            }
+        }
+    })
+}
+
+/// SIGTERM and SIGINT, noted instead of ending this process.
+struct Signals {
+    number: Arc<AtomicUsize>,
+    registered: Vec<SigId>,
+}
+
+impl Signals {
+    fn listen() -> Result<Self> {
+        let mut signals = Self { number: Arc::default(), registered: vec![] };
+        for signal in [SIGTERM, SIGINT] {
+            let number = signals.number.clone();
+            let registered = flag::register_usize(signal, number, signal as usize)
+                .map_err(|error| Error::invalid(format!("cannot listen to signals: {error}")))?;
+            signals.registered.push(registered);
+        }
+        Ok(signals)
+    }
+
+    fn take(&self) -> Option<i32> {
+        match self.number.swap(0, Ordering::Relaxed) {
+            0 => None,
+            signal => i32::try_from(signal).ok(),
+        }
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        for id in self.registered.drain(..) {
+            low_level::unregister(id);
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! An engine that is one of several processes': what they agree on, and metrics of all.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use tch::Tensor;
+
+use super::run::Position;
+use super::{Engine, Event, Events};
+use crate::checkpoint::StateDict;
+use crate::metrics::{Accumulated, Joins, Reduce, exchange};
+use crate::{Error, Result};
+
+#[cfg(feature = "distributed")]
+type Group = crate::distributed::ProcessGroup;
+/// There is none without the feature.
+#[cfg(not(feature = "distributed"))]
+type Group = std::convert::Infallible;
+
+/// How often ranks look at each other unless told otherwise, in iterations.
+pub(super) const PERIOD: u64 = 10;
+
+/// The other processes of an engine; there is at least one.
+#[derive(Clone)]
+pub(super) struct Together {
+    group: Group,
+    /// The ranks have different numbers of batches: they only meet where epochs begin and end.
+    pub(super) uneven: bool,
+}
+
+impl Together {
+    #[cfg(feature = "distributed")]
+    fn new(pg: &Group) -> Option<Self> {
+        (pg.world_size() > 1).then(|| Self { group: pg.clone(), uneven: false })
+    }
+
+    fn rank(&self) -> usize {
+        #[cfg(feature = "distributed")]
+        return self.group.rank();
+        #[cfg(not(feature = "distributed"))]
+        match self.group {}
+    }
+
+    /// The messages of all ranks. All must name the same occasion; the error says what each names.
+    fn exchange(&self, occasion: &str, message: &[u8]) -> Result<Vec<Vec<u8>>> {
+        #[cfg(feature = "distributed")]
+        return self.group.control().exchange(occasion, message);
+        #[cfg(not(feature = "distributed"))]
+        match (self.group, occasion, message) {}
+    }
+
+    fn agree(&self, what: &str, number: i64) -> Result<()> {
+        #[cfg(feature = "distributed")]
+        return self.group.control().agree(what, number);
+        #[cfg(not(feature = "distributed"))]
+        match (self.group, what, number) {}
+    }
+}
+
+/// Who calls a handler, and has its state, in an engine of several processes
+/// ([`Handler::ranks`](super::Handler::ranks)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ranks {
+    /// All.
+    All,
+    /// The main one alone: what writes files, or draws.
+    Main,
+    /// All call it, because they give something to what the main one does; the state is the main one's.
+    MainWithAll,
+}
+
+/// The part of a checkpoint that has what is each rank's own.
+pub(super) const RANKS: &str = "ranks";
+
+impl<'a, C, B, O> Engine<'a, C, B, O> {
+    /// Makes this engine one of those of all processes of a group, which run it in step: all call `run` with data of as
+    /// many batches, and the same budget.
+    ///
+    /// * **Metrics** are joined before they are computed, exactly, in one exchange for all of them: sums are added up,
+    ///   lists put together. Their values are those of one process with all data, the same bits on all ranks, and there
+    ///   before the handlers of the event are called. Metrics that have a value in each iteration (running averages)
+    ///   get one in the first iteration of an epoch, in every tenth after it, and at its end.
+    /// * **Stops** (`terminate`, `interrupt`, a signal, limits of time and samples, all that handlers ask for) are decided
+    ///   together: what one rank asks for all do, at the same event: in those iterations, or where an epoch begins or ends.
+    /// * **Lengths** of epochs and budgets are compared where they begin; ranks that differ get an error that names both.
+    /// * **What writes or draws** ([`Checkpoint`](crate::checkpoint::Checkpoint), progress bars, handlers of loggers,
+    ///   [`on_main`](Self::on_main)) does so on rank 0.
+    /// * **A checkpoint** has what is needed of all ranks, and all resume the same one. The random numbers of each rank go on;
+    ///   with another number of ranks those of ranks that are new do not.
+    ///
+    /// An evaluator that is attached by [`Evaluate`](crate::handlers::Evaluate) belongs to the group of its trainer, and
+    /// may have uneven batches. Each exchange takes about 0.3 ms between two processes of one machine, and waits for the
+    /// device where a metric is on one; [`agree_every`](Self::agree_every) says how often. In a group of one nothing of all
+    /// this happens.
+    ///
+    /// ```
+    /// use tch_ignite::distributed::ProcessGroup;
+    /// use tch_ignite::engine::{Engine, Event, Until};
+    /// use tch_ignite::metrics::Mean;
+    /// # let pg = ProcessGroup::single();
+    /// let mut trainer = Engine::new(|_: &mut (), _, loss: f64| Ok(loss));
+    /// trainer.distributed(&pg).metric("loss", Mean::new());
+    /// trainer.on_main(Event::EpochCompleted, |_, engine| {
+    ///     println!("{}", engine.state.metrics.get("loss")?); // over all ranks
+    ///     Ok(())
+    /// });
+    /// trainer.run(&mut (), vec![1.0, 2.0], Until::epochs(1))?;
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    #[cfg(feature = "distributed")]
+    pub fn distributed(&mut self, pg: &crate::distributed::ProcessGroup) -> &mut Self {
+        self.together = Together::new(pg);
+        self
+    }
+
+    /// Ranks may have different numbers of batches, as an evaluator's may whose samples are not padded. They then only meet
+    /// where epochs begin and end; stops wait for that. After [`distributed`](Self::distributed).
+    #[cfg(feature = "distributed")]
+    pub fn uneven_batches(&mut self, on: bool) -> &mut Self {
+        if let Some(together) = &mut self.together {
+            together.uneven = on;
+        }
+        self
+    }
+
+    /// How often, in iterations, ranks compare what was asked for and join metrics that have a value in each iteration: 10
+    /// unless given. With 1 both happen in each iteration, as in ignite.
+    #[cfg(feature = "distributed")]
+    pub fn agree_every(&mut self, iterations: u64) -> &mut Self {
+        self.agree_every = iterations.max(1);
+        self
+    }
+
+    /// Whether this is the main process, rank 0 of its group; true for an engine without a group.
+    pub fn is_main(&self) -> bool {
+        self.rank() == 0
+    }
+
+    pub(super) fn rank(&self) -> usize {
+        self.together.as_ref().map_or(0, Together::rank)
+    }
+
+    /// Like [`on`](Self::on), on the main process only: for what writes files or prints. The handler must not do anything
+    /// that waits for the other ranks.
+    #[track_caller]
+    pub fn on_main<F>(&mut self, events: impl Into<Events>, mut handler: F) -> &mut Self
+    where
+        F: FnMut(&mut C, &mut Engine<'a, C, B, O>) -> anyhow::Result<()> + 'a,
+    {
+        self.on(events, move |cx, engine| match engine.is_main() {
+            true => handler(cx, engine),
+            false => Ok(()),
+        })
+    }
+
+    /// Makes an evaluator part of its trainer's group.
+    pub(crate) fn follow<C2, B2, O2>(&mut self, trainer: &Engine<'_, C2, B2, O2>) {
+        if self.together.is_none() {
+            let uneven = |together| Together { uneven: true, ..together };
+            self.together = trainer.together.clone().map(uneven);
+        }
+    }
+
+    /// Whether metrics are computed here, and not by their handlers.
+    pub(crate) fn joins_metrics(&self) -> bool {
+        self.together.is_some()
+    }
+
+    /// Where the run is, the same words on all ranks.
+    fn occasion(&self, what: &str) -> String {
+        format!("{what}, epoch {}, iteration {}", self.state.epoch, self.state.iteration)
+    }
+
+    /// Compares where this run begins and how far it goes.
+    pub(super) fn agree_on_start(&self) -> Result<()> {
+        let Some(together) = &self.together else { return Ok(()) };
+        let shown = |n: Option<u64>| n.map_or_else(|| "no".to_owned(), |n| n.to_string());
+        let state = &self.state;
+        let budget =
+            format!("{} epochs, {} iterations", shown(state.max_epochs), shown(state.max_iters));
+        let start =
+            self.occasion(&format!("a run to {budget} at most from {}", self.position.start()));
+        together.exchange(&start, &[]).map(drop)
+    }
+
+    /// Whether the ranks meet at this event.
+    fn meets_at(&self, event: Event, together: &Together) -> bool {
+        match event {
+            Event::Started | Event::EpochStarted | Event::EpochCompleted => true,
+            Event::IterationCompleted if !together.uneven => {
+                (self.iteration_in_epoch().max(1) - 1).is_multiple_of(self.agree_every)
+            }
+            _ => false,
+        }
+    }
+
+    /// Makes what handlers of the event asked for, on any rank, what is asked for on all; false where the ranks do not meet
+    /// at this event.
+    pub(super) fn agree(&mut self, event: Event) -> Result<bool> {
+        let Some(together) = &self.together else { return Ok(true) };
+        if !self.meets_at(event, together) {
+            return Ok(false);
+        }
+        if event == Event::EpochStarted && !together.uneven {
+            let length = self.state.epoch_length.map_or(-1, |length| length as i64);
+            together.agree(&format!("iterations in epoch {}", self.state.epoch), length)?;
+        }
+        let control = &self.control;
+        let signal = self.position.signal.and_then(|signal| u8::try_from(signal).ok());
+        let own = [
+            u8::from(control.terminate),
+            u8::from(control.skip_completed),
+            u8::from(control.terminate_epoch),
+            u8::from(control.skip_epoch_completed),
+            u8::from(control.interrupt),
+            signal.unwrap_or(0),
+            u8::from(self.limit_reached_here()),
+        ];
+        let all = together.exchange(&self.occasion(&format!("after {event}")), &own)?;
+        let of_any = |index: usize| all.iter().filter_map(|one| one.get(index)).copied().max();
+        let flag = |index| of_any(index).is_some_and(|value| value > 0);
+        let control = &mut self.control;
+        control.terminate = flag(0);
+        control.skip_completed = flag(1);
+        control.terminate_epoch = flag(2);
+        control.skip_epoch_completed = flag(3);
+        control.interrupt = flag(4);
+        control.any = control.skip_batch || (0..5).any(flag);
+        self.position.signal = of_any(5).filter(|signal| *signal > 0).map(i32::from);
+        self.position.limit = flag(6);
+        Ok(true)
+    }
+
+    /// Joins and computes the metrics that have a value at this event, before its handlers are called.
+    pub(super) fn join_metrics(&mut self, event: Event) -> Result<()> {
+        let Some(together) = &self.together else { return Ok(()) };
+        let computes = matches!(event, Event::IterationCompleted | Event::EpochCompleted);
+        if !computes || !self.meets_at(event, together) {
+            return Ok(());
+        }
+        let due = |metric: &Rc<RefCell<dyn Joins<O> + 'a>>| metric.borrow().is_due(event);
+        let metrics: Vec<_> = self.living_metrics().into_iter().filter(due).collect();
+        if metrics.is_empty() {
+            return Ok(());
+        }
+        let name = |index: usize| format!("'metric {}'", metrics[index].borrow().name());
+        let failed = |index, error| self.handler_error(name(index), event, error);
+        for (index, metric) in metrics.iter().enumerate() {
+            let updated = metric.borrow_mut().update_before(event, self.state.output.as_ref());
+            updated.map_err(|error| failed(index, error))?;
+        }
+        let mut own = vec![];
+        for (index, metric) in metrics.iter().enumerate() {
+            own.push(metric.borrow().parts().map_err(|error| failed(index, error))?);
+        }
+        let all = together
+            .share(&self.occasion(&format!("{} metrics before {event}", own.len())), &own)?;
+        let mut values = vec![];
+        for (index, (metric, own)) in metrics.iter().zip(&own).enumerate() {
+            let ranks: Vec<_> = all.iter().filter_map(|rank| rank.get(index)).collect();
+            let value = value_of_all(&mut *metric.borrow_mut(), event, own, &ranks);
+            let value = value.map_err(|error| failed(index, error))?;
+            values.push((metric.borrow().name().to_owned(), value));
+        }
+        for (name, value) in values {
+            if let Some(value) = value {
+                self.state.metrics.set(&name, value);
+            }
+        }
+        Ok(())
+    }
+
+    fn living_metrics(&self) -> Vec<Rc<RefCell<dyn Joins<O> + 'a>>> {
+        self.metrics.iter().filter_map(|metric| metric.upgrade()).collect()
+    }
+
+    /// The others, if they can be counted on: not after an error.
+    fn others(&self) -> Option<&Together> {
+        self.together.as_ref().filter(|_| self.exception.is_none())
+    }
+
+    /// What the main process decides, on all; without a group what this one does.
+    pub(crate) fn as_main(&self, what: &str, yes: bool) -> Result<bool> {
+        let Some(together) = self.others() else { return Ok(yes) };
+        let all = together.exchange(&self.occasion(what), &[u8::from(yes)])?;
+        Ok(all.first().is_some_and(|main| main == &[1]))
+    }
+
+    /// The state with what is needed of all ranks, which all call this. Only that of the main one is whole.
+    pub(crate) fn checkpoint_of_all(&self, cx: &C, caller: Option<StateDict>) -> Result<StateDict> {
+        let Some(together) = self.others() else { return self.checkpoint_within(cx, caller) };
+        let state_error = |error: anyhow::Error| Error::State(format!("{error:#}"));
+        let metrics = self.living_metrics();
+        let mut own = vec![random_numbers()?];
+        for metric in &metrics {
+            own.push(metric.borrow().parts().map_err(state_error)?);
+        }
+        let mut all = together.share(&self.occasion("a checkpoint"), &own)?;
+        if together.rank() != 0 {
+            return Ok(StateDict::new());
+        }
+        let mut ranks = StateDict::new();
+        for (rank, states) in all.iter_mut().enumerate().skip(1) {
+            let mut random = StateDict::new();
+            for part in states.first_mut().map(std::mem::take).unwrap_or_default() {
+                random.set_tensor(&part.name, part.value);
+            }
+            ranks.set_part(&rank.to_string(), random);
+        }
+        // For as long as it is saved, the state of a metric is that of all.
+        for (index, metric) in metrics.iter().enumerate() {
+            let states: Vec<_> = all.iter().filter_map(|rank| rank.get(index + 1)).collect();
+            let joined = exchange::join(&states).map_err(state_error)?;
+            metric.borrow_mut().set_parts(&joined).map_err(state_error)?;
+        }
+        let saved = self.checkpoint_within(cx, caller);
+        for (metric, own) in metrics.iter().zip(&own[1..]) {
+            metric.borrow_mut().set_parts(own).map_err(state_error)?;
+        }
+        let mut saved = saved?;
+        saved.set_part(RANKS, ranks);
+        Ok(saved)
+    }
+
+    /// On other ranks than the main one, after the state of all was loaded.
+    pub(super) fn leave_metrics_to_main(&mut self) -> Result<()> {
+        if self.is_main() {
+            return Ok(());
+        }
+        self.living_metrics().iter().try_for_each(|metric| {
+            let left = metric.borrow_mut().leave_to_main();
+            left.map_err(|error| Error::State(format!("{error:#}")))
+        })
+    }
+}
+
+impl Together {
+    /// The lists of all ranks.
+    fn share(
+        &self,
+        occasion: &str,
+        own: &[Vec<Accumulated>],
+    ) -> Result<Vec<Vec<Vec<Accumulated>>>> {
+        let failed = |error: anyhow::Error| Error::State(format!("{occasion}: {error:#}"));
+        let message = exchange::write(own).map_err(failed)?;
+        let all = self.exchange(occasion, &message)?;
+        all.iter().map(|message| exchange::read(message).map_err(failed)).collect()
+    }
+}
+
+/// The metric itself goes on with its own state.
+fn value_of_all<O>(
+    metric: &mut dyn Joins<O>,
+    event: Event,
+    own: &[Accumulated],
+    ranks: &[&Vec<Accumulated>],
+) -> anyhow::Result<Option<super::MetricValue>> {
+    let mut joined = exchange::join(ranks)?;
+    if joined.is_empty() {
+        return metric.value(event);
+    }
+    for (part, own) in joined.iter_mut().zip(own) {
+        part.value = part.value.f_to_device(own.value.device())?;
+    }
+    metric.set_parts(&joined)?;
+    let value = metric.value(event);
+    metric.set_parts(own)?;
+    value
+}
+
+/// The states of this rank's generators.
+fn random_numbers() -> Result<Vec<Accumulated>> {
+    let states = super::saved::generators()?;
+    let part = |(name, state): (&str, &Tensor)| {
+        Accumulated::new(name, state.shallow_clone(), Reduce::Concat)
+    };
+    Ok(states.tensors().map(part).collect())
+}
+
+impl Position {
+    /// In words, whether a run begins anew or goes on.
+    fn start(&self) -> &'static str {
+        if self.is_at_start() { "its start" } else { "where it was left" }
+    }
+}

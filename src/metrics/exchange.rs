@@ -1,0 +1,170 @@
+//! States of metrics as messages between processes, and how those of all are joined.
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use super::{Accumulated, Reduce};
+
+/// The types that travel; their places are their numbers.
+const KINDS: [Kind; 10] = [
+    Kind::Double,
+    Kind::Int64,
+    Kind::Float,
+    Kind::Int,
+    Kind::Half,
+    Kind::BFloat16,
+    Kind::Int16,
+    Kind::Int8,
+    Kind::Uint8,
+    Kind::Bool,
+];
+
+#[derive(Serialize, Deserialize)]
+struct Part {
+    name: String,
+    kind: usize,
+    shape: Vec<i64>,
+    reduce: Reduce,
+}
+
+/// The states of several metrics as one message: what they are as JSON with its length, and the bytes. Waits for devices.
+pub(crate) fn write(states: &[Vec<Accumulated>]) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = vec![];
+    let mut part = |part: &Accumulated| {
+        let tensor = part.value.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let kind = KINDS.iter().position(|kind| *kind == tensor.kind());
+        let kind = kind.ok_or_else(|| {
+            anyhow::anyhow!("'{}' is of type {:?}, which cannot be sent", part.name, tensor.kind())
+        })?;
+        let start = bytes.len();
+        bytes.resize(start + tensor.numel() * KINDS[kind].elt_size_in_bytes(), 0);
+        tensor.f_copy_data_u8(&mut bytes[start..], tensor.numel())?;
+        anyhow::Ok(Part {
+            name: part.name.clone(),
+            kind,
+            shape: tensor.size(),
+            reduce: part.reduce,
+        })
+    };
+    let mut parts: Vec<Vec<Part>> = vec![];
+    for state in states {
+        parts.push(state.iter().map(&mut part).collect::<anyhow::Result<_>>()?);
+    }
+    let header = serde_json::to_vec(&parts)?;
+    let mut message = (header.len() as u64).to_le_bytes().to_vec();
+    message.extend(header);
+    message.extend(bytes);
+    Ok(message)
+}
+
+/// What [`write`] made a message of, on the CPU.
+pub(crate) fn read(message: &[u8]) -> anyhow::Result<Vec<Vec<Accumulated>>> {
+    let short = || anyhow::anyhow!("a message of another rank is too short");
+    let (length, rest) = message.split_first_chunk::<8>().ok_or_else(short)?;
+    let length = usize::try_from(u64::from_le_bytes(*length))?;
+    let (header, mut bytes) = rest.split_at_checked(length).ok_or_else(short)?;
+    let parts: Vec<Vec<Part>> = serde_json::from_slice(header)?;
+    let mut part = |part: Part| {
+        let kind = *KINDS.get(part.kind).ok_or_else(short)?;
+        let elements = part.shape.iter().product::<i64>();
+        let length = usize::try_from(elements)? * kind.elt_size_in_bytes();
+        let (own, rest) = bytes.split_at_checked(length).ok_or_else(short)?;
+        bytes = rest;
+        let value = Tensor::f_from_data_size(own, &part.shape, kind)?;
+        anyhow::Ok(Accumulated::new(part.name, value, part.reduce))
+    };
+    let mut states = vec![];
+    for state in parts {
+        states.push(state.into_iter().map(&mut part).collect::<anyhow::Result<_>>()?);
+    }
+    Ok(states)
+}
+
+/// The state of one metric over all ranks, in their order, so that all get the same bits. A rank that had no sample lists
+/// nothing, and adds nothing.
+///
+/// # Errors
+/// Ranks that list different parts, or parts that do not fit together, by name.
+pub(crate) fn join(ranks: &[&Vec<Accumulated>]) -> anyhow::Result<Vec<Accumulated>> {
+    let ranks: Vec<_> = ranks.iter().filter(|state| !state.is_empty()).collect();
+    let Some(first) = ranks.first() else { return Ok(vec![]) };
+    let mut joined = vec![];
+    for (index, part) in first.iter().enumerate() {
+        let alike = |other: &Accumulated| {
+            other.name == part.name
+                && other.reduce == part.reduce
+                && other.value.kind() == part.value.kind()
+        };
+        let values = ranks.iter().map(|state| {
+            let other = state.get(index).filter(|other| alike(other) && state.len() == first.len());
+            other.map(|other| &other.value).ok_or_else(|| {
+                anyhow::anyhow!("'{}' is not the same kind of thing on all ranks", part.name)
+            })
+        });
+        let values: Vec<&Tensor> = values.collect::<anyhow::Result<_>>()?;
+        let value = join_part(part.reduce, &values).map_err(|error| {
+            anyhow::Error::from(error).context(format!("'{}' of all ranks", part.name))
+        })?;
+        joined.push(Accumulated::new(part.name.clone(), value, part.reduce));
+    }
+    Ok(joined)
+}
+
+fn join_part(reduce: Reduce, values: &[&Tensor]) -> Result<Tensor, tch::TchError> {
+    let fold = |with: fn(&Tensor, &Tensor) -> Result<Tensor, tch::TchError>| {
+        values[1..].iter().try_fold(values[0].shallow_clone(), |sum, value| with(&sum, value))
+    };
+    match reduce {
+        Reduce::Sum => fold(Tensor::f_add),
+        Reduce::Mean => fold(Tensor::f_add)?.f_div_scalar(values.len() as f64),
+        Reduce::Max => fold(Tensor::f_maximum),
+        Reduce::Min => fold(Tensor::f_minimum),
+        Reduce::Concat => Tensor::f_cat(values, 0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_travel_and_are_joined() -> anyhow::Result<()> {
+        let state = |sum: f64, count: i64, seen: &[f32]| {
+            vec![
+                Accumulated::new("sum", Tensor::from(sum), Reduce::Sum),
+                Accumulated::new("count", Tensor::from(count), Reduce::Sum),
+                Accumulated::new("average", Tensor::from(sum), Reduce::Mean),
+                Accumulated::new("largest", Tensor::from(count), Reduce::Max),
+                Accumulated::new("seen", Tensor::from_slice(seen), Reduce::Concat),
+                Accumulated::new("wrong", Tensor::from_slice(&[count > 2]), Reduce::Max),
+            ]
+        };
+        let ranks = [state(0.25, i64::MAX - 5, &[1., 2.]), vec![], state(0.5, 3, &[3.])];
+        let ranks = ranks.map(|state| read(&write(&[vec![], state]).unwrap()).unwrap().remove(1));
+        let joined = join(&ranks.iter().collect::<Vec<_>>())?;
+        let part = |name: &str| Accumulated::find(&joined, name).unwrap();
+        assert_eq!(f64::try_from(part("sum"))?, 0.75);
+        assert_eq!(i64::try_from(part("count"))?, i64::MAX - 2);
+        assert_eq!(f64::try_from(part("average"))?, 0.375);
+        assert_eq!(i64::try_from(part("largest"))?, i64::MAX - 5);
+        assert_eq!(Vec::<f32>::try_from(part("seen"))?, [1., 2., 3.]);
+        assert_eq!(Vec::<bool>::try_from(part("wrong"))?, [true]);
+        assert!(join(&[&vec![], &vec![]])?.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error() {
+        let of = |name: &str, value: Tensor| vec![Accumulated::new(name, value, Reduce::Sum)];
+        let (a, b) = (of("a", Tensor::from(1.)), of("b", Tensor::from(1.)));
+        assert!(join(&[&a, &b]).unwrap_err().to_string().contains("'a'"));
+        let other = of("a", Tensor::from(1i64));
+        assert!(join(&[&a, &other]).is_err());
+        let (two, three) =
+            (of("a", Tensor::from_slice(&[1., 2.])), of("a", Tensor::from_slice(&[1., 2., 3.])));
+        assert!(join(&[&two, &three]).is_err());
+        assert!(read(&[1, 2]).is_err() && read(&[9; 40]).is_err());
+        let whole = write(&[two]).unwrap();
+        assert!(read(&whole[..whole.len() - 1]).is_err());
+    }
+}

@@ -1,0 +1,346 @@
+//! Engines of several processes, started by the launcher: what they decide together, metrics of all, and checkpoints.
+
+#![cfg(unix)]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tch::nn::{self, VarStore};
+use tch::{Device, Kind, Tensor};
+use tch_ignite::checkpoint::Checkpoint;
+use tch_ignite::data::{DistributedSampler, Loader};
+use tch_ignite::distributed::launch::{Ended, Launch};
+use tch_ignite::distributed::{
+    DdpOptions, DistributedDataParallel, ProcessGroup, ProcessGroupOptions,
+};
+use tch_ignite::engine::{Engine, Event, Stop, Until};
+use tch_ignite::handlers::{Evaluate, InterruptOn, TerminateOnNan};
+use tch_ignite::metrics::regression::MedianAbsoluteError;
+use tch_ignite::metrics::{ConfusionMatrix, Mean, MeanSquaredError, RunningAverage, Usage, pair};
+use tch_ignite::optim::Optimizer;
+use tch_ignite::supervised::{
+    Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,
+};
+
+const ROLE: &str = "TCH_IGNITE_TEST_ROLE";
+const FOLDER: &str = "TCH_IGNITE_TEST_FOLDER";
+
+/// The part that this process is to play, and where it leaves what came of it.
+fn role() -> Option<(String, PathBuf)> {
+    Some((std::env::var(ROLE).ok()?, PathBuf::from(std::env::var_os(FOLDER)?)))
+}
+
+/// One job at a time: a signal to this process is meant for all its jobs.
+static ONE: Mutex<()> = Mutex::new(());
+
+fn start(test: &str, role: &str, ranks: usize, folder: &Path) -> Ended {
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    Launch::new(ranks)
+        .unwrap()
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(ROLE, role)
+        .env(FOLDER, folder)
+        .logs(folder.join("logs"))
+        .grace(Duration::from_secs(1))
+        .run()
+        .unwrap()
+}
+
+/// What each rank left, after all have succeeded.
+fn outcomes(test: &str, role: &str, ranks: usize, folder: &Path) -> Vec<Vec<f64>> {
+    let ended = start(test, role, ranks, folder);
+    let log = |rank: usize| {
+        std::fs::read_to_string(folder.join(format!("logs/rank-{rank}.log"))).unwrap_or_default()
+    };
+    let logs = || (0..ranks).map(log).collect::<Vec<_>>().join("\n---\n");
+    assert_eq!((ended.code(), ended.failed), (0, None), "{}", logs());
+    let outcome = |rank: usize| {
+        let text = std::fs::read_to_string(folder.join(format!("outcome-{rank}"))).unwrap();
+        text.lines().map(|bits| f64::from_bits(bits.parse().unwrap())).collect()
+    };
+    (0..ranks).map(outcome).collect()
+}
+
+fn leave(folder: &Path, pg: &ProcessGroup, values: &[f64]) {
+    let lines: Vec<_> = values.iter().map(|value| value.to_bits().to_string()).collect();
+    std::fs::write(folder.join(format!("outcome-{}", pg.rank())), lines.join("\n")).unwrap();
+}
+
+fn join() -> ProcessGroup {
+    tch::set_num_threads(1);
+    let options = ProcessGroupOptions::new().timeout(Duration::from_secs(60));
+    ProcessGroup::from_env(options).unwrap()
+}
+
+fn close(a: &[f64], b: &[f64]) {
+    assert_eq!(a.len(), b.len());
+    for (a, b) in a.iter().zip(b) {
+        assert!((a - b).abs() <= 1e-12, "{a} and {b}");
+    }
+}
+
+fn samples(count: i64) -> (Tensor, Tensor) {
+    let double = (Kind::Double, Device::Cpu);
+    let x = (Tensor::arange(count * 6, double) * 0.7).sin().view([count, 6]);
+    (x, (Tensor::arange(count, double) * 0.3).cos().view([count, 1]))
+}
+
+/// Trains to so many iterations of 4 in an epoch, from the newest checkpoint, with 12 samples over all ranks in a step. Leaves the
+/// parameters, the values after the last epoch, and the loss of each iteration.
+fn train(role: &str, folder: &Path) {
+    let pg = join();
+    let iterations: u64 = role.split(' ').next().unwrap().parse().unwrap();
+    let dropout = if role.ends_with("dropout") { 0.3 } else { 0. };
+    tch::manual_seed(7);
+    let mut vs = VarStore::new(Device::Cpu);
+    let root = vs.root();
+    let net = nn::seq_t()
+        .add(nn::linear(&root / "a", 6, 32, Default::default()))
+        .add_fn_t(move |x, train| x.tanh().dropout(dropout, train))
+        .add(nn::linear(&root / "b", 32, 1, Default::default()));
+    vs.double();
+    let optimizer = Optimizer::adam(&vs).build().unwrap();
+    let ddp = DistributedDataParallel::new(&pg, &vs, DdpOptions::new()).unwrap();
+    tch::manual_seed(7 + pg.rank() as i64);
+
+    let (x, y) = samples(48);
+    let sampler = DistributedSampler::of_group(48, &pg).unwrap().shuffle(3);
+    let data = Loader::new(&x, &y, 12 / pg.world_size()).unwrap().sampler(sampler);
+    let (x, y) = samples(11);
+    let sampler = DistributedSampler::of_group(11, &pg).unwrap().uneven(true).unwrap();
+    let test = Loader::new(&x, &y, 2).unwrap().sampler(sampler);
+
+    let mut evaluator = create_supervised_evaluator();
+    evaluator.metric("mse", MeanSquaredError::of(Prediction::parts));
+    let mut trainer = create_supervised_trainer();
+    trainer.distributed(&pg).agree_every(1);
+    trainer
+        .metric("epoch", Mean::new())
+        .metric("running", RunningAverage::new())
+        .metric_with("loss", Mean::new(), Usage::BatchWise)
+        .attach(Evaluate::each_epoch("test", evaluator, test))
+        .attach(Checkpoint::new(folder.join("checkpoints")).on(Event::IterationCompleted))
+        .track("model", &vs)
+        .track("optimizer", &optimizer);
+    let curve = std::rc::Rc::new(std::cell::RefCell::new(vec![]));
+    let losses = curve.clone();
+    trainer.on(Event::IterationCompleted, move |_, engine| {
+        losses.borrow_mut().push(engine.state.metrics.get("loss")?);
+        losses.borrow_mut().push(engine.state.metrics.get("running")?);
+        Ok(())
+    });
+    let mse = |y_pred: &Tensor, y: &Tensor| y_pred.mse_loss(y, tch::Reduction::Mean);
+    let mut cx = Supervised::new(net, optimizer, mse).data_parallel(ddp);
+    trainer.resume(&mut cx, folder.join("checkpoints")).unwrap();
+    trainer.run(&mut cx, &data, Until::iterations(iterations)).unwrap();
+
+    let mut values = vec![];
+    let mut variables: Vec<_> = vs.variables().into_iter().collect();
+    variables.sort_by(|(a, _), (b, _)| a.cmp(b));
+    for (_, tensor) in variables {
+        values.extend(Vec::<f64>::try_from(tensor.detach().reshape([-1])).unwrap());
+    }
+    for name in ["epoch", "test/mse"] {
+        values.push(trainer.state.metrics.get(name).unwrap());
+    }
+    values.extend(curve.borrow().iter());
+    leave(folder, &pg, &values);
+}
+
+/// Parameters and values after the last epoch.
+const ENDS: usize = 6 * 32 + 32 + 32 + 1 + 2;
+
+fn checkpoints(folder: &Path) -> usize {
+    let files = std::fs::read_dir(folder.join("checkpoints")).unwrap().flatten();
+    files.filter(|file| file.path().extension().is_some_and(|ext| ext == "safetensors")).count()
+}
+
+#[test]
+fn ranks_train_as_one_process_does() {
+    const NAME: &str = "ranks_train_as_one_process_does";
+    if let Some((role, folder)) = role() {
+        return train(&role, &folder);
+    }
+    let of = |ranks: usize| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut all = outcomes(NAME, "12", ranks, folder.path());
+        assert_eq!(checkpoints(folder.path()), 1);
+        let one = all.swap_remove(0);
+        assert!(all.iter().all(|other| *other == one), "the ranks differ");
+        one
+    };
+    let one = of(1);
+    assert_eq!(one.len(), ENDS + 24);
+    close(&of(2), &one);
+}
+
+#[test]
+fn all_ranks_resume_one_checkpoint_also_with_another_number_of_them() {
+    const NAME: &str = "all_ranks_resume_one_checkpoint_also_with_another_number_of_them";
+    if let Some((role, folder)) = role() {
+        return train(&role, &folder);
+    }
+    let straight = tempfile::tempdir().unwrap();
+    let straight = outcomes(NAME, "12 dropout", 2, straight.path());
+    // In mid epoch, with the metrics and random numbers of both ranks.
+    let folder = tempfile::tempdir().unwrap();
+    outcomes(NAME, "7 dropout", 2, folder.path());
+    assert_eq!(checkpoints(folder.path()), 1);
+    let resumed = outcomes(NAME, "12 dropout", 2, folder.path());
+    for (resumed, straight) in resumed.iter().zip(&straight) {
+        assert_eq!(resumed[..ENDS - 2], straight[..ENDS - 2]);
+        let losses = |values: &[f64]| values.iter().step_by(2).copied().collect::<Vec<_>>();
+        assert_eq!(losses(&resumed[ENDS..]), losses(&straight[ENDS + 14..]));
+        // Sums and averages of both ranks were joined in between.
+        close(&resumed[ENDS - 2..], &[&straight[ENDS - 2..ENDS], &straight[ENDS + 14..]].concat());
+    }
+
+    let straight = tempfile::tempdir().unwrap();
+    let straight = outcomes(NAME, "12", 1, straight.path()).swap_remove(0);
+    for (before, after) in [(2, 1), (2, 3)] {
+        let folder = tempfile::tempdir().unwrap();
+        outcomes(NAME, "7", before, folder.path());
+        for rank in outcomes(NAME, "12", after, folder.path()) {
+            close(&rank[..ENDS], &straight[..ENDS]);
+            close(&rank[ENDS..], &straight[ENDS + 14..]);
+        }
+    }
+}
+
+#[test]
+fn metrics_of_uneven_batches_are_those_of_one_process() {
+    const NAME: &str = "metrics_of_uneven_batches_are_those_of_one_process";
+    let values = |pg: &ProcessGroup| -> Vec<f64> {
+        let double = (Kind::Double, Device::Cpu);
+        let x = (Tensor::arange(11 * 3, double) * 0.7).sin().view([11, 3]);
+        let y = (Tensor::arange(11, double) * 5.).to_kind(Kind::Int64).remainder(3);
+        let sampler = DistributedSampler::of_group(11, pg).unwrap().uneven(true).unwrap();
+        let data = Loader::new(&x, &y, 2).unwrap().sampler(sampler);
+        let mut engine = Engine::new(|_: &mut (), _, (x, y): (Tensor, Tensor)| Ok((x, y)));
+        engine.distributed(pg).uneven_batches(true);
+        engine.metric("matrix", ConfusionMatrix::of(3, pair));
+        let mut columns = Engine::new(|_: &mut (), _, (x, y): (Tensor, Tensor)| {
+            Ok((x.select(1, 0), y.to_kind(Kind::Double)))
+        });
+        columns.distributed(pg).uneven_batches(true);
+        columns.metric("mse", MeanSquaredError::of(pair));
+        columns.metric("median", MedianAbsoluteError::of(pair));
+        engine.run(&mut (), &data, Until::epochs(1)).unwrap();
+        columns.run(&mut (), &data, Until::epochs(1)).unwrap();
+        let matrix = engine.state.metrics.tensor("matrix").unwrap().to_kind(Kind::Double);
+        let mut values = Vec::<f64>::try_from(matrix.reshape([-1])).unwrap();
+        values.push(columns.state.metrics.get("mse").unwrap());
+        values.push(columns.state.metrics.get("median").unwrap());
+        values
+    };
+    if let Some((_, folder)) = role() {
+        let pg = join();
+        let values = values(&pg);
+        return leave(&folder, &pg, &values);
+    }
+    tch::set_num_threads(1);
+    let one = values(&ProcessGroup::single());
+    for ranks in [2, 3] {
+        let folder = tempfile::tempdir().unwrap();
+        let all = outcomes(NAME, "values", ranks, folder.path());
+        assert!(all.iter().all(|rank| *rank == all[0]), "the ranks differ");
+        close(&all[0], &one);
+    }
+}
+
+#[test]
+fn what_one_rank_asks_for_all_do_at_the_same_iteration() {
+    const NAME: &str = "what_one_rank_asks_for_all_do_at_the_same_iteration";
+    if let Some((role, folder)) = role() {
+        let pg = join();
+        let second = pg.rank() == 1;
+        let batches = if role == "length" { 30 + pg.rank() } else { 30 };
+        let what = role.clone();
+        let mut trainer = Engine::new(move |_: &mut (), engine, _: ()| {
+            let bad = second && what == "nan" && engine.state.iteration == 4;
+            Ok(if bad { f64::NAN } else { 1. })
+        });
+        trainer.distributed(&pg);
+        trainer.attach(TerminateOnNan::new()).attach(InterruptOn::signals().unwrap());
+        let what = role.clone();
+        trainer.on(Event::IterationCompleted.once(4), move |_, engine| {
+            match what.as_str() {
+                "terminate" if second => engine.terminate(),
+                "signal" if second => {
+                    let id = std::process::id().to_string();
+                    assert!(Command::new("kill").args(["-TERM", &id]).status()?.success());
+                    // Another thread may take it.
+                    std::thread::sleep(Duration::from_millis(200));
+                }
+                _ => {}
+            }
+            Ok(())
+        });
+        let result = trainer.run(&mut (), vec![(); batches], Until::epochs(2));
+        let outcome = match (&result, role.as_str()) {
+            (Ok(summary), "signal") => {
+                assert_eq!(summary.stop, Stop::Signal(15));
+                summary.iterations as f64
+            }
+            (Ok(summary), _) => {
+                assert_eq!(summary.stop, Stop::Terminated);
+                summary.iterations as f64
+            }
+            (Err(error), "length") => {
+                let text = error.to_string();
+                assert!(text.contains("rank 0 has 30, rank 1 has 31"), "{text}");
+                0.
+            }
+            (Err(error), _) => panic!("{error:#}"),
+        };
+        return leave(&folder, &pg, &[outcome]);
+    }
+    for (role, iterations) in [("terminate", 11.), ("nan", 11.), ("signal", 11.), ("length", 0.)] {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(outcomes(NAME, role, 2, folder.path()), [[iterations], [iterations]], "{role}");
+    }
+}
+
+#[test]
+fn when_a_rank_fails_the_others_are_ended() {
+    const NAME: &str = "when_a_rank_fails_the_others_are_ended";
+    if role().is_some() {
+        if std::env::var("RANK").unwrap() == "1" {
+            std::process::exit(3);
+        }
+        return std::thread::sleep(Duration::from_secs(60));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let begin = Instant::now();
+    let ended = start(NAME, "fail", 3, folder.path());
+    assert_eq!((ended.failed, ended.code()), (Some(1), 3));
+    use std::os::unix::process::ExitStatusExt;
+    assert_eq!([0, 2].map(|rank: usize| ended.statuses[rank].signal()), [Some(9), Some(9)]);
+    assert!(begin.elapsed() < Duration::from_secs(30));
+}
+
+#[test]
+fn a_signal_goes_to_all_ranks() {
+    const NAME: &str = "a_signal_goes_to_all_ranks";
+    if let Some((_, folder)) = role() {
+        let pg = join();
+        let mut engine = Engine::new(|_: &mut (), _, _: ()| {
+            std::thread::sleep(Duration::from_millis(5));
+            Ok(())
+        });
+        engine.distributed(&pg).attach(InterruptOn::signals().unwrap());
+        engine.on_main(Event::IterationCompleted.once(3), |_, _| {
+            let parent = std::os::unix::process::parent_id().to_string();
+            assert!(Command::new("kill").args(["-TERM", &parent]).status()?.success());
+            Ok(())
+        });
+        let summary = engine.run(&mut (), vec![(); 2000], Until::epochs(1)).unwrap();
+        assert_eq!(summary.stop, Stop::Signal(15));
+        return leave(&folder, &pg, &[summary.iterations as f64]);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let all = outcomes(NAME, "signal", 2, folder.path());
+    assert_eq!(all[0], all[1]);
+}
