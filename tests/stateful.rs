@@ -638,14 +638,18 @@ fn memory_formats() {
             of(state.part("optimizer").unwrap(), "base.weight/exp_avg"),
         ]
     };
-    let mut program = make(1);
-    program.run().unwrap();
-    assert_eq!(strides(&program), [[27, 1, 9, 3], [27, 1, 9, 3]]);
+    {
+        let _serial = serial();
+        let mut program = make(1);
+        program.run().unwrap();
+        assert_eq!(strides(&program), [[27, 1, 9, 3], [27, 1, 9, 3]]);
+    }
     survives("channels last", make);
 }
 
 #[test]
 fn states_of_ones_own_keep_their_strides() -> Result<()> {
+    let _serial = serial();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("state.safetensors");
     let make = || {
@@ -676,6 +680,7 @@ fn states_of_ones_own_keep_their_strides() -> Result<()> {
 
 #[test]
 fn outputs_of_all_kinds_come_back() -> Result<()> {
+    let _serial = serial();
     fn through<T: Saveable>(value: &T) -> Result<T> {
         static FILES: AtomicU64 = AtomicU64::new(0);
         let folder = tempfile::tempdir().unwrap();

@@ -151,7 +151,7 @@ TIG_INLINE double widened(T x) {
 }
 
 // Several sums at once: one would wait for each addition.
-constexpr int LANES = 16;
+constexpr int LANES = 32;
 
 template <typename T>
 TIG_INLINE double sum_of_squares(const T* from, int64_t n) {

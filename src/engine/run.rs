@@ -196,6 +196,19 @@ impl SavedPosition {
         [self.counter, self.pass, self.fetched, samples]
     }
 
+    /// Counts the samples of all ranks, which are the same with any number of them.
+    pub(super) fn of_all(mut self, ranks: u64) -> Self {
+        self.place.iter_mut().for_each(|place| place.samples = place.samples.saturating_mul(ranks));
+        self
+    }
+
+    /// The other way round; in batches where the ranks cannot share the samples.
+    pub(super) fn of_each(mut self, ranks: u64) -> Self {
+        self.place = self.place.filter(|place| place.samples % ranks == 0);
+        self.place.iter_mut().for_each(|place| place.samples /= ranks);
+        self
+    }
+
     pub(super) fn restore(self, event: Event, budgeted: bool) -> Position {
         let refetch = self.phase.has_batch();
         Position {

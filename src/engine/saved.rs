@@ -400,7 +400,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             max_iters: state.max_iters,
             samples: state.samples,
             nested: self.is_nested(),
-            position: self.position.save(self.data.as_deref()),
+            position: self.position.save(self.data.as_deref()).of_all(self.ranks()),
             asked: SavedControl {
                 event: self.position.event.to_string(),
                 terminate: control.terminate,
@@ -434,7 +434,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         state.samples = saved.samples;
         self.load_firings(&saved.firings)?;
         let budgeted = saved.max_epochs.is_some() || saved.max_iters.is_some();
-        self.position = saved.position.restore(event, budgeted);
+        let ranks = self.ranks();
+        self.position = saved.position.of_each(ranks).restore(event, budgeted);
         self.control = Control {
             any: asked.terminate || asked.terminate_epoch || asked.skip_batch,
             terminate: asked.terminate,

@@ -34,6 +34,13 @@ impl Together {
         (pg.world_size() > 1).then(|| Self { group: pg.clone(), uneven: false })
     }
 
+    fn ranks(&self) -> usize {
+        #[cfg(feature = "distributed")]
+        return self.group.world_size();
+        #[cfg(not(feature = "distributed"))]
+        match self.group {}
+    }
+
     fn rank(&self) -> usize {
         #[cfg(feature = "distributed")]
         return self.group.rank();
@@ -134,6 +141,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Whether this is the main process, rank 0 of its group; true for an engine without a group.
     pub fn is_main(&self) -> bool {
         self.rank() == 0
+    }
+
+    /// How many processes there are: 1 for an engine without a group.
+    pub(super) fn ranks(&self) -> u64 {
+        self.together.as_ref().map_or(1, |together| together.ranks() as u64)
     }
 
     pub(super) fn rank(&self) -> usize {

@@ -47,6 +47,9 @@ pub(crate) fn make_folder(folder: &Path) -> io::Result<()> {
     match fs::create_dir(folder) {
         // Somebody else was faster.
         Err(_) if folder.is_dir() => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            Err(io::Error::from(io::ErrorKind::NotADirectory))
+        }
         made => made,
     }?;
     above.map_or(Ok(()), sync_folder)
