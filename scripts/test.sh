@@ -69,6 +69,7 @@ say "library without default features"
 cargo check --release --no-default-features --lib
 
 say "clippy"
+cargo clippy --release --all-targets -- -D warnings
 cargo clippy --release --features "$features" --all-targets -- -D warnings
 
 say "documentation"

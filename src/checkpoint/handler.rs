@@ -143,6 +143,8 @@ pub struct Checkpoint<B, O> {
     saved: Vec<Saved>,
     /// Which run the files are of, told apart from others that had the folder.
     run: Option<u64>,
+    /// The list was loaded, and not yet compared with the folder.
+    loaded: bool,
     background: bool,
     writer: Writer,
 }
@@ -192,6 +194,7 @@ impl<B, O> Checkpoint<B, O> {
             weights: None,
             saved: vec![],
             run: None,
+            loaded: false,
             background: false,
             writer: Writer::default(),
         }
@@ -579,8 +582,9 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         self.run = state.value("run")?;
         self.saved.sort_by(|a, b| a.priority.as_f64().total_cmp(&b.priority.as_f64()));
         self.written = Some(Instant::now());
-        // The folder is locked from here on, not only at the first write.
-        self.reconcile()
+        // Only now known is the list; which rank is the main one, and locks the folder, the engine tells.
+        self.loaded = true;
+        Ok(())
     }
 
     fn call(
@@ -589,6 +593,11 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
+        if self.loaded && engine.is_main() {
+            // The folder is locked from here on, not only at the first write.
+            self.reconcile()?;
+            self.loaded = false;
+        }
         match event {
             Event::Started if engine.is_main() => {
                 // An engine within another starts again and again.

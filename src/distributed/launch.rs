@@ -150,7 +150,9 @@ impl Launch {
         let mut statuses = vec![None; self.ranks];
         while statuses.contains(&None) {
             if let Some(signal) = signals.take() {
-                ranks.children.iter().for_each(|child| send_signal(child, signal));
+                // The number of one that was waited for may be another process's by now.
+                let lives = ranks.children.iter().zip(&statuses).filter(|(_, s)| s.is_none());
+                lives.for_each(|(child, _)| send_signal(child, signal));
             }
             for (rank, child) in ranks.children.iter_mut().enumerate() {
                 if statuses[rank].is_some() {
@@ -170,7 +172,7 @@ impl Launch {
             }
             sleep(PERIOD);
         }
-        ranks.finish();
+        ranks.finish(self.grace);
         let statuses = statuses.into_iter().flatten().collect();
         Ok(Ended { statuses, failed: failure.map(|(rank, _)| rank) })
     }
@@ -255,11 +257,14 @@ impl Ranks {
         }
     }
 
-    /// Waits until all that they printed is shown.
-    fn finish(&mut self) {
-        for pipe in self.pipes.drain(..) {
-            let _ = pipe.join();
+    /// Waits until all that they printed is shown; not for ever, because a process that a rank left behind may hold the
+    /// other end.
+    fn finish(&mut self, at_most: Duration) {
+        let until = Instant::now() + at_most;
+        while self.pipes.iter().any(|pipe| !pipe.is_finished()) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
         }
+        self.pipes.clear();
     }
 }
 

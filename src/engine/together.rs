@@ -320,12 +320,16 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             ranks.set_part(&rank.to_string(), random);
         }
         // For as long as it is saved, the state of a metric is that of all.
-        for (index, metric) in metrics.iter().enumerate() {
+        let of_all = |index: usize| {
             let states: Vec<_> = all.iter().filter_map(|rank| rank.get(index + 1)).collect();
-            let joined = exchange::join(&states).map_err(state_error)?;
-            metric.borrow_mut().set_parts(&joined).map_err(state_error)?;
-        }
-        let saved = self.checkpoint_within(cx, caller);
+            exchange::join(&states).map_err(state_error)
+        };
+        let joined = (0..metrics.len()).map(of_all).collect::<Result<Vec<_>>>()?;
+        let mut set = metrics
+            .iter()
+            .zip(&joined)
+            .map(|(metric, joined)| metric.borrow_mut().set_parts(joined).map_err(state_error));
+        let saved = set.try_for_each(|set| set).and_then(|()| self.checkpoint_within(cx, caller));
         for (metric, own) in metrics.iter().zip(&own[1..]) {
             metric.borrow_mut().set_parts(own).map_err(state_error)?;
         }
@@ -371,8 +375,10 @@ fn value_of_all<O>(
     if joined.is_empty() {
         return metric.value(event);
     }
-    for (part, own) in joined.iter_mut().zip(own) {
-        part.value = part.value.f_to_device(own.value.device())?;
+    for part in &mut joined {
+        if let Some(own) = own.iter().find(|own| own.name == part.name) {
+            part.value = part.value.f_to_device(own.value.device())?;
+        }
     }
     metric.set_parts(&joined)?;
     let value = metric.value(event);

@@ -80,26 +80,23 @@ pub(crate) fn read(message: &[u8]) -> anyhow::Result<Vec<Vec<Accumulated>>> {
     Ok(states)
 }
 
-/// The state of one metric over all ranks, in their order, so that all get the same bits. A rank that had no sample lists
-/// nothing, and adds nothing.
+/// The state of one metric over all ranks, in their order, so that all get the same bits. A rank adds nothing to a part
+/// that it does not list: it had no sample of it.
 ///
 /// # Errors
-/// Ranks that list different parts, or parts that do not fit together, by name.
+/// Parts that do not fit together, by name.
 pub(crate) fn join(ranks: &[&Vec<Accumulated>]) -> anyhow::Result<Vec<Accumulated>> {
-    let ranks: Vec<_> = ranks.iter().filter(|state| !state.is_empty()).collect();
-    let Some(first) = ranks.first() else { return Ok(vec![]) };
-    let mut joined = vec![];
-    for (index, part) in first.iter().enumerate() {
-        let alike = |other: &Accumulated| {
-            other.name == part.name
-                && other.reduce == part.reduce
-                && other.value.kind() == part.value.kind()
-        };
-        let values = ranks.iter().map(|state| {
-            let other = state.get(index).filter(|other| alike(other) && state.len() == first.len());
-            other.map(|other| &other.value).ok_or_else(|| {
-                anyhow::anyhow!("'{}' is not the same kind of thing on all ranks", part.name)
-            })
+    let mut joined: Vec<Accumulated> = vec![];
+    for part in ranks.iter().copied().flatten() {
+        if joined.iter().any(|known| known.name == part.name) {
+            continue;
+        }
+        let own = |state: &&Vec<Accumulated>| state.iter().position(|own| own.name == part.name);
+        let all = ranks.iter().filter_map(|state| own(state).map(|index| &state[index]));
+        let values = all.map(|other| {
+            let alike = other.reduce == part.reduce && other.value.kind() == part.value.kind();
+            anyhow::ensure!(alike, "'{}' is not the same kind of thing on all ranks", part.name);
+            Ok(&other.value)
         });
         let values: Vec<&Tensor> = values.collect::<anyhow::Result<_>>()?;
         let value = join_part(part.reduce, &values).map_err(|error| {
@@ -108,6 +105,20 @@ pub(crate) fn join(ranks: &[&Vec<Accumulated>]) -> anyhow::Result<Vec<Accumulate
         joined.push(Accumulated::new(part.name.clone(), value, part.reduce));
     }
     Ok(joined)
+}
+
+/// What a rank keeps of a state of all that another one keeps whole: parts that add nothing to that one's, and those
+/// that are the same everywhere.
+pub(crate) fn nothing_of(state: &[Accumulated]) -> anyhow::Result<Vec<Accumulated>> {
+    let part = |part: &Accumulated| {
+        let value = match part.reduce {
+            Reduce::Sum => part.value.f_zeros_like()?,
+            Reduce::Concat if part.value.dim() > 0 => part.value.f_narrow(0, 0, 0)?,
+            _ => part.value.shallow_clone(),
+        };
+        Ok(Accumulated::new(part.name.clone(), value, part.reduce))
+    };
+    state.iter().map(part).collect()
 }
 
 fn join_part(reduce: Reduce, values: &[&Tensor]) -> Result<Tensor, tch::TchError> {
@@ -157,9 +168,10 @@ mod tests {
     fn what_does_not_fit_is_an_error() {
         let of = |name: &str, value: Tensor| vec![Accumulated::new(name, value, Reduce::Sum)];
         let (a, b) = (of("a", Tensor::from(1.)), of("b", Tensor::from(1.)));
-        assert!(join(&[&a, &b]).unwrap_err().to_string().contains("'a'"));
+        let names = |parts: Vec<Accumulated>| parts.into_iter().map(|part| part.name);
+        assert!(names(join(&[&a, &b]).unwrap()).eq(["a", "b"]), "each has samples of its own");
         let other = of("a", Tensor::from(1i64));
-        assert!(join(&[&a, &other]).is_err());
+        assert!(join(&[&a, &other]).unwrap_err().to_string().contains("'a'"));
         let (two, three) =
             (of("a", Tensor::from_slice(&[1., 2.])), of("a", Tensor::from_slice(&[1., 2., 3.])));
         assert!(join(&[&two, &three]).is_err());

@@ -1,4 +1,4 @@
-use super::{Accumulated, Metric, Reduce};
+use super::{Accumulated, Metric, Reduce, exchange};
 use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, FilteredEvent, Handler, MetricValue};
 use crate::{Error, Result};
@@ -119,10 +119,8 @@ impl<O, M: Metric<O>> Joins<O> for MetricHandler<M> {
     }
 
     fn leave_to_main(&mut self) -> anyhow::Result<()> {
-        if self.metric.state()?.iter().any(|part| part.reduce != Reduce::Mean) {
-            self.metric.reset();
-        }
-        Ok(())
+        let rest = exchange::nothing_of(&self.metric.state()?)?;
+        self.metric.load_state(&rest)
     }
 }
 

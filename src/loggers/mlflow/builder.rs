@@ -72,7 +72,7 @@ impl MLflowBuilder {
             Some(id) => {
                 let request = json!({"run_id": id, "status": "RUNNING"});
                 client.post("runs/update", &request).map_err(failed)?;
-                client.get("runs/get", &[("run_id", id)]).map_err(failed)?["run"].take()
+                client.get("runs/get", &[("run_id", id)]).map_err(failed)?["run"].clone()
             }
             None => {
                 let experiment = client.experiment(&self.experiment).map_err(failed)?;
@@ -81,7 +81,7 @@ impl MLflowBuilder {
                     "run_name": self.run_name,
                     "start_time": now(),
                 });
-                client.post("runs/create", &request).map_err(failed)?["run"].take()
+                client.post("runs/create", &request).map_err(failed)?["run"].clone()
             }
         };
         let Some(id) = run["info"]["run_id"].as_str() else {

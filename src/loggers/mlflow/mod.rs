@@ -14,7 +14,7 @@ use serde_json::Value;
 pub use self::builder::MLflowBuilder;
 use self::queue::{Item, Queue};
 use super::{Image, Logger, flat};
-use crate::engine::{Engine, Event, Events, Handler, Priority};
+use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks};
 use crate::{Error, Result};
 
 /// How long the end of a run waits for what is not sent yet.
@@ -223,6 +223,10 @@ impl<C, B, O> Handler<C, B, O> for MLflowLogger {
 
     fn priority(&self) -> Priority {
         Priority::Last
+    }
+
+    fn ranks(&self) -> Ranks {
+        Ranks::Main
     }
 
     fn call(

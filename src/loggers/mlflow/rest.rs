@@ -51,10 +51,10 @@ impl Client {
     /// The id of the experiment of this name, which is made where there is none.
     pub(super) fn experiment(&self, name: &str) -> Result<Value, Failure> {
         match self.get("experiments/get-by-name", &[("experiment_name", name)]) {
-            Ok(mut answer) => Ok(answer["experiment"]["experiment_id"].take()),
+            Ok(answer) => Ok(answer["experiment"]["experiment_id"].clone()),
             Err(failure) if failure.code.as_deref() == Some("RESOURCE_DOES_NOT_EXIST") => {
-                let mut answer = self.post("experiments/create", &json!({"name": name}))?;
-                Ok(answer["experiment_id"].take())
+                let answer = self.post("experiments/create", &json!({"name": name}))?;
+                Ok(answer["experiment_id"].clone())
             }
             Err(failure) => Err(failure),
         }
