@@ -128,9 +128,9 @@ fn handlers_at_one_event_do_not_lose_each_others_files() -> Result<()> {
     drop(trainer);
     let (mut trainer, best) = make();
     trainer.resume(&mut (), folder.path())?.unwrap();
+    trainer.run(&mut (), vec![1], Until::epochs(4))?;
     let kept: Vec<_> = best.borrow().saved().map(|(score, _)| score).collect();
     assert_eq!(kept, [0.9]);
-    trainer.run(&mut (), vec![1], Until::epochs(4))?;
     assert_eq!(
         files(folder.path()),
         ["checkpoint_4.safetensors", "latest", "model_score=0.9000.safetensors"]

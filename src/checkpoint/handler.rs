@@ -338,7 +338,8 @@ impl<B, O> Checkpoint<B, O> {
         self.saved.last().map(|saved| self.folder.join(&saved.name))
     }
 
-    /// The files that are kept with their scores or steps, the smallest first.
+    /// The files that are kept with their scores or steps, the smallest first. After resuming it is what was saved, until
+    /// the run goes on: then files that a kill left are on the list too.
     pub fn saved(&self) -> impl Iterator<Item = (f64, &str)> {
         self.saved.iter().map(|saved| (saved.priority.as_f64(), saved.name.as_str()))
     }
