@@ -48,6 +48,9 @@ struct Args {
     /// What updates the parameters
     #[arg(long, value_enum, default_value_t = Algorithm::Sgd)]
     optimizer: Algorithm,
+    /// How much of the hidden layer is dropped out in training
+    #[arg(long, value_name = "P", default_value_t = 0.3, value_parser = probability)]
+    dropout: f64,
     /// Highest learning rate of the convolutions [default: fits the optimizer]
     #[arg(long, value_name = "LR")]
     lr_base: Option<f64>,
@@ -100,7 +103,13 @@ fn device(text: &str) -> Result<Device> {
     Ok(device)
 }
 
-fn network(vs: &VarStore) -> impl ModuleT + use<> {
+fn probability(text: &str) -> Result<f64> {
+    let p = text.parse()?;
+    ensure!((0. ..1.).contains(&p), "it is from 0 up to 1, and 1 would leave nothing");
+    Ok(p)
+}
+
+fn network(vs: &VarStore, dropout: f64) -> impl ModuleT + use<> {
     let root = vs.root();
     // Starts with the same score for every digit.
     let zero = nn::LinearConfig { ws_init: nn::Init::Const(0.), ..Default::default() };
@@ -110,7 +119,7 @@ fn network(vs: &VarStore) -> impl ModuleT + use<> {
         .add(nn::conv2d(&root / "conv2", 16, 32, 5, Default::default()))
         .add_fn(|x| x.max_pool2d_default(2).relu().flat_view())
         .add(nn::linear(&root / "fc1", 512, 128, Default::default()))
-        .add_fn_t(|x, train| x.relu().dropout(0.3, train))
+        .add_fn_t(move |x, train| x.relu().dropout(dropout, train))
         .add(nn::linear(&root / "fc2", 128, 10, zero))
 }
 
@@ -190,7 +199,7 @@ fn train(mut args: Args) -> Result<()> {
     tch::manual_seed(args.seed.into());
     let (train_loader, test_loader) = data(&args, place)?;
     let vs = VarStore::new(args.device);
-    let net = network(&vs);
+    let net = network(&vs, args.dropout);
     let optimizer = optimizer(&args, &vs)?;
     let (base, fc) = (optimizer.group("base")?.knob("lr")?, optimizer.group("fc")?.knob("lr")?);
     let cross_entropy = |y_pred: &Tensor, y: &Tensor| y_pred.cross_entropy_for_logits(y);

@@ -279,6 +279,11 @@ impl<N> Stateful for Supervised<N> {
         self.grad_norm = state.take_tensor("grad_norm").ok();
         Ok(())
     }
+
+    /// Within a window: gradients are exchanged at its end.
+    fn differs_by_rank(&self) -> bool {
+        self.accumulated.pending > 0
+    }
 }
 
 impl<N> Supervised<N> {

@@ -92,7 +92,8 @@ fn samples(count: i64) -> (Tensor, Tensor) {
 fn train(role: &str, folder: &Path) {
     let pg = join();
     let iterations: u64 = role.split(' ').next().unwrap().parse().unwrap();
-    let dropout = if role.ends_with("dropout") { 0.3 } else { 0. };
+    let asked = |what| role.split(' ').any(|word| word == what);
+    let dropout = if asked("dropout") { 0.3 } else { 0. };
     tch::manual_seed(7);
     let mut vs = VarStore::new(Device::Cpu);
     let root = vs.root();
@@ -133,6 +134,16 @@ fn train(role: &str, folder: &Path) {
     });
     let mse = |y_pred: &Tensor, y: &Tensor| y_pred.mse_loss(y, tch::Reduction::Mean);
     let mut cx = Supervised::new(net, optimizer, mse).data_parallel(ddp);
+    if asked("windows") {
+        cx = cx.accumulate(3).unwrap();
+    }
+    if asked("die") && pg.rank() == 1 {
+        trainer.on(Event::IterationStarted.once(8), |_, _| {
+            let id = std::process::id().to_string();
+            assert!(Command::new("kill").args(["-KILL", &id]).status()?.success());
+            Ok(())
+        });
+    }
     trainer.resume(&mut cx, folder.join("checkpoints")).unwrap();
     trainer.run(&mut cx, &data, Until::iterations(iterations)).unwrap();
 
@@ -188,14 +199,7 @@ fn all_ranks_resume_one_checkpoint_also_with_another_number_of_them() {
     let folder = tempfile::tempdir().unwrap();
     outcomes(NAME, "7 dropout", 2, folder.path());
     assert_eq!(checkpoints(folder.path()), 1);
-    let resumed = outcomes(NAME, "12 dropout", 2, folder.path());
-    for (resumed, straight) in resumed.iter().zip(&straight) {
-        assert_eq!(resumed[..ENDS - 2], straight[..ENDS - 2]);
-        let losses = |values: &[f64]| values.iter().step_by(2).copied().collect::<Vec<_>>();
-        assert_eq!(losses(&resumed[ENDS..]), losses(&straight[ENDS + 14..]));
-        // Sums and averages of both ranks were joined in between.
-        close(&resumed[ENDS - 2..], &[&straight[ENDS - 2..ENDS], &straight[ENDS + 14..]].concat());
-    }
+    go_on_as(&straight, &outcomes(NAME, "12 dropout", 2, folder.path()), 7);
 
     let straight = tempfile::tempdir().unwrap();
     let straight = outcomes(NAME, "12", 1, straight.path()).swap_remove(0);
@@ -207,6 +211,53 @@ fn all_ranks_resume_one_checkpoint_also_with_another_number_of_them() {
             close(&rank[ENDS..], &straight[ENDS + 14..]);
         }
     }
+}
+
+/// From iteration `from` on these are the bits of the straight run.
+fn go_on_as(straight: &[Vec<f64>], resumed: &[Vec<f64>], from: usize) {
+    assert_eq!(straight.len(), resumed.len());
+    for (resumed, straight) in resumed.iter().zip(straight) {
+        let rest = &straight[ENDS + 2 * from..];
+        assert_eq!(resumed[..ENDS - 2], straight[..ENDS - 2]);
+        let losses = |values: &[f64]| values.iter().step_by(2).copied().collect::<Vec<_>>();
+        assert_eq!(losses(&resumed[ENDS..]), losses(rest));
+        // Sums and averages of both ranks were joined in between.
+        close(&resumed[ENDS - 2..], &[&straight[ENDS - 2..ENDS], rest].concat());
+    }
+}
+
+#[test]
+fn gradients_within_a_window_are_those_of_each_rank_again() {
+    const NAME: &str = "gradients_within_a_window_are_those_of_each_rank_again";
+    if let Some((role, folder)) = role() {
+        return train(&role, &folder);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let straight = outcomes(NAME, "12 windows dropout", 2, folder.path());
+    // After the first and the second batch of a window of three.
+    for stop in [5, 6] {
+        let folder = tempfile::tempdir().unwrap();
+        outcomes(NAME, &format!("{stop} windows dropout"), 2, folder.path());
+        let resumed = outcomes(NAME, "12 windows dropout", 2, folder.path());
+        go_on_as(&straight, &resumed, stop);
+    }
+}
+
+#[test]
+fn a_job_that_lost_a_rank_is_started_again_and_goes_on() {
+    const NAME: &str = "a_job_that_lost_a_rank_is_started_again_and_goes_on";
+    if let Some((role, folder)) = role() {
+        return train(&role, &folder);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let straight = outcomes(NAME, "12 dropout", 3, folder.path());
+    let folder = tempfile::tempdir().unwrap();
+    let ended = start(NAME, "12 dropout die", 3, folder.path());
+    use std::os::unix::process::ExitStatusExt;
+    assert_eq!((ended.failed, ended.statuses[1].signal()), (Some(1), Some(9)));
+    assert!(!ended.statuses[0].success() && !ended.statuses[2].success());
+    assert_eq!(checkpoints(folder.path()), 1);
+    go_on_as(&straight, &outcomes(NAME, "12 dropout", 3, folder.path()), 7);
 }
 
 #[test]

@@ -89,6 +89,24 @@ fn tree_of<'s>(
     tree
 }
 
+/// A state as values, in JSON, and a list of tensors: for what is sent and not written.
+pub(crate) fn taken_apart(
+    state: &StateDict,
+) -> serde_json::Result<(String, Vec<(String, &Tensor)>)> {
+    let mut tensors = BTreeMap::new();
+    let values = serde_json::to_string(&tree_of("", state, &mut tensors))?;
+    Ok((values, tensors.into_iter().collect()))
+}
+
+/// What [`taken_apart`] took apart.
+pub(crate) fn put_together(
+    values: &str,
+    tensors: impl IntoIterator<Item = (String, Tensor)>,
+) -> Result<StateDict, String> {
+    let tree: Tree = serde_json::from_str(values).map_err(|error| error.to_string())?;
+    assembled(&tree, "", &mut tensors.into_iter().collect())
+}
+
 const METADATA: &str = "__metadata__";
 
 /// What is noted of a file besides its content.

@@ -198,4 +198,10 @@ pub trait Stateful {
     fn is_read_in_place(&self) -> bool {
         false
     }
+
+    /// Whether the state is now this process's own where several train together, as gradients are that have
+    /// not been exchanged. A checkpoint then has that of each; otherwise that of the main one is all there is.
+    fn differs_by_rank(&self) -> bool {
+        false
+    }
 }

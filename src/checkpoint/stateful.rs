@@ -75,6 +75,10 @@ impl<T: Stateful> Stateful for Rc<RefCell<T>> {
     fn has_fixed_tensors(&self) -> bool {
         self.try_borrow().is_ok_and(|part| part.has_fixed_tensors())
     }
+
+    fn differs_by_rank(&self) -> bool {
+        self.try_borrow().is_ok_and(|part| part.differs_by_rank())
+    }
 }
 
 impl<T: Stateful> Stateful for Arc<Mutex<T>> {
@@ -92,6 +96,10 @@ impl<T: Stateful> Stateful for Arc<Mutex<T>> {
 
     fn has_fixed_tensors(&self) -> bool {
         free(self).is_ok_and(|part| part.has_fixed_tensors())
+    }
+
+    fn differs_by_rank(&self) -> bool {
+        free(self).is_ok_and(|part| part.differs_by_rank())
     }
 }
 
@@ -180,6 +188,10 @@ impl Stateful for Gradients {
             set_gradient(&variable, gradient.as_ref()).map_err(failed)?;
         }
         Ok(())
+    }
+
+    fn differs_by_rank(&self) -> bool {
+        true
     }
 }
 

@@ -216,6 +216,27 @@ impl ProcessGroup {
         ControlGroup::new(self.clone())
     }
 
+    /// Leaves the group for good: the calls in which other ranks wait end with [`FailureKind::PeerLost`] at once, and not at
+    /// their time-out. For a rank that has an error of its own and a process that lives on; where the process ends this
+    /// happens anyway. Does not wait.
+    ///
+    /// ```
+    /// # use tch_ignite::distributed::ProcessGroup;
+    /// # let (pg, result) = (ProcessGroup::single(), Ok::<(), tch_ignite::Error>(()));
+    /// if let Err(error) = result {
+    ///     pg.abort();
+    ///     eprintln!("this model could not be trained: {error}");
+    /// }
+    /// ```
+    pub fn abort(&self) {
+        let Shared { rank, lines, .. } = &*self.shared;
+        let Some(lines) = lines else { return };
+        let message = "this rank left it (ProcessGroup::abort)".to_owned();
+        let (kind, rank) = (FailureKind::PeerLost, *rank);
+        let _ = lines.failed.set(Failure { kind, rank, missing: vec![], message });
+        lines.group.hang_up();
+    }
+
     pub(super) fn check_rank(&self, rank: usize) -> Result<()> {
         if rank < self.world_size() {
             return Ok(());

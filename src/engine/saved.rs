@@ -30,6 +30,7 @@ struct OutputState<O> {
 struct ContextState<C> {
     save: fn(&C) -> Result<StateDict>,
     load: fn(&mut C, StateDict) -> Result<()>,
+    differs_by_rank: fn(&C) -> bool,
 }
 
 impl<C, O> Default for Tracked<'_, C, O> {
@@ -120,8 +121,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     where
         C: Stateful,
     {
-        self.tracked.context =
-            Some(ContextState { save: C::state_dict, load: |cx, state| cx.load_state_dict(state) });
+        self.tracked.context = Some(ContextState {
+            save: C::state_dict,
+            load: |cx, state| cx.load_state_dict(state),
+            differs_by_rank: C::differs_by_rank,
+        });
         self
     }
 
@@ -181,6 +185,21 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(all)
     }
 
+    /// What is this rank's own, under the names of the parts that are the main one's otherwise.
+    pub(super) fn own_of_rank(&self, cx: &C) -> Result<StateDict> {
+        let mut own = StateDict::new();
+        own.set_part(RNG, generators()?);
+        if let Some(context) = &self.tracked.context
+            && (context.differs_by_rank)(cx)
+        {
+            own.set_part(CONTEXT, (context.save)(cx).map_err(|error| of_part(CONTEXT, error))?);
+        }
+        for (name, part) in self.tracked.parts.iter().filter(|(_, part)| part.differs_by_rank()) {
+            own.set_part(name, part.state_dict().map_err(|error| of_part(name, error))?);
+        }
+        Ok(own)
+    }
+
     /// Goes to a state; the next `run` goes on there, exactly as if there had been no break. The
     /// tensors are taken over where that saves a copy.
     ///
@@ -233,8 +252,19 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     fn restore_parts(&mut self, cx: &mut C, state: StateDict, report: &mut Report) -> Result<()> {
         let StateDict { mut parts, .. } = state;
         parts.remove(SETTINGS);
-        let ranks = parts.remove(RANKS);
-        let mut part = |name: &str| parts.remove(name);
+        let rank = self.rank();
+        let mut own = StateDict::new();
+        if let Some(mut ranks) = parts.remove(RANKS) {
+            own = ranks.parts.remove(&rank.to_string()).unwrap_or_default();
+        }
+        let random = match rank {
+            0 => parts.remove(RNG),
+            _ => parts.remove(RNG).and(own.parts.remove(RNG)),
+        };
+        let mut part = |name: &str| {
+            let of_main = parts.remove(name);
+            own.parts.remove(name).or(of_main)
+        };
         for (name, tracked) in &mut self.tracked.parts {
             report.load(name, part(name), |state| tracked.load_state_dict(state))?;
         }
@@ -256,11 +286,6 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             report.load(PARAM_HISTORY, Some(history), |history| self.load_history(history))?;
         }
         self.leave_metrics_to_main()?;
-        let (rank, random) = (self.rank(), part(RNG));
-        let random = match rank {
-            0 => random,
-            _ => ranks.and_then(|mut ranks| ranks.parts.remove(&rank.to_string())),
-        };
         let again = random.as_ref().map(StateDict::copy).transpose()?;
         if rank > 0 && random.is_none() {
             let text =
@@ -269,11 +294,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         } else {
             load_generators(random, report)?;
         }
-        let own = part(ENGINE);
+        let position = part(ENGINE);
         for name in parts.keys() {
             report.note(format!("the state has a part '{name}', which is not tracked here"))?;
         }
-        report.load(ENGINE, own, |state| self.load_own_state(state))?;
+        report.load(ENGINE, position, |state| self.load_own_state(state))?;
         self.random = again;
         Ok(())
     }
@@ -578,7 +603,7 @@ fn generator_devices() -> Vec<(String, Device)> {
     devices
 }
 
-pub(super) fn generators() -> Result<StateDict> {
+fn generators() -> Result<StateDict> {
     let mut states = StateDict::new();
     for (name, device) in generator_devices() {
         let state = generator_state(device)

@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::run::Position;
 use super::{Engine, Event, Events};
-use crate::checkpoint::StateDict;
+use crate::checkpoint::{StateDict, put_together, taken_apart};
 use crate::metrics::{Accumulated, Joins, Reduce, exchange};
 use crate::{Error, Result};
 
@@ -92,8 +92,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// * **Lengths** of epochs and budgets are compared where they begin; ranks that differ get an error that names both.
     /// * **What writes or draws** ([`Checkpoint`](crate::checkpoint::Checkpoint), progress bars, handlers of loggers,
     ///   [`on_main`](Self::on_main)) does so on rank 0.
-    /// * **A checkpoint** has what is needed of all ranks, and all resume the same one. The random numbers of each rank go on;
-    ///   with another number of ranks those of ranks that are new do not.
+    /// * **A checkpoint** has what is needed of all ranks, and all resume the same one. The random numbers of each rank go on,
+    ///   and gradients that wait for the end of a window; with another number of ranks those of ranks that are new do not.
     ///
     /// An evaluator that is attached by [`Evaluate`](crate::handlers::Evaluate) belongs to the group of its trainer, and
     /// may have uneven batches. Each exchange takes about 0.3 ms between two processes of one machine, and waits for the
@@ -245,6 +245,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     /// Joins and computes the metrics that have a value at this event, before its handlers are called.
     pub(super) fn join_metrics(&mut self, event: Event) -> Result<()> {
+        let joined = self.joined_metrics(event);
+        if joined.is_err() {
+            // Their handlers are not called for this event.
+            self.living_metrics().iter().for_each(|metric| metric.borrow_mut().go_on());
+        }
+        joined
+    }
+
+    fn joined_metrics(&mut self, event: Event) -> Result<()> {
         let Some(together) = &self.together else { return Ok(()) };
         let computes = matches!(event, Event::IterationCompleted | Event::EpochCompleted);
         if !computes || !self.meets_at(event, together) {
@@ -303,7 +312,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let Some(together) = self.others() else { return self.checkpoint_within(cx, caller) };
         let state_error = |error: anyhow::Error| Error::State(format!("{error:#}"));
         let metrics = self.living_metrics();
-        let mut own = vec![random_numbers()?];
+        let mut own = vec![sent(&self.own_of_rank(cx)?)?];
         for metric in &metrics {
             own.push(metric.borrow().parts().map_err(state_error)?);
         }
@@ -313,11 +322,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         let mut ranks = StateDict::new();
         for (rank, states) in all.iter_mut().enumerate().skip(1) {
-            let mut random = StateDict::new();
-            for part in states.first_mut().map(std::mem::take).unwrap_or_default() {
-                random.set_tensor(&part.name, part.value);
-            }
-            ranks.set_part(&rank.to_string(), random);
+            let state = states.first_mut().map(std::mem::take).unwrap_or_default();
+            ranks.set_part(&rank.to_string(), received(state)?);
         }
         // For as long as it is saved, the state of a metric is that of all.
         let of_all = |index: usize| {
@@ -386,13 +392,24 @@ fn value_of_all<O>(
     value
 }
 
-/// The states of this rank's generators.
-fn random_numbers() -> Result<Vec<Accumulated>> {
-    let states = super::saved::generators()?;
-    let part = |(name, state): (&str, &Tensor)| {
-        Accumulated::new(name, state.shallow_clone(), Reduce::Concat)
-    };
-    Ok(states.tensors().map(part).collect())
+/// A state among those of metrics: its values, and its tensors.
+fn sent(state: &StateDict) -> Result<Vec<Accumulated>> {
+    let failed = |error: &dyn std::fmt::Display| Error::State(format!("a rank's state: {error}"));
+    let (values, tensors) = taken_apart(state).map_err(|error| failed(&error))?;
+    let values = Tensor::f_from_slice(values.as_bytes()).map_err(|error| failed(&error))?;
+    let part = |name: String, value| Accumulated::new(name, value, Reduce::Concat);
+    let tensors = tensors.into_iter().map(|(name, tensor)| part(name, tensor.shallow_clone()));
+    Ok(std::iter::once(part(String::new(), values)).chain(tensors).collect())
+}
+
+/// What [`sent`] sent.
+fn received(state: Vec<Accumulated>) -> Result<StateDict> {
+    let failed = |error: &dyn std::fmt::Display| Error::State(format!("a rank's state: {error}"));
+    let mut parts = state.into_iter();
+    let values = parts.next().ok_or_else(|| failed(&"it is empty"))?.value;
+    let values = Vec::<u8>::try_from(values).map_err(|error| failed(&error))?;
+    let values = std::str::from_utf8(&values).map_err(|error| failed(&error))?;
+    put_together(values, parts.map(|part| (part.name, part.value))).map_err(|error| failed(&error))
 }
 
 impl Position {

@@ -67,6 +67,9 @@ pub(crate) trait Joins<O> {
     /// Takes in the output, if its time is this event.
     fn update_before(&mut self, event: Event, output: Option<&O>) -> anyhow::Result<()>;
 
+    /// The event at which it took in an output is not fired.
+    fn go_on(&mut self);
+
     /// What it has accumulated.
     fn parts(&self) -> anyhow::Result<Vec<Accumulated>>;
 
@@ -101,6 +104,10 @@ impl<O, M: Metric<O>> Joins<O> for MetricHandler<M> {
             self.updated = true;
         }
         Ok(())
+    }
+
+    fn go_on(&mut self) {
+        self.updated = false;
     }
 
     fn parts(&self) -> anyhow::Result<Vec<Accumulated>> {

@@ -187,6 +187,46 @@ fn uneven_numbers_of_batches_are_an_error_that_says_so() {
     assert!(text.contains("barrier") && text.contains("the group failed before"), "{text}");
 }
 
+/// In an exchange, and in a step: where the others wait. Their time-out is much longer.
+#[test]
+fn a_rank_that_aborts_and_lives_on_is_noticed_at_once() {
+    const NAME: &str = "failures::a_rank_that_aborts_and_lives_on_is_noticed_at_once";
+    let Some(role) = role() else {
+        for role in ["barrier", "step"] {
+            Ranks::start(NAME, role, 2).succeed();
+        }
+        return;
+    };
+    tch::set_num_threads(1);
+    let options = ProcessGroupOptions::new().timeout(Duration::from_secs(300));
+    let pg = ProcessGroup::from_env(options).unwrap();
+    let vs = VarStore::new(Device::Cpu);
+    let net = nn::linear(vs.root(), 8, 1, Default::default());
+    let ddp = DistributedDataParallel::new(&pg, &vs, DdpOptions::new()).unwrap();
+    let x = Tensor::ones([4, 8], (Kind::Float, Device::Cpu));
+    let forward = || ddp.forward(|| nn::Module::forward(&net, &x)).map(|y| y.mean(Kind::Float));
+    if pg.rank() == 1 {
+        let _loss = forward().unwrap();
+        pg.abort();
+        let error = pg.barrier().unwrap_err().to_string();
+        assert!(error.contains("abort"), "{error}");
+        // It lives on for longer than the other may take.
+        return std::thread::sleep(Duration::from_secs(8));
+    }
+    let begin = Instant::now();
+    let error = match role.as_str() {
+        "barrier" => {
+            let _loss = forward().unwrap();
+            pg.barrier().unwrap_err()
+        }
+        _ => forward().and_then(|loss| ddp.backward(&loss)).unwrap_err(),
+    };
+    let waited = begin.elapsed();
+    let (kind, _, missing, message) = fields(error);
+    assert_eq!((kind, missing), (FailureKind::PeerLost, vec![1]), "{message}");
+    assert!(waited < Duration::from_secs(7), "{waited:?}");
+}
+
 #[test]
 fn with_debug_detail_libtorch_finds_a_difference_itself() {
     if role().is_some() {
