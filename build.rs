@@ -10,6 +10,7 @@ const FILES: &[&str] = &[
     "src/bridge/fused.cpp",
     "src/bridge/generator.cpp",
     "src/bridge/gradients.cpp",
+    "src/bridge/host_syncs.cpp",
     "src/bridge/normalize.cpp",
 ];
 const DISTRIBUTED: &[&str] = &["src/bridge/dist.cpp", "src/bridge/reducer.cpp"];

@@ -32,6 +32,9 @@ struct Args {
     /// Ours only: autocast to bf16
     #[arg(long)]
     bf16: bool,
+    /// Both: memory that was freed stays with the process
+    #[arg(long)]
+    keep_freed_memory: bool,
     /// What cargo bench adds
     #[arg(long, hide = true)]
     bench: bool,
@@ -190,6 +193,9 @@ fn plain(args: &Args, vs: &VarStore, net: nn::SequentialT) -> Result<(f64, f64, 
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    if args.keep_freed_memory {
+        ensure!(tch_ignite::keep_freed_memory(512 << 20), "this needs glibc");
+    }
     tch::manual_seed(0);
     let vs = VarStore::new(Device::Cpu);
     let net = network(&vs, args.model);

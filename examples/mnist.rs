@@ -196,6 +196,7 @@ fn train(mut args: Args) -> Result<()> {
     std::fs::create_dir_all(&args.out)
         .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
     tch::set_num_threads(args.threads);
+    tch_ignite::keep_freed_memory(256 << 20);
     tch::manual_seed(args.seed.into());
     let (train_loader, test_loader) = data(&args, place)?;
     let vs = VarStore::new(args.device);

@@ -69,10 +69,11 @@ training() {
   for round in $(seq "${BENCH_ROUNDS:-3}"); do
     for model in mlp cnn; do
       for batch in 64 256; do
-        for way in $ways ours-channels-last; do
+        for way in $ways ours-keep-freed ours-channels-last; do
           arguments=(--data "$data" --model "$model" --batch-size "$batch")
           case "$way $model" in
-            "ours-channels-last mlp") continue ;;
+            "ours-channels-last mlp"|"ours-keep-freed cnn") continue ;;
+            ours-keep-freed*) run=(cargo bench -q --bench training -- --keep-freed-memory) ;;
             ours-channels-last*) run=(cargo bench -q --bench training -- --channels-last) ;;
             ours*|tch*) run=(cargo bench -q --bench training -- --way "$way") ;;
             *) run=("$python" benches/training.py --way "$way") ;;

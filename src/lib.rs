@@ -84,7 +84,9 @@ pub mod data;
 pub mod distributed;
 pub mod engine;
 mod error;
+mod freed_memory;
 pub mod handlers;
+mod host_syncs;
 pub mod loggers;
 pub mod memory_format;
 pub mod metrics;
@@ -95,6 +97,8 @@ pub mod supervised;
 
 pub use accumulate::{Accumulation, Window};
 pub use error::{Error, Panicked, Result};
+pub use freed_memory::keep_freed_memory;
+pub use host_syncs::host_syncs;
 pub use tch;
 
 /// What most programs need.

@@ -5,6 +5,7 @@
 //! calls the inner one and notes that pointer on its way lets tch build its own optimizer, while
 //! [`Native`] knows the address of the very object inside it.
 
+mod allocator;
 mod autocast;
 mod average;
 #[cfg(feature = "distributed")]
@@ -12,6 +13,7 @@ mod dist;
 mod fused;
 mod generator;
 mod gradients;
+mod host_syncs;
 mod memory;
 mod normalize;
 #[cfg(all(feature = "distributed", unix))]
@@ -29,12 +31,14 @@ use tch::nn::{self, OptimizerConfig};
 use tch::{COptimizer, TchError, Tensor};
 use torch_sys::C_tensor;
 
+pub(crate) use allocator::keep_freed;
 pub(crate) use autocast::AutocastRegion;
 pub(crate) use average::{Average, Pairs};
 #[cfg(feature = "distributed")]
 pub(crate) use dist::{Cause, DistException, Group, Store, StoreAddress};
 pub(crate) use fused::Mode;
 pub(crate) use generator::{generator_state, set_generator_state};
+pub(crate) use host_syncs::HostSyncs;
 pub(crate) use memory::{bytes, bytes_mut};
 pub(crate) use normalize::{Rows, normalize_rows};
 #[cfg(all(feature = "distributed", unix))]

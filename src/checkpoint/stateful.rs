@@ -138,6 +138,8 @@ impl Stateful for Model {
 /// The gradients of a model's parameters, to be tracked beside the model where checkpoints are written
 /// while gradients are accumulated over several batches. Elsewhere a step begins without any, and they
 /// need not be saved.
+///
+/// Where several processes train together each one's are saved, and sent to all for that.
 pub struct Gradients(Arc<Mutex<Variables>>);
 
 impl Gradients {

@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 use super::super::{GroupOptions, OptimizerSnapshot};
 use super::*;
 use crate::bridge::{TensorId, set_gradient};
+use crate::host_syncs;
 
 use Kind::{BFloat16, Double, Float, Half};
 
@@ -303,6 +304,38 @@ fn sparse_gradients_go_through_the_loop() {
     Tensor::embedding(&table, &Tensor::from_slice(&[1i64]), -1, false, true).sum(Float).backward();
     let error = optimizer.step().unwrap_err().to_string();
     assert!(error.contains("sparse"), "{error}");
+}
+
+/// The kernels of CUDA, here on the CPU: nothing is read, but for what RMSprop has no kernel.
+#[test]
+fn steps_do_not_wait_for_the_device() {
+    let configs: [fn(&VarStore) -> Optimizer; 4] = [
+        |vs| Optimizer::builder(nn::sgd(0.9, 0., 1e-2, true), vs).lr(0.1).build().unwrap(),
+        |vs| Optimizer::adam(vs).build().unwrap(),
+        |vs| Optimizer::adamw(vs).build().unwrap(),
+        |vs| Optimizer::rms_prop(vs).build().unwrap(),
+    ];
+    for build in configs {
+        let vs = VarStore::new(Device::Cpu);
+        let parameters = [1, 2].map(|i| vs.root().add(&format!("p{i}"), parameter(i, Float), true));
+        let optimizer = build(&vs);
+        set_mode(&optimizer, Mode::Kernels);
+        let step = |clip: bool| {
+            for p in &parameters {
+                // Strides that the one pass of the CPU does not take: clipping goes the way of CUDA.
+                let gradient = values(&[2 * p.numel() as i64], 1., Float).slice(0, 0, None, 2);
+                set_gradient(p, Some(&gradient.view_as(p))).unwrap();
+            }
+            let clipped =
+                || if clip { optimizer.step_clipped(0.1).map(drop) } else { optimizer.step() };
+            let (result, waits) = host_syncs(clipped).unwrap();
+            result.unwrap();
+            waits
+        };
+        step(false);
+        assert_eq!(step(false), [""; 0], "{optimizer:?}");
+        assert_eq!(step(true), [""; 0], "{optimizer:?}");
+    }
 }
 
 /// The two ways of a GradScaler: the answer is known at once (CPU), or stays on the device (CUDA).

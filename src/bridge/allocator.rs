@@ -1,0 +1,24 @@
+//! How the C library keeps freed memory.
+
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub(crate) fn keep_freed(bytes: usize) -> bool {
+    use std::ffi::c_int;
+    const M_TRIM_THRESHOLD: c_int = -1;
+    const M_MMAP_THRESHOLD: c_int = -3;
+    // The most that glibc takes.
+    const LARGEST_FROM_HEAP: c_int = 32 << 20;
+    unsafe extern "C" {
+        fn mallopt(parameter: c_int, value: c_int) -> c_int;
+    }
+    let bytes = c_int::try_from(bytes).unwrap_or(c_int::MAX);
+    // SAFETY: two numbers; it may be called at any time, from any thread.
+    unsafe {
+        mallopt(M_TRIM_THRESHOLD, bytes) == 1
+            && mallopt(M_MMAP_THRESHOLD, bytes.min(LARGEST_FROM_HEAP)) == 1
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub(crate) fn keep_freed(_bytes: usize) -> bool {
+    false
+}

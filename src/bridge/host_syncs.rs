@@ -1,0 +1,57 @@
+//! Operations that make the CPU wait for a device.
+
+use std::ffi::{c_char, c_int};
+use std::marker::PhantomData;
+use std::ptr::null_mut;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::{Exception, checked, taken_text};
+
+unsafe extern "C" {
+    fn tig_host_syncs_begin(callback: *mut u64, error: *mut *mut c_char) -> c_int;
+    fn tig_host_syncs_end(callback: u64, names: *mut *mut c_char, error: *mut *mut c_char)
+    -> c_int;
+}
+
+/// While it lives, such operations of this thread are noted. There is one at a time: others wait.
+pub(crate) struct HostSyncs {
+    callback: u64,
+    ended: bool,
+    _one: MutexGuard<'static, ()>,
+    /// Of this thread.
+    _not_send: PhantomData<*const ()>,
+}
+
+impl HostSyncs {
+    pub(crate) fn begin() -> Result<Self, Exception> {
+        static ONE: Mutex<()> = Mutex::new(());
+        let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut callback = 0;
+        // SAFETY: adds a callback of libtorch's kind, which `end` removes.
+        checked(|error| unsafe { tig_host_syncs_begin(&mut callback, error) })?;
+        Ok(Self { callback, ended: false, _one, _not_send: PhantomData })
+    }
+
+    /// Their names, in order.
+    pub(crate) fn end(mut self) -> Result<Vec<String>, Exception> {
+        let names = self.remove()?;
+        Ok(names.lines().map(str::to_owned).collect())
+    }
+
+    fn remove(&mut self) -> Result<String, Exception> {
+        if std::mem::replace(&mut self.ended, true) {
+            return Ok(String::new());
+        }
+        let mut names = null_mut();
+        // SAFETY: the callback that `begin` added on this thread, once; on success `names` is a text of strdup.
+        checked(|error| unsafe { tig_host_syncs_end(self.callback, &mut names, error) })?;
+        // SAFETY: as above; nobody else frees it.
+        Ok(unsafe { taken_text(names) })
+    }
+}
+
+impl Drop for HostSyncs {
+    fn drop(&mut self) {
+        let _ = self.remove();
+    }
+}

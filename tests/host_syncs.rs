@@ -1,0 +1,86 @@
+//! Nothing in a training step waits for a GPU. Seen on the CPU: libtorch is told of the same operations there.
+
+use anyhow::{Context, Result};
+use tch::nn::{self, VarStore};
+use tch::{Device, Kind, Reduction, Tensor};
+use tch_ignite::data::Loader;
+use tch_ignite::engine::{Event, Until};
+use tch_ignite::handlers::EMAHandler;
+use tch_ignite::host_syncs;
+use tch_ignite::metrics::{Mean, RunningAverage};
+use tch_ignite::optim::Optimizer;
+use tch_ignite::schedule::{CosineAnnealing, LinearCyclical, ParamScheduler};
+use tch_ignite::supervised::{Supervised, create_supervised_trainer};
+
+/// The waits of a run of so many epochs of ten batches. Without what looks at a CPU tensor at once, because that costs nothing
+/// there, and leaves it on the device elsewhere: the factor of clipping, a scaler's finding, `TerminateOnNan`.
+fn waits(
+    epochs: u64,
+    build: fn(&VarStore) -> Result<Optimizer>,
+    read: bool,
+) -> Result<Vec<String>> {
+    let vs = VarStore::new(Device::Cpu);
+    let net = nn::seq()
+        .add(nn::linear(vs.root() / "a", 4, 8, Default::default()))
+        .add_fn(|x| x.relu())
+        .add(nn::linear(vs.root() / "b", 8, 1, Default::default()));
+    let optimizer = build(&vs)?;
+    let group = optimizer.groups()?.pop().context("a group")?;
+    let mse = |y_pred: &Tensor, y: &Tensor| y_pred.mse_loss(y, Reduction::Mean);
+    let mut cx = Supervised::new(net, optimizer.clone(), mse)
+        .autocast(Kind::BFloat16)
+        .accumulate(2)?
+        .clip_grad_value(1.);
+    let mut trainer = create_supervised_trainer();
+    trainer
+        .metric("loss", Mean::new())
+        .metric("running", RunningAverage::new())
+        .attach(EMAHandler::decay(&vs, 0.99)?)
+        .attach(ParamScheduler::new("lr", group.knob("lr")?, CosineAnnealing::new(1e-2, 1e-3, 10)))
+        .attach(ParamScheduler::new(
+            "weight_decay",
+            group.knob("weight_decay")?,
+            LinearCyclical::new(1e-2, 1e-3, 10),
+        ));
+    if read {
+        trainer.on(Event::IterationCompleted, |_, engine| {
+            let _ = engine.state.output.as_ref().map(|loss| loss.double_value(&[]));
+            Ok(())
+        });
+    }
+    let x = (Tensor::arange(160, (Kind::Float, Device::Cpu)) * 0.1).sin().view([40, 4]);
+    let y = x.sum_dim_intlist(1, true, Kind::Float);
+    let data = Loader::new(&x, &y, 4)?.shuffle(1);
+    let (summary, waits) = host_syncs(|| trainer.run(&mut cx, &data, Until::epochs(epochs)))?;
+    assert_eq!(summary?.iterations, 10 * epochs);
+    Ok(waits)
+}
+
+#[test]
+fn iterations_do_not_wait() -> Result<()> {
+    let builds: [fn(&VarStore) -> Result<Optimizer>; 4] = [
+        |vs| Ok(Optimizer::sgd(vs).lr(0.1).build()?),
+        |vs| Ok(Optimizer::adam(vs).build()?),
+        |vs| Ok(Optimizer::adamw(vs).build()?),
+        |vs| Ok(Optimizer::rms_prop(vs).build()?),
+    ];
+    for build in builds {
+        assert_eq!(waits(2, build, false)?, [""; 0]);
+        assert_eq!(waits(2, build, true)?.len(), 20);
+    }
+    Ok(())
+}
+
+#[test]
+fn calls_do_not_nest_and_survive_panics() {
+    let (inner, waits) = host_syncs(|| host_syncs(|| ()).map(drop)).unwrap();
+    assert!(inner.unwrap_err().to_string().contains("within") && waits.is_empty());
+    assert!(std::panic::catch_unwind(|| host_syncs(|| panic!("on purpose"))).is_err());
+    let x = Tensor::from_slice(&[1f32, 2.]);
+    let (_, waits) = host_syncs(|| x.double_value(&[0])).unwrap();
+    assert_eq!(waits, ["aten::_local_scalar_dense"]);
+    // A mask as an index, and a read within backward.
+    let mask = Tensor::from_slice(&[true, false]);
+    let (_, waits) = host_syncs(|| x.index(&[Some(mask)])).unwrap();
+    assert_eq!(waits, ["aten::nonzero"]);
+}
