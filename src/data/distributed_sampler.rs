@@ -44,10 +44,15 @@ impl DistributedSampler {
     /// # Errors
     /// No samples, no processes, a rank that is not below their number.
     pub fn new(len: usize, rank: usize, world_size: usize) -> Result<Self> {
+        if world_size == 0 {
+            return Err(Error::invalid(
+                "the number of processes must be at least 1, but 0 was given",
+            ));
+        }
         if rank >= world_size {
             return Err(Error::invalid(format!(
                 "Invalid rank {rank}, rank should be in the interval [0, {}]: there are {world_size} processes",
-                world_size as i128 - 1
+                world_size - 1
             )));
         }
         if len == 0 {

@@ -75,6 +75,7 @@ impl ProcessGroup {
     /// # Errors
     /// No variable is set, or one is missing or wrong; [`Error::Distributed`], which names ranks that did not come.
     pub fn from_env(options: ProcessGroupOptions) -> Result<Self> {
+        check_timeouts(&options)?;
         match environment()? {
             Some(environment) => Self::join(environment, options),
             None => Err(Error::invalid(
@@ -85,6 +86,7 @@ impl ProcessGroup {
 
     /// [`from_env`](Self::from_env); without any of the variables a group of one, so that the same program runs alone.
     pub fn from_env_or_single(options: ProcessGroupOptions) -> Result<Self> {
+        check_timeouts(&options)?;
         match environment()? {
             Some(environment) => Self::join(environment, options),
             None => Ok(Self::single()),
@@ -105,7 +107,6 @@ impl ProcessGroup {
         let Some(address) = environment.store.clone() else {
             return Ok(Self::alone(&environment));
         };
-        check_timeouts(&options)?;
         let Environment { rank, world_size, local_rank, server, .. } = environment;
         let store = connect(&address, &environment, &options)?;
         let group = assemble(&store, &environment, &options)?;
