@@ -73,7 +73,8 @@
 #![cfg_attr(feature = "distributed", doc = "| many processes and machines | [`distributed`] |")]
 //!
 //! Nothing here waits for the GPU unless its documentation says so: outputs and metrics stay tensors
-//! until somebody reads them.
+//! until somebody reads them. [`host_syncs()`] finds what waits in a step of your own; [`keep_freed_memory()`] and
+//! [`memory_format`] make training on the CPU faster.
 
 mod accumulate;
 pub mod amp;
