@@ -13,8 +13,7 @@ pub(crate) fn keep_freed(bytes: usize) -> bool {
     let bytes = c_int::try_from(bytes).unwrap_or(c_int::MAX);
     // SAFETY: two numbers; it may be called at any time, from any thread.
     unsafe {
-        mallopt(M_TRIM_THRESHOLD, bytes) == 1
-            && mallopt(M_MMAP_THRESHOLD, bytes.min(LARGEST_FROM_HEAP)) == 1
+        mallopt(M_TRIM_THRESHOLD, bytes) == 1 && mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP) == 1
     }
 }
 
