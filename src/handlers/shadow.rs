@@ -9,6 +9,7 @@ use tch::{TchError, Tensor};
 use crate::bridge::{Average, Pairs};
 use crate::checkpoint::{StateDict, check_fixed};
 use crate::engine::{Engine, Event, Events, Handler, Priority};
+use crate::variables::variables;
 use crate::{Error, Result};
 
 /// What happens to buffers (variables that are not trained, such as batch-norm statistics).
@@ -43,11 +44,17 @@ impl std::str::FromStr for Buffers {
 pub(super) struct Shadow(Arc<Mutex<Lists>>);
 
 struct Lists {
-    averages: Vec<(String, Tensor)>,
+    averages: Vec<Averaged>,
     parameters: Pairs,
     buffers: Pairs,
     all: Pairs,
     swapped: bool,
+}
+
+/// A variable's average, under all names of the variable.
+struct Averaged {
+    names: Vec<String>,
+    average: Tensor,
 }
 
 fn locked(lists: &Mutex<Lists>) -> MutexGuard<'_, Lists> {
@@ -57,26 +64,19 @@ fn locked(lists: &Mutex<Lists>) -> MutexGuard<'_, Lists> {
 impl Lists {
     fn of(vs: &VarStore) -> Result<Self> {
         let failed = |error: TchError| Error::libtorch("copying the variables", error);
-        let variables = vs.variables_.lock().unwrap_or_else(PoisonError::into_inner);
-        let trained: Vec<_> = variables
-            .trainable_variables
-            .iter()
-            .map(|variable| crate::bridge::TensorId::of(&variable.tensor))
-            .collect();
-        let mut named: Vec<_> = variables.named_variables.iter().collect();
-        named.sort_by_key(|(name, _)| *name);
-        let (mut averages, mut parameter) = (vec![], vec![]);
-        for (name, source) in &named {
-            let detached = source.f_detach().map_err(failed)?;
+        let mut sources = variables(&vs.variables_);
+        sources.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut averages = vec![];
+        for source in &sources {
+            let detached = source.tensor.f_detach().map_err(failed)?;
             let mut average = detached.f_empty_like().map_err(failed)?;
             average.f_copy_(&detached).map_err(failed)?;
-            averages.push(((*name).clone(), average));
-            parameter.push(trained.contains(&crate::bridge::TensorId::of(source)));
+            averages.push(Averaged { names: source.names().map(str::to_owned).collect(), average });
         }
         let pairs = |wanted: &dyn Fn(bool) -> bool| {
-            let all = averages.iter().zip(&named).zip(&parameter);
-            let chosen = all.filter(|(_, parameter)| wanted(**parameter));
-            Pairs::new(chosen.map(|(((_, average), (_, source)), _)| (average, *source)))
+            let all = averages.iter().zip(&sources);
+            let chosen = all.filter(|(_, source)| wanted(source.trainable));
+            Pairs::new(chosen.map(|(averaged, source)| (&averaged.average, &source.tensor)))
                 .map_err(|text| Error::libtorch("pairing variables and averages", text))
         };
         let (parameters, buffers) =
@@ -100,8 +100,8 @@ impl Lists {
         }
     }
 
-    fn swap(&mut self) -> Result<()> {
-        self.all.update(Average::Swap).map_err(|text| Error::libtorch("swapping averages", text))
+    fn swap(&mut self, how: Average) -> Result<()> {
+        self.all.update(how).map_err(|text| Error::libtorch("swapping averages", text))
     }
 }
 
@@ -116,7 +116,12 @@ impl Shadow {
 
     pub(super) fn averages(&self) -> Vec<(String, Tensor)> {
         let lists = locked(&self.0);
-        lists.averages.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect()
+        let named = lists.averages.iter().flat_map(|Averaged { names, average }| {
+            names.iter().map(|name| (name.clone(), average.shallow_clone()))
+        });
+        let mut named: Vec<_> = named.collect();
+        named.sort_by(|(a, _), (b, _)| a.cmp(b));
+        named
     }
 
     /// The averages under the names of the variables.
@@ -157,7 +162,7 @@ impl Shadow {
         if lists.swapped {
             return Err(Error::invalid("the averages are swapped in already"));
         }
-        lists.swap()?;
+        lists.swap(Average::Swap)?;
         lists.swapped = true;
         Ok(Swapped(self.clone()))
     }
@@ -180,7 +185,7 @@ impl Drop for Swapped {
     fn drop(&mut self) {
         let mut lists = locked(&self.0.0);
         // It worked the other way round on the same tensors, and there is nobody to tell.
-        let _ = lists.swap();
+        let _ = lists.swap(Average::SwapBack);
         lists.swapped = false;
     }
 }
