@@ -31,6 +31,14 @@ pub trait Handler<C, B, O> {
         Ranks::All
     }
 
+    /// Whether a trial run calls it, such as that of [`LrFinder`](crate::handlers::LrFinder), which leaves no
+    /// trace. Unless told otherwise it does where all processes call it ([`Ranks::All`]): a handler of the
+    /// main one alone writes, draws or sends. Its state is put back afterwards, as far as
+    /// [`save_state`](Self::save_state) has it.
+    fn runs_in_trials(&self) -> bool {
+        self.ranks() == Ranks::All
+    }
+
     /// What it needs to go on in another process; `None` where that is nothing.
     fn save_state(&self) -> Result<Option<StateDict>> {
         Ok(None)
@@ -85,6 +93,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
 
     fn ranks(&self) -> Ranks {
         self.try_borrow().map_or(Ranks::All, |h| h.ranks())
+    }
+
+    fn runs_in_trials(&self) -> bool {
+        self.try_borrow().map_or(true, |h| h.runs_in_trials())
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -167,12 +179,15 @@ pub(super) struct Handlers<'a, C, B, O> {
     purged: u64,
     /// Firings under way.
     depth: u32,
+    /// A trial run is under way, after which removed handlers are there again.
+    held: bool,
 }
 
 impl<'a, C, B, O> Handlers<'a, C, B, O> {
     pub(super) fn new() -> Self {
         let lists = (0..BUILT_IN).map(|_| Default::default()).collect();
-        Self { slots: vec![], lists, custom: vec![], next_id: 0, removals: 0, purged: 0, depth: 0 }
+        let (next_id, removals, purged, depth, held) = (0, 0, 0, 0, false);
+        Self { slots: vec![], lists, custom: vec![], next_id, removals, purged, depth, held }
     }
 
     pub(super) fn register(&mut self, event: Event) -> Result<()> {
@@ -250,7 +265,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
     /// Removed handlers stay until no firing is under way: those that have begun still call them.
     fn purge(&mut self) {
-        if self.depth > 0 || self.purged == self.removals {
+        if self.depth > 0 || self.held || self.purged == self.removals {
             return;
         }
         self.purged = self.removals;
@@ -275,6 +290,26 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             });
         }
         self.slots.retain(|slot| slot.removed.is_none());
+    }
+
+    /// Keeps handlers that are removed from now on, until [`release`](Self::release) gets what this returns.
+    pub(super) fn hold(&mut self) -> (u64, u64) {
+        self.held = true;
+        (self.next_id, self.removals)
+    }
+
+    /// Goes back to the handlers that there were: without those added since, with those removed since.
+    pub(super) fn release(&mut self, (next_id, removals): (u64, u64)) {
+        self.held = false;
+        self.removals += 1;
+        for slot in &mut self.slots {
+            if slot.id.0 >= next_id {
+                slot.removed = Some(self.removals);
+            } else if slot.removed.is_some_and(|removal| removal > removals) {
+                slot.removed = None;
+            }
+        }
+        self.purge();
     }
 
     #[inline]

@@ -305,12 +305,39 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     /// Random numbers that were drawn between restoring and running do not count.
     pub(super) fn restore_random_numbers(&mut self) -> Result<()> {
-        match self.random.take() {
-            Some(states) => {
-                load_generators(Some(states), &mut Report { strict: true, ignored: vec![] })
-            }
-            None => Ok(()),
+        self.random.take().map_or(Ok(()), load_generators_strictly)
+    }
+
+    /// Copies of the states of all tracked parts, and of the context where it is tracked.
+    pub(super) fn tracked_copies(&self, cx: &C) -> Result<(Vec<StateDict>, Option<StateDict>)> {
+        let part = |(name, part): &(String, Box<dyn Stateful + 'a>)| {
+            part.state_dict().and_then(|state| state.copy()).map_err(|error| of_part(name, error))
+        };
+        let parts = self.tracked.parts.iter().map(part).collect::<Result<_>>()?;
+        let context = self.tracked.context.as_ref().map(|context| {
+            let state = (context.save)(cx).and_then(|state| state.copy());
+            state.map_err(|error| of_part(CONTEXT, error))
+        });
+        Ok((parts, context.transpose()?))
+    }
+
+    /// Puts back all it can before it tells of an error.
+    pub(super) fn load_tracked_copies(
+        &mut self,
+        cx: &mut C,
+        parts: Vec<StateDict>,
+        context: Option<StateDict>,
+    ) -> Result<()> {
+        let mut result = Ok(());
+        for ((name, part), state) in self.tracked.parts.iter_mut().zip(parts) {
+            let loaded = part.load_state_dict(state).map_err(|error| of_part(name, error));
+            result = result.and(loaded);
         }
+        if let Some((tracked, state)) = self.tracked.context.as_ref().zip(context) {
+            let loaded = (tracked.load)(cx, state).map_err(|error| of_part(CONTEXT, error));
+            result = result.and(loaded);
+        }
+        result
     }
 
     /// The states of all handlers that have one.
@@ -603,7 +630,7 @@ fn generator_devices() -> Vec<(String, Device)> {
     devices
 }
 
-fn generators() -> Result<StateDict> {
+pub(super) fn generators() -> Result<StateDict> {
     let mut states = StateDict::new();
     for (name, device) in generator_devices() {
         let state = generator_state(device)
@@ -611,6 +638,10 @@ fn generators() -> Result<StateDict> {
         states.set_tensor(&name, state);
     }
     Ok(states)
+}
+
+pub(super) fn load_generators_strictly(states: StateDict) -> Result<()> {
+    load_generators(Some(states), &mut Report { strict: true, ignored: vec![] })
 }
 
 fn load_generators(states: Option<StateDict>, report: &mut Report) -> Result<()> {

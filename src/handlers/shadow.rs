@@ -210,6 +210,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
         self.handler.priority()
     }
 
+    fn runs_in_trials(&self) -> bool {
+        self.handler.runs_in_trials()
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         self.handler.save_state()
     }

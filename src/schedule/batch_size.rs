@@ -34,6 +34,8 @@ use crate::{Error, Result};
 pub struct BatchSizeScheduler<S> {
     batch_size: BatchSize,
     schedule: S,
+    /// The batch size before the first event.
+    first: u64,
     events_done: u64,
     events: Events,
 }
@@ -42,7 +44,8 @@ impl<S: Schedule> BatchSizeScheduler<S> {
     /// Of this loader (`&loader`) and its clones.
     pub fn new(loader: impl Into<BatchSize>, schedule: S) -> Self {
         let (batch_size, events) = (loader.into(), Event::EpochStarted.into());
-        Self { batch_size, schedule, events_done: 0, events }
+        let first = batch_size.get();
+        Self { batch_size, schedule, first, events_done: 0, events }
     }
 
     /// The position, with the schedule's arguments.
@@ -50,14 +53,16 @@ impl<S: Schedule> BatchSizeScheduler<S> {
         self.schedule.save(self.events_done)
     }
 
-    /// Goes to a saved position; the loader gets the batch size of the last event before it.
+    /// Goes to a saved position; the loader gets the batch size of the last event before it, or the one it
+    /// had when this was made.
     ///
     /// # Errors
     /// A missing key, or a state of a schedule with other arguments; nothing is changed then.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
         let events = self.schedule.load(state)?;
-        if let Some(last) = events.checked_sub(1) {
-            self.set(last)?;
+        match events.checked_sub(1) {
+            Some(last) => self.set(last)?,
+            None => self.batch_size.set(self.first)?,
         }
         self.events_done = events;
         Ok(())
