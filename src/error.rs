@@ -136,7 +136,9 @@ impl Error {
     pub(crate) fn besides(mut self, other: Self) -> Self {
         let text = format!("(besides: {:#})", anyhow::Error::from(other));
         match &mut self {
-            Self::Step { source, .. } | Self::Handler { source, .. } | Self::Data { source, .. } => {
+            Self::Step { source, .. }
+            | Self::Handler { source, .. }
+            | Self::Data { source, .. } => {
                 let cause = std::mem::replace(source, anyhow::Error::msg(""));
                 *source = cause.context(text);
             }

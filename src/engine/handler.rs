@@ -50,6 +50,22 @@ pub trait Handler<C, B, O> {
         Err(Error::State(format!("handler '{}' keeps no state", self.name())))
     }
 
+    /// Goes to as much as possible of what [`save_state`](Self::save_state) gave, and says what is different
+    /// now, a line for each: where a run is resumed without `strict`. Unless told otherwise all of it has to
+    /// fit.
+    ///
+    /// # Errors
+    /// Nothing of it fits.
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.load_state(state).map(|()| vec![])
+    }
+
+    /// What no other handler of the engine may have, such as `"metric 'loss'"`: each would write over the
+    /// other's values.
+    fn unique_names(&self) -> Vec<String> {
+        vec![]
+    }
+
     /// Called at each of its events.
     fn call(
         &mut self,
@@ -113,6 +129,17 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
             .load_state(state)
     }
 
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        let handler = self.try_borrow_mut();
+        handler
+            .map_err(|_| Error::State("a handler that is running has no state".into()))?
+            .load_state_partially(state)
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        self.try_borrow().map_or(vec![], |h| h.unique_names())
+    }
+
     fn call(
         &mut self,
         event: Event,
@@ -142,6 +169,7 @@ struct Slot<'a, C, B, O> {
     callable: Option<Callable<'a, C, B, O>>,
     /// The name it gave itself, and whether it had a state then; unless it is a closure.
     object: Option<(String, bool)>,
+    unique_names: Vec<String>,
     /// The number of the removal that removed it.
     removed: Option<u64>,
 }
@@ -229,6 +257,17 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             event.validate()?;
             indices.push(self.index(event.event)?);
         }
+        let unique_names = match &callable {
+            Callable::Closure(_) => vec![],
+            Callable::Object(handler) => handler.unique_names(),
+        };
+        let living = self.slots.iter().filter(|slot| slot.removed.is_none());
+        let taken = living.flat_map(|slot| &slot.unique_names);
+        if let Some(taken) = { taken }.find(|taken| unique_names.contains(taken)) {
+            return Err(Error::invalid(format!(
+                "there is a {taken} already: give one of them another name"
+            )));
+        }
         let id = HandlerId(self.next_id);
         self.next_id += 1;
         let slot = self.slots.len();
@@ -244,7 +283,8 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             Callable::Closure(_) => None,
             Callable::Object(handler) => Some((handler.name(), handler.save_state()?.is_some())),
         };
-        self.slots.push(Slot { id, name, callable: Some(callable), object, removed: None });
+        let callable = Some(callable);
+        self.slots.push(Slot { id, name, callable, object, unique_names, removed: None });
         Ok(id)
     }
 

@@ -1,6 +1,6 @@
 use serde_json::{Map, Value};
 
-use super::{Schedule, value};
+use super::{Schedule, load_position, save_position, value};
 use crate::checkpoint::StateDict;
 use crate::data::BatchSize;
 use crate::engine::{Engine, Event, Events, Handler};
@@ -59,7 +59,10 @@ impl<S: Schedule> BatchSizeScheduler<S> {
     /// # Errors
     /// A missing key, or a state of a schedule with other arguments; nothing is changed then.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
-        let events = self.schedule.load(state)?;
+        self.go_to(self.schedule.load(state)?)
+    }
+
+    fn go_to(&mut self, events: u64) -> Result<()> {
         match events.checked_sub(1) {
             Some(last) => self.set(last)?,
             None => self.batch_size.set(self.first)?,
@@ -99,11 +102,25 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
-        Ok(Some(self.state_dict().into()))
+        let mut state = self.state_dict().into();
+        save_position(&self.schedule, self.events_done, &mut state)?;
+        Ok(Some(state))
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
-        self.load_state_dict(state.values())
+        match load_position(&self.schedule, &state, true)? {
+            Some((events, _)) => self.go_to(events),
+            None => self.load_state_dict(state.values()),
+        }
+    }
+
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        let position = load_position(&self.schedule, &state, false)?;
+        let Some((events, changed)) = position else {
+            return self.load_state_dict(state.values()).map(|()| vec![]);
+        };
+        self.go_to(events)?;
+        Ok(changed.into_iter().collect())
     }
 
     fn call(
