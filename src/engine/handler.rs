@@ -31,6 +31,14 @@ pub trait Handler<C, B, O> {
         Ranks::All
     }
 
+    /// Whether a trial run calls it, such as that of [`LrFinder`](crate::handlers::LrFinder), which leaves no
+    /// trace. Unless told otherwise it does where all processes call it ([`Ranks::All`]): a handler of the
+    /// main one alone writes, draws or sends. Its state is put back afterwards, as far as
+    /// [`save_state`](Self::save_state) has it.
+    fn runs_in_trials(&self) -> bool {
+        self.ranks() == Ranks::All
+    }
+
     /// What it needs to go on in another process; `None` where that is nothing.
     fn save_state(&self) -> Result<Option<StateDict>> {
         Ok(None)
@@ -40,6 +48,22 @@ pub trait Handler<C, B, O> {
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         let _ = state;
         Err(Error::State(format!("handler '{}' keeps no state", self.name())))
+    }
+
+    /// Goes to as much as possible of what [`save_state`](Self::save_state) gave, and says what is different
+    /// now, a line for each: where a run is resumed without `strict`. Unless told otherwise all of it has to
+    /// fit.
+    ///
+    /// # Errors
+    /// Nothing of it fits.
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.load_state(state).map(|()| vec![])
+    }
+
+    /// What no other handler of the engine may have, such as `"metric 'loss'"`: each would write over the
+    /// other's values.
+    fn unique_names(&self) -> Vec<String> {
+        vec![]
     }
 
     /// Called at each of its events.
@@ -87,6 +111,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
         self.try_borrow().map_or(Ranks::All, |h| h.ranks())
     }
 
+    fn runs_in_trials(&self) -> bool {
+        self.try_borrow().map_or(true, |h| h.runs_in_trials())
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         let handler = self.try_borrow();
         handler
@@ -99,6 +127,17 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
         handler
             .map_err(|_| Error::State("a handler that is running has no state".into()))?
             .load_state(state)
+    }
+
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        let handler = self.try_borrow_mut();
+        handler
+            .map_err(|_| Error::State("a handler that is running has no state".into()))?
+            .load_state_partially(state)
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        self.try_borrow().map_or(vec![], |h| h.unique_names())
     }
 
     fn call(
@@ -130,6 +169,7 @@ struct Slot<'a, C, B, O> {
     callable: Option<Callable<'a, C, B, O>>,
     /// The name it gave itself, and whether it had a state then; unless it is a closure.
     object: Option<(String, bool)>,
+    unique_names: Vec<String>,
     /// The number of the removal that removed it.
     removed: Option<u64>,
 }
@@ -167,12 +207,15 @@ pub(super) struct Handlers<'a, C, B, O> {
     purged: u64,
     /// Firings under way.
     depth: u32,
+    /// A trial run is under way, after which removed handlers are there again.
+    held: bool,
 }
 
 impl<'a, C, B, O> Handlers<'a, C, B, O> {
     pub(super) fn new() -> Self {
         let lists = (0..BUILT_IN).map(|_| Default::default()).collect();
-        Self { slots: vec![], lists, custom: vec![], next_id: 0, removals: 0, purged: 0, depth: 0 }
+        let (next_id, removals, purged, depth, held) = (0, 0, 0, 0, false);
+        Self { slots: vec![], lists, custom: vec![], next_id, removals, purged, depth, held }
     }
 
     pub(super) fn register(&mut self, event: Event) -> Result<()> {
@@ -214,6 +257,17 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             event.validate()?;
             indices.push(self.index(event.event)?);
         }
+        let unique_names = match &callable {
+            Callable::Closure(_) => vec![],
+            Callable::Object(handler) => handler.unique_names(),
+        };
+        let living = self.slots.iter().filter(|slot| slot.removed.is_none());
+        let taken = living.flat_map(|slot| &slot.unique_names);
+        if let Some(taken) = { taken }.find(|taken| unique_names.contains(taken)) {
+            return Err(Error::invalid(format!(
+                "there is a {taken} already: give one of them another name"
+            )));
+        }
         let id = HandlerId(self.next_id);
         self.next_id += 1;
         let slot = self.slots.len();
@@ -229,7 +283,8 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             Callable::Closure(_) => None,
             Callable::Object(handler) => Some((handler.name(), handler.save_state()?.is_some())),
         };
-        self.slots.push(Slot { id, name, callable: Some(callable), object, removed: None });
+        let callable = Some(callable);
+        self.slots.push(Slot { id, name, callable, object, unique_names, removed: None });
         Ok(id)
     }
 
@@ -250,7 +305,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
     /// Removed handlers stay until no firing is under way: those that have begun still call them.
     fn purge(&mut self) {
-        if self.depth > 0 || self.purged == self.removals {
+        if self.depth > 0 || self.held || self.purged == self.removals {
             return;
         }
         self.purged = self.removals;
@@ -275,6 +330,26 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             });
         }
         self.slots.retain(|slot| slot.removed.is_none());
+    }
+
+    /// Keeps handlers that are removed from now on, until [`release`](Self::release) gets what this returns.
+    pub(super) fn hold(&mut self) -> (u64, u64) {
+        self.held = true;
+        (self.next_id, self.removals)
+    }
+
+    /// Goes back to the handlers that there were: without those added since, with those removed since.
+    pub(super) fn release(&mut self, (next_id, removals): (u64, u64)) {
+        self.held = false;
+        self.removals += 1;
+        for slot in &mut self.slots {
+            if slot.id.0 >= next_id {
+                slot.removed = Some(self.removals);
+            } else if slot.removed.is_some_and(|removal| removal > removals) {
+                slot.removed = None;
+            }
+        }
+        self.purge();
     }
 
     #[inline]

@@ -350,6 +350,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             Callable::Object(handler) if handler.ranks() == Ranks::Main && !self.is_main() => {
                 Ok(())
             }
+            Callable::Object(handler) if aside::in_trial() && !handler.runs_in_trials() => Ok(()),
             Callable::Object(handler) => handler.call(event, cx, self),
         });
         if let (Some(profile), Some(begun)) = (&self.profile, begun) {

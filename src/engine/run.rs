@@ -821,7 +821,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let error = self.exception.take();
         match (error, raised) {
             (Some(error), Ok(())) => error,
-            (Some(error), Err(second)) => with_second(error, second),
+            (Some(error), Err(second)) => error.besides(second),
             (None, Err(error)) => error,
             (None, Ok(())) => Error::invalid("the run failed"),
         }
@@ -877,17 +877,6 @@ fn outside_the_step<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
         let text = crate::panic_message(&*payload);
         Err(Error::invalid(format!("the data source panicked: {text}")))
     })
-}
-
-/// Keeps the first error and tells of the second.
-fn with_second(mut first: Error, second: Error) -> Error {
-    if let Error::Step { source, .. } | Error::Handler { source, .. } | Error::Data { source, .. } =
-        &mut first
-    {
-        let cause = std::mem::replace(source, anyhow::Error::msg(""));
-        *source = cause.context(format!("(besides: {:#})", anyhow::Error::from(second)));
-    }
-    first
 }
 
 fn catch<B>(call: impl FnOnce() -> Option<anyhow::Result<B>>) -> anyhow::Result<Option<B>> {

@@ -37,6 +37,24 @@ pub(crate) fn write_whole(
     })
 }
 
+/// Opens a file for reading. What is no plain file is an error: a pipe would be waited for, and what the
+/// opening of a device does is not known.
+pub(crate) fn open_file(path: &Path) -> io::Result<File> {
+    let plain = |metadata: fs::Metadata| match metadata.is_file() {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no plain file")),
+    };
+    plain(fs::metadata(path)?)?;
+    let mut options = File::options();
+    options.read(true);
+    // It may be a pipe by now.
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK);
+    let file = options.open(path)?;
+    plain(file.metadata()?)?;
+    Ok(file)
+}
+
 /// Makes a folder and those above it that are missing, as safely as a file is written.
 pub(crate) fn make_folder(folder: &Path) -> io::Result<()> {
     if folder.as_os_str().is_empty() || folder.is_dir() {

@@ -7,7 +7,7 @@ use tch::nn::VarStore;
 use tch::{TchError, Tensor};
 
 use crate::bridge::{Average, Pairs};
-use crate::checkpoint::{StateDict, check_fixed};
+use crate::checkpoint::{StateDict, misfits};
 use crate::engine::{Engine, Event, Events, Handler, Priority};
 use crate::variables::variables;
 use crate::{Error, Result};
@@ -144,9 +144,22 @@ impl Shadow {
 
     /// Copies saved averages into ours. Nothing is changed where they do not fit.
     pub(super) fn load(&self, state: &StateDict) -> Result<()> {
+        match misfits(&self.save()?, state).into_values().next() {
+            Some(misfit) => Err(Error::State(misfit)),
+            None => self.copy(state),
+        }
+    }
+
+    /// Copies those of the saved averages that fit, and says which do not; ours stay there.
+    pub(super) fn load_partially(&self, mut state: StateDict) -> Result<Vec<String>> {
+        let misfits = misfits(&self.save()?, &state);
+        state.tensors.retain(|name, _| !misfits.contains_key(name));
+        self.copy(&state)?;
+        Ok(misfits.into_values().collect())
+    }
+
+    fn copy(&self, state: &StateDict) -> Result<()> {
         let ours = self.save()?;
-        let fits = |tensor: &Tensor| (tensor.kind(), tensor.size());
-        check_fixed(&ours, |name| state.tensors.get(name).map(fits), state.tensors.keys())?;
         let _guard = tch::no_grad_guard();
         for (name, value) in &state.tensors {
             let Some(average) = ours.tensors.get(name) else { continue };
@@ -215,12 +228,24 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
         self.handler.priority()
     }
 
+    fn runs_in_trials(&self) -> bool {
+        self.handler.runs_in_trials()
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         self.handler.save_state()
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         self.handler.load_state(state)
+    }
+
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.handler.load_state_partially(state)
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        self.handler.unique_names()
     }
 
     fn call(

@@ -159,6 +159,10 @@ impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
         self.metric.validate()
     }
 
+    fn unique_names(&self) -> Vec<String> {
+        vec![format!("metric '{}'", self.name)]
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         let parts = self.metric.state().map_err(|error| Error::State(format!("{error:#}")))?;
         let mut state = StateDict::new();

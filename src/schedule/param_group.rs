@@ -64,6 +64,13 @@ impl<S: Schedule> ParamGroupScheduler<S> {
     /// Another number of schedulers, other names, or a state that one of them refuses; those before
     /// it have gone to their positions then.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
+        let states = self.states(state)?;
+        let mut pairs = self.schedulers.iter_mut().zip(&states);
+        pairs.try_for_each(|(scheduler, state)| scheduler.load_state_dict(state))
+    }
+
+    /// The states of the schedulers, which are of the same names.
+    fn states(&self, state: &Map<String, Value>) -> Result<Vec<Map<String, Value>>> {
         let states: Vec<(String, Map<String, Value>)> = read(state, "schedulers")?;
         if states.len() != self.schedulers.len() {
             return Err(Error::State(format!(
@@ -80,8 +87,18 @@ impl<S: Schedule> ParamGroupScheduler<S> {
                 )));
             }
         }
-        let pairs = self.schedulers.iter_mut().zip(&states);
-        pairs.into_iter().try_for_each(|(scheduler, (_, state))| scheduler.load_state_dict(state))
+        Ok(states.into_iter().map(|(_, state)| state).collect())
+    }
+
+    fn load(&mut self, mut state: StateDict, strict: bool) -> Result<Vec<String>> {
+        let mut changed = vec![];
+        let states = self.states(state.values())?;
+        for (index, (scheduler, values)) in self.schedulers.iter_mut().zip(states).enumerate() {
+            let mut besides = state.take_part(&index.to_string())?;
+            let different = scheduler.load_both(&values, &mut besides, strict)?;
+            changed.extend(different.map(|text| format!("'{}': {text}", scheduler.name())));
+        }
+        Ok(changed)
     }
 }
 
@@ -103,18 +120,22 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamGroupScheduler<S> {
         let mut state = StateDict::from(self.state_dict());
         for (index, scheduler) in self.schedulers.iter().enumerate() {
             let mut value = StateDict::new();
-            scheduler.save_knob(&mut value)?;
+            scheduler.save_besides(&mut value)?;
             state.set_part(&index.to_string(), value);
         }
         Ok(Some(state))
     }
 
-    fn load_state(&mut self, mut state: StateDict) -> Result<()> {
-        self.load_state_dict(state.values())?;
-        for (index, scheduler) in self.schedulers.iter().enumerate() {
-            scheduler.load_knob(&mut state.take_part(&index.to_string())?)?;
-        }
-        Ok(())
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        self.load(state, true).map(drop)
+    }
+
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.load(state, false)
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        self.schedulers.iter().flat_map(<_ as Handler<C, B, O>>::unique_names).collect()
     }
 
     fn call(

@@ -244,6 +244,10 @@ impl<C, B, O> Handler<C, B, O> for ReduceLROnPlateauScheduler {
         self.check()
     }
 
+    fn unique_names(&self) -> Vec<String> {
+        vec![format!("scheduler '{}'", self.name)]
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         let mut state = self.state_dict().into();
         // A knob that is no optimizer's is the only one.

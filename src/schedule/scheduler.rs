@@ -1,6 +1,6 @@
 use serde_json::{Map, Value};
 
-use super::{Schedule, read, value};
+use super::{Schedule, load_position, read, save_position, value};
 use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler};
 use crate::optim::Knob;
@@ -110,6 +110,13 @@ impl<S: Schedule> ParamScheduler<S> {
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
         self.schedule.validate()?;
         let events = self.schedule.load(state)?;
+        self.load_rest(state)?;
+        self.events_done = events;
+        Ok(())
+    }
+
+    /// All but the position.
+    fn load_rest(&mut self, state: &Map<String, Value>) -> Result<()> {
         let param: String = read(state, "param_name")?;
         let save_history = read(state, "save_history")?;
         let group: Option<usize> = read(state, "param_group_index")?;
@@ -121,18 +128,35 @@ impl<S: Schedule> ParamScheduler<S> {
                 self.knob.group()
             )));
         }
-        self.events_done = events;
         self.save_history = save_history;
         Ok(())
     }
 
-    /// The value of a knob that is no optimizer's, which may only change with the next event.
-    pub(super) fn save_knob(&self, state: &mut StateDict) -> Result<()> {
+    /// What a checkpoint has besides [`state_dict`](Self::state_dict): the position, and the value of a knob
+    /// that is no optimizer's, which may only change with the next event.
+    pub(super) fn save_besides(&self, state: &mut StateDict) -> Result<()> {
+        save_position(&self.schedule, self.events_done, state)?;
         self.knob.save_value(state)
     }
 
-    pub(super) fn load_knob(&self, state: &mut StateDict) -> Result<()> {
-        self.knob.load_value(state)
+    /// Goes to what [`state_dict`](Self::state_dict) and [`save_besides`](Self::save_besides) gave. Without
+    /// `strict` the schedule may have other arguments, which are told.
+    pub(super) fn load_both(
+        &mut self,
+        values: &Map<String, Value>,
+        besides: &mut StateDict,
+        strict: bool,
+    ) -> Result<Option<String>> {
+        self.schedule.validate()?;
+        let position = load_position(&self.schedule, besides, strict)?;
+        let (events, changed) = match position {
+            Some(position) => position,
+            None => (self.schedule.load(values)?, None),
+        };
+        self.load_rest(values)?;
+        self.events_done = events;
+        self.knob.load_value(besides)?;
+        Ok(changed)
     }
 }
 
@@ -151,13 +175,21 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamScheduler<S> {
 
     fn save_state(&self) -> Result<Option<StateDict>> {
         let mut state = self.state_dict().into();
-        self.knob.save_value(&mut state)?;
+        self.save_besides(&mut state)?;
         Ok(Some(state))
     }
 
     fn load_state(&mut self, mut state: StateDict) -> Result<()> {
-        self.load_state_dict(state.values())?;
-        self.knob.load_value(&mut state)
+        self.load_both(&state.values().clone(), &mut state, true).map(drop)
+    }
+
+    fn load_state_partially(&mut self, mut state: StateDict) -> Result<Vec<String>> {
+        let changed = self.load_both(&state.values().clone(), &mut state, false)?;
+        Ok(changed.into_iter().collect())
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        vec![format!("scheduler '{}'", self.name)]
     }
 
     fn call(
