@@ -12,7 +12,8 @@ Sets up libtorch (.libtorch/) and MNIST (data/mnist/) where they are missing, an
 readers of the files we write (.python/), then runs the format check, clippy, all tests,
 the documentation build and the examples in smoke mode. Stops at the first failure.
 
-Tests that need what is not there say SKIPPED: Chromium (CHROMIUM, or on the PATH) looks
+Tests that need what is not there say SKIPPED: clang and objdump (scripts/check-kernels.sh) look
+for vector code in the kernels; Chromium (CHROMIUM, or on the PATH) looks
 at reports.
 
 environment: OMP_NUM_THREADS (default 1), MNIST_DIR and what scripts/setup-libtorch.sh
@@ -74,6 +75,9 @@ cargo clippy --release --features "$features" --all-targets -- -D warnings
 
 say "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --release --features "$features" --no-deps
+
+say "kernels, by gcc and by clang"
+scripts/check-kernels.sh
 
 say "tests"
 cargo test --release --features "$features"
