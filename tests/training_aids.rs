@@ -582,6 +582,10 @@ fn memory_with_gaps_and_sparse_gradients() -> Result<()> {
     let norm = optimizer.clip_grad_norm(1.)?;
     assert!((value(&norm) - 8f64.sqrt()).abs() < 1e-12, "rows that are there twice add up");
     assert!((value(&optimizer.gradients()?.norm()?) - 1.).abs() < 1e-5);
+    let largest = || value(&table.grad().to_dense(None, false).max());
+    assert!((largest() - 0.5f64.sqrt()).abs() < 1e-5);
+    optimizer.clip_grad_value(0.25)?;
+    assert_eq!(largest(), 0.25);
     optimizer.zero_grad_in_place()?;
     assert_eq!(value(&optimizer.gradients()?.norm()?), 0.);
     Ok(())

@@ -130,9 +130,13 @@ int tig_scale_gradients(Optimizer* optimizer, const size_t* numbers, size_t coun
 int tig_clip_value(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, double max, char** error) {
   return guarded(error, [&] {
     at::NoGradGuard no_grad;
+    // Entries of a sparse gradient that are there twice are one element: added up, and kept so.
+    auto& all = optimizer->param_groups();
+    for (size_t i = 0; i < count; ++i)
+      for (const Tensor& p : all.at(numbers[i]).params())
+        if (p.mutable_grad().defined() && p.mutable_grad().is_sparse()) p.mutable_grad() = p.mutable_grad().coalesce();
     Sorted sorted = sort(*optimizer, {numbers, count}, plan->gradients, true);
     if (!plan->gradients.empty()) plan->gradients.update(tig::Rule::Clamp, max);
-    // Duplicates of an uncoalesced gradient are not added up here, as in torch.
     for (auto& [device, list] : sorted.lists) {
       at::_foreach_clamp_max_(list, max);
       at::_foreach_clamp_min_(list, -max);
