@@ -63,45 +63,62 @@ impl Stateful for Optimizer {
     }
 
     /// Nothing is changed on error, but for what was read in place.
-    fn load_state_dict(&mut self, mut state: StateDict) -> Result<()> {
+    fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
+        self.load(state, true).map(drop)
+    }
+
+    /// Parameters that are new, or whose state has another type or shape, keep theirs; groups go by name.
+    fn load_state_dict_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.load(state, false)
+    }
+}
+
+impl Optimizer {
+    /// With `strict` the first thing that does not fit is an error, otherwise all are returned.
+    fn load(&self, mut state: StateDict, strict: bool) -> Result<Vec<String>> {
         let kind: String = state.value("optimizer")?;
         if kind != self.name() {
             return Err(Error::State(format!("it is of {kind}, and this is {}", self.name())));
         }
         let saved: Vec<SavedGroup> = state.value("groups")?;
         let groups = self.groups()?;
-        check_groups(&saved, &groups)?;
+        let mut misfits = vec![];
+        match check_groups(&saved, &groups) {
+            Err(error) if strict => return Err(error),
+            checked => misfits.extend(checked.err().map(|error| error.to_string())),
+        }
+        for (option, value) in saved.iter().flat_map(|group| &group.options) {
+            self.shared.kind.hyper(option)?.check(*value)?;
+        }
         let steps: BTreeMap<String, Option<i64>> = state.value("steps")?;
         let frozen: Vec<String> = state.value("frozen")?;
         let mut checked = vec![];
         for (name, parameter) in self.named_parameters() {
-            let step = steps.get(&name);
             let mut tensors = [None, None, None];
             for (tensor, key) in tensors.iter_mut().zip(self.shared.kind.state_names()) {
                 *tensor = state.tensors.remove(&format!("{name}/{key}"));
-                if let Some(tensor) = tensor.as_mut() {
-                    check_tensor(&name, key, tensor, &parameter)?;
-                    *tensor = placed_like(tensor, &parameter).map_err(|error| {
-                        Error::libtorch(format!("loading '{name}/{key}'"), error)
-                    })?;
-                }
             }
-            if step.is_none() && tensors.iter().any(Option::is_some) {
-                return Err(Error::State(format!("'{name}' has tensors but no step")));
+            if !saved.iter().any(|group| group.parameters.contains(&name)) {
+                // With `strict` the groups have told it.
+                continue;
             }
-            if step.is_some() && !self.shared.kind.has_needed(&tensors) {
-                return Err(Error::State(format!("the state of '{name}' is not complete")));
+            let trains = !frozen.contains(&name);
+            match self.fitting(&name, &parameter, steps.get(&name).copied(), tensors) {
+                Ok(state) => checked.push(Checked { parameter, trains, state }),
+                Err(error) if strict => return Err(error),
+                Err(error) => misfits.push(error.to_string()),
             }
-            if step.is_some_and(|step| step.is_some_and(|step| !(0..1 << 53).contains(&step))) {
-                return Err(Error::State(format!("the step of '{name}' is impossible")));
-            }
-            let state = step.map(|step| RawState { step: *step, tensors });
-            checked.push(Checked { trains: !frozen.contains(&name), parameter, state });
         }
-        if let Some(name) = state.tensors.keys().next() {
+        if let Some(name) = state.tensors.keys().next()
+            && strict
+        {
             return Err(Error::State(format!("'{name}' is unknown here")));
         }
-        for (saved, group) in saved.iter().zip(&groups) {
+        misfits.extend(state.tensors.keys().map(|name| format!("'{name}' is unknown here")));
+        for saved in &saved {
+            let Some(group) = groups.iter().find(|group| group.name() == saved.name) else {
+                continue;
+            };
             for (option, value) in &saved.options {
                 group.set(option, *value)?;
             }
@@ -115,7 +132,35 @@ impl Stateful for Optimizer {
                     .set_state(parameter, state.as_ref())
                     .map_err(|text| Error::libtorch("loading the optimizer's state", text))
             })
-        })
+        })?;
+        Ok(misfits)
+    }
+
+    /// The saved state of a parameter, where it fits.
+    fn fitting(
+        &self,
+        name: &str,
+        parameter: &Tensor,
+        step: Option<Option<i64>>,
+        mut tensors: [Option<Tensor>; 3],
+    ) -> Result<Option<RawState>> {
+        for (tensor, key) in tensors.iter_mut().zip(self.shared.kind.state_names()) {
+            if let Some(tensor) = tensor.as_mut() {
+                check_tensor(name, key, tensor, parameter)?;
+                *tensor = placed_like(tensor, parameter)
+                    .map_err(|error| Error::libtorch(format!("loading '{name}/{key}'"), error))?;
+            }
+        }
+        if step.is_none() && tensors.iter().any(Option::is_some) {
+            return Err(Error::State(format!("'{name}' has tensors but no step")));
+        }
+        if step.is_some() && !self.shared.kind.has_needed(&tensors) {
+            return Err(Error::State(format!("the state of '{name}' is not complete")));
+        }
+        if step.is_some_and(|step| step.is_some_and(|step| !(0..1 << 53).contains(&step))) {
+            return Err(Error::State(format!("the step of '{name}' is impossible")));
+        }
+        Ok(step.map(|step| RawState { step, tensors }))
     }
 }
 
@@ -192,9 +237,6 @@ fn check_groups(saved: &[SavedGroup], groups: &[Group]) -> Result<()> {
                 "'{name}' is in group '{}', and was not then",
                 saved.name
             )));
-        }
-        for (option, value) in &saved.options {
-            group.optimizer.shared.kind.hyper(option)?.check(*value)?;
         }
     }
     Ok(())
