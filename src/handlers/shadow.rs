@@ -9,6 +9,7 @@ use tch::{TchError, Tensor};
 use crate::bridge::{Average, Pairs};
 use crate::checkpoint::{StateDict, check_fixed};
 use crate::engine::{Engine, Event, Events, Handler, Priority};
+use crate::optim::Knob;
 use crate::{Error, Result};
 
 /// What happens to buffers (variables that are not trained, such as batch-norm statistics).
@@ -204,6 +205,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
 
     fn validate(&self) -> Result<()> {
         self.handler.validate()
+    }
+
+    fn drives(&self) -> Vec<Knob> {
+        self.handler.drives()
     }
 
     fn priority(&self) -> Priority {

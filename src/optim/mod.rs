@@ -29,6 +29,7 @@ pub use builder::{GroupOptions, OptimizerBuilder, lr};
 pub use gradients::Gradients;
 pub use group::Group;
 pub use knob::Knob;
+pub(crate) use knob::Reduction;
 pub use layerwise::layerwise_lr_decay;
 pub use lent::TchOptimizer;
 pub use param_groups::is_bias_or_norm;
@@ -62,6 +63,7 @@ struct Shared {
     variables: Arc<Mutex<Variables>>,
     /// The options it was built with, as `"<group>.<option>"`.
     built: OnceLock<Map<String, Value>>,
+    reductions: knob::Reductions,
 }
 
 fn listed(names: &[String]) -> String {
@@ -129,6 +131,7 @@ impl Optimizer {
                 added: AtomicUsize::new(grouped.until()),
                 variables: variables.clone(),
                 built: OnceLock::new(),
+                reductions: knob::Reductions::default(),
             }),
         })
     }
