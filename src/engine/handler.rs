@@ -5,6 +5,7 @@ use std::rc::Rc;
 use super::event::{BUILT_IN, FilteredEvent};
 use super::{Engine, Event, Events, Ranks};
 use crate::checkpoint::StateDict;
+use crate::optim::Knob;
 use crate::{Error, Result};
 
 /// Something with state that is called at events: what the built-in handlers are, and what your own
@@ -19,6 +20,11 @@ pub trait Handler<C, B, O> {
     /// What is wrong with its arguments, if anything; asked when it is attached.
     fn validate(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// The knobs whose values it sets, whatever they were: a second handler that sets one of them is refused.
+    fn drives(&self) -> Vec<Knob> {
+        vec![]
     }
 
     /// Its place among the handlers of an event; those of one place are called as they were attached.
@@ -101,6 +107,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
 
     fn validate(&self) -> Result<()> {
         self.try_borrow().map_or(Ok(()), |h| h.validate())
+    }
+
+    fn drives(&self) -> Vec<Knob> {
+        self.try_borrow().map_or(vec![], |h| h.drives())
     }
 
     fn priority(&self) -> Priority {
@@ -243,6 +253,16 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         }
     }
 
+    /// The event itself, or the one in its place for engines without it.
+    fn known<'e>(&self, mut event: &'e FilteredEvent) -> &'e FilteredEvent {
+        while let Some(other) = &event.or
+            && self.index(event.event).is_err()
+        {
+            event = other;
+        }
+        event
+    }
+
     pub(super) fn add(
         &mut self,
         events: &Events,
@@ -253,7 +273,8 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             return Err(Error::invalid(format!("handler {name} names no event to be called at")));
         }
         let mut indices = Vec::with_capacity(events.0.len());
-        for event in &events.0 {
+        let events: Vec<_> = events.0.iter().map(|event| self.known(event)).collect();
+        for event in &events {
             event.validate()?;
             indices.push(self.index(event.event)?);
         }
@@ -268,6 +289,9 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
                 "there is a {taken} already: give one of them another name"
             )));
         }
+        if let Callable::Object(handler) = &callable {
+            self.check_knobs(&handler.name(), &handler.drives())?;
+        }
         let id = HandlerId(self.next_id);
         self.next_id += 1;
         let slot = self.slots.len();
@@ -275,7 +299,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             Callable::Closure(_) => Priority::Normal,
             Callable::Object(handler) => handler.priority(),
         };
-        for (index, event) in indices.into_iter().zip(&events.0) {
+        for (index, event) in indices.into_iter().zip(events) {
             let filter = (!event.always()).then(|| event.clone());
             self.lists[index.0][priority as usize].push(Entry { slot, filter });
         }
@@ -286,6 +310,25 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         let callable = Some(callable);
         self.slots.push(Slot { id, name, callable, object, unique_names, removed: None });
         Ok(id)
+    }
+
+    /// Refuses a handler that sets a knob which another one sets.
+    fn check_knobs(&self, name: &str, knobs: &[Knob]) -> Result<()> {
+        if knobs.is_empty() {
+            return Ok(());
+        }
+        for slot in self.slots.iter().filter(|slot| slot.removed.is_none()) {
+            let (Some(Callable::Object(other)), Some((others, _))) = (&slot.callable, &slot.object)
+            else {
+                continue;
+            };
+            let driven = other.drives();
+            let twice = knobs.iter().find(|knob| driven.iter().any(|other| other.overlaps(knob)));
+            if let Some(knob) = twice {
+                return Err(knob.driven_twice(others, name));
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn remove(&mut self, id: HandlerId) -> Result<()> {

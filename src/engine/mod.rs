@@ -18,7 +18,7 @@ use std::time::Instant;
 
 use serde_json::{Map, Value};
 
-pub use event::{Event, Events, FilteredEvent};
+pub use event::{Event, Events, FilteredEvent, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 pub use handler::{Handler, HandlerId, Priority};
 pub use profile::{Profile, ProfileRow};
 pub(crate) use saved::HANDLERS;

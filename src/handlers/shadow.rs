@@ -9,6 +9,7 @@ use tch::{TchError, Tensor};
 use crate::bridge::{Average, Pairs};
 use crate::checkpoint::{StateDict, misfits};
 use crate::engine::{Engine, Event, Events, Handler, Priority};
+use crate::optim::Knob;
 use crate::variables::variables;
 use crate::{Error, Result};
 
@@ -222,6 +223,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
 
     fn validate(&self) -> Result<()> {
         self.handler.validate()
+    }
+
+    fn drives(&self) -> Vec<Knob> {
+        self.handler.drives()
     }
 
     fn priority(&self) -> Priority {
