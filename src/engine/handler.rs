@@ -3,7 +3,7 @@ use std::collections::HashSet;
 use std::rc::Rc;
 
 use super::event::{BUILT_IN, FilteredEvent};
-use super::{Engine, Event, Events, Ranks};
+use super::{Engine, Event, Events, Log, Ranks};
 use crate::checkpoint::StateDict;
 use crate::{Error, Result};
 
@@ -42,6 +42,11 @@ pub trait Handler<C, B, O> {
         Err(Error::State(format!("handler '{}' keeps no state", self.name())))
     }
 
+    /// The logs that it writes to, which go back with the engine when a run is resumed.
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![]
+    }
+
     /// Called at each of its events.
     fn call(
         &mut self,
@@ -58,13 +63,16 @@ pub enum Priority {
     First,
     /// In the order of registration: closures, and handlers that do not say otherwise.
     Normal,
-    /// After all others: what reads or saves what they did.
+    /// After all others: what reads what they did.
     Last,
+    /// After those too: what saves what they did. A checkpoint has no place between two handlers of an event.
+    Save,
 }
 
-pub(super) const PRIORITIES: usize = 3;
+pub(super) const PRIORITIES: usize = 4;
 
 /// A handler that you keep a hold of: attach a clone and read the other.
+#[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
     fn name(&self) -> String {
         self.try_borrow().map_or_else(|_| "a handler that is borrowed".into(), |h| h.name())
@@ -99,6 +107,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
         handler
             .map_err(|_| Error::State("a handler that is running has no state".into()))?
             .load_state(state)
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        self.try_borrow().map_or_else(|_| vec![], |h| h.logs())
     }
 
     fn call(
@@ -404,10 +416,10 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
 /// Names as they come, the second of a kind with a number.
 #[derive(Default)]
-struct Names(HashSet<String>);
+pub(super) struct Names(HashSet<String>);
 
 impl Names {
-    fn distinct(&mut self, name: &str) -> String {
+    pub(super) fn distinct(&mut self, name: &str) -> String {
         let mut distinct = name.to_owned();
         let mut number = 1;
         while !self.0.insert(distinct.clone()) {

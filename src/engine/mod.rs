@@ -3,6 +3,7 @@
 mod aside;
 mod event;
 mod handler;
+mod log;
 mod profile;
 mod run;
 mod saved;
@@ -20,6 +21,7 @@ use serde_json::{Map, Value};
 
 pub use event::{Event, Events, FilteredEvent};
 pub use handler::{Handler, HandlerId, Priority};
+pub use log::Log;
 pub use profile::{Profile, ProfileRow};
 pub(crate) use saved::HANDLERS;
 pub use saved::Restored;

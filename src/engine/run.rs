@@ -255,7 +255,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         let start = Instant::now();
         outside_the_step(|| self.prepare(data, until))?;
-        let running = Running::begin();
+        let running = Running::begin(self.position.is_at_start() && self.state.iteration == 0);
         self.running = true;
         let result = outside_the_step(|| self.drive(cx)).map_err(|error| self.fail(error, cx));
         self.running = false;
@@ -291,6 +291,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Whether this engine is, or would be, run within another: as evaluators are.
     pub(crate) fn is_nested(&self) -> bool {
         RUNNING.get() > u32::from(self.running)
+    }
+
+    /// Whether the outermost run of this thread, this one where it is not nested, began at the start.
+    pub(crate) fn began_anew(&self) -> bool {
+        ANEW.get()
     }
 
     /// Iterations begun in this epoch, from 1; those before a run goes on in mid epoch count.
@@ -687,9 +692,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Notes something that looks wrong without being an error, for the summary of the run that is under
-    /// way.
+    /// way. The same text is noted once.
     pub fn warn(&mut self, warning: impl Into<String>) {
-        self.position.warnings.push(warning.into());
+        let warning = warning.into();
+        if !self.position.warnings.contains(&warning) {
+            self.position.warnings.push(warning);
+        }
     }
 
     fn warn_of_missing_data(&mut self) {
@@ -703,10 +711,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let warning = format!(
             "Data iterator can not provide data anymore but required total number of iterations to run is not reached. Current iteration: {iteration} vs Total iterations to run : {total}"
         );
-        // Once, not for each of many empty epochs.
-        if self.position.warnings.last() != Some(&warning) {
-            self.position.warnings.push(warning);
-        }
+        // Noted once, not for each of many empty epochs.
+        self.warn(warning);
     }
 
     /// Does what handlers of `event` asked for; true if the run is to be suspended.
@@ -856,10 +862,14 @@ struct Running;
 
 thread_local! {
     static RUNNING: Cell<u32> = const { Cell::new(0) };
+    static ANEW: Cell<bool> = const { Cell::new(false) };
 }
 
 impl Running {
-    fn begin() -> Self {
+    fn begin(anew: bool) -> Self {
+        if RUNNING.get() == 0 {
+            ANEW.set(anew);
+        }
         RUNNING.set(RUNNING.get() + 1);
         Self
     }

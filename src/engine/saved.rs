@@ -48,8 +48,9 @@ const RNG: &str = "rng";
 const CONTEXT: &str = "context";
 const SETTINGS: &str = "settings";
 const OUTPUT: &str = "output";
-const RESERVED: [&str; 9] =
-    [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, OUTPUT, SETTINGS, RANKS];
+const LOGS: &str = "logs";
+const RESERVED: [&str; 10] =
+    [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, OUTPUT, SETTINGS, LOGS, RANKS];
 
 /// Additions cannot overflow.
 const MAX_COUNT: u64 = 1 << 53;
@@ -182,6 +183,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             settings.set_value(name, part.settings())?;
         }
         all.set_part(SETTINGS, settings);
+        // Last: what the checkpoint covers is on the disk before it can count.
+        if self.is_main()
+            && let Some(places) = self.commit_logs()?
+        {
+            all.set_part(LOGS, places);
+        }
         Ok(all)
     }
 
@@ -252,6 +259,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     fn restore_parts(&mut self, cx: &mut C, state: StateDict, report: &mut Report) -> Result<()> {
         let StateDict { mut parts, .. } = state;
         parts.remove(SETTINGS);
+        let places = parts.remove(LOGS).filter(|_| self.is_main());
         let rank = self.rank();
         let mut own = StateDict::new();
         if let Some(mut ranks) = parts.remove(RANKS) {
@@ -300,6 +308,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         report.load(ENGINE, position, |state| self.load_own_state(state))?;
         self.random = again;
+        if let Some(places) = places {
+            // Only now: nothing is taken back for a state that is refused.
+            report.ignored.extend(self.rewind_logs(&places)?);
+        }
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! Handlers that come with the crate.
 
+pub(crate) mod awaited;
 mod early_stopping;
 mod ema;
 mod epoch_output_store;

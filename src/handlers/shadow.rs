@@ -8,7 +8,7 @@ use tch::{TchError, Tensor};
 
 use crate::bridge::{Average, Pairs};
 use crate::checkpoint::{StateDict, check_fixed};
-use crate::engine::{Engine, Event, Events, Handler, Priority};
+use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks};
 use crate::{Error, Result};
 
 /// What happens to buffers (variables that are not trained, such as batch-norm statistics).
@@ -193,6 +193,7 @@ pub struct WithAverages<H> {
     pub(super) handler: H,
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
     fn name(&self) -> String {
         self.handler.name()
@@ -210,12 +211,20 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
         self.handler.priority()
     }
 
+    fn ranks(&self) -> Ranks {
+        self.handler.ranks()
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         self.handler.save_state()
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         self.handler.load_state(state)
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        self.handler.logs()
     }
 
     fn call(
