@@ -380,7 +380,35 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         objects
     }
 
-    /// The same, to be changed; without those that are running.
+    /// The name, as [`objects`](Self::objects) gives it, of the object at a place in the lists of an event.
+    pub(super) fn object_at(
+        &self,
+        index: EventIndex,
+        (priority, position): (usize, usize),
+    ) -> Option<String> {
+        let slot = self.lists[index.0][priority].get(position)?.slot;
+        self.object_names().find_map(|(at, name)| (at == slot).then_some(name))
+    }
+
+    /// The place in the lists of an event of the object of that name.
+    pub(super) fn place_of(&self, index: EventIndex, name: &str) -> Option<(usize, usize)> {
+        let (slot, _) = self.object_names().find(|(_, known)| known == name)?;
+        self.lists[index.0].iter().enumerate().find_map(|(priority, list)| {
+            Some((priority, list.iter().position(|entry| entry.slot == slot)?))
+        })
+    }
+
+    /// The slots of all objects, with their names.
+    fn object_names(&self) -> impl Iterator<Item = (usize, String)> {
+        let mut names = Names::default();
+        let slots = self.slots.iter().enumerate().filter(|(_, slot)| slot.removed.is_none());
+        slots.filter_map(move |(at, slot)| {
+            let (name, _) = slot.object.as_ref()?;
+            Some((at, names.distinct(name)))
+        })
+    }
+
+    /// All objects, to be changed; without those that are running.
     pub(super) fn objects_mut(
         &mut self,
     ) -> impl Iterator<Item = (String, &mut (dyn Handler<C, B, O> + 'a))> {

@@ -347,6 +347,17 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(state)
     }
 
+    /// What a run changes of an evaluator and of the process, as it is now: a copy.
+    pub(crate) fn moment(&self) -> Result<Moment> {
+        Ok(Moment { lasting: self.lasting_state()?.copy()?, random: generators()? })
+    }
+
+    /// Goes back to an earlier moment of this process.
+    pub(crate) fn go_back(&mut self, moment: Moment) -> Result<()> {
+        self.load_lasting_state(moment.lasting)?;
+        load_generators(Some(moment.random), &mut Report { strict: true, ignored: vec![] })
+    }
+
     /// Nothing may be missing or unknown.
     pub(crate) fn load_lasting_state(&mut self, mut state: StateDict) -> Result<()> {
         for (name, part) in &mut self.tracked.parts {
@@ -481,6 +492,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             skip_epoch_completed: asked.skip_epoch_completed,
             skip_batch: asked.skip_batch,
             interrupt: false,
+            repeat: false,
         };
         self.data = None;
         Ok(())
@@ -568,6 +580,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             .map(|part| state(part).map(|(fixed, state)| (part.0.as_str(), fixed, state)))
             .collect()
     }
+}
+
+/// See [`Engine::moment`].
+pub(crate) struct Moment {
+    lasting: StateDict,
+    random: StateDict,
 }
 
 /// Collects what does not fit, or makes it an error.
