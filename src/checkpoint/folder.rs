@@ -50,12 +50,8 @@ impl Folder {
         }
         let lock = lock(&path)?;
         let newest = newest(&path).map_err(io)?;
-        let folder = Self {
-            path: path.clone(),
-            newest: Mutex::new(newest),
-            latest: Mutex::default(),
-            lock,
-        };
+        let folder =
+            Self { path: path.clone(), newest: Mutex::new(newest), latest: Mutex::default(), lock };
         let folder = Arc::new(folder);
         folder.remove_parts();
         open.retain(|_, folder| folder.strong_count() > 0);

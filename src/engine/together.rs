@@ -349,10 +349,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if self.is_main() {
             return Ok(());
         }
-        self.living_metrics().iter().try_for_each(|metric| {
-            let left = guarded(|| metric.borrow_mut().leave_to_main());
-            left.map_err(|error| of_metric(&*metric.borrow(), &error))
-        })
+        let mut left = Ok(());
+        for metric in self.living_metrics() {
+            let of_this = guarded(|| metric.borrow_mut().leave_to_main());
+            left = left.and(of_this.map_err(|error| of_metric(&*metric.borrow(), &error)));
+        }
+        left
     }
 }
 

@@ -117,7 +117,8 @@ impl AppendFile {
         if self.synced || !self.is_plain {
             return Ok(());
         }
-        let synced = self.file.sync_data().and_then(|()| self.place.parent().map_or(Ok(()), sync_folder));
+        let synced =
+            self.file.sync_data().and_then(|()| self.place.parent().map_or(Ok(()), sync_folder));
         synced.map_err(|error| self.error(error))?;
         self.synced = true;
         Ok(())

@@ -1,7 +1,5 @@
 use super::{Logger, attend, each_epoch, step_at, tagged, with_ends};
-use crate::engine::{
-    Engine, Event, Events, Handler, Log, MetricValue, Priority, Ranks, State,
-};
+use crate::engine::{Engine, Event, Events, Handler, Log, MetricValue, Priority, Ranks, State};
 use crate::handlers::awaited::Awaited;
 use crate::optim::Knob;
 

@@ -142,9 +142,7 @@ impl<O, M: Metric<O>> Joins<O> for MetricHandler<M> {
             self.metric.reset();
         }
         let value = value?;
-        back.map_err(|error| {
-            error.context("its own state could not be put back, and was reset")
-        })?;
+        back.map_err(|error| error.context("its own state could not be put back, and was reset"))?;
         Ok(Some(value))
     }
 
@@ -153,8 +151,12 @@ impl<O, M: Metric<O>> Joins<O> for MetricHandler<M> {
     }
 
     fn leave_to_main(&mut self) -> anyhow::Result<()> {
-        let rest = exchange::nothing_of(&self.metric.state()?)?;
-        self.metric.load_state(&rest)
+        let rest = self.metric.state().and_then(|state| exchange::nothing_of(&state));
+        let left = rest.and_then(|rest| self.metric.load_state(&rest));
+        if left.is_err() {
+            self.metric.reset();
+        }
+        left
     }
 }
 
