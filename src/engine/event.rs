@@ -343,6 +343,10 @@ impl fmt::Debug for FilteredEvent {
 pub struct Events(pub(super) Vec<FilteredEvent>);
 
 impl Events {
+    pub(crate) fn none() -> Self {
+        Self(vec![])
+    }
+
     /// Whether the event is among them, with any filter.
     pub(crate) fn names(&self, event: Event) -> bool {
         self.0.iter().any(|filtered| filtered.event == event)

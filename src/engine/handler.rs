@@ -3,7 +3,7 @@ use std::collections::HashSet;
 use std::rc::Rc;
 
 use super::event::{BUILT_IN, FilteredEvent};
-use super::{Engine, Event, Events, Ranks};
+use super::{Engine, Event, Events, Log, Ranks};
 use crate::checkpoint::StateDict;
 use crate::optim::Knob;
 use crate::{Error, Result};
@@ -72,6 +72,11 @@ pub trait Handler<C, B, O> {
         vec![]
     }
 
+    /// The logs that it writes to, which go back with the engine when a run is resumed.
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![]
+    }
+
     /// Called at each of its events.
     fn call(
         &mut self,
@@ -88,13 +93,16 @@ pub enum Priority {
     First,
     /// In the order of registration: closures, and handlers that do not say otherwise.
     Normal,
-    /// After all others: what reads or saves what they did.
+    /// After all others: what reads what they did.
     Last,
+    /// After those too: what saves what they did. A checkpoint has no place between two handlers of an event.
+    Save,
 }
 
-pub(super) const PRIORITIES: usize = 3;
+pub(super) const PRIORITIES: usize = 4;
 
 /// A handler that you keep a hold of: attach a clone and read the other.
+#[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
     fn name(&self) -> String {
         self.try_borrow().map_or_else(|_| "a handler that is borrowed".into(), |h| h.name())
@@ -148,6 +156,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
 
     fn unique_names(&self) -> Vec<String> {
         self.try_borrow().map_or(vec![], |h| h.unique_names())
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        self.try_borrow().map_or_else(|_| vec![], |h| h.logs())
     }
 
     fn call(
@@ -486,7 +498,35 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         objects
     }
 
-    /// The same, to be changed; without those that are running.
+    /// The name, as [`objects`](Self::objects) gives it, of the object at a place in the lists of an event.
+    pub(super) fn object_at(
+        &self,
+        index: EventIndex,
+        (priority, position): (usize, usize),
+    ) -> Option<String> {
+        let slot = self.lists[index.0][priority].get(position)?.slot;
+        self.object_names().find_map(|(at, name)| (at == slot).then_some(name))
+    }
+
+    /// The place in the lists of an event of the object of that name.
+    pub(super) fn place_of(&self, index: EventIndex, name: &str) -> Option<(usize, usize)> {
+        let (slot, _) = self.object_names().find(|(_, known)| known == name)?;
+        self.lists[index.0].iter().enumerate().find_map(|(priority, list)| {
+            Some((priority, list.iter().position(|entry| entry.slot == slot)?))
+        })
+    }
+
+    /// The slots of all objects, with their names.
+    fn object_names(&self) -> impl Iterator<Item = (usize, String)> {
+        let mut names = Names::default();
+        let slots = self.slots.iter().enumerate().filter(|(_, slot)| slot.removed.is_none());
+        slots.filter_map(move |(at, slot)| {
+            let (name, _) = slot.object.as_ref()?;
+            Some((at, names.distinct(name)))
+        })
+    }
+
+    /// All objects, to be changed; without those that are running.
     pub(super) fn objects_mut(
         &mut self,
     ) -> impl Iterator<Item = (String, &mut (dyn Handler<C, B, O> + 'a))> {
@@ -522,10 +562,10 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
 /// Names as they come, the second of a kind with a number.
 #[derive(Default)]
-struct Names(HashSet<String>);
+pub(super) struct Names(HashSet<String>);
 
 impl Names {
-    fn distinct(&mut self, name: &str) -> String {
+    pub(super) fn distinct(&mut self, name: &str) -> String {
         let mut distinct = name.to_owned();
         let mut number = 1;
         while !self.0.insert(distinct.clone()) {

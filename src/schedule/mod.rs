@@ -213,6 +213,12 @@ impl<S: Schedule + ?Sized> Schedule for Box<S> {
     fn length(&self) -> Option<u64> {
         (**self).length()
     }
+    fn fits(&self, events: u64) -> Result<()> {
+        (**self).fits(events)
+    }
+    fn simulate_values(&self, events: u64) -> Result<Vec<(u64, f64)>> {
+        (**self).simulate_values(events)
+    }
     fn arguments(&self) -> Option<Value> {
         (**self).arguments()
     }
