@@ -50,6 +50,7 @@ mod strides;
 mod writer;
 
 pub use filename::setup_filename_pattern;
+pub(crate) use folder::Folder;
 pub(crate) use format::{put_together, taken_apart};
 pub use handler::{Checkpoint, Mode, Score};
 pub use resume::{

@@ -3,8 +3,9 @@ use std::collections::HashSet;
 use std::rc::Rc;
 
 use super::event::{BUILT_IN, FilteredEvent};
-use super::{Engine, Event, Events, Ranks};
+use super::{Engine, Event, Events, Log, Ranks};
 use crate::checkpoint::StateDict;
+use crate::optim::Knob;
 use crate::{Error, Result};
 
 /// Something with state that is called at events: what the built-in handlers are, and what your own
@@ -19,6 +20,11 @@ pub trait Handler<C, B, O> {
     /// What is wrong with its arguments, if anything; asked when it is attached.
     fn validate(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// The knobs whose values it sets, whatever they were: a second handler that sets one of them is refused.
+    fn drives(&self) -> Vec<Knob> {
+        vec![]
     }
 
     /// Its place among the handlers of an event; those of one place are called as they were attached.
@@ -66,6 +72,11 @@ pub trait Handler<C, B, O> {
         vec![]
     }
 
+    /// The logs that it writes to, which go back with the engine when a run is resumed.
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![]
+    }
+
     /// Called at each of its events.
     fn call(
         &mut self,
@@ -82,13 +93,16 @@ pub enum Priority {
     First,
     /// In the order of registration: closures, and handlers that do not say otherwise.
     Normal,
-    /// After all others: what reads or saves what they did.
+    /// After all others: what reads what they did.
     Last,
+    /// After those too: what saves what they did. A checkpoint has no place between two handlers of an event.
+    Save,
 }
 
-pub(super) const PRIORITIES: usize = 3;
+pub(super) const PRIORITIES: usize = 4;
 
 /// A handler that you keep a hold of: attach a clone and read the other.
+#[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
     fn name(&self) -> String {
         self.try_borrow().map_or_else(|_| "a handler that is borrowed".into(), |h| h.name())
@@ -101,6 +115,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
 
     fn validate(&self) -> Result<()> {
         self.try_borrow().map_or(Ok(()), |h| h.validate())
+    }
+
+    fn drives(&self) -> Vec<Knob> {
+        self.try_borrow().map_or(vec![], |h| h.drives())
     }
 
     fn priority(&self) -> Priority {
@@ -138,6 +156,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
 
     fn unique_names(&self) -> Vec<String> {
         self.try_borrow().map_or(vec![], |h| h.unique_names())
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        self.try_borrow().map_or_else(|_| vec![], |h| h.logs())
     }
 
     fn call(
@@ -243,6 +265,16 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         }
     }
 
+    /// The event itself, or the one in its place for engines without it.
+    fn known<'e>(&self, mut event: &'e FilteredEvent) -> &'e FilteredEvent {
+        while let Some(other) = &event.or
+            && self.index(event.event).is_err()
+        {
+            event = other;
+        }
+        event
+    }
+
     pub(super) fn add(
         &mut self,
         events: &Events,
@@ -253,7 +285,8 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             return Err(Error::invalid(format!("handler {name} names no event to be called at")));
         }
         let mut indices = Vec::with_capacity(events.0.len());
-        for event in &events.0 {
+        let events: Vec<_> = events.0.iter().map(|event| self.known(event)).collect();
+        for event in &events {
             event.validate()?;
             indices.push(self.index(event.event)?);
         }
@@ -268,6 +301,9 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
                 "there is a {taken} already: give one of them another name"
             )));
         }
+        if let Callable::Object(handler) = &callable {
+            self.check_knobs(&handler.name(), &handler.drives())?;
+        }
         let id = HandlerId(self.next_id);
         self.next_id += 1;
         let slot = self.slots.len();
@@ -275,7 +311,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             Callable::Closure(_) => Priority::Normal,
             Callable::Object(handler) => handler.priority(),
         };
-        for (index, event) in indices.into_iter().zip(&events.0) {
+        for (index, event) in indices.into_iter().zip(events) {
             let filter = (!event.always()).then(|| event.clone());
             self.lists[index.0][priority as usize].push(Entry { slot, filter });
         }
@@ -286,6 +322,25 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         let callable = Some(callable);
         self.slots.push(Slot { id, name, callable, object, unique_names, removed: None });
         Ok(id)
+    }
+
+    /// Refuses a handler that sets a knob which another one sets.
+    fn check_knobs(&self, name: &str, knobs: &[Knob]) -> Result<()> {
+        if knobs.is_empty() {
+            return Ok(());
+        }
+        for slot in self.slots.iter().filter(|slot| slot.removed.is_none()) {
+            let (Some(Callable::Object(other)), Some((others, _))) = (&slot.callable, &slot.object)
+            else {
+                continue;
+            };
+            let driven = other.drives();
+            let twice = knobs.iter().find(|knob| driven.iter().any(|other| other.overlaps(knob)));
+            if let Some(knob) = twice {
+                return Err(knob.driven_twice(others, name));
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn remove(&mut self, id: HandlerId) -> Result<()> {
@@ -443,7 +498,35 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         objects
     }
 
-    /// The same, to be changed; without those that are running.
+    /// The name, as [`objects`](Self::objects) gives it, of the object at a place in the lists of an event.
+    pub(super) fn object_at(
+        &self,
+        index: EventIndex,
+        (priority, position): (usize, usize),
+    ) -> Option<String> {
+        let slot = self.lists[index.0][priority].get(position)?.slot;
+        self.object_names().find_map(|(at, name)| (at == slot).then_some(name))
+    }
+
+    /// The place in the lists of an event of the object of that name.
+    pub(super) fn place_of(&self, index: EventIndex, name: &str) -> Option<(usize, usize)> {
+        let (slot, _) = self.object_names().find(|(_, known)| known == name)?;
+        self.lists[index.0].iter().enumerate().find_map(|(priority, list)| {
+            Some((priority, list.iter().position(|entry| entry.slot == slot)?))
+        })
+    }
+
+    /// The slots of all objects, with their names.
+    fn object_names(&self) -> impl Iterator<Item = (usize, String)> {
+        let mut names = Names::default();
+        let slots = self.slots.iter().enumerate().filter(|(_, slot)| slot.removed.is_none());
+        slots.filter_map(move |(at, slot)| {
+            let (name, _) = slot.object.as_ref()?;
+            Some((at, names.distinct(name)))
+        })
+    }
+
+    /// All objects, to be changed; without those that are running.
     pub(super) fn objects_mut(
         &mut self,
     ) -> impl Iterator<Item = (String, &mut (dyn Handler<C, B, O> + 'a))> {
@@ -479,10 +562,10 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
 /// Names as they come, the second of a kind with a number.
 #[derive(Default)]
-struct Names(HashSet<String>);
+pub(super) struct Names(HashSet<String>);
 
 impl Names {
-    fn distinct(&mut self, name: &str) -> String {
+    pub(super) fn distinct(&mut self, name: &str) -> String {
         let mut distinct = name.to_owned();
         let mut number = 1;
         while !self.0.insert(distinct.clone()) {

@@ -51,8 +51,9 @@ const RNG: &str = "rng";
 const CONTEXT: &str = "context";
 const SETTINGS: &str = "settings";
 const OUTPUT: &str = "output";
-const RESERVED: [&str; 9] =
-    [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, OUTPUT, SETTINGS, RANKS];
+const LOGS: &str = "logs";
+const RESERVED: [&str; 10] =
+    [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, OUTPUT, SETTINGS, LOGS, RANKS];
 
 /// Additions cannot overflow.
 const MAX_COUNT: u64 = 1 << 53;
@@ -205,6 +206,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             settings.set_value(name, part.settings())?;
         }
         all.set_part(SETTINGS, settings);
+        // Last: what the checkpoint covers is on the disk before it can count.
+        if self.is_main()
+            && let Some(places) = self.commit_logs()?
+        {
+            all.set_part(LOGS, places);
+        }
         Ok(all)
     }
 
@@ -286,6 +293,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     fn restore_parts(&mut self, cx: &mut C, state: StateDict, report: &mut Report) -> Result<()> {
         let StateDict { mut parts, .. } = state;
         parts.remove(SETTINGS);
+        let places = parts.remove(LOGS).filter(|_| self.is_main());
         let rank = self.rank();
         let mut own = StateDict::new();
         if let Some(mut ranks) = parts.remove(RANKS) {
@@ -342,6 +350,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         report.load_whole(ENGINE, position, |state| self.load_own_state(state))?;
         self.random = again;
+        if let Some(places) = places {
+            // Only now: nothing is taken back for a state that is refused.
+            report.restored.ignored.extend(self.rewind_logs(&places)?);
+        }
         Ok(())
     }
 
@@ -402,6 +414,17 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             state.set_part(name, part.state_dict().map_err(|error| of_part(name, error))?);
         }
         Ok(state)
+    }
+
+    /// What a run changes of an evaluator and of the process, as it is now: a copy.
+    pub(crate) fn moment(&self) -> Result<Moment> {
+        Ok(Moment { lasting: self.lasting_state()?.copy()?, random: generators()? })
+    }
+
+    /// Goes back to an earlier moment of this process.
+    pub(crate) fn go_back(&mut self, moment: Moment) -> Result<()> {
+        self.load_lasting_state(moment.lasting)?;
+        load_generators_strictly(moment.random)
     }
 
     /// Nothing may be missing or unknown.
@@ -546,6 +569,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             skip_epoch_completed: asked.skip_epoch_completed,
             skip_batch: asked.skip_batch,
             interrupt: false,
+            repeat: false,
         };
         self.data = None;
         Ok(())
@@ -633,6 +657,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             .map(|part| state(part).map(|(fixed, state)| (part.0.as_str(), fixed, state)))
             .collect()
     }
+}
+
+/// See [`Engine::moment`].
+pub(crate) struct Moment {
+    lasting: StateDict,
+    random: StateDict,
 }
 
 /// Collects what was restored, and what does not fit, or makes that an error.
