@@ -40,6 +40,9 @@ impl fmt::Display for Resumed {
         for ignored in &self.restored.ignored {
             writeln!(f, "ignored: {ignored}")?;
         }
+        if let Some(ended) = &self.restored.ended {
+            writeln!(f, "ended: {ended}")?;
+        }
         let Self { path, epoch, iteration, .. } = self;
         write!(f, "resumed {} at iteration {iteration} (epoch {epoch})", path.display())
     }

@@ -1,5 +1,5 @@
 use super::run::Position;
-use super::{Control, Engine, State};
+use super::{Engine, Requests, State};
 use crate::data::Source;
 use crate::{Error, Result};
 
@@ -8,7 +8,7 @@ pub(crate) struct Aside<'a, B, O> {
     state: State<B, O>,
     position: Position,
     data: Option<Box<dyn Source<B> + 'a>>,
-    control: Control,
+    requests: Requests,
     exception: Option<Error>,
     firings: Vec<u64>,
 }
@@ -23,7 +23,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             state: std::mem::take(&mut self.state),
             position: std::mem::take(&mut self.position),
             data: self.data.take(),
-            control: std::mem::take(&mut self.control),
+            requests: std::mem::take(&mut self.requests),
             exception: self.exception.take(),
             firings: self.handlers.take_firings(),
         })
@@ -34,7 +34,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.state = aside.state;
         self.position = aside.position;
         self.data = aside.data;
-        self.control = aside.control;
+        self.requests = aside.requests;
         self.exception = aside.exception;
         self.handlers.put_back_firings(&aside.firings);
     }

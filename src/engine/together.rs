@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use tch::Tensor;
 
+use super::guarded::{guarded, guarded_within};
 use super::run::Position;
 use super::{Engine, Event, Events};
 use crate::checkpoint::{StateDict, put_together, taken_apart};
@@ -217,29 +218,16 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             let length = self.state.epoch_length.map_or(-1, |length| length as i64);
             together.agree(&format!("iterations in epoch {}", self.state.epoch), length)?;
         }
-        let control = &self.control;
         let signal = self.position.signal.and_then(|signal| u8::try_from(signal).ok());
-        let own = [
-            u8::from(control.terminate),
-            u8::from(control.skip_completed),
-            u8::from(control.terminate_epoch),
-            u8::from(control.skip_epoch_completed),
-            u8::from(control.interrupt),
-            signal.unwrap_or(0),
-            u8::from(self.limit_reached_here()),
-        ];
+        let mut own = self.requests.to_bytes().to_vec();
+        let shared = own.len();
+        own.extend([signal.unwrap_or(0), u8::from(self.limit_reached_here())]);
         let all = together.exchange(&self.occasion(&format!("after {event}")), &own)?;
         let of_any = |index: usize| all.iter().filter_map(|one| one.get(index)).copied().max();
         let flag = |index| of_any(index).is_some_and(|value| value > 0);
-        let control = &mut self.control;
-        control.terminate = flag(0);
-        control.skip_completed = flag(1);
-        control.terminate_epoch = flag(2);
-        control.skip_epoch_completed = flag(3);
-        control.interrupt = flag(4);
-        control.any = control.skip_batch || (0..5).any(flag);
-        self.position.signal = of_any(5).filter(|signal| *signal > 0).map(i32::from);
-        self.position.limit = flag(6);
+        self.requests.set_shared(flag);
+        self.position.signal = of_any(shared).filter(|signal| *signal > 0).map(i32::from);
+        self.position.limit = flag(shared + 1);
         Ok(true)
     }
 
@@ -267,12 +255,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let name = |index: usize| format!("'metric {}'", metrics[index].borrow().name());
         let failed = |index, error| self.handler_error(name(index), event, error);
         for (index, metric) in metrics.iter().enumerate() {
-            let updated = metric.borrow_mut().update_before(event, self.state.output.as_ref());
+            let output = self.state.output.as_ref();
+            let updated = guarded_within(|| metric.borrow_mut().update_before(event, output));
             updated.map_err(|error| failed(index, error))?;
         }
         let mut own = vec![];
         for (index, metric) in metrics.iter().enumerate() {
-            own.push(metric.borrow().parts().map_err(|error| failed(index, error))?);
+            let parts = guarded_within(|| metric.borrow().parts());
+            own.push(parts.map_err(|error| failed(index, error))?);
         }
         let all = together
             .share(&self.occasion(&format!("{} metrics before {event}", own.len())), &own)?;
@@ -314,7 +304,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let metrics = self.living_metrics();
         let mut own = vec![sent(&self.own_of_rank(cx)?)?];
         for metric in &metrics {
-            own.push(metric.borrow().parts().map_err(state_error)?);
+            own.push(guarded(|| metric.borrow().parts()).map_err(state_error)?);
         }
         let mut all = together.share(&self.occasion("a checkpoint"), &own)?;
         if together.rank() != 0 {
@@ -331,15 +321,20 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             exchange::join(&states).map_err(state_error)
         };
         let joined = (0..metrics.len()).map(of_all).collect::<Result<Vec<_>>>()?;
-        let mut set = metrics
+        let set = |(metric, parts): (&Rc<RefCell<dyn Joins<O> + 'a>>, &Vec<Accumulated>)| {
+            guarded(|| metric.borrow_mut().set_parts(parts)).map_err(|error| {
+                state_error(error.context(format!("metric '{}'", metric.borrow().name())))
+            })
+        };
+        let saved = metrics
             .iter()
             .zip(&joined)
-            .map(|(metric, joined)| metric.borrow_mut().set_parts(joined).map_err(state_error));
-        let saved = set.try_for_each(|set| set).and_then(|()| self.checkpoint_within(cx, caller));
-        for (metric, own) in metrics.iter().zip(&own[1..]) {
-            metric.borrow_mut().set_parts(own).map_err(state_error)?;
-        }
+            .try_for_each(set)
+            .and_then(|()| self.checkpoint_within(cx, caller));
+        // All go back to their own state, also where one cannot.
+        let back = metrics.iter().zip(&own[1..]).map(set).fold(Ok(()), Result::and);
         let mut saved = saved?;
+        back?;
         saved.set_part(RANKS, ranks);
         Ok(saved)
     }
@@ -350,7 +345,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return Ok(());
         }
         self.living_metrics().iter().try_for_each(|metric| {
-            let left = metric.borrow_mut().leave_to_main();
+            let left = guarded(|| metric.borrow_mut().leave_to_main());
             left.map_err(|error| Error::State(format!("{error:#}")))
         })
     }
@@ -379,17 +374,19 @@ fn value_of_all<O>(
 ) -> anyhow::Result<Option<super::MetricValue>> {
     let mut joined = exchange::join(ranks)?;
     if joined.is_empty() {
-        return metric.value(event);
+        return guarded_within(|| metric.value(event));
     }
     for part in &mut joined {
         if let Some(own) = own.iter().find(|own| own.name == part.name) {
             part.value = part.value.f_to_device(own.value.device())?;
         }
     }
-    metric.set_parts(&joined)?;
-    let value = metric.value(event);
-    metric.set_parts(own)?;
-    value
+    let value = guarded_within(|| {
+        metric.set_parts(&joined)?;
+        metric.value(event)
+    });
+    let back = guarded_within(|| metric.set_parts(own));
+    value.and_then(|value| back.map(|()| value))
 }
 
 /// A state among those of metrics: its values, and its tensors.
