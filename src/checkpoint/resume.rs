@@ -48,6 +48,9 @@ impl fmt::Display for Resumed {
         let parts: Vec<_> = restored.parts.iter().take(LINES).map(|part| shortened(part)).collect();
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         writeln!(f, "restored: {}{more}", parts.join(", "))?;
+        if let Some(ended) = &restored.ended {
+            writeln!(f, "ended: {ended}")?;
+        }
         write!(f, "resumed {} at iteration {iteration} (epoch {epoch})", path.display())
     }
 }
