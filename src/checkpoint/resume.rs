@@ -275,7 +275,9 @@ fn broken(path: &Path, why: &str) -> Error {
 }
 
 /// Writes the variables of a store, parameters and buffers, as a plain safetensors file with their
-/// names, which are PyTorch's; as safe as a checkpoint is written.
+/// names, which are PyTorch's; as safe as a checkpoint is written. A tensor with several names (tied weights)
+/// is written once, under the first of them in alphabetical order, and the metadata tells the others, as
+/// Python's `safetensors.torch.save_model` does; [`load_weights`] and its `load_model` find all.
 ///
 /// # Errors
 /// A type that safetensors does not have, or the disk's.
@@ -334,7 +336,9 @@ pub fn load_weights_with(
         ));
     }
     let ours = variables_of(&vs.variables_);
-    let saved: BTreeMap<&str, _> = contents.layouts().collect();
+    // A tensor's other name that the store does not have is no tensor that is left out.
+    let known = |name: &str| !contents.is_tied(name) || ours.tensors.contains_key(name);
+    let saved: BTreeMap<&str, _> = contents.layouts().filter(|(name, _)| known(name)).collect();
     let mut keys = IncompatibleKeys::default();
     for (name, misfit) in layout_misfits(&ours, &saved) {
         let (here, there) = (ours.tensors.contains_key(&name), saved.contains_key(&*name));
