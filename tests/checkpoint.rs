@@ -11,12 +11,15 @@ use tch::nn::{self, ModuleT, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::amp::GradScaler;
 use tch_ignite::checkpoint::{
-    Checkpoint, Mode, StateDict, Stateful, load_weights, read_state, save_weights, verify,
-    write_state,
+    Checkpoint, Mode, StateDict, Stateful, load_part, load_weights, load_weights_with, read_state,
+    save_weights, verify, write_state,
 };
 use tch_ignite::data::{Batch, Loader};
 use tch_ignite::engine::{Engine, Event, Events, Handler, Priority, Until};
-use tch_ignite::handlers::{EMAHandler, EarlyStopping, Evaluate, History, SWAHandler};
+use tch_ignite::handlers::{
+    EMAHandler, EarlyStopping, EpochOutputStore, Evaluate, History, LrFinder, SWAHandler,
+};
+use tch_ignite::loggers::{CsvLogger, OutputHandler, RunFolder};
 use tch_ignite::metrics::{Loss, Mean, RunningAverage};
 use tch_ignite::optim::{Knob, Optimizer, lr};
 use tch_ignite::schedule::{
@@ -252,7 +255,18 @@ fn a_run_stopped_at_any_event_goes_on_bit_for_bit() -> Result<()> {
                 }
                 let mut program = Program::new(name, 1000 + n as i64)?;
                 let resumed = program.trainer.resume(&mut program.cx, folder.path())?.unwrap();
-                assert_eq!(resumed.to_string().lines().count(), 1, "{resumed}");
+                let (told, last) =
+                    (resumed.to_string(), format!("resumed {}", resumed.path.display()));
+                let lines: Vec<_> = told.lines().collect();
+                assert!(lines.len() == 3 && lines[2].starts_with(&last), "{told}");
+                assert!(
+                    lines[0].ends_with("not tracked: the context (Engine::track_context)"),
+                    "{told}"
+                );
+                assert!(
+                    lines[1].starts_with("restored: model, optimizer, handler 'lr (base)'"),
+                    "{told}"
+                );
                 program.run()?;
                 let outcome = program.outcome()?;
                 assert!(
@@ -336,8 +350,8 @@ fn the_best_are_kept_and_nan_never_is() -> Result<()> {
     assert_eq!(
         files(folder.path()),
         [
-            "checkpoint_2_mean=-3.0000.safetensors",
-            "checkpoint_5_mean=-3.5000.safetensors",
+            "checkpoint_2_mean=3.0000.safetensors",
+            "checkpoint_5_mean=3.5000.safetensors",
             "last_6.safetensors",
             "latest"
         ]
@@ -1126,5 +1140,411 @@ fn a_finished_run_stays_finished() -> Result<()> {
         let more = next.run(&mut (), vec![1, 2], Until::epochs(4))?;
         assert_eq!(more.epochs, 4);
     }
+    Ok(())
+}
+
+/// All files below a folder with their contents.
+fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut all = vec![];
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => all.extend(contents(&path)),
+            false => all.push((path.clone(), std::fs::read(&path).unwrap())),
+        }
+    }
+    all.sort();
+    all
+}
+
+/// A program that writes checkpoints and logs, in its trainer and in an evaluator, and stops after 7
+/// iterations; and how often closures and the store of outputs saw something.
+fn writing(folder: &Path) -> Result<(Program, Rc<RefCell<u32>>)> {
+    let mut program = Program::new("Adam", 1)?;
+    let run = RunFolder::create(folder.join("run"))?;
+    let csv = CsvLogger::open(folder.join("evaluations.csv"))?;
+    let every = Event::IterationCompleted.every(2);
+    let mut evaluator = Engine::new(|_: &mut Net, _, (x, _): Batch| {
+        let noise = Tensor::rand([1], (Kind::Float, Device::Cpu));
+        Ok((x.sum(Kind::Float) + noise).double_value(&[0]))
+    });
+    evaluator
+        .metric("sum", Mean::new())
+        .attach(OutputHandler::new(&csv, "own", Event::EpochCompleted).metric("sum"))
+        .attach(Checkpoint::new(folder.join("best")).weights(&program.vs).best(
+            1,
+            "sum",
+            Mode::Min,
+        ));
+    let (calls, counted) = (Rc::new(RefCell::new(0)), Rc::new(RefCell::new(0)));
+    let closures = calls.clone();
+    let losses = EpochOutputStore::of(|loss: &Tensor| loss.double_value(&[]));
+    let kept = losses.clone();
+    program
+        .trainer
+        .attach(Evaluate::on(every.clone(), "own", evaluator, data()?))
+        .attach(OutputHandler::new(&run, "training", Event::IterationCompleted).metric("running"))
+        .attach(run.clone())
+        .attach(losses)
+        .attach(EMAHandler::new(&program.vs, 0.25)?)
+        .on(Event::IterationCompleted, move |_, engine| {
+            *closures.borrow_mut() += 1;
+            // Added and removed within the search, these are as they were after it.
+            let id = engine.add_event_handler(Event::EpochCompleted, |_, _| Ok(()))?;
+            engine.remove_event_handler(id)?;
+            assert!(kept.data().len() <= EPOCH_LENGTH as usize);
+            Ok(())
+        })
+        .on(Event::IterationCompleted.once(7), move |_, engine| {
+            *counted.borrow_mut() += 1;
+            if *counted.borrow() == 1 {
+                engine.interrupt();
+            }
+            Ok(())
+        })
+        .attach(Checkpoint::new(folder.join("checkpoints")).n_saved(2).on(every));
+    Ok((program, calls))
+}
+
+#[test]
+fn a_search_for_a_learning_rate_leaves_no_trace() -> Result<()> {
+    let _serial = serial();
+    let mut straight: Option<String> = None;
+    for ends in ["not at all", "well", "with an error", "with a panic"] {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut program, calls) = writing(folder.path())?;
+        program.run()?;
+        assert_eq!(program.trainer.state.iteration, 7);
+        let seen = *calls.borrow();
+        let before = (program.outcome()?, contents(folder.path()));
+        if ends != "not at all" {
+            let finder =
+                LrFinder::new(&program.cx.optimizer, &program.vs).start_lr(1e-3).num_iter(12);
+            let losses = RefCell::new(0);
+            let found = finder.run(
+                &mut program.trainer,
+                &mut program.cx,
+                &program.data,
+                move |loss: &Tensor| {
+                    *losses.borrow_mut() += 1;
+                    match *losses.borrow() {
+                        5 if ends == "with a panic" => panic!("of the loss"),
+                        5 if ends == "with an error" => {
+                            Tensor::zeros([2], (Kind::Float, Device::Cpu))
+                        }
+                        _ => loss.shallow_clone(),
+                    }
+                },
+            );
+            assert_eq!(found.is_ok(), ends == "well", "{found:?}");
+            assert!(*calls.borrow() >= seen + 4, "closures are called");
+            let after = (program.outcome()?, contents(folder.path()));
+            assert!(after.0 == before.0, "{ends}:\n{}", difference(&after.0, &before.0));
+            let names = |files: &[(PathBuf, _)]| -> Vec<PathBuf> {
+                files.iter().map(|(path, _)| path.clone()).collect()
+            };
+            assert_eq!(names(&after.1), names(&before.1), "{ends}");
+            assert!(after.1 == before.1, "{ends}: files have other contents");
+        }
+        program.run()?;
+        let (outcome, mut files) = (program.outcome()?, files(&folder.path().join("checkpoints")));
+        files.extend(self::files(&folder.path().join("best")));
+        let all = format!("{outcome}{files:?}");
+        let straight = straight.get_or_insert_with(|| all.clone());
+        assert!(all == *straight, "{ends}:\n{}", difference(&all, straight));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_search_does_not_touch_the_checkpoints_of_a_finished_run() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let make = || -> Result<_> {
+        let vs = VarStore::new(Device::Cpu);
+        let w = vs.root().ones("w", &[2]);
+        let optimizer = Optimizer::sgd(&vs).lr(0.05).build()?;
+        let step = optimizer.clone();
+        let mut trainer = Engine::new(move |_: &mut (), _: &mut Engine<_, _, _>, x: f64| {
+            let loss = (&w - x).square().sum(Kind::Float);
+            step.backward_step(&loss)?;
+            Ok(loss.detach())
+        });
+        trainer.track("model", &vs).track("optimizer", &optimizer);
+        trainer.attach(Checkpoint::new(folder.path()).on(Event::IterationCompleted.every(20)));
+        Ok((vs, optimizer, trainer))
+    };
+    let data = vec![0.5, 0.25, 1., 0.75];
+    let (vs, _, mut trainer) = make()?;
+    trainer.run(&mut (), data.clone(), Until::epochs(60))?;
+    let trained = Vec::<f64>::try_from(&vs.variables()["w"].to_kind(Kind::Double)).unwrap();
+    drop(trainer);
+    let (vs, optimizer, mut trainer) = make()?;
+    let finder = LrFinder::new(&optimizer, &vs).num_iter(50).end_lr(0.4);
+    finder.run(&mut trainer, &mut (), data, |loss: &Tensor| loss.shallow_clone())?;
+    assert_eq!(files(folder.path()), ["checkpoint_240.safetensors", "latest"]);
+    let resumed = trainer.resume(&mut (), folder.path())?.unwrap();
+    assert_eq!((resumed.iteration, optimizer.knob("lr")?.get()?), (240, 0.05));
+    let now = Vec::<f64>::try_from(&vs.variables()["w"].to_kind(Kind::Double)).unwrap();
+    assert_eq!(now, trained);
+    Ok(())
+}
+
+#[test]
+fn checkpoints_without_a_model_are_warned_about_and_what_is_missing_is_told() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let data = Loader::new(&inputs(6, 3), &inputs(6, 2), 3)?;
+    let make = |track: bool| -> Result<_> {
+        let vs = VarStore::new(Device::Cpu);
+        let net = net(&vs, 4);
+        let optimizer = Optimizer::adam(&vs).build()?;
+        let mut trainer = create_supervised_trainer();
+        if track {
+            trainer.track("model", &vs).track("optimizer", &optimizer);
+        }
+        trainer.attach(Checkpoint::new(folder.path()));
+        let mse = |y_pred: &Tensor, y: &Tensor| y_pred.mse_loss(y, tch::Reduction::Mean);
+        Ok((trainer, Supervised::new(net, optimizer, mse)))
+    };
+    let (mut trainer, mut cx) = make(false)?;
+    let warnings = trainer.run(&mut cx, &data, Until::epochs(1))?.warnings.join("; ");
+    assert!(warnings.contains("have no model") && warnings.contains("Engine::track"), "{warnings}");
+    drop(trainer);
+    let (mut trainer, mut cx) = make(false)?;
+    let told = trainer.resume(&mut cx, folder.path())?.unwrap().to_string();
+    assert!(told.contains("not tracked: any model or optimizer (Engine::track)"), "{told}");
+    assert!(told.contains("\nrestored: context, handler 'checkpoint', metrics"), "{told}");
+    drop(trainer);
+    std::fs::remove_dir_all(folder.path()).unwrap();
+    let (mut trainer, mut cx) = make(true)?;
+    assert_eq!(trainer.run(&mut cx, &data, Until::epochs(1))?.warnings, [""; 0]);
+    drop(trainer);
+    let (mut trainer, mut cx) = make(true)?;
+    let resumed = trainer.resume(&mut cx, folder.path())?.unwrap();
+    assert_eq!(resumed.restored.parts[..3], ["model", "optimizer", "context"]);
+    assert!(resumed.restored.untracked.is_empty() && !resumed.to_string().contains("not restored"));
+    // Weights alone are of no run.
+    let vs = store();
+    let mut trainer = Engine::new(|_: &mut (), _, batch: i64| Ok(batch));
+    trainer.attach(Checkpoint::new(folder.path()).weights(&vs));
+    assert_eq!(trainer.run(&mut (), vec![1], Until::epochs(1))?.warnings, [""; 0]);
+    Ok(())
+}
+
+#[test]
+fn another_head_leaves_the_rest_of_the_network_and_of_the_optimizer() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let make = |classes: i64, seed| -> Result<_> {
+        tch::manual_seed(seed);
+        let vs = VarStore::new(Device::Cpu);
+        let body = nn::linear(vs.root() / "body", 3, 4, Default::default());
+        let head = nn::linear(vs.root() / "head", 4, classes, Default::default());
+        let optimizer = Optimizer::adam(&vs).lr(0.01 * classes as f64).build()?;
+        let ema = EMAHandler::new(&vs, 0.5)?;
+        let step = optimizer.clone();
+        let mut trainer = Engine::new(move |_: &mut (), _: &mut Engine<_, _, _>, x: f64| {
+            use tch::nn::Module;
+            let x = Tensor::full([2, 3], x, (Kind::Float, Device::Cpu));
+            let loss = head.forward(&body.forward(&x)).square().sum(Kind::Float);
+            step.backward_step(&loss)?;
+            Ok(loss.detach())
+        });
+        trainer.track("model", &vs).track("optimizer", &optimizer);
+        trainer.attach(ema.clone()).attach(Checkpoint::new(folder.path()));
+        Ok((vs, optimizer, ema, trainer))
+    };
+    let (vs, optimizer, ema, mut trainer) = make(2, 1)?;
+    trainer.run(&mut (), vec![0.5, 0.25, 1.], Until::epochs(1))?;
+    let state = |optimizer: &Optimizer, name: &str| -> Result<Vec<(&'static str, Tensor)>> {
+        Ok(optimizer.state(name)?.into_iter().map(|(key, t)| (key, t.copy())).collect())
+    };
+    let (weight, moments) =
+        (vs.variables()["body.weight"].copy(), state(&optimizer, "body.weight")?);
+    let averages = ema.averages();
+    drop(trainer);
+
+    let (vs, optimizer, ema, mut trainer) = make(3, 2)?;
+    let error = text(trainer.resume(&mut (), folder.path()));
+    assert!(
+        error.contains("'head.bias' is Float of shape [2], but Float of shape [3] here"),
+        "{error}"
+    );
+    assert!(error.contains("strict = false"), "{error}");
+    let head = vs.variables()["head.weight"].copy();
+    let resumed = trainer.resume_with(&mut (), folder.path(), false)?.unwrap();
+    assert_eq!(vs.variables()["body.weight"], weight);
+    assert_eq!(vs.variables()["head.weight"], head);
+    assert_eq!(state(&optimizer, "body.weight")?, moments);
+    assert!(optimizer.state("head.weight")?.is_empty());
+    assert_eq!(optimizer.knob("lr")?.get()?, 0.02);
+    let average = |averages: &[(String, Tensor)], name: &str| {
+        averages.iter().find(|(other, _)| other == name).unwrap().1.copy()
+    };
+    assert_eq!(average(&ema.averages(), "body.weight"), average(&averages, "body.weight"));
+    assert_eq!(average(&ema.averages(), "head.weight"), head);
+    let told = resumed.to_string();
+    for what in [
+        "not restored: model: 'head.weight' is Float of shape [2, 4], but Float of shape [3, 4] here",
+        "not restored: optimizer: 'head.weight/exp_avg' is Float of shape [2, 4], and the parameter is Float of shape [3, 4]",
+        "handler 'ema_momentum': 'head.bias' is Float of shape [2], but Float of shape [3] here",
+        "restored: model, optimizer, handler 'ema_momentum'",
+    ] {
+        assert!(told.contains(what), "{what}\n{told}");
+    }
+    trainer.run(&mut (), vec![0.5, 0.25, 1.], Until::epochs(2))?;
+    assert_eq!(trainer.state.iteration, 6);
+    Ok(())
+}
+
+#[test]
+fn a_parameter_that_is_new_or_gone_is_listed_and_the_others_are_loaded() -> Result<()> {
+    let _serial = serial();
+    let make = |names: &[&str]| -> Result<_> {
+        let vs = VarStore::new(Device::Cpu);
+        let variables: Vec<_> = names.iter().map(|name| vs.root().ones(name, &[2])).collect();
+        let optimizer = Optimizer::adam(&vs).build()?;
+        Ok((variables, optimizer))
+    };
+    let (variables, saved) = make(&["a", "b"])?;
+    saved.backward_step(&(&variables[0] * 2. + &variables[1]).sum(Kind::Float))?;
+    let state = || Stateful::state_dict(&saved).and_then(|state| state.copy());
+    let (_, mut other) = make(&["b", "c"])?;
+    assert!(text(other.load_state_dict(state()?)).contains("'a' was in group"));
+    assert!(other.state("b")?.is_empty());
+    let misfits = other.load_state_dict_partially(state()?)?;
+    assert!(misfits.iter().any(|text| text.contains("'a' was in group 'group_0'")), "{misfits:?}");
+    assert!(misfits.iter().any(|text| text.contains("'a/exp_avg' is unknown here")), "{misfits:?}");
+    assert_eq!(other.state("b")?, saved.state("b")?);
+    assert!(other.state("c")?.is_empty());
+    let (_, sgd) = (0, Optimizer::sgd(&VarStore::new(Device::Cpu)).build()?);
+    let mut sgd = sgd;
+    assert!(text(sgd.load_state_dict_partially(state()?)).contains("it is of Adam"));
+    Ok(())
+}
+
+#[test]
+fn weights_of_python_with_batch_norm_are_loaded_and_other_names_can_be_allowed() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    // The names that torch.save of a Sequential with a BatchNorm1d has.
+    let theirs = VarStore::new(Device::Cpu);
+    let net = |vs: &VarStore| {
+        let norm = nn::batch_norm1d(vs.root() / "norm", 4, Default::default());
+        (nn::linear(vs.root() / "fc", 3, 4, Default::default()), norm)
+    };
+    let _theirs = net(&theirs);
+    let counter = Tensor::from(7i64);
+    let _ = (theirs.root() / "norm").add("num_batches_tracked", counter, false);
+    save_weights(&theirs, &path)?;
+    let ours = VarStore::new(Device::Cpu);
+    let _ours = net(&ours);
+    load_weights(&ours, &path)?;
+    assert_eq!(ours.variables()["fc.weight"], theirs.variables()["fc.weight"]);
+
+    let _ = theirs.root().ones("old", &[2]);
+    save_weights(&theirs, &path)?;
+    let _ = ours.root().ones("new", &[2]);
+    let _ = tch::no_grad(|| ours.variables()["fc.bias"].shallow_clone().fill_(9.));
+    let error = text(load_weights(&ours, &path));
+    assert!(error.contains("'new' is missing"), "{error}");
+    assert_eq!(ours.variables()["fc.bias"].double_value(&[0]), 9., "nothing is changed");
+    let keys = load_weights_with(&ours, &path, false)?;
+    assert_eq!((&*keys.missing, &*keys.unexpected), (&["new".into()][..], &["old".into()][..]));
+    assert_eq!(ours.variables()["fc.bias"], theirs.variables()["fc.bias"]);
+    // Another shape is an error, as in PyTorch.
+    let small = VarStore::new(Device::Cpu);
+    let _ = (small.root() / "fc").ones("bias", &[5]);
+    let error = text(load_weights_with(&small, &path, false));
+    assert!(error.contains("'fc.bias' is Float of shape [4], but Float of shape [5]"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_model_alone_comes_out_of_a_training_checkpoint() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let mut program = Program::new("Adam", 1)?;
+    program.trainer.attach(Checkpoint::new(folder.path()));
+    program.run()?;
+    let path = folder.path().join("checkpoint_12.safetensors");
+    let mut vs = VarStore::new(Device::Cpu);
+    let _net = net(&vs, 5);
+    vs.set_kind(Kind::Double);
+    load_part(&vs, &path, "model")?;
+    for (name, tensor) in vs.variables() {
+        assert_eq!(tensor, program.vs.variables()[&name], "{name}");
+    }
+    let error = text(load_part(&vs, &path, "net"));
+    assert!(error.contains("no part 'net'") && error.contains("model, optimizer"), "{error}");
+    let error = text(load_weights(&vs, &path));
+    assert!(error.contains("load_part(&vs, path, \"model\")"), "{error}");
+    // A damaged optimizer is noticed too.
+    let mut bytes = std::fs::read(&path).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    assert!(text(load_part(&vs, &path, "model")).contains("the file is damaged"));
+    Ok(())
+}
+
+#[test]
+fn a_longer_schedule_goes_on_at_its_place() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    type Trainer = Engine<'static, Vec<f64>, f64, ()>;
+    let make = |cycle: u64| -> Result<Trainer> {
+        let vs = VarStore::new(Device::Cpu);
+        let _w = vs.root().ones("w", &[2]);
+        let optimizer = Optimizer::sgd(&vs).build()?;
+        let (lr, momentum) = (optimizer.knob("lr")?, optimizer.knob("weight_decay")?);
+        let read = lr.clone();
+        let mut trainer = Engine::new(move |rates: &mut Vec<f64>, _, _| {
+            rates.push(read.get()?);
+            Ok(())
+        });
+        let schedule = LinearCyclical::new(1., 0., cycle).monotonic(true);
+        let constant = CosineAnnealing::new(0.5, 0.5, 100);
+        trainer
+            .attach(ParamScheduler::new("lr", lr, schedule))
+            .attach(ParamScheduler::new("decay", momentum, constant))
+            .track("optimizer", &optimizer)
+            .attach(Checkpoint::new(folder.path()));
+        Ok(trainer)
+    };
+    let mut rates = vec![];
+    make(4)?.run(&mut rates, vec![0.; 6], Until::epochs(1))?;
+    assert_eq!(rates, [1., 0.75, 0.5, 0.25, 1., 0.75]);
+    let error = text(make(8)?.resume(&mut rates, folder.path()));
+    assert!(
+        error.contains("resume_with(.., strict = false)") && error.contains("at event 6"),
+        "{error}"
+    );
+    let mut longer = make(8)?;
+    let told = longer.resume_with(&mut rates, folder.path(), false)?.unwrap().to_string();
+    assert!(told.contains("changed since: handler 'lr': its schedule was"), "{told}");
+    assert!(told.contains("it goes on at event 6") && !told.contains("'decay':"), "{told}");
+    rates.clear();
+    longer.run(&mut rates, vec![0.; 6], Until::epochs(2))?;
+    // Values of events 6 and 7 of the new schedule, not 0 and 1, nor those of its second cycle.
+    assert_eq!(rates[..2], [1. - 6. / 8., 1. - 7. / 8.]);
+    Ok(())
+}
+
+#[test]
+fn random_numbers_drawn_between_resume_and_run_do_not_count() -> Result<()> {
+    let _serial = serial();
+    let mut straight = Program::new("SGD", 1)?;
+    straight.run()?;
+    let folder = tempfile::tempdir().unwrap();
+    assert!(killed_at(Event::IterationCompleted, 5, "SGD", folder.path())?);
+    let mut program = Program::new("SGD", 7)?;
+    program.trainer.resume(&mut program.cx, folder.path())?.unwrap();
+    let _ = Tensor::rand([3], (Kind::Float, Device::Cpu));
+    program.run()?;
+    let (outcome, expected) = (program.outcome()?, straight.outcome()?);
+    assert!(outcome == expected, "{}", difference(&outcome, &expected));
     Ok(())
 }

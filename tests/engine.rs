@@ -1346,3 +1346,55 @@ fn an_evaluator_that_was_interrupted_leaves_no_values_of_an_earlier_run() -> Res
     assert_eq!(runs.get(), 3, "each from the start");
     Ok(())
 }
+
+#[test]
+fn two_of_one_name_are_refused_where_they_would_overwrite_each_other() -> Result<()> {
+    use tch::nn::VarStore;
+    use tch_ignite::handlers::{EMAHandler, GradNorm};
+    use tch_ignite::optim::Knob;
+    use tch_ignite::schedule::{CosineAnnealing, ParamGroupScheduler, ParamScheduler};
+
+    let knob = || Knob::new("rate", || 0., |_| {});
+    let schedule = || CosineAnnealing::new(1., 0., 4);
+    let scheduler = |name: &str| ParamScheduler::new(name, knob(), schedule());
+    let evaluator = || Engine::new(|_: &mut Vec<i64>, _, batch: i64| Ok(batch as f64));
+    let vs = VarStore::new(Device::Cpu);
+    let _w = vs.root().ones("w", &[1]);
+    let mut trainer = plain();
+    let first = trainer.add_handler(scheduler("lr"))?;
+    trainer
+        .metric("loss", Mean::new())
+        .attach(Evaluate::each_epoch("val", evaluator(), vec![1]))
+        .attach(GradNorm::new(&vs));
+    for (refused, what) in [
+        (trainer.add_handler(scheduler("lr")), "scheduler 'lr'"),
+        (
+            trainer.add_handler(ParamGroupScheduler::new([scheduler("other"), scheduler("lr")])),
+            "scheduler 'lr'",
+        ),
+        (
+            trainer.add_handler(Evaluate::on(Event::Completed, "val", evaluator(), vec![1])),
+            "evaluation 'val'",
+        ),
+        (trainer.add_handler(GradNorm::new(&vs)), "metric 'grad_norm'"),
+    ] {
+        let error = text(refused.map(drop));
+        assert!(error.contains(what) && error.contains("another name"), "{error}");
+    }
+    // Two in one are no better.
+    let twice = ParamGroupScheduler::new([scheduler("a"), scheduler("a")]);
+    assert!(text(trainer.add_handler(twice).map(drop)).contains("scheduler 'a'"));
+    // What was removed is not in the way, nor is another name, nor a second average of a store.
+    trainer.remove_event_handler(first)?;
+    trainer
+        .attach(scheduler("lr"))
+        .attach(scheduler("lr (fc)"))
+        .attach(GradNorm::new(&vs).name("norm"))
+        .attach(EMAHandler::new(&vs, 0.5)?)
+        .attach(EMAHandler::new(&vs, 0.25)?);
+    trainer.run(&mut vec![], vec![1, 2], Until::epochs(1))?;
+    trainer.metric("loss", RunningAverage::new());
+    let error = text(trainer.run(&mut vec![], vec![1, 2], Until::epochs(1)));
+    assert!(error.contains("there is a metric 'loss' already"), "{error}");
+    Ok(())
+}

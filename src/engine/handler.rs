@@ -338,8 +338,8 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             indices.push(self.index(event.event)?);
         }
         let living = self.slots.iter().filter(|slot| slot.removed.is_none());
-        let taken = living.flat_map(|slot| &slot.unique_names);
-        if let Some(taken) = { taken }.find(|taken| unique_names.contains(taken)) {
+        let mut names: HashSet<_> = living.flat_map(|slot| &slot.unique_names).collect();
+        if let Some(taken) = unique_names.iter().find(|name| !names.insert(name)) {
             return Err(Error::invalid(format!(
                 "there is a {taken} already: give one of them another name"
             )));
