@@ -459,7 +459,7 @@ fn what_does_not_fit_is_named() -> Result<()> {
         (&|p| p.vs.set_kind(Kind::Float), "is Double of shape"),
         (
             &|p| {
-                let knob = p.cx.optimizer.knob("lr").unwrap();
+                let knob = p.cx.optimizer.knob("weight_decay").unwrap();
                 let schedule = LinearCyclical::new(1., 0., 4);
                 p.trainer.attach(ParamScheduler::new("another", knob, schedule));
             },
