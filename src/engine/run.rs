@@ -673,7 +673,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 if let Some(phase) = plan.phase {
                     (cursor.phase, cursor.left_early) = (phase, false);
                 }
-                if cursor.phase.has_batch() {
+                if cursor.phase.has_batch() && !position.refetch {
                     position.refetch = true;
                     cursor.fetched = cursor.fetched.saturating_sub(1);
                 }
@@ -820,6 +820,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     pub(super) fn seek(&mut self, pass: u64, batch: u64) -> Result<()> {
         self.position.cursor.pass = pass;
         self.position.cursor.fetched = batch;
+        self.position.skipped_to = None;
         let is_random = self.ask_data(|data| data.is_random())? == Some(true);
         self.position.before_pass = if is_random { Some(generators()?) } else { None };
         match self.data.as_mut() {
@@ -1239,11 +1240,31 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
     }
 
+    /// Whether this run went into the pass under way at or behind its end, which then tells nothing of
+    /// its length.
+    fn overshot(&self) -> bool {
+        self.position.skipped_to == Some(self.position.cursor.fetched)
+    }
+
     /// Data of unknown length was exhausted for the first time: that is the length of an epoch.
     fn end_first_pass(&mut self) -> Result<()> {
+        let overshot = self.overshot();
         let cursor = &mut self.position.cursor;
-        if cursor.counter == 0 {
-            return Err(Error::invalid("Input data has zero size. Please provide non-empty data"));
+        match cursor.counter {
+            0 if overshot => {
+                cursor.phase = Phase::RestartData;
+                return Ok(());
+            }
+            0 => {
+                return Err(Error::invalid(
+                    "Input data has zero size. Please provide non-empty data",
+                ));
+            }
+            _ if overshot => {
+                cursor.phase = Phase::EpochCompleted;
+                return Ok(());
+            }
+            _ => {}
         }
         let epoch = cursor.counter;
         cursor.length = Some(DataLength { pass: epoch, epoch, walked: Some(cursor.fetched) });
@@ -1255,12 +1276,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Data of unknown length is exhausted: whether that ends the epoch, because a pass has another
     /// length than in the run that is gone on with.
     fn ends_with_pass(&mut self) -> bool {
-        let skipped_to = self.position.skipped_to.take();
+        let overshot = self.overshot();
         let Some(length) = self.data_length() else { return false };
         let Some(walked) = length.walked else { return false };
         let cursor = &mut self.position.cursor;
         let fetched = cursor.fetched;
-        if cursor.restarted || fetched == 0 || skipped_to == Some(fetched) {
+        if cursor.restarted || fetched == 0 || overshot {
             // This pass does not tell how long it is.
             return false;
         }
