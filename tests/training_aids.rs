@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 use tch_ignite::amp::{GradScaler, autocast, without_autocast};
 use tch_ignite::checkpoint::{IntoStateful, Stateful};
 use tch_ignite::engine::{Engine, Event, Events, Stop, Until};
-use tch_ignite::handlers::{Buffers, EMAHandler, Evaluate, SWAHandler};
+use tch_ignite::handlers::{Buffers, EMAHandler, Evaluate, GradNorm, SWAHandler};
 use tch_ignite::metrics::Mean;
 use tch_ignite::optim::{Optimizer, lr};
 use tch_ignite::schedule::{ParamScheduler, PiecewiseLinear};
@@ -399,6 +399,92 @@ fn averages_of_buffers_integers_and_other_types() -> Result<()> {
             assert_eq!(average("n"), (count, Kind::Int64));
         }
     }
+    Ok(())
+}
+
+/// Averages of tied weights and of views, swapped in and back.
+#[test]
+fn averages_of_shared_memory_are_swapped_back() -> Result<()> {
+    type Share = fn(&Tensor) -> Tensor;
+    let shares: [(&str, Share, bool); 4] = [
+        ("tied, both trained", Tensor::shallow_clone, true),
+        ("tied, one trained", Tensor::shallow_clone, false),
+        ("a view of all", Tensor::detach, true),
+        // Too few for the one pass, because they have gaps.
+        ("a view of a part", |w| w.detach().slice(0, 0, None, 2), true),
+    ];
+    for (what, share, trained) in shares {
+        let vs = VarStore::new(Device::Cpu);
+        let mut w = (vs.root() / "emb").ones("weight", &[4]);
+        let head = (vs.root() / "head").add("weight", share(&w), trained);
+        let (ema, swa) = (EMAHandler::new(&vs, 0.5)?, SWAHandler::new(&vs)?);
+        for value in [3., 5.] {
+            tch::no_grad(|| drop(w.fill_(value)));
+            ema.update()?;
+            swa.update()?;
+        }
+        let swapped = ema.swap()?;
+        assert_eq!((value(&w.min()), value(&head.max())), (3.5, 3.5), "{what}");
+        drop(swapped);
+        assert_eq!((value(&w.min()), value(&w.max())), (5., 5.), "{what}");
+        let names: Vec<_> = ema.averages().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["emb.weight", "head.weight"], "{what}");
+        for (_, average) in ema.averages() {
+            assert_eq!((value(&average.min()), value(&average.max())), (3.5, 3.5), "{what}");
+        }
+        let swapped = swa.swap()?;
+        assert_eq!((value(&w.min()), value(&head.max())), (4., 4.), "{what}");
+        drop(swapped);
+        assert_eq!((value(&w.min()), value(&w.max())), (5., 5.), "{what}");
+    }
+    Ok(())
+}
+
+/// A variable that got another shape cannot be averaged: told, before the others are.
+#[test]
+fn averages_that_do_not_fit_any_more_are_refused_before_one_is_changed() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let (mut a, mut b) = (vs.root().ones("a", &[2]), vs.root().ones("b", &[2]));
+    let ema = EMAHandler::new(&vs, 0.5)?;
+    tch::no_grad(|| drop(a.fill_(3.)));
+    b.set_data(&Tensor::ones([3], (Kind::Float, Device::Cpu)));
+    let error = ema.update().unwrap_err().to_string();
+    assert!(error.contains("[3]") && error.contains("[2]"), "{error}");
+    assert!(ema.swap().is_err());
+    assert_eq!((value(&ema.averages()[0].1.max()), value(&a.max())), (1., 3.));
+    assert_eq!(ema.updates(), 0);
+    Ok(())
+}
+
+#[test]
+fn a_tied_parameter_counts_once_in_the_norm_of_all() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let w = (vs.root() / "head").ones("weight", &[4]);
+    let _ = (vs.root() / "emb").add("weight", w.shallow_clone(), true);
+    let mut trainer = Engine::new(|_: &mut (), _: &mut Engine<_, _, _>, scale: f64| {
+        (&w * scale).sum(Kind::Float).backward();
+        Ok(())
+    });
+    trainer.attach(GradNorm::new(&vs));
+    trainer.attach(GradNorm::new(&vs).name("head").whitelist(|name| name.starts_with("head")));
+    trainer.attach(GradNorm::new(&vs).name("other").whitelist(|name| name == "other"));
+    trainer.run(&mut (), vec![3.], Until::epochs(1))?;
+    assert_eq!(trainer.state.metrics.get("grad_norm")?, 6.);
+    assert_eq!(trainer.state.metrics.get("head")?, 6.);
+    assert!(trainer.state.metrics.get("other").is_err());
+    Ok(())
+}
+
+#[test]
+fn a_handler_of_a_store_that_was_merged_away_says_so() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let _ = vs.root().ones("w", &[1]);
+    let mut trainer = Engine::new(|_: &mut (), _: &mut Engine<_, _, _>, _: ()| Ok(()));
+    trainer.attach(GradNorm::new(&vs));
+    let _merged = VarStore::merge(vec![(vs, None)]).unwrap();
+    let error = trainer.run(&mut (), vec![()], Until::epochs(1)).unwrap_err();
+    let error = format!("{:#}", anyhow::Error::from(error));
+    assert!(error.contains("VarStore::merge"), "{error}");
     Ok(())
 }
 
