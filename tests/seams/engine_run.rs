@@ -1,0 +1,601 @@
+//! The same program through the public interface, with its stops and resumes.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use tch::nn::{self, ModuleT, OptimizerConfig, VarStore};
+use tch::{Device, Tensor};
+use tch_ignite::amp::GradScaler;
+use tch_ignite::checkpoint::Checkpoint;
+use tch_ignite::data::{
+    Batch, IntoSource, Loader, Place as DataPlace, Source, restartable, source,
+};
+use tch_ignite::engine::{Event, Events, Handler, Priority, Stop, Summary, Trainer, Until};
+use tch_ignite::handlers::{EMAHandler, EarlyStopping, Evaluate, SWAHandler};
+use tch_ignite::loggers::{JsonLinesLogger, OutputHandler};
+use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage};
+use tch_ignite::optim::{Knob, Optimizer, OptimizerBuilder, lr};
+use tch_ignite::schedule::{
+    AnySchedule, ParamScheduler, PiecewiseLinear, ReduceLROnPlateauScheduler, StepLR,
+};
+use tch_ignite::supervised::{
+    OPTIMIZER_STEPPED, Prediction, Supervised, create_supervised_evaluator,
+    create_supervised_trainer,
+};
+
+use super::compare::{Outcome, Trace, numbers};
+use super::program::*;
+use super::reference::end;
+use super::world;
+
+/// The words of planted errors and panics.
+pub const PLANTED: &str = "planted";
+
+/// A model over tensors of a store.
+struct Net {
+    model: Model,
+    parameters: Vec<Tensor>,
+}
+
+impl std::fmt::Debug for Net {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}", self.model)
+    }
+}
+
+impl ModuleT for Net {
+    fn forward_t(&self, x: &Tensor, _train: bool) -> Tensor {
+        world::forward(self.model, &self.parameters, x)
+    }
+}
+
+type Cx = Supervised<Net>;
+type Run<'a> = Trainer<'a, Cx>;
+
+/// What is planted, and what of it has happened.
+#[derive(Clone)]
+struct Plants {
+    breaks: Vec<Break>,
+    trace: Arc<Mutex<Trace>>,
+    /// Of those that leave no trace: they are not undone by a resume.
+    happened: Arc<Mutex<Vec<bool>>>,
+    /// How the program goes on after an interrupt.
+    then: Arc<Mutex<Then>>,
+    epoch: Arc<AtomicU64>,
+    iteration: Arc<AtomicU64>,
+}
+
+impl Plants {
+    /// What is to happen here and now.
+    fn take(&self, place: Place) -> Option<Break> {
+        let (epoch, iteration) =
+            (self.epoch.load(Ordering::Relaxed), self.iteration.load(Ordering::Relaxed));
+        for (index, planted) in self.breaks.iter().enumerate() {
+            if !planted.is_due(place, epoch, iteration) {
+                continue;
+            }
+            let happened = match planted.leaves_a_trace() {
+                true => std::mem::replace(&mut self.trace.lock().unwrap().happened[index], true),
+                false => std::mem::replace(&mut self.happened.lock().unwrap()[index], true),
+            };
+            if !happened {
+                *self.then.lock().unwrap() = planted.then;
+                return Some(*planted);
+            }
+        }
+        None
+    }
+}
+
+/// An error that says how the program goes on.
+fn planted(then: Then) -> String {
+    format!("{PLANTED}, then {then:?}")
+}
+
+/// A source that fails where something is planted.
+struct Faulty<'a>(Box<dyn Source<Batch> + 'a>, Plants);
+
+impl Source<Batch> for Faulty<'_> {
+    fn validate(&self) -> anyhow::Result<()> {
+        self.0.validate()
+    }
+
+    fn batches(&self) -> Option<u64> {
+        self.0.batches()
+    }
+
+    fn seek(&mut self, pass: u64, batch: u64) -> anyhow::Result<()> {
+        self.0.seek(pass, batch)
+    }
+
+    fn next(&mut self) -> Option<anyhow::Result<Batch>> {
+        match self.1.take(Place::Fetch) {
+            Some(Break { how: How::Panic, then, .. }) => panic!("{}", planted(then)),
+            Some(Break { then, .. }) => Some(Err(anyhow::Error::msg(planted(then)))),
+            None => self.0.next(),
+        }
+    }
+
+    fn samples(&self) -> Option<u64> {
+        self.0.samples()
+    }
+
+    fn place(&self, again: bool) -> Option<DataPlace> {
+        self.0.place(again)
+    }
+
+    fn seek_place(&mut self, pass: u64, place: &DataPlace) -> anyhow::Result<bool> {
+        self.0.seek_place(pass, place)
+    }
+
+    fn settings(&self) -> serde_json::Map<String, serde_json::Value> {
+        self.0.settings()
+    }
+}
+
+/// Batches of a program, counted.
+struct Listed {
+    program: Program,
+    x: Tensor,
+    y: Tensor,
+    batches: Vec<Vec<i64>>,
+    next: usize,
+}
+
+impl Source<Batch> for Listed {
+    fn batches(&self) -> Option<u64> {
+        Some(self.batches.len() as u64)
+    }
+
+    fn seek(&mut self, pass: u64, batch: u64) -> anyhow::Result<()> {
+        self.batches = world::batches(&self.program, pass);
+        self.next = batch as usize;
+        Ok(())
+    }
+
+    fn next(&mut self) -> Option<anyhow::Result<Batch>> {
+        let index = Tensor::from_slice(self.batches.get(self.next)?);
+        self.next += 1;
+        Some(Ok((self.x.index_select(0, &index), self.y.index_select(0, &index))))
+    }
+}
+
+fn data<'a>(program: &Program, plants: &Plants) -> impl IntoSource<'a, Batch> + use<'a> {
+    let (x, y) = world::samples(program.samples, program.seed);
+    let batches = world::batches(program, 0);
+    let inner: Box<dyn Source<Batch>> = match &program.data {
+        Data::Loader { batch, shuffle, drop_last } => {
+            let loader = Loader::new(&x, &y, *batch).unwrap().drop_last(*drop_last);
+            match shuffle {
+                Some(seed) => loader.shuffle(*seed).into_source(),
+                None => loader.into_source(),
+            }
+        }
+        Data::Batches(_) => Box::new(Listed { program: program.clone(), x, y, batches, next: 0 }),
+        Data::Restartable(_) => restartable(move || {
+            let (x, y) = (x.shallow_clone(), y.shallow_clone());
+            batches.clone().into_iter().map(move |batch| {
+                let index = Tensor::from_slice(&batch);
+                (x.index_select(0, &index), y.index_select(0, &index))
+            })
+        })
+        .into_source(),
+    };
+    source(Faulty(inner, plants.clone()))
+}
+
+fn store(program: &Program) -> (VarStore, Net) {
+    let vs = VarStore::new(Device::Cpu);
+    let mut tensors: Vec<Tensor> = vec![];
+    let named = world::parameters(program.model, program.seed);
+    for (index, (name, value)) in named.iter().enumerate() {
+        let (module, name) = name.split_once('.').unwrap();
+        let same = named[..index].iter().position(|(_, v)| v.data_ptr() == value.data_ptr());
+        let tensor = match same {
+            Some(same) => tensors[same].shallow_clone(),
+            None => value.copy().set_requires_grad(true),
+        };
+        tensors.push((vs.root() / module).add(name, tensor, true));
+    }
+    (vs, Net { model: program.model, parameters: tensors })
+}
+
+fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
+    fn finish<T: OptimizerConfig>(
+        builder: OptimizerBuilder<'_, T>,
+        program: &Program,
+    ) -> Optimizer {
+        let builder = builder.lr(program.lr);
+        let Some(of_biases) = program.lr_of_biases else { return builder.build().unwrap() };
+        builder
+            .group("weights", |name| !world::is_bias(name), lr(program.lr))
+            .group("biases", world::is_bias, lr(of_biases))
+            .build()
+            .unwrap()
+    }
+    match program.optimizer {
+        Algorithm::Sgd { momentum, dampening, weight_decay, nesterov } => finish(
+            Optimizer::builder(nn::sgd(momentum, dampening, weight_decay, nesterov), vs),
+            program,
+        ),
+        Algorithm::Adam { beta1, beta2, weight_decay, amsgrad } => {
+            let config = nn::Adam { beta1, beta2, wd: weight_decay, eps: 1e-8, amsgrad };
+            finish(Optimizer::builder(config, vs), program)
+        }
+        Algorithm::AdamW { beta1, beta2, weight_decay, amsgrad } => {
+            let config = nn::AdamW { beta1, beta2, wd: weight_decay, eps: 1e-8, amsgrad };
+            finish(Optimizer::builder(config, vs), program)
+        }
+        Algorithm::RmsProp { alpha, momentum, weight_decay, centered } => {
+            let config = nn::RmsProp { alpha, eps: 1e-8, wd: weight_decay, momentum, centered };
+            finish(Optimizer::builder(config, vs), program)
+        }
+    }
+}
+
+impl Scheduled {
+    fn schedule(&self) -> AnySchedule {
+        match &self.shape {
+            Shape::Lines(points) => PiecewiseLinear::new(points.clone()).into(),
+            Shape::Steps { base, size, gamma } => StepLR::new(*base, *size).gamma(*gamma).into(),
+        }
+    }
+
+    fn knob(&self, optimizer: &Optimizer, ema: Option<&EMAHandler>) -> Knob {
+        let hyper = match (self.knob, optimizer.name()) {
+            (Driven::EmaMomentum, _) => return ema.unwrap().knob(),
+            (Driven::LrOf(group), _) => {
+                return optimizer.group_at(group).unwrap().knob("lr").unwrap();
+            }
+            (Driven::Lr, _) => "lr",
+            (Driven::WeightDecay, _) => "weight_decay",
+            (Driven::Momentum, "Adam" | "AdamW") => "beta1",
+            (Driven::Momentum, _) => "momentum",
+        };
+        optimizer.knob(hyper).unwrap()
+    }
+}
+
+/// Records what there is after all other handlers of an event.
+struct Recorder {
+    trace: Arc<Mutex<Trace>>,
+    vs: VarStore,
+    ema: Option<EMAHandler>,
+    swa: Option<SWAHandler>,
+    scaler: Option<GradScaler>,
+}
+
+impl Handler<Cx, Batch, Tensor> for Recorder {
+    fn name(&self) -> String {
+        "recorder".into()
+    }
+
+    fn events(&self) -> Events {
+        world::RECORDED.iter().map(|at| at.event().into()).collect()
+    }
+
+    fn priority(&self) -> Priority {
+        Priority::Last
+    }
+
+    fn call(&mut self, event: Event, _cx: &mut Cx, engine: &mut Run<'_>) -> anyhow::Result<()> {
+        let at = world::RECORDED.into_iter().find(|at| at.event() == event).unwrap();
+        let state = &engine.state;
+        let metric = |name: &str| state.metrics.get(name).unwrap_or(f64::NAN);
+        let mut values = vec![
+            ("epoch and iteration", vec![state.epoch as f64, state.iteration as f64]),
+            ("weights", variables(&self.vs)),
+        ];
+        if at == At::IterationCompleted {
+            values.push(("loss", numbers(&state.output)));
+            values.push(("running loss", vec![metric("running")]));
+        }
+        if at == At::EpochCompleted {
+            values.push(("mean loss", vec![metric("loss")]));
+            if switches::LAST_OUTPUT {
+                values.push(("last loss", numbers(&state.output)));
+            }
+        }
+        values.push(("error of the evaluation", vec![metric("val/error")]));
+        if let Some(ema) = &self.ema {
+            values.push(("moving average", averages(ema.averages())));
+        }
+        if let Some(swa) = &self.swa {
+            values.push(("plain average", averages(swa.averages())));
+        }
+        if let Some(scaler) = &self.scaler {
+            values.push(("scale", vec![scaler.get_scale()?]));
+        }
+        let number = if at.is_of_epochs() { state.epoch } else { state.iteration };
+        self.trace.lock().unwrap().record(format!("{at:?}"), number, values);
+        Ok(())
+    }
+}
+
+fn variables(vs: &VarStore) -> Vec<f64> {
+    averages(vs.variables().into_iter().collect())
+}
+
+fn averages(mut named: Vec<(String, Tensor)>) -> Vec<f64> {
+    named.sort_by(|(a, _), (b, _)| a.cmp(b));
+    numbers(named.iter().map(|(_, tensor)| tensor))
+}
+
+/// An engine with all that the program asks for.
+struct Built<'a> {
+    trainer: Run<'a>,
+    cx: Cx,
+}
+
+fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
+    let (vs, net) = store(program);
+    let parameters: Vec<_> = net.parameters.iter().map(Tensor::shallow_clone).collect();
+    let optimizer = optimizer(program, &vs);
+    let scaler = program.scaler.as_ref().map(|scaler| {
+        let new = GradScaler::new().init_scale(scaler.scale).unwrap();
+        new.growth(2., 0.5, scaler.interval).unwrap()
+    });
+    let mut trainer: Run<'a> = create_supervised_trainer();
+
+    let now = plants.clone();
+    let events =
+        Event::Started | Event::EpochStarted | Event::GetBatchStarted | Event::IterationStarted;
+    trainer.on(events, move |_, engine| {
+        now.epoch.store(engine.state.epoch, Ordering::Relaxed);
+        now.iteration.store(engine.state.iteration, Ordering::Relaxed);
+        Ok(())
+    });
+    trainer.metric("loss", Mean::new()).metric("running", RunningAverage::new().alpha(0.9));
+
+    let (trace, rates, algorithm) = (plants.trace.clone(), optimizer.clone(), program.optimizer);
+    trainer.on(OPTIMIZER_STEPPED, move |cx, engine| {
+        let groups = rates.groups()?;
+        let (weights, biases) = (&groups[0], groups.last().unwrap());
+        let momentum = match algorithm {
+            Algorithm::Adam { .. } | Algorithm::AdamW { .. } => "beta1",
+            _ => "momentum",
+        };
+        let mut values = vec![
+            ("rates", vec![weights.lr()?, biases.lr()?]),
+            ("weight decay", vec![weights.weight_decay()?]),
+            ("momentum", vec![weights.get(momentum)?]),
+        ];
+        values.extend(cx.grad_norm().map(|norm| ("norm", numbers([norm]))));
+        let iteration = engine.state.iteration;
+        trace.lock().unwrap().record("update in iteration", iteration, values);
+        Ok(())
+    });
+
+    if let Some(frozen) = program.frozen {
+        let named = world::parameters(program.model, 0);
+        let group: Vec<_> = named
+            .iter()
+            .zip(&parameters)
+            .filter(|((name, _), _)| world::is_bias(name) == frozen.biases)
+            .map(|(_, tensor)| tensor.shallow_clone())
+            .collect();
+        trainer.on(Event::IterationStarted, move |_, engine| {
+            let now = (frozen.from..frozen.until).contains(&engine.state.iteration);
+            group.iter().for_each(|tensor| drop(tensor.set_requires_grad(!now)));
+            Ok(())
+        });
+    }
+    let ema = program.ema.map(|ema| {
+        let mut handler = EMAHandler::new(&vs, ema.momentum).unwrap();
+        if let Some((from, updates)) = ema.warmup {
+            handler = handler.warmup(from, updates).unwrap();
+        }
+        match ema.on {
+            Some(on) => handler.on(on.events()),
+            None => handler,
+        }
+    });
+    for (index, scheduled) in program.schedules.iter().enumerate() {
+        let knob = scheduled.knob(&optimizer, ema.as_ref());
+        let scheduler =
+            ParamScheduler::new(format!("schedule {index}"), knob, scheduled.schedule());
+        trainer.attach(scheduler.on(scheduled.on.events()));
+    }
+    trainer.track("model", &vs).track("optimizer", &optimizer);
+    trainer.track("trace", plants.trace.clone());
+    if let Some(ema) = &ema {
+        trainer.attach(ema.clone());
+    }
+    let swa = program.swa.map(|on| SWAHandler::new(&vs).unwrap().on(on.events()));
+    if let Some(swa) = &swa {
+        trainer.attach(swa.clone());
+    }
+    if let Some(evaluation) = program.evaluation {
+        let mut evaluator = create_supervised_evaluator();
+        evaluator.metric("error", MeanSquaredError::of(Prediction::parts));
+        let (x, y) = world::samples(4, program.seed + 1);
+        let loader = Loader::new(&x, &y, 3).unwrap();
+        let evaluate = Evaluate::on(evaluation.on.events(), "val", evaluator, loader);
+        match &ema {
+            Some(ema) if evaluation.averages => trainer.attach(ema.with_averages(evaluate)),
+            _ => trainer.attach(evaluate),
+        };
+    }
+    let metric = |watch| match watch {
+        Watch::Loss => "loss",
+        Watch::Validation => "val/error",
+    };
+    if let Some(plateau) = program.plateau {
+        let knob = optimizer.knob("lr").unwrap();
+        let scheduler =
+            ReduceLROnPlateauScheduler::min("plateau", knob, metric(plateau.watch)).unwrap();
+        trainer.attach(
+            scheduler
+                .factor(plateau.factor)
+                .patience(plateau.patience)
+                .cooldown(plateau.cooldown)
+                .on(program.watched_on(plateau.watch).events()),
+        );
+    }
+    if let Some(stop) = program.early_stopping {
+        let on = program.watched_on(stop.watch).events();
+        trainer.attach(EarlyStopping::min(metric(stop.watch), stop.patience).on(on));
+    }
+    for at in places_in_handlers(program) {
+        let plants = plants.clone();
+        trainer.on(at.event(), move |_, engine| {
+            plants.epoch.store(engine.state.epoch, Ordering::Relaxed);
+            plants.iteration.store(engine.state.iteration, Ordering::Relaxed);
+            match plants.take(Place::In(at)) {
+                None => Ok(()),
+                Some(Break { how: How::Interrupt, .. }) => {
+                    engine.interrupt();
+                    Ok(())
+                }
+                Some(Break { how: How::Panic, then, .. }) => panic!("{}", planted(then)),
+                Some(Break { then, .. }) => Err(anyhow::Error::msg(planted(then))),
+            }
+        });
+    }
+    trainer.attach(Recorder {
+        trace: plants.trace.clone(),
+        vs: clone_of(&vs),
+        ema: ema.clone(),
+        swa,
+        scaler: scaler.clone(),
+    });
+    if let Some(on) = program.log {
+        let logger = JsonLinesLogger::open(folder.join("log.jsonl")).unwrap();
+        trainer.attach(
+            OutputHandler::new(&logger, "", on.events())
+                .output("loss", |loss: &Tensor| loss.shallow_clone())
+                .knob("lr", optimizer.knob("lr").unwrap()),
+        );
+    }
+    let checkpoint = Checkpoint::new(folder.join("checkpoints")).n_saved(2);
+    trainer.attach(checkpoint.on(program.checkpoint.events()).background(program.background));
+
+    let (of_loss, settings) = (plants.clone(), program.clone());
+    let loss = move |prediction: &Tensor, y: &Tensor| {
+        if let Some(Break { then, .. }) = of_loss.take(Place::Loss) {
+            tch::no_grad(|| panic!("{}", planted(then)));
+        }
+        let loss = prediction.mse_loss(y, tch::Reduction::Mean);
+        match world::overflows(&settings, of_loss.iteration.load(Ordering::Relaxed)) {
+            true => loss * f64::INFINITY,
+            false => loss,
+        }
+    };
+    let mut cx = Supervised::new(net, optimizer, loss);
+    if program.accumulate > 1 {
+        cx = cx.accumulate(program.accumulate).unwrap();
+    }
+    if let Some(scaler) = scaler {
+        cx = cx.grad_scaler(scaler);
+    }
+    if let Some(max) = program.clip_value {
+        cx = cx.clip_grad_value(max);
+    }
+    if let Some(max) = program.clip_norm {
+        cx = cx.clip_grad_norm(max);
+    }
+    Built { trainer, cx }
+}
+
+/// A store that shares the variables.
+fn clone_of(vs: &VarStore) -> VarStore {
+    VarStore { variables_: vs.variables_.clone(), ..VarStore::new(vs.device()) }
+}
+
+fn places_in_handlers(program: &Program) -> Vec<At> {
+    let mut places = vec![];
+    for planted in &program.breaks {
+        if let Place::In(at) = planted.place
+            && !places.contains(&at)
+        {
+            places.push(at);
+        }
+    }
+    places
+}
+
+fn until(program: &Program) -> Until {
+    let until = match program.budget {
+        Budget::Epochs(epochs) => Until::epochs(epochs),
+        Budget::Iterations(iterations) => Until::iterations(iterations),
+    };
+    match program.epoch_length {
+        Some(length) => until.epoch_length(length),
+        None => until,
+    }
+}
+
+/// Runs the program to its end, with all that is planted.
+pub fn run(program: &Program, folder: &Path) -> Outcome {
+    let happened = Arc::new(Mutex::new(vec![false; program.breaks.len()]));
+    // Each break makes at most one new engine and one more call of `run`.
+    for _ in 0..2 * program.breaks.len() + 2 {
+        let trace = Trace { records: vec![], happened: vec![false; program.breaks.len()] };
+        let plants = Plants {
+            breaks: program.breaks.clone(),
+            trace: Arc::new(Mutex::new(trace)),
+            happened: happened.clone(),
+            then: Arc::new(Mutex::new(Then::Again)),
+            epoch: Arc::default(),
+            iteration: Arc::default(),
+        };
+        let ended = live(program, &plants, folder);
+        let end = match ended {
+            Ended::Resumes => continue,
+            Ended::Done(end) => end,
+        };
+        let trace = plants.trace.lock().unwrap().records.clone();
+        return Outcome { trace, end, log: read_log(folder) };
+    }
+    Outcome { end: "it never ends".into(), ..Outcome::default() }
+}
+
+enum Ended {
+    Done(String),
+    Resumes,
+}
+
+/// One engine, from the newest checkpoint.
+fn live(program: &Program, plants: &Plants, folder: &Path) -> Ended {
+    let Built { mut trainer, mut cx } = build(program, plants, folder);
+    if let Err(error) = trainer.resume(&mut cx, folder.join("checkpoints")) {
+        return Ended::Done(format!("resume failed: {error}"));
+    }
+    for _ in 0..2 * program.breaks.len() + 4 {
+        match trainer.run(&mut cx, data(program, plants), until(program)) {
+            Ok(Summary { stop: Stop::Interrupted | Stop::Signal(_), .. }) => {
+                if *plants.then.lock().unwrap() == Then::Resume {
+                    return Ended::Resumes;
+                }
+            }
+            Ok(Summary { stop, epochs, iterations, .. }) => {
+                return Ended::Done(end(stop == Stop::Terminated, epochs, iterations));
+            }
+            Err(error) => {
+                let text = format!("{:#}", anyhow::Error::from(error));
+                if text.contains(&planted(Then::Resume)) {
+                    return Ended::Resumes;
+                }
+                if !text.contains(PLANTED) && !text.contains("must have at least one example") {
+                    return Ended::Done(format!("failed: {text}"));
+                }
+            }
+        }
+    }
+    Ended::Done("it never ends".into())
+}
+
+fn read_log(folder: &Path) -> Vec<(String, u64, f64)> {
+    let text = std::fs::read_to_string(folder.join("log.jsonl")).unwrap_or_default();
+    let line = |line: &str| {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+        let value = match line["value"].as_str() {
+            Some(name) => name.parse().unwrap_or(f64::NAN),
+            None => line["value"].as_f64().unwrap_or(f64::NAN),
+        };
+        let tag = line["tag"].as_str().unwrap_or("a line that is torn").to_owned();
+        (tag, line["step"].as_u64().unwrap_or(0), value)
+    };
+    text.lines().map(line).collect()
+}
