@@ -5,10 +5,9 @@ use tch::Tensor;
 use tch_ignite::Result;
 use tch_ignite::checkpoint::{StateDict, Stateful};
 
-/// How much two numbers may differ, as a share of the larger, or of `SMALL`.
+/// How much two numbers may differ, as a share of the largest of those compared together, or of 1, which is
+/// the size of data and parameters: a weight or a loss may be the small difference of larger numbers.
 const TOLERANCE: f64 = 1e-12;
-/// Differences of larger numbers leave this much less exact.
-const SMALL: f64 = 1e-3;
 
 /// Values at some point of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -25,6 +24,11 @@ pub struct Trace {
     pub records: Vec<Record>,
     /// Which errors happened, of those after which the same engine goes on.
     pub happened: Vec<bool>,
+    /// Where the run is, for what is planted.
+    pub epoch: u64,
+    pub iteration: u64,
+    /// A batch is being fetched for the first time.
+    pub fetching: bool,
 }
 
 impl Trace {
@@ -65,62 +69,62 @@ pub fn numbers<'t>(tensors: impl IntoIterator<Item = &'t Tensor>) -> Vec<f64> {
     tensors.into_iter().flat_map(flat).collect()
 }
 
-fn same(a: f64, b: f64) -> bool {
-    a == b
-        || a.is_nan() && b.is_nan()
-        || (a - b).abs() <= TOLERANCE * a.abs().max(b.abs()).max(SMALL)
-}
-
 fn all_same(a: &[f64], b: &[f64]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(*a, *b))
+    let finite = a.iter().chain(b).filter(|value| value.is_finite());
+    let largest = finite.fold(1f64, |largest, value| largest.max(value.abs()));
+    let same = |(a, b): (&f64, &f64)| {
+        a == b || a.is_nan() && b.is_nan() || (a - b).abs() <= TOLERANCE * largest
+    };
+    a.len() == b.len() && a.iter().zip(b).all(same)
 }
 
-/// The first difference, in words.
-pub fn difference(expected: &Outcome, got: &Outcome) -> Option<String> {
+/// A difference between two outcomes.
+pub struct Difference {
+    /// The number of the first record that differs; beyond all where the rest does.
+    pub place: usize,
+    pub text: String,
+}
+
+/// The first difference.
+pub fn difference(expected: &Outcome, got: &Outcome) -> Option<Difference> {
     for (place, right) in expected.trace.iter().enumerate() {
+        let differs = |text| Some(Difference { place, text });
+        let before = before(&got.trace, place);
         let Some(record) = got.trace.get(place) else {
-            return Some(format!(
-                "nothing comes after {}; right is {} {}\n  the engine ended: {}\n  right is: {}",
-                before(&got.trace, place),
-                right.what,
-                right.number,
-                got.end,
-                expected.end
+            return differs(format!(
+                "nothing comes after {before}; right is {} {}\n  the engine: {}\n  right is: {}",
+                right.what, right.number, got.end, expected.end
             ));
         };
-        if (&record.what, record.number) != (&right.what, right.number) {
-            return Some(format!(
-                "after {}: {} {}; right is {} {}",
-                before(&got.trace, place),
-                record.what,
-                record.number,
-                right.what,
-                right.number
+        let Record { what, number, values } = record;
+        if (what, *number) != (&right.what, right.number) {
+            return differs(format!(
+                "after {before} comes {what} {number}; right is {} {}",
+                right.what, right.number
             ));
         }
-        for ((name, got), (_, right)) in record.values.iter().zip(&right.values) {
+        for ((name, got), (_, right)) in values.iter().zip(&right.values) {
             if !all_same(got, right) {
-                let Record { what, number, .. } = record;
-                return Some(format!("{what} {number}: {name} {got:?}; right is {right:?}"));
+                return differs(format!("{what} {number}: {name} {got:?}; right is {right:?}"));
             }
         }
     }
+    let place = usize::MAX;
+    let differs = |text| Some(Difference { place, text });
     if let Some(more) = got.trace.get(expected.trace.len()) {
-        return Some(format!(
-            "after the end comes {} {}; right is: {}",
-            more.what, more.number, expected.end
-        ));
+        let Record { what, number, .. } = more;
+        return differs(format!("after the end comes {what} {number}; right is: {}", expected.end));
     }
     if expected.end != got.end {
-        return Some(format!("{}; right is: {}", got.end, expected.end));
+        return differs(format!("{}; right is: {}", got.end, expected.end));
     }
     for place in 0..expected.log.len().max(got.log.len()) {
         let (right, line) = (expected.log.get(place), got.log.get(place));
         let equal = right.zip(line).is_some_and(|((tag, step, value), line)| {
-            (tag, step) == (&line.0, &line.1) && same(*value, line.2)
+            (tag, step) == (&line.0, &line.1) && all_same(&[*value], &[line.2])
         });
         if !equal {
-            return Some(format!("line {place} of the log: {line:?}; right is {right:?}"));
+            return differs(format!("line {place} of the log: {line:?}; right is {right:?}"));
         }
     }
     None

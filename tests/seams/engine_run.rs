@@ -1,7 +1,6 @@
 //! The same program through the public interface, with its stops and resumes.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tch::nn::{self, ModuleT, OptimizerConfig, VarStore};
@@ -11,17 +10,19 @@ use tch_ignite::checkpoint::Checkpoint;
 use tch_ignite::data::{
     Batch, IntoSource, Loader, Place as DataPlace, Source, restartable, source,
 };
-use tch_ignite::engine::{Event, Events, Handler, Priority, Stop, Summary, Trainer, Until};
+use tch_ignite::engine::{
+    Evaluator, Event, Events, Handler, Priority, Stop, Summary, Trainer, Until,
+};
 use tch_ignite::handlers::{EMAHandler, EarlyStopping, Evaluate, SWAHandler};
 use tch_ignite::loggers::{JsonLinesLogger, OutputHandler};
 use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage};
 use tch_ignite::optim::{Knob, Optimizer, OptimizerBuilder, lr};
 use tch_ignite::schedule::{
-    AnySchedule, ParamScheduler, PiecewiseLinear, ReduceLROnPlateauScheduler, StepLR,
+    AnySchedule, BatchSizeScheduler, ParamScheduler, PiecewiseLinear, ReduceLROnPlateauScheduler,
+    StepLR,
 };
 use tch_ignite::supervised::{
-    OPTIMIZER_STEPPED, Prediction, Supervised, create_supervised_evaluator,
-    create_supervised_trainer,
+    OPTIMIZER_STEPPED, Prediction, Supervised, create_supervised_trainer,
 };
 
 use super::compare::{Outcome, Trace, numbers};
@@ -62,21 +63,30 @@ struct Plants {
     happened: Arc<Mutex<Vec<bool>>>,
     /// How the program goes on after an interrupt.
     then: Arc<Mutex<Then>>,
-    epoch: Arc<AtomicU64>,
-    iteration: Arc<AtomicU64>,
 }
 
 impl Plants {
+    /// Notes where the run is.
+    fn note(&self, event: Event, engine: &Run<'_>) {
+        let mut trace = self.trace.lock().unwrap();
+        match event {
+            Event::GetBatchStarted => trace.fetching = true,
+            Event::IterationStarted => trace.fetching = false,
+            _ => {}
+        }
+        (trace.epoch, trace.iteration) = (engine.state.epoch, engine.state.iteration);
+    }
+
     /// What is to happen here and now.
     fn take(&self, place: Place) -> Option<Break> {
-        let (epoch, iteration) =
-            (self.epoch.load(Ordering::Relaxed), self.iteration.load(Ordering::Relaxed));
+        let mut trace = self.trace.lock().unwrap();
+        let (epoch, iteration) = (trace.epoch, trace.iteration);
         for (index, planted) in self.breaks.iter().enumerate() {
             if !planted.is_due(place, epoch, iteration) {
                 continue;
             }
             let happened = match planted.leaves_a_trace() {
-                true => std::mem::replace(&mut self.trace.lock().unwrap().happened[index], true),
+                true => std::mem::replace(&mut trace.happened[index], true),
                 false => std::mem::replace(&mut self.happened.lock().unwrap()[index], true),
             };
             if !happened {
@@ -110,7 +120,8 @@ impl Source<Batch> for Faulty<'_> {
     }
 
     fn next(&mut self) -> Option<anyhow::Result<Batch>> {
-        match self.1.take(Place::Fetch) {
+        let again = !self.1.trace.lock().unwrap().fetching;
+        match self.1.take(if again { Place::Refetch } else { Place::Fetch }) {
             Some(Break { how: How::Panic, then, .. }) => panic!("{}", planted(then)),
             Some(Break { then, .. }) => Some(Err(anyhow::Error::msg(planted(then)))),
             None => self.0.next(),
@@ -136,7 +147,6 @@ impl Source<Batch> for Faulty<'_> {
 
 /// Batches of a program, counted.
 struct Listed {
-    program: Program,
     x: Tensor,
     y: Tensor,
     batches: Vec<Vec<i64>>,
@@ -148,8 +158,7 @@ impl Source<Batch> for Listed {
         Some(self.batches.len() as u64)
     }
 
-    fn seek(&mut self, pass: u64, batch: u64) -> anyhow::Result<()> {
-        self.batches = world::batches(&self.program, pass);
+    fn seek(&mut self, _pass: u64, batch: u64) -> anyhow::Result<()> {
         self.next = batch as usize;
         Ok(())
     }
@@ -161,19 +170,26 @@ impl Source<Batch> for Listed {
     }
 }
 
-fn data<'a>(program: &Program, plants: &Plants) -> impl IntoSource<'a, Batch> + use<'a> {
+fn loader(program: &Program) -> Option<Loader> {
+    let Data::Loader { batch, shuffle, drop_last } = &program.data else { return None };
     let (x, y) = world::samples(program.samples, program.seed);
-    let batches = world::batches(program, 0);
-    let inner: Box<dyn Source<Batch>> = match &program.data {
-        Data::Loader { batch, shuffle, drop_last } => {
-            let loader = Loader::new(&x, &y, *batch).unwrap().drop_last(*drop_last);
-            match shuffle {
-                Some(seed) => loader.shuffle(*seed).into_source(),
-                None => loader.into_source(),
-            }
-        }
-        Data::Batches(_) => Box::new(Listed { program: program.clone(), x, y, batches, next: 0 }),
-        Data::Restartable(_) => restartable(move || {
+    let loader = Loader::new(&x, &y, *batch).unwrap().drop_last(*drop_last);
+    Some(match shuffle {
+        Some(seed) => loader.shuffle(*seed),
+        None => loader,
+    })
+}
+
+fn data<'a>(
+    program: &Program,
+    loader: Option<&Loader>,
+    plants: &Plants,
+) -> impl IntoSource<'a, Batch> + use<'a> {
+    let (x, y) = world::samples(program.samples, program.seed);
+    let batches = world::listed(program);
+    let inner: Box<dyn Source<Batch>> = match (&program.data, loader) {
+        (_, Some(loader)) => loader.into_source(),
+        (Data::Restartable(_), _) => restartable(move || {
             let (x, y) = (x.shallow_clone(), y.shallow_clone());
             batches.clone().into_iter().map(move |batch| {
                 let index = Tensor::from_slice(&batch);
@@ -181,6 +197,7 @@ fn data<'a>(program: &Program, plants: &Plants) -> impl IntoSource<'a, Batch> + 
             })
         })
         .into_source(),
+        _ => Box::new(Listed { x, y, batches, next: 0 }),
     };
     source(Faulty(inner, plants.clone()))
 }
@@ -234,14 +251,16 @@ fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
     }
 }
 
-impl Scheduled {
+impl Shape {
     fn schedule(&self) -> AnySchedule {
-        match &self.shape {
+        match self {
             Shape::Lines(points) => PiecewiseLinear::new(points.clone()).into(),
             Shape::Steps { base, size, gamma } => StepLR::new(*base, *size).gamma(*gamma).into(),
         }
     }
+}
 
+impl Scheduled {
     fn knob(&self, optimizer: &Optimizer, ema: Option<&EMAHandler>) -> Knob {
         let hyper = match (self.knob, optimizer.name()) {
             (Driven::EmaMomentum, _) => return ema.unwrap().knob(),
@@ -326,6 +345,8 @@ fn averages(mut named: Vec<(String, Tensor)>) -> Vec<f64> {
 struct Built<'a> {
     trainer: Run<'a>,
     cx: Cx,
+    /// Its batch size may change.
+    loader: Option<Loader>,
 }
 
 fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
@@ -338,14 +359,15 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
     });
     let mut trainer: Run<'a> = create_supervised_trainer();
 
-    let now = plants.clone();
-    let events =
-        Event::Started | Event::EpochStarted | Event::GetBatchStarted | Event::IterationStarted;
-    trainer.on(events, move |_, engine| {
-        now.epoch.store(engine.state.epoch, Ordering::Relaxed);
-        now.iteration.store(engine.state.iteration, Ordering::Relaxed);
-        Ok(())
-    });
+    for event in
+        [Event::Started, Event::EpochStarted, Event::GetBatchStarted, Event::IterationStarted]
+    {
+        let now = plants.clone();
+        trainer.on(event, move |_, engine| {
+            now.note(event, engine);
+            Ok(())
+        });
+    }
     trainer.metric("loss", Mean::new()).metric("running", RunningAverage::new().alpha(0.9));
 
     let (trace, rates, algorithm) = (plants.trace.clone(), optimizer.clone(), program.optimizer);
@@ -394,8 +416,12 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
     for (index, scheduled) in program.schedules.iter().enumerate() {
         let knob = scheduled.knob(&optimizer, ema.as_ref());
         let scheduler =
-            ParamScheduler::new(format!("schedule {index}"), knob, scheduled.schedule());
+            ParamScheduler::new(format!("schedule {index}"), knob, scheduled.shape.schedule());
         trainer.attach(scheduler.on(scheduled.on.events()));
+    }
+    let loader = loader(program);
+    if let (Some(loader), Some(sizes)) = (&loader, &program.batch_sizes) {
+        trainer.attach(BatchSizeScheduler::new(loader, sizes.schedule()));
     }
     trainer.track("model", &vs).track("optimizer", &optimizer);
     trainer.track("trace", plants.trace.clone());
@@ -407,7 +433,14 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
         trainer.attach(swa.clone());
     }
     if let Some(evaluation) = program.evaluation {
-        let mut evaluator = create_supervised_evaluator();
+        let plants = plants.clone();
+        let mut evaluator = Evaluator::new(move |cx: &mut Cx, _: &mut Evaluator<'_, Cx>, batch| {
+            match plants.take(Place::Evaluation) {
+                Some(Break { how: How::Panic, then, .. }) => panic!("{}", planted(then)),
+                Some(Break { then, .. }) => anyhow::bail!(planted(then)),
+                None => cx.eval_step(batch),
+            }
+        });
         evaluator.metric("error", MeanSquaredError::of(Prediction::parts));
         let (x, y) = world::samples(4, program.seed + 1);
         let loader = Loader::new(&x, &y, 3).unwrap();
@@ -440,17 +473,16 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
     for at in places_in_handlers(program) {
         let plants = plants.clone();
         trainer.on(at.event(), move |_, engine| {
-            plants.epoch.store(engine.state.epoch, Ordering::Relaxed);
-            plants.iteration.store(engine.state.iteration, Ordering::Relaxed);
-            match plants.take(Place::In(at)) {
-                None => Ok(()),
-                Some(Break { how: How::Interrupt, .. }) => {
-                    engine.interrupt();
-                    Ok(())
+            plants.note(at.event(), engine);
+            while let Some(Break { how, then, .. }) = plants.take(Place::In(at)) {
+                match how {
+                    How::Interrupt => engine.interrupt(),
+                    How::EndOfEpoch => engine.terminate_epoch(),
+                    How::Error => anyhow::bail!(planted(then)),
+                    How::Panic => panic!("{}", planted(then)),
                 }
-                Some(Break { how: How::Panic, then, .. }) => panic!("{}", planted(then)),
-                Some(Break { then, .. }) => Err(anyhow::Error::msg(planted(then))),
             }
+            Ok(())
         });
     }
     trainer.attach(Recorder {
@@ -476,8 +508,11 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
         if let Some(Break { then, .. }) = of_loss.take(Place::Loss) {
             tch::no_grad(|| panic!("{}", planted(then)));
         }
-        let loss = prediction.mse_loss(y, tch::Reduction::Mean);
-        match world::overflows(&settings, of_loss.iteration.load(Ordering::Relaxed)) {
+        let mut loss = prediction.mse_loss(y, tch::Reduction::Mean);
+        if settings.noise {
+            loss = loss * world::noise();
+        }
+        match world::overflows(&settings, of_loss.trace.lock().unwrap().iteration) {
             true => loss * f64::INFINITY,
             false => loss,
         }
@@ -495,12 +530,14 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
     if let Some(max) = program.clip_norm {
         cx = cx.clip_grad_norm(max);
     }
-    Built { trainer, cx }
+    Built { trainer, cx, loader }
 }
 
 /// A store that shares the variables.
 fn clone_of(vs: &VarStore) -> VarStore {
-    VarStore { variables_: vs.variables_.clone(), ..VarStore::new(vs.device()) }
+    let mut clone = VarStore::new(vs.device());
+    clone.variables_ = vs.variables_.clone();
+    clone
 }
 
 fn places_in_handlers(program: &Program) -> Vec<At> {
@@ -519,6 +556,7 @@ fn until(program: &Program) -> Until {
     let until = match program.budget {
         Budget::Epochs(epochs) => Until::epochs(epochs),
         Budget::Iterations(iterations) => Until::iterations(iterations),
+        Budget::Samples(samples) => Until::samples(samples),
     };
     match program.epoch_length {
         Some(length) => until.epoch_length(length),
@@ -529,20 +567,24 @@ fn until(program: &Program) -> Until {
 /// Runs the program to its end, with all that is planted.
 pub fn run(program: &Program, folder: &Path) -> Outcome {
     let happened = Arc::new(Mutex::new(vec![false; program.breaks.len()]));
+    tch::manual_seed(program.seed as i64);
     // Each break makes at most one new engine and one more call of `run`.
     for _ in 0..2 * program.breaks.len() + 2 {
-        let trace = Trace { records: vec![], happened: vec![false; program.breaks.len()] };
+        let trace = Trace { happened: vec![false; program.breaks.len()], ..Trace::default() };
         let plants = Plants {
             breaks: program.breaks.clone(),
             trace: Arc::new(Mutex::new(trace)),
             happened: happened.clone(),
             then: Arc::new(Mutex::new(Then::Again)),
-            epoch: Arc::default(),
-            iteration: Arc::default(),
         };
         let ended = live(program, &plants, folder);
         let end = match ended {
-            Ended::Resumes => continue,
+            Ended::Resumes => {
+                // They come back with the checkpoint; without one the program starts anew.
+                let resumes = folder.join("checkpoints/latest").exists();
+                tch::manual_seed(if resumes { -1 } else { program.seed as i64 });
+                continue;
+            }
             Ended::Done(end) => end,
         };
         let trace = plants.trace.lock().unwrap().records.clone();
@@ -558,12 +600,12 @@ enum Ended {
 
 /// One engine, from the newest checkpoint.
 fn live(program: &Program, plants: &Plants, folder: &Path) -> Ended {
-    let Built { mut trainer, mut cx } = build(program, plants, folder);
+    let Built { mut trainer, mut cx, loader } = build(program, plants, folder);
     if let Err(error) = trainer.resume(&mut cx, folder.join("checkpoints")) {
         return Ended::Done(format!("resume failed: {error}"));
     }
     for _ in 0..2 * program.breaks.len() + 4 {
-        match trainer.run(&mut cx, data(program, plants), until(program)) {
+        match trainer.run(&mut cx, data(program, loader.as_ref(), plants), until(program)) {
             Ok(Summary { stop: Stop::Interrupted | Stop::Signal(_), .. }) => {
                 if *plants.then.lock().unwrap() == Then::Resume {
                     return Ended::Resumes;

@@ -44,9 +44,15 @@ fn difference(program: &Program) -> Option<String> {
     quiet();
     let folder = folder();
     let run = || {
-        let expected = reference::run(program);
+        let expected = reference::run(program, 0.);
         let got = engine_run::run(program, folder.path());
-        compare::difference(&expected, &got)
+        let differs = compare::difference(&expected, &got)?;
+        // Some programs make large differences of rounding: what they do after that says nothing.
+        let shaken = compare::difference(&expected, &reference::run(program, 1e-15));
+        match shaken {
+            Some(shaken) if shaken.place <= differs.place => None,
+            _ => Some(differs.text),
+        }
     };
     // A thread of its own, because gradients may be off in it afterwards.
     let ran = std::thread::scope(|scope| scope.spawn(run).join());

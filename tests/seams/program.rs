@@ -64,6 +64,10 @@ program! {
     /// How many samples there are.
     samples: usize = 6,
     data: Data = Data::Loader { batch: 2, shuffle: None, drop_last: false },
+    /// Batch sizes of the epochs of a loader.
+    batch_sizes: Option<Shape> = None,
+    /// Losses are multiplied by random numbers.
+    noise: bool = false,
     budget: Budget = Budget::Epochs(2),
     epoch_length: Option<u64> = None,
     optimizer: Algorithm = Algorithm::Sgd { momentum: 0., dampening: 0., weight_decay: 0., nesterov: false },
@@ -116,6 +120,7 @@ pub enum Data {
 pub enum Budget {
     Epochs(u64),
     Iterations(u64),
+    Samples(u64),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -248,8 +253,12 @@ pub enum Place {
     In(At),
     /// In the data source.
     Fetch,
+    /// Where a batch that was under way is fetched again.
+    Refetch,
     /// In the loss, within `no_grad`.
     Loss,
+    /// In the step of the evaluator.
+    Evaluation,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -257,6 +266,8 @@ pub enum How {
     Interrupt,
     Error,
     Panic,
+    /// The epoch ends, and the run goes on.
+    EndOfEpoch,
 }
 
 /// How the program goes on.
@@ -323,14 +334,18 @@ impl Break {
     /// Whether a run differs from one without it: an error gives up what it hits, and the same engine goes
     /// on. Where a new one resumes, it does that again.
     pub fn leaves_a_trace(&self) -> bool {
-        self.how != How::Interrupt && self.then == Then::Again
+        match self.how {
+            How::Interrupt => false,
+            How::Error | How::Panic => self.then == Then::Again && self.place != Place::Refetch,
+            How::EndOfEpoch => true,
+        }
     }
 }
 
-impl Scheduled {
+impl Shape {
     /// The value of event `n`, from 0.
     pub fn value(&self, n: u64) -> f64 {
-        match &self.shape {
+        match self {
             Shape::Steps { base, size, gamma } => base * gamma.powf((n / size) as f64),
             Shape::Lines(points) => {
                 let n = n as i64;
@@ -393,9 +408,30 @@ impl Program {
             }
             _ => {}
         }
-        // A vector of batches has them all; a loader that drops the last one has at least one.
-        if let Data::Loader { batch, .. } = &mut self.data {
-            *batch = (*batch).min(self.samples);
+        match &mut self.data {
+            // There is at least one batch.
+            Data::Loader { batch, .. } => {
+                *batch = (*batch).min(self.samples);
+                if let Some(Shape::Lines(sizes)) = &mut self.batch_sizes {
+                    let most = self.samples as f64;
+                    sizes.iter_mut().for_each(|(_, size)| *size = size.min(most));
+                }
+            }
+            _ => {
+                self.batch_sizes = None;
+                if let Budget::Samples(samples) = self.budget {
+                    self.budget = Budget::Iterations(samples);
+                }
+            }
+        }
+        if self.batch_sizes.is_some() {
+            // It is the length of the pass, which changes.
+            self.epoch_length = None;
+        }
+        if let Budget::Samples(_) = self.budget {
+            // These are the samples of a call of `run`, and of what resumes it.
+            self.breaks
+                .retain(|planted| planted.then == Then::Resume || planted.how == How::EndOfEpoch);
         }
         let watches_validation = |watch: &mut Watch| {
             if self.evaluation.is_none() {
@@ -439,7 +475,7 @@ impl Program {
                 }
             }
             if !switches::WINDOWS_AT_ENDS {
-                if let Budget::Iterations(n) = self.budget {
+                if let Budget::Iterations(n) | Budget::Samples(n) = self.budget {
                     self.budget = Budget::Epochs(n.div_ceil(4));
                 }
                 let ends_in_mid_epoch = |watch| self.watched_on(watch).at != At::EpochCompleted;
@@ -455,10 +491,12 @@ impl Program {
             self.log = None;
         }
         if !switches::LAST_OUTPUT
-            && matches!(self.data, Data::Restartable(_))
             && let Some(log) = &mut self.log
         {
             log.at = At::IterationCompleted;
+        }
+        if !switches::REFETCH {
+            self.breaks.retain(|planted| planted.place != Place::Refetch);
         }
         if !switches::GRAD_MODE_AFTER_PANIC {
             self.breaks.retain(|b| b.place != Place::Loss);
@@ -485,6 +523,8 @@ pub mod switches {
     pub const LOGS_AFTER_RESUME: bool = false;
     /// Gradients are on again after a panic within `no_grad`.
     pub const GRAD_MODE_AFTER_PANIC: bool = false;
+    /// A batch that cannot be fetched again after a resume is fetched once more.
+    pub const REFETCH: bool = false;
     /// `state.output` is there at the end of an epoch of data of unknown length.
     pub const LAST_OUTPUT: bool = false;
 }
@@ -575,7 +615,7 @@ fn scheduled() -> impl Strategy<Value = Scheduled> {
         1 => Just(Driven::Momentum),
         1 => Just(Driven::EmaMomentum),
     ];
-    let value = || decimal(&[0.1, 0.05, 0.2, 0.01, 0.4]);
+    let value = || decimal(&[0.1, 0.05, 0.02, 0.01, 0.2]);
     let shape = prop_oneof![
         (decimal(&[0., 0.1, 0.3]), 1i64..6, value(), 1i64..8, value()).prop_map(
             |(from, up, peak, down, to)| Shape::Lines(vec![(0, from), (up, peak), (up + down, to)])
@@ -611,11 +651,19 @@ fn breaks() -> impl Strategy<Value = Break> {
             At::GetBatchCompleted,
             At::OptimizerStepped,
             At::Started,
+            At::DataloaderStopIteration,
         ][..]).prop_map(Place::In),
         1 => Just(Place::Fetch),
+        1 => Just(Place::Refetch),
         1 => Just(Place::Loss),
+        1 => Just(Place::Evaluation),
     ];
-    let how = prop_oneof![3 => Just(How::Interrupt), 1 => Just(How::Error), 1 => Just(How::Panic)];
+    let how = prop_oneof![
+        4 => Just(How::Interrupt),
+        2 => Just(How::Error),
+        2 => Just(How::Panic),
+        1 => Just(How::EndOfEpoch),
+    ];
     let then = prop_oneof![Just(Then::Again), Just(Then::Resume)];
     (place, 1u64..12, how, then).prop_map(|(place, number, how, then)| {
         let number = match place {
@@ -626,7 +674,12 @@ fn breaks() -> impl Strategy<Value = Break> {
         let how = match (place, how) {
             // Nothing else is possible there.
             (Place::Loss, _) => How::Panic,
-            (Place::Fetch | Place::In(At::OptimizerStepped), How::Interrupt) => How::Error,
+            (Place::Fetch | Place::Refetch | Place::Evaluation, How::Interrupt) => How::Panic,
+            (Place::Fetch | Place::Refetch | Place::Evaluation, How::EndOfEpoch)
+            // Refused where no epoch is under way, and without effect where it ends anyway.
+            | (Place::In(At::Started | At::EpochStarted | At::EpochCompleted), How::EndOfEpoch) => {
+                How::Error
+            }
             (_, how) => how,
         };
         Break { place, number, how, then }
@@ -640,12 +693,23 @@ pub fn programs() -> impl Strategy<Value = Program> {
         prop_oneof![Just(Model::Linear), Just(Model::TwoLayers), Just(Model::Tied)],
         3usize..10,
         data(),
-        prop_oneof![(1u64..5).prop_map(Budget::Epochs), (1u64..15).prop_map(Budget::Iterations)],
+        prop::option::weighted(
+            0.1,
+            (1i64..4, 1i64..4, 1i64..5).prop_map(|(from, length, to)| {
+                Shape::Lines(vec![(0, from as f64), (length, to as f64)])
+            }),
+        ),
+        prop::bool::weighted(0.3),
+        prop_oneof![
+            3 => (1u64..5).prop_map(Budget::Epochs),
+            2 => (1u64..15).prop_map(Budget::Iterations),
+            1 => (1u64..40).prop_map(Budget::Samples),
+        ],
         optional(1u64..6),
     );
     let updates = (
         algorithm(),
-        decimal(&[0.1, 0.02, 0.3]),
+        decimal(&[0.1, 0.02, 0.05]),
         optional(decimal(&[0.05, 0.2])),
         prop_oneof![2 => Just(1u64), 1 => 2u64..5],
         optional(
@@ -696,7 +760,7 @@ pub fn programs() -> impl Strategy<Value = Program> {
         ],
     );
     (world, updates, handlers).prop_map(|(world, updates, handlers)| {
-        let (seed, model, samples, data, budget, epoch_length) = world;
+        let (seed, model, samples, data, batch_sizes, noise, budget, epoch_length) = world;
         let (optimizer, lr, lr_of_biases, accumulate, scaler, clip_value, clip_norm) = updates;
         let (
             schedules,
@@ -716,6 +780,8 @@ pub fn programs() -> impl Strategy<Value = Program> {
             model,
             samples,
             data,
+            batch_sizes,
+            noise,
             budget,
             epoch_length,
             optimizer,

@@ -4,7 +4,9 @@
 use tch::{Kind, Reduction, Tensor};
 
 use super::compare::{Outcome, Trace, numbers};
-use super::program::{Algorithm, At, Budget, Data, Driven, Place, Program, Watch, When, switches};
+use super::program::{
+    Algorithm, At, Budget, Data, Driven, How, Place, Program, Watch, When, switches,
+};
 use super::world;
 
 /// What a handler, a source or a step did.
@@ -62,8 +64,13 @@ struct Reference<'p> {
     swa_count: f64,
     plateau: Patience,
     early_stopping: Patience,
+    position: Position,
+    batch_size: usize,
+    changes_of_batch_size: u64,
+    epoch_length: Option<u64>,
     epoch: u64,
     iteration: u64,
+    samples: u64,
     updates: u64,
     loss: f64,
     losses_of_epoch: Vec<f64>,
@@ -71,13 +78,16 @@ struct Reference<'p> {
     running: Option<f64>,
     error: f64,
     terminate: bool,
+    end_of_epoch: bool,
     happened: Vec<bool>,
     trace: Trace,
     log: Vec<(String, u64, f64)>,
 }
 
-pub fn run(program: &Program) -> Outcome {
-    let mut this = Reference::new(program);
+/// The program's outcome, from first parameters that are larger by this share.
+pub fn run(program: &Program, shaken: f64) -> Outcome {
+    tch::manual_seed(program.seed as i64);
+    let mut this = Reference::new(program, shaken);
     let early = this.train();
     if early {
         this.at(At::Terminate);
@@ -93,31 +103,20 @@ pub fn end(early: bool, epochs: u64, iterations: u64) -> String {
     format!("{how} after {epochs} epochs and {iterations} iterations")
 }
 
-/// Batches of one pass after the other.
-struct Batches<'p> {
-    program: &'p Program,
+/// Where the data is: pass, and sample (of a loader) or batch of it.
+#[derive(Clone, Copy, Default)]
+struct Position {
     pass: u64,
     next: usize,
 }
 
-impl Batches<'_> {
-    fn next(&mut self) -> Option<Vec<i64>> {
-        let batch = world::batches(self.program, self.pass).get(self.next).cloned();
-        self.next += usize::from(batch.is_some());
-        batch
-    }
-
-    fn restart(&mut self) {
-        (self.pass, self.next) = (self.pass + 1, 0);
-    }
-}
-
 impl<'p> Reference<'p> {
-    fn new(program: &'p Program) -> Self {
+    fn new(program: &'p Program, shaken: f64) -> Self {
         let (x, y) = world::samples(program.samples, program.seed);
         let named = world::parameters(program.model, program.seed);
         let tensors: Vec<_> =
             named.iter().map(|(_, t)| t.shallow_clone().set_requires_grad(true)).collect();
+        shake(&tensors, shaken);
         let mut parameters: Vec<Parameter> = vec![];
         for ((name, _), tensor) in named.iter().zip(&tensors) {
             if parameters.iter().any(|known| known.tensor.data_ptr() == tensor.data_ptr()) {
@@ -164,8 +163,16 @@ impl<'p> Reference<'p> {
             swa_count: 0.,
             plateau: Patience::default(),
             early_stopping: Patience::default(),
+            position: Position::default(),
+            batch_size: match program.data {
+                Data::Loader { batch, .. } => batch,
+                _ => 0,
+            },
+            changes_of_batch_size: 0,
+            epoch_length: None,
             epoch: 0,
             iteration: 0,
+            samples: 0,
             updates: 0,
             loss: f64::NAN,
             losses_of_epoch: vec![],
@@ -173,11 +180,13 @@ impl<'p> Reference<'p> {
             running: None,
             error: f64::NAN,
             terminate: false,
+            end_of_epoch: false,
             happened: vec![false; program.breaks.len()],
             trace: Trace::default(),
             log: vec![],
             tensors,
         };
+        this.epoch_length = program.epoch_length.or(this.batches_of_a_pass());
         // The first update has the first value.
         for index in 0..program.schedules.len() {
             if program.schedules[index].on.at.is_after_the_step() {
@@ -189,54 +198,18 @@ impl<'p> Reference<'p> {
 
     /// Trains until the budget is used up; true if it left an epoch early.
     fn train(&mut self) -> bool {
-        let mut data = Batches { program: self.program, pass: 0, next: 0 };
-        let known = match self.program.data {
-            Data::Restartable(_) => None,
-            _ => Some(world::batches(self.program, 0).len() as u64),
-        };
-        let mut epoch_length = self.program.epoch_length.or(known);
-        let (max_epochs, max_iterations) = match self.program.budget {
-            Budget::Epochs(epochs) => (epochs, u64::MAX),
-            Budget::Iterations(iterations) => (u64::MAX, iterations),
-        };
         self.until_it_goes_well(At::Started);
         if self.terminate {
             return true;
         }
-        while self.epoch < max_epochs && self.iteration < max_iterations {
+        while !self.budget_is_used_up() {
             self.epoch += 1;
             self.until_it_goes_well(At::EpochStarted);
-            if self.terminate {
+            if self.terminate || self.epoch_goes_on_too_long() {
                 return true;
             }
-            let mut batches = 0;
-            while epoch_length.is_none_or(|length| batches < length) {
-                let Some(batch) = self.batch(&mut data, epoch_length.is_some()) else {
-                    if self.terminate {
-                        return true;
-                    }
-                    epoch_length = Some(batches);
-                    break;
-                };
-                batches += 1;
-                self.iteration += 1;
-                let window = self.window(batches, epoch_length);
-                // An error here gives up the iteration.
-                if self.at(At::IterationStarted) == Well
-                    && !self.terminate
-                    && self.step(&batch, window) == Well
-                {
-                    self.at(At::IterationCompleted);
-                }
-                if self.terminate {
-                    return true;
-                }
-                let in_mid_epoch = epoch_length.is_none_or(|length| batches < length);
-                if in_mid_epoch && self.iteration >= max_iterations {
-                    return true;
-                }
-            }
             self.at(At::EpochCompleted);
+            self.end_of_epoch = false;
             if self.terminate {
                 return true;
             }
@@ -244,45 +217,134 @@ impl<'p> Reference<'p> {
         false
     }
 
-    /// The samples of the next batch; none if the run is to end, or with the first pass of data of unknown
-    /// length.
-    fn batch(&mut self, data: &mut Batches, known: bool) -> Option<Vec<i64>> {
+    fn budget_is_used_up(&self) -> bool {
+        match self.program.budget {
+            Budget::Epochs(epochs) => self.epoch >= epochs,
+            _ => self.iterations_are_used_up(),
+        }
+    }
+
+    fn iterations_are_used_up(&self) -> bool {
+        match self.program.budget {
+            Budget::Epochs(_) => false,
+            Budget::Iterations(iterations) => self.iteration >= iterations,
+            Budget::Samples(samples) => self.samples >= samples,
+        }
+    }
+
+    /// The iterations of an epoch; true if the run is to end before the epoch does.
+    fn epoch_goes_on_too_long(&mut self) -> bool {
+        let mut batches = 0;
+        while self.epoch_length.is_none_or(|length| batches < length) {
+            let batch = self.batch();
+            if self.terminate {
+                return true;
+            }
+            if std::mem::take(&mut self.end_of_epoch) {
+                self.position = Position { pass: self.position.pass + 1, next: 0 };
+                return false;
+            }
+            let Some(batch) = batch else {
+                // The first pass of data of unknown length is over.
+                self.epoch_length = Some(batches);
+                return false;
+            };
+            batches += 1;
+            self.iteration += 1;
+            let window = self.window(batches);
+            // An error here gives up the iteration.
+            if self.at(At::IterationStarted) == Well
+                && !self.terminate
+                && !self.end_of_epoch
+                && self.step(&batch, window) == Well
+            {
+                self.at(At::IterationCompleted);
+            }
+            if self.terminate {
+                return true;
+            }
+            if std::mem::take(&mut self.end_of_epoch) {
+                self.position = Position { pass: self.position.pass + 1, next: 0 };
+                return false;
+            }
+            let in_mid_epoch = self.epoch_length.is_none_or(|length| batches < length);
+            if in_mid_epoch && self.iterations_are_used_up() {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// The samples of the next batch; none if the epoch or the run is to end.
+    fn batch(&mut self) -> Option<Vec<i64>> {
         loop {
             // Errors up to the step repeat what failed.
             if self.at(At::GetBatchStarted) == Wrong {
                 continue;
             }
-            if self.terminate {
+            if self.terminate || self.end_of_epoch {
                 return None;
             }
             if self.breaks(Place::Fetch) == Wrong {
                 continue;
             }
-            let (pass, next) = (data.pass, data.next);
-            let batch = match data.next() {
+            let mut before = self.position;
+            let batch = match self.next() {
                 Some(batch) => batch,
-                None if !known => return None,
+                None if self.epoch_length.is_none() => return None,
                 None => {
-                    self.at(At::DataloaderStopIteration);
-                    data.restart();
-                    data.next().expect("there is data")
+                    if self.at(At::DataloaderStopIteration) == Wrong {
+                        continue;
+                    }
+                    if self.terminate || self.end_of_epoch {
+                        return None;
+                    }
+                    before = Position { pass: self.position.pass + 1, next: 0 };
+                    self.position = before;
+                    self.next().expect("there is data")
                 }
             };
+            self.samples += batch.len() as u64;
             if self.at(At::GetBatchCompleted) == Wrong {
-                (data.pass, data.next) = (pass, next);
-                if data.next >= world::batches(self.program, pass).len() {
-                    data.restart();
-                }
+                self.position = before;
                 continue;
             }
-            return if self.terminate { None } else { Some(batch) };
+            return if self.terminate || self.end_of_epoch { None } else { Some(batch) };
         }
     }
 
+    /// The samples of the next batch of the pass.
+    fn next(&mut self) -> Option<Vec<i64>> {
+        let Position { pass, next } = self.position;
+        let Data::Loader { drop_last, .. } = self.program.data else {
+            let batch = world::listed(self.program).get(next).cloned()?;
+            self.position.next += 1;
+            return Some(batch);
+        };
+        let order = world::order(self.program, pass);
+        let end = (next + self.batch_size).min(order.len());
+        if next == end || drop_last && end - next < self.batch_size {
+            return None;
+        }
+        self.position.next = end;
+        Some(order[next..end].to_vec())
+    }
+
+    fn batches_of_a_pass(&self) -> Option<u64> {
+        let samples = self.program.samples;
+        let batches = match &self.program.data {
+            Data::Loader { drop_last: true, .. } => samples / self.batch_size,
+            Data::Loader { drop_last: false, .. } => samples.div_ceil(self.batch_size),
+            Data::Batches(sizes) => sizes.len(),
+            Data::Restartable(_) => return None,
+        };
+        Some(batches as u64)
+    }
+
     /// Whether batch `number` of an epoch, from 1, is the first and the last of its window.
-    fn window(&self, number: u64, epoch_length: Option<u64>) -> (bool, bool) {
+    fn window(&self, number: u64) -> (bool, bool) {
         let size = self.program.accumulate;
-        let last = number.is_multiple_of(size) || Some(number) == epoch_length;
+        let last = number.is_multiple_of(size) || Some(number) == self.epoch_length;
         ((number - 1).is_multiple_of(size), last)
     }
 
@@ -297,6 +359,9 @@ impl<'p> Reference<'p> {
         let (x, y) = (self.select(&self.x, batch), self.select(&self.y, batch));
         let prediction = world::forward(self.program.model, &self.tensors, &x);
         let mut loss = prediction.mse_loss(&y, Reduction::Mean);
+        if self.program.noise {
+            loss = loss * world::noise();
+        }
         if world::overflows(self.program, self.iteration) {
             loss = loss * f64::INFINITY;
         }
@@ -491,6 +556,13 @@ impl<'p> Reference<'p> {
                 self.next_value(index);
             }
         }
+        if let Some(sizes) = &program.batch_sizes
+            && at == At::EpochStarted
+        {
+            self.batch_size = sizes.value(self.changes_of_batch_size).round() as usize;
+            self.changes_of_batch_size += 1;
+            self.epoch_length = self.batches_of_a_pass();
+        }
         if let Some(ema) = program.ema
             && passes(ema.on.unwrap_or(When::each(At::OptimizerStepped)))
         {
@@ -515,6 +587,11 @@ impl<'p> Reference<'p> {
         if let Some(evaluation) = program.evaluation
             && passes(evaluation.on)
         {
+            self.error = f64::NAN;
+            if self.breaks(Place::Evaluation) == Wrong {
+                (self.terminate, self.end_of_epoch) = (false, false);
+                return Wrong;
+            }
             self.error = self.evaluate(evaluation.averages);
         }
         if let Some(plateau) = program.plateau
@@ -535,8 +612,8 @@ impl<'p> Reference<'p> {
             }
         }
         if self.breaks(Place::In(at)) == Wrong {
-            // A request to stop goes with the error.
-            self.terminate = false;
+            // What was asked for goes with the error.
+            (self.terminate, self.end_of_epoch) = (false, false);
             return Wrong;
         }
         if world::RECORDED.contains(&at) {
@@ -582,7 +659,7 @@ impl<'p> Reference<'p> {
         let event = self.events_of_schedules[index];
         self.events_of_schedules[index] += 1;
         let schedule = &self.program.schedules[index];
-        let value = schedule.value(event);
+        let value = schedule.shape.value(event);
         match schedule.knob {
             Driven::Lr => self.lr = [value; 2],
             Driven::LrOf(0) if self.program.lr_of_biases.is_none() => self.lr = [value; 2],
@@ -642,7 +719,10 @@ impl<'p> Reference<'p> {
                 && planted.is_due(place, self.epoch, self.iteration)
                 && !std::mem::replace(happened, true)
             {
-                return Wrong;
+                match planted.how {
+                    How::EndOfEpoch => self.end_of_epoch = true,
+                    _ => return Wrong,
+                }
             }
         }
         Well
@@ -652,6 +732,17 @@ impl<'p> Reference<'p> {
 fn set(tensor: &Tensor, values: &[f64]) {
     let _guard = tch::no_grad_guard();
     tensor.shallow_clone().copy_(&Tensor::from_slice(values).view_as(tensor));
+}
+
+/// Makes all values larger by a share.
+fn shake(tensors: &[Tensor], share: f64) {
+    for (index, tensor) in tensors.iter().enumerate() {
+        if tensors[..index].iter().all(|other| other.data_ptr() != tensor.data_ptr()) {
+            let values: Vec<_> =
+                numbers([tensor]).iter().map(|value| value * (1. + share)).collect();
+            set(tensor, &values);
+        }
+    }
 }
 
 fn average(averages: &mut [Vec<f64>], tensors: &[Tensor], new: impl Fn(f64, f64) -> f64) {

@@ -63,26 +63,22 @@ pub fn is_bias(name: &str) -> bool {
     name.ends_with("bias")
 }
 
-/// The samples of each batch of a pass.
-pub fn batches(program: &Program, pass: u64) -> Vec<Vec<i64>> {
-    let count = program.samples;
+/// The samples of a pass of a loader, in order.
+pub fn order(program: &Program, pass: u64) -> Vec<i64> {
     match &program.data {
-        Data::Loader { batch, shuffle, drop_last } => {
-            let order = match shuffle {
-                Some(seed) => permutation(count, *seed, pass),
-                None => (0..count as i64).collect(),
-            };
-            let whole = |samples: &&[i64]| !drop_last || samples.len() == *batch;
-            order.chunks(*batch).filter(whole).map(<[i64]>::to_vec).collect()
-        }
-        Data::Batches(sizes) | Data::Restartable(sizes) => {
-            let mut next = 0..;
-            let mut take = |size: &usize| {
-                next.by_ref().take(*size).map(|index| index % count as i64).collect()
-            };
-            sizes.iter().map(&mut take).collect()
-        }
+        Data::Loader { shuffle: Some(seed), .. } => permutation(program.samples, *seed, pass),
+        _ => (0..program.samples as i64).collect(),
     }
+}
+
+/// The samples of each batch, where batches are listed.
+pub fn listed(program: &Program) -> Vec<Vec<i64>> {
+    let (Data::Batches(sizes) | Data::Restartable(sizes)) = &program.data else { return vec![] };
+    let mut next = 0..;
+    let mut take = |size: &usize| {
+        next.by_ref().take(*size).map(|index| index % program.samples as i64).collect()
+    };
+    sizes.iter().map(&mut take).collect()
 }
 
 impl Break {
@@ -94,6 +90,11 @@ impl Break {
         };
         self.place == place && self.number == number
     }
+}
+
+/// A random factor.
+pub fn noise() -> Tensor {
+    Tensor::rand([], (Kind::Double, Device::Cpu)) + 0.5
 }
 
 /// Whether the loss of this iteration is infinite.
