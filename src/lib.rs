@@ -95,6 +95,7 @@ pub mod optim;
 mod parallel;
 pub mod schedule;
 pub mod supervised;
+mod variables;
 
 pub use accumulate::{Accumulation, Window};
 pub use error::{Error, Panicked, Result};

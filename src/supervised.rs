@@ -305,6 +305,7 @@ pub fn create_supervised_trainer<'a, N: ModuleT + 'a>() -> Trainer<'a, Supervise
         Ok(loss)
     });
     trainer.track_context().track_output();
+    trainer.context_has_no_model();
     // Its own name, registered once: this cannot fail, and if it did, firing would say so.
     let _ = trainer.register_events([OPTIMIZER_STEPPED]);
     trainer.on(Event::EpochCompleted, |cx: &mut Supervised<N>, engine| {

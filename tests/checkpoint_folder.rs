@@ -1,6 +1,8 @@
 //! What a folder of checkpoints holds, whatever happened to it: kills between two steps of a write, full
 //! disks, several handlers, other programs' files.
 
+mod common;
+
 use std::cell::RefCell;
 use std::path::Path;
 use std::process::Command;
@@ -473,9 +475,9 @@ fn an_error_in_the_background_does_not_keep_the_emergency_checkpoint() -> Result
 fn in_namespace(test: &str, script: &str) -> bool {
     let allowed = Command::new("unshare").args(["-rm", "true"]).output();
     if !allowed.is_ok_and(|output| output.status.success()) {
-        eprintln!(
-            "SKIPPED: {test}: no namespaces here (unshare -rm), so no disk that is full or read-only"
-        );
+        common::skipped(format!(
+            "{test}: no namespaces here (unshare -rm), so no disk that is full or read-only"
+        ));
         return false;
     }
     let folder = tempfile::tempdir().unwrap();

@@ -11,10 +11,12 @@
 //! [`Checkpoint`](super::Checkpoint) that wrote it) and `crc32c`: the CRC-32C of header and tensors, with
 //! zeros in its own place. Files of weights alone have no version, state and time.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +26,7 @@ use tch::{Device, Kind, Tensor};
 use super::header::{Entry, TYPES, check_values, parsed};
 use super::{StateDict, strides};
 use crate::bridge::{bytes, bytes_mut};
+use crate::handlers::files::open_file;
 
 /// The version that is written; what is read may not be newer.
 const VERSION: u32 = 1;
@@ -245,6 +248,12 @@ fn crc_place(header: &[u8]) -> Option<usize> {
     header.windows(KEY.len()).position(|window| window == KEY).map(|place| place + KEY.len())
 }
 
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} of shape {:?}", self.kind, self.shape)
+    }
+}
+
 /// What a file holds, before its tensors are read.
 pub(super) struct Contents {
     file: File,
@@ -271,12 +280,8 @@ impl Contents {
     /// Reads and checks the header. Takes no more memory than a small multiple of it, and it is no
     /// longer than the file.
     pub(super) fn open(path: &Path) -> Result<Self, String> {
-        // Before it is opened: a pipe would be waited for.
-        let length = match fs::metadata(path).map_err(|error| error.to_string())? {
-            metadata if metadata.is_file() => metadata.len(),
-            _ => return Err("it is no file".into()),
-        };
-        let mut file = File::open(path).map_err(|error| error.to_string())?;
+        let mut file = open_file(path).map_err(|error| error.to_string())?;
+        let length = file.metadata().map_err(|error| error.to_string())?.len();
         let mut prefix = [0; 8];
         file.read_exact(&mut prefix).map_err(|_| "the file is too short".to_owned())?;
         let (header_length, rest) = (u64::from_le_bytes(prefix), length.saturating_sub(8));
@@ -346,9 +351,35 @@ impl Contents {
     /// Reads all tensors: into `places`, by their names in the file, where these are dense CPU tensors
     /// of the same type and shape, else into new ones. On error those places hold garbage.
     pub(super) fn read(self, places: &mut BTreeMap<String, Tensor>) -> Result<StateDict, String> {
+        let mut tensors = self.tensors(|_| true, places)?;
+        let Some(tree) = &self.tree else {
+            return Ok(StateDict { tensors, ..StateDict::default() });
+        };
+        let state = assembled(tree, "", &mut tensors)?;
+        match tensors.keys().next() {
+            Some(name) => Err(format!("tensor '{name}' belongs to no part")),
+            None => Ok(state),
+        }
+    }
+
+    /// Reads one part alone, in the memory of its tensors; `None` where there is none of that name.
+    pub(super) fn read_part(self, name: &str) -> Result<Option<StateDict>, String> {
+        let Some(part) = self.part(name) else { return Ok(None) };
+        let mut wanted = BTreeSet::new();
+        names_in_file(part, name, &mut wanted);
+        let mut tensors = self.tensors(|name| wanted.contains(name), &mut BTreeMap::new())?;
+        assembled(part, name, &mut tensors).map(Some)
+    }
+
+    /// Reads the tensors of these names in the file, as [`read`](Self::read) does, and hashes the others.
+    pub(super) fn tensors(
+        &self,
+        wanted: impl Fn(&str) -> bool,
+        places: &mut BTreeMap<String, Tensor>,
+    ) -> Result<BTreeMap<String, Tensor>, String> {
         let mut taken = Ranges::default();
         let mut tensors = BTreeMap::new();
-        for entry in &self.entries {
+        for entry in self.entries.iter().filter(|entry| wanted(&entry.name)) {
             let place = places.remove(&entry.name).filter(|place| {
                 place.device() == Device::Cpu
                     && !place.is_sparse()
@@ -365,51 +396,68 @@ impl Contents {
             tensors.insert(entry.name.clone(), tensor);
         }
         self.fill(&mut tensors)?;
-        let Some(tree) = &self.tree else {
-            return Ok(StateDict { tensors, ..StateDict::default() });
-        };
-        let state = assembled(tree, "", &mut tensors)?;
-        match tensors.keys().next() {
-            Some(name) => Err(format!("tensor '{name}' belongs to no part")),
-            None => Ok(state),
-        }
+        Ok(tensors)
     }
 
-    /// Reads and hashes, in a few threads: hashing would take half as long again as reading.
+    /// Reads and hashes, in a few threads: hashing would take half as long again as reading. Where no thread
+    /// can be started, this one does it all.
     fn fill(&self, tensors: &mut BTreeMap<String, Tensor>) -> Result<(), String> {
         let begin = self.length - self.data;
-        let places: BTreeMap<&str, u64> =
-            self.entries.iter().map(|entry| (entry.name.as_str(), entry.from)).collect();
+        let mut places: BTreeMap<&str, &mut Tensor> =
+            tensors.iter_mut().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let mut pieces = vec![];
-        for (name, tensor) in tensors {
-            let is_bool = tensor.kind() == Kind::Bool;
-            let mut offset = begin + places.get(name.as_str()).copied().unwrap_or(0);
-            let bytes = bytes_mut(tensor).map_err(|error| format!("tensor '{name}': {error}"))?;
-            for bytes in bytes.chunks_mut(PIECE) {
-                let len = bytes.len() as u64;
-                pieces.push(Piece { name, is_bool, offset, bytes });
-                offset += len;
+        let mut ends = self.entries.iter().skip(1).map(|entry| entry.from);
+        for entry in &self.entries {
+            let (name, is_bool) = (entry.name.as_str(), entry.kind == Kind::Bool);
+            let end = ends.next().unwrap_or(self.data);
+            let mut offset = begin + entry.from;
+            match places.remove(name) {
+                Some(tensor) => {
+                    let bytes =
+                        bytes_mut(tensor).map_err(|error| format!("tensor '{name}': {error}"))?;
+                    for bytes in bytes.chunks_mut(PIECE) {
+                        let len = bytes.len();
+                        pieces.push(Piece { name, is_bool, offset, len, bytes: Some(bytes) });
+                        offset += len as u64;
+                    }
+                }
+                None => {
+                    while offset < begin + end {
+                        let len = (begin + end - offset).min(PIECE as u64) as usize;
+                        pieces.push(Piece { name, is_bool: false, offset, len, bytes: None });
+                        offset += len as u64;
+                    }
+                }
             }
         }
-        pieces.sort_by_key(|piece| piece.offset);
         let threads =
             std::thread::available_parallelism().map_or(1, |threads| threads.get().min(4));
-        let share = pieces.len().div_ceil(threads).max(1);
-        let hashed: Vec<_> = std::thread::scope(|scope| {
-            let read = |pieces: &mut [Piece<'_>]| -> Result<Vec<(u32, usize)>, String> {
-                pieces.iter_mut().map(|piece| piece.read(&self.file)).collect()
-            };
-            let threads: Vec<_> =
-                pieces.chunks_mut(share).map(|pieces| scope.spawn(move || read(pieces))).collect();
-            let panicked = |_| Err("a thread that reads panicked".to_owned());
-            threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
-        });
-        let mut crc = self.crc.0;
-        for part in hashed {
-            for (hash, len) in part? {
-                crc = crc32c::crc32c_combine(crc, hash, len);
+        let share = pieces.len().div_ceil(threads * 8).max(1);
+        let (file, shares) = (&self.file, Mutex::new(pieces.chunks_mut(share)));
+        let read = || -> Result<Vec<(u64, u32, usize)>, String> {
+            let (mut hashed, mut unwanted) = (vec![], vec![]);
+            loop {
+                let share = shares.lock().unwrap_or_else(PoisonError::into_inner).next();
+                let Some(pieces) = share else { return Ok(hashed) };
+                for piece in pieces {
+                    hashed.push((piece.offset, piece.read(file, &mut unwanted)?, piece.len));
+                }
             }
-        }
+        };
+        let hashed: Vec<_> = std::thread::scope(|scope| {
+            let helpers: Vec<_> = (1..threads)
+                .map_while(|_| std::thread::Builder::new().spawn_scoped(scope, read).ok())
+                .collect();
+            let panicked = |_| Err("a thread that reads panicked".to_owned());
+            let mut hashed = vec![read()];
+            hashed.extend(helpers.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)));
+            hashed
+        });
+        let mut hashed = hashed.into_iter().collect::<Result<Vec<_>, _>>()?.concat();
+        hashed.sort_unstable();
+        let crc = hashed
+            .into_iter()
+            .fold(self.crc.0, |crc, (_, hash, len)| crc32c::crc32c_combine(crc, hash, len));
         self.check(crc)
     }
 
@@ -441,15 +489,25 @@ struct Piece<'t> {
     name: &'t str,
     is_bool: bool,
     offset: u64,
-    bytes: &'t mut [u8],
+    len: usize,
+    /// `None` where the tensor is only hashed.
+    bytes: Option<&'t mut [u8]>,
 }
 
 impl Piece<'_> {
-    /// Its hash and length.
-    fn read(&mut self, file: &File) -> Result<(u32, usize), String> {
-        let mut crc = 0;
-        for (index, chunk) in self.bytes.chunks_mut(CHUNK).enumerate() {
-            read_at(file, chunk, self.offset + (index * CHUNK) as u64)
+    /// Its hash. Bytes that are not wanted go into a buffer of a chunk.
+    fn read(&mut self, file: &File, unwanted: &mut Vec<u8>) -> Result<u32, String> {
+        let (mut crc, mut done) = (0, 0);
+        while done < self.len {
+            let end = self.len.min(done + CHUNK);
+            let chunk = match &mut self.bytes {
+                Some(bytes) => &mut bytes[done..end],
+                None => {
+                    unwanted.resize(CHUNK, 0);
+                    &mut unwanted[..end - done]
+                }
+            };
+            read_at(file, chunk, self.offset + done as u64)
                 .map_err(|error| format!("tensor '{}': {error}", self.name))?;
             crc = crc32c::crc32c_append(crc, chunk);
             if self.is_bool && chunk.iter().any(|byte| *byte > 1) {
@@ -459,8 +517,9 @@ impl Piece<'_> {
                     self.name
                 ));
             }
+            done = end;
         }
-        Ok((crc, self.bytes.len()))
+        Ok(crc)
     }
 }
 
@@ -497,6 +556,14 @@ impl Ranges {
             self.0.insert(start, end);
         }
         free
+    }
+}
+
+/// The names in the file of all tensors of a part.
+fn names_in_file(tree: &Tree, prefix: &str, names: &mut BTreeSet<String>) {
+    names.extend(tree.tensors.iter().map(|name| tree.name_in_file(prefix, name)));
+    for (name, part) in &tree.parts {
+        names_in_file(part, &joined(prefix, name), names);
     }
 }
 

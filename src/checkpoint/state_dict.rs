@@ -182,6 +182,15 @@ pub trait Stateful {
     /// What is missing or does not fit, by name.
     fn load_state_dict(&mut self, state: StateDict) -> Result<()>;
 
+    /// Goes to as much of a saved state as fits, and says what did not, a line for each: where a run is
+    /// resumed without `strict`. Unless told otherwise all of it has to fit.
+    ///
+    /// # Errors
+    /// Nothing of it fits; nothing is changed then.
+    fn load_state_dict_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.load_state_dict(state).map(|()| vec![])
+    }
+
     /// What the program chose, as far as a change of it should be told when a run is resumed.
     fn settings(&self) -> Map<String, Value> {
         Map::new()

@@ -8,8 +8,9 @@ use tch::nn::{VarStore, Variables};
 
 use super::process_group::Turn;
 use super::{Outputs, ProcessGroup, ReduceOp};
-use crate::bridge::{Reducer, ReducerOptions, TensorId};
+use crate::bridge::{Reducer, ReducerOptions};
 use crate::optim;
+use crate::variables::{self, Variable};
 use crate::{Error, Result};
 
 /// How gradients travel between ranks.
@@ -162,6 +163,8 @@ struct Shared {
     // After the reducer, which uses it.
     pg: ProcessGroup,
     variables: Arc<Mutex<Variables>>,
+    /// How many parameters the store listed when this was made.
+    listed: usize,
     parameters: usize,
     /// How many `NoSync` there are.
     no_sync: AtomicUsize,
@@ -201,6 +204,7 @@ impl DistributedDataParallel {
         let shared = Shared {
             reducer,
             pg: pg.clone(),
+            listed: listed(&variables),
             variables,
             parameters: parameters.len(),
             no_sync: AtomicUsize::new(0),
@@ -220,15 +224,12 @@ impl DistributedDataParallel {
     /// A parameter had no gradient in the backward before (see [`DdpOptions::find_unused_parameters`]); variables were
     /// added to the store; [`Error::Distributed`].
     pub fn forward<R: Outputs>(&self, forward: impl FnOnce() -> R) -> Result<R> {
-        let Shared { reducer, variables, parameters, .. } = &*self.shared;
+        let Shared { reducer, variables, listed: then, .. } = &*self.shared;
         let Some(reducer) = reducer else { return Ok(forward()) };
-        let now = {
-            let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
-            variables.trainable_variables.len()
-        };
-        if now != *parameters {
+        let now = listed(variables);
+        if now != *then {
             return Err(Error::invalid(format!(
-                "the store had {parameters} parameters when DistributedDataParallel was made and has {now} now; make it after the whole model"
+                "the store listed {then} parameters when DistributedDataParallel was made and lists {now} now; make it after the whole model"
             )));
         }
         let sync = self.syncs();
@@ -340,22 +341,19 @@ impl Drop for NoSync {
 
 type Named = Vec<(String, Tensor)>;
 
-/// Parameters in the order in which they were made, which is the same on all ranks, and buffers by name, because the
-/// store has no order for them.
-fn named(variables: &Mutex<Variables>) -> (Named, Named) {
-    let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut names: HashMap<_, _> = (variables.named_variables.iter())
-        .map(|(name, tensor)| (TensorId::of(tensor), (name.clone(), tensor.shallow_clone())))
-        .collect();
-    let parameters = variables.trainable_variables.iter().map(|variable| {
-        let tensor = variable.tensor.shallow_clone();
-        let name = names.remove(&TensorId::of(&tensor)).map_or_else(String::new, |(name, _)| name);
-        (name, tensor)
-    });
-    let parameters: Vec<_> = parameters.collect();
-    let mut buffers: Vec<_> = names.into_values().collect();
-    buffers.sort_by(|(a, _), (b, _)| a.cmp(b));
-    (parameters, buffers)
+fn listed(store: &Mutex<Variables>) -> usize {
+    store.lock().unwrap_or_else(PoisonError::into_inner).trainable_variables.len()
+}
+
+/// Parameters in the order in which they were made, which is the same on all ranks, and buffers by name. A tensor with
+/// several names is there once.
+fn named(store: &Mutex<Variables>) -> (Named, Named) {
+    let all = variables::variables(store).into_iter();
+    let (parameters, buffers): (Vec<_>, Vec<_>) = all.partition(|variable| variable.trainable);
+    let named = |variables: Vec<Variable>| {
+        variables.into_iter().map(|variable| (variable.name, variable.tensor)).collect()
+    };
+    (named(parameters), named(buffers))
 }
 
 /// Compares models and options of all ranks with rank 0's.

@@ -3,8 +3,9 @@ use std::collections::HashSet;
 use std::rc::Rc;
 
 use super::event::{BUILT_IN, FilteredEvent};
-use super::{Engine, Event, Events, Ranks};
+use super::{Engine, Event, Events, Log, Ranks};
 use crate::checkpoint::StateDict;
+use crate::optim::Knob;
 use crate::{Error, Result};
 
 /// Something with state that is called at events: what the built-in handlers are, and what your own
@@ -21,6 +22,11 @@ pub trait Handler<C, B, O> {
         Ok(())
     }
 
+    /// The knobs whose values it sets, whatever they were: a second handler that sets one of them is refused.
+    fn drives(&self) -> Vec<Knob> {
+        vec![]
+    }
+
     /// Its place among the handlers of an event; those of one place are called as they were attached.
     fn priority(&self) -> Priority {
         Priority::Normal
@@ -29,6 +35,14 @@ pub trait Handler<C, B, O> {
     /// Which processes call it, where there are several.
     fn ranks(&self) -> Ranks {
         Ranks::All
+    }
+
+    /// Whether a trial run calls it, such as that of [`LrFinder`](crate::handlers::LrFinder), which leaves no
+    /// trace. Unless told otherwise it does where all processes call it ([`Ranks::All`]): a handler of the
+    /// main one alone writes, draws or sends. Its state is put back afterwards, as far as
+    /// [`save_state`](Self::save_state) has it.
+    fn runs_in_trials(&self) -> bool {
+        self.ranks() == Ranks::All
     }
 
     /// What it needs to go on in another process; `None` where that is nothing.
@@ -40,6 +54,27 @@ pub trait Handler<C, B, O> {
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         let _ = state;
         Err(Error::State(format!("handler '{}' keeps no state", self.name())))
+    }
+
+    /// Goes to as much as possible of what [`save_state`](Self::save_state) gave, and says what is different
+    /// now, a line for each: where a run is resumed without `strict`. Unless told otherwise all of it has to
+    /// fit.
+    ///
+    /// # Errors
+    /// Nothing of it fits.
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.load_state(state).map(|()| vec![])
+    }
+
+    /// What no other handler of the engine may have, such as `"metric 'loss'"`: each would write over the
+    /// other's values.
+    fn unique_names(&self) -> Vec<String> {
+        vec![]
+    }
+
+    /// The logs that it writes to, which go back with the engine when a run is resumed.
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![]
     }
 
     /// Called at each of its events.
@@ -58,13 +93,16 @@ pub enum Priority {
     First,
     /// In the order of registration: closures, and handlers that do not say otherwise.
     Normal,
-    /// After all others: what reads or saves what they did.
+    /// After all others: what reads what they did.
     Last,
+    /// After those too: what saves what they did. A checkpoint has no place between two handlers of an event.
+    Save,
 }
 
-pub(super) const PRIORITIES: usize = 3;
+pub(super) const PRIORITIES: usize = 4;
 
 /// A handler that you keep a hold of: attach a clone and read the other.
+#[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
     fn name(&self) -> String {
         self.try_borrow().map_or_else(|_| "a handler that is borrowed".into(), |h| h.name())
@@ -79,12 +117,20 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
         self.try_borrow().map_or(Ok(()), |h| h.validate())
     }
 
+    fn drives(&self) -> Vec<Knob> {
+        self.try_borrow().map_or(vec![], |h| h.drives())
+    }
+
     fn priority(&self) -> Priority {
         self.try_borrow().map_or(Priority::Normal, |h| h.priority())
     }
 
     fn ranks(&self) -> Ranks {
         self.try_borrow().map_or(Ranks::All, |h| h.ranks())
+    }
+
+    fn runs_in_trials(&self) -> bool {
+        self.try_borrow().map_or(true, |h| h.runs_in_trials())
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -99,6 +145,21 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
         handler
             .map_err(|_| Error::State("a handler that is running has no state".into()))?
             .load_state(state)
+    }
+
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        let handler = self.try_borrow_mut();
+        handler
+            .map_err(|_| Error::State("a handler that is running has no state".into()))?
+            .load_state_partially(state)
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        self.try_borrow().map_or(vec![], |h| h.unique_names())
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        self.try_borrow().map_or_else(|_| vec![], |h| h.logs())
     }
 
     fn call(
@@ -130,6 +191,7 @@ struct Slot<'a, C, B, O> {
     callable: Option<Callable<'a, C, B, O>>,
     /// The name it gave itself, and whether it had a state then; unless it is a closure.
     object: Option<(String, bool)>,
+    unique_names: Vec<String>,
     /// The number of the removal that removed it.
     removed: Option<u64>,
 }
@@ -167,12 +229,15 @@ pub(super) struct Handlers<'a, C, B, O> {
     purged: u64,
     /// Firings under way.
     depth: u32,
+    /// A trial run is under way, after which removed handlers are there again.
+    held: bool,
 }
 
 impl<'a, C, B, O> Handlers<'a, C, B, O> {
     pub(super) fn new() -> Self {
         let lists = (0..BUILT_IN).map(|_| Default::default()).collect();
-        Self { slots: vec![], lists, custom: vec![], next_id: 0, removals: 0, purged: 0, depth: 0 }
+        let (next_id, removals, purged, depth, held) = (0, 0, 0, 0, false);
+        Self { slots: vec![], lists, custom: vec![], next_id, removals, purged, depth, held }
     }
 
     pub(super) fn register(&mut self, event: Event) -> Result<()> {
@@ -200,6 +265,16 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         }
     }
 
+    /// The event itself, or the one in its place for engines without it.
+    fn known<'e>(&self, mut event: &'e FilteredEvent) -> &'e FilteredEvent {
+        while let Some(other) = &event.or
+            && self.index(event.event).is_err()
+        {
+            event = other;
+        }
+        event
+    }
+
     pub(super) fn add(
         &mut self,
         events: &Events,
@@ -210,9 +285,24 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             return Err(Error::invalid(format!("handler {name} names no event to be called at")));
         }
         let mut indices = Vec::with_capacity(events.0.len());
-        for event in &events.0 {
+        let events: Vec<_> = events.0.iter().map(|event| self.known(event)).collect();
+        for event in &events {
             event.validate()?;
             indices.push(self.index(event.event)?);
+        }
+        let unique_names = match &callable {
+            Callable::Closure(_) => vec![],
+            Callable::Object(handler) => handler.unique_names(),
+        };
+        let living = self.slots.iter().filter(|slot| slot.removed.is_none());
+        let taken = living.flat_map(|slot| &slot.unique_names);
+        if let Some(taken) = { taken }.find(|taken| unique_names.contains(taken)) {
+            return Err(Error::invalid(format!(
+                "there is a {taken} already: give one of them another name"
+            )));
+        }
+        if let Callable::Object(handler) = &callable {
+            self.check_knobs(&handler.name(), &handler.drives())?;
         }
         let id = HandlerId(self.next_id);
         self.next_id += 1;
@@ -221,7 +311,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             Callable::Closure(_) => Priority::Normal,
             Callable::Object(handler) => handler.priority(),
         };
-        for (index, event) in indices.into_iter().zip(&events.0) {
+        for (index, event) in indices.into_iter().zip(events) {
             let filter = (!event.always()).then(|| event.clone());
             self.lists[index.0][priority as usize].push(Entry { slot, filter });
         }
@@ -229,8 +319,28 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             Callable::Closure(_) => None,
             Callable::Object(handler) => Some((handler.name(), handler.save_state()?.is_some())),
         };
-        self.slots.push(Slot { id, name, callable: Some(callable), object, removed: None });
+        let callable = Some(callable);
+        self.slots.push(Slot { id, name, callable, object, unique_names, removed: None });
         Ok(id)
+    }
+
+    /// Refuses a handler that sets a knob which another one sets.
+    fn check_knobs(&self, name: &str, knobs: &[Knob]) -> Result<()> {
+        if knobs.is_empty() {
+            return Ok(());
+        }
+        for slot in self.slots.iter().filter(|slot| slot.removed.is_none()) {
+            let (Some(Callable::Object(other)), Some((others, _))) = (&slot.callable, &slot.object)
+            else {
+                continue;
+            };
+            let driven = other.drives();
+            let twice = knobs.iter().find(|knob| driven.iter().any(|other| other.overlaps(knob)));
+            if let Some(knob) = twice {
+                return Err(knob.driven_twice(others, name));
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn remove(&mut self, id: HandlerId) -> Result<()> {
@@ -250,7 +360,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
     /// Removed handlers stay until no firing is under way: those that have begun still call them.
     fn purge(&mut self) {
-        if self.depth > 0 || self.purged == self.removals {
+        if self.depth > 0 || self.held || self.purged == self.removals {
             return;
         }
         self.purged = self.removals;
@@ -275,6 +385,26 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             });
         }
         self.slots.retain(|slot| slot.removed.is_none());
+    }
+
+    /// Keeps handlers that are removed from now on, until [`release`](Self::release) gets what this returns.
+    pub(super) fn hold(&mut self) -> (u64, u64) {
+        self.held = true;
+        (self.next_id, self.removals)
+    }
+
+    /// Goes back to the handlers that there were: without those added since, with those removed since.
+    pub(super) fn release(&mut self, (next_id, removals): (u64, u64)) {
+        self.held = false;
+        self.removals += 1;
+        for slot in &mut self.slots {
+            if slot.id.0 >= next_id {
+                slot.removed = Some(self.removals);
+            } else if slot.removed.is_some_and(|removal| removal > removals) {
+                slot.removed = None;
+            }
+        }
+        self.purge();
     }
 
     #[inline]
@@ -368,7 +498,35 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         objects
     }
 
-    /// The same, to be changed; without those that are running.
+    /// The name, as [`objects`](Self::objects) gives it, of the object at a place in the lists of an event.
+    pub(super) fn object_at(
+        &self,
+        index: EventIndex,
+        (priority, position): (usize, usize),
+    ) -> Option<String> {
+        let slot = self.lists[index.0][priority].get(position)?.slot;
+        self.object_names().find_map(|(at, name)| (at == slot).then_some(name))
+    }
+
+    /// The place in the lists of an event of the object of that name.
+    pub(super) fn place_of(&self, index: EventIndex, name: &str) -> Option<(usize, usize)> {
+        let (slot, _) = self.object_names().find(|(_, known)| known == name)?;
+        self.lists[index.0].iter().enumerate().find_map(|(priority, list)| {
+            Some((priority, list.iter().position(|entry| entry.slot == slot)?))
+        })
+    }
+
+    /// The slots of all objects, with their names.
+    fn object_names(&self) -> impl Iterator<Item = (usize, String)> {
+        let mut names = Names::default();
+        let slots = self.slots.iter().enumerate().filter(|(_, slot)| slot.removed.is_none());
+        slots.filter_map(move |(at, slot)| {
+            let (name, _) = slot.object.as_ref()?;
+            Some((at, names.distinct(name)))
+        })
+    }
+
+    /// All objects, to be changed; without those that are running.
     pub(super) fn objects_mut(
         &mut self,
     ) -> impl Iterator<Item = (String, &mut (dyn Handler<C, B, O> + 'a))> {
@@ -404,10 +562,10 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
 /// Names as they come, the second of a kind with a number.
 #[derive(Default)]
-struct Names(HashSet<String>);
+pub(super) struct Names(HashSet<String>);
 
 impl Names {
-    fn distinct(&mut self, name: &str) -> String {
+    pub(super) fn distinct(&mut self, name: &str) -> String {
         let mut distinct = name.to_owned();
         let mut number = 1;
         while !self.0.insert(distinct.clone()) {

@@ -3,6 +3,7 @@
 mod aside;
 mod event;
 mod handler;
+mod log;
 mod profile;
 mod run;
 mod saved;
@@ -18,8 +19,9 @@ use std::time::Instant;
 
 use serde_json::{Map, Value};
 
-pub use event::{Event, Events, FilteredEvent};
+pub use event::{Event, Events, FilteredEvent, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 pub use handler::{Handler, HandlerId, Priority};
+pub use log::Log;
 pub use profile::{Profile, ProfileRow};
 pub(crate) use saved::HANDLERS;
 pub use saved::Restored;
@@ -147,6 +149,8 @@ struct Control {
     skip_epoch_completed: bool,
     interrupt: bool,
     skip_batch: bool,
+    /// A handler is to be called again when the suspended run goes on.
+    repeat: bool,
 }
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
@@ -299,6 +303,17 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn fire_index(&mut self, event: Event, index: EventIndex, cx: &mut C) -> Result<()> {
+        self.fire_from(event, index, (0, 0), cx)
+    }
+
+    /// Calls the handlers of an event from this place on: its priority, and its place in the list of that.
+    fn fire_from(
+        &mut self,
+        event: Event,
+        index: EventIndex,
+        (mut priority, mut position): (usize, usize),
+        cx: &mut C,
+    ) -> Result<()> {
         let firings = self.handlers.count_firing(index);
         let number = match event.count() {
             event::Count::Iteration => self.state.iteration,
@@ -308,7 +323,6 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         };
         let begun = self.clock();
         let removals = self.handlers.begin();
-        let (mut priority, mut position) = (0, 0);
         let mut result = Ok(());
         while priority < handler::PRIORITIES {
             let place = (priority, position);
@@ -328,6 +342,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 if event != Event::ExceptionRaised {
                     break;
                 }
+            }
+            if std::mem::take(&mut self.control.repeat) {
+                self.position.again = self.handlers.object_at(index, place);
+                break;
             }
         }
         self.handlers.end();
@@ -350,6 +368,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             Callable::Object(handler) if handler.ranks() == Ranks::Main && !self.is_main() => {
                 Ok(())
             }
+            Callable::Object(handler) if aside::in_trial() && !handler.runs_in_trials() => Ok(()),
             Callable::Object(handler) => handler.call(event, cx, self),
         });
         if let (Some(profile), Some(begun)) = (&self.profile, begun) {
@@ -401,7 +420,6 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.control.interrupt = true;
     }
 
-    #[cfg(feature = "signals")]
     pub(crate) fn interrupt_for_signal(&mut self, signal: i32) {
         self.interrupt();
         self.position.signal = Some(signal);

@@ -104,6 +104,8 @@ pub(super) struct Position {
     completing: bool,
     /// Why it is being interrupted, if for that.
     pub(super) signal: Option<i32>,
+    /// The handler at which the handlers of the last event are to go on.
+    pub(super) again: Option<String>,
     /// The last one that was fired.
     pub(super) event: Event,
     until: Until,
@@ -132,6 +134,7 @@ impl Default for Position {
             limit: false,
             completing: false,
             signal: None,
+            again: None,
             event: Event::Started,
             until: Until::default(),
             deadline: None,
@@ -160,6 +163,7 @@ impl Position {
             restarted: self.restarted,
             exhausted: self.exhausted,
             left_early: self.left_early,
+            again: self.again.clone(),
         }
     }
 
@@ -188,6 +192,8 @@ pub(super) struct SavedPosition {
     restarted: bool,
     exhausted: bool,
     left_early: bool,
+    #[serde(default)]
+    again: Option<String>,
 }
 
 impl SavedPosition {
@@ -226,6 +232,7 @@ impl SavedPosition {
             restarted: self.restarted,
             exhausted: self.exhausted,
             left_early: self.left_early,
+            again: self.again,
             event,
             ..Position::default()
         }
@@ -255,7 +262,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         let start = Instant::now();
         outside_the_step(|| self.prepare(data, until))?;
-        let running = Running::begin();
+        let running = Running::begin(self.position.is_at_start() && self.state.iteration == 0);
         self.running = true;
         let result = outside_the_step(|| self.drive(cx)).map_err(|error| self.fail(error, cx));
         self.running = false;
@@ -291,6 +298,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Whether this engine is, or would be, run within another: as evaluators are.
     pub(crate) fn is_nested(&self) -> bool {
         RUNNING.get() > u32::from(self.running)
+    }
+
+    /// Whether the outermost run of this thread, this one where it is not nested, began at the start.
+    pub(crate) fn began_anew(&self) -> bool {
+        ANEW.get()
     }
 
     /// Iterations begun in this epoch, from 1; those before a run goes on in mid epoch count.
@@ -369,6 +381,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 *position = Position::default();
             }
             Left::Ended => {
+                position.again = None;
                 position.phase = Phase::Started;
                 position.entry = Some(Entry::NextPass);
             }
@@ -485,6 +498,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         loop {
             // Each arm sets the phase to follow before it fires, so that an interrupt goes on there.
             let event = match self.position.phase {
+                // Some handlers of the event were not called when the run was suspended.
+                phase if self.position.again.is_some() && phase != Phase::Completed => {
+                    self.position.event
+                }
                 Phase::Started => {
                     self.position.left_early = false;
                     self.position.phase = Phase::NextEpoch;
@@ -595,9 +612,16 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 Phase::Completed => {
                     if !self.control.skip_completed {
                         self.position.completing = true;
-                        let fired = self.fire(Event::Completed, cx);
+                        let fired = match self.position.again.take() {
+                            Some(handler) => self.fire_again(Event::Completed, &handler, cx),
+                            None => self.fire(Event::Completed, cx),
+                        };
                         self.position.completing = false;
                         fired?;
+                        if self.position.again.is_some() {
+                            self.fire(Event::Interrupt, cx)?;
+                            return Ok(self.suspended());
+                        }
                     }
                     self.position.phase = Phase::Ended;
                     continue;
@@ -612,8 +636,13 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 }
             };
             self.position.event = event;
-            self.join_metrics(event)?;
-            self.fire(event, cx)?;
+            match self.position.again.take() {
+                Some(handler) => self.fire_again(event, &handler, cx)?,
+                None => {
+                    self.join_metrics(event)?;
+                    self.fire(event, cx)?;
+                }
+            }
             if !self.agree(event)? {
                 // What else is asked for waits until the ranks meet.
                 if std::mem::take(&mut self.control.skip_batch) {
@@ -622,9 +651,55 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 continue;
             }
             if self.control.any && self.obey(event, cx)? {
-                self.position.left = Left::Suspended;
-                let signal = self.position.signal.take();
-                return Ok(signal.map_or(Stop::Interrupted, Stop::Signal));
+                return Ok(self.suspended());
+            }
+        }
+    }
+
+    fn suspended(&mut self) -> Stop {
+        self.position.left = Left::Suspended;
+        self.position.signal.take().map_or(Stop::Interrupted, Stop::Signal)
+    }
+
+    /// Whether a handler of this event may be called again when a run that is suspended goes on: at events of the loop
+    /// itself, if the run is not to be left otherwise. The handlers of ranks would not come to the same place.
+    pub(crate) fn may_repeat(&self, event: Event) -> bool {
+        let of_loop = event.built_in().is_some()
+            && !matches!(
+                event,
+                Event::Terminate
+                    | Event::TerminateSingleEpoch
+                    | Event::Interrupt
+                    | Event::ExceptionRaised
+            );
+        let asked = &self.control;
+        of_loop
+            && !self.joins_metrics()
+            && self.step.is_some()
+            && self.handlers.firings_under_way() == 1
+            && !(asked.terminate || asked.terminate_epoch || asked.skip_batch)
+    }
+
+    /// Whether the run is about to be suspended because of a signal.
+    pub(crate) fn is_stopped_by_signal(&self) -> bool {
+        self.control.interrupt && self.position.signal.is_some()
+    }
+
+    /// Called by a handler that [may be repeated](Self::may_repeat), and has asked for an interrupt: the handlers after it
+    /// are not called; when the run goes on it is called again, and then those.
+    pub(crate) fn repeat_from_here(&mut self) {
+        self.control.repeat = true;
+    }
+
+    fn fire_again(&mut self, event: Event, handler: &str, cx: &mut C) -> Result<()> {
+        let index = self.handlers.index(event)?;
+        match self.handlers.place_of(index, handler) {
+            Some(place) => self.fire_from(event, index, place, cx),
+            None => {
+                self.warn(format!(
+                    "the run was stopped at handler '{handler}' of {event}, which is not attached any more: the handlers after it were not called"
+                ));
+                Ok(())
             }
         }
     }
@@ -687,9 +762,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Notes something that looks wrong without being an error, for the summary of the run that is under
-    /// way.
+    /// way. The same text is noted once.
     pub fn warn(&mut self, warning: impl Into<String>) {
-        self.position.warnings.push(warning.into());
+        let warning = warning.into();
+        if !self.position.warnings.contains(&warning) {
+            self.position.warnings.push(warning);
+        }
     }
 
     fn warn_of_missing_data(&mut self) {
@@ -703,10 +781,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let warning = format!(
             "Data iterator can not provide data anymore but required total number of iterations to run is not reached. Current iteration: {iteration} vs Total iterations to run : {total}"
         );
-        // Once, not for each of many empty epochs.
-        if self.position.warnings.last() != Some(&warning) {
-            self.position.warnings.push(warning);
-        }
+        // Noted once, not for each of many empty epochs.
+        self.warn(warning);
     }
 
     /// Does what handlers of `event` asked for; true if the run is to be suspended.
@@ -728,6 +804,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if std::mem::take(&mut self.control.terminate) {
             self.position.phase = Phase::Terminate;
         }
+        self.position.again = None;
         Ok(false)
     }
 
@@ -821,7 +898,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let error = self.exception.take();
         match (error, raised) {
             (Some(error), Ok(())) => error,
-            (Some(error), Err(second)) => with_second(error, second),
+            (Some(error), Err(second)) => error.besides(second),
             (None, Err(error)) => error,
             (None, Ok(())) => Error::invalid("the run failed"),
         }
@@ -856,10 +933,14 @@ struct Running;
 
 thread_local! {
     static RUNNING: Cell<u32> = const { Cell::new(0) };
+    static ANEW: Cell<bool> = const { Cell::new(false) };
 }
 
 impl Running {
-    fn begin() -> Self {
+    fn begin(anew: bool) -> Self {
+        if RUNNING.get() == 0 {
+            ANEW.set(anew);
+        }
         RUNNING.set(RUNNING.get() + 1);
         Self
     }
@@ -877,17 +958,6 @@ fn outside_the_step<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
         let text = crate::panic_message(&*payload);
         Err(Error::invalid(format!("the data source panicked: {text}")))
     })
-}
-
-/// Keeps the first error and tells of the second.
-fn with_second(mut first: Error, second: Error) -> Error {
-    if let Error::Step { source, .. } | Error::Handler { source, .. } | Error::Data { source, .. } =
-        &mut first
-    {
-        let cause = std::mem::replace(source, anyhow::Error::msg(""));
-        *source = cause.context(format!("(besides: {:#})", anyhow::Error::from(second)));
-    }
-    first
 }
 
 fn catch<B>(call: impl FnOnce() -> Option<anyhow::Result<B>>) -> anyhow::Result<Option<B>> {

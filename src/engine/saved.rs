@@ -30,7 +30,10 @@ struct OutputState<O> {
 struct ContextState<C> {
     save: fn(&C) -> Result<StateDict>,
     load: fn(&mut C, StateDict) -> Result<()>,
+    load_partially: fn(&mut C, StateDict) -> Result<Vec<String>>,
     differs_by_rank: fn(&C) -> bool,
+    /// A model may be part of it.
+    has_model: bool,
 }
 
 impl<C, O> Default for Tracked<'_, C, O> {
@@ -48,8 +51,9 @@ const RNG: &str = "rng";
 const CONTEXT: &str = "context";
 const SETTINGS: &str = "settings";
 const OUTPUT: &str = "output";
-const RESERVED: [&str; 9] =
-    [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, OUTPUT, SETTINGS, RANKS];
+const LOGS: &str = "logs";
+const RESERVED: [&str; 10] =
+    [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, OUTPUT, SETTINGS, LOGS, RANKS];
 
 /// Additions cannot overflow.
 const MAX_COUNT: u64 = 1 << 53;
@@ -87,11 +91,16 @@ struct SavedControl {
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct Restored {
+    /// What was restored, by name: tracked parts, the context, handlers, metrics, random numbers, the position.
+    pub parts: Vec<String>,
+    /// What a run may need and this engine's state does not have, because it is not tracked.
+    pub untracked: Vec<&'static str>,
     /// What the state had and the engine has not, or the other way round, or what did not fit; only
     /// where it was not to be strict. The devices whose random numbers go on differently are here too.
     pub ignored: Vec<String>,
     /// Settings of tracked parts that are not what they were, such as the learning rate an optimizer
-    /// was built with. Those of the state are used.
+    /// was built with: those of the state are used. And, only where it was not to be strict, arguments of
+    /// handlers that are not what they were, such as a longer schedule: those of the handler are used.
     pub changed: Vec<String>,
 }
 
@@ -124,9 +133,24 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.tracked.context = Some(ContextState {
             save: C::state_dict,
             load: |cx, state| cx.load_state_dict(state),
+            load_partially: |cx, state| cx.load_state_dict_partially(state),
             differs_by_rank: C::differs_by_rank,
+            has_model: true,
         });
         self
+    }
+
+    /// The tracked context leaves model and optimizer to [`track`](Self::track).
+    pub(crate) fn context_has_no_model(&mut self) {
+        if let Some(context) = &mut self.tracked.context {
+            context.has_model = false;
+        }
+    }
+
+    /// Whether what is trained may be part of this engine's state.
+    pub(crate) fn tracks_a_model(&self) -> bool {
+        let context = self.tracked.context.as_ref();
+        !self.tracked.parts.is_empty() || context.is_some_and(|context| context.has_model)
     }
 
     /// Makes the output of the last step part of this engine's state, so that handlers of events after
@@ -182,6 +206,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             settings.set_value(name, part.settings())?;
         }
         all.set_part(SETTINGS, settings);
+        // Last: what the checkpoint covers is on the disk before it can count.
+        if self.is_main()
+            && let Some(places) = self.commit_logs()?
+        {
+            all.set_part(LOGS, places);
+        }
         Ok(all)
     }
 
@@ -217,12 +247,23 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             self.refused = None;
         }
         let changed = self.changed_settings(&state);
-        let mut report = Report { strict, ignored: vec![] };
+        let mut report = Report { restored: Restored { changed, ..Restored::default() }, strict };
         let result = self.restore_parts(cx, state, &mut report);
         if result.is_err() {
             self.refuse_until_restored();
         }
-        result.map(|()| Restored { ignored: report.ignored, changed })
+        result.map(|()| Restored { untracked: self.untracked(), ..report.restored })
+    }
+
+    fn untracked(&self) -> Vec<&'static str> {
+        let mut untracked = vec![];
+        if !self.tracks_a_model() {
+            untracked.push("any model or optimizer (Engine::track)");
+        }
+        if self.tracked.context.is_none() && size_of::<C>() > 0 {
+            untracked.push("the context (Engine::track_context)");
+        }
+        untracked
     }
 
     /// Because models may hold garbage.
@@ -252,6 +293,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     fn restore_parts(&mut self, cx: &mut C, state: StateDict, report: &mut Report) -> Result<()> {
         let StateDict { mut parts, .. } = state;
         parts.remove(SETTINGS);
+        let places = parts.remove(LOGS).filter(|_| self.is_main());
         let rank = self.rank();
         let mut own = StateDict::new();
         if let Some(mut ranks) = parts.remove(RANKS) {
@@ -266,31 +308,39 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             own.parts.remove(name).or(of_main)
         };
         for (name, tracked) in &mut self.tracked.parts {
-            report.load(name, part(name), |state| tracked.load_state_dict(state))?;
+            report.load(name, part(name), |state, strict| match strict {
+                true => tracked.load_state_dict(state).map(|()| vec![]),
+                false => tracked.load_state_dict_partially(state),
+            })?;
         }
         if let Some(context) = &self.tracked.context {
-            report.load(CONTEXT, part(CONTEXT), |state| (context.load)(cx, state))?;
+            report.load(CONTEXT, part(CONTEXT), |state, strict| match strict {
+                true => (context.load)(cx, state).map(|()| vec![]),
+                false => (context.load_partially)(cx, state),
+            })?;
         }
         self.load_handlers(part(HANDLERS).unwrap_or_default(), report)?;
         if let Some(metrics) = part(METRICS) {
-            report.load(METRICS, Some(metrics), |metrics| self.load_metric_values(metrics))?;
+            report
+                .load_whole(METRICS, Some(metrics), |metrics| self.load_metric_values(metrics))?;
         }
         self.state.output = None;
         if let Some(tracked) = &self.tracked.output
             && let Some(output) = part(OUTPUT)
         {
             let load = |saved| (tracked.load)(saved).map(|output| self.state.output = Some(output));
-            report.load(OUTPUT, Some(output), load)?;
+            report.load_whole(OUTPUT, Some(output), load)?;
         }
         if let Some(history) = part(PARAM_HISTORY) {
-            report.load(PARAM_HISTORY, Some(history), |history| self.load_history(history))?;
+            report
+                .load_whole(PARAM_HISTORY, Some(history), |history| self.load_history(history))?;
         }
         self.leave_metrics_to_main()?;
         let again = random.as_ref().map(StateDict::copy).transpose()?;
         if rank > 0 && random.is_none() {
             let text =
                 format!("no random numbers of rank {rank} were saved: they go on as they are");
-            report.ignored.push(text);
+            report.restored.ignored.push(text);
         } else {
             load_generators(random, report)?;
         }
@@ -298,19 +348,50 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         for name in parts.keys() {
             report.note(format!("the state has a part '{name}', which is not tracked here"))?;
         }
-        report.load(ENGINE, position, |state| self.load_own_state(state))?;
+        report.load_whole(ENGINE, position, |state| self.load_own_state(state))?;
         self.random = again;
+        if let Some(places) = places {
+            // Only now: nothing is taken back for a state that is refused.
+            report.restored.ignored.extend(self.rewind_logs(&places)?);
+        }
         Ok(())
     }
 
     /// Random numbers that were drawn between restoring and running do not count.
     pub(super) fn restore_random_numbers(&mut self) -> Result<()> {
-        match self.random.take() {
-            Some(states) => {
-                load_generators(Some(states), &mut Report { strict: true, ignored: vec![] })
-            }
-            None => Ok(()),
+        self.random.take().map_or(Ok(()), load_generators_strictly)
+    }
+
+    /// Copies of the states of all tracked parts, and of the context where it is tracked.
+    pub(super) fn tracked_copies(&self, cx: &C) -> Result<(Vec<StateDict>, Option<StateDict>)> {
+        let part = |(name, part): &(String, Box<dyn Stateful + 'a>)| {
+            part.state_dict().and_then(|state| state.copy()).map_err(|error| of_part(name, error))
+        };
+        let parts = self.tracked.parts.iter().map(part).collect::<Result<_>>()?;
+        let context = self.tracked.context.as_ref().map(|context| {
+            let state = (context.save)(cx).and_then(|state| state.copy());
+            state.map_err(|error| of_part(CONTEXT, error))
+        });
+        Ok((parts, context.transpose()?))
+    }
+
+    /// Puts back all it can before it tells of an error.
+    pub(super) fn load_tracked_copies(
+        &mut self,
+        cx: &mut C,
+        parts: Vec<StateDict>,
+        context: Option<StateDict>,
+    ) -> Result<()> {
+        let mut result = Ok(());
+        for ((name, part), state) in self.tracked.parts.iter_mut().zip(parts) {
+            let loaded = part.load_state_dict(state).map_err(|error| of_part(name, error));
+            result = result.and(loaded);
         }
+        if let Some((tracked, state)) = self.tracked.context.as_ref().zip(context) {
+            let loaded = (tracked.load)(cx, state).map_err(|error| of_part(CONTEXT, error));
+            result = result.and(loaded);
+        }
+        result
     }
 
     /// The states of all handlers that have one.
@@ -320,7 +401,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     /// Nothing may be missing or unknown.
     fn load_handler_states(&mut self, states: StateDict) -> Result<()> {
-        self.load_handlers(states, &mut Report { strict: true, ignored: vec![] })
+        self.load_handlers(states, &mut Report::strict())
     }
 
     /// What stays from one run of an evaluator to the next.
@@ -333,6 +414,17 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             state.set_part(name, part.state_dict().map_err(|error| of_part(name, error))?);
         }
         Ok(state)
+    }
+
+    /// What a run changes of an evaluator and of the process, as it is now: a copy.
+    pub(crate) fn moment(&self) -> Result<Moment> {
+        Ok(Moment { lasting: self.lasting_state()?.copy()?, random: generators()? })
+    }
+
+    /// Goes back to an earlier moment of this process.
+    pub(crate) fn go_back(&mut self, moment: Moment) -> Result<()> {
+        self.load_lasting_state(moment.lasting)?;
+        load_generators_strictly(moment.random)
     }
 
     /// Nothing may be missing or unknown.
@@ -380,7 +472,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn load_handlers(&mut self, mut states: StateDict, report: &mut Report) -> Result<()> {
-        let is_main = self.is_main();
+        let (is_main, strict) = (self.is_main(), report.strict);
         for (name, handler) in self.handlers.objects_mut() {
             let saved = states.parts.remove(&name);
             if handler.ranks() != Ranks::All && !is_main {
@@ -388,8 +480,16 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             }
             // Asked now, because it may have none at times.
             if saved.is_some() || handler.save_state()?.is_some() {
-                report
-                    .load(&format!("handler '{name}'"), saved, |state| handler.load_state(state))?;
+                let mut changed = vec![];
+                let title = format!("handler '{name}'");
+                report.load_whole(&title, saved, |state| match strict {
+                    true => handler.load_state(state),
+                    false => {
+                        handler.load_state_partially(state).map(|different| changed = different)
+                    }
+                })?;
+                let changed = changed.into_iter().map(|changed| format!("{title}: {changed}"));
+                report.restored.changed.extend(changed);
             }
         }
         states.parts.keys().try_for_each(|name| {
@@ -469,6 +569,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             skip_epoch_completed: asked.skip_epoch_completed,
             skip_batch: asked.skip_batch,
             interrupt: false,
+            repeat: false,
         };
         self.data = None;
         Ok(())
@@ -558,34 +659,59 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 }
 
-/// Collects what does not fit, or makes it an error.
+/// See [`Engine::moment`].
+pub(crate) struct Moment {
+    lasting: StateDict,
+    random: StateDict,
+}
+
+/// Collects what was restored, and what does not fit, or makes that an error.
 struct Report {
     strict: bool,
-    ignored: Vec<String>,
+    restored: Restored,
 }
 
 impl Report {
+    fn strict() -> Self {
+        Self { strict: true, restored: Restored::default() }
+    }
+
     fn note(&mut self, what: String) -> Result<()> {
         if self.strict {
             return Err(Error::State(what));
         }
-        self.ignored.push(what);
+        self.restored.ignored.push(what);
         Ok(())
     }
 
+    /// `load` gets whether all has to fit, and says what did not.
     fn load(
+        &mut self,
+        name: &str,
+        state: Option<StateDict>,
+        load: impl FnOnce(StateDict, bool) -> Result<Vec<String>>,
+    ) -> Result<()> {
+        let Some(state) = state else {
+            return self.note(format!("the state has no part '{name}'"));
+        };
+        match load(state, self.strict) {
+            Ok(misfits) => {
+                self.restored.parts.push(name.to_owned());
+                let misfits = misfits.into_iter().map(|misfit| format!("{name}: {misfit}"));
+                self.restored.ignored.extend(misfits);
+                Ok(())
+            }
+            Err(error) => self.note(of_part(name, error).to_string()),
+        }
+    }
+
+    fn load_whole(
         &mut self,
         name: &str,
         state: Option<StateDict>,
         load: impl FnOnce(StateDict) -> Result<()>,
     ) -> Result<()> {
-        match state {
-            None => self.note(format!("the state has no part '{name}'")),
-            Some(state) => match load(state) {
-                Ok(()) => Ok(()),
-                Err(error) => self.note(of_part(name, error).to_string()),
-            },
-        }
+        self.load(name, state, |state, _| load(state).map(|()| vec![]))
     }
 }
 
@@ -603,7 +729,7 @@ fn generator_devices() -> Vec<(String, Device)> {
     devices
 }
 
-fn generators() -> Result<StateDict> {
+pub(super) fn generators() -> Result<StateDict> {
     let mut states = StateDict::new();
     for (name, device) in generator_devices() {
         let state = generator_state(device)
@@ -613,23 +739,30 @@ fn generators() -> Result<StateDict> {
     Ok(states)
 }
 
+pub(super) fn load_generators_strictly(states: StateDict) -> Result<()> {
+    load_generators(Some(states), &mut Report::strict())
+}
+
 fn load_generators(states: Option<StateDict>, report: &mut Report) -> Result<()> {
     let Some(mut states) = states else {
         return report.note(format!("the state has no part '{RNG}'"));
     };
     for (name, device) in generator_devices() {
         match states.tensors.remove(&name) {
-            None => report.ignored.push(format!("no random numbers of {name} were saved")),
+            None => report.restored.ignored.push(format!("no random numbers of {name} were saved")),
             Some(state) if state.kind() != Kind::Uint8 || state.dim() != 1 => {
                 report.note(format!("the saved random numbers of {name} are not bytes"))?;
             }
-            Some(state) => set_generator_state(device, &state).map_err(|text| {
-                Error::libtorch(format!("restoring the generator of {name}"), text)
-            })?,
+            Some(state) => {
+                set_generator_state(device, &state).map_err(|text| {
+                    Error::libtorch(format!("restoring the generator of {name}"), text)
+                })?;
+                report.restored.parts.push(format!("random numbers of {name}"));
+            }
         }
     }
     for name in states.tensors.keys() {
-        report.ignored.push(format!("random numbers of {name}, which is not here"));
+        report.restored.ignored.push(format!("random numbers of {name}, which is not here"));
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use tch::Tensor;
 
 use super::run::Position;
-use super::{Engine, Event, Events};
+use super::{Engine, Event, Events, guarded};
 use crate::checkpoint::{StateDict, put_together, taken_apart};
 use crate::metrics::{Accumulated, Joins, Reduce, exchange};
 use crate::{Error, Result};
@@ -267,19 +267,21 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let name = |index: usize| format!("'metric {}'", metrics[index].borrow().name());
         let failed = |index, error| self.handler_error(name(index), event, error);
         for (index, metric) in metrics.iter().enumerate() {
-            let updated = metric.borrow_mut().update_before(event, self.state.output.as_ref());
+            let output = self.state.output.as_ref();
+            let updated = guarded(|| metric.borrow_mut().update_before(event, output));
             updated.map_err(|error| failed(index, error))?;
         }
         let mut own = vec![];
         for (index, metric) in metrics.iter().enumerate() {
-            own.push(metric.borrow().parts().map_err(|error| failed(index, error))?);
+            let parts = guarded(|| metric.borrow().parts());
+            own.push(parts.map_err(|error| failed(index, error))?);
         }
         let all = together
             .share(&self.occasion(&format!("{} metrics before {event}", own.len())), &own)?;
         let mut values = vec![];
         for (index, (metric, own)) in metrics.iter().zip(&own).enumerate() {
             let ranks: Vec<_> = all.iter().filter_map(|rank| rank.get(index)).collect();
-            let value = value_of_all(&mut *metric.borrow_mut(), event, own, &ranks);
+            let value = guarded(|| value_of_all(&mut *metric.borrow_mut(), event, own, &ranks));
             let value = value.map_err(|error| failed(index, error))?;
             values.push((metric.borrow().name().to_owned(), value));
         }
@@ -310,11 +312,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// The state with what is needed of all ranks, which all call this. Only that of the main one is whole.
     pub(crate) fn checkpoint_of_all(&self, cx: &C, caller: Option<StateDict>) -> Result<StateDict> {
         let Some(together) = self.others() else { return self.checkpoint_within(cx, caller) };
-        let state_error = |error: anyhow::Error| Error::State(format!("{error:#}"));
         let metrics = self.living_metrics();
         let mut own = vec![sent(&self.own_of_rank(cx)?)?];
         for metric in &metrics {
-            own.push(metric.borrow().parts().map_err(state_error)?);
+            let parts = guarded(|| metric.borrow().parts());
+            own.push(parts.map_err(|error| of_metric(&*metric.borrow(), &error))?);
         }
         let mut all = together.share(&self.occasion("a checkpoint"), &own)?;
         if together.rank() != 0 {
@@ -325,20 +327,18 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             let state = states.first_mut().map(std::mem::take).unwrap_or_default();
             ranks.set_part(&rank.to_string(), received(state)?);
         }
-        // For as long as it is saved, the state of a metric is that of all.
         let of_all = |index: usize| {
             let states: Vec<_> = all.iter().filter_map(|rank| rank.get(index + 1)).collect();
-            exchange::join(&states).map_err(state_error)
+            exchange::join(&states).map_err(|error| of_metric(&*metrics[index].borrow(), &error))
         };
         let joined = (0..metrics.len()).map(of_all).collect::<Result<Vec<_>>>()?;
-        let mut set = metrics
-            .iter()
-            .zip(&joined)
-            .map(|(metric, joined)| metric.borrow_mut().set_parts(joined).map_err(state_error));
-        let saved = set.try_for_each(|set| set).and_then(|()| self.checkpoint_within(cx, caller));
-        for (metric, own) in metrics.iter().zip(&own[1..]) {
-            metric.borrow_mut().set_parts(own).map_err(state_error)?;
+        // The metrics themselves go on with their own.
+        for (metric, joined) in metrics.iter().zip(joined) {
+            metric.borrow_mut().save_as(Some(joined));
         }
+        let saved = guarded(|| Ok(self.checkpoint_within(cx, caller)));
+        metrics.iter().for_each(|metric| metric.borrow_mut().save_as(None));
+        let saved = saved.map_err(|error| Error::State(format!("{error:#}")))?;
         let mut saved = saved?;
         saved.set_part(RANKS, ranks);
         Ok(saved)
@@ -349,10 +349,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if self.is_main() {
             return Ok(());
         }
-        self.living_metrics().iter().try_for_each(|metric| {
-            let left = metric.borrow_mut().leave_to_main();
-            left.map_err(|error| Error::State(format!("{error:#}")))
-        })
+        let mut left = Ok(());
+        for metric in self.living_metrics() {
+            let of_this = guarded(|| metric.borrow_mut().leave_to_main());
+            left = left.and(of_this.map_err(|error| of_metric(&*metric.borrow(), &error)));
+        }
+        left
     }
 }
 
@@ -370,7 +372,11 @@ impl Together {
     }
 }
 
-/// The metric itself goes on with its own state.
+fn of_metric<O>(metric: &dyn Joins<O>, error: &anyhow::Error) -> Error {
+    Error::State(format!("metric '{}': {error:#}", metric.name()))
+}
+
+/// The value of the joined state, on the devices of this rank's own.
 fn value_of_all<O>(
     metric: &mut dyn Joins<O>,
     event: Event,
@@ -378,18 +384,12 @@ fn value_of_all<O>(
     ranks: &[&Vec<Accumulated>],
 ) -> anyhow::Result<Option<super::MetricValue>> {
     let mut joined = exchange::join(ranks)?;
-    if joined.is_empty() {
-        return metric.value(event);
-    }
     for part in &mut joined {
         if let Some(own) = own.iter().find(|own| own.name == part.name) {
             part.value = part.value.f_to_device(own.value.device())?;
         }
     }
-    metric.set_parts(&joined)?;
-    let value = metric.value(event);
-    metric.set_parts(own)?;
-    value
+    metric.value_of(event, &joined, own)
 }
 
 /// A state among those of metrics: its values, and its tensors.

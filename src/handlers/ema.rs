@@ -63,6 +63,12 @@ enum Warmup {
 }
 
 impl Momentum {
+    fn loaded(state: &StateDict) -> Result<Self> {
+        let (updates, current) = (state.value("updates")?, state.value("momentum")?);
+        let (target, warmup) = (state.value("target")?, state.value("warmup")?);
+        Ok(Self { target, current, warmup, updates })
+    }
+
     /// That of the update to come, from 1.
     fn next(&mut self) -> f64 {
         self.updates += 1;
@@ -252,12 +258,22 @@ impl<C, B, O> Handler<C, B, O> for EMAHandler {
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
-        let (updates, current) = (state.value("updates")?, state.value("momentum")?);
-        let (target, warmup) = (state.value("target")?, state.value("warmup")?);
+        let momentum = Momentum::loaded(&state)?;
         self.shadow.load(state.part("averages")?)?;
-        let mut momentum = locked(&self.momentum);
-        *momentum = Momentum { target, current, warmup, updates };
+        *locked(&self.momentum) = momentum;
         Ok(())
+    }
+
+    fn load_state_partially(&mut self, mut state: StateDict) -> Result<Vec<String>> {
+        let momentum = Momentum::loaded(&state)?;
+        let misfits = self.shadow.load_partially(state.take_part("averages")?)?;
+        *locked(&self.momentum) = momentum;
+        Ok(misfits)
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        // The name is that of a history only where there is one.
+        if self.save_history { vec![format!("history of '{}'", self.name)] } else { vec![] }
     }
 
     fn call(

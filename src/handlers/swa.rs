@@ -123,6 +123,13 @@ impl<C, B, O> Handler<C, B, O> for SWAHandler {
         Ok(())
     }
 
+    fn load_state_partially(&mut self, mut state: StateDict) -> Result<Vec<String>> {
+        let count = state.value("n_averaged")?;
+        let misfits = self.shadow.load_partially(state.take_part("averages")?)?;
+        self.count.store(count, Ordering::Relaxed);
+        Ok(misfits)
+    }
+
     fn call(
         &mut self,
         _event: Event,

@@ -1,15 +1,20 @@
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::{Path, PathBuf};
 
-use super::Logger;
-use super::append::{AppendFile, now};
+use serde_json::Value;
+
+use super::append::{LineLog, Lines, SharedLines, locked, now};
+use super::{Logger, logger_as_handler};
 use crate::Result;
+use crate::engine::Log;
+
+const LINES: Lines = Lines { header: "time,step,tag,value\n", quotes: true };
 
 /// Scalars as a table: a row each, `time,step,tag,value`, in the order they come.
 ///
 /// `time` is in seconds since 1970. Rows are appended to a file that exists, so that a run that goes
-/// on has one table. Buffered; on disk within seconds, at [`flush`](Logger::flush) and when the last
-/// clone is dropped. Steps that a run does again are there twice: the later row counts.
+/// on has one table: when an engine is resumed, rows that came after its checkpoint are cut off, so that each step is there
+/// once. A run that starts anew leaves the rows of earlier processes in a file beside, `NAME.1` and so on. See
+/// [`loggers`](super) for when rows are on the disk. Tables of one path in a process are the same table.
 ///
 /// ```
 /// use tch_ignite::loggers::{CsvLogger, Logger};
@@ -23,20 +28,16 @@ use crate::Result;
 /// ```
 #[derive(Clone)]
 pub struct CsvLogger {
-    file: Arc<Mutex<AppendFile>>,
+    file: SharedLines,
 }
 
 impl CsvLogger {
     /// Opens the table, and makes it where there is none.
     ///
     /// # Errors
-    /// The file cannot be made or opened; the text has its path.
+    /// The file cannot be made or opened, or another process writes to it; the text has its path.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let (mut file, empty) = AppendFile::open(path.as_ref())?;
-        if empty {
-            file.write(b"time,step,tag,value\n")?;
-        }
-        Ok(Self { file: Arc::new(Mutex::new(file)) })
+        LineLog::open(path.as_ref(), &LINES).map(|file| Self { file })
     }
 }
 
@@ -51,13 +52,37 @@ fn cell(text: &str) -> String {
 impl Logger for CsvLogger {
     fn scalar(&self, tag: &str, value: f64, step: u64) -> Result<()> {
         let row = format!("{:.3},{step},{},{value}\n", now(), cell(tag));
-        self.file.lock().unwrap_or_else(PoisonError::into_inner).write(row.as_bytes())
+        locked(&self.file).write(row.as_bytes())
     }
 
     fn flush(&self) -> Result<()> {
-        self.file.lock().unwrap_or_else(PoisonError::into_inner).flush()
+        locked(&self.file).flush()
+    }
+
+    fn begin(&self, anew: bool) -> Result<()> {
+        locked(&self.file).begin(anew)
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![Box::new(self.clone())]
     }
 }
+
+impl Log for CsvLogger {
+    fn path(&self) -> PathBuf {
+        locked(&self.file).path()
+    }
+
+    fn commit(&self) -> Result<Value> {
+        locked(&self.file).commit()
+    }
+
+    fn rewind(&self, place: &Value) -> Result<Option<String>> {
+        locked(&self.file).rewind(place)
+    }
+}
+
+logger_as_handler!(CsvLogger, "CSV logger");
 
 #[cfg(test)]
 mod tests {

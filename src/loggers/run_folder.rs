@@ -15,7 +15,8 @@ use super::report::{self, Report};
 use super::{
     CsvLogger, Histogram, HyperParameter, Image, JsonLinesLogger, Logger, TensorBoard, flat,
 };
-use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks, State};
+use crate::checkpoint::Folder;
+use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks, State};
 use crate::handlers::files::write_whole;
 use crate::{Error, Result};
 
@@ -34,7 +35,9 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// Clones share the files. Attached, it keeps the times of the epochs, flushes all files at their
 /// end, and writes the report: at the end of the run, however it ends, and at the end of epochs, every
 /// ten seconds at most. Files are appended to where the folder has them, so that a run that goes on
-/// has one record and one report; steps that are done again replace the old ones in the report.
+/// has one record and one report, with each step once: see [`loggers`](super). A run that starts anew leaves the tables of
+/// earlier processes beside, as `scalars.csv.1` and so on, and its report shows itself alone. One process at a time may have
+/// the folder; [`Checkpoint`](crate::checkpoint::Checkpoint) may write to it too.
 ///
 /// Memory: 16 bytes a scalar, up to 4000 for each tag.
 ///
@@ -42,6 +45,8 @@ const PERIOD: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct RunFolder {
     path: PathBuf,
+    /// Locked against other processes.
+    folder: Arc<Folder>,
     board: TensorBoard,
     csv: CsvLogger,
     json: JsonLinesLogger,
@@ -68,26 +73,19 @@ impl RunFolder {
     /// Opens the folder, and makes it where there is none.
     ///
     /// # Errors
-    /// It cannot be made, or not be written to; the text has the path.
+    /// It cannot be made, or not be written to, or another process has it; the text has the path.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
-        let json = path.join("scalars.jsonl");
-        let mut record = Record::default();
-        match fs::read_to_string(&json) {
-            Ok(text) => {
-                for (tag, step, value) in text.lines().filter_map(scalar_of) {
-                    record.push(&tag, value, step);
-                }
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(Error::Io { path: json, source }),
-        }
+        let folder = Folder::open(&path, true)?;
+        let json = JsonLinesLogger::open(path.join("scalars.jsonl"))?;
+        let mut record = Record { curves: curves(&json)?, ..Record::default() };
         if let Ok(text) = fs::read_to_string(path.join("config.json")) {
             record.config = serde_json::from_str(&text).unwrap_or_default();
         }
         Ok(Self {
             csv: CsvLogger::open(path.join("scalars.csv"))?,
-            json: JsonLinesLogger::open(json)?,
+            json,
+            folder,
             board: TensorBoard::create(&path)?,
             record: Arc::new(Mutex::new(record)),
             path,
@@ -111,6 +109,7 @@ impl RunFolder {
     /// It cannot be written as JSON, or the file cannot be written.
     pub fn config(&self, config: &impl Serialize) -> Result<()> {
         let value = flat::to_json(config)?;
+        self.folder.check()?;
         write_whole(&self.path.join("config.json"), |file| writeln!(file, "{value:#}"))?;
         let parameters = flat::values(&value)?;
         let parameters = parameters.iter().map(|(name, value)| {
@@ -131,6 +130,7 @@ impl RunFolder {
 
     /// Writes `report.html` as of now, whole or not at all.
     pub fn write_report(&self) -> Result<()> {
+        self.folder.check()?;
         let html = {
             let mut record = self.record();
             record.written = Some(Instant::now());
@@ -148,6 +148,36 @@ impl RunFolder {
 
     fn record(&self) -> MutexGuard<'_, Record> {
         self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The curves of all scalars in a file of JSON lines.
+fn curves(json: &JsonLinesLogger) -> Result<BTreeMap<String, Curve>> {
+    let path = json.path();
+    let text = fs::read_to_string(&path).map_err(|source| Error::Io { path, source })?;
+    let mut record = Record::default();
+    for (tag, step, value) in text.lines().filter_map(scalar_of) {
+        record.push(&tag, value, step);
+    }
+    Ok(record.curves)
+}
+
+/// The JSON lines of a run folder, with the curves of its report.
+struct Curves(RunFolder);
+
+impl Log for Curves {
+    fn path(&self) -> PathBuf {
+        self.0.json.path()
+    }
+
+    fn commit(&self) -> Result<Value> {
+        self.0.json.commit()
+    }
+
+    fn rewind(&self, place: &Value) -> Result<Option<String>> {
+        let rewound = self.0.json.rewind(place)?;
+        self.0.record().curves = curves(&self.0.json)?;
+        Ok(rewound)
     }
 }
 
@@ -212,6 +242,7 @@ fn environment() -> Vec<(&'static str, String)> {
     ]
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl Logger for RunFolder {
     fn scalar(&self, tag: &str, value: f64, step: u64) -> Result<()> {
         self.record().push(tag, value, step);
@@ -238,6 +269,23 @@ impl Logger for RunFolder {
         self.json.flush()?;
         self.board.flush()
     }
+
+    fn begin(&self, anew: bool) -> Result<()> {
+        self.csv.begin(anew)?;
+        self.board.begin(anew)?;
+        self.json.begin(anew)?;
+        self.json.flush()?;
+        self.record().curves = curves(&self.json)?;
+        Ok(())
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![
+            Box::new(self.csv.clone()),
+            Box::new(Curves(self.clone())),
+            Box::new(self.board.clone()),
+        ]
+    }
 }
 
 impl<C, B, O> Handler<C, B, O> for RunFolder {
@@ -258,12 +306,19 @@ impl<C, B, O> Handler<C, B, O> for RunFolder {
         Priority::Last
     }
 
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        Logger::logs(self)
+    }
+
     fn call(
         &mut self,
         event: Event,
         _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
+        if event == Event::Started {
+            self.begin(engine.began_anew())?;
+        }
         let is_due = {
             let mut record = self.record();
             record.times.note(event, &engine.state);
