@@ -1,21 +1,24 @@
 //! The same program through the public interface, with its stops and resumes.
 
-use std::path::Path;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tch::nn::{self, ModuleT, OptimizerConfig, VarStore};
 use tch::{Device, Tensor};
 use tch_ignite::amp::GradScaler;
-use tch_ignite::checkpoint::Checkpoint;
+use tch_ignite::checkpoint::{Checkpoint, StateDict, read_state, write_state};
 use tch_ignite::data::{
     Batch, IntoSource, Loader, Place as DataPlace, Source, restartable, source,
 };
 use tch_ignite::engine::{
     Evaluator, Event, Events, Handler, Priority, Stop, Summary, Trainer, Until,
 };
-use tch_ignite::handlers::{EMAHandler, EarlyStopping, Evaluate, SWAHandler};
+use tch_ignite::handlers::{EMAHandler, EarlyStopping, Evaluate, InterruptOn, SWAHandler};
 use tch_ignite::loggers::{JsonLinesLogger, OutputHandler};
-use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage};
+use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage, Usage};
 use tch_ignite::optim::{Knob, Optimizer, OptimizerBuilder, lr};
 use tch_ignite::schedule::{
     AnySchedule, BatchSizeScheduler, ParamScheduler, PiecewiseLinear, ReduceLROnPlateauScheduler,
@@ -61,6 +64,8 @@ struct Plants {
     trace: Arc<Mutex<Trace>>,
     /// Of those that leave no trace: they are not undone by a resume.
     happened: Arc<Mutex<Vec<bool>>>,
+    /// Where that is written, for the next process.
+    folder: Option<PathBuf>,
     /// How the program goes on after an interrupt.
     then: Arc<Mutex<Then>>,
 }
@@ -91,6 +96,10 @@ impl Plants {
             };
             if !happened {
                 *self.then.lock().unwrap() = planted.then;
+                if let Some(folder) = &self.folder {
+                    let happened = serde_json::to_string(&*self.happened.lock().unwrap());
+                    std::fs::write(folder.join(HAPPENED), happened.unwrap()).unwrap();
+                }
                 return Some(*planted);
             }
         }
@@ -101,6 +110,28 @@ impl Plants {
 /// An error that says how the program goes on.
 fn planted(then: Then) -> String {
     format!("{PLANTED}, then {then:?}")
+}
+
+/// Sends this process a signal.
+fn signal(name: &str) {
+    let id = std::process::id().to_string();
+    assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
+    // It may be another thread that gets it.
+    std::thread::sleep(Duration::from_millis(10));
+}
+
+impl Break {
+    /// Does it, where there is no engine to be asked.
+    fn happen(self) -> anyhow::Result<()> {
+        match self.how {
+            How::Error => anyhow::bail!(planted(self.then)),
+            How::Panic => panic!("{}", planted(self.then)),
+            How::Signal => signal("-TERM"),
+            How::Kill => signal("-KILL"),
+            How::Interrupt | How::EndOfEpoch => unreachable!("there is no engine"),
+        }
+        Ok(())
+    }
 }
 
 /// A source that fails where something is planted.
@@ -121,11 +152,13 @@ impl Source<Batch> for Faulty<'_> {
 
     fn next(&mut self) -> Option<anyhow::Result<Batch>> {
         let again = !self.1.trace.lock().unwrap().fetching;
-        match self.1.take(if again { Place::Refetch } else { Place::Fetch }) {
-            Some(Break { how: How::Panic, then, .. }) => panic!("{}", planted(then)),
-            Some(Break { then, .. }) => Some(Err(anyhow::Error::msg(planted(then)))),
-            None => self.0.next(),
+        let place = if again { Place::Refetch } else { Place::Fetch };
+        if let Some(planted) = self.1.take(place)
+            && let Err(error) = planted.happen()
+        {
+            return Some(Err(error));
         }
+        self.0.next()
     }
 
     fn samples(&self) -> Option<u64> {
@@ -170,13 +203,47 @@ impl Source<Batch> for Listed {
     }
 }
 
-fn loader(program: &Program) -> Option<Loader> {
+/// The processes that train together.
+#[cfg(feature = "distributed")]
+type Group = tch_ignite::distributed::ProcessGroup;
+/// There are none without the feature.
+#[cfg(not(feature = "distributed"))]
+type Group = std::convert::Infallible;
+
+#[cfg(feature = "distributed")]
+fn group(program: &Program) -> Option<Group> {
+    use tch_ignite::distributed::ProcessGroupOptions;
+    let options = ProcessGroupOptions::new().timeout(Duration::from_secs(60));
+    (program.ranks > 1).then(|| Group::from_env(options).unwrap())
+}
+#[cfg(not(feature = "distributed"))]
+fn group(_: &Program) -> Option<Group> {
+    None
+}
+
+/// The share of this rank of the samples of a loader.
+#[cfg(feature = "distributed")]
+fn share(loader: Loader, samples: usize, seed: Option<u64>, uneven: bool, pg: &Group) -> Loader {
+    let sampler = tch_ignite::data::DistributedSampler::of_group(samples, pg).unwrap();
+    let sampler = sampler.uneven(uneven).unwrap();
+    loader.sampler(match seed {
+        Some(seed) => sampler.shuffle(seed),
+        None => sampler,
+    })
+}
+#[cfg(not(feature = "distributed"))]
+fn share(_: Loader, _: usize, _: Option<u64>, _: bool, pg: &Group) -> Loader {
+    match *pg {}
+}
+
+fn loader(program: &Program, pg: Option<&Group>) -> Option<Loader> {
     let Data::Loader { batch, shuffle, drop_last } = &program.data else { return None };
     let (x, y) = world::samples(program.samples, program.seed);
     let loader = Loader::new(&x, &y, *batch).unwrap().drop_last(*drop_last);
-    Some(match shuffle {
-        Some(seed) => loader.shuffle(*seed),
-        None => loader,
+    Some(match (pg, shuffle) {
+        (Some(pg), _) => share(loader, program.samples, *shuffle, false, pg),
+        (None, Some(seed)) => loader.shuffle(*seed),
+        (None, None) => loader,
     })
 }
 
@@ -283,6 +350,8 @@ struct Recorder {
     ema: Option<EMAHandler>,
     swa: Option<SWAHandler>,
     scaler: Option<GradScaler>,
+    /// The loss is the mean of those of all ranks.
+    several_ranks: bool,
 }
 
 impl Handler<Cx, Batch, Tensor> for Recorder {
@@ -307,7 +376,11 @@ impl Handler<Cx, Batch, Tensor> for Recorder {
             ("weights", variables(&self.vs)),
         ];
         if at == At::IterationCompleted {
-            values.push(("loss", numbers(&state.output)));
+            let loss = match self.several_ranks {
+                true => vec![metric("loss of all ranks")],
+                false => numbers(&state.output),
+            };
+            values.push(("loss", loss));
             values.push(("running loss", vec![metric("running")]));
         }
         if at == At::EpochCompleted {
@@ -350,6 +423,7 @@ struct Built<'a> {
 }
 
 fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
+    let pg = group(program);
     let (vs, net) = store(program);
     let parameters: Vec<_> = net.parameters.iter().map(Tensor::shallow_clone).collect();
     let optimizer = optimizer(program, &vs);
@@ -358,6 +432,11 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
         new.growth(2., 0.5, scaler.interval).unwrap()
     });
     let mut trainer: Run<'a> = create_supervised_trainer();
+    #[cfg(feature = "distributed")]
+    if let Some(pg) = &pg {
+        trainer.distributed(pg).agree_every(1);
+        trainer.metric_with("loss of all ranks", Mean::new(), Usage::BatchWise);
+    }
 
     for event in
         [Event::Started, Event::EpochStarted, Event::GetBatchStarted, Event::IterationStarted]
@@ -419,7 +498,7 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
             ParamScheduler::new(format!("schedule {index}"), knob, scheduled.shape.schedule());
         trainer.attach(scheduler.on(scheduled.on.events()));
     }
-    let loader = loader(program);
+    let loader = loader(program, pg.as_ref());
     if let (Some(loader), Some(sizes)) = (&loader, &program.batch_sizes) {
         trainer.attach(BatchSizeScheduler::new(loader, sizes.schedule()));
     }
@@ -435,15 +514,17 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
     if let Some(evaluation) = program.evaluation {
         let plants = plants.clone();
         let mut evaluator = Evaluator::new(move |cx: &mut Cx, _: &mut Evaluator<'_, Cx>, batch| {
-            match plants.take(Place::Evaluation) {
-                Some(Break { how: How::Panic, then, .. }) => panic!("{}", planted(then)),
-                Some(Break { then, .. }) => anyhow::bail!(planted(then)),
-                None => cx.eval_step(batch),
+            if let Some(planted) = plants.take(Place::Evaluation) {
+                planted.happen()?;
             }
+            cx.eval_step(batch)
         });
         evaluator.metric("error", MeanSquaredError::of(Prediction::parts));
         let (x, y) = world::samples(4, program.seed + 1);
-        let loader = Loader::new(&x, &y, 3).unwrap();
+        let mut loader = Loader::new(&x, &y, 3).unwrap();
+        if let Some(pg) = &pg {
+            loader = share(loader, 4, None, true, pg);
+        }
         let evaluate = Evaluate::on(evaluation.on.events(), "val", evaluator, loader);
         match &ema {
             Some(ema) if evaluation.averages => trainer.attach(ema.with_averages(evaluate)),
@@ -474,16 +555,18 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
         let plants = plants.clone();
         trainer.on(at.event(), move |_, engine| {
             plants.note(at.event(), engine);
-            while let Some(Break { how, then, .. }) = plants.take(Place::In(at)) {
-                match how {
+            while let Some(planted) = plants.take(Place::In(at)) {
+                match planted.how {
                     How::Interrupt => engine.interrupt(),
                     How::EndOfEpoch => engine.terminate_epoch(),
-                    How::Error => anyhow::bail!(planted(then)),
-                    How::Panic => panic!("{}", planted(then)),
+                    _ => planted.happen()?,
                 }
             }
             Ok(())
         });
+    }
+    if program.breaks.iter().any(|planted| planted.how == How::Signal) {
+        trainer.attach(InterruptOn::signals().unwrap());
     }
     trainer.attach(Recorder {
         trace: plants.trace.clone(),
@@ -491,6 +574,7 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
         ema: ema.clone(),
         swa,
         scaler: scaler.clone(),
+        several_ranks: pg.is_some(),
     });
     if let Some(on) = program.log {
         let logger = JsonLinesLogger::open(folder.join("log.jsonl")).unwrap();
@@ -505,8 +589,8 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
 
     let (of_loss, settings) = (plants.clone(), program.clone());
     let loss = move |prediction: &Tensor, y: &Tensor| {
-        if let Some(Break { then, .. }) = of_loss.take(Place::Loss) {
-            tch::no_grad(|| panic!("{}", planted(then)));
+        if let Some(planted) = of_loss.take(Place::Loss) {
+            tch::no_grad(|| planted.happen().unwrap());
         }
         let mut loss = prediction.mse_loss(y, tch::Reduction::Mean);
         if settings.noise {
@@ -518,6 +602,11 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
         }
     };
     let mut cx = Supervised::new(net, optimizer, loss);
+    #[cfg(feature = "distributed")]
+    if let Some(pg) = &pg {
+        use tch_ignite::distributed::{DdpOptions, DistributedDataParallel};
+        cx = cx.data_parallel(DistributedDataParallel::new(pg, &vs, DdpOptions::new()).unwrap());
+    }
     if program.accumulate > 1 {
         cx = cx.accumulate(program.accumulate).unwrap();
     }
@@ -564,33 +653,120 @@ fn until(program: &Program) -> Until {
     }
 }
 
+/// Files through which processes tell each other what there is to know.
+const PROGRAM: &str = "program.json";
+const HAPPENED: &str = "happened.json";
+const ENDED: &str = "ended.safetensors";
+/// The folder of a program whose engine this process is to run.
+const FOLDER: &str = "SEAMS_FOLDER";
+/// The test that does.
+const CHILD: &str = "one_engine_of_a_program";
+
 /// Runs the program to its end, with all that is planted.
 pub fn run(program: &Program, folder: &Path) -> Outcome {
-    let happened = Arc::new(Mutex::new(vec![false; program.breaks.len()]));
+    let mut happened = vec![false; program.breaks.len()];
+    if program.processes {
+        std::fs::write(folder.join(PROGRAM), serde_json::to_string(program).unwrap()).unwrap();
+        std::fs::write(folder.join(HAPPENED), serde_json::to_string(&happened).unwrap()).unwrap();
+    }
     tch::manual_seed(program.seed as i64);
     // Each break makes at most one new engine and one more call of `run`.
     for _ in 0..2 * program.breaks.len() + 2 {
-        let trace = Trace { happened: vec![false; program.breaks.len()], ..Trace::default() };
-        let plants = Plants {
-            breaks: program.breaks.clone(),
-            trace: Arc::new(Mutex::new(trace)),
-            happened: happened.clone(),
-            then: Arc::new(Mutex::new(Then::Again)),
+        let ended = match program.processes {
+            true => in_a_process(program, folder),
+            false => in_this_process(program, &mut happened, None, folder),
         };
-        let ended = live(program, &plants, folder);
-        let end = match ended {
-            Ended::Resumes => {
-                // They come back with the checkpoint; without one the program starts anew.
-                let resumes = folder.join("checkpoints/latest").exists();
-                tch::manual_seed(if resumes { -1 } else { program.seed as i64 });
-                continue;
-            }
-            Ended::Done(end) => end,
-        };
-        let trace = plants.trace.lock().unwrap().records.clone();
-        return Outcome { trace, end, log: read_log(folder) };
+        if let Some(outcome) = ended {
+            return Outcome { log: read_log(folder), ..outcome };
+        }
+        reseed(program, folder);
     }
     Outcome { end: "it never ends".into(), ..Outcome::default() }
+}
+
+/// Random numbers come back with the checkpoint; without one the program starts anew.
+fn reseed(program: &Program, folder: &Path) {
+    let resumes = folder.join("checkpoints/latest").exists();
+    tch::manual_seed(if resumes { -1 } else { program.seed as i64 });
+}
+
+/// One engine in another process, or one in each of several; `None` if the next is to go on.
+fn in_a_process(program: &Program, folder: &Path) -> Option<Outcome> {
+    let ended = folder.join(ENDED);
+    let _ = std::fs::remove_file(&ended);
+    let (code, said) = start(program.ranks, folder);
+    match read_state(&ended) {
+        Ok(state) => state.value("ended").unwrap(),
+        Err(_) if code == 128 + 9 => None,
+        Err(_) => {
+            Some(Outcome { end: format!("it ended with {code}: {said}"), ..Outcome::default() })
+        }
+    }
+}
+
+const ARGUMENTS: [&str; 5] = ["--exact", CHILD, "--ignored", "--nocapture", "--test-threads=1"];
+
+/// Starts them; gives their code and what they said.
+fn start(ranks: usize, folder: &Path) -> (i32, String) {
+    #[cfg(feature = "distributed")]
+    if ranks > 1 {
+        let logs = folder.join("logs");
+        let launch = tch_ignite::distributed::launch::Launch::new(ranks).unwrap();
+        let launch = launch.args(ARGUMENTS).env(FOLDER, folder).logs(&logs);
+        let ended = launch.grace(Duration::from_secs(1)).run().unwrap();
+        let log = |rank| std::fs::read_to_string(logs.join(format!("rank-{rank}.log")));
+        let said = (0..ranks).map(|rank| log(rank).unwrap_or_default()).collect();
+        return (ended.code().into(), said);
+    }
+    assert_eq!(ranks, 1);
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    let output = child.args(ARGUMENTS).env(FOLDER, folder).output().unwrap();
+    let code = output.status.signal().map_or_else(|| output.status.code(), |n| Some(128 + n));
+    (code.unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into())
+}
+
+/// What such a process does.
+pub fn child() {
+    let Some(folder) = std::env::var_os(FOLDER).map(PathBuf::from) else { return };
+    let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
+    let program: Program = serde_json::from_str(&read(PROGRAM)).unwrap();
+    let mut happened: Vec<bool> = serde_json::from_str(&read(HAPPENED)).unwrap();
+    tch::set_num_threads(1);
+    reseed(&program, &folder);
+    let ended = in_this_process(&program, &mut happened, Some(&folder), &folder);
+    if std::env::var("RANK").is_ok_and(|rank| rank != "0") {
+        return;
+    }
+    // JSON itself has no infinities.
+    let mut state = StateDict::new();
+    state.set_value("ended", &ended).unwrap();
+    write_state(folder.join(ENDED), &state).unwrap();
+}
+
+/// One engine; `None` if the next is to go on.
+fn in_this_process(
+    program: &Program,
+    happened: &mut Vec<bool>,
+    shared: Option<&Path>,
+    folder: &Path,
+) -> Option<Outcome> {
+    let trace = Trace { happened: vec![false; program.breaks.len()], ..Trace::default() };
+    let plants = Plants {
+        breaks: program.breaks.clone(),
+        trace: Arc::new(Mutex::new(trace)),
+        happened: Arc::new(Mutex::new(happened.clone())),
+        folder: shared.map(Path::to_owned),
+        then: Arc::new(Mutex::new(Then::Again)),
+    };
+    let ended = live(program, &plants, folder);
+    happened.clone_from(&plants.happened.lock().unwrap());
+    match ended {
+        Ended::Resumes => None,
+        Ended::Done(end) => {
+            let trace = plants.trace.lock().unwrap().records.clone();
+            Some(Outcome { trace, end, log: vec![] })
+        }
+    }
 }
 
 enum Ended {

@@ -4,6 +4,8 @@
 //! `scripts/seams.sh` runs more of them. A program that differs is made smaller and printed as a test, to be
 //! pasted below.
 
+#![cfg(unix)]
+
 mod compare;
 mod engine_run;
 mod program;
@@ -11,11 +13,15 @@ mod reference;
 mod world;
 
 use std::sync::{Mutex, Once, PoisonError};
+use std::time::{Duration, Instant};
 
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 use program::*;
+
+/// A program that takes longer than this is named.
+const SLOW: Duration = Duration::from_secs(2);
 
 /// In memory where there is such a place: checkpoints are synced to the disk.
 fn folder() -> tempfile::TempDir {
@@ -121,12 +127,23 @@ fn failing(seed: u64) -> Option<(Program, String)> {
 fn differences(seeds: impl Iterator<Item = u64>) -> usize {
     let mut differ = 0;
     for seed in seeds {
+        let begun = Instant::now();
         if let Some((program, text)) = failing(seed) {
             differ += 1;
             println!("program {seed}: {text}\n\n{}\n", as_a_test(&program));
+        } else if begun.elapsed() > SLOW {
+            println!("program {seed} took {:?}", begun.elapsed());
         }
     }
     differ
+}
+
+/// What a program in processes starts.
+#[test]
+#[ignore = "is part of other tests"]
+fn one_engine_of_a_program() {
+    quiet();
+    engine_run::child();
 }
 
 #[test]
@@ -142,7 +159,7 @@ fn more_programs_equal_the_reference() {
         std::env::var(name).map_or(usual, |text| text.parse().expect("a number"))
     };
     let (count, seed) = (number("SEAMS_PROGRAMS", 1000), number("SEAMS_SEED", 0));
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     let differ = differences(seed..seed + count);
     println!("{count} programs from seed {seed}: {differ} differences, {:?}", begun.elapsed());
     assert_eq!(differ, 0);

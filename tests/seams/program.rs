@@ -90,6 +90,10 @@ program! {
     /// When checkpoints are written.
     checkpoint: When = When { at: At::EpochCompleted, every: 1, after: 0 },
     background: bool = false,
+    /// Each engine is in a process of its own.
+    processes: bool = false,
+    /// Processes that train together.
+    ranks: usize = 1,
     breaks: Vec<Break> = vec![],
 }
 
@@ -268,6 +272,10 @@ pub enum How {
     Panic,
     /// The epoch ends, and the run goes on.
     EndOfEpoch,
+    /// SIGTERM, where there are processes.
+    Signal,
+    /// SIGKILL, where there are processes.
+    Kill,
 }
 
 /// How the program goes on.
@@ -335,7 +343,7 @@ impl Break {
     /// on. Where a new one resumes, it does that again.
     pub fn leaves_a_trace(&self) -> bool {
         match self.how {
-            How::Interrupt => false,
+            How::Interrupt | How::Signal | How::Kill => false,
             How::Error | How::Panic => self.then == Then::Again && self.place != Place::Refetch,
             How::EndOfEpoch => true,
         }
@@ -373,10 +381,11 @@ impl Program {
     }
 
     /// This program without what contradicts the rest.
-    fn settled(mut self) -> Self {
-        let two_groups = self.lr_of_biases.is_some();
+    fn settled(self) -> Self {
+        let mut this = self.of_ranks();
+        let two_groups = this.lr_of_biases.is_some();
         let mut seen: Vec<Driven> = vec![];
-        self.schedules.retain(|schedule| {
+        this.schedules.retain(|schedule| {
             let knob = schedule.knob;
             let overlaps = |other: &Driven| {
                 *other == knob
@@ -387,19 +396,17 @@ impl Program {
             };
             let there = match knob {
                 Driven::LrOf(group) => group == 0 || two_groups,
-                Driven::EmaMomentum => self.ema.is_some_and(|ema| ema.warmup.is_none()),
+                Driven::EmaMomentum => this.ema.is_some_and(|ema| ema.warmup.is_none()),
                 _ => true,
             };
-            // A plateau multiplies the rates of all groups.
-            let alone = self.plateau.is_none() || !matches!(knob, Driven::Lr | Driven::LrOf(_));
-            let keep = there && alone && !seen.iter().any(overlaps);
+            let keep = there && !seen.iter().any(overlaps);
             if keep {
                 seen.push(knob);
             }
             keep
         });
         let schedules_momentum = seen.contains(&Driven::Momentum);
-        match &mut self.optimizer {
+        match &mut this.optimizer {
             Algorithm::Sgd { momentum, dampening, nesterov, .. } if *nesterov => {
                 *dampening = 0.;
                 if *momentum == 0. || schedules_momentum {
@@ -408,47 +415,87 @@ impl Program {
             }
             _ => {}
         }
-        match &mut self.data {
+        match &mut this.data {
             // There is at least one batch.
             Data::Loader { batch, .. } => {
-                *batch = (*batch).min(self.samples);
-                if let Some(Shape::Lines(sizes)) = &mut self.batch_sizes {
-                    let most = self.samples as f64;
+                *batch = (*batch).min(this.samples);
+                if let Some(Shape::Lines(sizes)) = &mut this.batch_sizes {
+                    let most = this.samples as f64;
                     sizes.iter_mut().for_each(|(_, size)| *size = size.min(most));
                 }
             }
             _ => {
-                self.batch_sizes = None;
-                if let Budget::Samples(samples) = self.budget {
-                    self.budget = Budget::Iterations(samples);
+                this.batch_sizes = None;
+                if let Budget::Samples(samples) = this.budget {
+                    this.budget = Budget::Iterations(samples);
                 }
             }
         }
-        if self.batch_sizes.is_some() {
-            // It is the length of the pass, which changes.
-            self.epoch_length = None;
+        for planted in &mut this.breaks {
+            if matches!(planted.how, How::Signal | How::Kill) {
+                planted.then = Then::Resume;
+                if !this.processes {
+                    planted.how = How::Panic;
+                }
+            }
         }
-        if let Budget::Samples(_) = self.budget {
+        if this.batch_sizes.is_some() {
+            // It is the length of the pass, which changes.
+            this.epoch_length = None;
+        }
+        if let Budget::Samples(_) = this.budget {
             // These are the samples of a call of `run`, and of what resumes it.
-            self.breaks
+            this.breaks
                 .retain(|planted| planted.then == Then::Resume || planted.how == How::EndOfEpoch);
         }
         let watches_validation = |watch: &mut Watch| {
-            if self.evaluation.is_none() {
+            if this.evaluation.is_none() {
                 *watch = Watch::Loss;
             }
         };
-        self.plateau.iter_mut().for_each(|plateau| watches_validation(&mut plateau.watch));
-        self.early_stopping.iter_mut().for_each(|stop| watches_validation(&mut stop.watch));
-        if let Some(evaluation) = &mut self.evaluation {
-            evaluation.averages &= self.ema.is_some();
+        this.plateau.iter_mut().for_each(|plateau| watches_validation(&mut plateau.watch));
+        this.early_stopping.iter_mut().for_each(|stop| watches_validation(&mut stop.watch));
+        if let Some(evaluation) = &mut this.evaluation {
+            evaluation.averages &= this.ema.is_some();
         }
-        if self.evaluation.is_some_and(|evaluation| evaluation.on.at == At::OptimizerStepped) {
+        if this.evaluation.is_some_and(|evaluation| evaluation.on.at == At::OptimizerStepped) {
             // Handlers of this event run within the step.
-            self.evaluation = None;
-            return self.settled();
+            this.evaluation = None;
+            return this.settled();
         }
-        self.switched_off()
+        this.switched_off()
+    }
+
+    /// Without what several ranks do not do, or not at the same place.
+    fn of_ranks(mut self) -> Self {
+        if self.ranks == 1 {
+            return self;
+        }
+        self.processes = true;
+        (self.noise, self.log, self.frozen, self.batch_sizes) = (false, None, None, None);
+        if let Data::Batches(sizes) | Data::Restartable(sizes) = &self.data {
+            self.data = Data::Loader { batch: sizes[0], shuffle: None, drop_last: false };
+        }
+        if let Data::Loader { batch, .. } = &mut self.data {
+            *batch = (*batch).min(self.samples.div_ceil(self.ranks));
+        }
+        if let Budget::Samples(samples) = self.budget {
+            self.budget = Budget::Iterations(samples);
+        }
+        // A rank that failed leaves the others: all go on in new processes.
+        self.breaks.retain(|planted| planted.how != How::EndOfEpoch);
+        for planted in &mut self.breaks {
+            if planted.how != How::Interrupt {
+                planted.then = Then::Resume;
+            }
+        }
+        // They meet at these events.
+        if let Some(evaluation) = &mut self.evaluation
+            && !matches!(evaluation.on.at, At::IterationCompleted | At::EpochCompleted)
+        {
+            evaluation.on.at = At::EpochCompleted;
+        }
+        self
     }
 
     /// Without what waits for another change.
@@ -508,9 +555,9 @@ impl Program {
 /// What is right by the issue, and waits for the change that makes it so.
 pub mod switches {
     /// One tensor under two names is one parameter.
-    pub const TIED: bool = false;
+    pub const TIED: bool = true;
     /// A schedule on an event after the step gives value k to update k.
-    pub const VALUE_K_FOR_UPDATE_K: bool = false;
+    pub const VALUE_K_FOR_UPDATE_K: bool = true;
     /// An average without events of its own is updated once for each update.
     pub const EMA_PER_UPDATE: bool = false;
     /// Batches of a window count by their samples.
@@ -520,7 +567,7 @@ pub mod switches {
     /// A window that lost a batch to an error is the mean of the others.
     pub const LOST_BATCHES: bool = false;
     /// Logs have each step once after a resume.
-    pub const LOGS_AFTER_RESUME: bool = false;
+    pub const LOGS_AFTER_RESUME: bool = true;
     /// Gradients are on again after a panic within `no_grad`.
     pub const GRAD_MODE_AFTER_PANIC: bool = false;
     /// A batch that cannot be fetched again after a resume is fetched once more.
@@ -528,6 +575,11 @@ pub mod switches {
     /// `state.output` is there at the end of an epoch of data of unknown length.
     pub const LAST_OUTPUT: bool = false;
 }
+
+/// The share of programs in processes: starting them takes long.
+const PROCESSES: f64 = 0.01;
+/// The share of programs with two ranks.
+const RANKS: f64 = if cfg!(feature = "distributed") { 0.005 } else { 0. };
 
 /// Small decimals, so that printed programs are short.
 fn decimal(values: &'static [f64]) -> impl Strategy<Value = f64> {
@@ -663,6 +715,8 @@ fn breaks() -> impl Strategy<Value = Break> {
         2 => Just(How::Error),
         2 => Just(How::Panic),
         1 => Just(How::EndOfEpoch),
+        2 => Just(How::Signal),
+        1 => Just(How::Kill),
     ];
     let then = prop_oneof![Just(Then::Again), Just(Then::Resume)];
     (place, 1u64..12, how, then).prop_map(|(place, number, how, then)| {
@@ -673,6 +727,7 @@ fn breaks() -> impl Strategy<Value = Break> {
         };
         let how = match (place, how) {
             // Nothing else is possible there.
+            (_, How::Signal | How::Kill) => how,
             (Place::Loss, _) => How::Panic,
             (Place::Fetch | Place::Refetch | Place::Evaluation, How::Interrupt) => How::Panic,
             (Place::Fetch | Place::Refetch | Place::Evaluation, How::EndOfEpoch)
@@ -753,7 +808,7 @@ pub fn programs() -> impl Strategy<Value = Program> {
             At::GetBatchStarted,
             At::GetBatchCompleted,
         ]),
-        any::<bool>(),
+        (any::<bool>(), prop::bool::weighted(PROCESSES), prop::bool::weighted(RANKS)),
         prop_oneof![
             1 => Just(vec![]),
             2 => prop::collection::vec(breaks(), 1..4),
@@ -772,7 +827,7 @@ pub fn programs() -> impl Strategy<Value = Program> {
             early_stopping,
             log,
             checkpoint,
-            background,
+            (background, processes, two_ranks),
             breaks,
         ) = handlers;
         Program {
@@ -801,6 +856,8 @@ pub fn programs() -> impl Strategy<Value = Program> {
             log,
             checkpoint,
             background,
+            processes,
+            ranks: if two_ranks { 2 } else { 1 },
             breaks,
         }
         .settled()

@@ -47,6 +47,8 @@ struct Reference<'p> {
     tensors: Vec<Tensor>,
     parameters: Vec<Parameter>,
     lr: [f64; 2],
+    /// By how much the plateaus have lowered the rates.
+    reduction: [f64; 2],
     weight_decay: f64,
     momentum: f64,
     algorithm: Algorithm,
@@ -148,6 +150,7 @@ impl<'p> Reference<'p> {
             validation: world::samples(4, program.seed + 1),
             parameters,
             lr: [program.lr, program.lr_of_biases.unwrap_or(program.lr)],
+            reduction: [1.; 2],
             weight_decay,
             momentum,
             algorithm: program.optimizer,
@@ -165,7 +168,7 @@ impl<'p> Reference<'p> {
             early_stopping: Patience::default(),
             position: Position::default(),
             batch_size: match program.data {
-                Data::Loader { batch, .. } => batch,
+                Data::Loader { batch, .. } => batch * program.ranks,
                 _ => 0,
             },
             changes_of_batch_size: 0,
@@ -331,7 +334,7 @@ impl<'p> Reference<'p> {
     }
 
     fn batches_of_a_pass(&self) -> Option<u64> {
-        let samples = self.program.samples;
+        let samples = world::order(self.program, 0).len();
         let batches = match &self.program.data {
             Data::Loader { drop_last: true, .. } => samples / self.batch_size,
             Data::Loader { drop_last: false, .. } => samples.div_ceil(self.batch_size),
@@ -523,7 +526,8 @@ impl<'p> Reference<'p> {
             At::EpochCompleted => {
                 let losses = &self.losses_of_epoch;
                 if losses.is_empty() {
-                    // All were lost to errors, and a mean of nothing is another.
+                    // None was completed, and a mean of nothing is an error. The next call of `run` has its own samples.
+                    self.samples = 0;
                     return Wrong;
                 }
                 self.mean_loss = losses.iter().sum::<f64>() / losses.len() as f64;
@@ -661,9 +665,10 @@ impl<'p> Reference<'p> {
         let schedule = &self.program.schedules[index];
         let value = schedule.shape.value(event);
         match schedule.knob {
-            Driven::Lr => self.lr = [value; 2],
-            Driven::LrOf(0) if self.program.lr_of_biases.is_none() => self.lr = [value; 2],
-            Driven::LrOf(group) => self.lr[group] = value,
+            Driven::LrOf(group) if self.program.lr_of_biases.is_some() => {
+                self.lr[group] = value * self.reduction[group];
+            }
+            Driven::Lr | Driven::LrOf(_) => self.lr = self.reduction.map(|factor| value * factor),
             Driven::WeightDecay => self.weight_decay = value,
             Driven::Momentum => self.momentum = value,
             Driven::EmaMomentum => self.ema_momentum = value,
@@ -693,7 +698,7 @@ impl<'p> Reference<'p> {
     fn plateau(&mut self, factor: f64, patience: u64, cooldown: u64) {
         let value = self.program.plateau.map_or(f64::NAN, |plateau| self.watched(plateau.watch));
         let state = &mut self.plateau;
-        if state.best.map_or(!value.is_nan(), |best| value < best * (1. - 1e-4)) {
+        if value < state.best.unwrap_or(f64::INFINITY) * (1. - 1e-4) {
             (state.best, state.bad) = (Some(value), 0);
         } else {
             state.bad += 1;
@@ -703,9 +708,10 @@ impl<'p> Reference<'p> {
             state.bad = 0;
         }
         if state.bad > patience {
-            for lr in &mut self.lr {
+            for (lr, reduction) in self.lr.iter_mut().zip(&mut self.reduction) {
                 if *lr - *lr * factor > 1e-8 {
                     *lr *= factor;
+                    *reduction *= factor;
                 }
             }
             (state.cooldown, state.bad) = (cooldown, 0);

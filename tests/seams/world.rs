@@ -63,12 +63,14 @@ pub fn is_bias(name: &str) -> bool {
     name.ends_with("bias")
 }
 
-/// The samples of a pass of a loader, in order.
+/// The samples of a pass of a loader, in order: of all ranks in turns, each of which has as many.
 pub fn order(program: &Program, pass: u64) -> Vec<i64> {
-    match &program.data {
-        Data::Loader { shuffle: Some(seed), .. } => permutation(program.samples, *seed, pass),
-        _ => (0..program.samples as i64).collect(),
-    }
+    let (samples, ranks) = (program.samples, program.ranks);
+    let order = match &program.data {
+        Data::Loader { shuffle: Some(seed), .. } => permutation(samples, *seed, pass),
+        _ => (0..samples as i64).collect(),
+    };
+    order.iter().cycle().take(samples.next_multiple_of(ranks)).copied().collect()
 }
 
 /// The samples of each batch, where batches are listed.
