@@ -1591,6 +1591,7 @@ fn a_longer_schedule_goes_on_at_its_place() -> Result<()> {
     Ok(())
 }
 
+#[test]
 fn limits_of_time_and_samples_leave_the_rest_of_the_budget() -> Result<()> {
     let _serial = serial();
     type Sampled = Engine<'static, Vec<i64>, Batch, ()>;
@@ -1665,6 +1666,7 @@ fn random_numbers_drawn_between_resume_and_run_do_not_count() -> Result<()> {
     Ok(())
 }
 
+#[test]
 fn what_ended_a_run_for_good_is_told_and_how_to_go_on() -> Result<()> {
     let _serial = serial();
     for saved_at in [Event::EpochCompleted, Event::Terminate, Event::Completed] {
