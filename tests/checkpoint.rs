@@ -14,10 +14,10 @@ use tch_ignite::checkpoint::{
     Checkpoint, Mode, StateDict, Stateful, load_part, load_weights, load_weights_with, read_state,
     save_weights, verify, write_state,
 };
-use tch_ignite::data::{Batch, Loader};
-use tch_ignite::engine::{Engine, Event, Events, Handler, Priority, Until};
+use tch_ignite::data::{Batch, Loader, restartable};
+use tch_ignite::engine::{Engine, Event, Events, FilteredEvent, Handler, Priority, Stop, Until};
 use tch_ignite::handlers::{
-    EMAHandler, EarlyStopping, EpochOutputStore, Evaluate, History, LrFinder, SWAHandler,
+    EMAHandler, EarlyStopping, EpochOutputStore, Evaluate, History, LrFinder, SWAHandler, TimeLimit,
 };
 use tch_ignite::loggers::{CsvLogger, OutputHandler, RunFolder};
 use tch_ignite::metrics::{Loss, Mean, RunningAverage};
@@ -128,7 +128,7 @@ impl Program {
     fn outcome(&self) -> Result<String> {
         let mut state = self.trainer.checkpoint(&self.cx)?;
         // What belongs to this process.
-        let _ = state.take_part("settings");
+        let _ = (state.take_part("settings"), state.take_part("logs"));
         let mut text = bits(&state);
         let folder = tempfile::tempdir().unwrap();
         let csv = folder.path().join("history.csv");
@@ -459,7 +459,7 @@ fn what_does_not_fit_is_named() -> Result<()> {
         (&|p| p.vs.set_kind(Kind::Float), "is Double of shape"),
         (
             &|p| {
-                let knob = p.cx.optimizer.knob("lr").unwrap();
+                let knob = p.cx.optimizer.knob("weight_decay").unwrap();
                 let schedule = LinearCyclical::new(1., 0., 4);
                 p.trainer.attach(ParamScheduler::new("another", knob, schedule));
             },
@@ -1133,9 +1133,10 @@ fn a_finished_run_stays_finished() -> Result<()> {
         }
         next.resume(&mut (), folder.path())?.unwrap();
         let again = next.run(&mut (), vec![1, 2], Until::epochs(3))?;
-        let goes_on = !fired.borrow().is_empty();
-        assert_eq!(goes_on, stops, "what was terminated has something left: {:?}", fired.borrow());
-        assert_eq!((again.epochs, again.iterations >= done.iterations), (3, true));
+        assert_eq!(*fired.borrow(), []);
+        assert_eq!((again.epochs, again.iterations), (done.epochs, done.iterations));
+        assert_eq!(again.stop, done.stop);
+        assert_eq!(again.warnings.len(), usize::from(stops), "{again}");
         // And a larger budget goes on.
         let more = next.run(&mut (), vec![1, 2], Until::epochs(4))?;
         assert_eq!(more.epochs, 4);
@@ -1252,6 +1253,66 @@ fn a_search_for_a_learning_rate_leaves_no_trace() -> Result<()> {
         let all = format!("{outcome}{files:?}");
         let straight = straight.get_or_insert_with(|| all.clone());
         assert!(all == *straight, "{ends}:\n{}", difference(&all, straight));
+    }
+    Ok(())
+}
+
+// Limits, other data, and passes that are drawn anew.
+
+/// A trainer over numbers that writes down what it sees, with checkpoints in a folder.
+fn seeing(folder: &Path, checkpoint_at: impl Into<Events>) -> Engine<'static, Vec<i64>, i64, f64> {
+    let mut trainer = Engine::new(|seen: &mut Vec<i64>, _, batch: i64| {
+        seen.push(batch);
+        anyhow::ensure!(seen.len() < 1000, "this run does not end");
+        Ok(batch as f64)
+    });
+    trainer.track("model", &store()).metric("mean", Mean::new());
+    trainer.attach(Checkpoint::new(folder).on(checkpoint_at));
+    trainer
+}
+
+#[test]
+fn a_limit_that_ended_a_run_is_none_of_the_run_that_is_resumed() -> Result<()> {
+    let _serial = serial();
+    let data = || vec![0, 1, 2];
+    // The data is exhausted in mid epoch.
+    let until = || Until::epochs(3).epoch_length(4);
+    let mut straight = vec![];
+    seeing(tempfile::tempdir().unwrap().path(), Event::Completed).run(
+        &mut straight,
+        data(),
+        until(),
+    )?;
+    for event in EVENTS {
+        for saved_at in [event, Event::Terminate, Event::Completed] {
+            for n in [1, 2] {
+                let folder = tempfile::tempdir().unwrap();
+                let mut limited = seeing(folder.path(), saved_at);
+                let mut left = n;
+                limited.on(event, move |_, engine| {
+                    left -= 1;
+                    if left == 0 {
+                        engine.terminate_at_limit();
+                    }
+                    Ok(())
+                });
+                let mut seen = vec![];
+                let summary = limited.run(&mut seen, data(), until())?;
+                if event == Event::Started && n == 2 {
+                    continue;
+                }
+                assert_eq!(summary.stop, Stop::Terminated, "{event}");
+                drop(limited);
+                // One limit after the other, each after a few iterations.
+                let mut resumed = seeing(folder.path(), saved_at);
+                let told = resumed.resume(&mut seen, folder.path())?.unwrap();
+                assert_eq!(told.to_string().lines().count(), 1, "{told}");
+                let summary = resumed.run(&mut seen, data(), until())?;
+                assert_eq!(seen, straight, "{event} {n}, saved at {saved_at}");
+                assert_eq!((summary.epochs, summary.iterations), (3, 12), "{event} {saved_at}");
+                assert_eq!(summary.warnings, [""; 0], "{event} {saved_at}");
+            }
+        }
     }
     Ok(())
 }
@@ -1451,6 +1512,29 @@ fn weights_of_python_with_batch_norm_are_loaded_and_other_names_can_be_allowed()
     let keys = load_weights_with(&ours, &path, false)?;
     assert_eq!((&*keys.missing, &*keys.unexpected), (&["new".into()][..], &["old".into()][..]));
     assert_eq!(ours.variables()["fc.bias"], theirs.variables()["fc.bias"]);
+    // A file that PyTorch itself wrote, with what its batch norm has.
+    let script = "import sys, torch
+from safetensors.torch import save_file
+net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+net(torch.arange(6.).view(2, 3))
+save_file(net.state_dict(), sys.argv[1])
+net.eval()
+print(net(torch.ones(1, 3)).sum().item())";
+    let python = std::env::var("TORCH_PYTHON").unwrap_or_else(|_| "python3".into());
+    let output = std::process::Command::new(python).args(["-c", script]).arg(&path).output();
+    match output {
+        Ok(output) if output.status.success() => {
+            let vs = VarStore::new(Device::Cpu);
+            let fc = nn::linear(vs.root() / "0", 3, 4, Default::default());
+            let norm = nn::batch_norm1d(vs.root() / "1", 4, Default::default());
+            load_weights(&vs, &path)?;
+            let x = fc.forward_t(&Tensor::ones([1, 3], (Kind::Float, Device::Cpu)), false);
+            let sum = norm.forward_t(&x, false).sum(Kind::Float).double_value(&[]);
+            let theirs: f64 = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap();
+            assert!((sum - theirs).abs() < 1e-5, "{sum} {theirs}");
+        }
+        _ => eprintln!("SKIPPED: no Python with torch and safetensors (set TORCH_PYTHON)"),
+    }
     // Another shape is an error, as in PyTorch.
     let small = VarStore::new(Device::Cpu);
     let _ = (small.root() / "fc").ones("bias", &[5]);
@@ -1531,6 +1615,65 @@ fn a_longer_schedule_goes_on_at_its_place() -> Result<()> {
 }
 
 #[test]
+fn limits_of_time_and_samples_leave_the_rest_of_the_budget() -> Result<()> {
+    let _serial = serial();
+    type Sampled = Engine<'static, Vec<i64>, Batch, ()>;
+    let make = |folder: &Path, saved_at: Event| -> Sampled {
+        let mut trainer = Engine::new(|seen: &mut Vec<i64>, _, (x, _): Batch| {
+            seen.extend(Vec::<i64>::try_from(x)?);
+            anyhow::ensure!(seen.len() < 1000, "this run does not end");
+            Ok(())
+        });
+        trainer.attach(Checkpoint::new(folder).on(saved_at));
+        trainer
+    };
+    let x = Tensor::arange(10, (Kind::Int64, Device::Cpu));
+    let data = || Loader::new(&x, &x, 4).unwrap().shuffle(3);
+    let mut straight = vec![];
+    make(tempfile::tempdir().unwrap().path(), Event::Completed).run(
+        &mut straight,
+        data(),
+        Until::epochs(3),
+    )?;
+    let limits: [(&str, fn(Until) -> Until, bool); 3] = [
+        ("samples", |until| until.or_samples(8), false),
+        ("time", |until| until.or_time(std::time::Duration::from_millis(60)), false),
+        ("TimeLimit", |until| until, true),
+    ];
+    for (name, limit, handler) in limits {
+        for saved_at in [Event::IterationCompleted, Event::Completed] {
+            let folder = tempfile::tempdir().unwrap();
+            let (mut seen, mut runs) = (vec![], 0);
+            while seen.len() < straight.len() {
+                runs += 1;
+                assert!(runs < 20, "{name}: {seen:?}");
+                let mut trainer = make(folder.path(), saved_at);
+                if handler {
+                    let limit = TimeLimit::new(std::time::Duration::from_millis(60)).unwrap();
+                    trainer.attach(limit);
+                }
+                if name != "samples" {
+                    let mut iterations = 0;
+                    trainer.on(Event::IterationStarted, move |_, _| {
+                        iterations += 1;
+                        if iterations == 2 {
+                            std::thread::sleep(std::time::Duration::from_millis(70));
+                        }
+                        Ok(())
+                    });
+                }
+                trainer.resume(&mut seen, folder.path())?;
+                trainer.run(&mut seen, data(), limit(Until::epochs(3)))?;
+            }
+            assert_eq!(seen, straight, "{name}, saved at {saved_at}");
+            // 4, 4 and 2 samples in an epoch; some processes are slow.
+            assert!(runs >= 4, "{name}: {runs}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn random_numbers_drawn_between_resume_and_run_do_not_count() -> Result<()> {
     let _serial = serial();
     let mut straight = Program::new("SGD", 1)?;
@@ -1543,5 +1686,283 @@ fn random_numbers_drawn_between_resume_and_run_do_not_count() -> Result<()> {
     program.run()?;
     let (outcome, expected) = (program.outcome()?, straight.outcome()?);
     assert!(outcome == expected, "{}", difference(&outcome, &expected));
+    Ok(())
+}
+
+#[test]
+fn what_ended_a_run_for_good_is_told_and_how_to_go_on() -> Result<()> {
+    let _serial = serial();
+    for saved_at in [Event::EpochCompleted, Event::Terminate, Event::Completed] {
+        let folder = tempfile::tempdir().unwrap();
+        let make = || {
+            let mut trainer = seeing(folder.path(), saved_at);
+            trainer.attach(EarlyStopping::max("mean", 1));
+            trainer
+        };
+        let mut seen = vec![];
+        let summary = make().run(&mut seen, vec![5, 5], Until::epochs(9))?;
+        assert_eq!((summary.epochs, summary.stop), (2, Stop::Terminated));
+        let expected = "handler 'early stopping on mean' of EPOCH_COMPLETED (epoch 2, iteration 4) had ended the run for good when this state was saved: the next run does no iterations; call resume_terminated() before it to go on all the same";
+        for _ in 0..2 {
+            let mut next = make();
+            let told = next.resume(&mut seen, folder.path())?.unwrap();
+            assert_eq!(told.restored.ended.as_deref(), Some(expected), "{saved_at}");
+            assert!(told.to_string().contains(expected));
+            let summary = next.run(&mut seen, vec![5, 5], Until::epochs(9))?;
+            assert_eq!((summary.iterations, summary.stop), (4, Stop::Terminated), "{saved_at}");
+            assert_eq!(summary.warnings, [expected]);
+        }
+        assert_eq!(seen.len(), 4);
+        let mut next = make();
+        next.resume(&mut seen, folder.path())?.unwrap();
+        next.resume_terminated()?;
+        let summary = next.run(&mut seen, vec![5, 9], Until::epochs(9))?;
+        assert_eq!((summary.epochs, seen.len()), (4, 8), "the third was better");
+        assert_eq!(summary.warnings, [""; 0]);
+    }
+    Ok(())
+}
+
+#[test]
+fn epochs_are_passes_over_the_data_there_is_now() -> Result<()> {
+    let _serial = serial();
+    type Sampled = Engine<'static, Vec<(u64, i64)>, Batch, ()>;
+    let make = |folder: &Path, saved_at: FilteredEvent| -> Sampled {
+        let mut trainer =
+            Engine::new(|seen: &mut Vec<(u64, i64)>, engine: &mut Sampled, (x, _): Batch| {
+                let epoch = engine.state.epoch;
+                seen.extend(Vec::<i64>::try_from(x)?.into_iter().map(|x| (epoch, x)));
+                Ok(())
+            });
+        trainer.attach(Checkpoint::new(folder).on(saved_at));
+        trainer
+    };
+    let x = Tensor::arange(12, (Kind::Int64, Device::Cpu));
+    let data = |size| Loader::new(&x, &x, size).unwrap().shuffle(3);
+    for event in [Event::GetBatchCompleted, Event::IterationStarted, Event::IterationCompleted] {
+        for (before, after) in [(2, 4), (4, 2), (4, 3), (3, 5), (2, 12), (12, 5)] {
+            let length = 12u64.div_ceil(before as u64);
+            for n in 1..=2 * length {
+                let folder = tempfile::tempdir().unwrap();
+                let number = if event == Event::GetBatchCompleted { n - 1 } else { n };
+                let mut first = make(folder.path(), event.filter(move |at| at == number));
+                first.on(event, move |_, engine| {
+                    if engine.state.iteration == number {
+                        engine.interrupt();
+                    }
+                    Ok(())
+                });
+                let mut seen = vec![];
+                first.run(&mut seen, data(before), Until::epochs(4))?;
+                drop(first);
+                let mut next = make(folder.path(), event.filter(|_| false));
+                next.resume(&mut seen, folder.path())?.unwrap();
+                let lengths = Rc::new(RefCell::new(vec![]));
+                let own = lengths.clone();
+                next.on(Event::EpochCompleted, move |_, engine| {
+                    let state = &engine.state;
+                    own.borrow_mut().push((state.epoch_length, engine.iteration_in_epoch()));
+                    Ok(())
+                });
+                let summary = next.run(&mut seen, data(after), Until::epochs(4))?;
+                let what = format!("{before} to {after}, {event} {n}");
+                assert_eq!(summary.epochs, 4, "{what}");
+                seen.sort();
+                let passes: Vec<_> =
+                    (1..=4).flat_map(|epoch| (0..12).map(move |x| (epoch, x))).collect();
+                assert_eq!(seen, passes, "{what}");
+                // The number of iterations is told before they are done.
+                for (length, done) in lengths.take() {
+                    assert_eq!(length, Some(done), "{what}");
+                }
+                let length = 12u64.div_ceil(after as u64);
+                assert_eq!(next.state.epoch_length, Some(length), "{what}");
+            }
+        }
+    }
+    // A length that the program gave stays.
+    let folder = tempfile::tempdir().unwrap();
+    let mut first = make(folder.path(), Event::IterationCompleted.once(3));
+    let until = Until::epochs(3).epoch_length(4);
+    first.run(&mut vec![], data(4), until)?;
+    let mut next = make(folder.path(), Event::IterationCompleted.filter(|_| false));
+    let mut seen = vec![];
+    next.resume(&mut seen, folder.path())?.unwrap();
+    let summary = next.run(&mut seen, data(2), Until::epochs(3))?;
+    assert_eq!((summary.iterations, seen.len()), (12, 18));
+    Ok(())
+}
+
+#[test]
+fn epochs_follow_batches_and_streams_of_another_length_too() -> Result<()> {
+    let _serial = serial();
+    for walked in [false, true] {
+        for (before, after) in [(3u64, 5u64), (5, 3), (6, 2), (2, 7)] {
+            for n in 1..=2 * before {
+                let folder = tempfile::tempdir().unwrap();
+                let run = |trainer: &mut Engine<'static, Vec<i64>, i64, f64>,
+                           seen: &mut _,
+                           length: i64| {
+                    match walked {
+                        true => trainer.run(seen, restartable(move || 0..length), Until::epochs(6)),
+                        false => {
+                            let data: Vec<i64> = (0..length).collect();
+                            trainer.run(seen, data, Until::epochs(6))
+                        }
+                    }
+                };
+                let mut first = seeing(folder.path(), Event::IterationCompleted.once(n));
+                first.on(Event::IterationCompleted.once(n), |_, engine| {
+                    engine.interrupt();
+                    Ok(())
+                });
+                run(&mut first, &mut vec![], before as i64)?;
+                drop(first);
+                let mut next = seeing(folder.path(), Event::Completed);
+                next.resume(&mut vec![], folder.path())?.unwrap();
+                let epochs = Rc::new(RefCell::new(vec![]));
+                let own = epochs.clone();
+                next.on(Event::EpochCompleted, move |seen: &mut Vec<i64>, _| {
+                    own.borrow_mut().push(std::mem::take(seen));
+                    Ok(())
+                });
+                let summary = run(&mut next, &mut vec![], after as i64)?;
+                let what = format!("{before} to {after} at {n}, walked: {walked}");
+                assert_eq!(summary.epochs, 6, "{what}");
+                // In the first pass of a stream nothing is known that could have changed.
+                assert_eq!(summary.warnings.is_empty(), walked && n <= before, "{what}");
+                let whole: Vec<i64> = (0..after as i64).collect();
+                let epochs = epochs.take();
+                // Where only walking tells, epochs keep their length to the end of the pass.
+                let settled = if walked { after.div_ceil(before) as usize + 1 } else { 1 };
+                assert!(epochs.len() > settled || n > before, "{what}");
+                for epoch in epochs.iter().skip(settled) {
+                    assert_eq!(*epoch, whole, "{what}: {epochs:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Numbers as tch's own programs get them: shuffled by libtorch's random numbers.
+fn shuffled(batch_size: i64) -> impl FnMut() -> tch::data::Iter2 {
+    let x = Tensor::arange(8, (Kind::Int64, Device::Cpu));
+    let images = x.shallow_clone();
+    let m = tch::vision::dataset::Dataset {
+        train_images: images,
+        train_labels: x.shallow_clone(),
+        test_images: x.shallow_clone(),
+        test_labels: x,
+        labels: 8,
+    };
+    move || {
+        let mut iter = m.train_iter(batch_size);
+        iter.shuffle();
+        iter
+    }
+}
+
+type Drawn = Engine<'static, Vec<(u64, i64)>, (Tensor, Tensor), f64>;
+
+/// A step that draws random numbers itself.
+fn drawing() -> Drawn {
+    Engine::new(|seen: &mut Vec<(u64, i64)>, engine: &mut Drawn, (x, _)| {
+        let epoch = engine.state.epoch;
+        seen.extend(Vec::<i64>::try_from(x)?.into_iter().map(|x| (epoch, x)));
+        Ok(Tensor::f_rand([1], (Kind::Double, Device::Cpu))?.double_value(&[0]))
+    })
+}
+
+#[test]
+fn an_order_drawn_from_libtorchs_random_numbers_goes_on_in_mid_pass() -> Result<()> {
+    let _serial = serial();
+    let until = Until::epochs(3);
+    tch::manual_seed(7);
+    let (mut straight, mut trainer) = (vec![], drawing());
+    trainer.run(&mut straight, restartable(shuffled(2)), until)?;
+    let last = trainer.state.output;
+    for epoch in 0..3 {
+        let mut pass: Vec<_> = straight[8 * epoch..8 * epoch + 8].iter().map(|(_, x)| *x).collect();
+        pass.sort();
+        assert_eq!(pass, (0..8).collect::<Vec<_>>());
+    }
+    for event in [Event::GetBatchCompleted, Event::IterationCompleted, Event::EpochCompleted] {
+        for n in 1..=if event == Event::EpochCompleted { 3 } else { 12 } {
+            let number = if event == Event::GetBatchCompleted { n - 1 } else { n };
+            // Suspended, or failed: an error gives up no iteration after its step.
+            for fails in [false, true] {
+                let folder = tempfile::tempdir().unwrap();
+                tch::manual_seed(7);
+                let (mut seen, mut first) = (vec![], drawing());
+                first.on(event.filter(move |at| at == number), move |_, engine| {
+                    anyhow::ensure!(!fails, "once");
+                    engine.interrupt();
+                    Ok(())
+                });
+                let checkpoint = Checkpoint::new(folder.path()).on(Event::Completed);
+                first.attach(checkpoint.on_exception(true));
+                let stopped = first.run(&mut seen, restartable(shuffled(2)), until);
+                assert_eq!(stopped.is_err(), fails);
+                drop(first);
+                tch::manual_seed(1000 + n as i64);
+                let mut next = drawing();
+                next.attach(Checkpoint::new(folder.path()).on(Event::Completed));
+                next.resume(&mut seen, folder.path())?.unwrap();
+                let summary = next.run(&mut seen, restartable(shuffled(2)), until)?;
+                let what = format!("{event} {n}, fails: {fails}");
+                assert_eq!(summary.warnings, [""; 0], "{what}");
+                assert_eq!(seen, straight, "{what}");
+                if next.state.output.is_some() {
+                    assert_eq!(next.state.output, last, "the step's own numbers go on, {what}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_order_is_drawn_again_in_the_same_engine_after_an_error() -> Result<()> {
+    let _serial = serial();
+    tch::manual_seed(7);
+    let mut trainer = drawing();
+    trainer.on(Event::IterationCompleted.once(2), |_, _| anyhow::bail!("once"));
+    let mut seen = vec![];
+    trainer.run(&mut seen, restartable(shuffled(2)), Until::epochs(2)).unwrap_err();
+    let summary = trainer.run(&mut seen, restartable(shuffled(2)), Until::epochs(2))?;
+    assert_eq!(summary.warnings, [""; 0]);
+    seen.sort();
+    let passes: Vec<_> = (1..=2).flat_map(|epoch| (0..8).map(move |x| (epoch, x))).collect();
+    assert_eq!(seen, passes);
+    // ignite's state has no random numbers: the summary says that the order is another one.
+    let mut trainer = drawing();
+    let state = serde_json::json!({"iteration": 2, "epoch_length": 4, "max_epochs": 2});
+    trainer.load_state_dict(state.as_object().unwrap())?;
+    let summary = trainer.run(&mut seen, restartable(shuffled(2)), Until::epochs(2))?;
+    assert!(summary.warnings[0].contains("another order"), "{summary}");
+    Ok(())
+}
+
+#[cfg(feature = "signals")]
+#[test]
+fn a_signal_during_a_search_ends_it_with_an_error() -> Result<()> {
+    use tch_ignite::handlers::InterruptOn;
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let mut program = Program::new("SGD", 1)?;
+    program.trainer.attach(InterruptOn::signals()?).attach(Checkpoint::new(folder.path()));
+    program.trainer.on(Event::IterationStarted.once(3), |_, _| {
+        let pid = std::process::id().to_string();
+        let sent = std::process::Command::new("kill").args(["-TERM", &pid]).status()?;
+        anyhow::ensure!(sent.success());
+        Ok(())
+    });
+    let before = program.outcome()?;
+    let finder = LrFinder::new(&program.cx.optimizer, &program.vs).num_iter(9);
+    let (trainer, cx) = (&mut program.trainer, &mut program.cx);
+    let found = finder.run(trainer, cx, &program.data, |loss: &Tensor| loss.shallow_clone());
+    assert!(text(found).contains("signal 15 came"));
+    assert!(program.outcome()? == before && files(folder.path()).is_empty());
     Ok(())
 }

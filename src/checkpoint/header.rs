@@ -40,7 +40,11 @@ pub(super) struct Entry {
     pub(super) from: u64,
 }
 
-/// What the metadata may hold that is of interest; the rest is not kept.
+/// How many texts of the metadata that are not ours are kept: other programs write a few, and other names of
+/// tensors.
+const MAX_TEXTS: usize = 1 << 16;
+
+/// What the metadata may hold that is of interest.
 #[derive(Debug, Default)]
 pub(super) struct Metadata {
     /// `tch-ignite`: the version of the layout.
@@ -49,6 +53,8 @@ pub(super) struct Metadata {
     pub(super) crc32c: Option<String>,
     pub(super) written: Option<String>,
     pub(super) kept: Option<String>,
+    /// Texts that are not ours: other names of tensors may be among them.
+    pub(super) others: Vec<(String, String)>,
 }
 
 #[derive(Deserialize)]
@@ -189,7 +195,15 @@ impl<'de> Deserialize<'de> for Metadata {
                         "crc32c" => &mut metadata.crc32c,
                         "written" => &mut metadata.written,
                         "kept" => &mut metadata.kept,
-                        _ => continue,
+                        _ if metadata.others.len() < MAX_TEXTS => {
+                            metadata.others.push((key, text));
+                            continue;
+                        }
+                        _ => {
+                            return Err(de::Error::custom(format!(
+                                "its metadata has more than {MAX_TEXTS} texts"
+                            )));
+                        }
                     };
                     if place.replace(text).is_some() {
                         return Err(de::Error::custom(format!("it has two '{key}'")));

@@ -47,6 +47,9 @@ impl fmt::Display for Resumed {
         let parts: Vec<_> = restored.parts.iter().take(LINES).map(|part| shortened(part)).collect();
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         writeln!(f, "restored: {}{more}", parts.join(", "))?;
+        if let Some(ended) = &restored.ended {
+            writeln!(f, "ended: {ended}")?;
+        }
         write!(f, "resumed {} at iteration {iteration} (epoch {epoch})", path.display())
     }
 }
@@ -266,7 +269,9 @@ fn broken(path: &Path, why: &str) -> Error {
 }
 
 /// Writes the variables of a store, parameters and buffers, as a plain safetensors file with their
-/// names, which are PyTorch's; as safe as a checkpoint is written.
+/// names, which are PyTorch's; as safe as a checkpoint is written. A tensor with several names (tied weights)
+/// is written once, under the first of them in alphabetical order, and the metadata tells the others, as
+/// Python's `safetensors.torch.save_model` does; [`load_weights`] and its `load_model` find all.
 ///
 /// # Errors
 /// A type that safetensors does not have, or the disk's.
@@ -325,7 +330,9 @@ pub fn load_weights_with(
         ));
     }
     let ours = variables_of(&vs.variables_);
-    let saved: BTreeMap<&str, _> = contents.layouts().collect();
+    // A tensor's other name that the store does not have is no tensor that is left out.
+    let known = |name: &str| !contents.is_tied(name) || ours.tensors.contains_key(name);
+    let saved: BTreeMap<&str, _> = contents.layouts().filter(|(name, _)| known(name)).collect();
     let mut keys = IncompatibleKeys::default();
     for (name, misfit) in layout_misfits(&ours, &saved) {
         let (here, there) = (ours.tensors.contains_key(&name), saved.contains_key(&*name));
