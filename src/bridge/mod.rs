@@ -8,6 +8,7 @@
 mod allocator;
 mod autocast;
 mod average;
+mod batch_norm;
 #[cfg(feature = "distributed")]
 mod dist;
 mod fused;
@@ -35,6 +36,7 @@ use torch_sys::C_tensor;
 pub(crate) use allocator::keep_freed;
 pub(crate) use autocast::AutocastRegion;
 pub(crate) use average::{Average, Pairs};
+pub(crate) use batch_norm::BatchNormWatch;
 #[cfg(feature = "distributed")]
 pub(crate) use dist::{Cause, DistException, Group, Store, StoreAddress};
 pub(crate) use fused::{Mode, StepError};
