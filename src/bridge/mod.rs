@@ -22,6 +22,7 @@ mod process;
 mod reducer;
 mod serial;
 mod shared_tensor;
+mod thread_state;
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -47,6 +48,7 @@ pub(crate) use process::send_signal;
 pub(crate) use reducer::{Reducer, ReducerOptions};
 pub(crate) use serial::Serial;
 pub(crate) use shared_tensor::SharedTensor;
+pub(crate) use thread_state::ThreadState;
 
 use fused::Plan;
 

@@ -1,7 +1,7 @@
 //! What engines track: models, optimizers, and things of your own.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
@@ -12,7 +12,7 @@ use tch::nn::{VarStore, Variables};
 use super::format::Layout;
 use super::{StateDict, Stateful};
 use crate::amp::GradScaler;
-use crate::bridge::{TensorId, set_gradient};
+use crate::bridge::{TensorId, bytes, set_gradient};
 use crate::optim::Optimizer;
 use crate::{Error, Result};
 
@@ -246,6 +246,7 @@ pub(super) fn load_variables(variables: &Mutex<Variables>, state: &StateDict) ->
 /// Copies values that fit into the variables of their names.
 pub(super) fn copy_variables(variables: &Mutex<Variables>, state: &StateDict) -> Result<()> {
     let ours = variables_of(variables);
+    check_tied(&ours, state)?;
     let _guard = tch::no_grad_guard();
     for (name, value) in &state.tensors {
         let Some(mut variable) = ours.tensors.get(name).map(Tensor::shallow_clone) else {
@@ -259,6 +260,29 @@ pub(super) fn copy_variables(variables: &Mutex<Variables>, state: &StateDict) ->
         }
     }
     Ok(())
+}
+
+/// Refuses different values for two names of one variable, because only one of them could be loaded.
+fn check_tied(ours: &StateDict, state: &StateDict) -> Result<()> {
+    let mut first_names: HashMap<TensorId, (&str, &Tensor)> = HashMap::new();
+    for (name, value) in &state.tensors {
+        let Some(variable) = ours.tensors.get(name) else { continue };
+        let (first, other) = *first_names.entry(TensorId::of(variable)).or_insert((name, value));
+        if TensorId::of(value) != TensorId::of(other) && !have_same_bits(value, other) {
+            return Err(Error::State(format!(
+                "'{first}' and '{name}' are names of one variable here, and have different values there; give them variables of their own, or load a state of tied ones"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn have_same_bits(a: &Tensor, b: &Tensor) -> bool {
+    match (bytes(a), bytes(b)) {
+        (Ok(a), Ok(b)) => a == b,
+        // They are on another device, or not dense.
+        _ => a.f_equal(b).unwrap_or(false),
+    }
 }
 
 /// Which tensors of `ours` and of a saved state are not the same in name, type and shape, each with a
@@ -276,7 +300,13 @@ pub(super) fn layout_misfits(
     saved: &BTreeMap<&str, Layout>,
 ) -> BTreeMap<String, String> {
     let mut misfits = BTreeMap::new();
+    // A variable with several names needs only one of them there.
+    let named = ours.tensors.iter().filter(|(name, _)| saved.contains_key(name.as_str()));
+    let found: HashSet<_> = named.map(|(_, tensor)| TensorId::of(tensor)).collect();
     for (name, tensor) in &ours.tensors {
+        if !saved.contains_key(name.as_str()) && found.contains(&TensorId::of(tensor)) {
+            continue;
+        }
         let ours = Layout { kind: tensor.kind(), shape: tensor.size() };
         let misfit = match saved.get(name.as_str()) {
             None => format!("'{name}' is missing"),

@@ -2,7 +2,7 @@ use std::fmt;
 use std::ops::BitOr;
 use std::sync::Arc;
 
-use super::guarded;
+use super::guarded::guarded_within;
 use crate::{Error, Result};
 
 /// A point of a run at which handlers are called: ignite's `Events`.
@@ -306,7 +306,7 @@ impl FilteredEvent {
     pub(super) fn passes(&self, n: u64) -> anyhow::Result<bool> {
         match &self.passes {
             Some(passes) => {
-                guarded(|| Ok(passes(n))).map_err(|panic| panic.context("its filter failed"))
+                guarded_within(|| Ok(passes(n))).map_err(|panic| panic.context("its filter failed"))
             }
             None => Ok(self.passes_numbers(n)),
         }

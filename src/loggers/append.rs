@@ -29,8 +29,10 @@ pub(super) struct AppendFile {
     /// Bytes in the file, of a device 0, and the buffer.
     len: u64,
     flushed: Instant,
-    /// All of it is on the disk, and its name too.
+    /// All of it is on the disk.
     synced: bool,
+    /// Its name is on the disk.
+    is_named: bool,
     is_plain: bool,
 }
 
@@ -71,6 +73,7 @@ impl AppendFile {
             len: metadata.len(),
             flushed: Instant::now(),
             synced: false,
+            is_named: false,
             is_plain: metadata.is_file(),
         })
     }
@@ -117,10 +120,10 @@ impl AppendFile {
         if self.synced || !self.is_plain {
             return Ok(());
         }
-        let synced =
-            self.file.sync_data().and_then(|()| self.place.parent().map_or(Ok(()), sync_folder));
+        let folder = self.place.parent().filter(|_| !self.is_named);
+        let synced = self.file.sync_data().and_then(|()| folder.map_or(Ok(()), sync_folder));
         synced.map_err(|error| self.error(error))?;
-        self.synced = true;
+        (self.synced, self.is_named) = (true, true);
         Ok(())
     }
 
@@ -170,7 +173,7 @@ impl AppendFile {
         let (path, place) = (self.path.with_file_name(name), self.place.with_file_name(name));
         fs::rename(&self.place, &place).map_err(|error| self.error(error))?;
         (self.path, self.place) = (path, place);
-        self.synced = false;
+        (self.synced, self.is_named) = (false, false);
         Ok(())
     }
 

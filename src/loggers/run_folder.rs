@@ -390,6 +390,34 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_that_is_removed_in_a_run_is_an_error_and_is_not_made_again() -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("run");
+        let run = RunFolder::create(&path)?;
+        let mut trainer = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+        trainer.attach(run.clone());
+        let removed = path.clone();
+        trainer
+            .on(Event::IterationCompleted.once(2), move |_, _| Ok(fs::remove_dir_all(&removed)?));
+        let error = trainer.run(&mut (), vec![1.; 3], Until::epochs(1)).unwrap_err();
+        let error = format!("{:#}", anyhow::Error::from(error));
+        assert!(error.contains("removed while it was being written"), "{error}");
+        assert!(run.config(&json!({"lr": 1})).is_err() && run.write_report().is_err());
+        assert!(!path.exists());
+        Ok(())
+    }
+
+    #[test]
+    fn leftovers_of_killed_processes_are_swept() -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let part = folder.path().join("report.html.part-7-1");
+        fs::write(&part, "<html>")?;
+        RunFolder::create(folder.path())?;
+        assert!(!part.exists());
+        Ok(())
+    }
+
+    #[test]
     fn a_folder_that_cannot_be_made_is_an_error_that_names_it() -> anyhow::Result<()> {
         let folder = tempfile::tempdir()?;
         fs::write(folder.path().join("file"), "")?;

@@ -469,11 +469,15 @@ mod tests {
     use super::super::protobuf::reader::{Field, fields, inner};
     use super::*;
 
-    /// The records of all event files of a folder; their sums are checked.
-    fn records(folder: &Path) -> Result<Vec<Vec<u8>>> {
+    /// The records of an event file, or of all of a folder; their sums are checked.
+    fn records(path: &Path) -> Result<Vec<Vec<u8>>> {
         let mut records = vec![];
-        for file in std::fs::read_dir(folder)? {
-            let bytes = std::fs::read(file?.path())?;
+        let files = match path.is_dir() {
+            true => event_files(path)?.iter().map(|name| path.join(name)).collect(),
+            false => vec![path.to_owned()],
+        };
+        for file in files {
+            let bytes = std::fs::read(file)?;
             let mut rest = bytes.as_slice();
             while !rest.is_empty() {
                 let (length, after) = rest.split_first_chunk::<8>().context("a length")?;
@@ -497,6 +501,79 @@ mod tests {
             masked_crc(&[0; 32]),
             (0x8a91_36aau32.rotate_right(15)).wrapping_add(0xa282_ead8)
         );
+    }
+
+    /// Steps of all events but those that a mark of a restart takes back.
+    fn steps(folder: &Path) -> Result<Vec<u64>> {
+        let mut files = event_files(folder)?;
+        files.sort();
+        let mut steps = vec![];
+        for file in files {
+            for record in records(&folder.join(file))? {
+                let event = fields(&record);
+                let step = event.iter().find_map(|(number, value)| match value {
+                    Field::Uint(step) if *number == field::EVENT_STEP => Some(*step),
+                    _ => None,
+                });
+                let has = |number| event.iter().any(|(field, _)| *field == number);
+                if has(field::EVENT_SESSION_LOG) {
+                    steps.retain(|earlier| *earlier < step.unwrap_or(0));
+                } else if has(field::EVENT_SUMMARY) {
+                    steps.push(step.unwrap_or(0));
+                }
+            }
+        }
+        Ok(steps)
+    }
+
+    #[test]
+    fn what_came_after_a_checkpoint_is_taken_back_in_whatever_file_it_is() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let log = |board: &TensorBoard, mut steps: std::ops::RangeInclusive<u64>| {
+            steps.try_for_each(|step| board.scalar("loss", 0., step))
+        };
+        // A process that was killed before its first checkpoint.
+        log(&TensorBoard::create(folder.path())?, 1..=3)?;
+        let first = TensorBoard::create(folder.path())?;
+        first.text("note", "before the run", 0)?;
+        first.begin(true)?;
+        log(&first, 1..=5)?;
+        let at_five = first.commit()?;
+        log(&first, 6..=9)?;
+        drop(first);
+        assert_eq!(steps(folder.path())?, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+
+        // One that was killed before its next.
+        let second = TensorBoard::create(folder.path())?;
+        second.text("note", "before the run", 0)?;
+        ensure!(second.rewind(&at_five)?.is_none());
+        log(&second, 6..=20)?;
+        drop(second);
+
+        let third = TensorBoard::create(folder.path())?;
+        ensure!(third.rewind(&at_five)?.is_none());
+        log(&third, 6..=7)?;
+        let at_seven = third.commit()?;
+        log(&third, 8..=8)?;
+        // In the same process, back and forth.
+        ensure!(third.rewind(&at_seven)?.is_none());
+        log(&third, 8..=9)?;
+        third.flush()?;
+        assert_eq!(steps(folder.path())?, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        ensure!(third.rewind(&at_five)?.is_none());
+        third.flush()?;
+        assert_eq!(steps(folder.path())?, [0, 1, 2, 3, 4, 5]);
+        // The checkpoint is of later than all there is.
+        ensure!(third.rewind(&at_seven)?.is_some());
+
+        let elsewhere = tempfile::tempdir()?;
+        let other = TensorBoard::create(elsewhere.path())?;
+        let why = other.rewind(&at_seven)?.context("a reason")?;
+        assert!(why.contains("has not the event files"), "{why}");
+        for odd in [json!(1), json!({"run": "1", "files": {"../x": 1}, "last step": 1})] {
+            ensure!(other.rewind(&odd)?.is_some());
+        }
+        Ok(())
     }
 
     fn everything(folder: &Path) -> Result<()> {

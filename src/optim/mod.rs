@@ -195,7 +195,10 @@ impl Optimizer {
 
     /// Groups there are with the variables that the store has now.
     fn group_count(&self) -> Result<usize> {
-        self.admit_new()?;
+        // Variables do not add to groups by rules.
+        if let Grouping::Numbers(_) = self.shared.grouping {
+            self.admit_new()?;
+        }
         self.native(|native| Ok(native.group_count()))
     }
 

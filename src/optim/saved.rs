@@ -81,50 +81,27 @@ impl Stateful for Optimizer {
             false => Err(Error::State(fitting.misfits.swap_remove(0))),
         }
     }
-}
 
-impl Optimizer {
-    /// Goes to a saved state as far as it fits, for a model that was changed since: each group's options by
-    /// the group's name, each parameter's state by the parameter's name. Returns a line for each thing that
-    /// was left out, with names and shapes; what is not in the state, or does not fit, stays as it is here.
-    ///
-    /// The state of a parameter is taken as a whole, because a moment without its step count means nothing.
-    ///
-    /// ```
-    /// # use tch::{Device, Kind, nn};
-    /// # use tch_ignite::optim::Optimizer;
-    /// use tch_ignite::checkpoint::Stateful;
-    ///
-    /// # fn trained(classes: i64) -> tch_ignite::Result<(nn::VarStore, Optimizer)> {
-    /// #     let vs = nn::VarStore::new(Device::Cpu);
-    /// #     let (body, head) = (vs.root().ones("body", &[2]), vs.root().ones("head", &[classes]));
-    /// #     let optimizer = Optimizer::adam(&vs).build()?;
-    /// #     optimizer.backward_step(&(body.sum(Kind::Float) * head.sum(Kind::Float)))?;
-    /// #     Ok((vs, optimizer))
-    /// # }
-    /// let (_vs, ten_classes) = trained(10)?; // parameters "body" and "head"
-    /// let (_vs, five_classes) = trained(5)?;
-    /// let left_out = five_classes.load_partial(ten_classes.state_dict()?)?;
-    /// assert!(left_out[0].starts_with("'head/exp_avg' is Float of shape [10]"), "{left_out:?}");
-    /// # Ok::<(), tch_ignite::Error>(())
-    /// ```
+    /// For a model that was changed since: each group's options go by the group's name, each parameter's state
+    /// by the parameter's name. What is not in the state, or does not fit, stays as it is here. The state of a
+    /// parameter is taken as a whole, because a moment without its step count means nothing.
     ///
     /// # Errors
-    /// The state is not one of an optimizer. Nothing is changed then, but for what was read in place.
-    pub fn load_partial(&self, state: StateDict) -> Result<Vec<String>> {
+    /// The state is of another optimizer. Nothing is changed then, but for what was read in place.
+    fn load_state_dict_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
         let mut fitting = self.fitting(state)?;
         let misfits = std::mem::take(&mut fitting.misfits);
         self.load(fitting)?;
         Ok(misfits)
     }
+}
 
+impl Optimizer {
     /// Compares a saved state with what there is here, and changes nothing.
     fn fitting(&self, mut state: StateDict) -> Result<Fitting> {
-        let mut fitting = Fitting::default();
         let kind: String = state.value("optimizer")?;
         if kind != self.name() {
-            fitting.misfits.push(format!("it is of {kind}, and this is {}", self.name()));
-            return Ok(fitting);
+            return Err(Error::State(format!("it is of {kind}, and this is {}", self.name())));
         }
         let mut saved: Vec<SavedGroup> = state.value("groups")?;
         let mut steps: BTreeMap<String, Option<i64>> = state.value("steps")?;
@@ -141,6 +118,7 @@ impl Optimizer {
             }
         }
         let groups = self.groups()?;
+        let mut fitting = Fitting::default();
         fitting.compare_groups(&saved, &groups)?;
         for Variable { name, other_names, tensor: parameter, .. } in parameters {
             let names = || std::iter::once(&name).chain(&other_names);

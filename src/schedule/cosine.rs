@@ -84,6 +84,10 @@ impl Schedule for CosineAnnealing {
         Some(self.cycle_size)
     }
 
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
+    }
+
     fn save(&self, events: u64) -> Map<String, Value> {
         self.cycles().save(events, &self.last)
     }
