@@ -8,6 +8,7 @@
 mod allocator;
 mod autocast;
 mod average;
+mod batch_norm;
 #[cfg(feature = "distributed")]
 mod dist;
 mod fused;
@@ -22,6 +23,7 @@ mod process;
 mod reducer;
 mod serial;
 mod shared_tensor;
+mod thread_state;
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
@@ -36,6 +38,7 @@ use torch_sys::C_tensor;
 pub(crate) use allocator::keep_freed;
 pub(crate) use autocast::AutocastRegion;
 pub(crate) use average::{Average, Pairs};
+pub(crate) use batch_norm::BatchNormWatch;
 #[cfg(feature = "distributed")]
 pub(crate) use dist::{Cause, DistException, Group, Store, StoreAddress};
 pub(crate) use fused::{Mode, StepError};
@@ -49,6 +52,7 @@ pub(crate) use process::send_signal;
 pub(crate) use reducer::{Reducer, ReducerOptions};
 pub(crate) use serial::Serial;
 pub(crate) use shared_tensor::SharedTensor;
+pub(crate) use thread_state::ThreadState;
 
 use fused::Plan;
 

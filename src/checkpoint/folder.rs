@@ -10,18 +10,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::format::{Contents, Stamp};
+pub(super) use crate::handlers::files::is_part;
 use crate::handlers::files::{make_folder, open_file, write_whole};
 use crate::{Error, Result};
 
 const LOCK: &str = ".lock";
 /// Holds the name of the newest file, for people and scripts.
 pub(super) const LATEST: &str = "latest";
-/// In the names of files that are being written.
-const PART: &str = ".part-";
-
-/// A folder that no other process writes checkpoints to. Handlers of one process share it.
+/// A folder that no other process writes to. Handlers and loggers of one process share it.
 #[derive(Debug)]
-pub(super) struct Folder {
+pub(crate) struct Folder {
     path: PathBuf,
     /// When the newest file was written, so that the next is newer also where the clock was put back.
     newest: Mutex<u64>,
@@ -30,7 +28,7 @@ pub(super) struct Folder {
     /// The files that handlers write in the runs that are under way: see [`Claim`].
     claimed: Mutex<HashSet<String>>,
     /// Locked as long as it is open; the system unlocks it however the process ends.
-    _lock: File,
+    lock: File,
 }
 
 static OPEN: LazyLock<Mutex<HashMap<PathBuf, Weak<Folder>>>> = LazyLock::new(Mutex::default);
@@ -40,7 +38,7 @@ impl Folder {
     ///
     /// # Errors
     /// The folder cannot be made or written, or another process has it.
-    pub(super) fn open(path: &Path, create: bool) -> Result<Arc<Self>> {
+    pub(crate) fn open(path: &Path, create: bool) -> Result<Arc<Self>> {
         let io = |source| Error::Io { path: path.to_owned(), source };
         if create {
             make_folder(path).map_err(io)?;
@@ -62,13 +60,34 @@ impl Folder {
             newest: Mutex::new(newest),
             latest: Mutex::default(),
             claimed: Mutex::default(),
-            _lock: lock,
+            lock,
         };
         let folder = Arc::new(folder);
         folder.remove_parts();
         open.retain(|_, folder| folder.strong_count() > 0);
         open.insert(path, Arc::downgrade(&folder));
         Ok(folder)
+    }
+
+    /// Fails where the folder was removed, or another one has its name.
+    pub(crate) fn check(&self) -> Result<()> {
+        let path = self.file(LOCK);
+        let gone = |text: &str| Error::Io {
+            path: self.path.clone(),
+            source: io::Error::new(io::ErrorKind::NotFound, text.to_owned()),
+        };
+        let there = fs::symlink_metadata(&path);
+        let there = there.map_err(|_| gone("it was removed while a run was writing to it"))?;
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            let ours = self.lock.metadata().map_err(|source| Error::Io { path, source })?;
+            if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
+                return Err(gone("it was replaced while a run was writing to it"));
+            }
+        }
+        let _ = there;
+        Ok(())
     }
 
     pub(super) fn file(&self, name: &str) -> PathBuf {
@@ -178,13 +197,6 @@ pub(super) fn latest(folder: &Path) -> Option<String> {
     Some(name.trim().to_owned())
 }
 
-/// Whether a file of that name was being written: it ends in `.part-<process>-<number>`.
-pub(super) fn is_part(name: &str) -> bool {
-    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let numbers = name.rsplit_once(PART).and_then(|(_, numbers)| numbers.split_once('-'));
-    numbers.is_some_and(|(process, number)| digits(process) && digits(number))
-}
-
 /// The names of all files in a folder.
 pub(super) fn names(folder: &Path) -> io::Result<Vec<String>> {
     let mut names = vec![];
@@ -226,7 +238,7 @@ fn lock(folder: &Path) -> Result<File> {
             let mut owner = String::new();
             let _ = file.take(20).read_to_string(&mut owner);
             return Err(Error::invalid(format!(
-                "another run (process {}) writes its checkpoints to {}: give this one a folder of its own, or end the other",
+                "another run (process {}) writes to {}: give this one a folder of its own, or end the other",
                 owner.trim(),
                 folder.display()
             )));

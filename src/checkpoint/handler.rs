@@ -112,7 +112,7 @@ struct Scoring<B, O> {
 /// on, and are counted. On an evaluator it goes on from one evaluation to the next; the trainer's
 /// [`resume`](Engine::resume) passes over its files.
 ///
-/// It acts after all other handlers of its events ([`Priority::Last`]), so that what it saves is the
+/// It acts after all other handlers of its events ([`Priority::Save`]), so that what it saves is the
 /// state after them. `latest` in the folder holds the name of the newest.
 ///
 /// ```no_run
@@ -586,7 +586,7 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
     }
 
     fn priority(&self) -> Priority {
-        Priority::Last
+        Priority::Save
     }
 
     fn ranks(&self) -> Ranks {

@@ -7,6 +7,7 @@ use tch::Tensor;
 use tch::nn::VarStore;
 
 use super::format::{Contents, Stamp};
+use super::header::shortened;
 use super::stateful::{copy_variables, layout_misfits, variables_of};
 use super::{IntoStateful, StateDict, folder, writer};
 use crate::engine::{Engine, HANDLERS, Restored};
@@ -31,8 +32,6 @@ pub struct Resumed {
 
 /// At most as many lines of a kind, because a file can hold any number of names.
 const LINES: usize = 20;
-/// At most as many characters of a line.
-const LINE: usize = 400;
 
 impl fmt::Display for Resumed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -48,6 +47,9 @@ impl fmt::Display for Resumed {
         let parts: Vec<_> = restored.parts.iter().take(LINES).map(|part| shortened(part)).collect();
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         writeln!(f, "restored: {}{more}", parts.join(", "))?;
+        if let Some(ended) = &restored.ended {
+            writeln!(f, "ended: {ended}")?;
+        }
         write!(f, "resumed {} at iteration {iteration} (epoch {epoch})", path.display())
     }
 }
@@ -61,13 +63,6 @@ fn lines(
     let mut shown = texts.by_ref().take(LINES);
     shown.try_for_each(|text| writeln!(f, "{title} {}", shortened(&text.to_string())))?;
     if more > 0 { writeln!(f, "{title} {more} more") } else { Ok(()) }
-}
-
-fn shortened(text: &str) -> String {
-    match text.char_indices().nth(LINE) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
 }
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
@@ -247,10 +242,12 @@ impl<C, B, O> Engine<'_, C, B, O> {
         let (known, stateful) = self.handler_names();
         let unknown_handler = handlers.iter().find(|name| !known.iter().any(|k| k == **name));
         let missing_handler = stateful.iter().find(|name| !handlers.contains(&name.as_str()));
-        None.or(missing.map(|name| format!("it has no part '{name}'")))
+        let misfit = None
+            .or(missing.map(|name| format!("it has no part '{name}'")))
             .or(unknown.map(|name| format!("its part '{name}' is not tracked here")))
             .or(missing_handler.map(|name| format!("it has no part of handler '{name}'")))
-            .or(unknown_handler.map(|name| format!("its handler '{name}' is not attached here")))
+            .or(unknown_handler.map(|name| format!("its handler '{name}' is not attached here")));
+        misfit.map(|misfit| shortened(&misfit))
     }
 }
 

@@ -59,6 +59,7 @@ impl<'a, T: Stateful + 'a> IntoStateful<'a> for Arc<Mutex<T>> {
     }
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<T: Stateful> Stateful for Rc<RefCell<T>> {
     fn state_dict(&self) -> Result<StateDict> {
         self.try_borrow().map_err(|error| Error::State(error.to_string()))?.state_dict()
@@ -84,11 +85,16 @@ impl<T: Stateful> Stateful for Rc<RefCell<T>> {
         self.try_borrow().is_ok_and(|part| part.has_fixed_tensors())
     }
 
+    fn is_read_in_place(&self) -> bool {
+        self.try_borrow().is_ok_and(|part| part.is_read_in_place())
+    }
+
     fn differs_by_rank(&self) -> bool {
         self.try_borrow().is_ok_and(|part| part.differs_by_rank())
     }
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<T: Stateful> Stateful for Arc<Mutex<T>> {
     fn state_dict(&self) -> Result<StateDict> {
         free(self)?.state_dict()
@@ -108,6 +114,10 @@ impl<T: Stateful> Stateful for Arc<Mutex<T>> {
 
     fn has_fixed_tensors(&self) -> bool {
         free(self).is_ok_and(|part| part.has_fixed_tensors())
+    }
+
+    fn is_read_in_place(&self) -> bool {
+        free(self).is_ok_and(|part| part.is_read_in_place())
     }
 
     fn differs_by_rank(&self) -> bool {

@@ -125,8 +125,11 @@ impl DdpOptions {
 /// steps, clipping, scaling and averages of the weights work as they are, with the same bits on all ranks. It is
 /// libtorch's own reducer, with torch's order of calls; gradients travel while backward goes on.
 ///
-/// Clones share one model. The loss is a mean over the local batch, and local batches are of one size: then a step is
-/// that of one process with the joined batch. In a group of one everything is as without it.
+/// Clones share one model. Where the loss is a mean over the local batch, and local batches are of one size, a step is
+/// that of one process with the joined batch. For batches of different size, or a mean over tokens with padding,
+/// [`GradientAccumulator::data_parallel`](crate::GradientAccumulator::data_parallel) and
+/// [`Supervised::data_parallel`](crate::supervised::Supervised::data_parallel) weigh the ranks. In a group of one everything is
+/// as without it.
 ///
 /// ```
 /// use tch::nn::{self, Module};
@@ -290,6 +293,29 @@ impl DistributedDataParallel {
             }
         }
         pg.all_reduce(&gradients, ReduceOp::Avg)
+    }
+
+    /// Whether there are other ranks.
+    pub(crate) fn reduces(&self) -> bool {
+        self.shared.reducer.is_some()
+    }
+
+    /// Whether there are other ranks, none of them in Python, with which more than gradients can be exchanged.
+    pub(crate) fn exchanges(&self) -> bool {
+        self.reduces() && self.shared.pg.has_control()
+    }
+
+    /// Makes a tensor the sum over all ranks, and returns their number.
+    pub(crate) fn sum(&self, tensor: &Tensor) -> Result<u64> {
+        self.shared.pg.sum_unchecked("DistributedDataParallel: the weights of a window", tensor)?;
+        Ok(self.shared.pg.world_size() as u64)
+    }
+
+    /// Where the parameters are.
+    pub(crate) fn device(&self) -> tch::Device {
+        let variables = self.shared.variables.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = variables.trainable_variables.first();
+        first.map_or(tch::Device::Cpu, |variable| variable.tensor.device())
     }
 
     /// What libtorch's reducer has measured in sampled iterations (the first 10, then every 100th), by torch's names:

@@ -3,7 +3,7 @@ use std::cell::Cell;
 use super::handler::Named;
 use super::run::Position;
 use super::saved::{generators, load_generators_strictly};
-use super::{Control, Engine, Profile, State, guarded};
+use super::{Engine, Profile, Requests, State, guarded};
 use crate::checkpoint::StateDict;
 use crate::data::Source;
 use crate::{Error, Result};
@@ -13,7 +13,7 @@ struct Aside<'a, B, O> {
     state: State<B, O>,
     position: Position,
     data: Option<Box<dyn Source<B> + 'a>>,
-    control: Control,
+    requests: Requests,
     exception: Option<Error>,
     refused: Option<String>,
     random: Option<StateDict>,
@@ -104,7 +104,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             state: std::mem::take(&mut self.state),
             position: std::mem::take(&mut self.position),
             data: self.data.take(),
-            control: std::mem::take(&mut self.control),
+            requests: std::mem::take(&mut self.requests),
             exception: self.exception.take(),
             refused: self.refused.clone(),
             random: self.random.take(),
@@ -123,14 +123,19 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.state = aside.state;
         self.position = aside.position;
         self.data = aside.data;
-        self.control = aside.control;
+        self.requests = aside.requests;
         self.exception = aside.exception;
         self.refused = aside.refused;
         self.random = aside.random;
         self.profile = aside.profile;
-        self.handlers.release(aside.registrations);
+        let mut result = self.handlers.release(aside.registrations).map_err(|panicked| {
+            Error::invalid(format!(
+                "handler {} after a trial run: {:#}",
+                panicked.name, panicked.source
+            ))
+        });
         self.handlers.put_back_firings(&aside.firings);
-        let mut result = self.load_tracked_copies(cx, aside.parts, aside.context);
+        result = result.and(self.load_tracked_copies(cx, aside.parts, aside.context));
         for (name, handler) in self.handlers.objects_mut() {
             if let Some(state) = aside.handlers.parts.remove(&name) {
                 let loaded = handler.load_state(state);

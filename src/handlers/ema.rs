@@ -7,12 +7,20 @@ use tch::nn::VarStore;
 use super::shadow::{Buffers, Shadow, Swapped, WithAverages};
 use crate::bridge::Average;
 use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Event, Events, Handler, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 use crate::optim::Knob;
 use crate::{Error, Result};
 
 /// An exponential moving average of a model's variables: ignite's `EMAHandler`. At each of its events
 /// `ema = ema * (1 - momentum) + model * momentum`, in one pass and in place.
+///
+/// Unless told otherwise there is one update of the averages for each update of the optimizer, also with gradient
+/// accumulation: at [`WINDOW_COMPLETED`] of a trainer that has it (as that of
+/// [`create_supervised_trainer`](crate::supervised::create_supervised_trainer)), else at [`OPTIMIZER_STEPPED`] of one that has
+/// registered it before this is attached, else at [`Event::IterationCompleted`]. A step that a
+/// [`GradScaler`](crate::amp::GradScaler) skipped counts at `WINDOW_COMPLETED`, as in programs that call `update` after
+/// `scaler.step(optimizer)`: the momentum's warm-up goes on, and no host sync is needed. With
+/// `.on(OPTIMIZER_STEPPED)` it does not count.
 ///
 /// A clone shares the averages: attach one and evaluate with the other. Averages are of the variables that
 /// the store has when this is made. No host sync.
@@ -115,7 +123,7 @@ impl EMAHandler {
             momentum: Arc::new(Mutex::new(momentum)),
             buffers: Buffers::default(),
             name: "ema_momentum".into(),
-            events: Event::IterationCompleted.into(),
+            events: WINDOW_COMPLETED.or(OPTIMIZER_STEPPED.or(Event::IterationCompleted)).into(),
             save_history: false,
         })
     }
@@ -165,7 +173,7 @@ impl EMAHandler {
         self
     }
 
-    /// Updates at these events instead of [`Event::IterationCompleted`].
+    /// Updates at these events instead of once for each update of the optimizer.
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self

@@ -8,7 +8,8 @@ use tch::{TchError, Tensor};
 
 use crate::bridge::{Average, Pairs};
 use crate::checkpoint::{StateDict, misfits};
-use crate::engine::{Engine, Event, Events, Handler, Priority};
+use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks};
+use crate::optim::Knob;
 use crate::variables::variables;
 use crate::{Error, Result};
 
@@ -211,6 +212,7 @@ pub struct WithAverages<H> {
     pub(super) handler: H,
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
     fn name(&self) -> String {
         self.handler.name()
@@ -224,12 +226,20 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
         self.handler.validate()
     }
 
+    fn drives(&self) -> Vec<Knob> {
+        self.handler.drives()
+    }
+
     fn priority(&self) -> Priority {
         self.handler.priority()
     }
 
     fn runs_in_trials(&self) -> bool {
         self.handler.runs_in_trials()
+    }
+
+    fn ranks(&self) -> Ranks {
+        self.handler.ranks()
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -246,6 +256,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
 
     fn unique_names(&self) -> Vec<String> {
         self.handler.unique_names()
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        self.handler.logs()
     }
 
     fn call(

@@ -29,6 +29,7 @@ pub use builder::{GroupOptions, OptimizerBuilder, lr};
 pub use gradients::Gradients;
 pub use group::Group;
 pub use knob::Knob;
+pub(crate) use knob::Reduction;
 pub use layerwise::layerwise_lr_decay;
 pub use lent::TchOptimizer;
 pub use param_groups::is_bias_or_norm;
@@ -63,6 +64,7 @@ struct Shared {
     variables: Arc<Mutex<Variables>>,
     /// The options it was built with, as `"<group>.<option>"`.
     built: OnceLock<Map<String, Value>>,
+    reductions: knob::Reductions,
 }
 
 fn listed(names: &[String]) -> String {
@@ -137,6 +139,7 @@ impl Optimizer {
                 added: AtomicUsize::new(grouped.until()),
                 variables: variables.clone(),
                 built: OnceLock::new(),
+                reductions: knob::Reductions::default(),
             }),
         })
     }

@@ -1,5 +1,6 @@
 use serde_json::{Map, Value};
 
+use super::scheduler::{is_due, with_start};
 use super::{Schedule, load_position, save_position, value};
 use crate::checkpoint::StateDict;
 use crate::data::BatchSize;
@@ -81,7 +82,9 @@ impl<S: Schedule> BatchSizeScheduler<S> {
         self.batch_size.set(size as u64)
     }
 
-    /// Acts on these events. The epoch length is only adapted at [`Event::EpochStarted`].
+    /// Acts on these events. Where all of them are fired after the step, value 0 is set when the run begins, as told at
+    /// [`ParamScheduler`](super::ParamScheduler). The epoch length is adapted where epochs begin and end; a change within
+    /// an epoch leaves its length as it is.
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self
@@ -94,7 +97,7 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
     }
 
     fn events(&self) -> Events {
-        self.events.clone()
+        with_start(&self.events, self.events.are_after_step())
     }
 
     fn validate(&self) -> Result<()> {
@@ -129,8 +132,11 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
         _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
+        if self.events.are_after_step() && !is_due(&self.schedule, event, &mut self.events_done) {
+            return Ok(());
+        }
         self.set(self.events_done)?;
-        if event == Event::EpochStarted {
+        if matches!(event, Event::Started | Event::EpochStarted | Event::EpochCompleted) {
             let (batches, size) = (self.batch_size.batches(), self.batch_size.get());
             anyhow::ensure!(
                 batches > 0,

@@ -94,8 +94,9 @@ pub trait Schedule: Send {
         None
     }
 
-    /// Checks that the schedule has come to its [length](Self::length) after `events` events, and has not
-    /// [ended](Self::end) before: before a run that long.
+    /// Checks that the schedule has come to its [length](Self::length) after `events` events, has not
+    /// [ended](Self::end) before, and has a finite value at each of them: before a run that long. Asks for the values of
+    /// all events, up to ten millions.
     ///
     /// ```
     /// use tch_ignite::schedule::{CosineAnnealing, Schedule};
@@ -104,7 +105,8 @@ pub trait Schedule: Send {
     /// ```
     fn fits(&self, events: u64) -> Result<()> {
         self.validate()?;
-        match too_long(self, events).or_else(|| too_short(self, events)) {
+        let wrong = too_long(self, events).or_else(|| too_short(self, events));
+        match wrong.or_else(|| not_finite(self, events)) {
             Some(text) => Err(Error::invalid(format!("the schedule {text}"))),
             None => Ok(()),
         }
@@ -211,6 +213,12 @@ impl<S: Schedule + ?Sized> Schedule for Box<S> {
     fn length(&self) -> Option<u64> {
         (**self).length()
     }
+    fn fits(&self, events: u64) -> Result<()> {
+        (**self).fits(events)
+    }
+    fn simulate_values(&self, events: u64) -> Result<Vec<(u64, f64)>> {
+        (**self).simulate_values(events)
+    }
     fn arguments(&self) -> Option<Value> {
         (**self).arguments()
     }
@@ -269,6 +277,15 @@ fn load_position<S: Schedule + ?Sized>(
 
 const EVENTS_DONE: &str = "events_done";
 const ARGUMENTS: &str = "arguments";
+
+fn not_finite<S: Schedule + ?Sized>(schedule: &S, events: u64) -> Option<String> {
+    let mut values = (0..events.min(MOST_CHECKED)).map(|event| (event, schedule.at(event)));
+    let (event, value) = values.find(|(_, value)| !value.is_finite())?;
+    Some(format!("gives {value} after {event} events, but the run has {events}"))
+}
+
+/// How many events [`Schedule::fits`] looks at.
+const MOST_CHECKED: u64 = 10_000_000;
 
 /// [`Schedule::arguments`] of what serde can write.
 fn written<S: serde::Serialize>(schedule: &S) -> Option<Value> {

@@ -1,8 +1,10 @@
 use serde_json::{Map, Value, json};
 
+use super::scheduler::with_start;
 use super::{ParamScheduler, Schedule, read};
 use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler};
+use crate::optim::Knob;
 use crate::{Error, Result};
 
 /// Several schedulers as one handler, one after the other at each event: ignite's
@@ -29,6 +31,8 @@ use crate::{Error, Result};
 pub struct ParamGroupScheduler<S> {
     schedulers: Vec<ParamScheduler<S>>,
     events: Events,
+    /// As the user wishes; by the events where that is `None`.
+    write_at_start: Option<bool>,
 }
 
 impl<S: Schedule> ParamGroupScheduler<S> {
@@ -38,13 +42,24 @@ impl<S: Schedule> ParamGroupScheduler<S> {
         Self {
             schedulers: schedulers.into_iter().collect(),
             events: Event::IterationStarted.into(),
+            write_at_start: None,
         }
     }
 
-    /// Acts on this event.
+    /// Acts on these events. Update k uses value k of each, as told at [`ParamScheduler`].
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self
+    }
+
+    /// See [`ParamScheduler::write_at_start`].
+    pub fn write_at_start(mut self, on: bool) -> Self {
+        self.write_at_start = Some(on);
+        self
+    }
+
+    fn writes_at_start(&self) -> bool {
+        self.write_at_start.unwrap_or_else(|| self.events.are_after_step())
     }
 
     /// Writes the next value of each: one event, without an engine.
@@ -109,11 +124,23 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamGroupScheduler<S> {
     }
 
     fn events(&self) -> Events {
-        self.events.clone()
+        with_start(&self.events, self.writes_at_start())
     }
 
     fn validate(&self) -> Result<()> {
-        self.schedulers.iter().try_for_each(|s| <_ as Handler<C, B, O>>::validate(s))
+        for (index, scheduler) in self.schedulers.iter().enumerate() {
+            <_ as Handler<C, B, O>>::validate(scheduler)?;
+            let mut before = self.schedulers[..index].iter();
+            if let Some(other) = before.find(|other| other.knob().overlaps(scheduler.knob())) {
+                return Err(scheduler.knob().driven_twice(other.name(), scheduler.name()));
+            }
+        }
+        Ok(())
+    }
+
+    fn drives(&self) -> Vec<Knob> {
+        let all = self.schedulers.iter().map(|scheduler| scheduler.knob().clone());
+        if self.events.are_filtered() { vec![] } else { all.collect() }
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -141,9 +168,11 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamGroupScheduler<S> {
     fn call(
         &mut self,
         event: Event,
-        cx: &mut C,
+        _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
-        self.schedulers.iter_mut().try_for_each(|scheduler| scheduler.call(event, cx, engine))
+        let at_start = self.writes_at_start();
+        let mut schedulers = self.schedulers.iter_mut();
+        schedulers.try_for_each(|scheduler| scheduler.handle(event, at_start, engine))
     }
 }
