@@ -47,7 +47,9 @@ const NAMES_LISTED: usize = 8;
 
 /// An optimizer with named parameter groups. Clones share one libtorch optimizer.
 ///
-/// Built by [`Optimizer::builder`] around tch's settings (`nn::sgd(..)`, `nn::Adam::default()`, …).
+/// Built by [`Optimizer::builder`] around tch's settings (`nn::sgd(..)`, `nn::Adam::default()`, …), before or after
+/// the variables of the store: each call that needs parameters takes up new ones first. A tensor with several names in
+/// the store (tied weights) is one parameter, known by the first of them in alphabetical order.
 /// Every call takes an uncontended lock (about 10 ns) and none is held while user code runs.
 #[derive(Clone)]
 pub struct Optimizer {
