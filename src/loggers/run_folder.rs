@@ -206,9 +206,10 @@ impl Log for Curves {
 
 impl Record {
     fn push(&mut self, tag: &str, value: f64, step: u64) {
+        let is_full = self.curves.len() >= TAGS;
         match self.curves.get_mut(tag) {
             Some(curve) => curve.push(step, value),
-            None if self.curves.len() >= TAGS => self.has_more = true,
+            None if is_full => self.has_more = true,
             None => self.curves.entry(tag.to_owned()).or_default().push(step, value),
         }
     }
