@@ -206,12 +206,11 @@ impl Log for Curves {
 
 impl Record {
     fn push(&mut self, tag: &str, value: f64, step: u64) {
-        if let Some(curve) = self.curves.get_mut(tag) {
-            curve.push(step, value);
-        } else if self.curves.len() < TAGS {
-            self.curves.entry(tag.to_owned()).or_default().push(step, value);
-        } else {
-            self.has_more = true;
+        let is_full = self.curves.len() >= TAGS;
+        match self.curves.get_mut(tag) {
+            Some(curve) => curve.push(step, value),
+            None if is_full => self.has_more = true,
+            None => self.curves.entry(tag.to_owned()).or_default().push(step, value),
         }
     }
 }
