@@ -173,6 +173,12 @@ impl GradientAccumulator {
         self.pending.as_ref().map_or(0, |pending| pending.batches)
     }
 
+    /// Forgets the batches that wait, and returns how many there were.
+    pub(crate) fn drop_pending(&mut self) -> u64 {
+        (self.window, self.local) = (None, None);
+        self.pending.take().map_or(0, |pending| pending.batches)
+    }
+
     /// The place of the batch of this iteration: [`Accumulation::window_of`].
     pub fn window_of<C, B, O>(&self, engine: &Engine<'_, C, B, O>) -> Window {
         self.accumulation.window_of(engine)
