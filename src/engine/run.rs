@@ -465,9 +465,13 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Error::Data { epoch: self.state.epoch, iteration: self.state.iteration, source }
     }
 
+    /// Whether the data gives batches at all; `set_data` may change that within a run.
+    fn fetches(&self) -> bool {
+        self.data.as_ref().is_none_or(|data| data.fetches())
+    }
+
     fn drive(&mut self, cx: &mut C) -> Result<Stop> {
         self.agree_on_start()?;
-        let fetches = self.data.as_ref().is_none_or(|data| data.fetches());
         if self.position.entry == Some(Entry::Kept) {
             self.enter()?;
         }
@@ -518,7 +522,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     self.state.batch = None;
                     self.state.output = None;
                     self.position.phase = Phase::Fetch;
-                    if !fetches {
+                    if !self.fetches() {
                         continue;
                     }
                     Event::GetBatchStarted
@@ -526,7 +530,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 Phase::Fetch => match self.fetch()? {
                     true => {
                         self.position.phase = Phase::BatchFetched;
-                        if !fetches {
+                        if !self.fetches() {
                             continue;
                         }
                         Event::GetBatchCompleted
