@@ -1,4 +1,4 @@
-use super::run::Position;
+use super::position::Position;
 use super::{Engine, Requests, State};
 use crate::data::Source;
 use crate::{Error, Result};
