@@ -1,10 +1,9 @@
 //! The engine: a step function over data, with events and handlers. ignite's `Engine`.
 
 mod aside;
-mod event;
-mod guarded;
 mod handler;
 mod log;
+mod metric;
 mod position;
 mod profile;
 mod requests;
@@ -22,24 +21,27 @@ use std::time::Instant;
 
 use serde_json::{Map, Value};
 
-pub use event::{Event, Events, FilteredEvent, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
-pub(crate) use guarded::guarded;
+pub use crate::event::{Event, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
+pub use crate::event_filter::{Events, FilteredEvent};
+pub use crate::metrics::MetricValue;
 pub use handler::{Handler, HandlerId, Priority};
 pub use log::Log;
 pub use profile::{Profile, ProfileRow};
 pub(crate) use saved::HANDLERS;
 pub use saved::Restored;
-pub use state::{MetricValue, Metrics, State};
+pub use state::{Metrics, State};
 pub use summary::{Stop, Summary};
 pub use together::Ranks;
 pub use until::Until;
 
-use crate::checkpoint::StateDict;
 use crate::data::{IntoSource, Source};
-use crate::metrics::{Joins, Metric, MetricHandler, Usage};
-use crate::{Error, Result};
-use guarded::{Entered, guarded_drop, guarded_within};
+use crate::error::{Error, Result};
+use crate::event::Count;
+use crate::guard::{Entered, guarded, guarded_drop, guarded_within};
+use crate::metrics::{Metric, Usage};
+use crate::state::StateDict;
 use handler::{Callable, EventIndex, Handlers, Subscription, Taken};
+use metric::{Joins, MetricHandler};
 use position::Position;
 use requests::Requests;
 use saved::Tracked;
@@ -49,7 +51,7 @@ use together::Together;
 pub type Trainer<'a, C, B = crate::data::Batch, O = tch::Tensor> = Engine<'a, C, B, O>;
 
 /// An engine whose step updates nothing.
-pub type Evaluator<'a, C, B = crate::data::Batch, O = crate::supervised::Prediction> =
+pub type Evaluator<'a, C, B = crate::data::Batch, O = crate::prediction::Prediction> =
     Engine<'a, C, B, O>;
 
 type StepFn<'a, C, B, O> =
@@ -311,10 +313,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     ) -> Result<()> {
         let firings = self.handlers.count_firing(index);
         let number = match event.count() {
-            event::Count::Iteration => self.state.iteration,
-            event::Count::Epoch => self.state.epoch,
-            event::Count::Firings => firings,
-            event::Count::None => 0,
+            Count::Iteration => self.state.iteration,
+            Count::Epoch => self.state.epoch,
+            Count::Firings => firings,
+            Count::None => 0,
         };
         let begun = self.clock();
         let removals = self.handlers.begin();

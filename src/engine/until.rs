@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How far a run goes, and how long its epochs are.
 ///

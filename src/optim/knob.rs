@@ -5,8 +5,8 @@ use tch::Tensor;
 
 use super::hyper::Hyper;
 use super::{Optimizer, locked};
-use crate::checkpoint::StateDict;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::state::StateDict;
 
 /// Something with one value that can be read and written: what schedulers drive.
 ///
