@@ -15,10 +15,12 @@ use tch_ignite::distributed::launch::{Ended, Launch};
 use tch_ignite::distributed::{
     DdpOptions, DistributedDataParallel, ProcessGroup, ProcessGroupOptions,
 };
-use tch_ignite::engine::{Engine, Event, Stop, Until};
+use tch_ignite::engine::{Engine, Event, MetricValue, Stop, Until};
 use tch_ignite::handlers::{Evaluate, InterruptOn, TerminateOnNan};
 use tch_ignite::metrics::regression::MedianAbsoluteError;
-use tch_ignite::metrics::{ConfusionMatrix, Mean, MeanSquaredError, RunningAverage, Usage, pair};
+use tch_ignite::metrics::{
+    Accumulated, ConfusionMatrix, Mean, MeanSquaredError, Metric, RunningAverage, Usage, pair,
+};
 use tch_ignite::optim::Optimizer;
 use tch_ignite::supervised::{
     Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,
@@ -319,6 +321,7 @@ fn what_one_rank_asks_for_all_do_at_the_same_iteration() {
         trainer.on(Event::IterationCompleted.once(4), move |_, engine| {
             match what.as_str() {
                 "terminate" if second => engine.terminate(),
+                "limit" if second => engine.terminate_at_limit(),
                 "signal" if second => {
                     let id = std::process::id().to_string();
                     assert!(Command::new("kill").args(["-TERM", &id]).status()?.success());
@@ -348,7 +351,8 @@ fn what_one_rank_asks_for_all_do_at_the_same_iteration() {
         };
         return leave(&folder, &pg, &[outcome]);
     }
-    for (role, iterations) in [("terminate", 11.), ("nan", 11.), ("signal", 11.), ("length", 0.)] {
+    let stops = ["terminate", "limit", "nan", "signal"].map(|role| (role, 11.));
+    for (role, iterations) in stops.into_iter().chain([("length", 0.)]) {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(outcomes(NAME, role, 2, folder.path()), [[iterations], [iterations]], "{role}");
     }
@@ -394,4 +398,56 @@ fn a_signal_goes_to_all_ranks() {
     let folder = tempfile::tempdir().unwrap();
     let all = outcomes(NAME, "signal", 2, folder.path());
     assert_eq!(all[0], all[1]);
+}
+
+/// A metric that panics while its state is joined, or refuses the joined one.
+struct Odd {
+    panics: bool,
+}
+
+impl Metric<f64> for Odd {
+    fn reset(&mut self) {}
+    fn update(&mut self, _: &f64) -> anyhow::Result<()> {
+        Ok(())
+    }
+    fn compute(&self) -> anyhow::Result<MetricValue> {
+        Ok(0.0.into())
+    }
+    fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
+        assert!(!self.panics, "no state");
+        Ok(vec![])
+    }
+    fn load_state(&mut self, _: &[Accumulated]) -> anyhow::Result<()> {
+        anyhow::bail!("no other state")
+    }
+}
+
+#[test]
+fn a_metric_that_fails_while_ranks_join_is_named_and_does_no_harm_to_others() {
+    const NAME: &str = "a_metric_that_fails_while_ranks_join_is_named_and_does_no_harm_to_others";
+    if let Some((role, folder)) = role() {
+        let pg = join();
+        let mut trainer = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+        let panics = role == "panic";
+        trainer.distributed(&pg).metric("odd", Odd { panics }).metric("mean", Mean::new());
+        if !panics {
+            trainer
+                .attach(Checkpoint::new(folder.join("run")).on(Event::IterationCompleted.once(2)));
+        }
+        let result = trainer.run(&mut (), vec![1., 2.], Until::iterations(2).epoch_length(9));
+        let (mut sum, text) = (0., format!("{:#}", anyhow::Error::from(result.unwrap_err())));
+        if panics {
+            let expected = "handler 'metric odd' of EPOCH_COMPLETED failed";
+            assert!(text.contains(expected) || pg.rank() == 1, "{text}");
+        } else if pg.rank() == 0 {
+            assert!(text.contains("metric 'odd': no other state"), "{text}");
+            let state = trainer.checkpoint(&()).unwrap();
+            let mean = state.part("handlers").unwrap().part("metric mean").unwrap();
+            sum = mean.tensors().map(|(_, tensor)| tensor.double_value(&[])).fold(0., f64::max);
+        }
+        return leave(&folder, &pg, &[sum]);
+    }
+    // Of rank 0 alone: the sum of 1 and 2, or the count.
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(outcomes(NAME, "restore", 2, folder.path()), [[3.], [0.]]);
 }
