@@ -49,7 +49,7 @@ impl Event {
 ///
 /// What is compared is the iteration for iteration and batch events (at the batch events: the last
 /// one begun), the epoch for epoch events, started and completed, and for custom events how often
-/// the event was fired. `every` goes with `before` and `after`, counting from `after + 1` then.
+/// the event was fired in this run, which starts again where iterations do. `every` goes with `before` and `after`, counting from `after + 1` then.
 #[derive(Clone)]
 pub struct FilteredEvent {
     pub(crate) event: Event,

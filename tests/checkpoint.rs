@@ -1635,7 +1635,8 @@ fn limits_of_time_and_samples_leave_the_rest_of_the_budget() -> Result<()> {
         data(),
         Until::epochs(3),
     )?;
-    let limits: [(&str, fn(Until) -> Until, bool); 3] = [
+    type Limit = fn(Until) -> Until;
+    let limits: [(&str, Limit, bool); 3] = [
         ("samples", |until| until.or_samples(8), false),
         ("time", |until| until.or_time(std::time::Duration::from_millis(60)), false),
         ("TimeLimit", |until| until, true),

@@ -118,8 +118,18 @@ type StepFn<'a, C, B, O> =
 ///   gives up that iteration. No other event is repeated or left out.
 /// * after `terminate`, or when a limit in samples or time was reached, with `STARTED` and the next
 ///   epoch; the data restarts.
+/// * after [`restore`](Engine::restore) or [`resume`](Engine::resume) with what follows the event at
+///   which the checkpoint was written. Limits of time and samples, and
+///   [`terminate_at_limit`](Engine::terminate_at_limit), were those of the process that wrote it: the rest
+///   of the budget goes on. A run that `terminate` had ended stays ended, and says so; see
+///   [`resume_terminated`](Engine::resume_terminated).
 /// * after [`load_state_dict`](Engine::load_state_dict), as ignite does, with `STARTED` and
 ///   `EPOCH_STARTED` of the epoch that was under way, and its remaining batches.
+///
+/// Where the data gave epochs their length, and not [`Until::epoch_length`], an epoch is one pass over
+/// the data there is now: after a change of the batch size, the data or the number of processes the epoch
+/// under way ends with the pass, and the next are whole passes. Data of unknown length is found to have
+/// changed when its first pass ends.
 ///
 /// Costs per iteration, with no handlers: a few nanoseconds, no allocation, no lock, no host sync.
 pub struct Engine<'a, C, B, O> {

@@ -25,17 +25,21 @@ pub struct State<B, O> {
     /// The batch, from [`Event::GetBatchCompleted`](super::Event::GetBatchCompleted) until the step
     /// takes it. Handlers may replace it.
     pub batch: Option<B>,
-    /// What the step returned, until the next iteration.
+    /// What the step returned, until the batch of the next iteration was fetched: where there is none it
+    /// stays the last output.
     pub output: Option<O>,
     /// The latest value of each metric.
     pub metrics: Metrics,
     /// What schedulers with `save_history` wrote: for each event, a value for each group.
     pub param_history: BTreeMap<String, Vec<Vec<f64>>>,
-    /// Samples fetched in this call of `run`, where the data source counts them.
+    /// Samples fetched in this call of `run`, where the data source counts them. A run that is resumed from a
+    /// checkpoint counts on, unless that reached the limit of the call that wrote it.
     pub samples: u64,
-    /// How long the last epoch took, its handlers included.
+    /// How long the last epoch of this call of `run` took, its handlers included; the time between two
+    /// calls does not count.
     pub epoch_time: Duration,
-    /// How long the run took, set at its end.
+    /// How long this call of `run` took, set where it ends: before `TERMINATE`, `COMPLETED`, `INTERRUPT` and
+    /// `EXCEPTION_RAISED`, and after them.
     pub run_time: Duration,
 }
 
