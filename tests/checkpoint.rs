@@ -1521,13 +1521,14 @@ save_file(net.state_dict(), sys.argv[1])
 net.eval()
 print(net(torch.ones(1, 3)).sum().item())";
     let python = std::env::var("TORCH_PYTHON").unwrap_or_else(|_| "python3".into());
-    let output = std::process::Command::new(python).args(["-c", script]).arg(&path).output();
+    let torch = folder.path().join("torch.safetensors");
+    let output = std::process::Command::new(python).args(["-c", script]).arg(&torch).output();
     match output {
         Ok(output) if output.status.success() => {
             let vs = VarStore::new(Device::Cpu);
             let fc = nn::linear(vs.root() / "0", 3, 4, Default::default());
             let norm = nn::batch_norm1d(vs.root() / "1", 4, Default::default());
-            load_weights(&vs, &path)?;
+            load_weights(&vs, &torch)?;
             let x = fc.forward_t(&Tensor::ones([1, 3], (Kind::Float, Device::Cpu)), false);
             let sum = norm.forward_t(&x, false).sum(Kind::Float).double_value(&[]);
             let theirs: f64 = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap();
