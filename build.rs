@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 const FILES: &[&str] = &[
     "src/bridge/autocast.cpp",
     "src/bridge/average.cpp",
+    "src/bridge/batch_norm.cpp",
     "src/bridge/bridge.cpp",
     "src/bridge/fused.cpp",
     "src/bridge/generator.cpp",

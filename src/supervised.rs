@@ -1,11 +1,14 @@
 //! A ready context for supervised learning, with its training and evaluation steps.
 
+use std::sync::PoisonError;
+
 use tch::nn::ModuleT;
 use tch::{Kind, Tensor};
 
 pub use crate::engine::{OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 
 use crate::amp::{GradScaler, autocast};
+use crate::bridge::{BatchNormWatch, TensorId};
 use crate::checkpoint::{Gradients, StateDict, Stateful};
 use crate::data::Batch;
 use crate::engine::{Engine, Evaluator, Event, Trainer};
@@ -44,6 +47,8 @@ pub struct Supervised<N> {
     max_norm: Option<f64>,
     max_value: Option<f64>,
     grad_norm: Option<Tensor>,
+    /// The shape of the last batch of one sample with which batch normalisation worked.
+    single: Option<Vec<i64>>,
 }
 
 impl<N: ModuleT> Supervised<N> {
@@ -88,6 +93,7 @@ impl<N: ModuleT> Supervised<N> {
             max_norm: None,
             max_value: None,
             grad_norm: None,
+            single: None,
         }
     }
 
@@ -158,6 +164,9 @@ impl<N: ModuleT> Supervised<N> {
     /// autocast, scaling, accumulation and clipping. Returns the loss, detached and on its device, whole
     /// also where it is divided for accumulation: no host sync.
     ///
+    /// A batch of one sample that leaves a layer of batch normalisation with one value for each channel is an error, as in
+    /// PyTorch, before anything has changed: its running variance would be NaN for ever. It names the layers.
+    ///
     /// With accumulation each `steps`-th call steps; [`train_step_in`](Self::train_step_in) knows about the
     /// end of an epoch.
     pub fn train_step(&mut self, batch: Batch) -> anyhow::Result<Tensor> {
@@ -171,8 +180,12 @@ impl<N: ModuleT> Supervised<N> {
         while self.accumulator.begin(&self.optimizer, window)? {
             self.update()?;
         }
-        let samples = x.size().first().map_or(1, |samples| *samples);
+        let shape = x.size();
+        let samples = shape.first().map_or(1, |samples| *samples);
         let x = self.formatted(x)?;
+        let looks = samples == 1 && self.single.as_ref() != Some(&shape) && self.has_batch_norm();
+        let watch = looks.then(BatchNormWatch::looking_for_single_values).transpose();
+        let watch = watch.map_err(|text| Error::libtorch("watching batch normalisation", text))?;
         let (net, loss) = (&self.net, &self.loss);
         let mut weight = None;
         let mut forward = || {
@@ -184,11 +197,43 @@ impl<N: ModuleT> Supervised<N> {
             Some(kind) => autocast(x.device(), kind, forward),
             None => Ok(forward()),
         })?;
+        if let Some(watch) = watch {
+            self.check_single(&watch.layers())?;
+            self.single = Some(shape);
+        }
         let weight = weight.unwrap_or(Weight::from(samples));
         if self.accumulator.backward(&self.optimizer, &loss, weight)? {
             self.update()?;
         }
         Ok(loss.f_detach()?)
+    }
+
+    fn has_batch_norm(&self) -> bool {
+        let variables = self.optimizer.variables();
+        let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
+        variables.named_variables.keys().any(|name| name.ends_with("running_var"))
+    }
+
+    /// Refuses a batch of which layers of batch normalisation got one value for each channel.
+    fn check_single(&self, running_variances: &[TensorId]) -> Result<()> {
+        if running_variances.is_empty() {
+            return Ok(());
+        }
+        let variables = self.optimizer.variables();
+        let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
+        let name_of = |id: &TensorId| {
+            let mut all = variables.named_variables.iter();
+            let name = all.find(|(_, tensor)| TensorId::of(tensor) == *id)?.0;
+            Some(format!("'{}'", name.strip_suffix(".running_var").unwrap_or(name)))
+        };
+        let names: Vec<_> = running_variances
+            .iter()
+            .map(|id| name_of(id).unwrap_or_else(|| "a layer of another store".into()))
+            .collect();
+        Err(Error::invalid(format!(
+            "batch normalisation has one value for each channel in this batch of one sample ({}): they have no variance, and the running variance would be NaN from then on. Leave the last batch out (`drop_last`), or choose another batch size; the running averages are as they were",
+            names.join(", ")
+        )))
     }
 
     /// Steps for batches that wait for the end of their window, if there are any: at the end of an epoch
@@ -303,6 +348,17 @@ pub fn create_supervised_trainer<'a, N: ModuleT + 'a>() -> Trainer<'a, Supervise
     trainer.context_has_no_model();
     // Names of the crate's own, registered once: this cannot fail, and if it did, firing would say so.
     let _ = trainer.register_events([OPTIMIZER_STEPPED, WINDOW_COMPLETED]);
+    trainer.on(Event::Started, |cx: &mut Supervised<N>, engine| {
+        // Not where a state with its gradients was loaded.
+        if engine.state.iteration == 0
+            && let dropped @ 1.. = cx.accumulator.drop_pending()
+        {
+            engine.warn(format!(
+                "the gradients of {dropped} batches of an earlier run, whose window was not completed, are dropped"
+            ));
+        }
+        Ok(())
+    });
     let ends = Event::EpochCompleted | Event::TerminateSingleEpoch | Event::Terminate;
     trainer.on(ends, finish_window);
     trainer

@@ -897,6 +897,36 @@ fn a_tensor_under_two_names_is_one_parameter() -> Result<()> {
     Ok(())
 }
 
+/// As PyTorch warns of a parameter that an optimizer is given twice; a second name that is not trained is nothing
+/// to warn of.
+#[test]
+fn a_tensor_that_the_store_lists_twice_is_told_once() {
+    const CHILD: &str = "TCH_IGNITE_TIED_CHILD";
+    let Some(trained) = std::env::var_os(CHILD) else {
+        let told = |trained: &str| {
+            let output = std::process::Command::new(std::env::current_exe().unwrap())
+                .args([
+                    "--exact",
+                    "a_tensor_that_the_store_lists_twice_is_told_once",
+                    "--nocapture",
+                ])
+                .env(CHILD, trained)
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{output:?}");
+            let text = String::from_utf8(output.stderr).unwrap();
+            text.lines().filter(|line| line.contains("'emb.weight' and 'head.weight'")).count()
+        };
+        assert_eq!((told("twice"), told("once")), (1, 0));
+        return;
+    };
+    let (vs, _) = tied(trained == "twice");
+    for _ in 0..3 {
+        let optimizer = Optimizer::sgd(&vs).build().unwrap();
+        optimizer.step().unwrap();
+    }
+}
+
 #[test]
 fn a_name_that_is_tied_later_adds_no_parameter() -> Result<()> {
     let vs = store();

@@ -7,8 +7,9 @@ use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::amp::{GradScaler, autocast, without_autocast};
 use tch_ignite::checkpoint::{IntoStateful, Stateful};
+use tch_ignite::data::Loader;
 use tch_ignite::engine::{Engine, Event, Events, Stop, Until};
-use tch_ignite::handlers::{Buffers, EMAHandler, Evaluate, GradNorm, SWAHandler};
+use tch_ignite::handlers::{Buffers, EMAHandler, Evaluate, GradNorm, SWAHandler, update_bn};
 use tch_ignite::metrics::Mean;
 use tch_ignite::optim::{Optimizer, lr};
 use tch_ignite::schedule::{ParamScheduler, PiecewiseLinear};
@@ -588,6 +589,10 @@ fn memory_with_gaps_and_sparse_gradients() -> Result<()> {
     let norm = optimizer.clip_grad_norm(1.)?;
     assert!((value(&norm) - 8f64.sqrt()).abs() < 1e-12, "rows that are there twice add up");
     assert!((value(&optimizer.gradients()?.norm()?) - 1.).abs() < 1e-5);
+    let largest = || value(&table.grad().to_dense(None, false).max());
+    assert!((largest() - 0.5f64.sqrt()).abs() < 1e-5);
+    optimizer.clip_grad_value(0.25)?;
+    assert_eq!(largest(), 0.25);
     optimizer.zero_grad_in_place()?;
     assert_eq!(value(&optimizer.gradients()?.norm()?), 0.);
     Ok(())
@@ -660,6 +665,23 @@ fn a_window_that_loses_batches_to_errors_is_the_mean_of_the_others() -> Result<(
         assert_eq!(stepped, means.len(), "{lost:?}");
         near(weight(&vs), 1. - means.iter().sum::<f64>());
     }
+    Ok(())
+}
+
+#[test]
+fn a_run_that_starts_anew_tells_of_the_window_that_it_drops() -> Result<()> {
+    let mut vs = VarStore::new(Device::Cpu);
+    let mut cx = linear(&mut vs).accumulate(4)?;
+    let data = |third: f64| clones([1., 2., third, 4.].iter().map(|x| batch(&[*x])).collect());
+    let mut trainer = create_supervised_trainer();
+    let until = || Until::epochs(1).epoch_length(4);
+    assert!(trainer.run(&mut cx, data(f64::INFINITY), until()).is_err());
+    trainer.reset()?;
+    let summary = trainer.run(&mut cx, data(3.), until())?;
+    assert!(summary.warnings[0].contains("the gradients of 2 batches"), "{:?}", summary.warnings);
+    near(weight(&vs), 1. - 2.5);
+    let summary = trainer.run(&mut cx, data(3.), Until::epochs(2))?;
+    assert!(summary.warnings.is_empty());
     Ok(())
 }
 
@@ -1054,5 +1076,134 @@ fn training_and_evaluation_call_the_model_in_their_modes() -> Result<()> {
         tch::Tensor::from(1.).set_requires_grad(true).square().requires_grad(),
         "gradients are on again"
     );
+    Ok(())
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f64> {
+    Vec::try_from(tensor.to_kind(Kind::Double)).unwrap()
+}
+
+/// The numbers are those of torch 2.13's `update_bn`.
+#[test]
+fn update_bn_computes_torchs_averages() -> Result<()> {
+    use nn::ModuleT;
+    let mean = [1.0078214339152392, 1.1697504114521182, 1.2518431180597218];
+    let var = [6.021375988641054, 6.343750850149826, 6.715931850538415];
+    let twice_mean = [1.0039107169576198, 1.084875205726059, 1.125921559029861];
+    let twice_var = [5.899569829933034, 6.060757721597707, 6.2468485855157905];
+    for (kind, tolerance) in [(Kind::Double, 1e-15), (Kind::Float, 3e-7)] {
+        let x =
+            (Tensor::arange(30, (Kind::Double, Device::Cpu)) * 0.7).sin().view([10, 3]) * 3. + 1.;
+        let x = x.to_kind(kind);
+        let data = || {
+            let parts = [(0, 4), (4, 3), (7, 3)].map(|(from, size)| x.narrow(0, from, size));
+            tch_ignite::data::one_shot(parts)
+        };
+        let close = |tensor: &Tensor, expected: [f64; 3]| {
+            for (ours, theirs) in numbers(tensor).into_iter().zip(expected) {
+                assert!((ours - theirs).abs() <= tolerance * theirs, "{ours} {theirs}");
+            }
+        };
+        for momentum in [0.1, 0.3, 1.] {
+            let mut vs = VarStore::new(Device::Cpu);
+            let ws_init = nn::Init::Const(1.);
+            let config = nn::BatchNormConfig { momentum, ws_init, ..Default::default() };
+            let bn = nn::batch_norm1d(vs.root() / "bn", 3, config);
+            if kind == Kind::Double {
+                vs.double();
+            }
+            let _ = tch::no_grad(|| bn.running_var.shallow_clone().fill_(9.));
+            assert_eq!(update_bn(data(), |x| bn.forward_t(x, true))?, 1);
+            close(&bn.running_mean, mean);
+            close(&bn.running_var, var);
+            // A layer that is called twice counts each call.
+            let twice = |x: &Tensor| bn.forward_t(&(bn.forward_t(x, true) * 2. + 1.), true);
+            assert_eq!(update_bn(data(), twice)?, 1);
+            close(&bn.running_mean, twice_mean);
+            close(&bn.running_var, twice_var);
+            // What fails changes nothing.
+            let mut calls = 0;
+            let error = update_bn(data(), |x| {
+                calls += 1;
+                assert!(calls < 2, "as asked");
+                bn.forward_t(x, true)
+            });
+            assert!(error.unwrap_err().to_string().contains("as asked"));
+            let error = update_bn(data(), |x| bn.forward_t(x, false)).unwrap_err().to_string();
+            assert!(
+                error.contains("evaluation mode") && error.contains("forward_t(x, true)"),
+                "{error}"
+            );
+            assert_eq!(update_bn(data(), |_| ())?, 0);
+            close(&bn.running_var, twice_var);
+            assert!(x.set_requires_grad(true).square().requires_grad());
+        }
+    }
+
+    // The averages of the weights have averages of their own, and the model keeps what it had.
+    let vs = VarStore::new(Device::Cpu);
+    let net = nn::seq_t()
+        .add(nn::linear(vs.root() / "a", 2, 2, Default::default()))
+        .add(nn::batch_norm1d(vs.root() / "bn", 2, Default::default()));
+    let running = || numbers(&vs.variables()["bn.running_mean"]);
+    let x = Tensor::from_slice2(&[[1f32, 2.], [3., 5.], [8., 1.], [2., 2.]]);
+    let _ = net.forward_t(&x, true);
+    let (swa, own) = (SWAHandler::new(&vs)?, running());
+    tch::no_grad(|| drop(vs.variables()["a.bias"].shallow_clone().fill_(3.)));
+    swa.update()?;
+    tch::no_grad(|| drop(vs.variables()["a.bias"].shallow_clone().fill_(-9.)));
+    {
+        let _averages = swa.swap()?;
+        assert_eq!(update_bn(tch_ignite::data::one_shot([x]), |x| net.forward_t(x, true))?, 1);
+    }
+    assert_eq!(running(), own);
+    let _averages = swa.swap()?;
+    let computed = running();
+    let expected = {
+        let variables = vs.variables();
+        Tensor::from_slice(&[3.5f32, 2.5]).matmul(&variables["a.weight"].tr())
+            + &variables["a.bias"]
+    };
+    for (ours, theirs) in computed.into_iter().zip(numbers(&expected.detach())) {
+        close(ours, theirs);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_last_batch_of_one_sample_is_refused_where_batch_normalisation_needs_more() -> Result<()> {
+    let x = Tensor::randn([5, 3, 2, 2], (Kind::Float, Device::Cpu));
+    let y = Tensor::zeros([5, 1], (Kind::Float, Device::Cpu));
+    let loader = || Loader::new(&x, &y, 2).unwrap();
+    for pooled in [true, false] {
+        let vs = VarStore::new(Device::Cpu);
+        let mut net = nn::seq_t();
+        if pooled {
+            net = net.add_fn(|x| x.mean_dim([2i64, 3].as_slice(), true, None::<Kind>));
+        }
+        let net = net
+            .add(nn::batch_norm2d(vs.root() / "block" / "bn", 3, Default::default()))
+            .add_fn(|x| x.flatten(1, -1).mean_dim([1i64].as_slice(), true, None::<Kind>));
+        let optimizer = Optimizer::sgd(&vs).lr(0.1).build()?;
+        let loss = |y_pred: &Tensor, y: &Tensor| y_pred.mse_loss(y, tch::Reduction::Mean);
+        let mut cx = Supervised::new(net, optimizer, loss);
+        let running = |vs: &VarStore| numbers(&vs.variables()["block.bn.running_var"]);
+        let mut trainer = create_supervised_trainer();
+        let run = trainer.run(&mut cx, &loader(), Until::epochs(2));
+        assert!(running(&vs).iter().all(|value| value.is_finite()), "{:?}", running(&vs));
+        if !pooled {
+            // Four pixels are four values.
+            run?;
+            continue;
+        }
+        let error = format!("{:#}", anyhow::Error::from(run.unwrap_err()));
+        for part in ["epoch 1", "iteration 3", "'block.bn'", "drop_last"] {
+            assert!(error.contains(part), "{error}");
+        }
+        // The same without the last batch.
+        let (before, two) = (running(&vs), loader().drop_last(true));
+        create_supervised_trainer().run(&mut cx, &two, Until::epochs(1))?;
+        assert_ne!(running(&vs), before);
+    }
     Ok(())
 }

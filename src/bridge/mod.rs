@@ -8,6 +8,7 @@
 mod allocator;
 mod autocast;
 mod average;
+mod batch_norm;
 #[cfg(feature = "distributed")]
 mod dist;
 mod fused;
@@ -25,8 +26,10 @@ mod shared_tensor;
 mod thread_state;
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr::{NonNull, null, null_mut};
+use std::sync::{Mutex, PoisonError};
 
 use tch::nn::{self, OptimizerConfig};
 use tch::{COptimizer, TchError, Tensor};
@@ -35,6 +38,7 @@ use torch_sys::C_tensor;
 pub(crate) use allocator::keep_freed;
 pub(crate) use autocast::AutocastRegion;
 pub(crate) use average::{Average, Pairs};
+pub(crate) use batch_norm::BatchNormWatch;
 #[cfg(feature = "distributed")]
 pub(crate) use dist::{Cause, DistException, Group, Store, StoreAddress};
 pub(crate) use fused::{Mode, StepError};
@@ -175,9 +179,11 @@ impl TensorId {
     }
 }
 
-/// Warns as libtorch does: a line on stderr, unless the program set another handler.
-pub(crate) fn warn(text: &str) {
-    let Ok(text) = CString::new(text) else { return };
+/// Warns as libtorch does, by a line on stderr, and of each thing once in a process.
+pub(crate) fn warn_once(text: &str) {
+    static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let is_new = WARNED.lock().unwrap_or_else(PoisonError::into_inner).insert(text.to_owned());
+    let Some(text) = CString::new(text).ok().filter(|_| is_new) else { return };
     // SAFETY: a NUL-terminated text that outlives the call. There is nobody to tell of an error.
     let _ = checked(|error| unsafe { tig_warn(text.as_ptr(), error) });
 }

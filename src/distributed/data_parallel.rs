@@ -166,7 +166,7 @@ struct Shared {
     // After the reducer, which uses it.
     pg: ProcessGroup,
     variables: Arc<Mutex<Variables>>,
-    /// How many parameters the store listed when this was made.
+    /// How many parameters the store listed when this was made, a tied one for each of its names.
     listed: usize,
     parameters: usize,
     /// How many `NoSync` there are.
@@ -232,7 +232,7 @@ impl DistributedDataParallel {
         let now = listed(variables);
         if now != *then {
             return Err(Error::invalid(format!(
-                "the store listed {then} parameters when DistributedDataParallel was made and lists {now} now; make it after the whole model"
+                "the store had {then} parameters when DistributedDataParallel was made and has {now} now; make it after the whole model"
             )));
         }
         let sync = self.syncs();

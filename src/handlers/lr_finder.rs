@@ -367,6 +367,8 @@ impl<F> Search<F> {
         for (knob, (start, end)) in self.knobs.iter().zip(&self.ranges) {
             let lr = match self.mode {
                 StepMode::Exp => start * (end / start).powf(ratio),
+                // Rounding would miss it.
+                StepMode::Linear if ratio >= 1. => *end,
                 // In the order of ignite's operations.
                 StepMode::Linear => start + (end - start) * step / self.iterations as f64,
             };

@@ -15,8 +15,8 @@ use crate::engine::{Engine, Event, Events, Handler};
 /// `average = average + (model - average) / (n + 1)`, in one pass and in place.
 ///
 /// At the end of each epoch unless told otherwise; begin late with
-/// `.on(Event::EpochCompleted.after(100))`. A clone shares the averages. Batch-norm statistics of the
-/// average have to be computed anew by passing data through it, as in torch. No host sync.
+/// `.on(Event::EpochCompleted.after(100))`. A clone shares the averages. The running averages of batch normalisation
+/// have to be computed anew for the averaged weights: [`update_bn`](super::update_bn). No host sync.
 ///
 /// ```
 /// use tch::{Device, nn};

@@ -126,7 +126,7 @@ impl Grouped {
     /// a parameter that an optimizer is given twice.
     pub(super) fn warn_of_tied(&self) {
         if !self.tied.is_empty() {
-            crate::bridge::warn(&format!(
+            crate::bridge::warn_once(&format!(
                 "the store lists a tensor more than once as a parameter ({}); the optimizer has it once. Add its second name with trainable = false",
                 listed(&self.tied)
             ));

@@ -490,6 +490,39 @@ fn models_that_differ_are_refused() {
 }
 
 #[test]
+fn a_parameter_with_two_names_is_reduced_and_stepped_once() {
+    if role().is_none() {
+        let test = "data_parallel::a_parameter_with_two_names_is_reduced_and_stepped_once";
+        Ranks::start(test, "all", 2).succeed();
+        return;
+    }
+    let pg = join();
+    let (x, y) = data(Kind::Double);
+    let train = |pg: &ProcessGroup| {
+        let mut vs = VarStore::new(Device::Cpu);
+        vs.set_kind(Kind::Double);
+        let start = Tensor::arange(36, (Kind::Double, Device::Cpu)).sin().view([6, 6]);
+        let w = (vs.root() / "first").add("weight", start, true);
+        let other = (vs.root() / "again").add("weight", w.shallow_clone(), true);
+        let optimizer = Optimizer::adam(&vs).lr(0.01).build().unwrap();
+        let ddp = DistributedDataParallel::new(pg, &vs, DdpOptions::new()).unwrap();
+        let rows = 24 / pg.world_size() as i64;
+        for step in 0..4 {
+            let from = 24 * step + rows * pg.rank() as i64;
+            let (x, y) = (x.narrow(0, from, rows), y.narrow(0, from, rows));
+            let y_pred = ddp
+                .forward(|| x.matmul(&w).tanh().matmul(&other).mean_dim(1i64, true, Kind::Double));
+            optimizer.zero_grad().unwrap();
+            ddp.backward(&y_pred.unwrap().mse_loss(&y, tch::Reduction::Mean)).unwrap();
+            let _ = optimizer.step_clipped(0.1).unwrap();
+        }
+        w.detach().copy()
+    };
+    let (ours, alone) = (train(&pg), train(&ProcessGroup::single()));
+    assert!((ours - alone).abs().max().double_value(&[]) < 1e-12);
+}
+
+#[test]
 fn in_a_group_of_one_everything_is_as_without() {
     let pg = ProcessGroup::single();
     let case = Case { adamw: true, fused: true, accumulate: 3, bucket_cap_mb: 25., view: true };

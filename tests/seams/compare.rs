@@ -27,6 +27,8 @@ pub struct Trace {
     /// Where the run is, for what is planted.
     pub epoch: u64,
     pub iteration: u64,
+    /// How many budgets are used up.
+    pub budgets: usize,
     /// A batch is being fetched for the first time.
     pub fetching: bool,
 }
@@ -59,6 +61,10 @@ pub struct Outcome {
     pub end: String,
     /// Tag, step and value of each line.
     pub log: Vec<(String, u64, f64)>,
+    /// Names of the files of the best epochs.
+    pub best: Vec<String>,
+    /// The iteration after which batches had another size, because of a resume.
+    pub other_size_after: Option<u64>,
 }
 
 /// The elements of tensors.
@@ -126,6 +132,9 @@ pub fn difference(expected: &Outcome, got: &Outcome) -> Option<Difference> {
         if !equal {
             return differs(format!("line {place} of the log: {line:?}; right is {right:?}"));
         }
+    }
+    if expected.best != got.best {
+        return differs(format!("the best are {:?}; right is {:?}", got.best, expected.best));
     }
     None
 }

@@ -8,15 +8,18 @@ use std::time::Duration;
 
 use tch::nn::{self, ModuleT, OptimizerConfig, VarStore};
 use tch::{Device, Tensor};
+use tch_ignite::WeightedLoss;
 use tch_ignite::amp::GradScaler;
-use tch_ignite::checkpoint::{Checkpoint, StateDict, read_state, write_state};
+use tch_ignite::checkpoint::{Checkpoint, Mode, StateDict, read_state, write_state};
 use tch_ignite::data::{
-    Batch, IntoSource, Loader, Place as DataPlace, Source, restartable, source,
+    Batch, IntoSource, Loader, Place as DataPlace, Source, one_shot, restartable, source,
 };
 use tch_ignite::engine::{
     Evaluator, Event, Events, Handler, Priority, Stop, Summary, Trainer, Until,
 };
-use tch_ignite::handlers::{EMAHandler, EarlyStopping, Evaluate, InterruptOn, SWAHandler};
+use tch_ignite::handlers::{
+    EMAHandler, EarlyStopping, Evaluate, InterruptOn, SWAHandler, TimeLimit,
+};
 use tch_ignite::loggers::{JsonLinesLogger, OutputHandler};
 use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage, Usage};
 use tch_ignite::optim::{Knob, Optimizer, OptimizerBuilder, lr};
@@ -30,7 +33,7 @@ use tch_ignite::supervised::{
 
 use super::compare::{Outcome, Trace, numbers};
 use super::program::*;
-use super::reference::end;
+use super::reference::{budgets, end};
 use super::world;
 
 /// The words of planted errors and panics.
@@ -60,14 +63,14 @@ type Run<'a> = Trainer<'a, Cx>;
 /// What is planted, and what of it has happened.
 #[derive(Clone)]
 struct Plants {
-    breaks: Vec<Break>,
+    program: Arc<Program>,
     trace: Arc<Mutex<Trace>>,
     /// Of those that leave no trace: they are not undone by a resume.
     happened: Arc<Mutex<Vec<bool>>>,
     /// Where that is written, for the next process.
     folder: Option<PathBuf>,
-    /// How the program goes on after an interrupt.
-    then: Arc<Mutex<Then>>,
+    /// The one that came last in this call of `run`.
+    last: Arc<Mutex<Option<Break>>>,
 }
 
 impl Plants {
@@ -86,16 +89,16 @@ impl Plants {
     fn take(&self, place: Place) -> Option<Break> {
         let mut trace = self.trace.lock().unwrap();
         let (epoch, iteration) = (trace.epoch, trace.iteration);
-        for (index, planted) in self.breaks.iter().enumerate() {
+        for (index, planted) in self.program.breaks.iter().enumerate() {
             if !planted.is_due(place, epoch, iteration) {
                 continue;
             }
-            let happened = match planted.leaves_a_trace() {
+            let happened = match planted.leaves_a_trace(&self.program) {
                 true => std::mem::replace(&mut trace.happened[index], true),
                 false => std::mem::replace(&mut self.happened.lock().unwrap()[index], true),
             };
             if !happened {
-                *self.then.lock().unwrap() = planted.then;
+                *self.last.lock().unwrap() = Some(*planted);
                 if let Some(folder) = &self.folder {
                     let happened = serde_json::to_string(&*self.happened.lock().unwrap());
                     std::fs::write(folder.join(HAPPENED), happened.unwrap()).unwrap();
@@ -128,7 +131,7 @@ impl Break {
             How::Panic => panic!("{}", planted(self.then)),
             How::Signal => signal("-TERM"),
             How::Kill => signal("-KILL"),
-            How::Interrupt | How::EndOfEpoch => unreachable!("there is no engine"),
+            _ => unreachable!("there is no engine to be asked"),
         }
         Ok(())
     }
@@ -197,10 +200,15 @@ impl Source<Batch> for Listed {
     }
 
     fn next(&mut self) -> Option<anyhow::Result<Batch>> {
-        let index = Tensor::from_slice(self.batches.get(self.next)?);
+        let batch = select(&self.x, &self.y, self.batches.get(self.next)?);
         self.next += 1;
-        Some(Ok((self.x.index_select(0, &index), self.y.index_select(0, &index))))
+        Some(Ok(batch))
     }
+}
+
+fn select(x: &Tensor, y: &Tensor, batch: &[i64]) -> Batch {
+    let index = Tensor::from_slice(batch);
+    (x.index_select(0, &index), y.index_select(0, &index))
 }
 
 /// The processes that train together.
@@ -236,10 +244,11 @@ fn share(_: Loader, _: usize, _: Option<u64>, _: bool, pg: &Group) -> Loader {
     match *pg {}
 }
 
-fn loader(program: &Program, pg: Option<&Group>) -> Option<Loader> {
+fn loader(program: &Program, life: usize, pg: Option<&Group>) -> Option<Loader> {
     let Data::Loader { batch, shuffle, drop_last } = &program.data else { return None };
     let (x, y) = world::samples(program.samples, program.seed);
-    let loader = Loader::new(&x, &y, *batch).unwrap().drop_last(*drop_last);
+    let batch = program.batch_after_resume.filter(|_| life > 0).unwrap_or(*batch);
+    let loader = Loader::new(&x, &y, batch).unwrap().drop_last(*drop_last);
     Some(match (pg, shuffle) {
         (Some(pg), _) => share(loader, program.samples, *shuffle, false, pg),
         (None, Some(seed)) => loader.shuffle(*seed),
@@ -258,12 +267,13 @@ fn data<'a>(
         (_, Some(loader)) => loader.into_source(),
         (Data::Restartable(_), _) => restartable(move || {
             let (x, y) = (x.shallow_clone(), y.shallow_clone());
-            batches.clone().into_iter().map(move |batch| {
-                let index = Tensor::from_slice(&batch);
-                (x.index_select(0, &index), y.index_select(0, &index))
-            })
+            batches.clone().into_iter().map(move |batch| select(&x, &y, &batch))
         })
         .into_source(),
+        (Data::Stream(_), _) => {
+            let all = batches.into_iter().cycle();
+            one_shot(all.map(move |batch| select(&x, &y, &batch))).into_source()
+        }
         _ => Box::new(Listed { x, y, batches, next: 0 }),
     };
     source(Faulty(inner, plants.clone()))
@@ -385,8 +395,8 @@ impl Handler<Cx, Batch, Tensor> for Recorder {
         }
         if at == At::EpochCompleted {
             values.push(("mean loss", vec![metric("loss")]));
-            if switches::LAST_OUTPUT {
-                values.push(("last loss", numbers(&state.output)));
+            if let Some(loss) = &state.output {
+                values.push(("last loss", numbers([loss])));
             }
         }
         values.push(("error of the evaluation", vec![metric("val/error")]));
@@ -422,7 +432,7 @@ struct Built<'a> {
     loader: Option<Loader>,
 }
 
-fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
+fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> Built<'a> {
     let pg = group(program);
     let (vs, net) = store(program);
     let parameters: Vec<_> = net.parameters.iter().map(Tensor::shallow_clone).collect();
@@ -498,7 +508,7 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
             ParamScheduler::new(format!("schedule {index}"), knob, scheduled.shape.schedule());
         trainer.attach(scheduler.on(scheduled.on.events()));
     }
-    let loader = loader(program, pg.as_ref());
+    let loader = loader(program, life, pg.as_ref());
     if let (Some(loader), Some(sizes)) = (&loader, &program.batch_sizes) {
         trainer.attach(BatchSizeScheduler::new(loader, sizes.schedule()));
     }
@@ -553,12 +563,18 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
     }
     for at in places_in_handlers(program) {
         let plants = plants.clone();
-        trainer.on(at.event(), move |_, engine| {
+        trainer.on(at.event(), move |cx, engine| {
             plants.note(at.event(), engine);
             while let Some(planted) = plants.take(Place::In(at)) {
                 match planted.how {
                     How::Interrupt => engine.interrupt(),
                     How::EndOfEpoch => engine.terminate_epoch(),
+                    How::Terminate => engine.terminate(),
+                    How::Limit => {
+                        let mut limit = TimeLimit::new(Duration::from_nanos(1))?;
+                        std::thread::sleep(Duration::from_micros(1));
+                        limit.call(at.event(), cx, engine)?;
+                    }
                     _ => planted.happen()?,
                 }
             }
@@ -585,20 +601,29 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
         );
     }
     let checkpoint = Checkpoint::new(folder.join("checkpoints")).n_saved(2);
+    let checkpoint = checkpoint.on_exception(program.on_exception);
     trainer.attach(checkpoint.on(program.checkpoint.events()).background(program.background));
+    if program.best {
+        let best = Checkpoint::new(folder.join("checkpoints")).weights(&vs);
+        trainer.attach(best.best(2, "loss", Mode::Min).global_step(Event::EpochCompleted));
+    }
 
     let (of_loss, settings) = (plants.clone(), program.clone());
     let loss = move |prediction: &Tensor, y: &Tensor| {
         if let Some(planted) = of_loss.take(Place::Loss) {
             tch::no_grad(|| planted.happen().unwrap());
         }
-        let mut loss = prediction.mse_loss(y, tch::Reduction::Mean);
+        let (mut loss, weight) = world::loss(&settings, prediction, y);
         if settings.noise {
             loss = loss * world::noise();
         }
-        match world::overflows(&settings, of_loss.trace.lock().unwrap().iteration) {
-            true => loss * f64::INFINITY,
-            false => loss,
+        if world::overflows(&settings, of_loss.trace.lock().unwrap().iteration) {
+            loss = loss * f64::INFINITY;
+        }
+        match settings.weights {
+            Weights::Samples | Weights::Equal => WeightedLoss::from(loss),
+            Weights::Tokens => (loss, numbers([&weight])[0]).into(),
+            Weights::TokensInATensor => (loss, weight).into(),
         }
     };
     let mut cx = Supervised::new(net, optimizer, loss);
@@ -609,6 +634,9 @@ fn build<'a>(program: &Program, plants: &Plants, folder: &Path) -> Built<'a> {
     }
     if program.accumulate > 1 {
         cx = cx.accumulate(program.accumulate).unwrap();
+    }
+    if program.weights == Weights::Equal {
+        cx = cx.equal_weights();
     }
     if let Some(scaler) = scaler {
         cx = cx.grad_scaler(scaler);
@@ -641,8 +669,8 @@ fn places_in_handlers(program: &Program) -> Vec<At> {
     places
 }
 
-fn until(program: &Program) -> Until {
-    let until = match program.budget {
+fn until(program: &Program, budget: Budget) -> Until {
+    let until = match budget {
         Budget::Epochs(epochs) => Until::epochs(epochs),
         Budget::Iterations(iterations) => Until::iterations(iterations),
         Budget::Samples(samples) => Until::samples(samples),
@@ -656,6 +684,10 @@ fn until(program: &Program) -> Until {
 /// Files through which processes tell each other what there is to know.
 const PROGRAM: &str = "program.json";
 const HAPPENED: &str = "happened.json";
+/// How many engines there were before.
+const LIFE: &str = "SEAMS_LIFE";
+/// The iteration at which an engine went on.
+const RESUMED: &str = "resumed";
 const ENDED: &str = "ended.safetensors";
 /// The folder of a program whose engine this process is to run.
 const FOLDER: &str = "SEAMS_FOLDER";
@@ -670,18 +702,36 @@ pub fn run(program: &Program, folder: &Path) -> Outcome {
         std::fs::write(folder.join(HAPPENED), serde_json::to_string(&happened).unwrap()).unwrap();
     }
     tch::manual_seed(program.seed as i64);
+    let (mut once_more, mut other_size_after) = (program.resumed_at_the_end, None);
     // Each break makes at most one new engine and one more call of `run`.
-    for _ in 0..2 * program.breaks.len() + 2 {
+    for life in 0..2 * program.breaks.len() + 3 {
         let ended = match program.processes {
-            true => in_a_process(program, folder),
-            false => in_this_process(program, &mut happened, None, folder),
+            true => in_a_process(program, life, folder),
+            false => in_this_process(program, life, &mut happened, None, folder),
         };
-        if let Some(outcome) = ended {
-            return Outcome { log: read_log(folder), ..outcome };
+        if life > 0 {
+            let resumed = std::fs::read_to_string(folder.join(RESUMED)).unwrap_or_default();
+            let at = resumed.parse().unwrap_or(0);
+            other_size_after = Some(other_size_after.map_or(at, |before: u64| before.min(at)));
         }
-        reseed(program, folder);
+        match ended {
+            Some(outcome) if !std::mem::take(&mut once_more) => {
+                let (log, best) = (read_log(folder), best(folder));
+                return Outcome { log, best, other_size_after, ..outcome };
+            }
+            _ => reseed(program, folder),
+        }
     }
     Outcome { end: "it never ends".into(), ..Outcome::default() }
+}
+
+/// The names of the files of the best epochs.
+fn best(folder: &Path) -> Vec<String> {
+    let files = std::fs::read_dir(folder.join("checkpoints")).into_iter().flatten().flatten();
+    let names = files.map(|file| file.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<_> = names.filter(|name| name.starts_with("model")).collect();
+    names.sort();
+    names
 }
 
 /// Random numbers come back with the checkpoint; without one the program starts anew.
@@ -691,10 +741,10 @@ fn reseed(program: &Program, folder: &Path) {
 }
 
 /// One engine in another process, or one in each of several; `None` if the next is to go on.
-fn in_a_process(program: &Program, folder: &Path) -> Option<Outcome> {
+fn in_a_process(program: &Program, life: usize, folder: &Path) -> Option<Outcome> {
     let ended = folder.join(ENDED);
     let _ = std::fs::remove_file(&ended);
-    let (code, said) = start(program.ranks, folder);
+    let (code, said) = start(program.ranks, life, folder);
     match read_state(&ended) {
         Ok(state) => state.value("ended").unwrap(),
         Err(_) if code == 128 + 9 => None,
@@ -707,12 +757,13 @@ fn in_a_process(program: &Program, folder: &Path) -> Option<Outcome> {
 const ARGUMENTS: [&str; 5] = ["--exact", CHILD, "--ignored", "--nocapture", "--test-threads=1"];
 
 /// Starts them; gives their code and what they said.
-fn start(ranks: usize, folder: &Path) -> (i32, String) {
+fn start(ranks: usize, life: usize, folder: &Path) -> (i32, String) {
     #[cfg(feature = "distributed")]
     if ranks > 1 {
         let logs = folder.join("logs");
         let launch = tch_ignite::distributed::launch::Launch::new(ranks).unwrap();
-        let launch = launch.args(ARGUMENTS).env(FOLDER, folder).logs(&logs);
+        let launch =
+            launch.args(ARGUMENTS).env(FOLDER, folder).env(LIFE, life.to_string()).logs(&logs);
         let ended = launch.grace(Duration::from_secs(1)).run().unwrap();
         let log = |rank| std::fs::read_to_string(logs.join(format!("rank-{rank}.log")));
         let said = (0..ranks).map(|rank| log(rank).unwrap_or_default()).collect();
@@ -720,7 +771,8 @@ fn start(ranks: usize, folder: &Path) -> (i32, String) {
     }
     assert_eq!(ranks, 1);
     let mut child = Command::new(std::env::current_exe().unwrap());
-    let output = child.args(ARGUMENTS).env(FOLDER, folder).output().unwrap();
+    let output =
+        child.args(ARGUMENTS).env(FOLDER, folder).env(LIFE, life.to_string()).output().unwrap();
     let code = output.status.signal().map_or_else(|| output.status.code(), |n| Some(128 + n));
     (code.unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into())
 }
@@ -731,9 +783,10 @@ pub fn child() {
     let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
     let program: Program = serde_json::from_str(&read(PROGRAM)).unwrap();
     let mut happened: Vec<bool> = serde_json::from_str(&read(HAPPENED)).unwrap();
+    let life = std::env::var(LIFE).unwrap().parse().unwrap();
     tch::set_num_threads(1);
     reseed(&program, &folder);
-    let ended = in_this_process(&program, &mut happened, Some(&folder), &folder);
+    let ended = in_this_process(&program, life, &mut happened, Some(&folder), &folder);
     if std::env::var("RANK").is_ok_and(|rank| rank != "0") {
         return;
     }
@@ -746,25 +799,26 @@ pub fn child() {
 /// One engine; `None` if the next is to go on.
 fn in_this_process(
     program: &Program,
+    life: usize,
     happened: &mut Vec<bool>,
     shared: Option<&Path>,
     folder: &Path,
 ) -> Option<Outcome> {
     let trace = Trace { happened: vec![false; program.breaks.len()], ..Trace::default() };
     let plants = Plants {
-        breaks: program.breaks.clone(),
+        program: Arc::new(program.clone()),
         trace: Arc::new(Mutex::new(trace)),
         happened: Arc::new(Mutex::new(happened.clone())),
         folder: shared.map(Path::to_owned),
-        then: Arc::new(Mutex::new(Then::Again)),
+        last: Arc::default(),
     };
-    let ended = live(program, &plants, folder);
+    let ended = live(program, life, &plants, folder);
     happened.clone_from(&plants.happened.lock().unwrap());
     match ended {
         Ended::Resumes => None,
         Ended::Done(end) => {
             let trace = plants.trace.lock().unwrap().records.clone();
-            Some(Outcome { trace, end, log: vec![] })
+            Some(Outcome { trace, end, ..Outcome::default() })
         }
     }
 }
@@ -775,18 +829,30 @@ enum Ended {
 }
 
 /// One engine, from the newest checkpoint.
-fn live(program: &Program, plants: &Plants, folder: &Path) -> Ended {
-    let Built { mut trainer, mut cx, loader } = build(program, plants, folder);
-    if let Err(error) = trainer.resume(&mut cx, folder.join("checkpoints")) {
-        return Ended::Done(format!("resume failed: {error}"));
+fn live(program: &Program, life: usize, plants: &Plants, folder: &Path) -> Ended {
+    let Built { mut trainer, mut cx, loader } = build(program, life, plants, folder);
+    match trainer.resume(&mut cx, folder.join("checkpoints")) {
+        Ok(resumed) => {
+            let at = resumed.map_or(0, |resumed| resumed.iteration);
+            std::fs::write(folder.join(RESUMED), at.to_string()).unwrap();
+        }
+        Err(error) => return Ended::Done(format!("resume failed: {error}")),
     }
+    let budgets = budgets(program);
     for _ in 0..2 * program.breaks.len() + 4 {
-        match trainer.run(&mut cx, data(program, loader.as_ref(), plants), until(program)) {
+        *plants.last.lock().unwrap() = None;
+        let used_up = plants.trace.lock().unwrap().budgets;
+        let until = until(program, budgets[used_up]);
+        let ran = trainer.run(&mut cx, data(program, loader.as_ref(), plants), until);
+        let last = *plants.last.lock().unwrap();
+        match ran {
             Ok(Summary { stop: Stop::Interrupted | Stop::Signal(_), .. }) => {
-                if *plants.then.lock().unwrap() == Then::Resume {
+                if last.is_some_and(|last| last.then == Then::Resume) {
                     return Ended::Resumes;
                 }
             }
+            Ok(_) if last.is_some_and(|last| last.how == How::Limit) => return Ended::Resumes,
+            Ok(_) if used_up + 1 < budgets.len() => plants.trace.lock().unwrap().budgets += 1,
             Ok(Summary { stop, epochs, iterations, .. }) => {
                 return Ended::Done(end(stop == Stop::Terminated, epochs, iterations));
             }

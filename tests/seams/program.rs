@@ -5,7 +5,7 @@ use std::fmt::{self, Debug, Display};
 use proptest::prelude::*;
 use serde::{Deserialize, Serialize};
 use tch_ignite::engine::{Event, FilteredEvent};
-use tch_ignite::supervised::OPTIMIZER_STEPPED;
+use tch_ignite::supervised::{OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 
 /// A struct of fields with defaults, a builder method for each, printed as those that differ.
 macro_rules! program {
@@ -69,12 +69,15 @@ program! {
     /// Losses are multiplied by random numbers.
     noise: bool = false,
     budget: Budget = Budget::Epochs(2),
+    /// A smaller budget, which the engine runs first.
+    first_budget: Option<u64> = None,
     epoch_length: Option<u64> = None,
     optimizer: Algorithm = Algorithm::Sgd { momentum: 0., dampening: 0., weight_decay: 0., nesterov: false },
     lr: f64 = 0.1,
     /// Biases are a second group with this rate.
     lr_of_biases: Option<f64> = None,
     accumulate: u64 = 1,
+    weights: Weights = Weights::Samples,
     scaler: Option<Scaler> = None,
     clip_value: Option<f64> = None,
     clip_norm: Option<f64> = None,
@@ -90,6 +93,14 @@ program! {
     /// When checkpoints are written.
     checkpoint: When = When { at: At::EpochCompleted, every: 1, after: 0 },
     background: bool = false,
+    /// One is written after an error, and resumed.
+    on_exception: bool = false,
+    /// The weights of the two best epochs are kept.
+    best: bool = false,
+    /// The batch size after a resume.
+    batch_after_resume: Option<usize> = None,
+    /// At the end a new engine resumes once more.
+    resumed_at_the_end: bool = false,
     /// Each engine is in a process of its own.
     processes: bool = false,
     /// Processes that train together.
@@ -118,6 +129,8 @@ pub enum Data {
     Batches(Vec<usize>),
     /// The same, as data of unknown length.
     Restartable(Vec<usize>),
+    /// The same again and again, as data without an end.
+    Stream(Vec<usize>),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -133,6 +146,17 @@ pub enum Algorithm {
     Adam { beta1: f64, beta2: f64, weight_decay: f64, amsgrad: bool },
     AdamW { beta1: f64, beta2: f64, weight_decay: f64, amsgrad: bool },
     RmsProp { alpha: f64, momentum: f64, weight_decay: f64, centered: bool },
+}
+
+/// How much the batches of a window count.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub enum Weights {
+    Samples,
+    Equal,
+    /// By what the loss is a mean over, as a number.
+    Tokens,
+    /// The same as a tensor.
+    TokensInATensor,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -235,7 +259,9 @@ pub enum At {
     IterationStarted,
     IterationCompleted,
     OptimizerStepped,
+    WindowCompleted,
     DataloaderStopIteration,
+    TerminateSingleEpoch,
     EpochCompleted,
     Terminate,
     Completed,
@@ -272,6 +298,10 @@ pub enum How {
     Panic,
     /// The epoch ends, and the run goes on.
     EndOfEpoch,
+    /// The run ends.
+    Terminate,
+    /// A time limit ends the call of `run`; a new engine resumes.
+    Limit,
     /// SIGTERM, where there are processes.
     Signal,
     /// SIGKILL, where there are processes.
@@ -297,6 +327,8 @@ impl At {
             At::IterationStarted => Event::IterationStarted,
             At::IterationCompleted => Event::IterationCompleted,
             At::OptimizerStepped => OPTIMIZER_STEPPED,
+            At::WindowCompleted => WINDOW_COMPLETED,
+            At::TerminateSingleEpoch => Event::TerminateSingleEpoch,
             At::DataloaderStopIteration => Event::DataloaderStopIteration,
             At::EpochCompleted => Event::EpochCompleted,
             At::Terminate => Event::Terminate,
@@ -311,7 +343,8 @@ impl At {
 
     /// Whether a schedule that acts there gives the value for the updates that follow.
     pub fn is_after_the_step(self) -> bool {
-        matches!(self, At::IterationCompleted | At::OptimizerStepped | At::EpochCompleted)
+        use At::*;
+        matches!(self, IterationCompleted | OptimizerStepped | WindowCompleted | EpochCompleted)
     }
 }
 
@@ -339,13 +372,26 @@ impl When {
 }
 
 impl Break {
+    /// Whether a checkpoint of this very place is resumed.
+    fn writes_a_checkpoint(&self, program: &Program) -> bool {
+        match self.how {
+            How::Interrupt | How::Signal | How::Limit => self.then == Then::Resume,
+            How::Error | How::Panic => program.on_exception,
+            How::EndOfEpoch | How::Terminate | How::Kill => false,
+        }
+    }
+
     /// Whether a run differs from one without it: an error gives up what it hits, and the same engine goes
     /// on. Where a new one resumes, it does that again.
-    pub fn leaves_a_trace(&self) -> bool {
+    pub fn leaves_a_trace(&self, program: &Program) -> bool {
         match self.how {
-            How::Interrupt | How::Signal | How::Kill => false,
-            How::Error | How::Panic => self.then == Then::Again && self.place != Place::Refetch,
-            How::EndOfEpoch => true,
+            How::Interrupt | How::Limit | How::Signal | How::Kill => false,
+            How::Error | How::Panic => {
+                // What is written after an error goes on after what failed, too.
+                let goes_on = self.then == Then::Again || program.on_exception;
+                goes_on && self.place != Place::Refetch
+            }
+            How::EndOfEpoch | How::Terminate => true,
         }
     }
 }
@@ -424,17 +470,23 @@ impl Program {
                     sizes.iter_mut().for_each(|(_, size)| *size = size.min(most));
                 }
             }
-            _ => {
+            data => {
                 this.batch_sizes = None;
+                this.batch_after_resume = None;
+                if let Data::Stream(_) = data {
+                    this.epoch_length.get_or_insert(3);
+                    // A stream does not begin again.
+                    this.breaks.retain(|planted| planted.how != How::EndOfEpoch);
+                }
                 if let Budget::Samples(samples) = this.budget {
                     this.budget = Budget::Iterations(samples);
                 }
             }
         }
         for planted in &mut this.breaks {
-            if matches!(planted.how, How::Signal | How::Kill) {
+            if matches!(planted.how, How::Signal | How::Kill | How::Limit) {
                 planted.then = Then::Resume;
-                if !this.processes {
+                if !this.processes && planted.how != How::Limit {
                     planted.how = How::Panic;
                 }
             }
@@ -445,9 +497,30 @@ impl Program {
         }
         if let Budget::Samples(_) = this.budget {
             // These are the samples of a call of `run`, and of what resumes it.
-            this.breaks
-                .retain(|planted| planted.then == Then::Resume || planted.how == How::EndOfEpoch);
+            let asks = |how| matches!(how, How::EndOfEpoch | How::Terminate);
+            this.breaks.retain(|planted| planted.then == Then::Resume || asks(planted.how));
+            (this.first_budget, this.resumed_at_the_end) = (None, false);
         }
+        if let Budget::Epochs(all) | Budget::Iterations(all) = this.budget {
+            this.first_budget = this.first_budget.filter(|first| *first < all);
+        }
+        if this.batch_after_resume.is_some() {
+            let whole = |at| matches!(at, At::IterationCompleted | At::EpochCompleted);
+            let fits = this.batch_sizes.is_none() && whole(this.checkpoint.at);
+            // The batch under way would be another one.
+            let breaks_fit = this.breaks.iter().all(|planted| match planted.place {
+                Place::In(at) => whole(at) || !planted.writes_a_checkpoint(&this),
+                _ => !planted.writes_a_checkpoint(&this),
+            });
+            if !fits || !breaks_fit {
+                this.batch_after_resume = None;
+            } else {
+                this.epoch_length = None;
+                this.batch_after_resume = this.batch_after_resume.map(|b| b.min(this.samples));
+            }
+        }
+        // Infinite losses are no names of files.
+        this.best &= this.scaler.as_ref().is_none_or(|scaler| scaler.overflows.is_empty());
         let watches_validation = |watch: &mut Watch| {
             if this.evaluation.is_none() {
                 *watch = Watch::Loss;
@@ -458,12 +531,14 @@ impl Program {
         if let Some(evaluation) = &mut this.evaluation {
             evaluation.averages &= this.ema.is_some();
         }
-        if this.evaluation.is_some_and(|evaluation| evaluation.on.at == At::OptimizerStepped) {
+        if this.evaluation.is_some_and(|evaluation| {
+            matches!(evaluation.on.at, At::OptimizerStepped | At::WindowCompleted)
+        }) {
             // Handlers of this event run within the step.
             this.evaluation = None;
             return this.settled();
         }
-        this.switched_off()
+        this
     }
 
     /// Without what several ranks do not do, or not at the same place.
@@ -473,7 +548,11 @@ impl Program {
         }
         self.processes = true;
         (self.noise, self.log, self.frozen, self.batch_sizes) = (false, None, None, None);
-        if let Data::Batches(sizes) | Data::Restartable(sizes) = &self.data {
+        (self.on_exception, self.batch_after_resume) = (false, None);
+        if let Weights::Tokens | Weights::TokensInATensor = self.weights {
+            self.weights = Weights::Samples;
+        }
+        if let Data::Batches(sizes) | Data::Restartable(sizes) | Data::Stream(sizes) = &self.data {
             self.data = Data::Loader { batch: sizes[0], shuffle: None, drop_last: false };
         }
         if let Data::Loader { batch, .. } = &mut self.data {
@@ -483,7 +562,7 @@ impl Program {
             self.budget = Budget::Iterations(samples);
         }
         // A rank that failed leaves the others: all go on in new processes.
-        self.breaks.retain(|planted| planted.how != How::EndOfEpoch);
+        self.breaks.retain(|planted| !matches!(planted.how, How::EndOfEpoch | How::Terminate));
         for planted in &mut self.breaks {
             if planted.how != How::Interrupt {
                 planted.then = Then::Resume;
@@ -497,83 +576,6 @@ impl Program {
         }
         self
     }
-
-    /// Without what waits for another change.
-    fn switched_off(mut self) -> Self {
-        if !switches::TIED && self.model == Model::Tied {
-            self.model = Model::TwoLayers;
-        }
-        if !switches::VALUE_K_FOR_UPDATE_K {
-            self.schedules.retain(|schedule| !schedule.on.at.is_after_the_step());
-        }
-        if !switches::EMA_PER_UPDATE
-            && let Some(ema) = &mut self.ema
-        {
-            ema.on.get_or_insert(When::each(At::IterationCompleted));
-        }
-        if self.accumulate > 1 {
-            if !switches::WEIGHTED_WINDOWS {
-                match &mut self.data {
-                    Data::Loader { drop_last, .. } => *drop_last = true,
-                    Data::Batches(sizes) | Data::Restartable(sizes) => {
-                        let first = sizes[0];
-                        sizes.fill(first);
-                    }
-                }
-            }
-            if !switches::WINDOWS_AT_ENDS {
-                if let Budget::Iterations(n) | Budget::Samples(n) = self.budget {
-                    self.budget = Budget::Epochs(n.div_ceil(4));
-                }
-                let ends_in_mid_epoch = |watch| self.watched_on(watch).at != At::EpochCompleted;
-                if self.early_stopping.is_some_and(|stop| ends_in_mid_epoch(stop.watch)) {
-                    self.early_stopping = None;
-                }
-            }
-            if !switches::LOST_BATCHES {
-                self.breaks.retain(|planted| !planted.leaves_a_trace());
-            }
-        }
-        if !switches::LOGS_AFTER_RESUME && self.breaks.iter().any(|b| b.then == Then::Resume) {
-            self.log = None;
-        }
-        if !switches::LAST_OUTPUT
-            && let Some(log) = &mut self.log
-        {
-            log.at = At::IterationCompleted;
-        }
-        if !switches::REFETCH {
-            self.breaks.retain(|planted| planted.place != Place::Refetch);
-        }
-        if !switches::GRAD_MODE_AFTER_PANIC {
-            self.breaks.retain(|b| b.place != Place::Loss);
-        }
-        self
-    }
-}
-
-/// What is right by the issue, and waits for the change that makes it so.
-pub mod switches {
-    /// One tensor under two names is one parameter.
-    pub const TIED: bool = true;
-    /// A schedule on an event after the step gives value k to update k.
-    pub const VALUE_K_FOR_UPDATE_K: bool = true;
-    /// An average without events of its own is updated once for each update.
-    pub const EMA_PER_UPDATE: bool = false;
-    /// Batches of a window count by their samples.
-    pub const WEIGHTED_WINDOWS: bool = false;
-    /// What is left of a window is stepped for when a run ends in mid epoch.
-    pub const WINDOWS_AT_ENDS: bool = false;
-    /// A window that lost a batch to an error is the mean of the others.
-    pub const LOST_BATCHES: bool = false;
-    /// Logs have each step once after a resume.
-    pub const LOGS_AFTER_RESUME: bool = true;
-    /// Gradients are on again after a panic within `no_grad`.
-    pub const GRAD_MODE_AFTER_PANIC: bool = false;
-    /// A batch that cannot be fetched again after a resume is fetched once more.
-    pub const REFETCH: bool = false;
-    /// `state.output` is there at the end of an epoch of data of unknown length.
-    pub const LAST_OUTPUT: bool = false;
 }
 
 /// The share of programs in processes: starting them takes long.
@@ -612,6 +614,7 @@ fn data() -> impl Strategy<Value = Data> {
             .prop_map(|(batch, shuffle, drop_last)| Data::Loader { batch, shuffle, drop_last }),
         1 => sizes().prop_map(Data::Batches),
         1 => sizes().prop_map(Data::Restartable),
+        1 => sizes().prop_map(Data::Stream),
     ]
 }
 
@@ -651,11 +654,13 @@ const EVENTS: &[At] = &[
     At::IterationStarted,
     At::EpochStarted,
     At::OptimizerStepped,
+    At::WindowCompleted,
     At::GetBatchStarted,
     At::GetBatchCompleted,
     At::Started,
 ];
-const AFTER_STEPS: &[At] = &[At::IterationCompleted, At::OptimizerStepped, At::EpochCompleted];
+const AFTER_STEPS: &[At] =
+    &[At::IterationCompleted, At::OptimizerStepped, At::WindowCompleted, At::EpochCompleted];
 const OF_EVALUATIONS: &[At] =
     &[At::EpochCompleted, At::IterationCompleted, At::EpochStarted, At::IterationStarted];
 
@@ -715,6 +720,8 @@ fn breaks() -> impl Strategy<Value = Break> {
         2 => Just(How::Error),
         2 => Just(How::Panic),
         1 => Just(How::EndOfEpoch),
+        1 => Just(How::Terminate),
+        1 => Just(How::Limit),
         2 => Just(How::Signal),
         1 => Just(How::Kill),
     ];
@@ -725,18 +732,20 @@ fn breaks() -> impl Strategy<Value = Break> {
             Place::In(at) if at.is_of_epochs() => number.div_ceil(3),
             _ => number,
         };
-        let how = match (place, how) {
-            // Nothing else is possible there.
-            (_, How::Signal | How::Kill) => how,
-            (Place::Loss, _) => How::Panic,
-            (Place::Fetch | Place::Refetch | Place::Evaluation, How::Interrupt) => How::Panic,
-            (Place::Fetch | Place::Refetch | Place::Evaluation, How::EndOfEpoch)
+        let asks_the_engine =
+            matches!(how, How::Interrupt | How::EndOfEpoch | How::Terminate | How::Limit);
+        let how = match place {
+            Place::Loss if asks_the_engine || how == How::Error => How::Panic,
+            Place::Fetch | Place::Refetch | Place::Evaluation if asks_the_engine => How::Error,
             // Refused where no epoch is under way, and without effect where it ends anyway.
-            | (Place::In(At::Started | At::EpochStarted | At::EpochCompleted), How::EndOfEpoch) => {
+            Place::In(At::Started | At::EpochStarted | At::EpochCompleted)
+                if how == How::EndOfEpoch =>
+            {
                 How::Error
             }
-            (_, how) => how,
+            _ => how,
         };
+        let then = if how == How::Limit { Then::Resume } else { then };
         Break { place, number, how, then }
     })
 }
@@ -760,13 +769,24 @@ pub fn programs() -> impl Strategy<Value = Program> {
             2 => (1u64..15).prop_map(Budget::Iterations),
             1 => (1u64..40).prop_map(Budget::Samples),
         ],
-        optional(1u64..6),
+        (optional(1u64..6), optional(1u64..8)),
     );
     let updates = (
         algorithm(),
         decimal(&[0.1, 0.02, 0.05]),
         optional(decimal(&[0.05, 0.2])),
-        prop_oneof![2 => Just(1u64), 1 => 2u64..5],
+        (
+            prop_oneof![2 => Just(1u64), 1 => 2u64..5],
+            prop::sample::select(
+                &[
+                    Weights::Samples,
+                    Weights::Samples,
+                    Weights::Equal,
+                    Weights::Tokens,
+                    Weights::TokensInATensor,
+                ][..],
+            ),
+        ),
         optional(
             (decimal(&[8., 1024., 65536.]), 1u32..5, prop::collection::vec(1u64..12, 0..3))
                 .prop_map(|(scale, interval, overflows)| Scaler { scale, interval, overflows }),
@@ -808,15 +828,22 @@ pub fn programs() -> impl Strategy<Value = Program> {
             At::GetBatchStarted,
             At::GetBatchCompleted,
         ]),
-        (any::<bool>(), prop::bool::weighted(PROCESSES), prop::bool::weighted(RANKS)),
+        (
+            (any::<bool>(), any::<bool>(), prop::bool::weighted(0.2), prop::bool::weighted(0.2)),
+            prop::option::weighted(0.1, 1usize..5),
+            prop::bool::weighted(PROCESSES),
+            prop::bool::weighted(RANKS),
+        ),
         prop_oneof![
             1 => Just(vec![]),
             2 => prop::collection::vec(breaks(), 1..4),
         ],
     );
     (world, updates, handlers).prop_map(|(world, updates, handlers)| {
-        let (seed, model, samples, data, batch_sizes, noise, budget, epoch_length) = world;
-        let (optimizer, lr, lr_of_biases, accumulate, scaler, clip_value, clip_norm) = updates;
+        let (seed, model, samples, data, batch_sizes, noise, budget, lengths) = world;
+        let (epoch_length, first_budget) = lengths;
+        let (optimizer, lr, lr_of_biases, (accumulate, weights), scaler, clip_value, clip_norm) =
+            updates;
         let (
             schedules,
             plateau,
@@ -827,9 +854,10 @@ pub fn programs() -> impl Strategy<Value = Program> {
             early_stopping,
             log,
             checkpoint,
-            (background, processes, two_ranks),
+            (files, batch_after_resume, processes, two_ranks),
             breaks,
         ) = handlers;
+        let (background, on_exception, best, resumed_at_the_end) = files;
         Program {
             seed,
             model,
@@ -838,11 +866,13 @@ pub fn programs() -> impl Strategy<Value = Program> {
             batch_sizes,
             noise,
             budget,
+            first_budget,
             epoch_length,
             optimizer,
             lr,
             lr_of_biases,
             accumulate,
+            weights,
             scaler,
             clip_value,
             clip_norm,
@@ -856,6 +886,10 @@ pub fn programs() -> impl Strategy<Value = Program> {
             log,
             checkpoint,
             background,
+            on_exception,
+            best,
+            batch_after_resume,
+            resumed_at_the_end,
             processes,
             ranks: if two_ranks { 2 } else { 1 },
             breaks,

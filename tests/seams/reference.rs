@@ -1,11 +1,11 @@
 //! The textbook's loop: plain tensors and formulas, no engine, no handler, no optimizer of ours. It knows
 //! nothing of resuming: a run that was stopped and resumed is right if it equals one that was not.
 
-use tch::{Kind, Reduction, Tensor};
+use tch::{Kind, Tensor};
 
 use super::compare::{Outcome, Trace, numbers};
 use super::program::{
-    Algorithm, At, Budget, Data, Driven, How, Place, Program, Watch, When, switches,
+    Algorithm, At, Budget, Data, Driven, How, Place, Program, Watch, Weights, When,
 };
 use super::world;
 
@@ -57,6 +57,8 @@ struct Reference<'p> {
     good_steps: u32,
     /// Weights of the batches whose gradients wait for a step.
     pending: f64,
+    /// The number of the first batch of their window.
+    window_began: u64,
     norm: Option<f64>,
     events_of_schedules: Vec<u64>,
     ema: Vec<Vec<f64>>,
@@ -74,7 +76,9 @@ struct Reference<'p> {
     iteration: u64,
     samples: u64,
     updates: u64,
-    loss: f64,
+    windows: u64,
+    /// The last output of the step.
+    loss: Option<f64>,
     losses_of_epoch: Vec<f64>,
     mean_loss: f64,
     running: Option<f64>,
@@ -84,19 +88,46 @@ struct Reference<'p> {
     happened: Vec<bool>,
     trace: Trace,
     log: Vec<(String, u64, f64)>,
+    /// Mean losses and names of files, the best first.
+    best: Vec<(f64, String)>,
+    budget: Budget,
+    other_size_after: Option<u64>,
 }
 
-/// The program's outcome, from first parameters that are larger by this share.
-pub fn run(program: &Program, shaken: f64) -> Outcome {
+/// The program's outcome, from first parameters that are larger by a share. After an iteration that a resume
+/// chose, batches may have another size.
+pub fn run(program: &Program, shaken: f64, other_size_after: Option<u64>) -> Outcome {
     tch::manual_seed(program.seed as i64);
     let mut this = Reference::new(program, shaken);
-    let early = this.train();
-    if early {
-        this.at(At::Terminate);
+    this.other_size_after = other_size_after;
+    let mut ended = String::new();
+    for budget in budgets(program) {
+        this.budget = budget;
+        let early = loop {
+            let early = this.train();
+            if early && this.at(At::Terminate) == Wrong && !this.all_is_done() {
+                // An error here ends the call of `run`; the next one goes on with another epoch.
+                this.next_pass();
+                continue;
+            }
+            break early;
+        };
+        this.at(At::Completed);
+        ended = end(early, this.epoch, this.iteration);
+        this.next_pass();
     }
-    this.at(At::Completed);
-    let end = end(early, this.epoch, this.iteration);
-    Outcome { trace: this.trace.records, end, log: this.log }
+    let mut best: Vec<_> = this.best.iter().map(|(_, name)| name.clone()).collect();
+    best.sort();
+    Outcome { trace: this.trace.records, end: ended, log: this.log, best, other_size_after }
+}
+
+/// The budgets of the calls of `run`, one after the other.
+pub fn budgets(program: &Program) -> Vec<Budget> {
+    let first = program.first_budget.map(|first| match program.budget {
+        Budget::Epochs(_) => Budget::Epochs(first),
+        _ => Budget::Iterations(first),
+    });
+    first.into_iter().chain([program.budget]).collect()
 }
 
 /// The end of a run in words.
@@ -157,6 +188,7 @@ impl<'p> Reference<'p> {
             scale: program.scaler.as_ref().map_or(1., |scaler| scaler.scale),
             good_steps: 0,
             pending: 0.,
+            window_began: 0,
             norm: None,
             events_of_schedules: vec![0; program.schedules.len()],
             ema: values.clone(),
@@ -177,7 +209,8 @@ impl<'p> Reference<'p> {
             iteration: 0,
             samples: 0,
             updates: 0,
-            loss: f64::NAN,
+            windows: 0,
+            loss: None,
             losses_of_epoch: vec![],
             mean_loss: f64::NAN,
             running: None,
@@ -187,6 +220,9 @@ impl<'p> Reference<'p> {
             happened: vec![false; program.breaks.len()],
             trace: Trace::default(),
             log: vec![],
+            best: vec![],
+            budget: program.budget,
+            other_size_after: None,
             tensors,
         };
         this.epoch_length = program.epoch_length.or(this.batches_of_a_pass());
@@ -201,12 +237,17 @@ impl<'p> Reference<'p> {
 
     /// Trains until the budget is used up; true if it left an epoch early.
     fn train(&mut self) -> bool {
+        self.terminate = false;
         self.until_it_goes_well(At::Started);
         if self.terminate {
             return true;
         }
+        self.take_other_size(0);
         while !self.budget_is_used_up() {
             self.epoch += 1;
+            if self.program.batch_after_resume.is_some() {
+                self.epoch_length = self.batches_of_a_pass();
+            }
             self.until_it_goes_well(At::EpochStarted);
             if self.terminate || self.epoch_goes_on_too_long() {
                 return true;
@@ -220,15 +261,45 @@ impl<'p> Reference<'p> {
         false
     }
 
+    /// Whether nothing is left of the budget after the run was ended.
+    fn all_is_done(&self) -> bool {
+        match self.budget {
+            Budget::Epochs(epochs) => self.epoch >= epochs,
+            Budget::Iterations(iterations) => self.iteration >= iterations,
+            Budget::Samples(_) => false,
+        }
+    }
+
+    fn next_pass(&mut self) {
+        self.position = Position { pass: self.position.pass + 1, next: 0 };
+    }
+
+    /// Batches have another size from here on, if this is the place: the epoch under way ends with the pass.
+    fn take_other_size(&mut self, batches: u64) {
+        if self.other_size_after == Some(self.iteration)
+            && let Some(size) = self.program.batch_after_resume
+            && let Data::Loader { drop_last, .. } = self.program.data
+        {
+            self.other_size_after = None;
+            self.batch_size = size;
+            let left = world::order(self.program, self.position.pass).len() - self.position.next;
+            let left = if drop_last { left / size } else { left.div_ceil(size) } as u64;
+            self.epoch_length = match batches {
+                0 => self.batches_of_a_pass(),
+                batches => Some(batches + left),
+            };
+        }
+    }
+
     fn budget_is_used_up(&self) -> bool {
-        match self.program.budget {
+        match self.budget {
             Budget::Epochs(epochs) => self.epoch >= epochs,
             _ => self.iterations_are_used_up(),
         }
     }
 
     fn iterations_are_used_up(&self) -> bool {
-        match self.program.budget {
+        match self.budget {
             Budget::Epochs(_) => false,
             Budget::Iterations(iterations) => self.iteration >= iterations,
             Budget::Samples(samples) => self.samples >= samples,
@@ -244,7 +315,8 @@ impl<'p> Reference<'p> {
                 return true;
             }
             if std::mem::take(&mut self.end_of_epoch) {
-                self.position = Position { pass: self.position.pass + 1, next: 0 };
+                self.next_pass();
+                self.at(At::TerminateSingleEpoch);
                 return false;
             }
             let Some(batch) = batch else {
@@ -254,12 +326,11 @@ impl<'p> Reference<'p> {
             };
             batches += 1;
             self.iteration += 1;
-            let window = self.window(batches);
             // An error here gives up the iteration.
             if self.at(At::IterationStarted) == Well
                 && !self.terminate
                 && !self.end_of_epoch
-                && self.step(&batch, window) == Well
+                && self.step(&batch, batches, self.window(batches)) == Well
             {
                 self.at(At::IterationCompleted);
             }
@@ -267,9 +338,11 @@ impl<'p> Reference<'p> {
                 return true;
             }
             if std::mem::take(&mut self.end_of_epoch) {
-                self.position = Position { pass: self.position.pass + 1, next: 0 };
+                self.next_pass();
+                self.at(At::TerminateSingleEpoch);
                 return false;
             }
+            self.take_other_size(batches);
             let in_mid_epoch = self.epoch_length.is_none_or(|length| batches < length);
             if in_mid_epoch && self.iterations_are_used_up() {
                 return true;
@@ -320,7 +393,12 @@ impl<'p> Reference<'p> {
     fn next(&mut self) -> Option<Vec<i64>> {
         let Position { pass, next } = self.position;
         let Data::Loader { drop_last, .. } = self.program.data else {
-            let batch = world::listed(self.program).get(next).cloned()?;
+            let batches = world::listed(self.program);
+            let place = match self.program.data {
+                Data::Stream(_) => next % batches.len(),
+                _ => next,
+            };
+            let batch = batches.get(place).cloned()?;
             self.position.next += 1;
             return Some(batch);
         };
@@ -339,36 +417,44 @@ impl<'p> Reference<'p> {
             Data::Loader { drop_last: true, .. } => samples / self.batch_size,
             Data::Loader { drop_last: false, .. } => samples.div_ceil(self.batch_size),
             Data::Batches(sizes) => sizes.len(),
-            Data::Restartable(_) => return None,
+            Data::Restartable(_) | Data::Stream(_) => return None,
         };
         Some(batches as u64)
     }
 
-    /// Whether batch `number` of an epoch, from 1, is the first and the last of its window.
-    fn window(&self, number: u64) -> (bool, bool) {
+    /// The number of the first batch of the window of batch `number` of an epoch, and whether this is the last.
+    fn window(&self, number: u64) -> (u64, bool) {
         let size = self.program.accumulate;
         let last = number.is_multiple_of(size) || Some(number) == self.epoch_length;
-        ((number - 1).is_multiple_of(size), last)
+        ((number - 1) / size * size + 1, last)
     }
 
-    fn step(&mut self, batch: &[i64], (first, last): (bool, bool)) -> Went {
-        if first || self.pending == 0. {
+    fn step(&mut self, batch: &[i64], number: u64, (begin, last): (u64, bool)) -> Went {
+        // Batches wait whose last one was lost.
+        let left_over = self.pending > 0. && (number == begin || self.window_began != begin);
+        if left_over && self.update() == Wrong {
+            return Wrong;
+        }
+        if self.pending == 0. {
             self.parameters.iter_mut().for_each(|parameter| parameter.gradient = None);
-            self.pending = 0.;
+            self.window_began = begin;
         }
         if self.breaks(Place::Loss) == Wrong {
             return Wrong;
         }
         let (x, y) = (self.select(&self.x, batch), self.select(&self.y, batch));
         let prediction = world::forward(self.program.model, &self.tensors, &x);
-        let mut loss = prediction.mse_loss(&y, Reduction::Mean);
+        let (mut loss, weight) = world::loss(self.program, &prediction, &y);
         if self.program.noise {
             loss = loss * world::noise();
         }
         if world::overflows(self.program, self.iteration) {
             loss = loss * f64::INFINITY;
         }
-        let weight = if switches::WEIGHTED_WINDOWS { batch.len() as f64 } else { 1. };
+        let weight = match self.program.weights {
+            Weights::Equal => 1.,
+            _ => numbers([&weight])[0],
+        };
         (&loss * self.scale).backward();
         for parameter in &mut self.parameters {
             let mut gradient = parameter.tensor.grad();
@@ -381,8 +467,11 @@ impl<'p> Reference<'p> {
             sum.iter_mut().zip(new).for_each(|(sum, new)| *sum += new * weight);
         }
         self.pending += weight;
-        self.loss = numbers([&loss])[0];
-        if last { self.update() } else { Well }
+        if last && self.update() == Wrong {
+            return Wrong;
+        }
+        self.loss = Some(numbers([&loss])[0]);
+        Well
     }
 
     fn select(&self, from: &Tensor, batch: &[i64]) -> Tensor {
@@ -426,7 +515,10 @@ impl<'p> Reference<'p> {
                 (self.scale, self.good_steps) = (self.scale * 2., 0);
             }
         }
-        if scaled && overflow { Well } else { self.at(At::OptimizerStepped) }
+        if !(scaled && overflow) && self.at(At::OptimizerStepped) == Wrong {
+            return Wrong;
+        }
+        self.at(At::WindowCompleted)
     }
 
     /// The formulas of torch.optim.
@@ -502,13 +594,19 @@ impl<'p> Reference<'p> {
     /// Does what the program asks for at an event, in this order.
     fn at(&mut self, at: At) -> Went {
         let program = self.program;
-        if at == At::EpochCompleted && self.pending > 0. && self.update() == Wrong {
+        let ends = matches!(at, At::EpochCompleted | At::TerminateSingleEpoch | At::Terminate);
+        if ends && self.pending > 0. && self.update() == Wrong {
+            (self.terminate, self.end_of_epoch) = (false, false);
             return Wrong;
         }
         let number = match at {
             At::OptimizerStepped => {
                 self.updates += 1;
                 self.updates
+            }
+            At::WindowCompleted => {
+                self.windows += 1;
+                self.windows
             }
             _ if at.is_of_epochs() => self.epoch,
             _ => self.iteration,
@@ -518,10 +616,10 @@ impl<'p> Reference<'p> {
             At::Started => self.running = None,
             At::EpochStarted => self.losses_of_epoch.clear(),
             At::IterationCompleted => {
-                self.losses_of_epoch.push(self.loss);
+                let loss = self.loss.unwrap_or(f64::NAN);
+                self.losses_of_epoch.push(loss);
                 let old = self.running;
-                self.running =
-                    Some(old.map_or(self.loss, |old| old * 0.9 + (1. - 0.9) * self.loss));
+                self.running = Some(old.map_or(loss, |old| old * 0.9 + (1. - 0.9) * loss));
             }
             At::EpochCompleted => {
                 let losses = &self.losses_of_epoch;
@@ -568,7 +666,7 @@ impl<'p> Reference<'p> {
             self.epoch_length = self.batches_of_a_pass();
         }
         if let Some(ema) = program.ema
-            && passes(ema.on.unwrap_or(When::each(At::OptimizerStepped)))
+            && passes(ema.on.unwrap_or(When::each(At::WindowCompleted)))
         {
             if let Some((from, updates)) = ema.warmup {
                 let share = self.ema_updates as f64 / (updates.max(2) - 1) as f64;
@@ -624,10 +722,24 @@ impl<'p> Reference<'p> {
             self.record(at, number);
         }
         if program.log.is_some_and(passes) {
-            self.log.push(("loss".into(), number, self.loss));
+            self.log.extend(self.loss.map(|loss| ("loss".into(), number, loss)));
             self.log.push(("lr".into(), number, self.lr[0]));
         }
+        if program.best && at == At::EpochCompleted {
+            self.keep_if_best(number);
+        }
         Well
+    }
+
+    /// Two files are kept, and a new one that is better than the worse of them.
+    fn keep_if_best(&mut self, epoch: u64) {
+        let (loss, kept) = (self.mean_loss, &mut self.best);
+        if loss.is_nan() || kept.len() == 2 && loss >= kept[1].0 {
+            return;
+        }
+        kept.truncate(1);
+        kept.push((loss, format!("model_{epoch}_loss={loss:.4}.safetensors")));
+        kept.sort_by(|a, b| a.0.total_cmp(&b.0));
     }
 
     fn record(&mut self, at: At, number: u64) {
@@ -636,14 +748,12 @@ impl<'p> Reference<'p> {
             ("weights", numbers(&self.tensors)),
         ];
         if at == At::IterationCompleted {
-            values.push(("loss", vec![self.loss]));
+            values.extend(self.loss.map(|loss| ("loss", vec![loss])));
             values.extend(self.running.map(|running| ("running loss", vec![running])));
         }
         if at == At::EpochCompleted {
             values.push(("mean loss", vec![self.mean_loss]));
-            if switches::LAST_OUTPUT {
-                values.push(("last loss", vec![self.loss]));
-            }
+            values.extend(self.loss.map(|loss| ("last loss", vec![loss])));
         }
         values.push(("error of the evaluation", vec![self.error]));
         if self.program.ema.is_some() {
@@ -721,12 +831,13 @@ impl<'p> Reference<'p> {
     /// What was planted here. Only an error after which the same engine goes on makes a difference.
     fn breaks(&mut self, place: Place) -> Went {
         for (planted, happened) in self.program.breaks.iter().zip(&mut self.happened) {
-            if planted.leaves_a_trace()
+            if planted.leaves_a_trace(self.program)
                 && planted.is_due(place, self.epoch, self.iteration)
                 && !std::mem::replace(happened, true)
             {
                 match planted.how {
                     How::EndOfEpoch => self.end_of_epoch = true,
+                    How::Terminate => self.terminate = true,
                     _ => return Wrong,
                 }
             }

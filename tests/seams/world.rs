@@ -4,7 +4,7 @@
 use tch::{Device, Kind, Tensor};
 use tch_ignite::data::permutation;
 
-use super::program::{At, Break, Data, Model, Place, Program};
+use super::program::{At, Break, Data, Model, Place, Program, Weights};
 
 const INPUTS: i64 = 3;
 
@@ -75,7 +75,10 @@ pub fn order(program: &Program, pass: u64) -> Vec<i64> {
 
 /// The samples of each batch, where batches are listed.
 pub fn listed(program: &Program) -> Vec<Vec<i64>> {
-    let (Data::Batches(sizes) | Data::Restartable(sizes)) = &program.data else { return vec![] };
+    let (Data::Batches(sizes) | Data::Restartable(sizes) | Data::Stream(sizes)) = &program.data
+    else {
+        return vec![];
+    };
     let mut next = 0..;
     let mut take = |size: &usize| {
         next.by_ref().take(*size).map(|index| index % program.samples as i64).collect()
@@ -94,6 +97,17 @@ impl Break {
     }
 }
 
+/// The loss, and over how much it is a mean: over samples, or over the tokens that each sample is said to have.
+pub fn loss(program: &Program, prediction: &Tensor, y: &Tensor) -> (Tensor, Tensor) {
+    let errors = (prediction - y).square();
+    let tokens = match program.weights {
+        Weights::Samples | Weights::Equal => y.ones_like(),
+        Weights::Tokens | Weights::TokensInATensor => (y.abs() * 3.).floor() + 1.,
+    };
+    let all = tokens.sum(Kind::Double);
+    ((errors * tokens).sum(Kind::Double) / &all, all)
+}
+
 /// A random factor.
 pub fn noise() -> Tensor {
     Tensor::rand([], (Kind::Double, Device::Cpu)) + 0.5
@@ -105,11 +119,12 @@ pub fn overflows(program: &Program, iteration: u64) -> bool {
 }
 
 /// Events of which there is a record.
-pub const RECORDED: [At; 7] = [
+pub const RECORDED: [At; 8] = [
     At::Started,
     At::EpochStarted,
     At::IterationCompleted,
     At::DataloaderStopIteration,
+    At::TerminateSingleEpoch,
     At::EpochCompleted,
     At::Terminate,
     At::Completed,

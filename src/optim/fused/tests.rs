@@ -454,8 +454,8 @@ fn the_factor_counts_in_every_type() {
 
 const CHILD: &str = "TCH_IGNITE_OVERLAPPING_CHILD";
 
-/// Variables that share their memory are stepped one after the other: on several threads they would be at once.
-/// The number of threads is that of a process of its own.
+/// Variables that share their memory, or whose gradient lies where another variable does, are stepped one after the
+/// other; on several threads they would be at once. The number of threads is that of a process of its own.
 #[test]
 fn overlapping_variables_are_updated_in_order_with_several_threads() {
     if std::env::var_os(CHILD).is_none() {
@@ -472,51 +472,53 @@ fn overlapping_variables_are_updated_in_order_with_several_threads() {
     }
     tch::set_num_threads(4);
     const SIZE: i64 = 1 << 15; // one piece of work for a thread
-    // All on one memory; and each half on that of the next one.
-    for shared in [SIZE, SIZE / 2] {
+    let memory = |count: i64| values(&[count], 1., Float);
+    // All on one memory; each half on that of the next one; each on its own, with a part of the one before in its
+    // gradient.
+    for case in ["one", "halves", "gradients"] {
         let run = |mode| {
             let vs = VarStore::new(Device::Cpu);
-            let memory = values(&[SIZE * 65], 1., Float);
-            let parameters: Vec<_> = (0..64)
-                .map(|i| {
-                    let view = memory.narrow(0, i * (SIZE - shared), SIZE).detach();
-                    vs.root().add(&format!("p{i:02}"), view, true)
+            let all = memory(SIZE * 65);
+            let memories: Vec<_> = (0..64)
+                .map(|i| match case {
+                    "one" => all.shallow_clone(),
+                    "halves" => all.narrow(0, i * SIZE / 2, SIZE),
+                    _ => memory(SIZE * 2),
+                })
+                .collect();
+            let parameters: Vec<_> = memories
+                .iter()
+                .enumerate()
+                .map(|(i, memory)| {
+                    vs.root().add(&format!("p{i:02}"), memory.narrow(0, 0, SIZE).detach(), true)
                 })
                 .collect();
             // Two updates of one element give another value in another order.
             let optimizer =
                 Optimizer::builder(nn::sgd(0., 0., 0.5, false), &vs).lr(0.5).build().unwrap();
             set_mode(&optimizer, mode);
-            for (i, p) in parameters.iter().enumerate() {
-                set_gradient(p, Some(&(p.zeros_like() + i as f64 * 0.1))).unwrap();
+            let gradients: Vec<_> = parameters
+                .iter()
+                .enumerate()
+                .map(|(i, p)| p.zeros_like() + i as f64 * 0.1)
+                .collect();
+            for step in 0..60 {
+                for (i, p) in parameters.iter().enumerate() {
+                    // Not in every step, so that the tasks of the one before are used again.
+                    let of_before = case == "gradients" && step % 3 > 0 && i > 0;
+                    let gradient = match of_before {
+                        // A thread that is half way would read what the other one has yet to write.
+                        true => &memories[i - 1].narrow(0, SIZE / 2, SIZE),
+                        false => &gradients[i],
+                    };
+                    set_gradient(p, Some(gradient)).unwrap();
+                }
+                optimizer.step().unwrap();
             }
-            (0..5).for_each(|_| optimizer.step().unwrap());
-            memory
+            Tensor::cat(&parameters.iter().map(Tensor::detach).collect::<Vec<_>>(), 0)
         };
-        assert_eq!(run(Mode::Fused), run(Mode::Loop));
+        assert_eq!(run(Mode::Fused), run(Mode::Loop), "{case}");
     }
-}
-
-/// A gradient may lie where another parameter does; it is read before or after that one is written, as by the loop.
-#[test]
-fn a_gradient_in_the_memory_of_another_parameter_is_read_in_order() {
-    let run = |mode, threads| {
-        let vs = VarStore::new(Device::Cpu);
-        let (p, q) = (values(&[150_000], 1., Float), values(&[150_000], 2., Float));
-        let (p, q) = (vs.root().add("p", p, true), vs.root().add("q", q, true));
-        let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
-        set_mode(&optimizer, mode);
-        tch::set_num_threads(threads);
-        for step in 0..3 {
-            let gradient = values(&[150_000], 3., Float);
-            set_gradient(&p, Some(&gradient)).unwrap();
-            set_gradient(&q, Some(&if step == 1 { p.detach() } else { gradient })).unwrap();
-            optimizer.step().unwrap();
-        }
-        tch::set_num_threads(1);
-        [p.detach(), q.detach()]
-    };
-    assert_eq!(run(Mode::Fused, 3), run(Mode::Loop, 1));
 }
 
 /// Dense parameters that have a gradient in every step: their tasks are made once and used again.
