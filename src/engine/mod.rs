@@ -343,7 +343,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     break;
                 }
             }
-            if std::mem::take(&mut self.control.repeat) {
+            if self.control.repeat {
+                self.control.repeat = false;
                 self.position.again = self.handlers.object_at(index, place);
                 break;
             }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use crate::handlers::files::{make_folder, sync_folder, write_whole};
+use crate::handlers::files::{make_folder, sweep_once, sync_folder, write_whole};
 use crate::{Error, Result};
 
 /// What is written is on disk at most this much later, if something else is written by then.
@@ -59,6 +59,7 @@ impl AppendFile {
         let io = |source| Error::Io { path: path.to_owned(), source };
         if let Some(folder) = path.parent() {
             make_folder(folder).map_err(io)?;
+            sweep_once(folder);
         }
         let file = options.append(true).read(true).open(path).map_err(io)?;
         let metadata = file.metadata().map_err(io)?;
