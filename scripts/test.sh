@@ -12,11 +12,19 @@ Sets up libtorch (.libtorch/) and MNIST (data/mnist/) where they are missing, an
 readers of the files we write (.python/), then runs the format check, clippy, all tests,
 the documentation build and the examples in smoke mode. Stops at the first failure.
 
-Tests that need what is not there say SKIPPED: Chromium (CHROMIUM, or on the PATH) looks
-at reports.
+Tests that need what is not there say SKIPPED, and are listed again at the end: Chromium
+(CHROMIUM, or on the PATH) looks at reports; clang and objdump look for vector code in the
+kernels (scripts/check-kernels.sh); Python's torch trains beside ours, where TORCH_PYTHON
+names a Python that has it or scripts/setup-python.sh --torch has run.
 
-environment: OMP_NUM_THREADS (default 1), MNIST_DIR and what scripts/setup-libtorch.sh
-and scripts/fetch-mnist.sh name in their --help.
+environment:
+  CI                  if set, installs Python's torch too; a test skipped for want of a
+                      Python package is then a failure
+  TORCH_PYTHON        a Python with torch 2.13.0, safetensors and NumPy
+  TENSORBOARD_PYTHON  a Python with TensorBoard
+  OMP_NUM_THREADS     default 1
+  MNIST_DIR and what scripts/setup-libtorch.sh, scripts/setup-python.sh and
+  scripts/fetch-mnist.sh name in their --help
 EOF
 }
 say() { printf 'scripts/test.sh: %s\n' "$*"; }
@@ -47,22 +55,16 @@ say "set-up"
 scripts/setup-libtorch.sh
 scripts/fetch-mnist.sh
 
-# For tests that read with them what we wrote. As a folder, because Debian's Python has no venv.
-readers() { PYTHONPATH=$1 python3 -c 'import tensorboard, safetensors.numpy, numpy' 2>/dev/null; }
-if command -v python3 >/dev/null 2>&1; then
-  if ! readers "$PWD/.python"; then
-    say "Python's readers"
-    rm -rf .python
-    timeout 300 python3 -m pip install --quiet --disable-pip-version-check --no-input \
-      --target .python tensorboard safetensors numpy || rm -rf .python
-  fi
-  if readers "$PWD/.python"; then
-    export PYTHONPATH=$PWD/.python${PYTHONPATH:+:$PYTHONPATH} TENSORBOARD_PYTHON=${TENSORBOARD_PYTHON:-python3}
-  else
-    say "SKIPPED: TensorBoard's and safetensors' own readers: pip could not install them"
-  fi
-else
-  say "SKIPPED: TensorBoard's and safetensors' own readers: no python3"
+# Tests that read our files with Python, or train beside it, say SKIPPED without.
+python=(scripts/setup-python.sh)
+[ -z "${CI:-}" ] || python+=(--torch)
+if [ -n "${TORCH_PYTHON:-}" ] && [ -n "${TENSORBOARD_PYTHON:-}" ]; then
+  say "Python: $TORCH_PYTHON and $TENSORBOARD_PYTHON"
+elif "${python[@]}"; then
+  export TORCH_PYTHON=${TORCH_PYTHON:-$PWD/.python/bin/python3}
+  export TENSORBOARD_PYTHON=${TENSORBOARD_PYTHON:-$PWD/.python/bin/python3}
+elif [ -n "${CI:-}" ]; then
+  die "CI runs the tests that need Python's packages, and these could not be set up"
 fi
 
 say "library without default features"
@@ -75,8 +77,16 @@ cargo clippy --release --features "$features" --all-targets -- -D warnings
 say "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --release --features "$features" --no-deps
 
+say "kernels, by gcc and by clang"
+scripts/check-kernels.sh
+
 say "tests"
-cargo test --release --features "$features"
+cargo test --release --features "$features" 2>&1 | tee "$out/tests.log"
+
+if "${TORCH_PYTHON:-python3}" -c 'import ignite, torch' 2>/dev/null; then
+  say "golden files, checked against pytorch-ignite"
+  "${TORCH_PYTHON:-python3}" tests/golden/regenerate.py
+fi
 
 say "MNIST example in smoke mode"
 cargo run --release --features "$features" --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out"
@@ -92,4 +102,14 @@ say "fine-tuning and GAN examples in smoke mode"
 cargo run --release --features "$features" --example finetune -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/finetune"
 cargo run --release --features "$features" --example gan -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/gan"
 
-say "all checks passed"
+skipped=$(grep -a 'SKIPPED' "$out/tests.log" | sort -u || true)
+if [ -z "$skipped" ]; then
+  say "all checks passed"
+  exit 0
+fi
+printf '\n%s\n\n' "$skipped"
+if [ -n "${CI:-}" ] && grep -qiE 'python|torch|tensorboard|safetensors' <<< "$skipped"; then
+  die "CI runs every test that needs Python, and the tests above did not run"
+fi
+say "all checks that could run have passed; THE TESTS ABOVE DID NOT RUN"
+! grep -qiE 'python|torch|tensorboard|safetensors' <<< "$skipped" || say "those that need Python run after scripts/setup-python.sh --torch"

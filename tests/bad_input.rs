@@ -1,6 +1,7 @@
 //! What is wrong with the data, or with the disk, is told clearly, and what was trained is left as it was.
 
-use std::io::Write;
+mod common;
+
 use std::path::Path;
 use std::process::Command;
 
@@ -205,11 +206,7 @@ impl SmallDisk {
         match mount.output() {
             Ok(output) if output.status.success() => Ok(Some(Self(folder))),
             _ => {
-                // Not captured by the test runner.
-                let _ = writeln!(
-                    std::io::stderr(),
-                    "SKIPPED: no small disk can be mounted here (root may)"
-                );
+                common::skipped("no small disk can be mounted here (root may)");
                 Ok(None)
             }
         }

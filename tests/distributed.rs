@@ -2,6 +2,8 @@
 
 #![cfg(unix)]
 
+mod common;
+
 #[path = "distributed/collectives.rs"]
 mod collectives;
 #[path = "distributed/data_parallel.rs"]
@@ -18,7 +20,7 @@ mod ranks;
 fn no_gloo_tables_of_our_own() {
     let library = concat!(env!("OUT_DIR"), "/libtch_ignite_distributed.a");
     let Ok(output) = std::process::Command::new("nm").args(["-C", library]).output() else {
-        eprintln!("SKIPPED: there is no nm");
+        common::skipped("there is no nm to list a library's symbols with");
         return;
     };
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -1,7 +1,8 @@
 //! The report of a run, looked at in a real browser: headless Chromium, found on the `PATH` or named by
 //! `CHROMIUM`. `REPORT_SCREENSHOTS=FOLDER` keeps the pictures.
 
-use std::io::Write;
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -28,11 +29,7 @@ fn chromium() -> Option<PathBuf> {
 fn browser() -> Option<PathBuf> {
     let browser = chromium();
     if browser.is_none() {
-        // Not captured by the test runner.
-        let _ = writeln!(
-            std::io::stderr(),
-            "SKIPPED: no Chromium found to look at reports with (apt-get install chromium)"
-        );
+        common::skipped("no Chromium found to look at reports with (apt-get install chromium)");
     }
     browser
 }

@@ -5,8 +5,9 @@ use std::rc::Rc;
 
 use tch::Tensor;
 
+use super::guarded::{guarded, guarded_within};
 use super::run::Position;
-use super::{Engine, Event, Events, guarded};
+use super::{Engine, Event, Events};
 use crate::checkpoint::{StateDict, put_together, taken_apart};
 use crate::metrics::{Accumulated, Joins, Reduce, exchange};
 use crate::{Error, Result};
@@ -217,29 +218,16 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             let length = self.state.epoch_length.map_or(-1, |length| length as i64);
             together.agree(&format!("iterations in epoch {}", self.state.epoch), length)?;
         }
-        let control = &self.control;
         let signal = self.position.signal.and_then(|signal| u8::try_from(signal).ok());
-        let own = [
-            u8::from(control.terminate),
-            u8::from(control.skip_completed),
-            u8::from(control.terminate_epoch),
-            u8::from(control.skip_epoch_completed),
-            u8::from(control.interrupt),
-            signal.unwrap_or(0),
-            u8::from(self.limit_reached_here()),
-        ];
+        let mut own = self.requests.to_bytes().to_vec();
+        let shared = own.len();
+        own.extend([signal.unwrap_or(0), u8::from(self.limit_reached_here())]);
         let all = together.exchange(&self.occasion(&format!("after {event}")), &own)?;
         let of_any = |index: usize| all.iter().filter_map(|one| one.get(index)).copied().max();
         let flag = |index| of_any(index).is_some_and(|value| value > 0);
-        let control = &mut self.control;
-        control.terminate = flag(0);
-        control.skip_completed = flag(1);
-        control.terminate_epoch = flag(2);
-        control.skip_epoch_completed = flag(3);
-        control.interrupt = flag(4);
-        control.any = control.skip_batch || (0..5).any(flag);
-        self.position.signal = of_any(5).filter(|signal| *signal > 0).map(i32::from);
-        self.position.limit = flag(6);
+        self.requests.set_shared(flag);
+        self.position.signal = of_any(shared).filter(|signal| *signal > 0).map(i32::from);
+        self.position.limit = flag(shared + 1);
         Ok(true)
     }
 
@@ -268,12 +256,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let failed = |index, error| self.handler_error(name(index), event, error);
         for (index, metric) in metrics.iter().enumerate() {
             let output = self.state.output.as_ref();
-            let updated = guarded(|| metric.borrow_mut().update_before(event, output));
+            let updated = guarded_within(|| metric.borrow_mut().update_before(event, output));
             updated.map_err(|error| failed(index, error))?;
         }
         let mut own = vec![];
         for (index, metric) in metrics.iter().enumerate() {
-            let parts = guarded(|| metric.borrow().parts());
+            let parts = guarded_within(|| metric.borrow().parts());
             own.push(parts.map_err(|error| failed(index, error))?);
         }
         let all = together
@@ -389,7 +377,7 @@ fn value_of_all<O>(
             part.value = part.value.f_to_device(own.value.device())?;
         }
     }
-    metric.value_of(event, &joined, own)
+    guarded_within(|| metric.value_of(event, &joined, own))
 }
 
 /// A state among those of metrics: its values, and its tensors.

@@ -109,6 +109,10 @@ where
         self.events.clone()
     }
 
+    fn unique_names(&self) -> Vec<String> {
+        vec![format!("evaluation '{}'", self.name)]
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         let mut state = StateDict::new();
         state.set_part("evaluator", self.evaluator.lasting_state()?);

@@ -42,6 +42,24 @@ pub(crate) fn write_whole(
     })
 }
 
+/// Opens a file for reading. What is no plain file is an error: a pipe would be waited for, and what the
+/// opening of a device does is not known.
+pub(crate) fn open_file(path: &Path) -> io::Result<File> {
+    let plain = |metadata: fs::Metadata| match metadata.is_file() {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no plain file")),
+    };
+    plain(fs::metadata(path)?)?;
+    let mut options = File::options();
+    options.read(true);
+    // It may be a pipe by now.
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK);
+    let file = options.open(path)?;
+    plain(file.metadata()?)?;
+    Ok(file)
+}
+
 /// A new file beside `path`, locked as long as it is open, so that nobody takes it for a leftover.
 fn create_part(path: &Path) -> io::Result<(PathBuf, File)> {
     // Two writers of one path, in threads or processes, do not meet.

@@ -36,6 +36,7 @@ mod time_limit;
 mod timer;
 #[cfg(feature = "tracing")]
 mod tracing;
+mod update_bn;
 
 #[cfg(feature = "tracing")]
 pub use self::tracing::Tracing;
@@ -60,3 +61,4 @@ pub use terminate_on_nan::{Numbers, TerminateOnNan};
 pub use throughput::Throughput;
 pub use time_limit::TimeLimit;
 pub use timer::Timer;
+pub use update_bn::update_bn;

@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,8 +17,11 @@ use super::{
 };
 use crate::checkpoint::Folder;
 use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks, State};
-use crate::handlers::files::write_whole;
+use crate::handlers::files::{open_file, write_whole};
 use crate::{Error, Result};
+
+/// So many tags are in the report: a file can hold any number.
+pub(super) const TAGS: usize = 1000;
 
 /// The report is written anew at the end of an epoch when it is this old.
 const PERIOD: Duration = Duration::from_secs(10);
@@ -39,7 +42,7 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// earlier processes beside, as `scalars.csv.1` and so on, and its report shows itself alone. One process at a time may have
 /// the folder; [`Checkpoint`](crate::checkpoint::Checkpoint) may write to it too.
 ///
-/// Memory: 16 bytes a scalar, up to 4000 for each tag.
+/// Memory: 16 bytes a scalar, up to 4000 for each tag and 1000 tags; the report says where there are more.
 ///
 /// [`loggers`](super) shows it at work.
 #[derive(Clone)]
@@ -56,6 +59,8 @@ pub struct RunFolder {
 #[derive(Default)]
 struct Record {
     curves: BTreeMap<String, Curve>,
+    /// There are more tags than the report shows.
+    has_more: bool,
     config: Value,
     times: Times,
     written: Option<Instant>,
@@ -78,7 +83,7 @@ impl RunFolder {
         let path = path.as_ref().to_owned();
         let folder = Folder::open(&path, true)?;
         let json = JsonLinesLogger::open(path.join("scalars.jsonl"))?;
-        let mut record = Record { curves: curves(&json)?, ..Record::default() };
+        let mut record = recorded(&json)?;
         if let Ok(text) = fs::read_to_string(path.join("config.json")) {
             record.config = serde_json::from_str(&text).unwrap_or_default();
         }
@@ -138,6 +143,7 @@ impl RunFolder {
             report::html(&Report {
                 title: &title,
                 curves: &record.curves,
+                has_more: record.has_more,
                 config: &record.config,
                 environment: &environment(),
                 times: &record.times.rows(),
@@ -146,20 +152,37 @@ impl RunFolder {
         write_whole(&self.path.join("report.html"), |file| file.write_all(html.as_bytes()))
     }
 
+    /// Takes the curves from the file.
+    fn record_anew(&self) -> Result<()> {
+        let Record { curves, has_more, .. } = recorded(&self.json)?;
+        let mut record = self.record();
+        (record.curves, record.has_more) = (curves, has_more);
+        Ok(())
+    }
+
     fn record(&self) -> MutexGuard<'_, Record> {
         self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The curves of all scalars in a file of JSON lines.
-fn curves(json: &JsonLinesLogger) -> Result<BTreeMap<String, Curve>> {
+/// The curves of the scalars in a file of JSON lines. Longer lines hold texts, or nothing of ours.
+fn recorded(json: &JsonLinesLogger) -> Result<Record> {
+    const LONGEST: u64 = 10_000;
     let path = json.path();
-    let text = fs::read_to_string(&path).map_err(|source| Error::Io { path, source })?;
     let mut record = Record::default();
-    for (tag, step, value) in text.lines().filter_map(scalar_of) {
-        record.push(&tag, value, step);
-    }
-    Ok(record.curves)
+    let mut read = || {
+        let (mut file, mut line) = (BufReader::new(open_file(&path)?), vec![]);
+        while file.by_ref().take(LONGEST).read_until(b'\n', &mut line)? > 0 {
+            let scalar = std::str::from_utf8(&line).ok().and_then(scalar_of);
+            if let Some((tag, step, value)) = scalar {
+                record.push(&tag, value, step);
+            }
+            line.clear();
+        }
+        Ok(())
+    };
+    read().map_err(|source| Error::Io { path: path.clone(), source })?;
+    Ok(record)
 }
 
 /// The JSON lines of a run folder, with the curves of its report.
@@ -176,15 +199,17 @@ impl Log for Curves {
 
     fn rewind(&self, place: &Value) -> Result<Option<String>> {
         let rewound = self.0.json.rewind(place)?;
-        self.0.record().curves = curves(&self.0.json)?;
+        self.0.record_anew()?;
         Ok(rewound)
     }
 }
 
 impl Record {
     fn push(&mut self, tag: &str, value: f64, step: u64) {
+        let is_full = self.curves.len() >= TAGS;
         match self.curves.get_mut(tag) {
             Some(curve) => curve.push(step, value),
+            None if is_full => self.has_more = true,
             None => self.curves.entry(tag.to_owned()).or_default().push(step, value),
         }
     }
@@ -275,7 +300,7 @@ impl Logger for RunFolder {
         self.board.begin(anew)?;
         self.json.begin(anew)?;
         self.json.flush()?;
-        self.record().curves = curves(&self.json)?;
+        self.record_anew()?;
         Ok(())
     }
 
@@ -386,6 +411,27 @@ mod tests {
         again.scalar("training/loss", 9., 3)?;
         let points = again.record().curves["training/loss"].points.clone();
         assert_eq!(points, [(1, 0.5), (2, 0.25), (3, 9.)]);
+        Ok(())
+    }
+
+    #[test]
+    fn the_report_of_any_number_of_tags_is_bounded() -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let mut lines = String::new();
+        for tag in 0..300_000 {
+            lines += &format!("{{\"step\":1,\"tag\":\"{tag:06}\",\"time\":1.5,\"value\":0.5}}\n");
+        }
+        // Nor does a line without an end take more than others.
+        lines += &"x".repeat(1_000_000);
+        fs::write(folder.path().join("scalars.jsonl"), lines)?;
+        let run = RunFolder::create(folder.path())?;
+        run.scalar("one more", 1., 2)?;
+        run.scalar("000001", 9., 2)?;
+        assert_eq!(run.record().curves.len(), TAGS);
+        run.write_report()?;
+        let report = fs::read_to_string(folder.path().join("report.html"))?;
+        assert!(report.contains("the first 1000 tags") && report.contains("000001"));
+        assert!(!report.contains("one more") && report.len() < 5_000_000, "{}", report.len());
         Ok(())
     }
 

@@ -188,6 +188,10 @@ impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
         self.metric.validate()
     }
 
+    fn unique_names(&self) -> Vec<String> {
+        vec![format!("metric '{}'", self.name)]
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         let own;
         let parts = match &self.of_all {

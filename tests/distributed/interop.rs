@@ -12,6 +12,7 @@ use tch_ignite::distributed::{
 };
 use tch_ignite::optim::Optimizer;
 
+use crate::common::python;
 use crate::data_parallel::{data, print, printed};
 use crate::ranks::{Ranks, role};
 
@@ -58,27 +59,7 @@ fn python_and_rust_train_in_one_group() {
     if role().is_some() {
         return train();
     }
-    let python = std::env::var("TORCH_PYTHON").unwrap_or_else(|_| "python3".into());
-    let version = Command::new(&python)
-        .args([
-            "-c",
-            "import torch, torch.distributed as d; print(torch.__version__, d.is_gloo_available())",
-        ])
-        .output();
-    match version {
-        Ok(output) if output.status.success() => {
-            println!("Python's torch: {}", String::from_utf8_lossy(&output.stdout).trim());
-        }
-        _ => {
-            // Past the test runner's capture, so that nobody takes it for done.
-            use std::io::Write;
-            let text = format!(
-                "\nSKIPPED: {NAME}: {python} has no torch; set TORCH_PYTHON to one that has\n"
-            );
-            std::io::stderr().lock().write_all(text.as_bytes()).unwrap();
-            return;
-        }
-    }
+    let Some(python) = python(NAME, "TORCH_PYTHON", "torch.distributed") else { return };
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/distributed/peer.py");
     // r: Rust, p: Python.
     let mut results = vec![];

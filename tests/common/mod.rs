@@ -1,0 +1,25 @@
+//! Helpers that several test files use.
+#![allow(dead_code)] // No test file uses all of them.
+
+use std::fmt::Display;
+use std::io::Write;
+use std::process::Command;
+
+/// Tells that a test did not run, past the test runner's capture, so that nobody takes the test for done.
+///
+/// `scripts/test.sh` lists these lines again, and in CI fails on those that name Python.
+pub fn skipped(why: impl Display) {
+    let _ = std::io::stderr().lock().write_all(format!("\nSKIPPED: {why}\n").as_bytes());
+}
+
+/// The Python that an environment variable names (`python3` unless set), if it can import these
+/// modules. Tells that the test is skipped otherwise.
+pub fn python(test: &str, variable: &str, modules: &str) -> Option<String> {
+    let python = std::env::var(variable).unwrap_or_else(|_| "python3".into());
+    let has = Command::new(&python).args(["-c", &format!("import {modules}")]).output();
+    if has.is_ok_and(|output| output.status.success()) {
+        return Some(python);
+    }
+    skipped(format!("{test}: {python} is no Python with {modules}; set {variable} to one"));
+    None
+}
