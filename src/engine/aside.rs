@@ -1,7 +1,7 @@
 use std::cell::Cell;
 
 use super::handler::Named;
-use super::run::Position;
+use super::position::Position;
 use super::saved::{generators, load_generators_strictly};
 use super::{Engine, Profile, Requests, State, guarded};
 use crate::checkpoint::StateDict;

@@ -5,6 +5,7 @@ mod event;
 mod guarded;
 mod handler;
 mod log;
+mod position;
 mod profile;
 mod requests;
 mod run;
@@ -39,8 +40,8 @@ use crate::metrics::{Joins, Metric, MetricHandler, Usage};
 use crate::{Error, Result};
 use guarded::{Entered, guarded_drop, guarded_within};
 use handler::{Callable, EventIndex, Handlers, Subscription, Taken};
+use position::Position;
 use requests::Requests;
-use run::Position;
 use saved::Tracked;
 use together::Together;
 

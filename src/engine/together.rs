@@ -6,7 +6,7 @@ use std::rc::Rc;
 use tch::Tensor;
 
 use super::guarded::{guarded, guarded_within};
-use super::run::Position;
+use super::position::Position;
 use super::{Engine, Event, Events};
 use crate::checkpoint::{StateDict, put_together, taken_apart};
 use crate::metrics::{Accumulated, Joins, Reduce, exchange};
