@@ -90,7 +90,7 @@ pub(crate) fn is_part(name: &str) -> bool {
 }
 
 /// Removes what killed processes left half-written in a folder, the first time that this process writes there.
-fn sweep_once(folder: &Path) {
+pub(crate) fn sweep_once(folder: &Path) {
     static SWEPT: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     let Ok(place) = fs::canonicalize(folder) else { return };

@@ -350,7 +350,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     break;
                 }
             }
-            if std::mem::take(&mut self.requests.repeat) {
+            if self.requests.repeat {
+                self.requests.repeat = false;
                 self.position.cursor.again = self.handlers.object_at(index, place);
                 break;
             }
