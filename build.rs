@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 const FILES: &[&str] = &[
     "src/bridge/autocast.cpp",
     "src/bridge/average.cpp",
+    "src/bridge/batch_norm.cpp",
     "src/bridge/bridge.cpp",
     "src/bridge/fused.cpp",
     "src/bridge/generator.cpp",
     "src/bridge/gradients.cpp",
     "src/bridge/host_syncs.cpp",
     "src/bridge/normalize.cpp",
+    "src/bridge/thread_state.cpp",
 ];
 const DISTRIBUTED: &[&str] = &["src/bridge/dist.cpp", "src/bridge/reducer.cpp"];
 const KERNELS: &[&str] = &["src/bridge/one_pass.cpp"];

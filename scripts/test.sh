@@ -13,8 +13,9 @@ readers of the files we write (.python/), then runs the format check, clippy, al
 the documentation build and the examples in smoke mode. Stops at the first failure.
 
 Tests that need what is not there say SKIPPED, and are listed again at the end: Chromium
-(CHROMIUM, or on the PATH) looks at reports; Python's torch trains beside ours, where
-TORCH_PYTHON names a Python that has it or scripts/setup-python.sh --torch has run.
+(CHROMIUM, or on the PATH) looks at reports; clang and objdump look for vector code in the
+kernels (scripts/check-kernels.sh); Python's torch trains beside ours, where TORCH_PYTHON
+names a Python that has it or scripts/setup-python.sh --torch has run.
 
 environment:
   CI                  if set, installs Python's torch too; a test skipped for want of a
@@ -75,6 +76,9 @@ cargo clippy --release --features "$features" --all-targets -- -D warnings
 
 say "documentation"
 RUSTDOCFLAGS="-D warnings" cargo doc --release --features "$features" --no-deps
+
+say "kernels, by gcc and by clang"
+scripts/check-kernels.sh
 
 say "tests"
 cargo test --release --features "$features" 2>&1 | tee "$out/tests.log"

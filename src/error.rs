@@ -131,4 +131,35 @@ impl Error {
             message.split("\nException raised from").next().unwrap_or_default().to_owned();
         Self::Libtorch { operation: operation.into(), message }
     }
+
+    /// This error, which also tells of another that came of it or beside it.
+    pub(crate) fn besides(mut self, other: Self) -> Self {
+        let text = format!("(besides: {:#})", anyhow::Error::from(other));
+        match &mut self {
+            Self::Step { source, .. }
+            | Self::Handler { source, .. }
+            | Self::Data { source, .. } => {
+                let cause = std::mem::replace(source, anyhow::Error::msg(""));
+                *source = cause.context(text);
+            }
+            Self::InvalidArgument(message)
+            | Self::State(message)
+            | Self::Libtorch { message, .. } => {
+                message.push(' ');
+                message.push_str(&text);
+            }
+            #[cfg(feature = "distributed")]
+            Self::Distributed { message, .. } => {
+                message.push(' ');
+                message.push_str(&text);
+            }
+            Self::Io { source, .. } => {
+                *source = std::io::Error::new(source.kind(), format!("{source} {text}"));
+            }
+            Self::UnknownGroup { .. } | Self::UnknownHyperParameter { .. } => {
+                self = Self::InvalidArgument(format!("{self} {text}"));
+            }
+        }
+        self
+    }
 }

@@ -58,7 +58,7 @@
 //! | named parameter groups, every hyper-parameter | [`optim::Optimizer`], [`optim::Group`] |
 //! | clipping, freezing, groups without weight decay | [`optim::Gradients`], [`optim::Group`], [`optim::is_bias_or_norm`] |
 //! | mixed precision | [`amp::autocast`], [`amp::GradScaler`] |
-//! | gradient accumulation | [`Accumulation`], [`supervised::Supervised::accumulate`] |
+//! | gradient accumulation | [`supervised::Supervised::accumulate`], [`GradientAccumulator`] for a step of your own |
 //! | averages of the weights | [`handlers::EMAHandler`], [`handlers::SWAHandler`] |
 //! | something a schedule can drive | [`optim::Knob`] |
 //! | schedules and their handler | [`schedule`], [`schedule::ParamScheduler`] |
@@ -95,8 +95,9 @@ pub mod optim;
 mod parallel;
 pub mod schedule;
 pub mod supervised;
+mod variables;
 
-pub use accumulate::{Accumulation, Window};
+pub use accumulate::{Accumulation, GradientAccumulator, Weight, WeightedLoss, Window};
 pub use error::{Error, Panicked, Result};
 pub use freed_memory::keep_freed_memory;
 pub use host_syncs::host_syncs;

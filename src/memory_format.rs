@@ -44,7 +44,8 @@ pub fn to_channels_last(tensor: &Tensor) -> Result<Tensor> {
 /// it before the first step, because an optimizer's state keeps the format it was made in.
 pub fn channels_last_parameters(vs: &VarStore) -> Result<()> {
     let _guard = tch::no_grad_guard();
-    for mut variable in vs.variables().into_values().filter(|variable| variable.dim() == 4) {
+    let variables = crate::variables::variables(&vs.variables_).into_iter();
+    for mut variable in variables.map(|v| v.tensor).filter(|variable| variable.dim() == 4) {
         let data = to_channels_last(&variable.detach())?;
         variable
             .f_set_data(&data)

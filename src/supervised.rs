@@ -1,24 +1,20 @@
 //! A ready context for supervised learning, with its training and evaluation steps.
 
+use std::sync::PoisonError;
+
 use tch::nn::ModuleT;
 use tch::{Kind, Tensor};
 
+pub use crate::engine::{OPTIMIZER_STEPPED, WINDOW_COMPLETED};
+
 use crate::amp::{GradScaler, autocast};
+use crate::bridge::{BatchNormWatch, TensorId};
 use crate::checkpoint::{Gradients, StateDict, Stateful};
 use crate::data::Batch;
 use crate::engine::{Engine, Evaluator, Event, Trainer};
 use crate::memory_format::to_channels_last;
 use crate::optim::Optimizer;
-use crate::parallel::Parallel;
-use crate::{Accumulation, Error, Result, Window};
-
-/// Fired by the trainer of [`create_supervised_trainer`] after each step of the optimizer that was made:
-/// not within a window of accumulation, and not where a [`GradScaler`] skipped it. A scheduler attached to
-/// it counts updates.
-///
-/// With a `GradScaler` on CUDA, and only if something is attached, the trainer has to hear whether there
-/// was a step: a host sync.
-pub const OPTIMIZER_STEPPED: Event = Event::custom("optimizer_stepped");
+use crate::{Accumulation, Error, GradientAccumulator, Result, Weight, WeightedLoss, Window};
 
 /// What an evaluation step returns.
 #[derive(Debug)]
@@ -36,7 +32,7 @@ impl Prediction {
     }
 }
 
-type LossFn = Box<dyn Fn(&Tensor, &Tensor) -> Tensor + Send>;
+type LossFn = Box<dyn Fn(&Tensor, &Tensor) -> WeightedLoss + Send>;
 
 /// A model, its optimizer and a loss: the context of small programs.
 pub struct Supervised<N> {
@@ -47,43 +43,57 @@ pub struct Supervised<N> {
     loss: LossFn,
     autocast: Option<Kind>,
     channels_last: bool,
-    scaler: Option<GradScaler>,
-    accumulation: Option<Accumulation>,
-    parallel: Parallel,
+    accumulator: GradientAccumulator,
     max_norm: Option<f64>,
     max_value: Option<f64>,
     grad_norm: Option<Tensor>,
-    accumulated: Accumulated,
-}
-
-/// Where accumulation stands.
-#[derive(Debug, Default)]
-struct Accumulated {
-    /// Batches whose gradients wait for a step, each of its loss divided by `size`.
-    pending: u64,
-    size: u64,
+    /// The shape of the last batch of one sample with which batch normalisation worked.
+    single: Option<Vec<i64>>,
 }
 
 impl<N: ModuleT> Supervised<N> {
-    /// `loss(y_pred, y)` gives one value, such as `|y_pred, y| y_pred.cross_entropy_for_logits(y)`.
-    pub fn new(
+    /// `loss(y_pred, y)` gives one value, such as `|y_pred, y| y_pred.cross_entropy_for_logits(y)`, the mean over the
+    /// samples of the batch.
+    ///
+    /// Where batches share a step, by [`accumulate`](Self::accumulate) or among ranks, each counts by its samples: the first
+    /// dimension of the input. A loss that is a mean over something else returns `(loss, weight)`, where the
+    /// [`Weight`] says over how much: a number, or a tensor, which is not read on a GPU. Then the gradient is that of one
+    /// large batch:
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, nn};
+    /// # use tch_ignite::optim::Optimizer;
+    /// # use tch_ignite::supervised::Supervised;
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let net = nn::linear(vs.root(), 8, 100, Default::default());
+    /// # let optimizer = Optimizer::sgd(&vs).build()?;
+    /// const PADDING: i64 = -100;
+    /// // A mean over the tokens that are no padding.
+    /// let cx = Supervised::new(net, optimizer, |logits, tokens| {
+    ///     let (logits, tokens) = (logits.flatten(0, -2), tokens.flatten(0, -1));
+    ///     let loss = logits.cross_entropy_loss::<tch::Tensor>(&tokens, None, tch::Reduction::Mean, PADDING, 0.0);
+    ///     (loss, tokens.ne(PADDING).sum(Kind::Int64))
+    /// });
+    /// let cx = cx.accumulate(4)?;
+    /// # let _ = cx;
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    pub fn new<L: Into<WeightedLoss>>(
         net: N,
         optimizer: Optimizer,
-        loss: impl Fn(&Tensor, &Tensor) -> Tensor + Send + 'static,
+        loss: impl Fn(&Tensor, &Tensor) -> L + Send + 'static,
     ) -> Self {
         Self {
             net,
             optimizer,
-            loss: Box::new(loss),
+            loss: Box::new(move |y_pred, y| loss(y_pred, y).into()),
             autocast: None,
             channels_last: false,
-            scaler: None,
-            accumulation: None,
-            parallel: Parallel::default(),
+            accumulator: GradientAccumulator::unshared(),
             max_norm: None,
             max_value: None,
             grad_norm: None,
-            accumulated: Accumulated::default(),
+            single: None,
         }
     }
 
@@ -103,22 +113,32 @@ impl<N: ModuleT> Supervised<N> {
 
     /// Scales the loss, and skips steps with gradients that are not finite. Keep a clone to read and save it.
     pub fn grad_scaler(mut self, scaler: GradScaler) -> Self {
-        self.scaler = Some(scaler);
+        self.accumulator = self.accumulator.grad_scaler(scaler);
         self
     }
 
-    /// One step for every `steps` batches, with the mean of their losses; the last window of an epoch may
-    /// be shorter. See [`Accumulation`].
+    /// One step for every `steps` batches, with the gradient of one batch that has all their samples (or whatever the
+    /// loss is a mean over: see [`new`](Self::new)). The last window of an epoch may be shorter, and so may one that is cut
+    /// short by a budget, `terminate`, or a batch that is lost to an error: the step is that of the batches there were.
+    /// See [`Accumulation`] and [`GradientAccumulator`].
     pub fn accumulate(mut self, steps: u64) -> Result<Self> {
-        self.accumulation = Some(Accumulation::new(steps)?);
+        self.accumulator.set_steps(Accumulation::new(steps)?);
         Ok(self)
     }
 
+    /// Batches that share a step, by accumulation or among ranks, count the same whatever their size, as in torch's
+    /// DistributedDataParallel: the step is that of the mean of their losses. Spares ranks an exchange in each step.
+    pub fn equal_weights(mut self) -> Self {
+        self.accumulator = self.accumulator.equal_weights();
+        self
+    }
+
     /// Trains as one of several processes: forward and backward through this, gradients sent once for each window of
-    /// accumulation. Evaluation does not go through it.
+    /// accumulation. Evaluation does not go through it. Ranks with batches of different size are weighed, which costs an
+    /// exchange of one number for each step: see [`GradientAccumulator::data_parallel`].
     #[cfg(feature = "distributed")]
     pub fn data_parallel(mut self, ddp: crate::distributed::DistributedDataParallel) -> Self {
-        self.parallel = Parallel::new(ddp);
+        self.accumulator = self.accumulator.data_parallel(ddp);
         self
     }
 
@@ -144,69 +164,97 @@ impl<N: ModuleT> Supervised<N> {
     /// autocast, scaling, accumulation and clipping. Returns the loss, detached and on its device, whole
     /// also where it is divided for accumulation: no host sync.
     ///
+    /// A batch of one sample that leaves a layer of batch normalisation with one value for each channel is an error, as in
+    /// PyTorch, before anything has changed: its running variance would be NaN for ever. It names the layers.
+    ///
     /// With accumulation each `steps`-th call steps; [`train_step_in`](Self::train_step_in) knows about the
     /// end of an epoch.
     pub fn train_step(&mut self, batch: Batch) -> anyhow::Result<Tensor> {
-        let size = self.accumulation.map_or(1, Accumulation::steps);
-        let pending = self.accumulated.pending;
-        self.train_step_in(batch, Window { size, first: pending == 0, last: pending + 1 >= size })
+        let window = self.accumulator.next_window();
+        self.train_step_in(batch, window)
     }
 
-    /// [`train_step`](Self::train_step) for a batch that has this place in its window.
+    /// [`train_step`](Self::train_step) for a batch that has this place in its window. Where batches of another window
+    /// wait, because its last one was lost, there is a step for them first.
     pub fn train_step_in(&mut self, (x, y): Batch, window: Window) -> anyhow::Result<Tensor> {
-        if window.first || self.accumulated.pending == 0 {
-            self.optimizer.zero_grad()?;
-            self.accumulated.pending = 0;
+        while self.accumulator.begin(&self.optimizer, window)? {
+            self.update()?;
         }
+        let shape = x.size();
+        let samples = shape.first().map_or(1, |samples| *samples);
         let x = self.formatted(x)?;
-        // Gradients travel in the last backward of the window.
-        let _local = (!window.last).then(|| self.parallel.no_sync());
+        let looks = samples == 1 && self.single.as_ref() != Some(&shape) && self.has_batch_norm();
+        let watch = looks.then(BatchNormWatch::looking_for_single_values).transpose();
+        let watch = watch.map_err(|text| Error::libtorch("watching batch normalisation", text))?;
         let (net, loss) = (&self.net, &self.loss);
-        let forward = || loss(&net.forward_t(&x, true), &y);
-        let loss = self.parallel.forward(|| match self.autocast {
+        let mut weight = None;
+        let mut forward = || {
+            let weighted = loss(&net.forward_t(&x, true), &y);
+            weight = weighted.weight;
+            weighted.loss
+        };
+        let loss = self.accumulator.forward_result(|| match self.autocast {
             Some(kind) => autocast(x.device(), kind, forward),
             None => Ok(forward()),
         })?;
-        let share = if window.size > 1 {
-            loss.f_div_scalar(window.size as i64)?
-        } else {
-            loss.shallow_clone()
-        };
-        match &self.scaler {
-            Some(scaler) => self.parallel.backward(&scaler.scale(&share)?)?,
-            None => self.parallel.backward(&share)?,
+        if let Some(watch) = watch {
+            self.check_single(&watch.layers())?;
+            self.single = Some(shape);
         }
-        self.accumulated.pending += 1;
-        self.accumulated.size = window.size;
-        if window.last {
+        let weight = weight.unwrap_or(Weight::from(samples));
+        if self.accumulator.backward(&self.optimizer, &loss, weight)? {
             self.update()?;
         }
         Ok(loss.f_detach()?)
     }
 
-    /// Steps for batches that wait for the end of their window, if there are any: at the end of an epoch
-    /// whose length was not known, or that was left early. Says whether there were.
-    pub fn finish_window(&mut self) -> anyhow::Result<bool> {
-        let Accumulated { pending, size, .. } = self.accumulated;
-        if pending == 0 {
-            return Ok(false);
+    fn has_batch_norm(&self) -> bool {
+        let variables = self.optimizer.variables();
+        let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
+        variables.named_variables.keys().any(|name| name.ends_with("running_var"))
+    }
+
+    /// Refuses a batch of which layers of batch normalisation got one value for each channel.
+    fn check_single(&self, running_variances: &[TensorId]) -> Result<()> {
+        if running_variances.is_empty() {
+            return Ok(());
         }
-        self.parallel.reduce_gradients()?;
-        // Each loss was divided by more than there are.
-        self.optimizer.gradients()?.scale(&Tensor::from(size as f64 / pending as f64))?;
-        self.update()?;
-        Ok(true)
+        let variables = self.optimizer.variables();
+        let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
+        let name_of = |id: &TensorId| {
+            let mut all = variables.named_variables.iter();
+            let name = all.find(|(_, tensor)| TensorId::of(tensor) == *id)?.0;
+            Some(format!("'{}'", name.strip_suffix(".running_var").unwrap_or(name)))
+        };
+        let names: Vec<_> = running_variances
+            .iter()
+            .map(|id| name_of(id).unwrap_or_else(|| "a layer of another store".into()))
+            .collect();
+        Err(Error::invalid(format!(
+            "batch normalisation has one value for each channel in this batch of one sample ({}): they have no variance, and the running variance would be NaN from then on. Leave the last batch out (`drop_last`), or choose another batch size; the running averages are as they were",
+            names.join(", ")
+        )))
+    }
+
+    /// Steps for batches that wait for the end of their window, if there are any: at the end of an epoch
+    /// whose length was not known, or of a run or an epoch that was left early. Says whether there were.
+    pub fn finish_window(&mut self) -> anyhow::Result<bool> {
+        let waited = self.accumulator.finish(&self.optimizer)?;
+        if waited {
+            self.update()?;
+        }
+        Ok(waited)
     }
 
     fn update(&mut self) -> anyhow::Result<()> {
-        self.accumulated.pending = 0;
+        let scaler = self.accumulator.scaler();
         if let Some(max) = self.max_value {
-            if let Some(scaler) = &self.scaler {
+            if let Some(scaler) = scaler {
                 scaler.unscale(&self.optimizer)?;
             }
             self.optimizer.clip_grad_value(max)?;
         }
-        match (&self.scaler, self.max_norm) {
+        match (scaler, self.max_norm) {
             (None, None) => self.optimizer.step()?,
             (None, Some(max)) => self.grad_norm = Some(self.optimizer.step_clipped(max)?),
             (Some(scaler), None) => scaler.step(&self.optimizer)?,
@@ -214,18 +262,10 @@ impl<N: ModuleT> Supervised<N> {
                 self.grad_norm = Some(scaler.step_clipped(&self.optimizer, max)?);
             }
         }
-        if let Some(scaler) = &self.scaler {
+        if let Some(scaler) = scaler {
             scaler.update()?;
         }
         Ok(())
-    }
-
-    /// The place of a batch of the epoch, from 1.
-    fn window(&self, number: u64, epoch_length: Option<u64>) -> Window {
-        match self.accumulation {
-            Some(accumulation) => accumulation.window(number.saturating_sub(1), epoch_length),
-            None => Window { size: 1, first: true, last: true },
-        }
     }
 
     fn formatted(&self, x: Tensor) -> Result<Tensor> {
@@ -248,41 +288,37 @@ impl<N: ModuleT> Supervised<N> {
 /// The scaler, and gradients that wait for a step. Model and optimizer are tracked by name.
 impl<N> Stateful for Supervised<N> {
     fn state_dict(&self) -> Result<StateDict> {
-        let mut state = StateDict::new();
-        let Accumulated { pending, size } = self.accumulated;
-        state.set_value("accumulated", (pending, size))?;
+        let mut state = Stateful::state_dict(&self.accumulator)?;
         if let Some(norm) = &self.grad_norm {
             state.set_tensor("grad_norm", norm.shallow_clone());
         }
-        if pending > 0 {
+        if self.accumulator.pending() > 0 {
             state.set_part("gradients", self.gradients().state_dict()?);
         }
-        if let Some(scaler) = &self.scaler {
+        if let Some(scaler) = self.accumulator.scaler() {
             state.set_part("scaler", Stateful::state_dict(scaler)?);
         }
         Ok(state)
     }
 
     fn load_state_dict(&mut self, mut state: StateDict) -> Result<()> {
-        let (pending, size) = state.value("accumulated")?;
+        let (pending, _): (u64, u64) = state.value("accumulated")?;
         if pending > 0 {
             self.gradients().load_state_dict(state.take_part("gradients")?)?;
         }
-        match &mut self.scaler {
+        match self.accumulator.scaler_mut() {
             Some(scaler) => Stateful::load_state_dict(scaler, state.take_part("scaler")?)?,
             None if state.part("scaler").is_ok() => {
                 return Err(Error::State("a GradScaler was used, and is not here".into()));
             }
             None => {}
         }
-        self.accumulated = Accumulated { pending, size };
         self.grad_norm = state.take_tensor("grad_norm").ok();
-        Ok(())
+        self.accumulator.load_state_dict(state)
     }
 
-    /// Within a window: gradients are exchanged at its end.
     fn differs_by_rank(&self) -> bool {
-        self.accumulated.pending > 0
+        self.accumulator.differs_by_rank()
     }
 }
 
@@ -293,39 +329,64 @@ impl<N> Supervised<N> {
 }
 
 /// A trainer with [`Supervised::train_step`]: ignite's `create_supervised_trainer`. It fires
-/// [`OPTIMIZER_STEPPED`], and steps for what is left of a window at the end of an epoch. Checkpoints hold
-/// the scaler's state and, within a window, the gradients.
+/// [`OPTIMIZER_STEPPED`] and [`WINDOW_COMPLETED`], and steps for what is left of a window where an epoch ends, is left
+/// by `terminate_epoch`, or the run is left by `terminate` or a budget. Checkpoints hold the scaler's state and, within a
+/// window, the gradients.
 pub fn create_supervised_trainer<'a, N: ModuleT + 'a>() -> Trainer<'a, Supervised<N>> {
     let mut trainer = Engine::new(|cx: &mut Supervised<N>, engine: &mut Trainer<'a, _>, batch| {
-        let window = cx.window(engine.iteration_in_epoch(), engine.state.epoch_length);
+        let window = cx.accumulator.window_of(engine);
+        if cx.accumulator.is_left_over(window) {
+            finish_window(cx, engine)?;
+        }
         let loss = cx.train_step_in(batch, window)?;
         if window.last {
-            fire_stepped(cx, engine)?;
+            fire_updated(cx, engine)?;
         }
         Ok(loss)
     });
     trainer.track_context().track_output();
-    // Its own name, registered once: this cannot fail, and if it did, firing would say so.
-    let _ = trainer.register_events([OPTIMIZER_STEPPED]);
-    trainer.on(Event::EpochCompleted, |cx: &mut Supervised<N>, engine| {
-        if cx.finish_window()? {
-            fire_stepped(cx, engine)?;
+    trainer.context_has_no_model();
+    // Names of the crate's own, registered once: this cannot fail, and if it did, firing would say so.
+    let _ = trainer.register_events([OPTIMIZER_STEPPED, WINDOW_COMPLETED]);
+    trainer.on(Event::Started, |cx: &mut Supervised<N>, engine| {
+        // Not where a state with its gradients was loaded.
+        if engine.state.iteration == 0
+            && let dropped @ 1.. = cx.accumulator.drop_pending()
+        {
+            engine.warn(format!(
+                "the gradients of {dropped} batches of an earlier run, whose window was not completed, are dropped"
+            ));
         }
         Ok(())
     });
+    let ends = Event::EpochCompleted | Event::TerminateSingleEpoch | Event::Terminate;
+    trainer.on(ends, finish_window);
     trainer
 }
 
-fn fire_stepped<N: ModuleT>(
+/// Steps for what waits of a window, and tells of it.
+fn finish_window<N: ModuleT>(
     cx: &mut Supervised<N>,
     engine: &mut Trainer<'_, Supervised<N>>,
 ) -> anyhow::Result<()> {
-    if !engine.listens(OPTIMIZER_STEPPED) {
-        return Ok(());
+    if cx.finish_window()? {
+        fire_updated(cx, engine)?;
     }
-    let skipped = cx.scaler.as_ref().map_or(Ok(false), GradScaler::last_skipped)?;
-    if !skipped {
-        engine.fire_event(OPTIMIZER_STEPPED, cx)?;
+    Ok(())
+}
+
+fn fire_updated<N: ModuleT>(
+    cx: &mut Supervised<N>,
+    engine: &mut Trainer<'_, Supervised<N>>,
+) -> anyhow::Result<()> {
+    if engine.listens(OPTIMIZER_STEPPED) {
+        let skipped = cx.accumulator.scaler().map_or(Ok(false), GradScaler::last_skipped)?;
+        if !skipped {
+            engine.fire_event(OPTIMIZER_STEPPED, cx)?;
+        }
+    }
+    if engine.listens(WINDOW_COMPLETED) {
+        engine.fire_event(WINDOW_COMPLETED, cx)?;
     }
     Ok(())
 }

@@ -11,12 +11,15 @@ use tch::nn::{self, ModuleT, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::amp::GradScaler;
 use tch_ignite::checkpoint::{
-    Checkpoint, Mode, StateDict, Stateful, load_weights, read_state, save_weights, verify,
-    write_state,
+    Checkpoint, Mode, StateDict, Stateful, load_part, load_weights, load_weights_with, read_state,
+    save_weights, verify, write_state,
 };
-use tch_ignite::data::{Batch, Loader};
-use tch_ignite::engine::{Engine, Event, Events, Handler, Priority, Until};
-use tch_ignite::handlers::{EMAHandler, EarlyStopping, Evaluate, History, SWAHandler};
+use tch_ignite::data::{Batch, Loader, restartable};
+use tch_ignite::engine::{Engine, Event, Events, FilteredEvent, Handler, Priority, Stop, Until};
+use tch_ignite::handlers::{
+    EMAHandler, EarlyStopping, EpochOutputStore, Evaluate, History, LrFinder, SWAHandler, TimeLimit,
+};
+use tch_ignite::loggers::{CsvLogger, OutputHandler, RunFolder};
 use tch_ignite::metrics::{Loss, Mean, RunningAverage};
 use tch_ignite::optim::{Knob, Optimizer, lr};
 use tch_ignite::schedule::{
@@ -125,7 +128,7 @@ impl Program {
     fn outcome(&self) -> Result<String> {
         let mut state = self.trainer.checkpoint(&self.cx)?;
         // What belongs to this process.
-        let _ = state.take_part("settings");
+        let _ = (state.take_part("settings"), state.take_part("logs"));
         let mut text = bits(&state);
         let folder = tempfile::tempdir().unwrap();
         let csv = folder.path().join("history.csv");
@@ -252,7 +255,18 @@ fn a_run_stopped_at_any_event_goes_on_bit_for_bit() -> Result<()> {
                 }
                 let mut program = Program::new(name, 1000 + n as i64)?;
                 let resumed = program.trainer.resume(&mut program.cx, folder.path())?.unwrap();
-                assert_eq!(resumed.to_string().lines().count(), 1, "{resumed}");
+                let (told, last) =
+                    (resumed.to_string(), format!("resumed {}", resumed.path.display()));
+                let lines: Vec<_> = told.lines().collect();
+                assert!(lines.len() == 3 && lines[2].starts_with(&last), "{told}");
+                assert!(
+                    lines[0].ends_with("not tracked: the context (Engine::track_context)"),
+                    "{told}"
+                );
+                assert!(
+                    lines[1].starts_with("restored: model, optimizer, handler 'lr (base)'"),
+                    "{told}"
+                );
                 program.run()?;
                 let outcome = program.outcome()?;
                 assert!(
@@ -336,8 +350,8 @@ fn the_best_are_kept_and_nan_never_is() -> Result<()> {
     assert_eq!(
         files(folder.path()),
         [
-            "checkpoint_2_mean=-3.0000.safetensors",
-            "checkpoint_5_mean=-3.5000.safetensors",
+            "checkpoint_2_mean=3.0000.safetensors",
+            "checkpoint_5_mean=3.5000.safetensors",
             "last_6.safetensors",
             "latest"
         ]
@@ -445,7 +459,7 @@ fn what_does_not_fit_is_named() -> Result<()> {
         (&|p| p.vs.set_kind(Kind::Float), "is Double of shape"),
         (
             &|p| {
-                let knob = p.cx.optimizer.knob("lr").unwrap();
+                let knob = p.cx.optimizer.knob("weight_decay").unwrap();
                 let schedule = LinearCyclical::new(1., 0., 4);
                 p.trainer.attach(ParamScheduler::new("another", knob, schedule));
             },
@@ -1119,12 +1133,836 @@ fn a_finished_run_stays_finished() -> Result<()> {
         }
         next.resume(&mut (), folder.path())?.unwrap();
         let again = next.run(&mut (), vec![1, 2], Until::epochs(3))?;
-        let goes_on = !fired.borrow().is_empty();
-        assert_eq!(goes_on, stops, "what was terminated has something left: {:?}", fired.borrow());
-        assert_eq!((again.epochs, again.iterations >= done.iterations), (3, true));
+        assert_eq!(*fired.borrow(), []);
+        assert_eq!((again.epochs, again.iterations), (done.epochs, done.iterations));
+        assert_eq!(again.stop, done.stop);
+        assert_eq!(again.warnings.len(), usize::from(stops), "{again}");
         // And a larger budget goes on.
         let more = next.run(&mut (), vec![1, 2], Until::epochs(4))?;
         assert_eq!(more.epochs, 4);
     }
+    Ok(())
+}
+
+/// All files below a folder with their contents.
+fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut all = vec![];
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => all.extend(contents(&path)),
+            false => all.push((path.clone(), std::fs::read(&path).unwrap())),
+        }
+    }
+    all.sort();
+    all
+}
+
+/// A program that writes checkpoints and logs, in its trainer and in an evaluator, and stops after 7
+/// iterations; and how often closures and the store of outputs saw something.
+fn writing(folder: &Path) -> Result<(Program, Rc<RefCell<u32>>)> {
+    let mut program = Program::new("Adam", 1)?;
+    let run = RunFolder::create(folder.join("run"))?;
+    let csv = CsvLogger::open(folder.join("evaluations.csv"))?;
+    let every = Event::IterationCompleted.every(2);
+    let mut evaluator = Engine::new(|_: &mut Net, _, (x, _): Batch| {
+        let noise = Tensor::rand([1], (Kind::Float, Device::Cpu));
+        Ok((x.sum(Kind::Float) + noise).double_value(&[0]))
+    });
+    evaluator
+        .metric("sum", Mean::new())
+        .attach(OutputHandler::new(&csv, "own", Event::EpochCompleted).metric("sum"))
+        .attach(Checkpoint::new(folder.join("best")).weights(&program.vs).best(
+            1,
+            "sum",
+            Mode::Min,
+        ));
+    let (calls, counted) = (Rc::new(RefCell::new(0)), Rc::new(RefCell::new(0)));
+    let closures = calls.clone();
+    let losses = EpochOutputStore::of(|loss: &Tensor| loss.double_value(&[]));
+    let kept = losses.clone();
+    program
+        .trainer
+        .attach(Evaluate::on(every.clone(), "own", evaluator, data()?))
+        .attach(OutputHandler::new(&run, "training", Event::IterationCompleted).metric("running"))
+        .attach(run.clone())
+        .attach(losses)
+        .attach(EMAHandler::new(&program.vs, 0.25)?)
+        .on(Event::IterationCompleted, move |_, engine| {
+            *closures.borrow_mut() += 1;
+            // Added and removed within the search, these are as they were after it.
+            let id = engine.add_event_handler(Event::EpochCompleted, |_, _| Ok(()))?;
+            engine.remove_event_handler(id)?;
+            assert!(kept.data().len() <= EPOCH_LENGTH as usize);
+            Ok(())
+        })
+        .on(Event::IterationCompleted.once(7), move |_, engine| {
+            *counted.borrow_mut() += 1;
+            if *counted.borrow() == 1 {
+                engine.interrupt();
+            }
+            Ok(())
+        })
+        .attach(Checkpoint::new(folder.join("checkpoints")).n_saved(2).on(every));
+    Ok((program, calls))
+}
+
+#[test]
+fn a_search_for_a_learning_rate_leaves_no_trace() -> Result<()> {
+    let _serial = serial();
+    let mut straight: Option<String> = None;
+    for ends in ["not at all", "well", "with an error", "with a panic"] {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut program, calls) = writing(folder.path())?;
+        program.run()?;
+        assert_eq!(program.trainer.state.iteration, 7);
+        let seen = *calls.borrow();
+        let before = (program.outcome()?, contents(folder.path()));
+        if ends != "not at all" {
+            let finder =
+                LrFinder::new(&program.cx.optimizer, &program.vs).start_lr(1e-3).num_iter(12);
+            let losses = RefCell::new(0);
+            let found = finder.run(
+                &mut program.trainer,
+                &mut program.cx,
+                &program.data,
+                move |loss: &Tensor| {
+                    *losses.borrow_mut() += 1;
+                    match *losses.borrow() {
+                        5 if ends == "with a panic" => panic!("of the loss"),
+                        5 if ends == "with an error" => {
+                            Tensor::zeros([2], (Kind::Float, Device::Cpu))
+                        }
+                        _ => loss.shallow_clone(),
+                    }
+                },
+            );
+            assert_eq!(found.is_ok(), ends == "well", "{found:?}");
+            assert!(*calls.borrow() >= seen + 4, "closures are called");
+            let after = (program.outcome()?, contents(folder.path()));
+            assert!(after.0 == before.0, "{ends}:\n{}", difference(&after.0, &before.0));
+            let names = |files: &[(PathBuf, _)]| -> Vec<PathBuf> {
+                files.iter().map(|(path, _)| path.clone()).collect()
+            };
+            assert_eq!(names(&after.1), names(&before.1), "{ends}");
+            assert!(after.1 == before.1, "{ends}: files have other contents");
+        }
+        program.run()?;
+        let (outcome, mut files) = (program.outcome()?, files(&folder.path().join("checkpoints")));
+        files.extend(self::files(&folder.path().join("best")));
+        let all = format!("{outcome}{files:?}");
+        let straight = straight.get_or_insert_with(|| all.clone());
+        assert!(all == *straight, "{ends}:\n{}", difference(&all, straight));
+    }
+    Ok(())
+}
+
+// Limits, other data, and passes that are drawn anew.
+
+/// A trainer over numbers that writes down what it sees, with checkpoints in a folder.
+fn seeing(folder: &Path, checkpoint_at: impl Into<Events>) -> Engine<'static, Vec<i64>, i64, f64> {
+    let mut trainer = Engine::new(|seen: &mut Vec<i64>, _, batch: i64| {
+        seen.push(batch);
+        anyhow::ensure!(seen.len() < 1000, "this run does not end");
+        Ok(batch as f64)
+    });
+    trainer.track("model", &store()).metric("mean", Mean::new());
+    trainer.attach(Checkpoint::new(folder).on(checkpoint_at));
+    trainer
+}
+
+#[test]
+fn a_limit_that_ended_a_run_is_none_of_the_run_that_is_resumed() -> Result<()> {
+    let _serial = serial();
+    let data = || vec![0, 1, 2];
+    // The data is exhausted in mid epoch.
+    let until = || Until::epochs(3).epoch_length(4);
+    let mut straight = vec![];
+    seeing(tempfile::tempdir().unwrap().path(), Event::Completed).run(
+        &mut straight,
+        data(),
+        until(),
+    )?;
+    for event in EVENTS {
+        for saved_at in [event, Event::Terminate, Event::Completed] {
+            for n in [1, 2] {
+                let folder = tempfile::tempdir().unwrap();
+                let mut limited = seeing(folder.path(), saved_at);
+                let mut left = n;
+                limited.on(event, move |_, engine| {
+                    left -= 1;
+                    if left == 0 {
+                        engine.terminate_at_limit();
+                    }
+                    Ok(())
+                });
+                let mut seen = vec![];
+                let summary = limited.run(&mut seen, data(), until())?;
+                if event == Event::Started && n == 2 {
+                    continue;
+                }
+                assert_eq!(summary.stop, Stop::Terminated, "{event}");
+                drop(limited);
+                // One limit after the other, each after a few iterations.
+                let mut resumed = seeing(folder.path(), saved_at);
+                let told = resumed.resume(&mut seen, folder.path())?.unwrap();
+                assert_eq!(told.to_string().lines().count(), 1, "{told}");
+                let summary = resumed.run(&mut seen, data(), until())?;
+                assert_eq!(seen, straight, "{event} {n}, saved at {saved_at}");
+                assert_eq!((summary.epochs, summary.iterations), (3, 12), "{event} {saved_at}");
+                assert_eq!(summary.warnings, [""; 0], "{event} {saved_at}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_search_does_not_touch_the_checkpoints_of_a_finished_run() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let make = || -> Result<_> {
+        let vs = VarStore::new(Device::Cpu);
+        let w = vs.root().ones("w", &[2]);
+        let optimizer = Optimizer::sgd(&vs).lr(0.05).build()?;
+        let step = optimizer.clone();
+        let mut trainer = Engine::new(move |_: &mut (), _: &mut Engine<_, _, _>, x: f64| {
+            let loss = (&w - x).square().sum(Kind::Float);
+            step.backward_step(&loss)?;
+            Ok(loss.detach())
+        });
+        trainer.track("model", &vs).track("optimizer", &optimizer);
+        trainer.attach(Checkpoint::new(folder.path()).on(Event::IterationCompleted.every(20)));
+        Ok((vs, optimizer, trainer))
+    };
+    let data = vec![0.5, 0.25, 1., 0.75];
+    let (vs, _, mut trainer) = make()?;
+    trainer.run(&mut (), data.clone(), Until::epochs(60))?;
+    let trained = Vec::<f64>::try_from(&vs.variables()["w"].to_kind(Kind::Double)).unwrap();
+    drop(trainer);
+    let (vs, optimizer, mut trainer) = make()?;
+    let finder = LrFinder::new(&optimizer, &vs).num_iter(50).end_lr(0.4);
+    finder.run(&mut trainer, &mut (), data, |loss: &Tensor| loss.shallow_clone())?;
+    assert_eq!(files(folder.path()), ["checkpoint_240.safetensors", "latest"]);
+    let resumed = trainer.resume(&mut (), folder.path())?.unwrap();
+    assert_eq!((resumed.iteration, optimizer.knob("lr")?.get()?), (240, 0.05));
+    let now = Vec::<f64>::try_from(&vs.variables()["w"].to_kind(Kind::Double)).unwrap();
+    assert_eq!(now, trained);
+    Ok(())
+}
+
+#[test]
+fn checkpoints_without_a_model_are_warned_about_and_what_is_missing_is_told() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let data = Loader::new(&inputs(6, 3), &inputs(6, 2), 3)?;
+    let make = |track: bool| -> Result<_> {
+        let vs = VarStore::new(Device::Cpu);
+        let net = net(&vs, 4);
+        let optimizer = Optimizer::adam(&vs).build()?;
+        let mut trainer = create_supervised_trainer();
+        if track {
+            trainer.track("model", &vs).track("optimizer", &optimizer);
+        }
+        trainer.attach(Checkpoint::new(folder.path()));
+        let mse = |y_pred: &Tensor, y: &Tensor| y_pred.mse_loss(y, tch::Reduction::Mean);
+        Ok((trainer, Supervised::new(net, optimizer, mse)))
+    };
+    let (mut trainer, mut cx) = make(false)?;
+    let warnings = trainer.run(&mut cx, &data, Until::epochs(1))?.warnings.join("; ");
+    assert!(warnings.contains("have no model") && warnings.contains("Engine::track"), "{warnings}");
+    drop(trainer);
+    let (mut trainer, mut cx) = make(false)?;
+    let told = trainer.resume(&mut cx, folder.path())?.unwrap().to_string();
+    assert!(told.contains("not tracked: any model or optimizer (Engine::track)"), "{told}");
+    assert!(told.contains("\nrestored: context, handler 'checkpoint', metrics"), "{told}");
+    drop(trainer);
+    std::fs::remove_dir_all(folder.path()).unwrap();
+    let (mut trainer, mut cx) = make(true)?;
+    assert_eq!(trainer.run(&mut cx, &data, Until::epochs(1))?.warnings, [""; 0]);
+    drop(trainer);
+    let (mut trainer, mut cx) = make(true)?;
+    let resumed = trainer.resume(&mut cx, folder.path())?.unwrap();
+    assert_eq!(resumed.restored.parts[..3], ["model", "optimizer", "context"]);
+    assert!(resumed.restored.untracked.is_empty() && !resumed.to_string().contains("not restored"));
+    // Weights alone are of no run.
+    let vs = store();
+    let mut trainer = Engine::new(|_: &mut (), _, batch: i64| Ok(batch));
+    trainer.attach(Checkpoint::new(folder.path()).weights(&vs));
+    assert_eq!(trainer.run(&mut (), vec![1], Until::epochs(1))?.warnings, [""; 0]);
+    Ok(())
+}
+
+#[test]
+fn another_head_leaves_the_rest_of_the_network_and_of_the_optimizer() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let make = |classes: i64, seed| -> Result<_> {
+        tch::manual_seed(seed);
+        let vs = VarStore::new(Device::Cpu);
+        let body = nn::linear(vs.root() / "body", 3, 4, Default::default());
+        let head = nn::linear(vs.root() / "head", 4, classes, Default::default());
+        let optimizer = Optimizer::adam(&vs).lr(0.01 * classes as f64).build()?;
+        let ema = EMAHandler::new(&vs, 0.5)?;
+        let step = optimizer.clone();
+        let mut trainer = Engine::new(move |_: &mut (), _: &mut Engine<_, _, _>, x: f64| {
+            use tch::nn::Module;
+            let x = Tensor::full([2, 3], x, (Kind::Float, Device::Cpu));
+            let loss = head.forward(&body.forward(&x)).square().sum(Kind::Float);
+            step.backward_step(&loss)?;
+            Ok(loss.detach())
+        });
+        trainer.track("model", &vs).track("optimizer", &optimizer);
+        trainer.attach(ema.clone()).attach(Checkpoint::new(folder.path()));
+        Ok((vs, optimizer, ema, trainer))
+    };
+    let (vs, optimizer, ema, mut trainer) = make(2, 1)?;
+    trainer.run(&mut (), vec![0.5, 0.25, 1.], Until::epochs(1))?;
+    let state = |optimizer: &Optimizer, name: &str| -> Result<Vec<(&'static str, Tensor)>> {
+        Ok(optimizer.state(name)?.into_iter().map(|(key, t)| (key, t.copy())).collect())
+    };
+    let (weight, moments) =
+        (vs.variables()["body.weight"].copy(), state(&optimizer, "body.weight")?);
+    let averages = ema.averages();
+    drop(trainer);
+
+    let (vs, optimizer, ema, mut trainer) = make(3, 2)?;
+    let error = text(trainer.resume(&mut (), folder.path()));
+    assert!(
+        error.contains("'head.bias' is Float of shape [2], but Float of shape [3] here"),
+        "{error}"
+    );
+    assert!(error.contains("strict = false"), "{error}");
+    let head = vs.variables()["head.weight"].copy();
+    let resumed = trainer.resume_with(&mut (), folder.path(), false)?.unwrap();
+    assert_eq!(vs.variables()["body.weight"], weight);
+    assert_eq!(vs.variables()["head.weight"], head);
+    assert_eq!(state(&optimizer, "body.weight")?, moments);
+    assert!(optimizer.state("head.weight")?.is_empty());
+    assert_eq!(optimizer.knob("lr")?.get()?, 0.02);
+    let average = |averages: &[(String, Tensor)], name: &str| {
+        averages.iter().find(|(other, _)| other == name).unwrap().1.copy()
+    };
+    assert_eq!(average(&ema.averages(), "body.weight"), average(&averages, "body.weight"));
+    assert_eq!(average(&ema.averages(), "head.weight"), head);
+    let told = resumed.to_string();
+    for what in [
+        "not restored: model: 'head.weight' is Float of shape [2, 4], but Float of shape [3, 4] here",
+        "not restored: optimizer: 'head.weight/exp_avg' is Float of shape [2, 4], and the parameter is Float of shape [3, 4]",
+        "handler 'ema_momentum': 'head.bias' is Float of shape [2], but Float of shape [3] here",
+        "restored: model, optimizer, handler 'ema_momentum'",
+    ] {
+        assert!(told.contains(what), "{what}\n{told}");
+    }
+    trainer.run(&mut (), vec![0.5, 0.25, 1.], Until::epochs(2))?;
+    assert_eq!(trainer.state.iteration, 6);
+    Ok(())
+}
+
+#[test]
+fn a_parameter_that_is_new_or_gone_is_listed_and_the_others_are_loaded() -> Result<()> {
+    let _serial = serial();
+    let make = |names: &[&str]| -> Result<_> {
+        let vs = VarStore::new(Device::Cpu);
+        let variables: Vec<_> = names.iter().map(|name| vs.root().ones(name, &[2])).collect();
+        let optimizer = Optimizer::adam(&vs).build()?;
+        Ok((variables, optimizer))
+    };
+    let (variables, saved) = make(&["a", "b"])?;
+    saved.backward_step(&(&variables[0] * 2. + &variables[1]).sum(Kind::Float))?;
+    let state = || Stateful::state_dict(&saved).and_then(|state| state.copy());
+    let (_, mut other) = make(&["b", "c"])?;
+    assert!(text(other.load_state_dict(state()?)).contains("'a' was in group"));
+    assert!(other.state("b")?.is_empty());
+    let misfits = other.load_state_dict_partially(state()?)?;
+    assert!(misfits.iter().any(|text| text.contains("'a' was in group 'group_0'")), "{misfits:?}");
+    assert!(misfits.iter().any(|text| text.contains("'a/exp_avg'")), "{misfits:?}");
+    assert_eq!(other.state("b")?, saved.state("b")?);
+    assert!(other.state("c")?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn weights_of_python_with_batch_norm_are_loaded_and_other_names_can_be_allowed() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    // The names that torch.save of a Sequential with a BatchNorm1d has.
+    let theirs = VarStore::new(Device::Cpu);
+    let net = |vs: &VarStore| {
+        let norm = nn::batch_norm1d(vs.root() / "norm", 4, Default::default());
+        (nn::linear(vs.root() / "fc", 3, 4, Default::default()), norm)
+    };
+    let _theirs = net(&theirs);
+    let counter = Tensor::from(7i64);
+    let _ = (theirs.root() / "norm").add("num_batches_tracked", counter, false);
+    save_weights(&theirs, &path)?;
+    let ours = VarStore::new(Device::Cpu);
+    let _ours = net(&ours);
+    load_weights(&ours, &path)?;
+    assert_eq!(ours.variables()["fc.weight"], theirs.variables()["fc.weight"]);
+
+    let _ = theirs.root().ones("old", &[2]);
+    save_weights(&theirs, &path)?;
+    let _ = ours.root().ones("new", &[2]);
+    let _ = tch::no_grad(|| ours.variables()["fc.bias"].shallow_clone().fill_(9.));
+    let error = text(load_weights(&ours, &path));
+    assert!(error.contains("'new' is missing"), "{error}");
+    assert_eq!(ours.variables()["fc.bias"].double_value(&[0]), 9., "nothing is changed");
+    let keys = load_weights_with(&ours, &path, false)?;
+    assert_eq!((&*keys.missing, &*keys.unexpected), (&["new".into()][..], &["old".into()][..]));
+    assert_eq!(ours.variables()["fc.bias"], theirs.variables()["fc.bias"]);
+    // A file that PyTorch itself wrote, with what its batch norm has.
+    let script = "import sys, torch
+from safetensors.torch import save_file
+net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+net(torch.arange(6.).view(2, 3))
+save_file(net.state_dict(), sys.argv[1])
+net.eval()
+print(net(torch.ones(1, 3)).sum().item())";
+    let python = std::env::var("TORCH_PYTHON").unwrap_or_else(|_| "python3".into());
+    let output = std::process::Command::new(python).args(["-c", script]).arg(&path).output();
+    match output {
+        Ok(output) if output.status.success() => {
+            let vs = VarStore::new(Device::Cpu);
+            let fc = nn::linear(vs.root() / "0", 3, 4, Default::default());
+            let norm = nn::batch_norm1d(vs.root() / "1", 4, Default::default());
+            load_weights(&vs, &path)?;
+            let x = fc.forward_t(&Tensor::ones([1, 3], (Kind::Float, Device::Cpu)), false);
+            let sum = norm.forward_t(&x, false).sum(Kind::Float).double_value(&[]);
+            let theirs: f64 = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap();
+            assert!((sum - theirs).abs() < 1e-5, "{sum} {theirs}");
+        }
+        _ => eprintln!("SKIPPED: no Python with torch and safetensors (set TORCH_PYTHON)"),
+    }
+    // Another shape is an error, as in PyTorch.
+    let small = VarStore::new(Device::Cpu);
+    let _ = (small.root() / "fc").ones("bias", &[5]);
+    let error = text(load_weights_with(&small, &path, false));
+    assert!(error.contains("'fc.bias' is Float of shape [4], but Float of shape [5]"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn the_model_alone_comes_out_of_a_training_checkpoint() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let mut program = Program::new("Adam", 1)?;
+    program.trainer.attach(Checkpoint::new(folder.path()));
+    program.run()?;
+    let path = folder.path().join("checkpoint_12.safetensors");
+    let mut vs = VarStore::new(Device::Cpu);
+    let _net = net(&vs, 5);
+    vs.set_kind(Kind::Double);
+    load_part(&vs, &path, "model")?;
+    for (name, tensor) in vs.variables() {
+        assert_eq!(tensor, program.vs.variables()[&name], "{name}");
+    }
+    let error = text(load_part(&vs, &path, "net"));
+    assert!(error.contains("no part 'net'") && error.contains("model, optimizer"), "{error}");
+    let error = text(load_weights(&vs, &path));
+    assert!(error.contains("load_part(&vs, path, \"model\")"), "{error}");
+    // A damaged optimizer is noticed too.
+    let mut bytes = std::fs::read(&path).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    assert!(text(load_part(&vs, &path, "model")).contains("the file is damaged"));
+    Ok(())
+}
+
+#[test]
+fn a_longer_schedule_goes_on_at_its_place() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    type Trainer = Engine<'static, Vec<f64>, f64, ()>;
+    let make = |cycle: u64| -> Result<Trainer> {
+        let vs = VarStore::new(Device::Cpu);
+        let _w = vs.root().ones("w", &[2]);
+        let optimizer = Optimizer::sgd(&vs).build()?;
+        let (lr, momentum) = (optimizer.knob("lr")?, optimizer.knob("weight_decay")?);
+        let read = lr.clone();
+        let mut trainer = Engine::new(move |rates: &mut Vec<f64>, _, _| {
+            rates.push(read.get()?);
+            Ok(())
+        });
+        let schedule = LinearCyclical::new(1., 0., cycle).monotonic(true);
+        let constant = CosineAnnealing::new(0.5, 0.5, 100);
+        trainer
+            .attach(ParamScheduler::new("lr", lr, schedule))
+            .attach(ParamScheduler::new("decay", momentum, constant))
+            .track("optimizer", &optimizer)
+            .attach(Checkpoint::new(folder.path()));
+        Ok(trainer)
+    };
+    let mut rates = vec![];
+    make(4)?.run(&mut rates, vec![0.; 6], Until::epochs(1))?;
+    assert_eq!(rates, [1., 0.75, 0.5, 0.25, 1., 0.75]);
+    let error = text(make(8)?.resume(&mut rates, folder.path()));
+    assert!(
+        error.contains("resume_with(.., strict = false)") && error.contains("at event 6"),
+        "{error}"
+    );
+    let mut longer = make(8)?;
+    let told = longer.resume_with(&mut rates, folder.path(), false)?.unwrap().to_string();
+    assert!(told.contains("changed since: handler 'lr': its schedule was"), "{told}");
+    assert!(told.contains("it goes on at event 6") && !told.contains("'decay':"), "{told}");
+    rates.clear();
+    longer.run(&mut rates, vec![0.; 6], Until::epochs(2))?;
+    // Values of events 6 and 7 of the new schedule, not 0 and 1, nor those of its second cycle.
+    assert_eq!(rates[..2], [1. - 6. / 8., 1. - 7. / 8.]);
+    Ok(())
+}
+
+#[test]
+fn limits_of_time_and_samples_leave_the_rest_of_the_budget() -> Result<()> {
+    let _serial = serial();
+    type Sampled = Engine<'static, Vec<i64>, Batch, ()>;
+    let make = |folder: &Path, saved_at: Event| -> Sampled {
+        let mut trainer = Engine::new(|seen: &mut Vec<i64>, _, (x, _): Batch| {
+            seen.extend(Vec::<i64>::try_from(x)?);
+            anyhow::ensure!(seen.len() < 1000, "this run does not end");
+            Ok(())
+        });
+        trainer.attach(Checkpoint::new(folder).on(saved_at));
+        trainer
+    };
+    let x = Tensor::arange(10, (Kind::Int64, Device::Cpu));
+    let data = || Loader::new(&x, &x, 4).unwrap().shuffle(3);
+    let mut straight = vec![];
+    make(tempfile::tempdir().unwrap().path(), Event::Completed).run(
+        &mut straight,
+        data(),
+        Until::epochs(3),
+    )?;
+    let limits: [(&str, fn(Until) -> Until, bool); 3] = [
+        ("samples", |until| until.or_samples(8), false),
+        ("time", |until| until.or_time(std::time::Duration::from_millis(60)), false),
+        ("TimeLimit", |until| until, true),
+    ];
+    for (name, limit, handler) in limits {
+        for saved_at in [Event::IterationCompleted, Event::Completed] {
+            let folder = tempfile::tempdir().unwrap();
+            let (mut seen, mut runs) = (vec![], 0);
+            while seen.len() < straight.len() {
+                runs += 1;
+                assert!(runs < 20, "{name}: {seen:?}");
+                let mut trainer = make(folder.path(), saved_at);
+                if handler {
+                    let limit = TimeLimit::new(std::time::Duration::from_millis(60)).unwrap();
+                    trainer.attach(limit);
+                }
+                if name != "samples" {
+                    let mut iterations = 0;
+                    trainer.on(Event::IterationStarted, move |_, _| {
+                        iterations += 1;
+                        if iterations == 2 {
+                            std::thread::sleep(std::time::Duration::from_millis(70));
+                        }
+                        Ok(())
+                    });
+                }
+                trainer.resume(&mut seen, folder.path())?;
+                trainer.run(&mut seen, data(), limit(Until::epochs(3)))?;
+            }
+            assert_eq!(seen, straight, "{name}, saved at {saved_at}");
+            // 4, 4 and 2 samples in an epoch; some processes are slow.
+            assert!(runs >= 4, "{name}: {runs}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn random_numbers_drawn_between_resume_and_run_do_not_count() -> Result<()> {
+    let _serial = serial();
+    let mut straight = Program::new("SGD", 1)?;
+    straight.run()?;
+    let folder = tempfile::tempdir().unwrap();
+    assert!(killed_at(Event::IterationCompleted, 5, "SGD", folder.path())?);
+    let mut program = Program::new("SGD", 7)?;
+    program.trainer.resume(&mut program.cx, folder.path())?.unwrap();
+    let _ = Tensor::rand([3], (Kind::Float, Device::Cpu));
+    program.run()?;
+    let (outcome, expected) = (program.outcome()?, straight.outcome()?);
+    assert!(outcome == expected, "{}", difference(&outcome, &expected));
+    Ok(())
+}
+
+#[test]
+fn what_ended_a_run_for_good_is_told_and_how_to_go_on() -> Result<()> {
+    let _serial = serial();
+    for saved_at in [Event::EpochCompleted, Event::Terminate, Event::Completed] {
+        let folder = tempfile::tempdir().unwrap();
+        let make = || {
+            let mut trainer = seeing(folder.path(), saved_at);
+            trainer.attach(EarlyStopping::max("mean", 1));
+            trainer
+        };
+        let mut seen = vec![];
+        let summary = make().run(&mut seen, vec![5, 5], Until::epochs(9))?;
+        assert_eq!((summary.epochs, summary.stop), (2, Stop::Terminated));
+        let expected = "handler 'early stopping on mean' of EPOCH_COMPLETED (epoch 2, iteration 4) had ended the run for good when this state was saved: the next run does no iterations; call resume_terminated() before it to go on all the same";
+        for _ in 0..2 {
+            let mut next = make();
+            let told = next.resume(&mut seen, folder.path())?.unwrap();
+            assert_eq!(told.restored.ended.as_deref(), Some(expected), "{saved_at}");
+            assert!(told.to_string().contains(expected));
+            let summary = next.run(&mut seen, vec![5, 5], Until::epochs(9))?;
+            assert_eq!((summary.iterations, summary.stop), (4, Stop::Terminated), "{saved_at}");
+            assert_eq!(summary.warnings, [expected]);
+        }
+        assert_eq!(seen.len(), 4);
+        let mut next = make();
+        next.resume(&mut seen, folder.path())?.unwrap();
+        next.resume_terminated()?;
+        let summary = next.run(&mut seen, vec![5, 9], Until::epochs(9))?;
+        assert_eq!((summary.epochs, seen.len()), (4, 8), "the third was better");
+        assert_eq!(summary.warnings, [""; 0]);
+    }
+    Ok(())
+}
+
+#[test]
+fn epochs_are_passes_over_the_data_there_is_now() -> Result<()> {
+    let _serial = serial();
+    type Sampled = Engine<'static, Vec<(u64, i64)>, Batch, ()>;
+    let make = |folder: &Path, saved_at: FilteredEvent| -> Sampled {
+        let mut trainer =
+            Engine::new(|seen: &mut Vec<(u64, i64)>, engine: &mut Sampled, (x, _): Batch| {
+                let epoch = engine.state.epoch;
+                seen.extend(Vec::<i64>::try_from(x)?.into_iter().map(|x| (epoch, x)));
+                Ok(())
+            });
+        trainer.attach(Checkpoint::new(folder).on(saved_at));
+        trainer
+    };
+    let x = Tensor::arange(12, (Kind::Int64, Device::Cpu));
+    let data = |size| Loader::new(&x, &x, size).unwrap().shuffle(3);
+    for event in [Event::GetBatchCompleted, Event::IterationStarted, Event::IterationCompleted] {
+        for (before, after) in [(2, 4), (4, 2), (4, 3), (3, 5), (2, 12), (12, 5)] {
+            let length = 12u64.div_ceil(before as u64);
+            for n in 1..=2 * length {
+                let folder = tempfile::tempdir().unwrap();
+                let number = if event == Event::GetBatchCompleted { n - 1 } else { n };
+                let mut first = make(folder.path(), event.filter(move |at| at == number));
+                first.on(event, move |_, engine| {
+                    if engine.state.iteration == number {
+                        engine.interrupt();
+                    }
+                    Ok(())
+                });
+                let mut seen = vec![];
+                first.run(&mut seen, data(before), Until::epochs(4))?;
+                drop(first);
+                let mut next = make(folder.path(), event.filter(|_| false));
+                next.resume(&mut seen, folder.path())?.unwrap();
+                let lengths = Rc::new(RefCell::new(vec![]));
+                let own = lengths.clone();
+                next.on(Event::EpochCompleted, move |_, engine| {
+                    let state = &engine.state;
+                    own.borrow_mut().push((state.epoch_length, engine.iteration_in_epoch()));
+                    Ok(())
+                });
+                let summary = next.run(&mut seen, data(after), Until::epochs(4))?;
+                let what = format!("{before} to {after}, {event} {n}");
+                assert_eq!(summary.epochs, 4, "{what}");
+                seen.sort();
+                let passes: Vec<_> =
+                    (1..=4).flat_map(|epoch| (0..12).map(move |x| (epoch, x))).collect();
+                assert_eq!(seen, passes, "{what}");
+                // The number of iterations is told before they are done.
+                for (length, done) in lengths.take() {
+                    assert_eq!(length, Some(done), "{what}");
+                }
+                let length = 12u64.div_ceil(after as u64);
+                assert_eq!(next.state.epoch_length, Some(length), "{what}");
+            }
+        }
+    }
+    // A length that the program gave stays.
+    let folder = tempfile::tempdir().unwrap();
+    let mut first = make(folder.path(), Event::IterationCompleted.once(3));
+    let until = Until::epochs(3).epoch_length(4);
+    first.run(&mut vec![], data(4), until)?;
+    let mut next = make(folder.path(), Event::IterationCompleted.filter(|_| false));
+    let mut seen = vec![];
+    next.resume(&mut seen, folder.path())?.unwrap();
+    let summary = next.run(&mut seen, data(2), Until::epochs(3))?;
+    assert_eq!((summary.iterations, seen.len()), (12, 18));
+    Ok(())
+}
+
+#[test]
+fn epochs_follow_batches_and_streams_of_another_length_too() -> Result<()> {
+    let _serial = serial();
+    for walked in [false, true] {
+        for (before, after) in [(3u64, 5u64), (5, 3), (6, 2), (2, 7)] {
+            for n in 1..=2 * before {
+                let folder = tempfile::tempdir().unwrap();
+                let run = |trainer: &mut Engine<'static, Vec<i64>, i64, f64>,
+                           seen: &mut _,
+                           length: i64| {
+                    match walked {
+                        true => trainer.run(seen, restartable(move || 0..length), Until::epochs(6)),
+                        false => {
+                            let data: Vec<i64> = (0..length).collect();
+                            trainer.run(seen, data, Until::epochs(6))
+                        }
+                    }
+                };
+                let mut first = seeing(folder.path(), Event::IterationCompleted.once(n));
+                first.on(Event::IterationCompleted.once(n), |_, engine| {
+                    engine.interrupt();
+                    Ok(())
+                });
+                run(&mut first, &mut vec![], before as i64)?;
+                drop(first);
+                let mut next = seeing(folder.path(), Event::Completed);
+                next.resume(&mut vec![], folder.path())?.unwrap();
+                let epochs = Rc::new(RefCell::new(vec![]));
+                let own = epochs.clone();
+                next.on(Event::EpochCompleted, move |seen: &mut Vec<i64>, _| {
+                    own.borrow_mut().push(std::mem::take(seen));
+                    Ok(())
+                });
+                let summary = run(&mut next, &mut vec![], after as i64)?;
+                let what = format!("{before} to {after} at {n}, walked: {walked}");
+                assert_eq!(summary.epochs, 6, "{what}");
+                // In the first pass of a stream nothing is known that could have changed.
+                assert_eq!(summary.warnings.is_empty(), walked && n <= before, "{what}");
+                let whole: Vec<i64> = (0..after as i64).collect();
+                let epochs = epochs.take();
+                // Where only walking tells, epochs keep their length to the end of the pass.
+                let settled = if walked { after.div_ceil(before) as usize + 1 } else { 1 };
+                assert!(epochs.len() > settled || n > before, "{what}");
+                for epoch in epochs.iter().skip(settled) {
+                    assert_eq!(*epoch, whole, "{what}: {epochs:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Numbers as tch's own programs get them: shuffled by libtorch's random numbers.
+fn shuffled(batch_size: i64) -> impl FnMut() -> tch::data::Iter2 {
+    let x = Tensor::arange(8, (Kind::Int64, Device::Cpu));
+    let images = x.shallow_clone();
+    let m = tch::vision::dataset::Dataset {
+        train_images: images,
+        train_labels: x.shallow_clone(),
+        test_images: x.shallow_clone(),
+        test_labels: x,
+        labels: 8,
+    };
+    move || {
+        let mut iter = m.train_iter(batch_size);
+        iter.shuffle();
+        iter
+    }
+}
+
+type Drawn = Engine<'static, Vec<(u64, i64)>, (Tensor, Tensor), f64>;
+
+/// A step that draws random numbers itself.
+fn drawing() -> Drawn {
+    Engine::new(|seen: &mut Vec<(u64, i64)>, engine: &mut Drawn, (x, _)| {
+        let epoch = engine.state.epoch;
+        seen.extend(Vec::<i64>::try_from(x)?.into_iter().map(|x| (epoch, x)));
+        Ok(Tensor::f_rand([1], (Kind::Double, Device::Cpu))?.double_value(&[0]))
+    })
+}
+
+#[test]
+fn an_order_drawn_from_libtorchs_random_numbers_goes_on_in_mid_pass() -> Result<()> {
+    let _serial = serial();
+    let until = Until::epochs(3);
+    tch::manual_seed(7);
+    let (mut straight, mut trainer) = (vec![], drawing());
+    trainer.run(&mut straight, restartable(shuffled(2)), until)?;
+    let last = trainer.state.output;
+    for epoch in 0..3 {
+        let mut pass: Vec<_> = straight[8 * epoch..8 * epoch + 8].iter().map(|(_, x)| *x).collect();
+        pass.sort();
+        assert_eq!(pass, (0..8).collect::<Vec<_>>());
+    }
+    for event in [Event::GetBatchCompleted, Event::IterationCompleted, Event::EpochCompleted] {
+        for n in 1..=if event == Event::EpochCompleted { 3 } else { 12 } {
+            let number = if event == Event::GetBatchCompleted { n - 1 } else { n };
+            // Suspended, or failed: an error gives up no iteration after its step.
+            for fails in [false, true] {
+                let folder = tempfile::tempdir().unwrap();
+                tch::manual_seed(7);
+                let (mut seen, mut first) = (vec![], drawing());
+                first.on(event.filter(move |at| at == number), move |_, engine| {
+                    anyhow::ensure!(!fails, "once");
+                    engine.interrupt();
+                    Ok(())
+                });
+                let checkpoint = Checkpoint::new(folder.path()).on(Event::Completed);
+                first.attach(checkpoint.on_exception(true));
+                let stopped = first.run(&mut seen, restartable(shuffled(2)), until);
+                assert_eq!(stopped.is_err(), fails);
+                drop(first);
+                tch::manual_seed(1000 + n as i64);
+                let mut next = drawing();
+                next.attach(Checkpoint::new(folder.path()).on(Event::Completed));
+                next.resume(&mut seen, folder.path())?.unwrap();
+                let summary = next.run(&mut seen, restartable(shuffled(2)), until)?;
+                let what = format!("{event} {n}, fails: {fails}");
+                assert_eq!(summary.warnings, [""; 0], "{what}");
+                assert_eq!(seen, straight, "{what}");
+                if next.state.output.is_some() {
+                    assert_eq!(next.state.output, last, "the step's own numbers go on, {what}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_order_is_drawn_again_in_the_same_engine_after_an_error() -> Result<()> {
+    let _serial = serial();
+    tch::manual_seed(7);
+    let mut trainer = drawing();
+    trainer.on(Event::IterationCompleted.once(2), |_, _| anyhow::bail!("once"));
+    let mut seen = vec![];
+    trainer.run(&mut seen, restartable(shuffled(2)), Until::epochs(2)).unwrap_err();
+    let summary = trainer.run(&mut seen, restartable(shuffled(2)), Until::epochs(2))?;
+    assert_eq!(summary.warnings, [""; 0]);
+    seen.sort();
+    let passes: Vec<_> = (1..=2).flat_map(|epoch| (0..8).map(move |x| (epoch, x))).collect();
+    assert_eq!(seen, passes);
+    // ignite's state has no random numbers: the summary says that the order is another one.
+    let mut trainer = drawing();
+    let state = serde_json::json!({"iteration": 2, "epoch_length": 4, "max_epochs": 2});
+    trainer.load_state_dict(state.as_object().unwrap())?;
+    let summary = trainer.run(&mut seen, restartable(shuffled(2)), Until::epochs(2))?;
+    assert!(summary.warnings[0].contains("another order"), "{summary}");
+    Ok(())
+}
+
+#[cfg(feature = "signals")]
+#[test]
+fn a_signal_during_a_search_ends_it_with_an_error() -> Result<()> {
+    use tch_ignite::handlers::InterruptOn;
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let mut program = Program::new("SGD", 1)?;
+    program.trainer.attach(InterruptOn::signals()?).attach(Checkpoint::new(folder.path()));
+    program.trainer.on(Event::IterationStarted.once(3), |_, _| {
+        let pid = std::process::id().to_string();
+        let sent = std::process::Command::new("kill").args(["-TERM", &pid]).status()?;
+        anyhow::ensure!(sent.success());
+        Ok(())
+    });
+    let before = program.outcome()?;
+    let finder = LrFinder::new(&program.cx.optimizer, &program.vs).num_iter(9);
+    let (trainer, cx) = (&mut program.trainer, &mut program.cx);
+    let found = finder.run(trainer, cx, &program.data, |loss: &Tensor| loss.shallow_clone());
+    assert!(text(found).contains("signal 15 came"));
+    assert!(program.outcome()? == before && files(folder.path()).is_empty());
     Ok(())
 }

@@ -375,13 +375,13 @@ fn other_data_is_told_and_another_batch_size_keeps_the_place() -> Result<()> {
         let mut next = make(folder.path());
         next.resume(&mut seen, folder.path())?.unwrap();
         let summary = run(&mut next, &x, 2, 1, &mut seen)?;
-        // Two batches of 2 are left of the epoch of 5 batches, and 8 samples of the pass.
+        // 8 samples are left of the pass, and so of the epoch.
         assert_eq!(summary.warnings, ["batch_size of the data: 4 then, 2 now"]);
-        assert_eq!(seen.len(), 16);
+        assert_eq!((seen.len(), summary.iterations), (20, 7));
         let mut distinct = seen.clone();
         distinct.sort();
         distinct.dedup();
-        assert_eq!(distinct.len(), 16, "{seen:?}");
+        assert_eq!(distinct.len(), 20, "{seen:?}");
         let mut next = make(folder.path());
         next.resume(&mut seen, folder.path())?.unwrap();
         let warnings = run(&mut next, &more, 4, 2, &mut seen)?.warnings.join("; ");
@@ -664,4 +664,402 @@ fn a_read_only_folder_is_an_error_that_leaves_what_was_there() {
     next.resume(&mut (), &folder).unwrap().unwrap();
     next.run(&mut (), vec![1], Until::epochs(3)).unwrap();
     assert_eq!(files(&folder), ["checkpoint_3.safetensors", "latest"]);
+}
+
+#[test]
+fn a_damaged_file_does_not_go_on_the_list() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let make = || {
+        let mut trainer = small();
+        let checkpoint = Rc::new(RefCell::new(Checkpoint::new(folder.path()).n_saved(2)));
+        trainer.attach(checkpoint.clone());
+        (trainer, checkpoint)
+    };
+    let (mut trainer, _) = make();
+    let (from, to) = (path("checkpoint_1.safetensors"), path("aside"));
+    trainer.on(Event::EpochCompleted.once(2), move |_, _| Ok(_ = std::fs::copy(&from, &to)?));
+    trainer.run(&mut (), vec![1], Until::epochs(3))?;
+    drop(trainer);
+    for damaged in [false, true] {
+        // As if the process had been killed before it removed its first file.
+        let mut bytes = std::fs::read(path("aside")).unwrap();
+        *bytes.last_mut().unwrap() ^= u8::from(damaged);
+        std::fs::write(path("checkpoint_1.safetensors"), bytes).unwrap();
+        let (mut trainer, checkpoint) = make();
+        trainer.load_checkpoint(&mut (), path("checkpoint_3.safetensors"), true)?;
+        trainer.on(Event::IterationStarted, |_, _| anyhow::bail!("stop"));
+        trainer.run(&mut (), vec![1], Until::epochs(4)).unwrap_err();
+        let names: Vec<_> = checkpoint.borrow().saved().map(|(_, name)| name.to_owned()).collect();
+        let whole =
+            ["checkpoint_1.safetensors", "checkpoint_2.safetensors", "checkpoint_3.safetensors"];
+        assert_eq!(names, if damaged { &whole[1..] } else { &whole });
+    }
+    Ok(())
+}
+
+#[test]
+fn a_list_in_a_checkpoint_removes_only_files_with_the_stamp_of_its_run() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let make = |folder: &Path, name: &str| {
+        let mut trainer = small();
+        trainer.attach(Checkpoint::new(folder).name(name));
+        trainer
+    };
+    make(folder.path(), "checkpoint").run(&mut (), vec![1], Until::epochs(1))?;
+    // The files of somebody else, of another run, of another handler, and a copy.
+    std::fs::write(path("notes.txt"), "notes").unwrap();
+    save_weights(&store(), path("weights.safetensors"))?;
+    let other = tempfile::tempdir().unwrap();
+    make(other.path(), "checkpoint").run(&mut (), vec![1], Until::epochs(9))?;
+    let foreign = "checkpoint_9.safetensors";
+    std::fs::copy(other.path().join(foreign), path(foreign)).unwrap();
+    std::fs::copy(path("checkpoint_1.safetensors"), path("copy.safetensors")).unwrap();
+    make(folder.path(), "other").run(&mut (), vec![1], Until::epochs(1))?;
+    let theirs =
+        ["notes.txt", "weights.safetensors", foreign, "copy.safetensors", "other_1.safetensors"];
+    let mut state = read_state(path("checkpoint_1.safetensors"))?;
+    let mut handlers = state.take_part("handlers")?;
+    let mut list = handlers.take_part("checkpoint")?;
+    let entries: Vec<_> = theirs.iter().map(|name| (0, *name)).collect();
+    list.set_value("_saved", entries)?;
+    handlers.set_part("checkpoint", list);
+    state.set_part("handlers", handlers);
+    write_state(path("hostile.safetensors"), &state)?;
+    let mut next = make(folder.path(), "checkpoint");
+    next.load_checkpoint(&mut (), path("hostile.safetensors"), true)?;
+    next.run(&mut (), vec![1], Until::epochs(4))?;
+    let there = files(folder.path());
+    for name in theirs {
+        assert!(there.iter().any(|file| file == name), "{name} is gone: {there:?}");
+    }
+    assert!(path("checkpoint_4.safetensors").exists());
+    assert!(!path("checkpoint_1.safetensors").exists(), "its own is removed");
+    // A file that took the place of one of its own meanwhile is somebody's too.
+    let mut next = make(folder.path(), "checkpoint");
+    next.load_checkpoint(&mut (), path("checkpoint_4.safetensors"), true)?;
+    let (from, to) = (path("notes.txt"), path("checkpoint_4.safetensors"));
+    next.on(Event::EpochCompleted, move |_, _| Ok(_ = std::fs::copy(&from, &to)?));
+    next.run(&mut (), vec![1], Until::epochs(5))?;
+    assert_eq!(std::fs::read_to_string(path("checkpoint_4.safetensors")).unwrap(), "notes");
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn pipes_and_links_in_a_folder_are_neither_waited_for_nor_followed() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_owned();
+    let pipe = |name: &str| {
+        let made = Command::new("mkfifo").arg(path.join(name)).status().unwrap();
+        assert!(made.success());
+    };
+    pipe("latest");
+    pipe("checkpoint_7.safetensors");
+    let (done, finished) = std::sync::mpsc::channel();
+    let read = path.clone();
+    std::thread::spawn(move || {
+        let mut trainer = small();
+        trainer.attach(Checkpoint::new(&read));
+        let resumed = trainer.resume(&mut (), &read).map(|resumed| resumed.is_some());
+        let file = read_state(read.join("checkpoint_7.safetensors")).map(drop);
+        let ran = trainer.run(&mut (), vec![1], Until::epochs(1)).map(drop);
+        done.send((resumed.map_err(text), file.map_err(text), ran.map_err(text))).unwrap();
+    });
+    let (resumed, file, ran) =
+        finished.recv_timeout(Duration::from_secs(60)).expect("it does not hang");
+    assert_eq!(resumed, Ok(false));
+    assert!(file.unwrap_err().contains("no plain file"));
+    assert_eq!(ran, Ok(()));
+    assert_eq!(std::fs::read_to_string(path.join("latest")).unwrap(), "checkpoint_1.safetensors\n");
+
+    for hard in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let (precious, lock) = (folder.path().join("precious"), folder.path().join("run/.lock"));
+        std::fs::create_dir(folder.path().join("run")).unwrap();
+        std::fs::write(&precious, "what may not be written over").unwrap();
+        match hard {
+            true => std::fs::hard_link(&precious, &lock).unwrap(),
+            false => std::os::unix::fs::symlink(&precious, &lock).unwrap(),
+        }
+        let mut trainer = small();
+        trainer.attach(Checkpoint::new(folder.path().join("run")));
+        let error = text(trainer.run(&mut (), vec![1], Until::epochs(1)).unwrap_err());
+        assert!(error.contains(".lock"), "{error}");
+        assert_eq!(std::fs::read_to_string(&precious).unwrap(), "what may not be written over");
+    }
+    Ok(())
+}
+
+#[test]
+fn two_handlers_of_the_same_files_are_refused() -> Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let here = || Checkpoint::new(folder.path());
+    let mut trainer = small();
+    trainer.attach(here().on(Event::IterationCompleted));
+    let error = text(trainer.add_handler(here()).unwrap_err());
+    assert!(
+        error.contains("'checkpoint_0.safetensors'") && error.contains("another name"),
+        "{error}"
+    );
+    // By other arguments the same names.
+    let by_score = here().score_function(|_| Ok(1));
+    assert!(trainer.add_handler(by_score).is_err());
+    trainer.attach(here().name("other")).attach(here().best(1, "mean", Mode::Max));
+    trainer.attach(here().filename_prefix("more"));
+    trainer.run(&mut (), vec![1], Until::epochs(1))?;
+
+    // In two engines of one run, also by a path of another form; one after the other they may.
+    let mut evaluator = small();
+    evaluator
+        .attach(Checkpoint::new(folder.path().join("..").join(folder.path().file_name().unwrap())));
+    evaluator.run(&mut (), vec![1], Until::epochs(1))?;
+    trainer.attach(Evaluate::each_epoch("val", evaluator, vec![1]));
+    let error = text(trainer.run(&mut (), vec![1], Until::epochs(3)).unwrap_err());
+    assert!(error.contains("another Checkpoint writes files such as"), "{error}");
+    Ok(())
+}
+
+/// Counts the calls that make files safe in the order they come, and lets some fail: a library that is
+/// loaded before the system's.
+#[cfg(target_os = "linux")]
+mod shim {
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+
+    /// Where the calls are written down.
+    pub const LOG: &str = "TCH_IGNITE_TEST_CALLS";
+    /// A file with the names of the calls that fail.
+    pub const FAILING: &str = "TCH_IGNITE_TEST_FAILING";
+
+    const SOURCE: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include <dirent.h>
+
+static int fails(const char *call) {
+    const char *path = getenv("TCH_IGNITE_TEST_FAILING");
+    char text[200] = {0};
+    int fd = path ? open(path, O_RDONLY) : -1;
+    if (fd < 0) return 0;
+    ssize_t n = read(fd, text, sizeof text - 1);
+    close(fd);
+    return n > 0 && strstr(text, call) != NULL;
+}
+static void note(const char *call, const char *path) {
+    const char *log = getenv("TCH_IGNITE_TEST_CALLS");
+    char line[5000];
+    int fd = log ? open(log, O_WRONLY | O_CREAT | O_APPEND, 0600) : -1;
+    if (fd < 0) return;
+    int n = snprintf(line, sizeof line, "%s %s\n", call, path);
+    if (write(fd, line, n) != n) abort();
+    close(fd);
+}
+static void note_fd(const char *call, int fd) {
+    char link[64], path[4096] = {0};
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    if (readlink(link, path, sizeof path - 1) < 0) return;
+    note(call, path);
+}
+#define REAL(name) ((typeof(&name))dlsym(RTLD_NEXT, #name))
+int fsync(int fd) { note_fd("fsync", fd); return REAL(fsync)(fd); }
+int fdatasync(int fd) { note_fd("fsync", fd); return REAL(fdatasync)(fd); }
+int rename(const char *from, const char *to) {
+    if (fails("rename")) { errno = EIO; return -1; }
+    note("rename", to);
+    return REAL(rename)(from, to);
+}
+int unlink(const char *path) {
+    if (fails("unlink")) { errno = EBUSY; return -1; }
+    note("unlink", path);
+    return REAL(unlink)(path);
+}
+DIR *opendir(const char *path) {
+    if (fails("opendir")) { errno = EACCES; return NULL; }
+    return REAL(opendir)(path);
+}
+int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*start)(void *), void *arg) {
+    if (fails("pthread_create")) return EAGAIN;
+    return REAL(pthread_create)(thread, attr, start, arg);
+}
+"#;
+
+    /// Runs a test of this file anew, with the library.
+    pub fn run(test: &str) {
+        let folder = tempfile::tempdir().unwrap();
+        let (source, library) = (folder.path().join("shim.c"), folder.path().join("shim.so"));
+        std::fs::write(&source, SOURCE).unwrap();
+        // Whoever builds this crate has a C compiler.
+        let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".into());
+        let built = Command::new(compiler)
+            .args(["-shared", "-fPIC", "-O1", "-o"])
+            .args([&library, &source])
+            .arg("-ldl")
+            .output()
+            .unwrap();
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", test, "--nocapture"])
+            .env("LD_PRELOAD", &library)
+            .env(LOG, folder.path().join("calls"))
+            .env(FAILING, folder.path().join("failing"))
+            .output()
+            .unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(
+            output.status.success(),
+            "{}
+{}",
+            text(&output.stdout),
+            text(&output.stderr)
+        );
+    }
+
+    fn path(name: &str) -> Option<PathBuf> {
+        std::env::var_os(name).map(PathBuf::from)
+    }
+
+    /// Whether this is the process with the library.
+    pub fn is_loaded() -> bool {
+        path(LOG).is_some()
+    }
+
+    /// Calls of these names fail from now on.
+    pub fn fail(calls: &str) {
+        std::fs::write(path(FAILING).unwrap(), calls).unwrap();
+    }
+
+    /// The calls about files below a folder since the last time, with names instead of paths.
+    pub fn calls(folder: &Path) -> Vec<String> {
+        let log = path(LOG).unwrap();
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        std::fs::write(&log, "").unwrap();
+        let folder = folder.canonicalize().unwrap();
+        let below = |line: &str| {
+            let (call, path) = line.split_once(' ')?;
+            let name = Path::new(path).strip_prefix(&folder).ok()?.to_string_lossy().into_owned();
+            let name = name.split(".part-").next().map(str::to_owned).filter(|n| !n.is_empty());
+            Some(format!("{call} {}", name.unwrap_or_else(|| "folder".into())))
+        };
+        text.lines().filter_map(below).collect()
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn files_and_their_folder_are_on_the_disk_before_old_files_go() -> Result<()> {
+    if !shim::is_loaded() {
+        shim::run("files_and_their_folder_are_on_the_disk_before_old_files_go");
+        return Ok(());
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("new/run");
+    let mut trainer = small();
+    trainer.attach(Checkpoint::new(&path));
+    shim::calls(folder.path());
+    trainer.run(&mut (), vec![1], Until::epochs(2))?;
+    let calls = shim::calls(folder.path());
+    // Each new folder is in the one above it, then each file in its folder.
+    let written = |name: &str| {
+        ["fsync new/run/", "rename new/run/"]
+            .map(|call| call.to_owned() + name)
+            .into_iter()
+            .chain(["fsync new/run".to_owned()])
+    };
+    let mut expected = vec!["fsync folder".to_owned(), "fsync new".to_owned()];
+    for name in ["checkpoint_1.safetensors", "latest", "checkpoint_2.safetensors", "latest"] {
+        expected.extend(written(name));
+    }
+    expected.push("unlink new/run/checkpoint_1.safetensors".into());
+    assert_eq!(calls, expected);
+    let weights = folder.path().join("w.safetensors");
+    save_weights(&store(), weights)?;
+    let calls = shim::calls(folder.path());
+    assert_eq!(calls, ["fsync w.safetensors", "rename w.safetensors", "fsync folder"]);
+    Ok(())
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn errors_of_a_write_and_of_tidying_are_both_told() -> Result<()> {
+    if !shim::is_loaded() {
+        shim::run("errors_of_a_write_and_of_tidying_are_both_told");
+        return Ok(());
+    }
+    for background in [false, true] {
+        for (failing, at, told) in [
+            // The new file cannot be written, and the folder not be looked through after that.
+            ("rename opendir", 4, ["checkpoint_4.safetensors: Input/output", "Permission denied"]),
+            // It can, but two old ones cannot be removed.
+            ("unlink", 3, ["checkpoint_1.safetensors: Device or resource busy", "checkpoint_2"]),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = |name: &str| folder.path().join(name);
+            let make = |files| {
+                let mut trainer = small();
+                let checkpoint = Checkpoint::new(folder.path()).n_saved(files);
+                trainer.attach(checkpoint.background(background));
+                trainer
+            };
+            make(2).run(&mut (), vec![1], Until::epochs(2))?;
+            let mut trainer = make(1);
+            trainer.resume(&mut (), folder.path())?.unwrap();
+            let latest = path("latest");
+            trainer.on(Event::IterationCompleted.once(at), move |_, _| {
+                // In the background the last one may still be on its way.
+                let last = format!("checkpoint_{}.", at - 1);
+                while !std::fs::read_to_string(&latest).is_ok_and(|name| name.starts_with(&last)) {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                shim::fail(failing);
+                Ok(())
+            });
+            let error = text(trainer.run(&mut (), vec![1], Until::epochs(at)).unwrap_err());
+            shim::fail("");
+            for told in told {
+                assert!(error.contains(told), "{background} {failing}: {error}");
+            }
+            // The newest that could be written is there.
+            verify(path("checkpoint_3.safetensors"))?;
+            assert!(!path("checkpoint_4.safetensors").exists());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn where_no_thread_can_be_started_reading_and_writing_go_on_without() -> Result<()> {
+    if !shim::is_loaded() {
+        shim::run("where_no_thread_can_be_started_reading_and_writing_go_on_without");
+        return Ok(());
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let make = || {
+        let mut trainer = small();
+        let large = VarStore::new(Device::Cpu);
+        let _ = large.root().ones("weight", &[5_000_000]);
+        trainer.track("large", &large);
+        trainer.attach(Checkpoint::new(folder.path()).background(true));
+        trainer
+    };
+    make().run(&mut (), vec![1], Until::epochs(1))?;
+    shim::fail("pthread_create");
+    assert!(std::thread::Builder::new().spawn(|| ()).is_err());
+    let mut trainer = make();
+    assert_eq!(trainer.resume(&mut (), folder.path())?.unwrap().iteration, 1);
+    trainer.run(&mut (), vec![1], Until::epochs(2))?;
+    verify(folder.path().join("checkpoint_2.safetensors"))
 }

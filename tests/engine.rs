@@ -1346,3 +1346,535 @@ fn an_evaluator_that_was_interrupted_leaves_no_values_of_an_earlier_run() -> Res
     assert_eq!(runs.get(), 3, "each from the start");
     Ok(())
 }
+
+#[test]
+fn two_of_one_name_are_refused_where_they_would_overwrite_each_other() -> Result<()> {
+    use tch::nn::VarStore;
+    use tch_ignite::handlers::{EMAHandler, GradNorm};
+    use tch_ignite::optim::Knob;
+    use tch_ignite::schedule::{CosineAnnealing, ParamGroupScheduler, ParamScheduler};
+
+    let knob = || Knob::new("rate", || 0., |_| {});
+    let schedule = || CosineAnnealing::new(1., 0., 4);
+    let scheduler = |name: &str| ParamScheduler::new(name, knob(), schedule());
+    let evaluator = || Engine::new(|_: &mut Vec<i64>, _, batch: i64| Ok(batch as f64));
+    let vs = VarStore::new(Device::Cpu);
+    let _w = vs.root().ones("w", &[1]);
+    let mut trainer = plain();
+    let first = trainer.add_handler(scheduler("lr"))?;
+    trainer
+        .metric("loss", Mean::new())
+        .attach(Evaluate::each_epoch("val", evaluator(), vec![1]))
+        .attach(GradNorm::new(&vs));
+    for (refused, what) in [
+        (trainer.add_handler(scheduler("lr")), "scheduler 'lr'"),
+        (
+            trainer.add_handler(ParamGroupScheduler::new([scheduler("other"), scheduler("lr")])),
+            "scheduler 'lr'",
+        ),
+        (
+            trainer.add_handler(Evaluate::on(Event::Completed, "val", evaluator(), vec![1])),
+            "evaluation 'val'",
+        ),
+        (trainer.add_handler(GradNorm::new(&vs)), "metric 'grad_norm'"),
+    ] {
+        let error = text(refused.map(drop));
+        assert!(error.contains(what) && error.contains("another name"), "{error}");
+    }
+    // Two in one are no better.
+    let twice = ParamGroupScheduler::new([scheduler("a"), scheduler("a")]);
+    assert!(text(trainer.add_handler(twice).map(drop)).contains("scheduler 'a'"));
+    // What was removed is not in the way, nor is another name, nor a second average of a store.
+    trainer.remove_event_handler(first)?;
+    trainer
+        .attach(scheduler("lr"))
+        .attach(scheduler("lr (fc)"))
+        .attach(GradNorm::new(&vs).name("norm"))
+        .attach(EMAHandler::new(&vs, 0.5)?)
+        .attach(EMAHandler::new(&vs, 0.25)?);
+    trainer.run(&mut vec![], vec![1, 2], Until::epochs(1))?;
+    trainer.metric("loss", RunningAverage::new());
+    let error = text(trainer.run(&mut vec![], vec![1, 2], Until::epochs(1)));
+    assert!(error.contains("there is a metric 'loss' already"), "{error}");
+    Ok(())
+}
+
+// What handlers find in the state.
+
+#[test]
+fn the_last_output_stays_until_there_is_another() -> Result<()> {
+    let outputs = |data: tch_ignite::data::Custom<'static, i64>, until| {
+        let seen = Rc::new(RefCell::new(vec![]));
+        let stops = Rc::new(RefCell::new(vec![]));
+        let mut engine = plain();
+        let (own, own_stops) = (seen.clone(), stops.clone());
+        engine.on(Event::EpochCompleted, move |_, engine| {
+            own.borrow_mut().push(engine.state.output);
+            Ok(())
+        });
+        engine.on(Event::DataloaderStopIteration, move |_, engine| {
+            own_stops.borrow_mut().push(engine.state.output);
+            Ok(())
+        });
+        let usage = tch_ignite::metrics::Usage::RunningEpochWise;
+        engine.metric_with("running", RunningAverage::new().alpha(0.5), usage);
+        engine.run(&mut vec![], data, until)?;
+        let running = engine.state.metrics.get("running")?;
+        drop(engine);
+        let seen = (seen.take(), stops.take(), running);
+        Ok::<_, Error>(seen)
+    };
+    let (seen, stops, running) =
+        outputs(restartable(|| vec![1, 3, 8].into_iter()), Until::epochs(3))?;
+    assert_eq!(seen, [Some(8.), Some(8.), Some(8.)]);
+    assert_eq!((stops, running), (vec![Some(8.), Some(8.)], 8.));
+    // The last epoch has no batch at all.
+    let (seen, stops, _) = outputs(one_shot(1..=5), Until::epochs(3).epoch_length(3))?;
+    assert_eq!(seen, [Some(3.), Some(5.), Some(5.)]);
+    assert_eq!(stops, [Some(5.), Some(5.)]);
+    Ok(())
+}
+
+#[test]
+fn times_are_those_of_this_run() -> Result<()> {
+    let tick = Duration::from_millis(100);
+    let times = Rc::new(RefCell::new(vec![]));
+    let mut engine = plain();
+    for event in [Event::Started, Event::Terminate, Event::Completed] {
+        let times = times.clone();
+        engine.on(event, move |_, engine| {
+            times.borrow_mut().push((event, engine.state.run_time, engine.state.epoch_time));
+            Ok(())
+        });
+    }
+    engine.on(Event::IterationStarted, move |seen: &mut Vec<i64>, _| {
+        std::thread::sleep(if seen.is_empty() { tick } else { Duration::ZERO });
+        Ok(())
+    });
+    let mut seen = vec![];
+    for _ in 0..2 {
+        engine.run(&mut seen, vec![1, 2], Until::epochs(1))?;
+    }
+    engine.reset()?;
+    engine.run(&mut seen, vec![1, 2, 3], Until::iterations(2))?;
+    let times = times.take();
+    let long: Vec<_> = times.iter().map(|(event, run, _)| (*event, *run >= tick)).collect();
+    assert_eq!(
+        long,
+        [
+            (Event::Started, false),
+            (Event::Completed, true),
+            (Event::Started, false),
+            (Event::Completed, false),
+            (Event::Started, false),
+            (Event::Terminate, false),
+            (Event::Completed, false)
+        ]
+    );
+    assert!(times[1].2 >= tick, "the epoch took so long");
+    assert!(times[2].2.is_zero(), "no epoch of this run has ended");
+    for (event, run, _) in &times[3..] {
+        assert!(*event == Event::Started || !run.is_zero(), "{event}");
+    }
+    // The time between two runs is no time of the epoch that goes on.
+    let mut engine = plain();
+    engine.on(Event::IterationCompleted.once(1), |_, engine| {
+        engine.interrupt();
+        Ok(())
+    });
+    engine.on(Event::IterationStarted.once(1), move |_, _| {
+        std::thread::sleep(tick);
+        Ok(())
+    });
+    engine.run(&mut vec![], vec![1, 2], Until::epochs(1))?;
+    std::thread::sleep(2 * tick);
+    engine.run(&mut vec![], vec![1, 2], Until::epochs(1))?;
+    let time = engine.state.epoch_time;
+    assert!(time >= tick && time < 2 * tick, "{time:?}");
+    Ok(())
+}
+
+#[test]
+fn firings_are_counted_anew_in_each_run() -> Result<()> {
+    const OWN: Event = Event::custom("own");
+    let mut engine: Engine<Vec<u64>, i64, ()> =
+        Engine::new(|seen, engine, _| Ok(engine.fire_event(OWN, seen)?));
+    engine.register_events([OWN])?;
+    engine.on(OWN.once(2), |seen, engine| {
+        seen.push(engine.state.iteration);
+        Ok(())
+    });
+    engine.on(Event::IterationCompleted.once(1), |_, engine| {
+        engine.interrupt();
+        Ok(())
+    });
+    let mut seen = vec![];
+    for (epochs, expected) in [(1, vec![]), (1, vec![2]), (2, vec![2])] {
+        engine.run(&mut seen, vec![1, 2, 3], Until::epochs(epochs))?;
+        assert_eq!(seen, expected, "a run that goes on counts on");
+    }
+    // Anew, by itself and by reset().
+    engine.run(&mut seen, vec![1, 2, 3], Until::epochs(2))?;
+    engine.run(&mut seen, vec![1, 2, 3], Until::epochs(2))?;
+    engine.reset()?;
+    engine.run(&mut seen, vec![1, 2, 3], Until::epochs(2))?;
+    engine.run(&mut seen, vec![1, 2, 3], Until::epochs(2))?;
+    assert_eq!(seen, [2, 2, 2]);
+    Ok(())
+}
+
+// Panics.
+
+/// Whether gradients are recorded on this thread.
+fn records_gradients() -> bool {
+    let w = Tensor::ones([1], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    (w * 2.).requires_grad()
+}
+
+#[test]
+fn a_panic_leaves_gradients_and_autocast_of_the_thread_as_they_were() -> Result<()> {
+    const OWN: Event = Event::custom("own");
+    // In the step, a handler, a handler within the step, the data, and an evaluator.
+    for place in 0..5 {
+        let fails = Rc::new(Cell::new(true));
+        let here = move |at: i32, fails: &Cell<bool>| {
+            if at == place && fails.replace(false) {
+                tch::no_grad(|| tch::autocast(true, || panic!("at {at}")));
+            }
+        };
+        let (a, b, c, d, e) =
+            (fails.clone(), fails.clone(), fails.clone(), fails.clone(), fails.clone());
+        let mut engine: Engine<(), i64, ()> =
+            Engine::new(move |cx, engine: &mut Engine<_, _, _>, _| {
+                here(0, &a);
+                Ok(engine.fire_event(OWN, cx)?)
+            });
+        engine.register_events([OWN])?;
+        engine.on(Event::IterationStarted, move |_, _| Ok(here(1, &b)));
+        engine.on(OWN, move |_, _| Ok(here(2, &c)));
+        let evaluator: Engine<(), i64, ()> = Engine::new(move |_, _, _| Ok(here(3, &d)));
+        engine.attach(Evaluate::each_epoch("val", evaluator, vec![1]));
+        let data = restartable(move || {
+            here(4, &e);
+            0..2
+        });
+        let inside = tch::no_grad(|| {
+            let failed = engine.run(&mut (), data, Until::epochs(1)).is_err();
+            (failed, records_gradients())
+        });
+        assert_eq!(
+            (fails.get(), inside),
+            (false, (true, false)),
+            "place {place}: still within no_grad"
+        );
+        assert!(records_gradients(), "place {place}");
+
+        // Weights are cast anew in each region: none is open any more.
+        let w = Tensor::ones([2, 2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let product = || {
+            let cast = || w.matmul(&w).sum(Kind::Float).double_value(&[]);
+            tch_ignite::amp::autocast(Device::Cpu, Kind::BFloat16, cast)
+        };
+        assert_eq!(product()?, 8.);
+        tch::no_grad(|| {
+            let _ = w.shallow_clone().fill_(2.);
+        });
+        assert_eq!(product()?, 32., "place {place}");
+    }
+    Ok(())
+}
+
+/// Panics when it is dropped, while it is armed.
+struct Bomb(Rc<Cell<bool>>);
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        assert!(!self.0.replace(false), "boom");
+    }
+}
+
+#[test]
+fn what_panics_when_it_is_dropped_is_named_and_the_engine_runs_again() -> Result<()> {
+    struct Source1 {
+        left: u64,
+        armed: Rc<Cell<bool>>,
+        _bomb: Option<Bomb>,
+    }
+    impl Source<Bomb> for Source1 {
+        fn batches(&self) -> Option<u64> {
+            Some(3)
+        }
+        fn seek(&mut self, _: u64, batch: u64) -> anyhow::Result<()> {
+            self.left = 3 - batch;
+            Ok(())
+        }
+        fn next(&mut self) -> Option<anyhow::Result<Bomb>> {
+            self.left = self.left.checked_sub(1)?;
+            Some(Ok(Bomb(self.armed.clone())))
+        }
+    }
+    for (what, expected) in [
+        (
+            "batch",
+            "no batch for iteration 2 (epoch 1): dropping the batch before it: panicked: boom",
+        ),
+        ("output", "the step of iteration 1 (epoch 1) failed: dropping its output: panicked: boom"),
+        ("data", "no batch for iteration 4 (epoch 1): dropping the data: panicked: boom"),
+        (
+            "handler",
+            "of ITERATION_COMPLETED failed at iteration 1 (epoch 1): dropping it after its removal: panicked: boom",
+        ),
+    ] {
+        let armed = Rc::new(Cell::new(false));
+        let mut engine: Engine<(), Bomb, Bomb> = Engine::new(|_, _, batch| Ok(batch));
+        let removed = Bomb(armed.clone());
+        let id = engine.add_event_handler(Event::Completed, move |_, _| {
+            let _bomb = &removed;
+            Ok(())
+        })?;
+        let (arm, mut runs) = (armed.clone(), 0);
+        engine.on(Event::IterationCompleted, move |_, engine| {
+            runs += u64::from(engine.state.iteration == 1);
+            match (what, engine.state.iteration) {
+                _ if runs > 1 => {}
+                ("output", 1) => arm.set(true),
+                ("batch", 1) => {
+                    engine.state.batch = engine.state.output.take();
+                    arm.set(true);
+                }
+                ("data", 3) => {
+                    engine.state.output = None;
+                    arm.set(true);
+                }
+                ("handler", 1) => {
+                    engine.state.output = None;
+                    arm.set(true);
+                    engine.remove_event_handler(id)?;
+                }
+                _ => {}
+            }
+            Ok(())
+        });
+        let unarmed = Rc::new(Cell::new(false));
+        let data = |armed: &Rc<Cell<bool>>| {
+            let _bomb = (what == "data").then(|| Bomb(armed.clone()));
+            source(Source1 { left: 0, armed: armed.clone(), _bomb })
+        };
+        let all = chain(engine.run(&mut (), data(&armed), Until::epochs(1)));
+        assert!(all.ends_with(expected), "{what}: {all}");
+        let summary = engine.run(&mut (), data(&unarmed), Until::epochs(2))?;
+        assert_eq!((summary.epochs, summary.iterations), (2, 6), "{what}");
+        engine.reset()?;
+        assert_eq!(engine.run(&mut (), data(&unarmed), Until::epochs(1))?.iterations, 3, "{what}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_panic_is_told_of_whom_it_is() {
+    struct Silent(&'static str);
+    impl Handler<Vec<i64>, i64, f64> for Silent {
+        fn name(&self) -> String {
+            "silent".into()
+        }
+        fn events(&self) -> Events {
+            assert!(self.0 != "events", "no events");
+            Event::IterationCompleted.into()
+        }
+        fn priority(&self) -> tch_ignite::engine::Priority {
+            assert!(self.0 != "priority", "no priority");
+            tch_ignite::engine::Priority::Normal
+        }
+        fn save_state(&self) -> Result<Option<tch_ignite::checkpoint::StateDict>> {
+            assert!(self.0 != "save_state", "no state");
+            Ok(None)
+        }
+        fn call(
+            &mut self,
+            _: Event,
+            _: &mut Vec<i64>,
+            _: &mut Engine<'_, Vec<i64>, i64, f64>,
+        ) -> anyhow::Result<()> {
+            if self.0 == "later" {
+                self.0 = "save_state";
+            }
+            Ok(())
+        }
+    }
+    for what in ["events", "priority", "save_state"] {
+        let all = chain(plain().add_handler(Silent(what)));
+        assert!(all.starts_with("a handler that was to be attached panicked: no "), "{all}");
+    }
+    let mut engine = plain();
+    engine.attach(Silent("later"));
+    engine.run(&mut vec![], vec![1], Until::epochs(1)).unwrap();
+    let all = chain(engine.checkpoint(&vec![]));
+    assert_eq!(all, "handler 'silent': panicked: no state");
+
+    struct Odd(&'static str, i64);
+    impl Source<i64> for Odd {
+        fn batches(&self) -> Option<u64> {
+            assert!(self.0 != "batches", "no batches");
+            Some(2)
+        }
+        fn seek(&mut self, _: u64, batch: u64) -> anyhow::Result<()> {
+            self.1 = batch as i64;
+            Ok(())
+        }
+        fn next(&mut self) -> Option<anyhow::Result<i64>> {
+            self.1 += 1;
+            (self.1 <= 2).then_some(Ok(self.1))
+        }
+        fn samples(&self) -> Option<u64> {
+            assert!(self.0 != "samples", "no samples");
+            None
+        }
+    }
+    let all = chain(plain().run(&mut vec![], source(Odd("batches", 0)), Until::epochs(1)));
+    assert_eq!(all, "the data source panicked: no batches");
+    let all = chain(plain().run(&mut vec![], source(Odd("samples", 0)), Until::epochs(1)));
+    assert_eq!(all, "no batch for iteration 1 (epoch 1): panicked: no samples");
+}
+
+#[test]
+fn a_handler_that_is_refused_leaves_nothing_behind() -> Result<()> {
+    struct NotYet(Rc<Cell<bool>>, Rc<Cell<u64>>);
+    impl Handler<Vec<i64>, i64, f64> for NotYet {
+        fn name(&self) -> String {
+            "not yet".into()
+        }
+        fn events(&self) -> Events {
+            Event::IterationCompleted | Event::EpochStarted
+        }
+        fn save_state(&self) -> Result<Option<tch_ignite::checkpoint::StateDict>> {
+            match self.0.get() {
+                true => Ok(None),
+                false => Err(Error::State("not yet".into())),
+            }
+        }
+        fn call(
+            &mut self,
+            _: Event,
+            _: &mut Vec<i64>,
+            _: &mut Engine<'_, Vec<i64>, i64, f64>,
+        ) -> anyhow::Result<()> {
+            self.1.set(self.1.get() + 1);
+            Ok(())
+        }
+    }
+    let (ready, calls, completed) = (Rc::default(), Rc::default(), Rc::new(Cell::new(0)));
+    let new = || NotYet(Rc::clone(&ready), Rc::clone(&calls));
+    let mut engine = plain();
+    assert_eq!(text(engine.add_handler(new())), "not yet");
+    engine.run(&mut vec![], vec![1, 2], Until::epochs(5))?;
+    let count = completed.clone();
+    engine.on(Event::Completed, move |_, _| {
+        count.set(count.get() + 1);
+        Ok(())
+    });
+    engine.run(&mut vec![], vec![1, 2], Until::epochs(5))?;
+    assert_eq!((calls.get(), completed.get()), (0, 1));
+    ready.set(true);
+    engine.add_handler(new())?;
+    engine.run(&mut vec![], vec![1, 2], Until::epochs(5))?;
+    assert_eq!((calls.get(), completed.get()), (15, 2), "once an event");
+    Ok(())
+}
+
+#[test]
+fn data_replaced_at_a_batch_that_is_lost_begins_at_its_start() -> Result<()> {
+    for event in [Event::GetBatchCompleted, Event::IterationStarted] {
+        let mut engine = plain();
+        let mut first = true;
+        engine.on(event, move |_, engine| {
+            if std::mem::take(&mut first) {
+                engine.set_data(vec![7, 8, 9])?;
+                anyhow::bail!("once");
+            }
+            Ok(())
+        });
+        let mut seen = vec![];
+        assert!(engine.run(&mut seen, vec![0, 1, 2], Until::epochs(1)).is_err());
+        engine.run(&mut seen, vec![7, 8, 9], Until::epochs(1))?;
+        let lost = usize::from(event == Event::IterationStarted);
+        assert_eq!(seen, [7, 8, 9][..3 - lost], "{event}");
+    }
+    let mut engine = plain();
+    engine.on(Event::IterationCompleted.once(1), |_, engine| {
+        let refused = text(engine.set_data(Vec::new()));
+        anyhow::ensure!(refused.contains("zero size"), "{refused}");
+        Ok(())
+    });
+    let mut seen = vec![];
+    engine.run(&mut seen, vec![0, 1], Until::epochs(1))?;
+    assert_eq!(seen, [0, 1], "what is refused changes nothing");
+    Ok(())
+}
+
+#[test]
+fn reset_works_however_the_run_was_left() -> Result<()> {
+    let mut fresh = vec![];
+    traced().run(&mut fresh, vec![0, 1, 2], Until::epochs(2))?;
+    let mut saved = None;
+    for left in
+        ["error", "interrupt", "terminate", "limit", "loaded", "restored", "in part", "panic"]
+    {
+        let mut engine = traced();
+        let on = Rc::new(Cell::new(true));
+        let off = on.clone();
+        engine.on(Event::IterationCompleted.once(2), move |_, engine| {
+            match left {
+                _ if !on.get() => {}
+                "error" => anyhow::bail!("once"),
+                "panic" => panic!("once"),
+                "interrupt" => engine.interrupt(),
+                "limit" => engine.terminate_at_limit(),
+                _ => engine.terminate(),
+            }
+            Ok(())
+        });
+        let _ = engine.run(&mut vec![], vec![0, 1, 2], Until::epochs(2));
+        match left {
+            "interrupt" => saved = Some(engine.checkpoint(&vec![])?),
+            "loaded" => engine.load_state_dict(&map(
+                json!({"iteration": 4, "epoch_length": 3, "max_epochs": 2}),
+            ))?,
+            "restored" => {
+                let state = saved.as_ref().unwrap().copy()?;
+                engine.restore(&mut vec![], state, true)?;
+            }
+            "in part" => {
+                engine.restore(&mut vec![], Default::default(), true).unwrap_err();
+                let refused = text(engine.run(&mut vec![], vec![0, 1, 2], Until::epochs(2)));
+                assert!(refused.contains("only in part"), "{refused}");
+            }
+            _ => {}
+        }
+        off.set(false);
+        engine.reset()?;
+        let mut trace = vec![];
+        let summary = engine.run(&mut trace, vec![0, 1, 2], Until::epochs(2))?;
+        assert_eq!(trace, fresh, "{left}");
+        assert_eq!(summary.warnings.len(), usize::from(left == "in part"), "{left}: {summary}");
+    }
+    Ok(())
+}
+
+#[test]
+fn many_handlers_are_removed_in_a_time_that_grows_with_their_number() -> Result<()> {
+    let remove = |count: u64| {
+        let mut engine = plain();
+        let add = |engine: &mut Engine<'_, _, _, _>| {
+            engine.add_event_handler(Event::IterationStarted, |_, _| Ok(()))
+        };
+        let ids: Vec<_> = (0..count).map(|_| add(&mut engine)).collect::<Result<_>>()?;
+        let begun = std::time::Instant::now();
+        ids.into_iter().try_for_each(|id| engine.remove_event_handler(id))?;
+        assert_eq!(engine.run(&mut vec![], vec![1], Until::epochs(1))?.iterations, 1);
+        Ok::<_, Error>(begun.elapsed())
+    };
+    // Some 20 ms; removing them one by one from a list took 100 times as long.
+    let time = remove(50_000)?;
+    assert!(time < Duration::from_secs(1), "{time:?}");
+    Ok(())
+}

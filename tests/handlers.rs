@@ -6,12 +6,21 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Result;
-use tch_ignite::engine::{Engine, Event, Stop, Until};
-use tch_ignite::handlers::{EarlyStopping, Evaluate, SkipBatch, TimeLimit};
+use serde_json::{Map, Value, json};
+use tch::{Device, Tensor, nn};
+use tch_ignite::checkpoint::{IntoStateful, StateDict, Stateful};
+use tch_ignite::data::{Dataset, SplitMix64};
+use tch_ignite::engine::{
+    Engine, Event, Events, Handler, Log, MetricValue, Priority, Ranks, Stop, Until,
+};
+use tch_ignite::handlers::{
+    EMAHandler, EarlyStopping, Evaluate, History, ProgressBar, SkipBatch, TimeLimit,
+};
 use tch_ignite::loggers::{CsvLogger, Logger, OutputHandler};
-use tch_ignite::metrics::{Mean, Metric, MetricGroup, RunningAverage, Usage};
+use tch_ignite::metrics::fairness::{Grouped, SubgroupDifference, SubgroupMetric};
+use tch_ignite::metrics::{Accumulated, Mean, Metric, MetricGroup, RunningAverage, Usage};
 use tch_ignite::optim::Knob;
-use tch_ignite::schedule::ReduceLROnPlateauScheduler;
+use tch_ignite::schedule::{AnySchedule, ReduceLROnPlateauScheduler, Schedule, StepLR};
 
 type Evaluator<'a> = Engine<'a, f64, f64, f64>;
 
@@ -269,5 +278,328 @@ fn a_running_average_of_a_metric_over_epochs_goes_on_in_mid_epoch() -> Result<()
     second.restore(&mut sum, saved, true)?;
     second.run(&mut sum, data, Until::epochs(3))?;
     assert_eq!(values(&second.state.metrics)?, straight);
+    Ok(())
+}
+
+#[test]
+fn a_metric_that_never_has_a_value_is_a_warning_that_lists_what_there_is() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let csv = CsvLogger::open(folder.path().join("log.csv"))?;
+    let mut evaluator = evaluator();
+    evaluator.attach(OutputHandler::each_epoch(&csv, "val").metric("los"));
+    let mut trainer = trainer();
+    trainer
+        .attach(Evaluate::each_epoch("val", evaluator, vec![1., 3.]))
+        .attach(OutputHandler::each_epoch(&csv, "epoch").metric("val/los").metric("val/loss"))
+        .attach(OutputHandler::new(&csv, "never", Event::EpochCompleted.once(9)).metric("no"))
+        .attach(History::new().metric("a").epoch_metric("b").epoch_metric("val/loss"))
+        .attach(ProgressBar::new().metric("val/lose").hidden());
+    // Suspended: it may come yet.
+    trainer.on(Event::EpochCompleted.once(1), |_, engine| {
+        engine.interrupt();
+        Ok(())
+    });
+    assert_eq!(trainer.run(&mut 0., vec![()], Until::epochs(2))?.warnings.len(), 1);
+    let mut warnings = trainer.run(&mut 0., vec![()], Until::epochs(2))?.warnings;
+    warnings.sort();
+    let there = "never had a value when it should have been shown; there are: 'val/loss'";
+    let expected = [
+        "evaluator val: logger of val: metric 'los' never had a value when it should have been shown; there are: 'loss'",
+        "history: metrics 'a', 'b' never had a value when they should have been shown; there are: 'val/loss'",
+        &format!("logger of epoch: metric 'val/los' {there}"),
+        &format!("progress bar: metric 'val/lose' {there}"),
+    ];
+    assert_eq!(warnings, expected);
+    Ok(())
+}
+
+/// Answers everything otherwise than by default.
+struct Loud;
+
+impl Handler<(), (), ()> for Loud {
+    fn name(&self) -> String {
+        "loud".into()
+    }
+    fn events(&self) -> Events {
+        Event::Completed.into()
+    }
+    fn validate(&self) -> tch_ignite::Result<()> {
+        Err(tch_ignite::Error::State("loud".into()))
+    }
+    fn priority(&self) -> Priority {
+        Priority::First
+    }
+    fn ranks(&self) -> Ranks {
+        Ranks::MainWithAll
+    }
+    fn save_state(&self) -> tch_ignite::Result<Option<StateDict>> {
+        Ok(Some(StateDict::new()))
+    }
+    fn load_state(&mut self, _: StateDict) -> tch_ignite::Result<()> {
+        Ok(())
+    }
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![Box::new(LoudLog)]
+    }
+    fn call(&mut self, _: Event, _: &mut (), _: &mut Engine<'_, (), (), ()>) -> Result<()> {
+        anyhow::bail!("loud")
+    }
+}
+
+struct LoudLog;
+
+impl Log for LoudLog {
+    fn path(&self) -> std::path::PathBuf {
+        "loud".into()
+    }
+    fn commit(&self) -> tch_ignite::Result<Value> {
+        Ok(json!(1))
+    }
+    fn rewind(&self, _: &Value) -> tch_ignite::Result<Option<String>> {
+        Ok(None)
+    }
+}
+
+/// Clippy sees to it that no method is forgotten (`missing_trait_methods`); here, that each goes to the right one.
+#[test]
+fn a_wrapped_handler_answers_as_the_handler_itself() -> Result<()> {
+    fn check(mut handler: impl Handler<(), (), ()>) -> Result<()> {
+        assert_eq!(handler.name(), "loud");
+        assert_eq!(format!("{:?}", handler.events()), "Events([COMPLETED])");
+        assert!(handler.validate().is_err());
+        assert_eq!((handler.priority(), handler.ranks()), (Priority::First, Ranks::MainWithAll));
+        assert!(handler.save_state()?.is_some());
+        handler.load_state(StateDict::new())?;
+        assert_eq!(handler.logs().len(), 1);
+        let mut engine = Engine::new(|_: &mut (), _, _: ()| Ok(()));
+        assert!(handler.call(Event::Completed, &mut (), &mut engine).is_err());
+        Ok(())
+    }
+    let vs = nn::VarStore::new(Device::Cpu);
+    let _weight = vs.root().ones("weight", &[1]);
+    check(Loud)?;
+    check(Rc::new(RefCell::new(Loud)))?;
+    check(EMAHandler::new(&vs, 0.5)?.with_averages(Loud))?;
+    check(Rc::new(RefCell::new(EMAHandler::new(&vs, 0.5)?.with_averages(Loud))))
+}
+
+/// Notes what is called.
+#[derive(Clone, Default)]
+struct LoudMetric(Rc<RefCell<Vec<&'static str>>>);
+
+impl LoudMetric {
+    fn note(&self, what: &'static str) {
+        self.0.borrow_mut().push(what);
+    }
+}
+
+impl<O> Metric<O> for LoudMetric {
+    fn reset(&mut self) {
+        self.note("reset");
+    }
+    fn update(&mut self, _: &O) -> Result<()> {
+        self.note("update");
+        Ok(())
+    }
+    fn observe(&mut self, _: &O) -> Result<()> {
+        self.note("observe");
+        Ok(())
+    }
+    fn compute(&self) -> Result<MetricValue> {
+        self.note("compute");
+        Ok(1.0.into())
+    }
+    fn usage(&self) -> Usage {
+        self.note("usage");
+        Usage::BatchWise
+    }
+    fn validate(&self) -> tch_ignite::Result<()> {
+        self.note("validate");
+        Ok(())
+    }
+    fn state(&self) -> Result<Vec<Accumulated>> {
+        self.note("state");
+        Ok(vec![])
+    }
+    fn load_state(&mut self, _: &[Accumulated]) -> Result<()> {
+        self.note("load_state");
+        Ok(())
+    }
+}
+
+#[test]
+fn a_metric_within_another_is_asked_everything() -> Result<()> {
+    type Grouping = (Tensor, Tensor, Tensor);
+    fn parts(output: &Grouping) -> Grouped<'_> {
+        (&output.0, &output.1, &output.2)
+    }
+    fn check<O>(mut metric: impl Metric<O>, output: &O, calls: &LoudMetric, all: &str) {
+        metric.reset();
+        metric.update(output).unwrap();
+        metric.observe(output).unwrap();
+        // A difference needs two groups.
+        let _ = metric.compute();
+        metric.usage();
+        metric.validate().unwrap();
+        let state = metric.state().unwrap();
+        metric.load_state(&state).unwrap();
+        let mut called = std::mem::take(&mut *calls.0.borrow_mut());
+        called.sort();
+        called.dedup();
+        assert_eq!(called.join(" "), all);
+    }
+    let loud = LoudMetric::default();
+    let all = "compute load_state observe reset state update usage validate";
+    check(loud.clone(), &(), &loud, all);
+    check(loud.clone().shared(), &(), &loud, all);
+    let one = || Tensor::from_slice(&[1i64]);
+    let output = (one(), one(), one());
+    let make = || loud.clone();
+    check(SubgroupMetric::of([1], make, parts), &output, &loud, all);
+    check(SubgroupDifference::of([1], make, parts), &output, &loud, all);
+    // These have a usage of their own, and the last feeds its metric itself.
+    let own = "compute load_state observe reset state update validate";
+    check(MetricGroup::new().metric("a", loud.clone()), &(), &loud, own);
+    let fed = "compute load_state reset state update validate";
+    check(RunningAverage::of_metric(loud.clone()), &(), &loud, fed);
+    Ok(())
+}
+
+struct LoudPart;
+
+impl Stateful for LoudPart {
+    fn state_dict(&self) -> tch_ignite::Result<StateDict> {
+        Ok(StateDict::new())
+    }
+    fn load_state_dict(&mut self, _: StateDict) -> tch_ignite::Result<()> {
+        Ok(())
+    }
+    fn settings(&self) -> Map<String, Value> {
+        Map::from_iter([("loud".to_owned(), json!(1))])
+    }
+    fn has_fixed_tensors(&self) -> bool {
+        true
+    }
+    fn is_read_in_place(&self) -> bool {
+        true
+    }
+    fn differs_by_rank(&self) -> bool {
+        true
+    }
+}
+
+impl Dataset for LoudPart {
+    type Item = usize;
+    fn len(&self) -> usize {
+        3
+    }
+    fn is_empty(&self) -> bool {
+        true
+    }
+    fn get(&self, index: usize, _: &mut SplitMix64) -> Result<usize> {
+        Ok(index)
+    }
+}
+
+impl Schedule for LoudPart {
+    fn at(&self, event: u64) -> f64 {
+        event as f64
+    }
+    fn validate(&self) -> tch_ignite::Result<()> {
+        Err(tch_ignite::Error::State("loud".into()))
+    }
+    fn end(&self) -> Option<(u64, String)> {
+        Some((1, "loud".into()))
+    }
+    fn length(&self) -> Option<u64> {
+        Some(2)
+    }
+    fn fits(&self, _: u64) -> tch_ignite::Result<()> {
+        Ok(())
+    }
+    fn arguments(&self) -> Option<Value> {
+        Some(json!(1))
+    }
+    fn save(&self, _: u64) -> Map<String, Value> {
+        Map::new()
+    }
+    fn load(&self, _: &Map<String, Value>) -> tch_ignite::Result<u64> {
+        Ok(7)
+    }
+    fn simulate_values(&self, _: u64) -> tch_ignite::Result<Vec<(u64, f64)>> {
+        Ok(vec![(4, 2.)])
+    }
+}
+
+#[test]
+fn boxes_and_shared_handles_answer_as_what_is_in_them() -> Result<()> {
+    fn part(part: Box<dyn Stateful + '_>) {
+        assert_eq!(part.settings().len(), 1);
+        let answers = [part.has_fixed_tensors(), part.is_read_in_place(), part.differs_by_rank()];
+        assert_eq!(answers, [true; 3]);
+    }
+    part(Box::new(LoudPart));
+    part(Rc::new(RefCell::new(LoudPart)).into_stateful());
+    part(Arc::new(Mutex::new(LoudPart)).into_stateful());
+
+    fn dataset(data: impl Dataset<Item = usize>) -> Result<()> {
+        let sample = data.get(2, &mut SplitMix64::new(0))?;
+        assert_eq!((data.len(), data.is_empty(), sample), (3, true, 2));
+        Ok(())
+    }
+    dataset(LoudPart)?;
+    dataset(Arc::new(LoudPart))?;
+    dataset(Box::new(LoudPart) as Box<dyn Dataset<Item = usize>>)?;
+    dataset(LoudPart.map(|index, _| Ok(index)))?;
+
+    fn schedule(schedule: impl Schedule) -> Result<()> {
+        assert_eq!((schedule.at(5), schedule.length()), (5., Some(2)));
+        assert!(schedule.validate().is_err() && schedule.fits(1).is_ok());
+        assert_eq!(schedule.end().map(|end| end.0), Some(1));
+        assert_eq!(schedule.arguments(), Some(json!(1)));
+        assert_eq!((schedule.save(1).len(), schedule.load(&Map::new())?), (0, 7));
+        assert_eq!(schedule.simulate_values(1)?, [(4, 2.)]);
+        Ok(())
+    }
+    schedule(LoudPart)?;
+    schedule(Box::new(LoudPart) as Box<dyn Schedule>)?;
+    let step = StepLR::new(1., 2).gamma(0.5);
+    let any = AnySchedule::from(step.clone());
+    assert_eq!((any.length(), any.save(3)), (step.length(), step.save(3)));
+    assert_eq!(any.fits(1).is_ok(), step.fits(1).is_ok());
+    Ok(())
+}
+
+#[test]
+fn names_in_a_group_are_told_apart_or_refused() -> Result<()> {
+    let group = || {
+        let inner = MetricGroup::new().metric("x", Mean::of(|x: &f64| -x));
+        MetricGroup::new()
+            .metric("a", inner)
+            .metric("a/b", Mean::of(|x: &f64| x * x))
+            .metric("a%2Fb", Mean::of(|x: &f64| 3. * x))
+    };
+    let mut first = group();
+    (1..=3).try_for_each(|x| first.update(&f64::from(x)))?;
+    let mut second = group();
+    second.load_state(&first.state()?)?;
+    let values = second.compute()?.flatten("g")?;
+    let value = |name: &str| values.iter().find(|(known, _)| known == name).map(|(_, v)| *v);
+    assert_eq!(value("g/a/x"), Some(-2.));
+    assert_eq!(value("g/a/b"), Some(14. / 3.));
+    assert_eq!(value("g/a%2Fb"), Some(6.));
+
+    let clash = MetricGroup::new()
+        .metric("a", MetricGroup::new().metric("b", Mean::of(|x: &f64| *x)))
+        .metric("a/b", Mean::of(|x: &f64| *x));
+    let mut engine = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+    engine.metric("g", clash);
+    let error = engine.run(&mut (), vec![1.], Until::epochs(1)).unwrap_err();
+    let error = format!("{:#}", anyhow::Error::from(error));
+    assert!(error.contains("two metrics of a group have a value 'a/b'"), "{error}");
+    let mut engine = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+    engine.metric("g", MetricGroup::new().metric("a", Mean::new()).metric("a", Mean::new()));
+    let error = engine.run(&mut (), vec![1.], Until::epochs(1)).unwrap_err().to_string();
+    assert!(error.contains("two metrics of a group are named 'a'"), "{error}");
     Ok(())
 }

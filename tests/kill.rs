@@ -1,5 +1,6 @@
 //! Processes that are killed at any instant, in training and while a checkpoint is written: no kill
-//! leaves the folder without a whole checkpoint, and what is resumed ends as if there had been none.
+//! leaves the folder without a whole checkpoint, and what is resumed ends as if there had been none, in its logs too.
+//! Processes that are asked to end by a signal.
 
 #![cfg(unix)]
 
@@ -13,6 +14,12 @@ use tch::{Device, Kind, Tensor};
 use tch_ignite::checkpoint::{Checkpoint, verify};
 use tch_ignite::data::{Batch, Loader};
 use tch_ignite::engine::{Engine, Event, Stop, Until};
+#[cfg(feature = "signals")]
+use tch_ignite::handlers::{EarlyStopping, Evaluate, History, InterruptOn};
+use tch_ignite::loggers::{
+    CsvLogger, JsonLinesLogger, Logger, OutputHandler, RunFolder, TensorBoard,
+};
+use tch_ignite::metrics::Mean;
 use tch_ignite::optim::Optimizer;
 use tch_ignite::schedule::{CosineAnnealing, ParamScheduler};
 
@@ -152,8 +159,6 @@ fn a_run_killed_again_and_again_ends_bit_for_bit_the_same() {
 #[cfg(feature = "signals")]
 #[test]
 fn a_signal_ends_the_run_in_good_order_and_a_second_at_once() {
-    use tch_ignite::handlers::InterruptOn;
-
     const NAME: &str = "a_signal_ends_the_run_in_good_order_and_a_second_at_once";
     if let Some((role, folder)) = role() {
         let mut trainer = Engine::new(move |_: &mut (), _, _: ()| {
@@ -175,10 +180,6 @@ fn a_signal_ends_the_run_in_good_order_and_a_second_at_once() {
         assert!(matches!(summary.stop, Stop::Signal(15)));
         return;
     }
-    let send = |child: &Child, signal: &str| {
-        let id = child.id().to_string();
-        assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
-    };
     let folder = tempfile::tempdir().unwrap();
     let mut child = spawn(NAME, "quick", folder.path(), 0);
     assert!(says(&mut child, "training"));
@@ -194,4 +195,424 @@ fn a_signal_ends_the_run_in_good_order_and_a_second_at_once() {
     send(&child, "-TERM");
     use std::os::unix::process::ExitStatusExt;
     assert_eq!(child.wait().unwrap().signal(), Some(15));
+}
+
+#[cfg(feature = "signals")]
+fn send(child: &Child, signal: &str) {
+    let id = child.id().to_string();
+    assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
+}
+
+/// Logs to all loggers there are, from the newest checkpoint to the end.
+fn log(folder: &Path, role: &str) -> anyhow::Result<()> {
+    let iterations: u64 = std::env::var(ITERATIONS)?.parse()?;
+    let run = RunFolder::create(folder.join("run"))?;
+    run.config(&serde_json::json!({"lr": 0.1}))?;
+    let (csv, json) = (
+        CsvLogger::open(folder.join("a/own.csv"))?,
+        JsonLinesLogger::open(folder.join("b/own.jsonl"))?,
+    );
+    let board = TensorBoard::create(folder.join("board"))?;
+    let mut trainer = Engine::new(|_: &mut (), engine: &mut Engine<'_, _, _, f64>, x: f64| {
+        std::thread::sleep(Duration::from_micros(200));
+        Ok(x * engine.state.iteration as f64)
+    });
+    let mut evaluator = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+    evaluator.metric("mean", Mean::new());
+    let at = |run: &RunFolder| OutputHandler::each_epoch(run, "within").metric("mean");
+    evaluator.attach(at(&run));
+    let every = Event::IterationCompleted;
+    // The checkpoint is attached before loggers, and saves what they log at its events all the same.
+    let checkpoint = Checkpoint::new(folder.join("checkpoints")).n_saved(2);
+    trainer
+        .attach(checkpoint.on(every.every(7) | Event::EpochCompleted))
+        .metric("mean", Mean::new())
+        .attach(OutputHandler::new(&run, "training", every).output("loss", |x: &f64| *x))
+        .attach(OutputHandler::each_epoch(&run, "epoch").metric("mean"))
+        .attach(
+            OutputHandler::new(&board, "samples", every)
+                .output("loss", |x: &f64| *x)
+                .global_step(|state| 64 * state.iteration),
+        )
+        .attach(tch_ignite::handlers::Evaluate::each_epoch("val", evaluator, vec![1., 2.]))
+        .attach(csv.clone())
+        .attach(json.clone())
+        .attach(run.clone());
+    trainer.on(every, move |_, engine| {
+        csv.scalar("a \"tag\"\nof two lines", 0.5, engine.state.iteration)?;
+        Ok(json.text("note", &format!("iteration {}", engine.state.iteration), 0)?)
+    });
+    #[cfg(feature = "signals")]
+    if role == "exits" {
+        trainer.attach(InterruptOn::signals()?);
+    }
+    println!("training");
+    trainer.resume(&mut (), folder.join("checkpoints"))?;
+    let summary = trainer.run(&mut (), vec![1.; 10], Until::iterations(iterations))?;
+    if role == "exits" {
+        // Nothing is dropped.
+        std::process::exit(if let Stop::Signal(number) = summary.stop { 128 + number } else { 0 });
+    }
+    Ok(())
+}
+
+/// Rows without their times, by file.
+fn rows(folder: &Path) -> Vec<(&'static str, Vec<String>)> {
+    let csv = |text: &str| {
+        text.lines().map(|row| row.split_once(',').map_or(row, |row| row.1).to_owned()).collect()
+    };
+    let json = |text: &str| {
+        let row = |row: &str| {
+            let mut row: serde_json::Value = serde_json::from_str(row).unwrap();
+            row.as_object_mut().unwrap().remove("time");
+            row.to_string()
+        };
+        text.lines().map(row).collect()
+    };
+    ["run/scalars.csv", "run/scalars.jsonl", "a/own.csv", "b/own.jsonl"]
+        .map(|name| {
+            let text = std::fs::read_to_string(folder.join(name)).unwrap();
+            (name, if name.ends_with(".csv") { csv(&text) } else { json(&text) })
+        })
+        .into()
+}
+
+const READER: &str = r#"
+import sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+for folder in sys.argv[1:]:
+    events = EventAccumulator(folder, size_guidance={"scalars": 0})
+    events.Reload()
+    for tag in sorted(events.Tags()["scalars"]):
+        for scalar in events.Scalars(tag):
+            print(tag, scalar.step, scalar.value)
+"#;
+
+/// All scalars that TensorBoard's own reader finds; `None` where there is none.
+fn seen_by_tensorboard(folder: &Path) -> Option<String> {
+    let python = std::env::var("TENSORBOARD_PYTHON").unwrap_or_else(|_| "python3".into());
+    let has = Command::new(&python).args(["-c", "import tensorboard"]).output();
+    if !has.is_ok_and(|output| output.status.success()) {
+        // Not captured by the test runner.
+        let text = format!("SKIPPED: {python} has no tensorboard (pip install tensorboard)\n");
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+        return None;
+    }
+    let folders = [folder.join("run"), folder.join("board")];
+    let output = Command::new(python).args(["-c", READER]).args(folders).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Some(String::from_utf8(output.stdout).unwrap())
+}
+
+#[track_caller]
+fn assert_same_logs(folder: &Path, straight: &Path) {
+    for ((name, rows), (_, expected)) in rows(folder).into_iter().zip(rows(straight)) {
+        assert_eq!(rows, expected, "{name}");
+    }
+    let (seen, expected) = (seen_by_tensorboard(folder), seen_by_tensorboard(straight));
+    if let (Some(seen), Some(expected)) = (seen, expected) {
+        assert!(expected.lines().count() > 100, "{expected}");
+        assert!(seen == expected, "{seen}");
+    }
+    let report = std::fs::read_to_string(folder.join("run/report.html")).unwrap();
+    assert!(report.contains("training/loss"));
+    for part in ["run", "a", "b", "board"] {
+        for file in std::fs::read_dir(folder.join(part)).unwrap() {
+            let name = file.unwrap().file_name().into_string().unwrap();
+            assert!(!name.contains(".part-"), "{name}");
+        }
+    }
+}
+
+#[test]
+fn logs_of_a_run_killed_again_and_again_have_each_step_once() {
+    const NAME: &str = "logs_of_a_run_killed_again_and_again_have_each_step_once";
+    if let Some((role, folder)) = role() {
+        return log(&folder, &role).unwrap();
+    }
+    let kills = if long() { 300 } else { 40 };
+    let iterations = 30 * kills;
+    let straight = tempfile::tempdir().unwrap();
+    assert!(spawn(NAME, "", straight.path(), iterations).wait().unwrap().success());
+    assert_eq!(rows(straight.path())[2].1.len() as u64, 1 + 2 * iterations);
+
+    let folder = tempfile::tempdir().unwrap();
+    let (mut random, mut killed) = (0x2545_f491_4f6c_dd1d_u64, 0);
+    while killed < kills {
+        let mut child = spawn(NAME, "", folder.path(), iterations);
+        assert!(says(&mut child, "training"), "after {killed} kills");
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        std::thread::sleep(Duration::from_micros(random % 40_000));
+        child.kill().unwrap();
+        if child.wait().unwrap().success() {
+            break;
+        }
+        killed += 1;
+    }
+    assert!(killed > kills / 2, "the run ended after {killed} kills: make it longer");
+    assert!(spawn(NAME, "", folder.path(), iterations).wait().unwrap().success());
+    assert_same_logs(folder.path(), straight.path());
+}
+
+#[cfg(feature = "signals")]
+#[test]
+fn logs_are_whole_when_a_program_exits_after_a_signal() {
+    const NAME: &str = "logs_are_whole_when_a_program_exits_after_a_signal";
+    if let Some((role, folder)) = role() {
+        return log(&folder, &role).unwrap();
+    }
+    let straight = tempfile::tempdir().unwrap();
+    assert!(spawn(NAME, "exits", straight.path(), 200).wait().unwrap().success());
+    let folder = tempfile::tempdir().unwrap();
+    for wait in [1, 10, 20] {
+        let mut child = spawn(NAME, "exits", folder.path(), 200);
+        assert!(says(&mut child, "training"));
+        std::thread::sleep(Duration::from_millis(wait));
+        send(&child, "-TERM");
+        assert!(matches!(child.wait().unwrap().code(), Some(0 | 143)));
+        // Before anybody resumes: as many rows as there were iterations, and the same of each kind.
+        let rows = rows(folder.path());
+        let losses = rows[0].1.iter().filter(|row| row.contains("training/loss")).count();
+        let (own, notes) = ((rows[2].1.len() - 1) / 2, rows[3].1.len());
+        assert!(losses > 0 && (losses, losses) == (own, notes), "{losses}, {own}, {notes}");
+    }
+    assert!(spawn(NAME, "exits", folder.path(), 200).wait().unwrap().success());
+    assert_same_logs(folder.path(), straight.path());
+}
+
+#[test]
+fn a_second_process_in_a_run_folder_is_refused_at_the_start() {
+    const NAME: &str = "a_second_process_in_a_run_folder_is_refused_at_the_start";
+    if let Some((_, folder)) = role() {
+        let run = RunFolder::create(folder.join("run")).unwrap();
+        let csv = CsvLogger::open(folder.join("own.csv")).unwrap();
+        println!("training");
+        std::thread::sleep(Duration::from_secs(60));
+        drop((run, csv));
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = spawn(NAME, "", folder.path(), 0);
+    assert!(says(&mut child, "training"));
+    let id = child.id().to_string();
+    let error = RunFolder::create(folder.path().join("run")).err().unwrap().to_string();
+    assert!(error.contains(&id) && error.contains("folder of its own"), "{error}");
+    for file in ["run/scalars.csv", "own.csv"] {
+        let error = CsvLogger::open(folder.path().join(file)).err().unwrap().to_string();
+        assert!(error.contains("another process") && error.contains(file), "{error}");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    RunFolder::create(folder.path().join("run")).unwrap();
+    CsvLogger::open(folder.path().join("own.csv")).unwrap();
+}
+
+#[cfg(feature = "signals")]
+#[test]
+fn engines_listen_to_signals_one_after_the_other() {
+    const NAME: &str = "engines_listen_to_signals_one_after_the_other";
+    if let Some((role, folder)) = role() {
+        let mut first = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+        first.attach(InterruptOn::signals().unwrap());
+        first.run(&mut (), vec![1.; 3], Until::epochs(1)).unwrap();
+        drop(first);
+        if role == "nobody listens" {
+            println!("training");
+            std::thread::sleep(Duration::from_secs(60));
+        }
+        let mut second = Engine::new(|_: &mut (), _, _: ()| {
+            std::thread::sleep(Duration::from_millis(1));
+            Ok(())
+        });
+        second.attach(InterruptOn::signals().unwrap()).attach(Checkpoint::new(&folder));
+        second.on(Event::IterationCompleted.once(3), |_, _| {
+            println!("training");
+            Ok(())
+        });
+        let data = || vec![(); 100_000];
+        let summary = second.run(&mut (), data(), Until::epochs(1)).unwrap();
+        assert!(matches!(summary.stop, Stop::Signal(15)));
+        println!("saved");
+        // The same engine goes on, and another signal is a first one again.
+        second.on(Event::IterationCompleted.once(summary.iterations + 3), |_, _| {
+            println!("goes on");
+            Ok(())
+        });
+        let summary = second.run(&mut (), data(), Until::epochs(1)).unwrap();
+        assert!(matches!(summary.stop, Stop::Signal(15)));
+        println!("saved again");
+        return;
+    }
+    use std::os::unix::process::ExitStatusExt;
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = spawn(NAME, "", folder.path(), 0);
+    let output = child.stdout.take().unwrap();
+    let mut lines = BufReader::new(output).lines().map(Result::unwrap);
+    let mut says = |line: &str| lines.any(|read| read.contains(line));
+    assert!(says("training"));
+    send(&child, "-TERM");
+    assert!(says("saved"));
+    verify(folder.path().join("interrupted.safetensors")).unwrap();
+    assert!(says("goes on"));
+    send(&child, "-TERM");
+    assert!(says("saved again"));
+    assert!(child.wait().unwrap().success());
+
+    let mut child = spawn(NAME, "nobody listens", folder.path(), 0);
+    assert!(self::says(&mut child, "training"));
+    send(&child, "-TERM");
+    assert_eq!(child.wait().unwrap().signal(), Some(15));
+}
+
+/// Where evaluations say that they are under way, and how many batches one has.
+#[cfg(feature = "signals")]
+const BATCHES: u64 = 20;
+
+/// Trains and evaluates at several events, random numbers in both, to the end or a signal, from the newest checkpoint.
+#[cfg(feature = "signals")]
+fn train_and_evaluate(folder: &Path, role: &str) -> anyhow::Result<()> {
+    tch::set_num_threads(1);
+    tch::manual_seed(3);
+    let vs = VarStore::new(Device::Cpu);
+    let net = nn::linear(vs.root(), 4, 1, Default::default());
+    let optimizer = Optimizer::adam(&vs).build()?;
+    type Cx = (nn::Linear, Optimizer);
+    let noise = || Tensor::rand([3, 4], (Kind::Float, Device::Cpu));
+    let evaluator = |name: &'static str| -> anyhow::Result<Engine<'static, Cx, f64, Tensor>> {
+        let mut evaluator =
+            Engine::new(move |(net, _): &mut Cx, engine: &mut Engine<'_, _, _, _>, _: f64| {
+                if engine.state.iteration == 3 {
+                    println!("evaluating {name}");
+                }
+                std::thread::sleep(Duration::from_millis(2));
+                Ok(tch::no_grad(|| noise().apply(net).square().mean(Kind::Float)))
+            });
+        evaluator.metric("loss", Mean::new());
+        Ok(evaluator)
+    };
+    let mut own = evaluator("with its own")?;
+    own.attach(InterruptOn::signals()?);
+    let mut trainer = Engine::new(|(net, optimizer): &mut Cx, _, _: f64| {
+        let loss = noise().apply(net).square().mean(Kind::Float);
+        optimizer.backward_step(&loss)?;
+        Ok(loss)
+    });
+    let batches = vec![0.; BATCHES as usize];
+    let history =
+        History::new().epoch_metric("val/loss").epoch_metric("own/loss").metric("often/loss");
+    if role != "only the evaluator" {
+        trainer.attach(InterruptOn::signals()?);
+    }
+    trainer
+        .track("model", &vs)
+        .track("optimizer", &optimizer)
+        .metric("loss", Mean::new())
+        .attach(Evaluate::on(Event::Started, "first", evaluator("at the start")?, batches.clone()))
+        .attach(Evaluate::on(
+            Event::IterationCompleted.every(4),
+            "often",
+            evaluator("often")?,
+            batches.clone(),
+        ))
+        .attach(Evaluate::each_epoch("val", evaluator("each epoch")?, batches.clone()))
+        .attach(Evaluate::each_epoch("own", own, batches.clone()))
+        .attach(EarlyStopping::min("val/loss", 100))
+        .attach(history.clone())
+        .attach(Evaluate::on(Event::Completed, "last", evaluator("at the end")?, batches))
+        .attach(
+            OutputHandler::each_epoch(&CsvLogger::open(folder.join("log.csv"))?, "").all_metrics(),
+        )
+        .attach(Checkpoint::new(folder.join("checkpoints")));
+    let mut called = std::collections::BTreeMap::new();
+    trainer.on(Event::EpochCompleted, {
+        let path = folder.join("calls");
+        move |_, engine| {
+            *called.entry(engine.state.epoch).or_insert(0) += 1;
+            let mut calls = std::fs::read_to_string(&path).unwrap_or_default();
+            calls += &format!("{}\n", engine.state.epoch);
+            Ok(std::fs::write(&path, calls)?)
+        }
+    });
+    let mut cx = (net, optimizer);
+    trainer.resume(&mut cx, folder.join("checkpoints"))?;
+    let mut summary = trainer.run(&mut cx, vec![0.; 6], Until::epochs(3))?;
+    if role == "in one process" {
+        while let Stop::Signal(_) = summary.stop {
+            println!("stopped");
+            summary = trainer.run(&mut cx, vec![0.; 6], Until::epochs(3))?;
+        }
+    }
+    println!("{summary}");
+    if let Stop::Signal(number) = summary.stop {
+        std::process::exit(128 + number);
+    }
+    let mut bits = String::new();
+    for (name, tensor) in trainer_values(&vs) {
+        bits += &format!("{name} {tensor:x?}\n");
+    }
+    for name in history.names() {
+        let series: Vec<_> =
+            history.series(&name)?.into_iter().map(|(at, value)| (at, value.to_bits())).collect();
+        bits += &format!("{name} {series:x?}\n");
+    }
+    for (name, value) in trainer.state.metrics.iter() {
+        bits += &format!("{name} {:x}\n", value.read()?.to_bits());
+    }
+    std::fs::write(folder.join("outcome"), bits)?;
+    Ok(())
+}
+
+#[cfg(feature = "signals")]
+fn trainer_values(vs: &VarStore) -> std::collections::BTreeMap<String, Vec<u32>> {
+    let values = |tensor: Tensor| Vec::<f32>::try_from(tensor.detach().view([-1])).unwrap();
+    let bits = |tensor| values(tensor).into_iter().map(f32::to_bits).collect();
+    vs.variables().into_iter().map(|(name, tensor)| (name, bits(tensor))).collect()
+}
+
+#[cfg(feature = "signals")]
+#[test]
+fn a_signal_in_an_evaluation_stops_it_at_once_and_the_resumed_run_repeats_it() {
+    const NAME: &str = "a_signal_in_an_evaluation_stops_it_at_once_and_the_resumed_run_repeats_it";
+    if let Some((role, folder)) = role() {
+        return train_and_evaluate(&folder, &role).unwrap();
+    }
+    let outcome = |folder: &Path| {
+        let csv = std::fs::read_to_string(folder.join("log.csv")).unwrap();
+        let rows = csv.lines().map(|row| row.split_once(',').unwrap().1.to_owned());
+        let text = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
+        (text("outcome"), text("calls"), rows.collect::<Vec<_>>())
+    };
+    let straight = tempfile::tempdir().unwrap();
+    assert!(spawn(NAME, "", straight.path(), 0).wait().unwrap().success());
+    let expected = outcome(straight.path());
+    assert!(expected.0.contains("last/loss") && expected.1 == "1\n2\n3\n");
+    for role in ["", "only the evaluator"] {
+        let folder = tempfile::tempdir().unwrap();
+        for evaluation in ["at the start", "often", "each epoch", "with its own", "at the end"] {
+            let mut child = spawn(NAME, role, folder.path(), 0);
+            let said = says(&mut child, &format!("evaluating {evaluation}"));
+            assert!(said, "{evaluation}");
+            send(&child, "-TERM");
+            assert_eq!(child.wait().unwrap().code(), Some(143), "{role}: {evaluation}");
+            verify(folder.path().join("checkpoints/interrupted.safetensors")).unwrap();
+        }
+        assert!(spawn(NAME, role, folder.path(), 0).wait().unwrap().success());
+        assert_eq!(outcome(folder.path()), expected, "{role}");
+    }
+
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = spawn(NAME, "in one process", folder.path(), 0);
+    let output = child.stdout.take().unwrap();
+    let mut lines = BufReader::new(output).lines().map(Result::unwrap);
+    let mut says = |line: &str| lines.any(|read| read.contains(line));
+    for evaluation in ["at the start", "often", "each epoch", "with its own", "at the end"] {
+        assert!(says(&format!("evaluating {evaluation}")), "{evaluation}");
+        send(&child, "-TERM");
+        assert!(says("stopped"), "{evaluation}");
+    }
+    assert!(lines.all(|line| !line.contains("stopped")));
+    assert!(child.wait().unwrap().success());
+    assert_eq!(outcome(folder.path()), expected);
 }

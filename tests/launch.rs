@@ -15,10 +15,12 @@ use tch_ignite::distributed::launch::{Ended, Launch};
 use tch_ignite::distributed::{
     DdpOptions, DistributedDataParallel, ProcessGroup, ProcessGroupOptions,
 };
-use tch_ignite::engine::{Engine, Event, Stop, Until};
+use tch_ignite::engine::{Engine, Event, MetricValue, Stop, Until};
 use tch_ignite::handlers::{Evaluate, InterruptOn, TerminateOnNan};
 use tch_ignite::metrics::regression::MedianAbsoluteError;
-use tch_ignite::metrics::{ConfusionMatrix, Mean, MeanSquaredError, RunningAverage, Usage, pair};
+use tch_ignite::metrics::{
+    Accumulated, ConfusionMatrix, Mean, MeanSquaredError, Metric, RunningAverage, Usage, pair,
+};
 use tch_ignite::optim::Optimizer;
 use tch_ignite::supervised::{
     Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,
@@ -394,4 +396,97 @@ fn a_signal_goes_to_all_ranks() {
     let folder = tempfile::tempdir().unwrap();
     let all = outcomes(NAME, "signal", 2, folder.path());
     assert_eq!(all[0], all[1]);
+}
+
+/// A sum that does not do all that it should.
+struct Odd {
+    sum: f64,
+    role: String,
+    loads: usize,
+}
+
+impl Metric<f64> for Odd {
+    fn reset(&mut self) {
+        self.sum = 0.;
+    }
+
+    fn update(&mut self, x: &f64) -> anyhow::Result<()> {
+        assert!(!self.role.contains("update"), "odd in update");
+        self.sum += x;
+        Ok(())
+    }
+
+    fn compute(&self) -> anyhow::Result<MetricValue> {
+        assert!(!self.role.contains("compute"), "odd in compute");
+        Ok(self.sum.into())
+    }
+
+    fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
+        assert!(self.role != "state" || self.sum == 0., "odd in state");
+        let sum = Tensor::from(self.sum);
+        Ok(vec![Accumulated::new("sum", sum, tch_ignite::metrics::Reduce::Sum)])
+    }
+
+    fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
+        self.loads += 1;
+        // The state of all first, then its own.
+        anyhow::ensure!(self.role != "back" || self.loads != 2, "odd in load_state");
+        anyhow::ensure!(self.role != "saved", "a checkpoint loads no metric");
+        self.sum = f64::try_from(Accumulated::find(state, "sum")?)?;
+        Ok(())
+    }
+}
+
+#[test]
+fn a_metric_that_fails_where_ranks_join_is_named_and_counts_nothing_twice() {
+    const NAME: &str = "a_metric_that_fails_where_ranks_join_is_named_and_counts_nothing_twice";
+    if let Some((role, folder)) = role() {
+        let pg = join();
+        // The other rank is what it should be; each has one batch of 1 and one of 2.
+        let odd = if pg.is_main() { role.clone() } else { String::new() };
+        let mut trainer = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+        trainer.distributed(&pg).metric("first", Mean::new());
+        let usage = if role == "update" { Usage::RunningBatchWise } else { Usage::EpochWise };
+        trainer.metric_with("odd", Odd { sum: 0., role: odd, loads: 0 }, usage);
+        trainer.metric("last", Mean::new());
+        if role == "saved" {
+            // In mid epoch, with something accumulated; the value at its end is not the matter here.
+            let checkpoint = Checkpoint::new(folder.join("checkpoints"));
+            trainer.attach(checkpoint.on(Event::IterationCompleted.once(1)));
+            trainer.agree_every(1).on(Event::IterationCompleted.once(1), |_, engine| {
+                engine.terminate();
+                Ok(())
+            });
+        }
+        let ended = trainer.run(&mut (), vec![1., 2.], Until::epochs(1));
+        let text = match ended {
+            Ok(_) => String::new(),
+            Err(error) => format!("{:#}", anyhow::Error::from(error)),
+        };
+        std::fs::write(folder.join(format!("error-{}", pg.rank())), text).unwrap();
+        return;
+    }
+    for (role, said) in [
+        ("update", "handler 'metric odd' of ITERATION_COMPLETED failed"),
+        ("compute", "odd in compute"),
+        ("state", "odd in state"),
+        ("back", "its own state could not be put back, and was reset"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        start(NAME, role, 2, folder.path());
+        let text = std::fs::read_to_string(folder.path().join("error-0")).unwrap();
+        assert!(text.contains("'metric odd'") && text.contains(said), "{role}: {text}");
+        assert!(!text.contains("data source"), "{role}: {text}");
+    }
+    // A checkpoint in mid epoch has the sums of both ranks, and no metric is loaded for it.
+    let folder = tempfile::tempdir().unwrap();
+    start(NAME, "saved", 2, folder.path());
+    for rank in 0..2 {
+        let text = std::fs::read_to_string(folder.path().join(format!("error-{rank}"))).unwrap();
+        assert_eq!(text, "", "rank {rank}");
+    }
+    let file = folder.path().join("checkpoints/checkpoint_1.safetensors");
+    let state = tch_ignite::checkpoint::read_state(file).unwrap();
+    let odd = state.part("handlers").unwrap().part("metric odd").unwrap();
+    assert_eq!(f64::try_from(odd.tensor("sum").unwrap()).unwrap(), 2.);
 }

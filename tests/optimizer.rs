@@ -146,7 +146,7 @@ fn by_hand(name: &str, o: &Options) -> Vec<f64> {
 }
 
 fn value(tensor: &Tensor) -> f64 {
-    tensor.double_value(&[0])
+    tensor.view([-1]).double_value(&[0])
 }
 
 fn step_with(optimizer: &Optimizer, parameter: &Tensor, gradient: f64) -> Result<()> {
@@ -560,10 +560,9 @@ fn variables_added_under_a_new_number_make_a_new_group() -> Result<()> {
     let (vs, ..) = two();
     let optimizer = Optimizer::sgd(&vs).lr(0.5).build()?;
     let late = vs.root().set_group(2).ones("late", &ONE);
-    assert_eq!(optimizer.group_names()?, ["group_0"]);
-    step_with(&optimizer, &late, 1.)?;
     assert_eq!(optimizer.group_names()?, ["group_0", "group_1", "group_2"]);
     assert_eq!(optimizer.group("group_2")?.parameters()?, ["late"]);
+    step_with(&optimizer, &late, 1.)?;
     assert_eq!(value(&late), 0.5);
     Ok(())
 }
@@ -582,7 +581,8 @@ fn a_late_variable_in_no_group_is_an_error_that_changes_nothing() -> Result<()> 
         assert_eq!(text(optimizer.zero_grad()), error);
         assert_eq!(text(optimizer.backward_step(&(&a * 1.))), error);
         assert_eq!(text(optimizer.with_tch(|tch| tch.step())), error);
-        assert_eq!(optimizer.group("a")?.parameters()?, ["a.w"]);
+        assert_eq!(text(optimizer.group("a")?.parameters()), error);
+        assert_eq!(optimizer.group("a")?.lr()?, 0.1);
     }
     assert_eq!((value(&a), value(&a.grad())), (1., 1.), "no step was made, no gradient reset");
     Ok(())
@@ -852,4 +852,404 @@ fn a_panic_of_tchs_is_an_error_that_leaves_the_optimizer_usable() -> Result<()> 
     let two_losses = Tensor::stack(&[&a, &a], 0);
     assert!(optimizer.with_tch(|tch| tch.backward_step(&two_losses)).is_err());
     step_with(&optimizer, &a, 1.)
+}
+
+/// A parameter of two elements under the names `emb.weight` and `head.weight`, ones in f64.
+fn tied(trainable_twice: bool) -> (VarStore, Tensor) {
+    let vs = store();
+    let w = (vs.root() / "head").ones("weight", &[2]);
+    let _ = (vs.root() / "emb").add("weight", w.shallow_clone(), trainable_twice);
+    (vs, w)
+}
+
+#[test]
+fn a_tensor_under_two_names_is_one_parameter() -> Result<()> {
+    for twice in [true, false] {
+        for fused in [true, false] {
+            let (vs, w) = tied(twice);
+            let sgd = Optimizer::sgd(&vs).lr(0.1).build()?;
+            sgd.set_fused(fused)?;
+            assert_eq!(sgd.group("group_0")?.parameters()?, ["emb.weight"]);
+            // As a model uses it twice: the gradient is 2 + 3.
+            ((&w * 2.).sum(Kind::Double) + (&w * 3.).sum(Kind::Double)).backward();
+            assert_eq!(value(&sgd.gradients()?.norm()?), 50f64.sqrt());
+            sgd.step()?;
+            assert_eq!(value(&w), 0.5);
+            let _ = sgd.gradients()?.clip_norm(5.)?;
+            assert!((value(&w.grad()) - 5. / 2f64.sqrt()).abs() < 1e-6);
+            sgd.clip_grad_value(1.)?;
+            assert_eq!(value(&w.grad()), 1.);
+            sgd.with_tch(|tch| tch.step())?;
+            assert!((value(&w) - 0.4).abs() < 1e-15);
+
+            let adam = Optimizer::adam(&vs).lr(0.1).build()?;
+            adam.set_fused(fused)?;
+            for step in 1..=3 {
+                adam.step()?;
+                for name in ["emb.weight", "head.weight"] {
+                    assert_eq!(value(&adam.state(name)?[0].1), f64::from(step));
+                }
+            }
+            // Equal gradients: each step of Adam is one of lr.
+            assert!((value(&w) - 0.1).abs() < 1e-7, "{}", value(&w));
+        }
+    }
+    Ok(())
+}
+
+/// As PyTorch warns of a parameter that an optimizer is given twice; a second name that is not trained is nothing
+/// to warn of.
+#[test]
+fn a_tensor_that_the_store_lists_twice_is_told_once() {
+    const CHILD: &str = "TCH_IGNITE_TIED_CHILD";
+    let Some(trained) = std::env::var_os(CHILD) else {
+        let told = |trained: &str| {
+            let output = std::process::Command::new(std::env::current_exe().unwrap())
+                .args([
+                    "--exact",
+                    "a_tensor_that_the_store_lists_twice_is_told_once",
+                    "--nocapture",
+                ])
+                .env(CHILD, trained)
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{output:?}");
+            let text = String::from_utf8(output.stderr).unwrap();
+            text.lines().filter(|line| line.contains("'emb.weight' and 'head.weight'")).count()
+        };
+        assert_eq!((told("twice"), told("once")), (1, 0));
+        return;
+    };
+    let (vs, _) = tied(trained == "twice");
+    for _ in 0..3 {
+        let optimizer = Optimizer::sgd(&vs).build().unwrap();
+        optimizer.step().unwrap();
+    }
+}
+
+#[test]
+fn a_name_that_is_tied_later_adds_no_parameter() -> Result<()> {
+    let vs = store();
+    let w = vs.root().ones("w", &ONE);
+    let optimizer = Optimizer::adam(&vs).lr(0.1).build()?;
+    step_with(&optimizer, &w, 1.)?;
+    let _ = vs.root().add("again", w.shallow_clone(), true);
+    let late = vs.root().ones("late", &ONE);
+    assert_eq!(optimizer.group("group_0")?.parameters()?, ["again", "late"]);
+    optimizer.zero_grad()?;
+    (&w + &late).sum(Kind::Double).backward();
+    optimizer.step()?;
+    assert_eq!(value(&optimizer.state("w")?[0].1), 2.);
+    assert_eq!(value(&optimizer.state("late")?[0].1), 1.);
+    // tch's own methods add variables too.
+    let _ = vs.root().add("once_more", w.shallow_clone(), true);
+    optimizer.with_tch(|tch| {
+        let _ = vs.root().add("and_more", w.shallow_clone(), true);
+        tch.step();
+    })?;
+    assert_eq!(value(&optimizer.state("w")?[0].1), 3.);
+    Ok(())
+}
+
+#[test]
+fn two_names_of_one_parameter_in_two_groups_are_refused_with_both_names() {
+    for twice in [true, false] {
+        let (vs, _) = tied(twice);
+        let refused = text(
+            Optimizer::sgd(&vs)
+                .group("a", |name| name.starts_with("emb"), lr(0.1))
+                .group("b", |name| name.starts_with("head"), lr(0.2))
+                .build(),
+        );
+        for part in ["'emb.weight'", "'head.weight'", "'a' and 'b'", "put both into one"] {
+            assert!(refused.contains(part), "{refused}");
+        }
+        // One of the names is enough.
+        let optimizer =
+            Optimizer::sgd(&vs).group("a", |name| name == "head.weight", lr(0.1)).build();
+        assert_eq!(optimizer.unwrap().group("a").unwrap().parameters().unwrap(), ["emb.weight"]);
+    }
+    let vs = store();
+    let w = vs.root().ones("w", &ONE);
+    let _ = vs.root().set_group(1).add("again", w.shallow_clone(), true);
+    let refused = text(Optimizer::sgd(&vs).name_group(1, "head").build());
+    for part in ["'again' and 'w'", "'group_0' and 'head'"] {
+        assert!(refused.contains(part), "{refused}");
+    }
+}
+
+#[test]
+fn views_are_parameters_of_their_own_and_are_stepped_in_order() -> Result<()> {
+    for fused in [true, false] {
+        let vs = store();
+        let w = vs.root().ones("w", &[2]);
+        let view = vs.root().add("view", w.detach().narrow(0, 1, 1), true);
+        let optimizer = Optimizer::builder(nn::sgd(0., 0., 0.5, false), &vs).lr(0.5).build()?;
+        optimizer.set_fused(fused)?;
+        ((&w * 2.).sum(Kind::Double) + (&view * 4.).sum(Kind::Double)).backward();
+        optimizer.step()?;
+        // w - 0.5 (2 + 0.5 w), and the second element once more: w - 0.5 (4 + 0.5 w).
+        let first = 1. - 0.5 * (2. + 0.5);
+        let second = first - 0.5 * (4. + 0.5 * first);
+        assert_eq!(Vec::<f64>::try_from(&w.detach()).unwrap(), [first, second]);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_optimizer_built_before_its_variables_admits_them_first() -> Result<()> {
+    use tch_ignite::checkpoint::Stateful;
+    let build = || {
+        let vs = store();
+        let optimizer = Optimizer::adam(&vs).lr(0.1).build().unwrap();
+        let w = vs.root().ones("w", &ONE);
+        let _ = vs.root().set_group(1).ones("late", &ONE);
+        (vs, optimizer, w)
+    };
+    let (_vs, trained, w) = build();
+    step_with(&trained, &w, 1.)?;
+    trained.knob("lr")?.set(0.3)?;
+
+    // Each of these is the first that a program does.
+    let (_vs, mut optimizer, _) = build();
+    optimizer.load_state_dict(trained.state_dict()?.copy()?)?;
+    assert_eq!(value(&optimizer.state("w")?[0].1), 1.);
+    assert_eq!(optimizer.group("group_1")?.lr()?, 0.3);
+    let (_vs, optimizer, _) = build();
+    assert_eq!(optimizer.group("group_0")?.parameters()?, ["w"]);
+    let (_vs, optimizer, _) = build();
+    assert_eq!(optimizer.group("group_1")?.parameters()?, ["late"]);
+    let (_vs, optimizer, _) = build();
+    assert_eq!(optimizer.group_names()?, ["group_0", "group_1"]);
+    let (_vs, optimizer, _) = build();
+    optimizer.knob("lr")?.set(0.5)?;
+    assert_eq!(optimizer.group_at(1)?.lr()?, 0.5);
+    let (_vs, optimizer, _) = build();
+    assert!(optimizer.state("w")?.is_empty());
+    let (_vs, optimizer, w) = build();
+    let before = optimizer.snapshot()?;
+    step_with(&optimizer, &w, 1.)?;
+    optimizer.restore(&before)?;
+    assert!(optimizer.state("w")?.is_empty());
+    let (_vs, optimizer, w) = build();
+    optimizer.group("group_0")?.freeze()?;
+    assert!(!w.requires_grad());
+    let (_vs, optimizer, w) = build();
+    (&w * 3.).sum(Kind::Double).backward();
+    assert_eq!(value(&optimizer.gradients()?.norm()?), 3.);
+    let (_vs, optimizer, w) = build();
+    (&w * 3.).sum(Kind::Double).backward();
+    optimizer.with_tch(|tch| tch.step())?;
+    assert!((value(&w) - 0.9).abs() < 1e-7);
+    Ok(())
+}
+
+#[test]
+fn a_group_rule_over_an_empty_store_says_that_it_has_no_variables_yet() {
+    let vs = store();
+    let refused = text(Optimizer::sgd(&vs).group("a", |_| true, lr(0.1)).build());
+    assert!(refused.contains("group 'a'") && refused.contains("no variables yet"), "{refused}");
+}
+
+#[test]
+fn a_refused_step_changes_nothing() -> Result<()> {
+    for fused in [true, false] {
+        for scaled in [false, true] {
+            let vs = VarStore::new(Device::Cpu);
+            let (w, e) = (vs.root().ones("a_w", &[1]), vs.root().ones("z_e", &[4, 1]));
+            let optimizer = Optimizer::adam(&vs).lr(0.1).build()?;
+            optimizer.set_fused(fused)?;
+            let scaler = tch_ignite::amp::GradScaler::new().init_scale(4.)?;
+            let step = || match scaled {
+                true => scaler.step_clipped(&optimizer, 1e9).map(drop),
+                false => optimizer.step(),
+            };
+            for _ in 0..5 {
+                optimizer.zero_grad()?;
+                let rows = Tensor::from_slice(&[1i64, 2]);
+                let found = Tensor::embedding(&e, &rows, -1, false, true);
+                (found.sum(Kind::Float) + (&w * 2.).sum(Kind::Float)).backward();
+                let gradient = w.grad().copy();
+                let refused = text(step());
+                for part in ["'z_e'", "sparse", "Adam"] {
+                    assert!(refused.contains(part), "{refused}");
+                }
+                assert!(optimizer.state("a_w")?.is_empty() && optimizer.state("z_e")?.is_empty());
+                assert_eq!((w.double_value(&[0]), w.grad()), (1., gradient));
+            }
+            // Adam by hand.
+            let (mut m, mut v, mut expected) = (0., 0., 1.);
+            for (step, gradient) in [1f64, 2., 3.].into_iter().enumerate() {
+                (m, v) = (0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient * gradient);
+                let (c1, c2) =
+                    (1. - 0.9f64.powi(step as i32 + 1), 1. - 0.999f64.powi(step as i32 + 1));
+                expected -= 0.1 * (m / c1) / ((v / c2).sqrt() + 1e-8);
+                optimizer.zero_grad()?;
+                let loss = (&w * gradient).sum(Kind::Float);
+                if scaled {
+                    scaler.scale(&loss)?.backward()
+                } else {
+                    loss.backward()
+                }
+                match scaled {
+                    true => scaler.step(&optimizer).and_then(|()| scaler.update())?,
+                    false => optimizer.step()?,
+                }
+            }
+            assert!((expected - 0.7077f64).abs() < 1e-4);
+            assert!((w.double_value(&[0]) - expected).abs() < 1e-6, "{}", w.double_value(&[0]));
+        }
+    }
+    Ok(())
+}
+
+/// Each is refused by libtorch's loop in the middle of its work: before that, by name, and all is as it was.
+#[test]
+fn what_the_loop_would_refuse_midway_is_refused_before() -> Result<()> {
+    type Spoil = fn(&Optimizer);
+    let cases: [(&str, Spoil, &str); 4] = [
+        ("RMSprop", |_| (), "sparse"),
+        (
+            "Adam",
+            |optimizer| {
+                let mut moment = optimizer.state("b").unwrap().swap_remove(1).1;
+                let other = moment.view_dtype(Kind::Int64);
+                moment.set_data(&other);
+            },
+            "Long",
+        ),
+        (
+            "AdamW",
+            |optimizer| {
+                let mut moment = optimizer.state("b").unwrap().swap_remove(2).1;
+                moment.set_data(&Tensor::zeros([1], (Kind::Double, Device::Cpu)));
+            },
+            "[1]",
+        ),
+        ("SGD", |_| (), "sparse gradients with weight decay"),
+    ];
+    for (name, spoil, why) in cases {
+        for fused in [true, false] {
+            let vs = store();
+            let (a, b) = (vs.root().ones("a", &[4, 1]), vs.root().ones("b", &[4, 1]));
+            let optimizer = match name {
+                "Adam" => Optimizer::adam(&vs).build()?,
+                "AdamW" => Optimizer::adamw(&vs).build()?,
+                "RMSprop" => Optimizer::rms_prop(&vs).build()?,
+                _ => Optimizer::builder(nn::sgd(0.9, 0., 0.1, false), &vs).build()?,
+            };
+            optimizer.set_fused(fused)?;
+            for _ in 0..2 {
+                optimizer.backward_step(&(&a * &b).sum(Kind::Double))?;
+            }
+            optimizer.zero_grad()?;
+            if why.contains("sparse") {
+                let rows = Tensor::from_slice(&[1i64, 2]);
+                let found = Tensor::embedding(&b, &rows, -1, false, true);
+                (a.sum(Kind::Double) + found.sum(Kind::Double)).backward();
+            } else {
+                (&a * &b).sum(Kind::Double).backward();
+            }
+            spoil(&optimizer);
+            let all = || -> Result<Vec<Tensor>> {
+                let state = optimizer.state("a")?.into_iter().map(|(_, tensor)| tensor.copy());
+                Ok([a.detach().copy(), b.detach().copy()].into_iter().chain(state).collect())
+            };
+            let before = all()?;
+            for _ in 0..2 {
+                let refused = text(optimizer.step());
+                assert!(refused.contains("'b'") && refused.contains(why), "{name}: {refused}");
+                assert_eq!(all()?, before, "{name}, fused: {fused}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_optimizer_goes_on_after_its_store_was_merged_into_another() -> Result<()> {
+    let (vs, a, _) = two();
+    let optimizer = optimizer("Adam", &vs);
+    step_with(&optimizer, &a, 1.)?;
+    let merged = VarStore::merge(vec![(vs, Some("net."))]).unwrap();
+    step_with(&optimizer, &a, 1.)?;
+    assert_eq!(value(&optimizer.state("a.w")?[0].1), 2.);
+    assert_eq!(optimizer.group("a")?.parameters()?, ["a.w"]);
+    assert!(value(&merged.variables()["net.a.w"]) < 0.9);
+    // Rules over the new names are for an optimizer of the merged store.
+    let new =
+        Optimizer::sgd(&merged).group("all", |name| name.starts_with("net."), lr(0.1)).build()?;
+    assert_eq!(new.group("all")?.parameters()?.len(), 2);
+    Ok(())
+}
+
+#[test]
+fn a_state_is_loaded_as_far_as_it_fits() -> Result<()> {
+    use tch_ignite::checkpoint::{StateDict, Stateful};
+    let net = |classes: i64, names: &[&str]| {
+        let vs = store();
+        let variables: Vec<_> = names
+            .iter()
+            .map(|name| vs.root().ones(name, &[if *name == "head" { classes } else { 2 }]))
+            .collect();
+        let optimizer = Optimizer::adam(&vs)
+            .group("body", |name| name != "head", lr(0.1))
+            .group("head", |name| name == "head", lr(0.2))
+            .build()
+            .unwrap();
+        let step = || {
+            let sums = variables.iter().map(|v| v.sum(Kind::Double));
+            optimizer.backward_step(&sums.reduce(|a, b| a * b).unwrap()).unwrap();
+        };
+        step();
+        step();
+        (vs, optimizer)
+    };
+    let (_vs, before) = net(10, &["body", "head", "old"]);
+    before.group("body")?.set_lr(0.7)?;
+    let (_vs, now) = net(5, &["body", "head", "new"]);
+    let own = |name: &str| -> Result<Vec<Tensor>> {
+        Ok(now.state(name)?.into_iter().map(|(_, tensor)| tensor.copy()).collect())
+    };
+    let (head, new) = (own("head")?, own("new")?);
+    let saved = before.state_dict()?.copy()?;
+    // All at once it does not fit, and changes nothing.
+    let strict = now.clone().load_state_dict(saved.copy()?);
+    assert!(strict.unwrap_err().to_string().contains("'old'"));
+    assert_eq!(now.group("body")?.lr()?, 0.1);
+
+    let mut now = now.clone();
+    let left_out = now.load_state_dict_partially(saved)?;
+    let expected = [
+        "'old' was in group 'body', and is not here",
+        "'new' is in group 'body', and was not then",
+        "'head/exp_avg' is Double of shape [10], and the parameter is Double of shape [5]",
+        "'old/exp_avg', Double of shape [2], is unknown here",
+        "'old/exp_avg_sq', Double of shape [2], is unknown here",
+    ];
+    assert_eq!(left_out, expected);
+    assert_eq!(now.group("body")?.lr()?, 0.7);
+    assert_eq!((own("head")?, own("new")?), (head, new));
+    let theirs: Vec<_> = before.state("body")?.into_iter().map(|(_, tensor)| tensor).collect();
+    assert_eq!(own("body")?, theirs);
+
+    let other = Optimizer::sgd(&store()).build()?.state_dict()?;
+    assert_eq!(text(now.load_state_dict_partially(other)), "it is of SGD, and this is Adam");
+    assert!(now.load_state_dict_partially(StateDict::new()).is_err());
+    Ok(())
+}
+
+/// Files of before have a tied parameter under any of its names.
+#[test]
+fn a_state_saved_under_another_name_of_a_tied_parameter_is_found() -> Result<()> {
+    use tch_ignite::checkpoint::Stateful;
+    let vs = store();
+    let w = (vs.root() / "head").ones("weight", &[2]);
+    let old = Optimizer::adam(&vs).build()?;
+    old.backward_step(&w.sum(Kind::Double))?;
+    let (_vs, _w) = tied(true);
+    let mut optimizer = Optimizer::adam(&_vs).build()?;
+    optimizer.load_state_dict(old.state_dict()?.copy()?)?;
+    assert_eq!(value(&optimizer.state("emb.weight")?[0].1), 1.);
+    Ok(())
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use tch::{Device, nn};
-use tch_ignite::engine::{Engine, Event, Until};
+use tch_ignite::engine::{Engine, Event, OPTIMIZER_STEPPED, Until};
 use tch_ignite::optim::{Knob, Optimizer, lr};
 use tch_ignite::schedule::{
     AnySchedule, Concat, CosineAnnealing, ExponentialLR, LambdaLR, LinearCyclical, LinearLR,
@@ -241,7 +241,7 @@ fn errors_name_the_place_in_the_file() {
         ("type = 'PiecewiseLinear'\nmilestones_values = [[0, 1.0], [5, '1ep']]".into(), ".milestones_values[1][1]", "invalid type: string \"1ep\""),
         ("type = 'CyclicLR'\nbase_lr = 0.1\nmax_lr = 1.0\nmode = 'square'".into(), ".mode", "unknown variant `square`"),
         (format!("{linear}cycle_size = 5\nparam = 3"), ".param", "invalid type: integer `3`, expected a string"),
-        (format!("{linear}cycle_size = 5\nevent = 'batch'"), ".event", "unknown variant `batch`, expected `iteration` or `epoch`"),
+        (format!("{linear}cycle_size = 5\nevent = 'batch'"), ".event", "unknown variant `batch`, expected one of `iteration`, `update`, `epoch`"),
         (format!("{linear}cycle_size = 5\nlonger = 'ignore'"), ".longer", "unknown variant `ignore`"),
         // Missing.
         (linear.into(), "", "missing field `cycle_size`"),
@@ -470,4 +470,59 @@ fn a_plan_in_code_is_checked_too() {
     assert!(PlannedSchedule::new("lr", None, StepLR::new(1., 0)).is_err());
     let step = || PlannedSchedule::new("lr", None, StepLR::new(1., 5)).unwrap();
     assert!(SchedulePlan::new([step(), step()]).is_err());
+}
+
+#[test]
+fn a_plan_counts_updates() {
+    // 10 batches by 4: windows of 4, 4 and 2.
+    let run = RunLength::new(10, 3).accumulate(4);
+    assert_eq!((run.iterations(), run.updates()), (Some(30), Some(9)));
+    assert_eq!(RunLength::of_iterations(25).epoch_length(10).accumulate(4).updates(), Some(8));
+    assert_eq!(RunLength::of_iterations(25).updates(), Some(25));
+    assert_eq!(RunLength::of_iterations(25).accumulate(4).updates(), None);
+    assert_eq!(run.length("4up").unwrap(), 14);
+    assert_eq!(run.length("2up").unwrap(), 8);
+    assert_eq!(RUN.length("7up").unwrap(), 7);
+    let plan = |length: &str| {
+        toml(&format!(
+            "event = 'update'\ntype = 'LinearCyclical'\nstart_value = 1.0\nend_value = 0.0\nmonotonic = true\ncycle_size = {length}"
+        ))
+        .unwrap()
+    };
+    for (length, events) in [
+        ("9", 9),
+        ("'1run'", 9),
+        ("'3ep'", 9),
+        ("'2ep'", 6),
+        ("'50%'", 4),
+        ("'5up'", 5),
+        ("'1run - 2up'", 7),
+        ("'10it'", 3),
+        ("'14it'", 4),
+        ("'13it'", 3),
+    ] {
+        let schedule = plan(length).resolve(run).unwrap().remove(0);
+        assert_eq!(schedule.length(), Some(events), "{length}");
+    }
+    let error = plan("'10ep'").resolve(run).unwrap_err().to_string();
+    assert!(error.contains("takes 30 updates, but the run has only 9"), "{error}");
+    let unknown = RunLength::of_iterations(30).accumulate(4);
+    let error = plan("'1run'").resolve(unknown).unwrap_err().to_string();
+    assert!(error.contains("the length of the run is not known"), "{error}");
+    assert!(RunLength::new(10, 3).accumulate(0).updates().is_some());
+    assert!(plan("'1run'").resolve(RunLength::new(10, 3).accumulate(0)).is_err());
+
+    let plan = plan("'1run'");
+    assert_eq!(plan.entries()[0].event(), OPTIMIZER_STEPPED);
+    let values = plan.simulate_values(run).unwrap().remove(0);
+    let at = |update: u64| 1. - update as f64 / 9.;
+    let shown: Vec<_> = values.iter().map(|(iteration, _)| *iteration).collect();
+    assert_eq!(shown, [1, 4, 5, 8, 9, 10, 11, 14, 15, 18, 19, 20, 21, 24, 25, 28, 29, 30]);
+    for (index, (_, value)) in values.iter().enumerate() {
+        assert!((value - at(index as u64 / 2)).abs() < 1e-15);
+    }
+    let step = PlannedSchedule::new("lr", None, StepLR::new(1., 5)).unwrap().each_update();
+    let written = SchedulePlan::new([step]).unwrap().to_toml().unwrap();
+    assert!(written.contains("event = \"update\""), "{written}");
+    assert_eq!(SchedulePlan::from_toml(&written).unwrap().to_toml().unwrap(), written);
 }

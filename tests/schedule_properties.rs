@@ -83,6 +83,99 @@ fn schedule() -> impl Strategy<Value = AnySchedule> {
 
 const EVENTS: u64 = 120;
 
+/// Numbers that are easily wrong: at the edges, tiny, huge, none.
+fn any_number() -> impl Strategy<Value = f64> {
+    let edges = vec![
+        0.,
+        -0.,
+        1.,
+        -1.,
+        0.1,
+        0.5,
+        2.,
+        1e-320,
+        1e-300,
+        1e300,
+        f64::MAX,
+        f64::MIN,
+        f64::INFINITY,
+        f64::NAN,
+    ];
+    prop_oneof![prop::sample::select(edges), -2.0..2.0f64]
+}
+
+/// A schedule with arguments that may be refused.
+fn unchecked() -> impl Strategy<Value = AnySchedule> {
+    let n = any_number;
+    let size = || prop_oneof![0u64..12, Just(1 << 40)];
+    prop_oneof![
+        (n(), n(), size(), n(), n(), n(), 0u64..3, any::<bool>()).prop_map(
+            |(start, end, size, start_mult, end_mult, mult, warmup, monotonic)| {
+                LinearCyclical::new(start, end, size)
+                    .start_value_mult(start_mult)
+                    .end_value_mult(end_mult)
+                    .cycle_mult(mult)
+                    .warmup_duration(warmup)
+                    .monotonic(monotonic)
+                    .into()
+            }
+        ),
+        (n(), n(), size(), n(), n()).prop_map(|(start, end, size, mult, start_mult)| {
+            CosineAnnealing::new(start, end, size)
+                .cycle_mult(mult)
+                .start_value_mult(start_mult)
+                .into()
+        }),
+        prop::collection::vec((-5i64..12, n()), 0..4).prop_map(|m| PiecewiseLinear::new(m).into()),
+        (n(), size(), n()).prop_map(|(b, s, g)| StepLR::new(b, s).gamma(g).into()),
+        (n(), prop::collection::vec(0u64..12, 0..4), n()).prop_map(|(b, m, g)| MultiStepLR::new(
+            b, m
+        )
+        .gamma(g)
+        .into()),
+        (n(), n(), size()).prop_map(|(b, f, s)| ConstantLR::new(b).factor(f).total_iters(s).into()),
+        (n(), n(), n(), size()).prop_map(|(b, s, e, size)| {
+            LinearLR::new(b).start_factor(s).end_factor(e).total_iters(size).into()
+        }),
+        (n(), n()).prop_map(|(b, g)| ExponentialLR::new(b, g).into()),
+        (n(), size(), n())
+            .prop_map(|(b, s, p)| PolynomialLR::new(b).total_iters(s).power(p).into()),
+        (n(), size(), n()).prop_map(|(b, s, e)| CosineAnnealingLR::new(b, s).eta_min(e).into()),
+        (n(), size(), 0u64..3, n()).prop_map(|(b, s, m, e)| {
+            CosineAnnealingWarmRestarts::new(b, s).t_mult(m).eta_min(e).into()
+        }),
+        (n(), n(), n(), n(), n(), 0..3usize).prop_map(|(a, b, up, down, gamma, which)| {
+            let mode = [CyclicMode::Triangular, CyclicMode::Triangular2, CyclicMode::ExpRange];
+            let schedule = CyclicLR::new(a, b).step_size_up(up).step_size_down(down);
+            schedule.mode(mode[which]).gamma(gamma).into()
+        }),
+        (n(), size(), n(), n(), n(), any::<bool>(), any::<bool>()).prop_map(
+            |(max, steps, share, div, last, three, momentum)| {
+                let schedule = OneCycleLR::new(max, steps).pct_start(share).three_phase(three);
+                match momentum {
+                    true => schedule.momentum(div, last).into(),
+                    false => schedule.div_factor(div).final_div_factor(last).into(),
+                }
+            }
+        ),
+        (1u64..12, 0.0..1.0f64, any::<bool>()).prop_map(|(steps, place, three)| {
+            // Shares that are whole events.
+            let share = (place * steps as f64).round() / steps as f64;
+            OneCycleLR::new(1., steps).pct_start(share).three_phase(three).into()
+        }),
+        (n(), size()).prop_map(|(p, w)| InverseSqrt::new(p, w).into()),
+        (size(), size(), n()).prop_map(|(d, w, f)| Noam::new(d, w).factor(f).into()),
+        (n(), size(), size(), size(), n(), n()).prop_map(|(p, w, s, d, start, end)| {
+            WarmupStableDecay::new(p, w, s, d).start(start).end(end).into()
+        }),
+        (n(), n()).prop_map(|(v, g)| ExpState::new(v, g).into()),
+        (n(), n(), size()).prop_map(|(v, g, s)| StepState::new(v, g, s).into()),
+        (n(), n(), size()).prop_map(|(v, g, s)| MultiStepState::new(v, g, [s]).into()),
+        (n(), n()).prop_map(|(a, b)| LambdaLR::new(a, move |_| b).into()),
+        (n(), n()).prop_map(|(a, b)| MultiplicativeLR::new(a, move |_| b).into()),
+    ]
+}
+
 fn values(schedule: &AnySchedule) -> Vec<u64> {
     (0..EVENTS).map(|event| schedule.at(event).to_bits()).collect()
 }
@@ -99,6 +192,27 @@ proptest! {
         schedule.validate().unwrap();
         for (event, value) in schedule.simulate_values(EVENTS).unwrap() {
             prop_assert!(value.is_finite(), "{schedule:?} at {event}: {value}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_refused_has_a_number_at_each_event_it_is_asked_for(
+        schedule in unchecked(), factor in any_number(), skipped in 0u64..12,
+    ) {
+        let also = [schedule.clone().scale(factor).into(), schedule.clone().skip(skipped).into()];
+        for schedule in also.into_iter().chain([schedule]) {
+            if schedule.validate().is_err() {
+                continue;
+            }
+            prop_assert!(schedule.at(0).is_finite(), "{schedule:?}");
+            // Until the end, or where values grow without bounds: `fits` finds that.
+            let events = schedule.end().map_or(40, |(end, _)| end.min(40));
+            let finite = |events: u64| (0..events).all(|event| schedule.at(event).is_finite());
+            for length in [1, events / 2, events, events + 1, 40] {
+                if schedule.fits(length).is_ok() {
+                    prop_assert!(finite(length), "{schedule:?} in {length}");
+                }
+            }
         }
     }
 

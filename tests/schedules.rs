@@ -283,11 +283,16 @@ fn schedulers_act_before_or_after_the_step_by_iteration_or_epoch() -> Result<()>
         ),
         (
             Event::IterationCompleted.into(),
-            [0.5, 0., 1., 2.],
-            vec![vec![0.], vec![1.], vec![2.], vec![3.]],
+            [0., 1., 2., 3.],
+            vec![vec![0.], vec![1.], vec![2.], vec![3.], vec![4.]],
         ),
         (Event::EpochStarted.into(), [0., 0., 1., 1.], vec![vec![0.], vec![1.]]),
-        (Event::EpochCompleted.into(), [0.5, 0.5, 0., 0.], vec![vec![0.], vec![1.]]),
+        (Event::EpochCompleted.into(), [0., 0., 1., 1.], vec![vec![0.], vec![1.], vec![2.]]),
+        (
+            Event::IterationCompleted.every(2).into(),
+            [0., 0., 1., 1.],
+            vec![vec![0.], vec![1.], vec![2.]],
+        ),
         (Event::IterationStarted.every(2).into(), [0.5, 0., 0., 1.], vec![vec![0.], vec![1.]]),
         (Event::IterationStarted.once(9).into(), [0.5; 4], none),
     ] {
@@ -586,4 +591,236 @@ fn the_rate_falls_when_a_metric_stays() -> Result<()> {
             .contains("Argument factor should be above 0 and below 1, but given 1")
     );
     Ok(())
+}
+
+/// Runs of one iteration each that go on, in which the step fires an event of its own after its update.
+#[test]
+fn update_k_uses_value_k_on_any_event_after_the_step() -> Result<()> {
+    const STEPPED: Event = Event::custom("stepped");
+    let line = || AnySchedule::from(PiecewiseLinear::new([(0, 0.), (100, 100.)]));
+    let warmup = || -> Result<AnySchedule> { CosineAnnealing::new(1., 0., 8).warmup(0., 5) };
+    let after: [Events; 4] = [
+        STEPPED.into(),
+        Event::IterationCompleted.into(),
+        Event::EpochCompleted.into(),
+        Event::IterationCompleted | Event::Terminate,
+    ];
+    for (schedule, events) in after.iter().flat_map(|e| [(line(), e), (warmup().unwrap(), e)]) {
+        for group in [false, true] {
+            let (_w, optimizer) = sgd();
+            let of_step = optimizer.clone();
+            let mut engine: Rates = Engine::new(move |rates: &mut Vec<f64>, engine, ()| {
+                rates.push(of_step.group_at(0)?.lr()?);
+                engine.fire_event(STEPPED, rates)?;
+                Ok(0.)
+            });
+            engine.register_events([STEPPED])?;
+            let one = ParamScheduler::new("lr", optimizer.knob("lr")?, schedule.clone());
+            if group {
+                engine.add_handler(ParamGroupScheduler::new([one]).on(events.clone()))?;
+            } else {
+                engine.add_handler(one.on(events.clone()))?;
+            }
+            let mut rates = vec![];
+            for epochs in [2, 6] {
+                engine.run(&mut rates, vec![()], Until::epochs(epochs))?;
+            }
+            let expected: Vec<_> = (0..6).map(|update| schedule.at(update)).collect();
+            assert_eq!(rates, expected, "{events:?}");
+        }
+    }
+    // In ignite's way nothing is written before the first event.
+    let (_w, optimizer) = sgd();
+    let mut engine = rates(&optimizer);
+    let scheduler = ParamScheduler::new("lr", optimizer.knob("lr")?, line());
+    engine.attach(scheduler.on(Event::IterationCompleted).write_at_start(false));
+    let mut seen = vec![];
+    engine.run(&mut seen, vec![(); 3], Until::epochs(1))?;
+    assert_eq!(seen, [0.5, 0., 1.]);
+    Ok(())
+}
+
+#[test]
+fn a_schedule_of_as_many_values_as_updates_ends_with_the_last_of_them() -> Result<()> {
+    let (_w, optimizer) = sgd();
+    let shrinking = CosineAnnealing::new(1., 0., 4).cycle_mult(0.5); // 7 events
+    assert_eq!(shrinking.end().map(|(end, _)| end), Some(7));
+    let mut engine = rates(&optimizer);
+    let scheduler = ParamScheduler::new("lr", optimizer.knob("lr")?, shrinking.clone());
+    engine.attach(scheduler.on(Event::IterationCompleted));
+    let mut seen = vec![];
+    engine.run(&mut seen, vec![(); 7], Until::epochs(1))?;
+    assert_eq!(seen, (0..7).map(|update| shrinking.at(update)).collect::<Vec<_>>());
+    let error = chain(engine.run(&mut seen, vec![(); 7], Until::epochs(2)));
+    assert!(error.contains("the schedule ends after 7 events"), "{error}");
+    Ok(())
+}
+
+/// The numbers are those of torch 2.13 with LinearLR (start_factor 0.1, total_iters 4) and ReduceLROnPlateau (patience 0,
+/// factor 0.5) on one optimizer, in either order.
+#[test]
+fn a_plateau_and_another_schedule_on_one_knob_multiply() -> Result<()> {
+    let torch = [0.1, 0.325, 0.275, 0.19375, 0.125, 0.0625, 0.03125];
+    for (event, plateau_first) in [
+        (Event::EpochStarted, false),
+        (Event::EpochStarted, true),
+        (Event::EpochCompleted, false),
+        (Event::EpochCompleted, true),
+    ] {
+        for all_groups in [true, false] {
+            let (_w, optimizer) = sgd();
+            let all = optimizer.knob("lr")?;
+            let knob = if all_groups { all.clone() } else { optimizer.group_at(0)?.knob("lr")? };
+            let plateau = ReduceLROnPlateauScheduler::min("plateau", all, "m")?;
+            let plateau = plateau.patience(0).factor(0.5);
+            let linear = LinearLR::new(1.).start_factor(0.1).total_iters(4);
+            let linear = ParamScheduler::new("lr", knob, linear).on(event);
+            let mut engine = rates(&optimizer);
+            engine.state.metrics.set("m", 1.);
+            if plateau_first {
+                engine.attach(plateau).attach(linear);
+            } else {
+                engine.attach(linear).attach(plateau);
+            }
+            let mut seen = vec![];
+            engine.run(&mut seen, vec![()], Until::epochs(7))?;
+            for (seen, torch) in seen.iter().zip(torch) {
+                assert!((seen - torch).abs() < 1e-15, "{seen} {torch} {event}");
+            }
+            assert_eq!(seen.len(), torch.len());
+        }
+    }
+    // A state has the reductions; without the plateau there are none.
+    let value = std::sync::Arc::new(std::sync::Mutex::new(8.));
+    let (read, write) = (value.clone(), value.clone());
+    let own = Knob::new("x", move || *read.lock().unwrap(), move |v| *write.lock().unwrap() = v);
+    let plateau = || -> Result<_> {
+        let plateau = ReduceLROnPlateauScheduler::min("plateau", own.clone(), "m")?;
+        Ok(plateau.patience(0).factor(0.5))
+    };
+    let mut first = plateau()?;
+    (0..3).try_for_each(|_| first.advance(1.))?;
+    let saved = first.state_dict();
+    let mut schedule = ParamScheduler::new("x", own.clone(), LambdaLR::new(8., |_| 1.));
+    assert_eq!((schedule.advance()?, own.get()?), (2., 2.));
+    drop(first);
+    assert_eq!(schedule.advance()?, 8.);
+    let mut second = plateau()?;
+    second.load_state_dict(&saved)?;
+    assert_eq!(schedule.advance()?, 2.);
+    Ok(())
+}
+
+#[test]
+fn two_schedulers_that_set_one_knob_are_refused() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let _layers =
+        [0, 1].map(|group| nn::linear(vs.root().set_group(group), 1, 1, Default::default()));
+    let optimizer = Optimizer::sgd(&vs).build()?;
+    let all = || optimizer.knob("lr").unwrap();
+    let group = |index| optimizer.group_at(index).unwrap().knob("lr").unwrap();
+    let scheduler = |name: &str, knob| ParamScheduler::new(name, knob, StepLR::new(1., 2));
+    let own = idle();
+    let momentum = || optimizer.knob("momentum").unwrap();
+    for (first, second, refused) in [
+        (all(), all(), true),
+        (all(), group(1), true),
+        (group(0), all(), true),
+        (group(0), group(0), true),
+        (own.clone(), own.clone(), true),
+        (group(0), group(1), false),
+        (all(), momentum(), false),
+        (idle(), idle(), false),
+    ] {
+        let mut engine = rates(&optimizer);
+        engine.add_handler(scheduler("a", first.clone()))?;
+        let added = engine.add_handler(scheduler("b", second.clone()).on(Event::EpochStarted));
+        let mut engine = rates(&optimizer);
+        let group = ParamGroupScheduler::new([scheduler("a", first), scheduler("b", second)]);
+        let as_group = engine.add_handler(group);
+        if refused {
+            for error in [text(added), text(as_group)] {
+                assert!(error.contains("schedulers 'a' and 'b' both set"), "{error}");
+                assert!(error.contains("first.then(second, events)"), "{error}");
+            }
+        } else {
+            (added?, as_group?);
+        }
+    }
+    // Each has its own part of the run.
+    let mut engine = rates(&optimizer);
+    engine
+        .attach(scheduler("a", all()).on(Event::IterationStarted.before(3)))
+        .attach(scheduler("b", all()).on(Event::IterationStarted.after(2)));
+    engine.run(&mut vec![], vec![(); 4], Until::epochs(1))?;
+    // One that was removed is in nobody's way, and another engine has its own.
+    let mut engine = rates(&optimizer);
+    let id = engine.add_handler(scheduler("a", all()))?;
+    engine.remove_event_handler(id)?;
+    engine.add_handler(scheduler("b", all()))?;
+    Ok(())
+}
+
+/// The numbers are those of torch 2.13.
+#[test]
+fn a_first_metric_that_is_infinite_is_no_better_than_none() -> Result<()> {
+    let torch = [1., 0.5, 0.5, 0.5, 0.25, 0.25, 0.125];
+    let (inf, nan) = (f64::INFINITY, f64::NAN);
+    for (max, first) in [(false, inf), (true, -inf), (false, nan), (true, nan)] {
+        let (_w, optimizer) = sgd();
+        let knob = optimizer.knob("lr")?;
+        knob.set(1.)?;
+        let plateau = match max {
+            true => ReduceLROnPlateauScheduler::max("lr", knob.clone(), "m")?,
+            false => ReduceLROnPlateauScheduler::min("lr", knob.clone(), "m")?,
+        };
+        let mut plateau = plateau.factor(0.5).patience(1);
+        for (metric, torch) in [first, first, 1., 1., 1., 1., 1.].into_iter().zip(torch) {
+            plateau.advance(metric)?;
+            assert_eq!(knob.get()?, torch, "{max} {first}");
+        }
+    }
+    Ok(())
+}
+
+/// torch divides by zero there.
+#[test]
+fn one_cycle_is_refused_where_it_rises_within_no_events() {
+    for (steps, share) in [(10, 0.1), (4, 0.25), (1, 1.)] {
+        for three in [false, true] {
+            let schedule = OneCycleLR::new(1., steps).pct_start(share).three_phase(three);
+            for error in [text(schedule.validate()), text(schedule.fits(steps))] {
+                assert!(
+                    error.contains("pct_start should be other than 1 / total_steps"),
+                    "{error}"
+                );
+            }
+            assert!(schedule.momentum(0.8, 0.9).validate().is_err());
+        }
+    }
+    // Nothing is left to fall in: the end is the last event.
+    let rising = OneCycleLR::new(1., 10).pct_start(1.);
+    assert_eq!((rising.at(9), rising.end().map(|(end, _)| end)), (1., Some(10)));
+    rising.fits(10).unwrap();
+}
+
+#[test]
+fn values_that_are_no_numbers_are_found_before_a_run() {
+    let growing = ExponentialLR::new(1., 10.);
+    growing.fits(300).unwrap();
+    assert!(text(growing.fits(400)).contains("gives inf after 309 events"));
+    let lambda = LambdaLR::new(1., |event| (3. - event as f64).sqrt());
+    assert!(text(lambda.fits(9)).contains("gives NaN after 4 events"));
+    for (schedule, expected) in [
+        (AnySchedule::from(LambdaLR::new(1., |_| f64::NAN)), "give NaN at event 0"),
+        (OneCycleLR::new(1., 4).skip(9).into(), "ends before its first event"),
+        (CosineAnnealing::new(1e308, 0., 4).scale(1e10).into(), "give inf at event 0"),
+        (CyclicLR::new(0., 1.).step_size_up(1e-300).into(), "comparable with step_size_down"),
+        (PolynomialLR::new(1.).power(-1.).into(), "power should be at least 0"),
+        (ConstantLR::new(1.).factor(1e-310).into(), "1 / factor should be finite"),
+    ] {
+        for error in [text(schedule.validate()), text(schedule.fits(2))] {
+            assert!(error.contains(expected), "'{error}', not '{expected}'");
+        }
+    }
 }

@@ -603,6 +603,35 @@ fn parts_of_ones_own() {
     });
 }
 
+/// One matrix in two layers, under both their names.
+#[test]
+fn tied_weights() {
+    survives("tied weights", |seed| {
+        tch::manual_seed(seed);
+        let vs = VarStore::new(Device::Cpu);
+        let root = vs.root();
+        let layer = |name, from, to| nn::linear(&root / name, from, to, Default::default());
+        let (base, mut tied, last) = (layer("base", 3, 4), layer("tied", 4, 4), layer("fc", 4, 2));
+        let first = (&root / "first").add("weight", tied.ws.shallow_clone(), true);
+        tied.bs = None;
+        let net = nn::seq_t()
+            .add(base)
+            .add_fn(move |x| x.tanh().matmul(&first).tanh())
+            .add(tied)
+            .add_fn_t(|x, train| x.tanh().dropout(0.2, train))
+            .add(last);
+        let optimizer = Optimizer::adam(&vs).lr(1e-2).build().unwrap();
+        let (ema, swa) = (EMAHandler::new(&vs, 0.3).unwrap(), SWAHandler::new(&vs).unwrap());
+        let mut trainer = Engine::new(step);
+        trainer.track("model", &vs).track("optimizer", &optimizer).track_output();
+        let averages = ema.with_averages(Evaluate::each_epoch("ema", evaluator(), loader()));
+        trainer.attach(ema).attach(swa).attach(averages);
+        let cx = Cx { net, optimizer };
+        Program { vs, cx, trainer, data: Data::Loader(loader()), lines: Rc::default() }
+            .watched(String::new)
+    });
+}
+
 /// Convolutions with channels last: parameters, moments and averages lie so too.
 #[test]
 fn memory_formats() {
@@ -709,7 +738,7 @@ fn averages_that_are_swapped_in_are_not_saved_as_the_models() {
     let state = program.trainer.checkpoint(&program.cx).unwrap();
     let guard = ema.swap().unwrap();
     let error = program.trainer.checkpoint(&program.cx).unwrap_err().to_string();
-    assert!(error.contains("ema_momentum: the averages are swapped in"), "{error}");
+    assert!(error.contains("'ema_momentum': the averages are swapped in"), "{error}");
     assert!(program.trainer.restore(&mut program.cx, state.copy().unwrap(), true).is_err());
     drop(guard);
     program.trainer.restore(&mut program.cx, state, true).unwrap();

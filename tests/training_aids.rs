@@ -6,11 +6,18 @@ use anyhow::Result;
 use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::amp::{GradScaler, autocast, without_autocast};
-use tch_ignite::engine::{Engine, Event, Until};
-use tch_ignite::handlers::{Buffers, EMAHandler, Evaluate, SWAHandler};
+use tch_ignite::checkpoint::{IntoStateful, Stateful};
+use tch_ignite::data::Loader;
+use tch_ignite::engine::{Engine, Event, Events, Stop, Until};
+use tch_ignite::handlers::{Buffers, EMAHandler, Evaluate, GradNorm, SWAHandler, update_bn};
 use tch_ignite::metrics::Mean;
 use tch_ignite::optim::{Optimizer, lr};
-use tch_ignite::supervised::{OPTIMIZER_STEPPED, Supervised, create_supervised_trainer};
+use tch_ignite::schedule::{ParamScheduler, PiecewiseLinear};
+use tch_ignite::supervised::{
+    OPTIMIZER_STEPPED, Supervised, WINDOW_COMPLETED, create_supervised_evaluator,
+    create_supervised_trainer,
+};
+use tch_ignite::{GradientAccumulator, Weight};
 
 fn value(tensor: &Tensor) -> f64 {
     tensor.double_value(&[])
@@ -396,6 +403,92 @@ fn averages_of_buffers_integers_and_other_types() -> Result<()> {
     Ok(())
 }
 
+/// Averages of tied weights and of views, swapped in and back.
+#[test]
+fn averages_of_shared_memory_are_swapped_back() -> Result<()> {
+    type Share = fn(&Tensor) -> Tensor;
+    let shares: [(&str, Share, bool); 4] = [
+        ("tied, both trained", Tensor::shallow_clone, true),
+        ("tied, one trained", Tensor::shallow_clone, false),
+        ("a view of all", Tensor::detach, true),
+        // Too few for the one pass, because they have gaps.
+        ("a view of a part", |w| w.detach().slice(0, 0, None, 2), true),
+    ];
+    for (what, share, trained) in shares {
+        let vs = VarStore::new(Device::Cpu);
+        let mut w = (vs.root() / "emb").ones("weight", &[4]);
+        let head = (vs.root() / "head").add("weight", share(&w), trained);
+        let (ema, swa) = (EMAHandler::new(&vs, 0.5)?, SWAHandler::new(&vs)?);
+        for value in [3., 5.] {
+            tch::no_grad(|| drop(w.fill_(value)));
+            ema.update()?;
+            swa.update()?;
+        }
+        let swapped = ema.swap()?;
+        assert_eq!((value(&w.min()), value(&head.max())), (3.5, 3.5), "{what}");
+        drop(swapped);
+        assert_eq!((value(&w.min()), value(&w.max())), (5., 5.), "{what}");
+        let names: Vec<_> = ema.averages().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["emb.weight", "head.weight"], "{what}");
+        for (_, average) in ema.averages() {
+            assert_eq!((value(&average.min()), value(&average.max())), (3.5, 3.5), "{what}");
+        }
+        let swapped = swa.swap()?;
+        assert_eq!((value(&w.min()), value(&head.max())), (4., 4.), "{what}");
+        drop(swapped);
+        assert_eq!((value(&w.min()), value(&w.max())), (5., 5.), "{what}");
+    }
+    Ok(())
+}
+
+/// A variable that got another shape cannot be averaged: told, before the others are.
+#[test]
+fn averages_that_do_not_fit_any_more_are_refused_before_one_is_changed() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let (mut a, mut b) = (vs.root().ones("a", &[2]), vs.root().ones("b", &[2]));
+    let ema = EMAHandler::new(&vs, 0.5)?;
+    tch::no_grad(|| drop(a.fill_(3.)));
+    b.set_data(&Tensor::ones([3], (Kind::Float, Device::Cpu)));
+    let error = ema.update().unwrap_err().to_string();
+    assert!(error.contains("[3]") && error.contains("[2]"), "{error}");
+    assert!(ema.swap().is_err());
+    assert_eq!((value(&ema.averages()[0].1.max()), value(&a.max())), (1., 3.));
+    assert_eq!(ema.updates(), 0);
+    Ok(())
+}
+
+#[test]
+fn a_tied_parameter_counts_once_in_the_norm_of_all() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let w = (vs.root() / "head").ones("weight", &[4]);
+    let _ = (vs.root() / "emb").add("weight", w.shallow_clone(), true);
+    let mut trainer = Engine::new(|_: &mut (), _: &mut Engine<_, _, _>, scale: f64| {
+        (&w * scale).sum(Kind::Float).backward();
+        Ok(())
+    });
+    trainer.attach(GradNorm::new(&vs));
+    trainer.attach(GradNorm::new(&vs).name("head").whitelist(|name| name.starts_with("head")));
+    trainer.attach(GradNorm::new(&vs).name("other").whitelist(|name| name == "other"));
+    trainer.run(&mut (), vec![3.], Until::epochs(1))?;
+    assert_eq!(trainer.state.metrics.get("grad_norm")?, 6.);
+    assert_eq!(trainer.state.metrics.get("head")?, 6.);
+    assert!(trainer.state.metrics.get("other").is_err());
+    Ok(())
+}
+
+#[test]
+fn a_handler_of_a_store_that_was_merged_away_says_so() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let _ = vs.root().ones("w", &[1]);
+    let mut trainer = Engine::new(|_: &mut (), _: &mut Engine<_, _, _>, _: ()| Ok(()));
+    trainer.attach(GradNorm::new(&vs));
+    let _merged = VarStore::merge(vec![(vs, None)]).unwrap();
+    let error = trainer.run(&mut (), vec![()], Until::epochs(1)).unwrap_err();
+    let error = format!("{:#}", anyhow::Error::from(error));
+    assert!(error.contains("VarStore::merge"), "{error}");
+    Ok(())
+}
+
 #[test]
 fn momenta_warm_up() -> Result<()> {
     let vs = VarStore::new(Device::Cpu);
@@ -496,7 +589,621 @@ fn memory_with_gaps_and_sparse_gradients() -> Result<()> {
     let norm = optimizer.clip_grad_norm(1.)?;
     assert!((value(&norm) - 8f64.sqrt()).abs() < 1e-12, "rows that are there twice add up");
     assert!((value(&optimizer.gradients()?.norm()?) - 1.).abs() < 1e-5);
+    let largest = || value(&table.grad().to_dense(None, false).max());
+    assert!((largest() - 0.5f64.sqrt()).abs() < 1e-5);
+    optimizer.clip_grad_value(0.25)?;
+    assert_eq!(largest(), 0.25);
     optimizer.zero_grad_in_place()?;
     assert_eq!(value(&optimizer.gradients()?.norm()?), 0.);
+    Ok(())
+}
+
+/// A weight `w` of one f64, 1 at the start; plain SGD with lr 1. The loss of a batch is the mean of `w * x`, so its gradient
+/// is the mean of the batch. A batch that holds an infinity makes the model panic.
+fn linear(vs: &mut VarStore) -> Supervised<nn::FuncT<'static>> {
+    vs.set_kind(Kind::Double);
+    let w = vs.root().ones("w", &[1]);
+    let net = nn::func_t(move |x, _| {
+        assert!(x.isfinite().all().int64_value(&[]) == 1, "a broken batch");
+        x * &w
+    });
+    let optimizer = Optimizer::sgd(vs).lr(1.).build().unwrap();
+    Supervised::new(net, optimizer, |y_pred, _| y_pred.mean(Kind::Double))
+}
+
+fn batch(x: &[f64]) -> (Tensor, Tensor) {
+    (Tensor::from_slice(x), Tensor::from(0.))
+}
+
+fn weight(vs: &VarStore) -> f64 {
+    vs.variables()["w"].double_value(&[0])
+}
+
+fn near(a: f64, b: f64) {
+    assert!((a - b).abs() <= 1e-12 * b.abs().max(1.), "{a} is not {b}");
+}
+
+#[test]
+fn a_window_that_loses_batches_to_errors_is_the_mean_of_the_others() -> Result<()> {
+    // Two windows of 4. The gradients are 1 to 8.
+    for lost in
+        [vec![0], vec![1], vec![3], vec![3, 4], vec![0, 1, 2, 3], vec![2, 7], vec![4, 5, 6, 7]]
+    {
+        let mut vs = VarStore::new(Device::Cpu);
+        let mut cx = linear(&mut vs).accumulate(4)?;
+        let data: Vec<_> = (0..8)
+            .map(|i| batch(&[if lost.contains(&i) { f64::INFINITY } else { i as f64 + 1. }]))
+            .collect();
+        let data =
+            || data.iter().map(|(x, y)| (x.shallow_clone(), y.shallow_clone())).collect::<Vec<_>>();
+        let (mut stepped, mut errors) = (0, 0);
+        let mut trainer = create_supervised_trainer();
+        trainer.on(OPTIMIZER_STEPPED, |_, _| {
+            stepped += 1;
+            Ok(())
+        });
+        while trainer
+            .run(
+                &mut cx,
+                tch_ignite::data::restartable(|| data().into_iter()),
+                Until::epochs(1).epoch_length(8),
+            )
+            .is_err()
+        {
+            errors += 1;
+        }
+        drop(trainer);
+        assert_eq!(errors, lost.len());
+        let means: Vec<_> = [0..4, 4..8]
+            .into_iter()
+            .map(|window| {
+                window.filter(|i| !lost.contains(i)).map(|i| i as f64 + 1.).collect::<Vec<_>>()
+            })
+            .filter(|window| !window.is_empty())
+            .map(|window| window.iter().sum::<f64>() / window.len() as f64)
+            .collect();
+        assert_eq!(stepped, means.len(), "{lost:?}");
+        near(weight(&vs), 1. - means.iter().sum::<f64>());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_run_that_starts_anew_tells_of_the_window_that_it_drops() -> Result<()> {
+    let mut vs = VarStore::new(Device::Cpu);
+    let mut cx = linear(&mut vs).accumulate(4)?;
+    let data = |third: f64| clones([1., 2., third, 4.].iter().map(|x| batch(&[*x])).collect());
+    let mut trainer = create_supervised_trainer();
+    let until = || Until::epochs(1).epoch_length(4);
+    assert!(trainer.run(&mut cx, data(f64::INFINITY), until()).is_err());
+    trainer.reset()?;
+    let summary = trainer.run(&mut cx, data(3.), until())?;
+    assert!(summary.warnings[0].contains("the gradients of 2 batches"), "{:?}", summary.warnings);
+    near(weight(&vs), 1. - 2.5);
+    let summary = trainer.run(&mut cx, data(3.), Until::epochs(2))?;
+    assert!(summary.warnings.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_window_that_is_cut_short_is_stepped_for_what_there_is() -> Result<()> {
+    type Ends = fn(&mut tch_ignite::engine::Trainer<'_, Supervised<nn::FuncT<'static>>>);
+    let cuts: [(&str, Until, Option<Ends>, u64, Stop); 5] = [
+        ("budget", Until::iterations(5), None, 1, Stop::Terminated),
+        ("terminate", Until::epochs(1), Some(|e| e.terminate()), 1, Stop::Terminated),
+        (
+            "terminate, skip",
+            Until::epochs(1),
+            Some(|e| e.terminate_skip_completed()),
+            1,
+            Stop::Terminated,
+        ),
+        ("epoch", Until::epochs(2), Some(|e| e.terminate_epoch()), 2, Stop::Completed),
+        (
+            "epoch, skip",
+            Until::epochs(2),
+            Some(|e| e.terminate_epoch_skip_completed()),
+            2,
+            Stop::Completed,
+        ),
+    ];
+    for (what, until, end, runs, stop) in cuts {
+        let mut vs = VarStore::new(Device::Cpu);
+        // Gradients 1 to 8 by 4: after 5 the second window has one.
+        let mut cx = linear(&mut vs).accumulate(4)?;
+        let mut stepped = vec![];
+        let mut trainer = create_supervised_trainer();
+        if let Some(end) = end {
+            trainer.on(Event::IterationCompleted, move |_, engine| {
+                if engine.iteration_in_epoch() == 5 {
+                    end(engine);
+                }
+                Ok(())
+            });
+        }
+        trainer.on(OPTIMIZER_STEPPED, |_, engine| {
+            stepped.push(engine.state.iteration);
+            Ok(())
+        });
+        let data = clones((1..=8).map(|i| batch(&[f64::from(i)])).collect());
+        let summary = trainer.run(&mut cx, data, until.epoch_length(8))?;
+        drop(trainer);
+        assert_eq!(summary.stop, stop, "{what}");
+        assert_eq!(stepped, if runs == 1 { vec![4, 5] } else { vec![4, 5, 9, 10] }, "{what}");
+        near(weight(&vs), 1. - runs as f64 * (2.5 + 5.));
+        assert!(!cx.finish_window()?);
+    }
+    Ok(())
+}
+
+/// Batches of 1, 5, 2, 3, 1, 4 and 2 samples by three: 8, 8 and 2 samples a step.
+const SIZES: [usize; 7] = [1, 5, 2, 3, 1, 4, 2];
+
+fn samples() -> (Tensor, Tensor) {
+    let x = (Tensor::arange(18 * 5, (Kind::Double, Device::Cpu)) * 0.7).sin().view([18, 5]);
+    let y = (Tensor::arange(18, (Kind::Double, Device::Cpu)) * 0.3).cos().view([18, 1]);
+    (x, y)
+}
+
+fn batches_of(sizes: &[usize]) -> Vec<(Tensor, Tensor)> {
+    let (x, y) = samples();
+    let mut begin = 0;
+    let mut next = |size: usize| {
+        begin += size as i64;
+        let (from, size) = (begin - size as i64, size as i64);
+        (x.narrow(0, from, size), y.narrow(0, from, size))
+    };
+    sizes.iter().map(|size| next(*size)).collect()
+}
+
+/// Tensors do not implement `Clone`.
+fn clones(batches: Vec<(Tensor, Tensor)>) -> tch_ignite::data::Custom<'static, (Tensor, Tensor)> {
+    tch_ignite::data::restartable(move || {
+        let shared = |(x, y): &(Tensor, Tensor)| (x.shallow_clone(), y.shallow_clone());
+        batches.iter().map(shared).collect::<Vec<_>>().into_iter()
+    })
+}
+
+/// Two layers in f64, the same at each call, trained for two epochs; the weights afterwards in one row.
+fn two_layers(
+    sizes: &[usize],
+    set_up: impl FnOnce(Supervised<nn::Sequential>) -> Supervised<nn::Sequential>,
+    loss: impl Fn(&Tensor, &Tensor) -> tch_ignite::WeightedLoss + Send + 'static,
+) -> Result<Tensor> {
+    tch::manual_seed(3);
+    let mut vs = VarStore::new(Device::Cpu);
+    let layer = |name: &str, from, to| nn::linear(vs.root() / name, from, to, Default::default());
+    let net = nn::seq().add(layer("a", 5, 4)).add_fn(|x| x.tanh()).add(layer("b", 4, 1));
+    vs.double();
+    let optimizer = Optimizer::builder(nn::sgd(0.9, 0., 1e-3, false), &vs).lr(0.1).build()?;
+    let mut cx = set_up(Supervised::new(net, optimizer, loss));
+    let mut trainer = create_supervised_trainer();
+    trainer.run(&mut cx, clones(batches_of(sizes)), Until::epochs(2))?;
+    let mut variables: Vec<_> = vs.variables().into_iter().collect();
+    variables.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let rows: Vec<_> = variables.iter().map(|(_, tensor)| tensor.detach().reshape([-1])).collect();
+    Ok(Tensor::cat(&rows, 0))
+}
+
+fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
+    (a - b).abs().max().double_value(&[])
+}
+
+/// The mean over samples, and over tokens: targets below -0.5 are padding.
+fn of_samples(y_pred: &Tensor, y: &Tensor) -> tch_ignite::WeightedLoss {
+    (y_pred - y).square().mean(Kind::Double).into()
+}
+
+fn of_tokens(y_pred: &Tensor, y: &Tensor) -> tch_ignite::WeightedLoss {
+    let mask = y.ge(-0.5).to_kind(Kind::Double);
+    let tokens = mask.sum(Kind::Double);
+    let sum = ((y_pred - y).square() * mask).sum(Kind::Double);
+    // A batch without tokens has the weight 0 and a loss that is no number, as torch's cross-entropy.
+    (sum / &tokens, tokens).into()
+}
+
+#[test]
+fn batches_of_unequal_size_make_the_step_of_one_large_batch() -> Result<()> {
+    type Loss = fn(&Tensor, &Tensor) -> tch_ignite::WeightedLoss;
+    type SetUp = fn(Supervised<nn::Sequential>) -> Supervised<nn::Sequential>;
+    let set_ups: [SetUp; 3] = [
+        |cx| cx,
+        |cx| cx.clip_grad_value(0.5).clip_grad_norm(0.2),
+        |cx| cx.grad_scaler(GradScaler::new()).clip_grad_norm(0.2),
+    ];
+    for (loss, set_up) in
+        [of_samples as Loss, of_tokens].into_iter().flat_map(|l| set_ups.map(|s| (l, s)))
+    {
+        let large = two_layers(&[8, 8, 2], set_up, loss)?;
+        let small = two_layers(&SIZES, |cx| set_up(cx).accumulate(3).unwrap(), loss)?;
+        assert!(largest_difference(&large, &small) < 1e-12, "{}", &large - &small);
+        let means =
+            two_layers(&SIZES, |cx| set_up(cx).accumulate(3).unwrap().equal_weights(), loss)?;
+        // Without tokens the mean of a batch is no number.
+        let difference = largest_difference(&large, &means);
+        assert!(difference.is_nan() || difference > 1e-6, "the test would not notice");
+    }
+    // The first batch of a window, the only one, and all batches of a window without tokens.
+    let token = |x: f64, tokens: i64| {
+        let loss = Tensor::from(if tokens == 0 { f64::NAN } else { x });
+        (loss, tokens)
+    };
+    let w = || Tensor::from(1.).set_requires_grad(true);
+    for (batches, expected) in [
+        (vec![token(5., 0), token(2., 6), token(8., 3)], 4.),
+        (vec![token(2., 6), token(5., 0), token(8., 3)], 4.),
+        (vec![token(2., 6), token(8., 3), token(5., 0)], 4.),
+    ] {
+        let vs = VarStore::new(Device::Cpu);
+        let w = vs.root().add("w", w(), true);
+        let optimizer = Optimizer::sgd(&vs).lr(1.).build()?;
+        let mut accumulator = GradientAccumulator::new(3)?;
+        for (loss, tokens) in batches {
+            accumulator.begin(&optimizer, accumulator.next_window())?;
+            let loss = accumulator.forward(|| &w * &loss)?;
+            accumulator.backward(&optimizer, &loss, tokens)?;
+        }
+        near(value(&w.grad()), expected);
+    }
+    let vs = VarStore::new(Device::Cpu);
+    let w = vs.root().add("w", w(), true);
+    let optimizer = Optimizer::sgd(&vs).build()?;
+    let mut accumulator = GradientAccumulator::new(2)?;
+    let mut step = |weight: Weight| -> tch_ignite::Result<bool> {
+        accumulator.begin(&optimizer, accumulator.next_window())?;
+        accumulator.backward(&optimizer, &(&w * 2.), weight)
+    };
+    for wrong in [
+        Weight::from(-1.),
+        f64::NAN.into(),
+        f64::INFINITY.into(),
+        Tensor::zeros([2], (Kind::Float, Device::Cpu)).into(),
+    ] {
+        let error = step(wrong).unwrap_err().to_string();
+        assert!(error.contains("the weight of a batch must be"), "{error}");
+    }
+    assert!(!step(0.into())?);
+    let error = step(Tensor::from(0i64).into()).unwrap_err().to_string();
+    assert!(error.contains("all 2 batches of the window have weight 0"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn equal_batches_are_divided_by_their_number_and_nothing_else() -> Result<()> {
+    for kind in [Kind::Float, Kind::Double] {
+        let (x, y) = samples();
+        let (x, y) = (x.to_kind(kind), y.to_kind(kind));
+        let batch = |i: i64| (x.narrow(0, 3 * i, 3), y.narrow(0, 3 * i, 3));
+        let make = || {
+            tch::manual_seed(3);
+            let mut vs = VarStore::new(Device::Cpu);
+            let net = nn::linear(vs.root(), 5, 1, Default::default());
+            if kind == Kind::Double {
+                vs.double();
+            }
+            let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
+            (vs, net, optimizer)
+        };
+        let (ours, net, optimizer) = make();
+        let mut cx = Supervised::new(net, optimizer, |p, y| p.mse_loss(y, tch::Reduction::Mean))
+            .accumulate(3)?;
+        (0..6).try_for_each(|i| cx.train_step(batch(i)).map(drop))?;
+        let (theirs, net, optimizer) = make();
+        for i in 0..6 {
+            if i % 3 == 0 {
+                optimizer.zero_grad()?;
+            }
+            let (x, y) = batch(i);
+            (nn::Module::forward(&net, &x).mse_loss(&y, tch::Reduction::Mean) / 3.).backward();
+            if i % 3 == 2 {
+                optimizer.step()?;
+            }
+        }
+        for (name, tensor) in ours.variables() {
+            assert_eq!(tensor, theirs.variables()[&name]);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_window_goes_on_after_its_state_is_restored() -> Result<()> {
+    for saved_after in 1..3 {
+        let mut results = vec![];
+        for restored in [false, true] {
+            let mut vs = VarStore::new(Device::Cpu);
+            let mut cx = linear(&mut vs).accumulate(3)?;
+            let data = [batch(&[1.]), batch(&[2., 4., 6.]), batch(&[5., 1.])];
+            for (index, (x, y)) in data.into_iter().enumerate() {
+                if restored && index == saved_after {
+                    let (state, model) = (cx.state_dict()?, (&vs).into_stateful().state_dict()?);
+                    vs = VarStore::new(Device::Cpu);
+                    cx = linear(&mut vs).accumulate(3)?;
+                    (&vs).into_stateful().load_state_dict(model)?;
+                    cx.load_state_dict(state)?;
+                    assert!(cx.differs_by_rank());
+                }
+                let _ = cx.train_step((x, y))?;
+            }
+            results.push(weight(&vs));
+        }
+        assert_eq!(results[0], results[1]);
+        near(results[0], 1. - 19. / 6.);
+    }
+    Ok(())
+}
+
+#[test]
+fn averages_follow_the_updates_of_the_optimizer() -> Result<()> {
+    let data = || clones((1..=6).map(|i| batch(&[f64::from(i)])).collect());
+    let mut vs = VarStore::new(Device::Cpu);
+    let mut cx = linear(&mut vs).accumulate(4)?;
+    let ema = EMAHandler::new(&vs, 0.5)?;
+    let mut trainer = create_supervised_trainer();
+    trainer.attach(ema.clone());
+    trainer.run(&mut cx, data(), Until::epochs(1).epoch_length(6))?;
+    // w is 1, then 1 - 2.5, then that - 5.5: one average for each.
+    assert_eq!(ema.updates(), 2);
+    let first = 0.5 + 0.5 * -1.5;
+    near(ema.averages()[0].1.double_value(&[0]), 0.5 * first + 0.5 * -7.);
+
+    // A skipped step counts, unless it is told not to. The first loss overflows when it is scaled.
+    for (on, updates) in [(None, 3), (Some(OPTIMIZER_STEPPED), 2), (Some(WINDOW_COMPLETED), 3)] {
+        let mut vs = VarStore::new(Device::Cpu);
+        let scaler = GradScaler::new();
+        let mut cx = linear(&mut vs).accumulate(2)?.grad_scaler(scaler.clone());
+        let mut ema = EMAHandler::new(&vs, 0.5)?;
+        if let Some(event) = on {
+            ema = ema.on(event);
+        }
+        let mut trainer = create_supervised_trainer();
+        trainer.attach(ema.clone());
+        let data: Vec<_> = [1e308, 2., 3., 4., 5., 6.].iter().map(|x| batch(&[*x])).collect();
+        trainer.run(&mut cx, clones(data), Until::epochs(1))?;
+        assert_eq!((ema.updates(), scaler.skipped()?), (updates, 1));
+    }
+
+    // An engine of one's own says where it steps, or has one update in each iteration.
+    for registers in [true, false] {
+        let mut vs = VarStore::new(Device::Cpu);
+        let _ = linear(&mut vs);
+        let mut trainer = Engine::new(move |_: &mut (), engine: &mut Engine<'_, _, (), ()>, ()| {
+            if registers && engine.state.iteration % 3 == 0 {
+                engine.fire_event(OPTIMIZER_STEPPED, &mut ())?;
+            }
+            Ok(())
+        });
+        if registers {
+            trainer.register_events([OPTIMIZER_STEPPED])?;
+        }
+        let ema = EMAHandler::new(&vs, 0.5)?;
+        trainer.attach(ema.clone());
+        trainer.run(&mut (), vec![(); 6], Until::epochs(1))?;
+        assert_eq!(ema.updates(), if registers { 2 } else { 6 });
+    }
+    Ok(())
+}
+
+#[test]
+fn a_schedule_that_counts_updates_gives_update_k_value_k() -> Result<()> {
+    let line = || PiecewiseLinear::new([(0, 1.), (10, 11.)]);
+    for skipped in [0, 2] {
+        for events in [Events::from(OPTIMIZER_STEPPED), OPTIMIZER_STEPPED | Event::Terminate] {
+            let mut vs = VarStore::new(Device::Cpu);
+            // Every gradient is 1, so that the weight shows the rates.
+            let scaler = GradScaler::new();
+            let mut cx = linear(&mut vs).accumulate(2)?.grad_scaler(scaler.clone());
+            let optimizer = cx.optimizer.clone();
+            let mut trainer = create_supervised_trainer();
+            trainer.attach(ParamScheduler::new("lr", optimizer.knob("lr")?, line()).on(events));
+            let overflowing = std::iter::repeat_n(1e308, 2 * skipped);
+            let data: Vec<_> = overflowing.chain([1.; 9]).map(|x| batch(&[x])).collect();
+            trainer.run(&mut cx, clones(data), Until::epochs(1))?;
+            // Five updates; the last one has one batch.
+            assert_eq!(scaler.skipped()?, skipped as u64);
+            near(weight(&vs), 1. - (1. + 2. + 3. + 4. + 5.));
+            near(optimizer.group_at(0)?.lr()?, 6.);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_resumed_schedule_of_updates_goes_on_at_its_place() -> Result<()> {
+    let run = |stop: Option<u64>| -> Result<f64> {
+        let make = || -> Result<_> {
+            let mut vs = VarStore::new(Device::Cpu);
+            let cx = linear(&mut vs).accumulate(2)?;
+            let mut trainer = create_supervised_trainer();
+            let knob = cx.optimizer.knob("lr")?;
+            let line = PiecewiseLinear::new([(0, 1.), (10, 11.)]);
+            trainer.track("model", &vs).track("optimizer", &cx.optimizer);
+            trainer.attach(ParamScheduler::new("lr", knob, line).on(OPTIMIZER_STEPPED));
+            Ok((vs, cx, trainer))
+        };
+        let data = || clones((1..=7).map(|i| batch(&[f64::from(i)])).collect());
+        let until = || Until::epochs(2).epoch_length(7);
+        let (mut vs, mut cx, mut trainer) = make()?;
+        if let Some(stop) = stop {
+            trainer.on(Event::IterationCompleted.once(stop), |_, engine| {
+                engine.interrupt();
+                Ok(())
+            });
+            trainer.run(&mut cx, data(), until())?;
+            let state = trainer.checkpoint(&cx)?;
+            drop(trainer);
+            (vs, cx, trainer) = make()?;
+            trainer.restore(&mut cx, state, true)?;
+        }
+        trainer.run(&mut cx, data(), until())?;
+        Ok(weight(&vs))
+    };
+    let whole = run(None)?;
+    // Rates 1 to 8 of windows 1.5, 3.5, 5.5, 7, and again.
+    near(whole, 1. - (1.5 + 7. + 16.5 + 28. + 7.5 + 21. + 38.5 + 56.));
+    for stop in 1..14 {
+        assert_eq!(run(Some(stop))?, whole, "{stop}");
+    }
+    Ok(())
+}
+
+#[test]
+fn training_and_evaluation_call_the_model_in_their_modes() -> Result<()> {
+    use std::sync::{Arc, Mutex};
+    let calls: Arc<Mutex<Vec<(bool, bool)>>> = Arc::default();
+    let seen = calls.clone();
+    let vs = VarStore::new(Device::Cpu);
+    let w = vs.root().ones("w", &[1]);
+    let net = nn::func_t(move |x, train| {
+        let y = x * &w;
+        seen.lock().unwrap().push((train, y.requires_grad()));
+        y
+    });
+    let optimizer = Optimizer::sgd(&vs).build()?;
+    let mut cx = Supervised::new(net, optimizer, |y_pred, _| y_pred.mean(Kind::Float));
+    let data = || clones(vec![(Tensor::from_slice(&[1f32]), Tensor::from(0.))]);
+    create_supervised_trainer().run(&mut cx, data(), Until::epochs(1))?;
+    assert_eq!(std::mem::take(&mut *calls.lock().unwrap()), [(true, true)]);
+    let mut evaluator = create_supervised_evaluator();
+    evaluator.on(Event::IterationCompleted, |_, engine| {
+        let prediction = engine.state.output.as_ref().unwrap();
+        assert!(!prediction.y_pred.requires_grad());
+        Ok(())
+    });
+    evaluator.run(&mut cx, data(), Until::epochs(1))?;
+    assert_eq!(std::mem::take(&mut *calls.lock().unwrap()), [(false, false)]);
+    assert!(
+        tch::Tensor::from(1.).set_requires_grad(true).square().requires_grad(),
+        "gradients are on again"
+    );
+    Ok(())
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f64> {
+    Vec::try_from(tensor.to_kind(Kind::Double)).unwrap()
+}
+
+/// The numbers are those of torch 2.13's `update_bn`.
+#[test]
+fn update_bn_computes_torchs_averages() -> Result<()> {
+    use nn::ModuleT;
+    let mean = [1.0078214339152392, 1.1697504114521182, 1.2518431180597218];
+    let var = [6.021375988641054, 6.343750850149826, 6.715931850538415];
+    let twice_mean = [1.0039107169576198, 1.084875205726059, 1.125921559029861];
+    let twice_var = [5.899569829933034, 6.060757721597707, 6.2468485855157905];
+    for (kind, tolerance) in [(Kind::Double, 1e-15), (Kind::Float, 3e-7)] {
+        let x =
+            (Tensor::arange(30, (Kind::Double, Device::Cpu)) * 0.7).sin().view([10, 3]) * 3. + 1.;
+        let x = x.to_kind(kind);
+        let data = || {
+            let parts = [(0, 4), (4, 3), (7, 3)].map(|(from, size)| x.narrow(0, from, size));
+            tch_ignite::data::one_shot(parts)
+        };
+        let close = |tensor: &Tensor, expected: [f64; 3]| {
+            for (ours, theirs) in numbers(tensor).into_iter().zip(expected) {
+                assert!((ours - theirs).abs() <= tolerance * theirs, "{ours} {theirs}");
+            }
+        };
+        for momentum in [0.1, 0.3, 1.] {
+            let mut vs = VarStore::new(Device::Cpu);
+            let ws_init = nn::Init::Const(1.);
+            let config = nn::BatchNormConfig { momentum, ws_init, ..Default::default() };
+            let bn = nn::batch_norm1d(vs.root() / "bn", 3, config);
+            if kind == Kind::Double {
+                vs.double();
+            }
+            let _ = tch::no_grad(|| bn.running_var.shallow_clone().fill_(9.));
+            assert_eq!(update_bn(data(), |x| bn.forward_t(x, true))?, 1);
+            close(&bn.running_mean, mean);
+            close(&bn.running_var, var);
+            // A layer that is called twice counts each call.
+            let twice = |x: &Tensor| bn.forward_t(&(bn.forward_t(x, true) * 2. + 1.), true);
+            assert_eq!(update_bn(data(), twice)?, 1);
+            close(&bn.running_mean, twice_mean);
+            close(&bn.running_var, twice_var);
+            // What fails changes nothing.
+            let mut calls = 0;
+            let error = update_bn(data(), |x| {
+                calls += 1;
+                assert!(calls < 2, "as asked");
+                bn.forward_t(x, true)
+            });
+            assert!(error.unwrap_err().to_string().contains("as asked"));
+            let error = update_bn(data(), |x| bn.forward_t(x, false)).unwrap_err().to_string();
+            assert!(
+                error.contains("evaluation mode") && error.contains("forward_t(x, true)"),
+                "{error}"
+            );
+            assert_eq!(update_bn(data(), |_| ())?, 0);
+            close(&bn.running_var, twice_var);
+            assert!(x.set_requires_grad(true).square().requires_grad());
+        }
+    }
+
+    // The averages of the weights have averages of their own, and the model keeps what it had.
+    let vs = VarStore::new(Device::Cpu);
+    let net = nn::seq_t()
+        .add(nn::linear(vs.root() / "a", 2, 2, Default::default()))
+        .add(nn::batch_norm1d(vs.root() / "bn", 2, Default::default()));
+    let running = || numbers(&vs.variables()["bn.running_mean"]);
+    let x = Tensor::from_slice2(&[[1f32, 2.], [3., 5.], [8., 1.], [2., 2.]]);
+    let _ = net.forward_t(&x, true);
+    let (swa, own) = (SWAHandler::new(&vs)?, running());
+    tch::no_grad(|| drop(vs.variables()["a.bias"].shallow_clone().fill_(3.)));
+    swa.update()?;
+    tch::no_grad(|| drop(vs.variables()["a.bias"].shallow_clone().fill_(-9.)));
+    {
+        let _averages = swa.swap()?;
+        assert_eq!(update_bn(tch_ignite::data::one_shot([x]), |x| net.forward_t(x, true))?, 1);
+    }
+    assert_eq!(running(), own);
+    let _averages = swa.swap()?;
+    let computed = running();
+    let expected = {
+        let variables = vs.variables();
+        Tensor::from_slice(&[3.5f32, 2.5]).matmul(&variables["a.weight"].tr())
+            + &variables["a.bias"]
+    };
+    for (ours, theirs) in computed.into_iter().zip(numbers(&expected.detach())) {
+        close(ours, theirs);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_last_batch_of_one_sample_is_refused_where_batch_normalisation_needs_more() -> Result<()> {
+    let x = Tensor::randn([5, 3, 2, 2], (Kind::Float, Device::Cpu));
+    let y = Tensor::zeros([5, 1], (Kind::Float, Device::Cpu));
+    let loader = || Loader::new(&x, &y, 2).unwrap();
+    for pooled in [true, false] {
+        let vs = VarStore::new(Device::Cpu);
+        let mut net = nn::seq_t();
+        if pooled {
+            net = net.add_fn(|x| x.mean_dim([2i64, 3].as_slice(), true, None::<Kind>));
+        }
+        let net = net
+            .add(nn::batch_norm2d(vs.root() / "block" / "bn", 3, Default::default()))
+            .add_fn(|x| x.flatten(1, -1).mean_dim([1i64].as_slice(), true, None::<Kind>));
+        let optimizer = Optimizer::sgd(&vs).lr(0.1).build()?;
+        let loss = |y_pred: &Tensor, y: &Tensor| y_pred.mse_loss(y, tch::Reduction::Mean);
+        let mut cx = Supervised::new(net, optimizer, loss);
+        let running = |vs: &VarStore| numbers(&vs.variables()["block.bn.running_var"]);
+        let mut trainer = create_supervised_trainer();
+        let run = trainer.run(&mut cx, &loader(), Until::epochs(2));
+        assert!(running(&vs).iter().all(|value| value.is_finite()), "{:?}", running(&vs));
+        if !pooled {
+            // Four pixels are four values.
+            run?;
+            continue;
+        }
+        let error = format!("{:#}", anyhow::Error::from(run.unwrap_err()));
+        for part in ["epoch 1", "iteration 3", "'block.bn'", "drop_last"] {
+            assert!(error.contains(part), "{error}");
+        }
+        // The same without the last batch.
+        let (before, two) = (running(&vs), loader().drop_last(true));
+        create_supervised_trainer().run(&mut cx, &two, Until::epochs(1))?;
+        assert_ne!(running(&vs), before);
+    }
     Ok(())
 }

@@ -118,10 +118,15 @@ impl Scaler {
                 "step() has already been called since the last update() of this GradScaler",
             ));
         }
-        let factor = clip((!optimized.unscaled).then_some(inverse))?;
-        optimizer.update(factor.as_ref(), Some(&optimized.found_inf))?;
-        optimized.stepped = true;
-        Ok(())
+        let unscaled = optimized.unscaled;
+        let stepped = clip((!unscaled).then_some(inverse))
+            .and_then(|factor| optimizer.update(factor.as_ref(), Some(&optimized.found_inf)));
+        optimized.stepped = stepped.is_ok();
+        if stepped.is_err() && !unscaled {
+            // The next try may be with other gradients, which have to be looked at anew.
+            self.optimizers.retain(|known| !known.optimizer.is(optimizer));
+        }
+        stepped
     }
 }
 

@@ -6,7 +6,13 @@
 
 namespace {
 
-at::DeviceType device_of(int device) { return device == 0 ? at::kCPU : at::kCUDA; }
+at::DeviceType device_of(int device) {
+  switch (device) {
+    case 0: return at::kCPU;
+    case 1: return at::kCUDA;
+    default: unknown("device of autocast", device);
+  }
+}
 
 }  // namespace
 
@@ -16,10 +22,12 @@ extern "C" {
 int tig_autocast_enter(int device, int enabled, int dtype, int* was_enabled, int* had_dtype, char** error) {
   return guarded(error, [&] {
     const auto type = device_of(device);
+    const auto cast_to = static_cast<at::ScalarType>(dtype);
+    if (enabled && cast_to != at::kHalf && cast_to != at::kBFloat16) unknown("type of autocast", dtype);
     *was_enabled = at::autocast::is_autocast_enabled(type);
     *had_dtype = static_cast<int>(at::autocast::get_autocast_dtype(type));
     at::autocast::set_autocast_enabled(type, enabled != 0);
-    if (enabled) at::autocast::set_autocast_dtype(type, static_cast<at::ScalarType>(dtype));
+    if (enabled) at::autocast::set_autocast_dtype(type, cast_to);
     at::autocast::increment_nesting();
   });
 }

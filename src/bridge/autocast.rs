@@ -79,3 +79,13 @@ impl Drop for AutocastRegion {
         });
     }
 }
+
+/// Enters autocast of the device of that number, which must be unknown.
+#[cfg(test)]
+pub(super) fn enter_device(device: c_int) -> Result<(), Exception> {
+    let (mut was_enabled, mut had_dtype) = (0, 0);
+    // SAFETY: as in `AutocastRegion::enter`.
+    checked(|error| unsafe {
+        tig_autocast_enter(device, 0, 6, &mut was_enabled, &mut had_dtype, error)
+    })
+}

@@ -28,37 +28,78 @@ enum Update : int {
   MEAN = 1,  // average + (source - average) / number
   COPY = 2,
   SWAP = 3,
+  SWAP_BACK = 4,  // undoes SWAP: the last pair first, because sources may share memory
 };
 
-void update(Pairs& pairs, Update how, double number) {
-  at::NoGradGuard no_grad;
-  pairs.pass.clear();
-  pairs.pass.add(tig::Numbers{how == LERP ? 1. - number : number, number});  // of all tasks
+Update update_of(int number) {
+  switch (number) {
+    case LERP:
+    case MEAN:
+    case COPY:
+    case SWAP:
+    case SWAP_BACK: return static_cast<Update>(number);
+    default: unknown("update of averages", number);
+  }
+}
+
+// Refuses pairs that do not fit before the first one is changed.
+void check(const Pairs& pairs) {
+  for (size_t i = 0; i < pairs.averages.size(); ++i) {
+    const Tensor &average = pairs.averages[i], &source = pairs.sources[i];
+    TORCH_CHECK(average.sizes() == source.sizes(), "variable ", i, " has size ", source.sizes(),
+                " now, and its average ", average.sizes());
+    TORCH_CHECK(average.is_complex() || !source.is_complex(), "variable ", i,
+                " is complex now, and its average is not");
+  }
+}
+
+void exchange(const Tensor& average, const Tensor& source) {
+  const Tensor kept = average.clone();
+  average.copy_(source);
+  source.copy_(kept);
+}
+
+void swap(Pairs& pairs, bool back) {
+  const auto own = [&](size_t i) {
+    return tig::is_plain_cpu(pairs.averages[i]) && tig::is_alike(pairs.averages[i], pairs.sources[i]);
+  };
+  const size_t count = pairs.averages.size();
+  for (size_t k = 0; k < count; ++k) {
+    const size_t i = back ? count - 1 - k : k;
+    if (!own(i)) continue;
+    tig::Task task{};
+    task.p = pairs.averages[i].mutable_data_ptr();
+    task.s[0] = pairs.sources[i].mutable_data_ptr();
+    task.n = pairs.averages[i].numel();
+    task.dtype = pairs.averages[i].scalar_type();
+    task.rule = Rule::Swap;
+    pairs.averages[i].unsafeGetTensorImpl()->bump_version();
+    pairs.sources[i].unsafeGetTensorImpl()->bump_version();
+    pairs.pass.add(task);
+  }
+  if (back) pairs.pass.update();
+  for (size_t k = 0; k < count; ++k) {
+    const size_t i = back ? count - 1 - k : k;
+    if (!own(i)) exchange(pairs.averages[i], pairs.sources[i]);
+  }
+  if (!back) pairs.pass.update();
+}
+
+void average(Pairs& pairs, Update how, double number) {
   pairs.other_averages.clear();
   pairs.other_sources.clear();
   for (size_t i = 0; i < pairs.averages.size(); ++i) {
     const Tensor &average = pairs.averages[i], &source = pairs.sources[i];
-    const bool own = tig::is_plain_cpu(average) && tig::is_alike(average, source);
-    if (how == SWAP && !own) {
-      const Tensor kept = average.clone();
-      average.copy_(source);
-      source.copy_(kept);
-    } else if (how == COPY || (how != SWAP && !average.is_floating_point() && !average.is_complex())) {
+    if (how == COPY || (!average.is_floating_point() && !average.is_complex())) {
       // Integers count something: they are not averaged, but taken over.
       average.copy_(source);
-    } else if (own) {
+    } else if (tig::is_plain_cpu(average) && tig::is_alike(average, source)) {
       tig::Task task{};
       task.p = average.mutable_data_ptr();
+      task.g = source.const_data_ptr();
       task.n = average.numel();
       task.dtype = average.scalar_type();
-      if (how == SWAP) {
-        task.s[0] = source.mutable_data_ptr();
-        task.rule = Rule::Swap;
-        source.unsafeGetTensorImpl()->bump_version();
-      } else {
-        task.g = source.const_data_ptr();
-        task.rule = how == LERP ? Rule::Lerp : Rule::Mean;
-      }
+      task.rule = how == LERP ? Rule::Lerp : Rule::Mean;
       average.unsafeGetTensorImpl()->bump_version();
       pairs.pass.add(task);
     } else {
@@ -76,6 +117,15 @@ void update(Pairs& pairs, Update how, double number) {
     at::_foreach_div_(difference, number);
     at::_foreach_add_(pairs.other_averages, difference);
   }
+}
+
+void update(Pairs& pairs, Update how, double number) {
+  at::NoGradGuard no_grad;
+  check(pairs);
+  pairs.pass.clear();
+  pairs.pass.add(tig::Numbers{how == LERP ? 1. - number : number, number});  // of all tasks
+  if (how == SWAP || how == SWAP_BACK) return swap(pairs, how == SWAP_BACK);
+  average(pairs, how, number);
 }
 
 }  // namespace
@@ -98,7 +148,7 @@ int tig_pairs_new(const Tensor* const* averages, const Tensor* const* sources, s
 void tig_pairs_free(Pairs* pairs) { delete pairs; }
 
 int tig_pairs_update(Pairs* pairs, int how, double number, char** error) {
-  return guarded(error, [&] { update(*pairs, static_cast<Update>(how), number); });
+  return guarded(error, [&] { update(*pairs, update_of(how), number); });
 }
 
 }  // extern "C"

@@ -29,8 +29,10 @@ pub(crate) enum Average {
     Mean(f64),
     /// The source's values.
     Copy,
-    /// Average and source change their values.
+    /// Average and source change their values, pair by pair.
     Swap,
+    /// The same, from the last pair to the first: undoes `Swap` where sources share memory too.
+    SwapBack,
 }
 
 /// Tensors and what they average, as lists on the C++ side. The tensors are shared, not copied.
@@ -67,10 +69,19 @@ impl Pairs {
             Average::Mean(count) => (1, count),
             Average::Copy => (2, 0.),
             Average::Swap => (3, 0.),
+            Average::SwapBack => (4, 0.),
         };
         // SAFETY: the object is live and only we use it.
         checked(|error| unsafe { tig_pairs_update(self.0.as_ptr(), how, number, error) })
     }
+}
+
+/// An update of no pairs by this number.
+#[cfg(test)]
+pub(super) fn update_with_number(how: c_int) -> Result<(), Exception> {
+    let pairs = Pairs::new(std::iter::empty())?;
+    // SAFETY: as in `update`.
+    checked(|error| unsafe { tig_pairs_update(pairs.0.as_ptr(), how, 0., error) })
 }
 
 impl Drop for Pairs {

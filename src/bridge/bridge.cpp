@@ -3,7 +3,9 @@
 
 #include "bridge.h"
 
+#include <algorithm>
 #include <memory>
+#include <unordered_set>
 
 using torch::Tensor;
 using torch::optim::Optimizer;
@@ -31,12 +33,11 @@ enum Option : int {
 // Calls f(options) with the options in their own type. `kind` comes from tig_kind, so the casts hold.
 template <typename F>
 void with_options(int kind, OptimizerOptions& options, F&& f) {
-  switch (kind) {
+  switch (kind_of(kind)) {
     case SGD: return f(static_cast<torch::optim::SGDOptions&>(options));
     case ADAM: return f(static_cast<torch::optim::AdamOptions&>(options));
     case ADAMW: return f(static_cast<torch::optim::AdamWOptions&>(options));
     case RMSPROP: return f(static_cast<torch::optim::RMSpropOptions&>(options));
-    default: throw std::invalid_argument("unknown kind of optimizer");
   }
 }
 
@@ -134,12 +135,28 @@ int tig_parameter_count(Optimizer* optimizer, size_t group, size_t* count, char*
   return guarded(error, [&] { *count = optimizer->param_groups().at(group).params().size(); });
 }
 
-// `ids` has room for tig_parameter_count entries.
-int tig_parameter_ids(Optimizer* optimizer, size_t group, const void** ids, char** error) {
+// `parameters` has room for tig_parameter_count entries.
+int tig_parameters(Optimizer* optimizer, size_t group, Tensor** parameters, char** error) {
   return guarded(error, [&] {
-    for (const auto& parameter : optimizer->param_groups().at(group).params())
-      *ids++ = parameter.unsafeGetTensorImpl();
+    for (const auto& parameter : optimizer->param_groups().at(group).params()) *parameters++ = new Tensor(parameter);
   });
+}
+
+// A tensor that was added more than once stays where it was added first: it is one parameter.
+int tig_remove_repeated(Optimizer* optimizer, char** error) {
+  return guarded(error, [&] {
+    std::unordered_set<const void*> seen;
+    for (auto& group : optimizer->param_groups()) {
+      auto& all = group.params();
+      const auto repeated = [&](const Tensor& p) { return !seen.insert(p.unsafeGetTensorImpl()).second; };
+      all.erase(std::remove_if(all.begin(), all.end(), repeated), all.end());
+    }
+  });
+}
+
+// A warning by libtorch's own road, as PyTorch would print it.
+int tig_warn(const char* text, char** error) {
+  return guarded(error, [&] { TORCH_WARN(text); });
 }
 
 const void* tig_tensor_id(const Tensor* tensor) { return tensor->unsafeGetTensorImpl(); }
@@ -160,30 +177,32 @@ int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* foun
     *found = 0;
     *step = -1;
     tensors[0] = tensors[1] = tensors[2] = nullptr;
-    if (kind == SGD) {
-      if (auto s = state_of<torch::optim::SGDParamState>(optimizer, parameter)) {
-        *found = 1;
-        tensors[0] = copy(s->momentum_buffer());
-      }
-    } else if (kind == RMSPROP) {
-      if (auto s = state_of<torch::optim::RMSpropParamState>(optimizer, parameter)) {
-        *found = 1;
-        *step = s->step();
-        tensors[0] = copy(s->square_avg());
-        tensors[1] = copy(s->momentum_buffer());
-        tensors[2] = copy(s->grad_avg());
-      }
-    } else {
-      auto read = [&](auto s) {
-        if (!s) return;
-        *found = 1;
-        *step = s->step();
-        tensors[0] = copy(s->exp_avg());
-        tensors[1] = copy(s->exp_avg_sq());
-        tensors[2] = copy(s->max_exp_avg_sq());
-      };
-      if (kind == ADAM) read(state_of<torch::optim::AdamParamState>(optimizer, parameter));
-      else read(state_of<torch::optim::AdamWParamState>(optimizer, parameter));
+    auto adam = [&](auto s) {
+      if (!s) return;
+      *found = 1;
+      *step = s->step();
+      tensors[0] = copy(s->exp_avg());
+      tensors[1] = copy(s->exp_avg_sq());
+      tensors[2] = copy(s->max_exp_avg_sq());
+    };
+    switch (kind_of(kind)) {
+      case SGD:
+        if (auto s = state_of<torch::optim::SGDParamState>(optimizer, parameter)) {
+          *found = 1;
+          tensors[0] = copy(s->momentum_buffer());
+        }
+        break;
+      case RMSPROP:
+        if (auto s = state_of<torch::optim::RMSpropParamState>(optimizer, parameter)) {
+          *found = 1;
+          *step = s->step();
+          tensors[0] = copy(s->square_avg());
+          tensors[1] = copy(s->momentum_buffer());
+          tensors[2] = copy(s->grad_avg());
+        }
+        break;
+      case ADAM: return adam(state_of<torch::optim::AdamParamState>(optimizer, parameter));
+      case ADAMW: return adam(state_of<torch::optim::AdamWParamState>(optimizer, parameter));
     }
   });
 }
@@ -194,27 +213,29 @@ int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64
   return guarded(error, [&] {
     auto tensor = [&](int index) { return tensors[index] ? *tensors[index] : Tensor(); };
     auto set = [&](auto state) { optimizer->state()[parameter->unsafeGetTensorImpl()] = std::move(state); };
-    if (kind == SGD) {
-      auto s = std::make_unique<torch::optim::SGDParamState>();
-      s->momentum_buffer(tensor(0));
-      set(std::move(s));
-    } else if (kind == RMSPROP) {
-      auto s = std::make_unique<torch::optim::RMSpropParamState>();
+    auto adam = [&](auto s) {
       s->step(step);
-      s->square_avg(tensor(0));
-      s->momentum_buffer(tensor(1));
-      s->grad_avg(tensor(2));
+      s->exp_avg(tensor(0));
+      s->exp_avg_sq(tensor(1));
+      s->max_exp_avg_sq(tensor(2));
       set(std::move(s));
-    } else {
-      auto filled = [&](auto s) {
+    };
+    switch (kind_of(kind)) {
+      case SGD: {
+        auto s = std::make_unique<torch::optim::SGDParamState>();
+        s->momentum_buffer(tensor(0));
+        return set(std::move(s));
+      }
+      case RMSPROP: {
+        auto s = std::make_unique<torch::optim::RMSpropParamState>();
         s->step(step);
-        s->exp_avg(tensor(0));
-        s->exp_avg_sq(tensor(1));
-        s->max_exp_avg_sq(tensor(2));
-        set(std::move(s));
-      };
-      if (kind == ADAM) filled(std::make_unique<torch::optim::AdamParamState>());
-      else filled(std::make_unique<torch::optim::AdamWParamState>());
+        s->square_avg(tensor(0));
+        s->momentum_buffer(tensor(1));
+        s->grad_avg(tensor(2));
+        return set(std::move(s));
+      }
+      case ADAM: return adam(std::make_unique<torch::optim::AdamParamState>());
+      case ADAMW: return adam(std::make_unique<torch::optim::AdamWParamState>());
     }
   });
 }

@@ -76,7 +76,7 @@ c10d::ReduceOp reduce_op(int op) {
     case 2: return c10d::ReduceOp::PRODUCT;
     case 3: return c10d::ReduceOp::MIN;
     case 4: return c10d::ReduceOp::MAX;
-    default: TORCH_CHECK(false, "unknown reduction ", op);
+    default: unknown("reduction", op);
   }
 }
 

@@ -9,9 +9,11 @@
 #include <ATen/ops/_fused_adam.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/_fused_sgd.h>
+#include <ATen/MemoryOverlap.h>
 
 #include <algorithm>
 #include <memory>
+#include <sstream>
 #include <tuple>
 
 #include "bridge.h"
@@ -30,13 +32,14 @@ using RmsProp = tig::RmsPropRules;
 
 // Calls f(rules) with those of this kind of optimizer.
 template <typename F>
-auto with_rules(int kind, F&& f) {
+auto with_rules(Kind kind, F&& f) {
   switch (kind) {
     case SGD: return f(Sgd());
     case ADAM: return f(Adam());
     case ADAMW: return f(AdamW());
-    default: return f(RmsProp());
+    case RMSPROP: return f(RmsProp());
   }
+  unknown("kind of optimizer", kind);
 }
 
 // How steps are done; the numbers of the enum in fused.rs.
@@ -44,6 +47,21 @@ enum Mode : int {
   LOOP = 0,      // libtorch's own loop
   FUSED = 1,     // one pass on CPU, libtorch's fused kernels elsewhere
   KERNELS = 2,   // libtorch's fused kernels everywhere: what CUDA does, for tests without one
+};
+
+Mode mode_of(int number) {
+  switch (number) {
+    case LOOP:
+    case FUSED:
+    case KERNELS: return static_cast<Mode>(number);
+    default: unknown("way to step", number);
+  }
+}
+
+// A step that cannot be made, because of one parameter.
+struct Refused : std::runtime_error {
+  Refused(const Tensor& p, const std::string& why) : std::runtime_error(why), parameter(p.unsafeGetTensorImpl()) {}
+  const void* parameter;
 };
 
 // Puts other parameters into the groups while it lives.
@@ -74,16 +92,9 @@ State* find(Optimizer& optimizer, const Tensor& p) {
   return found == all.end() ? nullptr : static_cast<State*>(found->second.get());
 }
 
-template <typename State>
-State& put(Optimizer& optimizer, const Tensor& p, std::unique_ptr<State> state) {
-  State& kept = *state;
-  optimizer.state()[p.unsafeGetTensorImpl()] = std::move(state);
-  return kept;
-}
-
 // Makes the step counts those of the steps that were made. Reads from the device if steps were made there
 // with a GradScaler since the last time: a host sync. To be called before anything but Step touches the state.
-void settle(Optimizer& optimizer, int kind, Plan& plan) {
+void settle(Optimizer& optimizer, Kind kind, Plan& plan) {
   plan.known.valid = false;
   if (!plan.ahead.skipped.defined()) return;
   const auto skipped = static_cast<int64_t>(plan.ahead.skipped.item<double>());
@@ -98,28 +109,31 @@ void settle(Optimizer& optimizer, int kind, Plan& plan) {
   plan.ahead = {};
 }
 
-c10::StorageImpl& storage(c10::TensorImpl& t) { return *t.unsafe_storage().unsafeGetStorageImpl(); }
+using tig::storage_of;
 
 int64_t offset(const c10::TensorImpl& t) { return t.storage_offset() * static_cast<int64_t>(t.dtype().itemsize()); }
 
 // The first element, to write to and to read from.
-void* memory(c10::TensorImpl& t) { return static_cast<char*>(storage(t).mutable_data()) + offset(t); }
-const void* read_memory(c10::TensorImpl& t) { return static_cast<const char*>(storage(t).data()) + offset(t); }
+void* memory(c10::TensorImpl& t) { return static_cast<char*>(storage_of(t).mutable_data()) + offset(t); }
+const void* read_memory(c10::TensorImpl& t) { return static_cast<const char*>(storage_of(t).data()) + offset(t); }
 
 class Step {
  public:
-  Step(Optimizer& optimizer, int kind, Plan& plan, Mode mode, const Tensor* factor, const Tensor* found_inf)
+  Step(Optimizer& optimizer, Kind kind, Plan& plan, Mode mode, const Tensor* factor, const Tensor* found_inf)
       : optimizer_(optimizer), kind_(kind), plan_(plan), mode_(mode), factor_(factor), found_inf_(found_inf) {}
 
+  // All that can refuse the step comes before all that it changes.
   void run() {
     at::NoGradGuard no_grad;
-    if (mode_ == LOOP) return loop();
-    if (skipped_on_host()) return;
+    if (mode_ == LOOP) settle(optimizer_, kind_, plan_);
+    if (mode_ == LOOP ? found_inf_ && skipped() : skipped_on_host()) return;
     with_rules(kind_, [&](auto rules) {
       using Rules = decltype(rules);
-      if (!recall<Rules>()) build<Rules>();
+      if (recall<Rules>()) return;
+      decide<Rules>();
+      commit<Rules>();
     });
-    plan_.pass.update(factor());
+    plan_.pass.update(host_factor_);
     run_buckets();
   }
 
@@ -147,16 +161,6 @@ class Step {
     const bool known = skipped();
     found_inf_ = nullptr;
     return known;
-  }
-
-  void loop() {
-    settle(optimizer_, kind_, plan_);
-    if (found_inf_ && skipped()) return;
-    if (factor_)
-      for (auto& group : optimizer_.param_groups())
-        for (const Tensor& p : group.params())
-          if (p.grad().defined()) scale_gradient(p.grad(), *factor_);
-    optimizer_.step();
   }
 
   void loop_over_left() {
@@ -188,6 +192,7 @@ class Step {
       }
     if (next != known.parameters.size()) return false;
 
+    read_factor(!plan_.pass.empty());
     for (const auto& parameter : known.parameters) {
       if (parameter.task == Plan::Known::NONE) continue;
       if (parameter.steps) ++*parameter.steps;
@@ -208,72 +213,152 @@ class Step {
     if (!gradient.defined()) return true;
     c10::TensorImpl* const g = gradient.unsafeGetTensorImpl();
     tig::Task& task = plan_.pass.task(before.task);
-    // The keys tell device, layout and negated views.
-    if (now->key_set() != before.keys || g->key_set() != before.keys) return false;
-    if (now->dtype() != g->dtype() || now->dtype().toScalarType() != task.dtype || now->numel() != task.n) return false;
-    if (!tig::same_layout(*now, *g) || !now->is_non_overlapping_and_dense()) return false;
-    if (&storage(*now) == &storage(*g) || memory(*now) != task.p) return false;
+    // What decide() looked at, without what follows from it.
+    if (now->key_set() != before.keys || now->dtype().toScalarType() != task.dtype || now->numel() != task.n) return false;
+    if (!now->is_non_overlapping_and_dense() || memory(*now) != task.p || !tig::is_within_storage(*now)) return false;
+    if (!tig::is_alike(*now, *g) || &storage_of(*now) == &storage_of(*g)) return false;
     for (int i = 0; i < 3; ++i) {
       c10::TensorImpl* const state = before.state[i];
-      if (state && (memory(*state) != task.s[i] || !tig::same_layout(*now, *state))) return false;
+      if (!state) continue;
+      if (!tig::is_alike(*now, *state) || memory(*state) != task.s[i] || &storage_of(*state) == &storage_of(*g)) return false;
     }
     if (before.steps && *before.steps != plan_.known.shared[task.numbers].steps) return false;
     task.g = read_memory(*g);
     return true;
   }
 
-  // Makes the tasks and lists of all parameters, and steps those that only the loop can.
+  // Decides who steps which parameter. Changes nothing, and refuses what none of them can.
   template <typename Rules>
-  void build() {
+  void decide() {
     auto& groups = optimizer_.param_groups();
+    auto& decisions = plan_.decisions;
+    decisions.clear();
+    bool any_in_pass = false;
+    for (size_t group = 0; group < groups.size(); ++group) {
+      const auto& o = options<Rules>(group);
+      for (const Tensor& p : groups[group].params()) {
+        Plan::Decision made{group, &p, Plan::Way::NONE, nullptr, nullptr};
+        const Tensor& g = p.unsafeGetTensorImpl()->grad();
+        if (g.defined()) {
+          auto* state = Rules::has_state(o) ? find<typename Rules::State>(optimizer_, p) : nullptr;
+          made.state = state;
+          made.way = way<Rules>(p, g, state, o);
+          if (made.way == Plan::Way::LOOP) check_loop<Rules>(p, g, state, o);
+          else if (Rules::has_state(o) && !state) made.made = Rules::make(p, o);
+          any_in_pass = any_in_pass || made.way == Plan::Way::ONE_PASS;
+        }
+        decisions.push_back(std::move(made));
+      }
+    }
+    read_factor(any_in_pass);
+  }
+
+  template <typename Rules>
+  Plan::Way way(const Tensor& p, const Tensor& g, const typename Rules::State* state, const typename Rules::Options& o) const {
+    if (mode_ == LOOP) return Plan::Way::LOOP;
+    const bool own = mode_ == FUSED && tig::is_plain_cpu(p);
+    if (!own && !for_kernels(p)) return Plan::Way::LOOP;
+    if (!tig::is_alike(p, g) || p.is_alias_of(g)) return Plan::Way::LOOP;
+    if (state) {
+      const auto tensors = Rules::tensors(*state, o);
+      for (size_t i = 0; i < tensors.size(); ++i) {
+        if (!tensors[i]) continue;
+        const Tensor& tensor = *tensors[i];
+        if (!tig::is_alike(p, tensor) || tensor.is_alias_of(p) || tensor.is_alias_of(g)) return Plan::Way::LOOP;
+        for (size_t j = 0; j < i; ++j)
+          if (tensors[j] && tensor.is_alias_of(*tensors[j])) return Plan::Way::LOOP;
+      }
+    }
+    return own ? Plan::Way::ONE_PASS : Plan::Way::KERNELS;
+  }
+
+  // Refuses what libtorch's loop refuses, because the loop does so when it has stepped the parameters before.
+  template <typename Rules>
+  static void check_loop(const Tensor& p, const Tensor& g, const typename Rules::State* state,
+                         const typename Rules::Options& o) {
+    if (const char* layout = Rules::refused_layout(g, state, o)) throw Refused(p, layout);
+    check_written(p, p, "it");
+    check_read(p, p, "it", g);
+    if (!state) return;
+    for (const Tensor* tensor : Rules::tensors(*state, o)) {
+      if (!tensor) continue;
+      if (!tensor->defined()) throw Refused(p, "the optimizer's state of it is not complete");
+      check_read(p, *tensor, "the optimizer's state of it", g);
+      if (tensor->layout() != at::kStrided) continue;
+      check_written(p, *tensor, "the optimizer's state of it");
+      if (p.layout() == at::kStrided && at::get_overlap_status(p, *tensor) == at::MemOverlapStatus::Partial)
+        throw Refused(p, "the optimizer's state of it shares a part of its memory");
+    }
+  }
+
+  static void check_written(const Tensor& p, const Tensor& written, const char* what) {
+    const std::string name = what;
+    if (written.is_inference() && !c10::InferenceMode::is_enabled()) throw Refused(p, name + " is an inference tensor");
+    if (written.layout() == at::kStrided && at::has_internal_overlap(written) == at::MemOverlap::Yes)
+      throw Refused(p, name + " has several elements at one place in memory");
+  }
+
+  // Whether `gradient` can be added to `written`, which is the parameter or a tensor of its state.
+  static void check_read(const Tensor& p, const Tensor& written, const char* what, const Tensor& gradient) {
+    const auto all = c10::promoteTypes(written.scalar_type(), gradient.scalar_type());
+    if (written.sizes() == gradient.sizes() && written.device() == gradient.device() &&
+        c10::canCast(all, written.scalar_type()) && !c10::isIntegralType(written.scalar_type(), true)) {
+      if (written.layout() == at::kStrided && gradient.layout() == at::kStrided &&
+          at::get_overlap_status(written, gradient) == at::MemOverlapStatus::Partial)
+        throw Refused(p, "its gradient shares a part of the memory of " + std::string(what));
+      return;
+    }
+    std::ostringstream why;
+    const auto described = [&](const Tensor& t) { why << t.scalar_type() << ' ' << t.sizes() << " on " << t.device(); };
+    why << what << " is ";
+    described(written);
+    why << ", and its gradient ";
+    described(gradient);
+    throw Refused(p, why.str());
+  }
+
+  // Makes the tasks and lists of what was decided, and steps the parameters that only the loop can.
+  template <typename Rules>
+  void commit() {
     auto& known = plan_.known;
     known.valid = false;
     known.shared.clear();
     known.parameters.clear();
     plan_.pass.clear();
-    plan_.left.resize(groups.size());
-    for (auto& left : plan_.left) left.clear();
     plan_.buckets.clear();
+    plan_.left.resize(optimizer_.param_groups().size());
+    for (auto& left : plan_.left) left.clear();
     bool any_left = false;
-    for (group_ = 0; group_ < groups.size(); ++group_)
-      for (const Tensor& p : groups[group_].params()) {
-        const Tensor& g = p.unsafeGetTensorImpl()->grad();
-        if (!g.defined()) {
-          known.parameters.push_back({group_, p.unsafeGetTensorImpl(), {}, {}, nullptr, Plan::Known::NONE});
-        } else if (!take<Rules>(p, g, options<Rules>(group_))) {
-          plan_.left[group_].push_back(p);
-          any_left = true;
-        }
+    for (const auto& decision : plan_.decisions)
+      if (decision.way == Plan::Way::LOOP) {
+        plan_.left[decision.group].push_back(*decision.p);
+        any_left = true;
       }
-    known.valid = mode_ == FUSED && !any_left && plan_.buckets.empty();
-    // First, so that what the loop refuses leaves the rest as it was.
+    // First: it may run out of memory.
     if (any_left) loop_over_left();
+    for (auto& decision : plan_.decisions) take<Rules>(decision);
+    plan_.decisions.clear();
+    known.valid = mode_ == FUSED && !any_left && plan_.buckets.empty();
   }
 
-  // Puts a parameter on the list it belongs to; false where only the loop can.
   template <typename Rules>
-  bool take(const Tensor& p, const Tensor& g, const typename Rules::Options& o) {
-    using State = typename Rules::State;
-    if (!tig::is_alike(p, g) || p.is_alias_of(g)) return false;
-    const bool own = mode_ == FUSED && tig::is_plain_cpu(p);
-    if (!own && !for_kernels(p)) return false;
-    State* state = nullptr;
-    tig::StateTensors tensors{};
-    bool first = false;
-    if (Rules::has_state(o)) {
-      state = find<State>(optimizer_, p);
-      first = state == nullptr;
-      if (first) state = &put(optimizer_, p, Rules::make(p, o));
-      tensors = Rules::tensors(*state, o);
-      for (const Tensor* tensor : tensors)
-        if (tensor && !tig::is_alike(p, *tensor)) return false;
-    }
+  void take(Plan::Decision& decision) {
+    const Tensor& p = *decision.p;
+    group_ = decision.group;
+    if (decision.way == Plan::Way::NONE)
+      plan_.known.parameters.push_back({group_, p.unsafeGetTensorImpl(), {}, {}, nullptr, Plan::Known::NONE});
+    if (decision.way == Plan::Way::NONE || decision.way == Plan::Way::LOOP) return;
+    const auto& o = options<Rules>(group_);
+    const Tensor& g = p.unsafeGetTensorImpl()->grad();
+    const bool first = decision.made != nullptr;
+    auto* state = static_cast<typename Rules::State*>(first ? decision.made.get() : decision.state);
+    if (first) optimizer_.state()[p.unsafeGetTensorImpl()] = std::move(decision.made);
+    const tig::StateTensors tensors = state ? Rules::tensors(*state, o) : tig::StateTensors{};
     int64_t* steps = nullptr;
     if constexpr (Rules::counts) steps = &state->step();
-    if (own) add<Rules>(p, g, o, tensors, steps, first);
+    if (decision.way == Plan::Way::ONE_PASS) add<Rules>(p, g, o, tensors, steps, first);
     else add_to_bucket(p, g, tensors, steps ? *steps : first ? 0 : 1);
     if (steps) ++*steps;
-    return true;
   }
 
   template <typename Rules>
@@ -323,8 +408,8 @@ class Step {
     return static_cast<typename Rules::Options&>(optimizer_.param_groups()[group].options());
   }
 
-  // For parameters on the CPU a number; where it is there, nothing waits for it.
-  double factor() const { return factor_ && !plan_.pass.empty() ? factor_->item<double>() : 1.; }
+  // For parameters on the CPU the factor is a number; where it is there, nothing waits for it.
+  void read_factor(bool wanted) { host_factor_ = factor_ && wanted ? factor_->item<double>() : 1.; }
 
   bool for_kernels(const Tensor& p) const {
     const bool device = p.device().is_cuda() || (mode_ == KERNELS && p.device().is_cpu());
@@ -351,7 +436,8 @@ class Step {
           break;
         }
         case RMSPROP: rmsprop_kernels(bucket, static_cast<torch::optim::RMSpropOptions&>(options)); break;
-        default: {
+        case ADAM:
+        case ADAMW: {
           // Filled on the device; nothing is copied there.
           auto done = at::full({}, static_cast<double>(std::get<4>(key) + 1), at::device(device).dtype(at::kFloat));
           if (plan_.ahead.skipped.defined()) done = done - plan_.ahead.skipped.to(device);
@@ -405,12 +491,13 @@ class Step {
   }
 
   Optimizer& optimizer_;
-  const int kind_;
+  const Kind kind_;
   Plan& plan_;
   const Mode mode_;
   const Tensor* factor_;
   const Tensor* found_inf_;
   size_t group_ = 0;
+  double host_factor_ = 1.;
 };
 
 }  // namespace
@@ -423,14 +510,24 @@ int tig_plan_new(Plan** made, char** error) {
 void tig_plan_free(Plan* plan) { delete plan; }
 
 // One step. The gradients count `factor` times, and nothing happens if `found_inf` is not 0; both are tensors
-// of one element, or null. The gradients themselves may be scaled.
+// of one element, or null. The gradients themselves may be scaled. Where the step is refused because of one
+// parameter, `refused` names it (as tig_tensor_id does), else it is null.
 int tig_step(Optimizer* optimizer, int kind, Plan* plan, int mode, const Tensor* factor, const Tensor* found_inf,
-             char** error) {
-  return guarded(error, [&] { Step(*optimizer, kind, *plan, static_cast<Mode>(mode), factor, found_inf).run(); });
+             const void** refused, char** error) {
+  *refused = nullptr;
+  return guarded(error, [&] {
+    try {
+      Step(*optimizer, kind_of(kind), *plan, mode_of(mode), factor, found_inf).run();
+    } catch (const Refused& why) {
+      *refused = why.parameter;
+      plan->decisions.clear();
+      throw;
+    }
+  });
 }
 
 int tig_settle(Optimizer* optimizer, int kind, Plan* plan, char** error) {
-  return guarded(error, [&] { settle(*optimizer, kind, *plan); });
+  return guarded(error, [&] { settle(*optimizer, kind_of(kind), *plan); });
 }
 
 }  // extern "C"

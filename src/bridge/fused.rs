@@ -6,7 +6,7 @@ use std::ptr::{NonNull, null, null_mut};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use super::{Exception, Native, Raw, checked};
+use super::{Exception, Native, Raw, TensorId, checked};
 
 unsafe extern "C" {
     fn tig_plan_new(made: *mut Raw, error: *mut *mut c_char) -> c_int;
@@ -18,6 +18,7 @@ unsafe extern "C" {
         mode: c_int,
         factor: *const C_tensor,
         found_inf: *const C_tensor,
+        refused: *mut *const c_void,
         error: *mut *mut c_char,
     ) -> c_int;
     fn tig_settle(optimizer: Raw, kind: c_int, plan: Raw, error: *mut *mut c_char) -> c_int;
@@ -34,6 +35,14 @@ pub(crate) enum Mode {
     /// libtorch's fused kernels on the CPU too: what CUDA does, for tests without one.
     #[cfg(test)]
     Kernels = 2,
+}
+
+/// A step that was not made.
+#[derive(Debug)]
+pub(crate) struct StepError {
+    /// The parameter because of which the step was refused, if it was one: nothing has changed then.
+    pub(crate) parameter: Option<TensorId>,
+    pub(crate) text: Exception,
 }
 
 /// The C++ side's lists, kept from step to step.
@@ -68,11 +77,12 @@ impl Native {
         &mut self,
         factor: Option<&Tensor>,
         found_inf: Option<&Tensor>,
-    ) -> Result<(), Exception> {
+    ) -> Result<(), StepError> {
         let pointer = |tensor: Option<&Tensor>| tensor.map_or(null(), |t| t.as_ptr());
+        let mut refused: *const c_void = null();
         // SAFETY: `raw` is the live optimizer inside `self.tch`, the plan is live; the pointers of live
         // tch tensors are live torch::Tensors, and null is allowed for them.
-        checked(|error| unsafe {
+        let stepped = checked(|error| unsafe {
             tig_step(
                 self.raw.as_ptr(),
                 self.kind as c_int,
@@ -80,8 +90,13 @@ impl Native {
                 self.mode as c_int,
                 pointer(factor),
                 pointer(found_inf),
+                &mut refused,
                 error,
             )
+        });
+        stepped.map_err(|text| StepError {
+            parameter: (!refused.is_null()).then_some(TensorId(refused as usize)),
+            text,
         })
     }
 
@@ -93,4 +108,19 @@ impl Native {
             tig_settle(self.raw.as_ptr(), self.kind as c_int, self.plan.as_ptr(), error)
         })
     }
+}
+
+/// A step by these numbers of the kind of optimizer and of the mode.
+///
+/// # Safety
+/// One of them is unknown, so that the optimizer is not taken for one of another kind.
+#[cfg(test)]
+pub(super) unsafe fn step_with_numbers(
+    native: &Native,
+    kind: c_int,
+    mode: c_int,
+) -> Result<(), Exception> {
+    let (raw, plan, mut refused) = (native.raw.as_ptr(), native.plan.as_ptr(), null());
+    // SAFETY: as in `step`; the caller promises the rest.
+    checked(|error| unsafe { tig_step(raw, kind, plan, mode, null(), null(), &mut refused, error) })
 }

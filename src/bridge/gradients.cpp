@@ -67,13 +67,19 @@ Sorted sort(Optimizer& optimizer, Groups groups, tig::OnePass& pass, bool coales
   return sorted;
 }
 
+// The value of one element; on the CPU read where it lies, because `item` counts as a wait for a device.
+double value(const Tensor& element) {
+  if (!element.device().is_cpu()) return element.item<double>();
+  return *element.to(at::kDouble).const_data_ptr<double>();
+}
+
 void scale(tig::OnePass& pass, const Sorted& sorted, const Tensor& factor) {
   if (!pass.empty()) {
-    const double number = factor.item<double>();
+    const double number = value(factor);
     if (number != 1.) pass.update(tig::Rule::Scale, number);
   }
   for (const auto& [device, list] : sorted.lists) {
-    if (list[0].device().is_cpu() && factor.device().is_cpu() && factor.item<double>() == 1.) continue;
+    if (list[0].device().is_cpu() && factor.device().is_cpu() && value(factor) == 1.) continue;
     at::_foreach_mul_(list, factor.to(list[0].device()).reshape({}));
   }
 }
@@ -130,9 +136,13 @@ int tig_scale_gradients(Optimizer* optimizer, const size_t* numbers, size_t coun
 int tig_clip_value(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, double max, char** error) {
   return guarded(error, [&] {
     at::NoGradGuard no_grad;
+    // Entries of a sparse gradient that are there twice are one element: added up, and kept so.
+    auto& all = optimizer->param_groups();
+    for (size_t i = 0; i < count; ++i)
+      for (const Tensor& p : all.at(numbers[i]).params())
+        if (p.mutable_grad().defined() && p.mutable_grad().is_sparse()) p.mutable_grad() = p.mutable_grad().coalesce();
     Sorted sorted = sort(*optimizer, {numbers, count}, plan->gradients, true);
     if (!plan->gradients.empty()) plan->gradients.update(tig::Rule::Clamp, max);
-    // Duplicates of an uncoalesced gradient are not added up here, as in torch.
     for (auto& [device, list] : sorted.lists) {
       at::_foreach_clamp_max_(list, max);
       at::_foreach_clamp_min_(list, -max);

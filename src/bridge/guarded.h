@@ -6,6 +6,13 @@
 
 #include <cstring>
 #include <exception>
+#include <stdexcept>
+#include <string>
+
+// Refuses a number that the Rust side sent and the C++ side has no meaning for.
+[[noreturn]] inline void unknown(const char* what, int number) {
+  throw std::invalid_argument("the bridge knows no " + std::string(what) + " " + std::to_string(number));
+}
 
 // Calls f; what it throws becomes a message in *error, to be freed with tig_free, and a 1.
 template <typename F>

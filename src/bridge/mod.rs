@@ -8,6 +8,7 @@
 mod allocator;
 mod autocast;
 mod average;
+mod batch_norm;
 #[cfg(feature = "distributed")]
 mod dist;
 mod fused;
@@ -22,10 +23,13 @@ mod process;
 mod reducer;
 mod serial;
 mod shared_tensor;
+mod thread_state;
 
 use std::cell::Cell;
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::collections::BTreeSet;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr::{NonNull, null, null_mut};
+use std::sync::{Mutex, PoisonError};
 
 use tch::nn::{self, OptimizerConfig};
 use tch::{COptimizer, TchError, Tensor};
@@ -34,9 +38,10 @@ use torch_sys::C_tensor;
 pub(crate) use allocator::keep_freed;
 pub(crate) use autocast::AutocastRegion;
 pub(crate) use average::{Average, Pairs};
+pub(crate) use batch_norm::BatchNormWatch;
 #[cfg(feature = "distributed")]
 pub(crate) use dist::{Cause, DistException, Group, Store, StoreAddress};
-pub(crate) use fused::Mode;
+pub(crate) use fused::{Mode, StepError};
 pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use host_syncs::HostSyncs;
 pub(crate) use memory::{bytes, bytes_mut};
@@ -47,6 +52,7 @@ pub(crate) use process::send_signal;
 pub(crate) use reducer::{Reducer, ReducerOptions};
 pub(crate) use serial::Serial;
 pub(crate) use shared_tensor::SharedTensor;
+pub(crate) use thread_state::ThreadState;
 
 use fused::Plan;
 
@@ -79,12 +85,14 @@ unsafe extern "C" {
         count: *mut usize,
         error: *mut *mut c_char,
     ) -> c_int;
-    fn tig_parameter_ids(
+    fn tig_parameters(
         optimizer: Raw,
         group: usize,
-        ids: *mut *const c_void,
+        parameters: *mut *mut C_tensor,
         error: *mut *mut c_char,
     ) -> c_int;
+    fn tig_remove_repeated(optimizer: Raw, error: *mut *mut c_char) -> c_int;
+    fn tig_warn(text: *const c_char, error: *mut *mut c_char) -> c_int;
     fn tig_tensor_id(tensor: *const C_tensor) -> *const c_void;
     fn tig_zero_grad(optimizer: Raw, error: *mut *mut c_char) -> c_int;
     fn tig_state(
@@ -160,7 +168,7 @@ pub(crate) enum Kind {
     RmsProp = 3,
 }
 
-/// Identifies a tensor's storage in libtorch: equal for all shallow clones of one tensor.
+/// Identifies a tensor of libtorch: equal for all shallow clones of one tensor, and not for its views.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct TensorId(usize);
 
@@ -169,6 +177,15 @@ impl TensorId {
         // SAFETY: the pointer of a live tch tensor is a live torch::Tensor.
         Self(unsafe { tig_tensor_id(tensor.as_ptr()) } as usize)
     }
+}
+
+/// Warns as libtorch does, by a line on stderr, and of each thing once in a process.
+pub(crate) fn warn_once(text: &str) {
+    static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let is_new = WARNED.lock().unwrap_or_else(PoisonError::into_inner).insert(text.to_owned());
+    let Some(text) = CString::new(text).ok().filter(|_| is_new) else { return };
+    // SAFETY: a NUL-terminated text that outlives the call. There is nobody to tell of an error.
+    let _ = checked(|error| unsafe { tig_warn(text.as_ptr(), error) });
 }
 
 /// A copy in pinned memory: needs CUDA.
@@ -239,9 +256,12 @@ impl Native {
             0 => Kind::Sgd,
             1 => Kind::Adam,
             2 => Kind::AdamW,
-            _ => Kind::RmsProp,
+            3 => Kind::RmsProp,
+            other => return Err(format!("the bridge answered with an unknown optimizer: {other}")),
         };
-        Ok(Self { tch, raw, kind, mode: Mode::Fused, plan: Plan::new()? })
+        let mut native = Self { tch, raw, kind, mode: Mode::Fused, plan: Plan::new()? };
+        native.remove_repeated()?;
+        Ok(native)
     }
 
     // In all that follows, `raw` lives as long as `self.tch`, which owns the C++ object, and the
@@ -275,18 +295,27 @@ impl Native {
         })
     }
 
-    pub(crate) fn parameter_ids(&self, group: usize) -> Result<Vec<TensorId>, Exception> {
+    /// The parameters of a group, in libtorch's order.
+    pub(crate) fn parameters(&self, group: usize) -> Result<Vec<Tensor>, Exception> {
         let mut count = 0;
         // SAFETY: see above.
         checked(|error| unsafe {
             tig_parameter_count(self.raw.as_ptr(), group, &mut count, error)
         })?;
-        let mut ids = vec![null(); count];
-        // SAFETY: see above; `ids` has room for `count` entries, and nothing changes the group between.
+        let mut parameters = vec![null_mut(); count];
+        // SAFETY: see above; there is room for `count` entries, and nothing changes the group between.
         checked(|error| unsafe {
-            tig_parameter_ids(self.raw.as_ptr(), group, ids.as_mut_ptr(), error)
+            tig_parameters(self.raw.as_ptr(), group, parameters.as_mut_ptr(), error)
         })?;
-        Ok(ids.into_iter().map(|id| TensorId(id as usize)).collect())
+        // SAFETY: each was made with `new` for us, owned from here on.
+        Ok(parameters.into_iter().map(|tensor| unsafe { Tensor::from_ptr(tensor) }).collect())
+    }
+
+    /// Leaves a tensor that tch added more than once where it was added first.
+    pub(crate) fn remove_repeated(&mut self) -> Result<(), Exception> {
+        self.settle()?;
+        // SAFETY: see above.
+        checked(|error| unsafe { tig_remove_repeated(self.raw.as_ptr(), error) })
     }
 
     pub(crate) fn zero_grad(&mut self) -> Result<(), Exception> {
@@ -320,21 +349,14 @@ impl Native {
 
     /// Gives those parameters of the group that have a state, but not this tensor in it, zeros there:
     /// what it would hold if it had been there without effect.
-    pub(crate) fn add_buffer(
-        &mut self,
-        group: usize,
-        parameters: &[Tensor],
-        buffer: usize,
-    ) -> Result<(), Exception> {
+    pub(crate) fn add_buffer(&mut self, group: usize, buffer: usize) -> Result<(), Exception> {
         let _guard = tch::no_grad_guard();
-        let members: std::collections::HashSet<_> =
-            self.parameter_ids(group)?.into_iter().collect();
-        for parameter in parameters.iter().filter(|p| members.contains(&TensorId::of(p))) {
-            let Some(mut state) = self.state(parameter)? else { continue };
+        for parameter in self.parameters(group)? {
+            let Some(mut state) = self.state(&parameter)? else { continue };
             if state.tensors[buffer].is_none() {
                 let zeros = parameter.f_zeros_like().map_err(|error| error.to_string())?;
                 state.tensors[buffer] = Some(zeros);
-                self.set_state(parameter, Some(&state))?;
+                self.set_state(&parameter, Some(&state))?;
             }
         }
         Ok(())
@@ -368,5 +390,50 @@ impl Native {
                 error,
             )
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    /// A number that the C++ side has no meaning for must not be taken for another one.
+    #[test]
+    fn unknown_numbers_are_errors() {
+        const UNKNOWN: c_int = 9;
+        let vs = nn::VarStore::new(Device::Cpu);
+        let w = vs.root().ones("w", &[2]);
+        let native = Native::build(&nn::Adam::default(), &vs, 0.1).unwrap();
+        let raw = native.raw.as_ptr();
+        let (mut value, mut found, mut step) = (0., 0, 0);
+        let mut tensors: [*mut C_tensor; 3] = [null_mut(); 3];
+        let w = w.as_ptr();
+        // SAFETY: as in the methods of Native that make these calls.
+        let refused = unsafe {
+            [
+                checked(|e| tig_get(raw, UNKNOWN, 0, 0, &mut value, e)),
+                checked(|e| tig_get(raw, 1, 0, 77, &mut value, e)),
+                checked(|e| tig_set(raw, UNKNOWN, 0, 0, 1., e)),
+                checked(|e| tig_set(raw, -1, 0, 0, 1., e)),
+                checked(|e| {
+                    tig_state(raw, UNKNOWN, w, &mut found, &mut step, tensors.as_mut_ptr(), e)
+                }),
+                checked(|e| tig_set_state(raw, UNKNOWN, w, 1, tensors.as_ptr().cast(), e)),
+                fused::step_with_numbers(&native, UNKNOWN, 1),
+                fused::step_with_numbers(&native, 1, UNKNOWN),
+                average::update_with_number(UNKNOWN),
+                autocast::enter_device(UNKNOWN),
+            ]
+        };
+        for (index, refused) in refused.into_iter().enumerate() {
+            let text = refused.expect_err(&index.to_string());
+            assert!(
+                text.contains("no such option") || text.contains("knows no"),
+                "{index}: {text}"
+            );
+        }
+        assert!(native.state(&vs.variables()["w"]).unwrap().is_none());
     }
 }

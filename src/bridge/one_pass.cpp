@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 
 namespace tig {
 namespace {
@@ -21,6 +22,14 @@ constexpr int64_t CHUNK = 1 << 15;
 constexpr int64_t BLOCK = 512;
 
 #define TIG_INLINE inline __attribute__((always_inline))
+
+// The widest registers: compilers prefer half of them unless told. Each says it in its own way, and what it does
+// not know makes it drop the whole attribute, and with it the instruction set.
+#if defined(__clang__)
+#define TIG_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(512)))
+#else
+#define TIG_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#endif
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define TIG_X86 1
@@ -251,15 +260,17 @@ struct Isa {
     switch (reduction) {                                                                                        \
       case Reduction::Squares: return sum_of_squares(from, n);                                                  \
       case Reduction::Largest: return largest(from, n);                                                         \
-      default: return zeros(from, n);                                                                           \
+      case Reduction::Zeros: return zeros(from, n);                                                             \
     }                                                                                                           \
+    return std::numeric_limits<double>::quiet_NaN();                                                            \
   }                                                                                                             \
   double reduce(const void* data, int64_t n, at::ScalarType dtype, Reduction reduction) {                       \
     switch (dtype) {                                                                                            \
       case at::kDouble: return reduce_as<double>(data, n, reduction);                                           \
       case at::kFloat: return reduce_as<float>(data, n, reduction);                                             \
       case at::kHalf: return reduce_as<c10::Half>(data, n, reduction);                                          \
-      default: return reduce_as<c10::BFloat16>(data, n, reduction);                                             \
+      case at::kBFloat16: return reduce_as<c10::BFloat16>(data, n, reduction);                                  \
+      default: return std::numeric_limits<double>::quiet_NaN(); /* OnePass::add refused it */                   \
     }                                                                                                           \
   }                                                                                                             \
   const Isa isa = {find<float>,           find<double>,             load_all<c10::Half>, load_all<c10::BFloat16>, \
@@ -269,7 +280,7 @@ struct Isa {
 TIG_ISA(baseline, , FMA_EVERYWHERE)
 #ifdef TIG_X86
 TIG_ISA(avx2, __attribute__((target("avx2,fma"))), true)
-TIG_ISA(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))), true)
+TIG_ISA(avx512, TIG_AVX512, true)
 #endif
 
 const Isa& isa() {
@@ -285,6 +296,11 @@ const Isa& isa() {
 #else
   return baseline::isa;
 #endif
+}
+
+// The types that there are loops for.
+bool is_floating(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
 }
 
 template <typename S>
@@ -345,6 +361,7 @@ void OnePass::clear() {
   tasks_.clear();
   numbers_.clear();
   chunks_.clear();
+  apart_.clear();
   overlapping_.reset();
   total_ = 0;
 }
@@ -355,27 +372,46 @@ uint32_t OnePass::add(const Numbers& numbers) {
 }
 
 uint32_t OnePass::add(const Task& task) {
+  const bool has_kernel = is_floating(task.dtype) && isa().float_update(task.rule, task.decay) != nullptr;
+  if (!has_kernel) throw std::invalid_argument("the one pass has no kernel for this type or rule");
   const auto index = static_cast<uint32_t>(tasks_.size());
   tasks_.push_back(task);
+  apart_.push_back(nullptr);
   for (int64_t begin = 0; begin < task.n; begin += CHUNK)
     chunks_.push_back({index, begin, std::min(begin + CHUNK, task.n)});
   total_ += task.n;
   return index;
 }
 
-// Two tasks write to the same memory: their order then matters.
+// Whether a task writes to memory that another one writes to or reads: their order then matters.
 bool OnePass::overlapping() {
-  if (overlapping_) return *overlapping_;
-  overlapping_ = false;
-  ranges_.clear();
-  for (const Task& task : tasks_) {
-    auto begin = static_cast<const char*>(task.p);
-    ranges_.emplace_back(begin, begin + task.n * c10::elementSize(task.dtype));
+  const auto range = [](const Task& task, const void* data) {
+    auto begin = static_cast<const char*>(data);
+    return std::make_pair(begin, begin + task.n * static_cast<int64_t>(c10::elementSize(task.dtype)));
+  };
+  if (!overlapping_) {
+    written_.clear();
+    for (const Task& task : tasks_)
+      for (const void* data : {static_cast<const void*>(task.p), static_cast<const void*>(task.s[0]),
+                               static_cast<const void*>(task.s[1]), static_cast<const void*>(task.s[2])})
+        if (data && task.n > 0) written_.push_back(range(task, data));
+    std::sort(written_.begin(), written_.end());
+    overlapping_ = false;
+    for (size_t i = 1; i < written_.size(); ++i)
+      if (written_[i].first < written_[i - 1].second) overlapping_ = true;
   }
-  std::sort(ranges_.begin(), ranges_.end());
-  for (size_t i = 1; i < ranges_.size(); ++i)
-    if (ranges_[i].first < ranges_[i - 1].second) overlapping_ = true;
-  return *overlapping_;
+  if (*overlapping_) return true;
+  // What is read may be somewhere else in each call; mostly it is where it was.
+  for (size_t i = 0; i < tasks_.size(); ++i) {
+    const Task& task = tasks_[i];
+    if (!task.g || task.g == task.p || task.g == apart_[i] || task.n == 0) continue;
+    const auto read = range(task, task.g);
+    const auto ends_before = [&](const auto& one, const char* begin) { return one.second <= begin; };
+    const auto next = std::lower_bound(written_.begin(), written_.end(), read.first, ends_before);
+    if (next != written_.end() && next->first < read.second) return true;
+    apart_[i] = task.g;
+  }
+  return false;
 }
 
 // Calls f(index of the chunk, its task, begin, end).
@@ -449,25 +485,32 @@ bool OnePass::any_nonfinite() {
   return found;
 }
 
-bool is_plain_cpu(const at::Tensor& tensor) {
-  const auto type = tensor.scalar_type();
-  return tensor.device().is_cpu() && tensor.layout() == at::kStrided &&
-         (type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16) &&
-         tensor.is_non_overlapping_and_dense() && !tensor.is_inference() && !tensor.is_neg();
-}
-
-bool is_alike(const at::Tensor& tensor, const at::Tensor& other) {
-  return other.defined() && other.layout() == at::kStrided && other.scalar_type() == tensor.scalar_type() &&
-         other.device() == tensor.device() && same_layout(*tensor.unsafeGetTensorImpl(), *other.unsafeGetTensorImpl()) &&
-         !other.is_neg();
-}
-
+namespace {
+// Of one size, and both walk their memory in the same order.
 bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
   const auto sizes = a.sizes(), strides = a.strides(), other_sizes = b.sizes(), other_strides = b.strides();
   if (sizes.size() != other_sizes.size()) return false;
   for (size_t i = 0; i < sizes.size(); ++i)
     if (sizes[i] != other_sizes[i] || (strides[i] != other_strides[i] && sizes[i] != 1)) return false;
   return true;
+}
+}  // namespace
+
+bool is_plain_cpu(const at::Tensor& tensor) {
+  return tensor.device().is_cpu() && tensor.layout() == at::kStrided && is_floating(tensor.scalar_type()) &&
+         tensor.is_non_overlapping_and_dense() && !tensor.is_inference() && !tensor.is_neg() &&
+         is_within_storage(*tensor.unsafeGetTensorImpl());
+}
+
+bool is_alike(const c10::TensorImpl& tensor, const c10::TensorImpl& other) {
+  // The keys tell kind of device, layout, negated views and inference tensors.
+  return other.key_set() == tensor.key_set() && other.dtype() == tensor.dtype() &&
+         other.device() == tensor.device() && same_layout(tensor, other) && is_within_storage(other);
+}
+
+bool is_within_storage(const c10::TensorImpl& tensor) {
+  const size_t item = tensor.dtype().itemsize(), n = static_cast<size_t>(tensor.numel());
+  return n == 0 || (static_cast<size_t>(tensor.storage_offset()) + n) * item <= storage_of(tensor).nbytes();
 }
 
 }  // namespace tig

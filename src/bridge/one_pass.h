@@ -65,7 +65,7 @@ class OnePass {
   bool empty() const { return tasks_.empty(); }
 
   // Tasks refer to numbers by their index. Both may be changed from one call to the next, but for the
-  // sizes, types and memory that is written.
+  // sizes, types and memory that is written. A task of a type or rule that has no kernel is refused.
   uint32_t add(const Numbers& numbers);
   uint32_t add(const Task& task);
   Numbers& numbers(uint32_t index) { return numbers_[index]; }
@@ -96,16 +96,28 @@ class OnePass {
   std::vector<Numbers> numbers_;
   std::vector<Chunk> chunks_;
   std::vector<double> partial_;
-  std::vector<std::pair<const char*, const char*>> ranges_;
-  std::optional<bool> overlapping_;
+  std::vector<std::pair<const char*, const char*>> written_;
+  std::vector<const void*> apart_;  // for each task, the last `g` that was found apart from all of `written_`
+  std::optional<bool> overlapping_;  // whether ranges of `written_` overlap
   int64_t total_ = 0;
 };
 
 // Types, layout and memory for which a task may be made.
 bool is_plain_cpu(const at::Tensor& tensor);
-// Both walk their memory in the same order, with the same type, on the same device.
-bool is_alike(const at::Tensor& tensor, const at::Tensor& other);
-// Of one size, and both walk their memory in the same order.
-bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b);
+
+// Whether a kernel may walk `other` beside `tensor`, which is dense, element by element: it has the same type,
+// device and layout in memory, and its memory reaches to its end. Whoever remembers the answer for longer than
+// one call has to ask again, because any of it can change under a tensor (set_data).
+bool is_alike(const c10::TensorImpl& tensor, const c10::TensorImpl& other);
+inline bool is_alike(const at::Tensor& tensor, const at::Tensor& other) {
+  return other.defined() && is_alike(*tensor.unsafeGetTensorImpl(), *other.unsafeGetTensorImpl());
+}
+
+// Whether all elements of a dense tensor lie within its storage.
+bool is_within_storage(const c10::TensorImpl& tensor);
+
+inline c10::StorageImpl& storage_of(const c10::TensorImpl& t) {
+  return *const_cast<c10::TensorImpl&>(t).unsafe_storage().unsafeGetStorageImpl();
+}
 
 }  // namespace tig

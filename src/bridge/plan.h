@@ -1,7 +1,10 @@
 // What steps need besides the optimizer, kept from one to the next.
 #pragma once
 
+#include <torch/optim.h>
+
 #include <map>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -19,6 +22,17 @@ struct Plan {
   struct Ahead {
     at::Tensor skipped;  // how many, on the device
     std::vector<void*> parameters;
+  };
+
+  // Who steps a parameter.
+  enum class Way { NONE, ONE_PASS, KERNELS, LOOP };
+  // What a step is going to do with one parameter, decided before it changes anything.
+  struct Decision {
+    size_t group;
+    const at::Tensor* p;
+    Way way;
+    torch::optim::OptimizerParamState* state;  // null before its first step, and where the options need none
+    std::unique_ptr<torch::optim::OptimizerParamState> made;  // for a first step, not the optimizer's yet
   };
 
   // What the tasks of the last step were made of. If the next one finds the same it uses them again.
@@ -47,6 +61,7 @@ struct Plan {
 
   tig::OnePass pass, gradients;
   Known known;
+  std::vector<Decision> decisions;
   std::vector<std::vector<at::Tensor>> left;  // for each group, what goes through the loop
   std::map<BucketKey, Bucket> buckets;
   std::vector<void*> on_device;

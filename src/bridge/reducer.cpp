@@ -67,6 +67,8 @@ int tig_ddp_new(DistGroup* group, const Tensor* const* parameters, const char* c
                 const Tensor* const* buffers, size_t buffer_count, const DataParallelOptions* options,
                 DataParallel** made, int* cause, char** error) {
   return dist_guarded(cause, error, [&] {
+    const int compression = options->compression;
+    if (compression != NONE && compression != FP16 && compression != BF16) unknown("compression", compression);
     auto ddp = std::make_unique<DataParallel>();
     ddp->group = group->tensors;
     ddp->find_unused = options->find_unused != 0;
@@ -104,9 +106,9 @@ int tig_ddp_new(DistGroup* group, const Tensor* const* parameters, const char* c
     // At the level DETAIL this crashes in libtorch 2.13, in Python too.
     if (c10d::debug_level() != c10d::DebugLevel::Detail)
       ddp->logger->set_construction_data_and_log("tch-ignite", {}, -1, !ddp->buffers.empty(), false, false);
-    if (options->compression == FP16)
+    if (compression == FP16)
       ddp->reducer->register_builtin_comm_hook(c10d::BuiltinCommHookType::FP16_COMPRESS);
-    else if (options->compression == BF16)
+    else if (compression == BF16)
       ddp->reducer->register_comm_hook(std::make_unique<Bf16Hook>(group->tensors));
     ddp->buffers_may_differ = true;
     *made = ddp.release();

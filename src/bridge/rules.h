@@ -18,6 +18,17 @@ struct SgdRules {
   using Options = torch::optim::SGDOptions;
   using State = torch::optim::SGDParamState;
   static constexpr bool counts = false;  // its steps
+  // Why libtorch's loop would refuse to step a parameter for the layouts of its tensors; null where it would not.
+  static const char* refused_layout(const at::Tensor& g, const State* state, const Options& o) {
+    const bool sparse_buffer = state && state->momentum_buffer().is_sparse();
+    if (g.layout() == at::kStrided)
+      return sparse_buffer ? "its gradient is dense, and its momentum buffer sparse" : nullptr;
+    if (!g.is_sparse()) return "its gradient has a layout that SGD does not support";
+    if (o.weight_decay() != 0) return "SGD does not support sparse gradients with weight decay";
+    if (o.momentum() != 0 && o.nesterov() && state && !sparse_buffer)
+      return "SGD does not support sparse gradients with Nesterov momentum and a dense momentum buffer";
+    return nullptr;
+  }
 
   static bool has_state(const Options& o) { return o.momentum() != 0; }
 
@@ -46,6 +57,11 @@ struct AdamRules {
   using State = S;
   static constexpr bool counts = true;
   static constexpr bool decoupled = std::is_same<O, torch::optim::AdamWOptions>::value;
+
+  static const char* refused_layout(const at::Tensor& g, const State*, const Options&) {
+    if (g.layout() == at::kStrided) return nullptr;
+    return decoupled ? "AdamW does not support sparse gradients" : "Adam does not support sparse gradients";
+  }
 
   static bool has_state(const Options&) { return true; }
 
@@ -79,6 +95,10 @@ struct RmsPropRules {
   using Options = torch::optim::RMSpropOptions;
   using State = torch::optim::RMSpropParamState;
   static constexpr bool counts = true;
+
+  static const char* refused_layout(const at::Tensor& g, const State*, const Options&) {
+    return g.layout() == at::kStrided ? nullptr : "RMSprop does not support sparse gradients";
+  }
 
   static bool has_state(const Options&) { return true; }
 

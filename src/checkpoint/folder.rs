@@ -1,31 +1,34 @@
 //! The folder of a run's checkpoints: one run at a time, nothing half-written.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
 use super::format::{Contents, Stamp};
-use crate::handlers::files::{make_folder, write_whole};
+pub(super) use crate::handlers::files::is_part;
+use crate::handlers::files::{make_folder, open_file, write_whole};
 use crate::{Error, Result};
 
 const LOCK: &str = ".lock";
 /// Holds the name of the newest file, for people and scripts.
 pub(super) const LATEST: &str = "latest";
-/// In the names of files that are being written.
-const PART: &str = ".part-";
-
-/// A folder that no other process writes checkpoints to. Handlers of one process share it.
+/// A folder that no other process writes to. Handlers and loggers of one process share it.
 #[derive(Debug)]
-pub(super) struct Folder {
+pub(crate) struct Folder {
     path: PathBuf,
     /// When the newest file was written, so that the next is newer also where the clock was put back.
     newest: Mutex<u64>,
     /// Of which time the file is that `latest` names.
     latest: Mutex<u64>,
+    /// The files that handlers write in the runs that are under way: see [`Claim`].
+    claimed: Mutex<HashSet<String>>,
     /// Locked as long as it is open; the system unlocks it however the process ends.
-    _lock: File,
+    lock: File,
 }
 
 static OPEN: LazyLock<Mutex<HashMap<PathBuf, Weak<Folder>>>> = LazyLock::new(Mutex::default);
@@ -35,7 +38,7 @@ impl Folder {
     ///
     /// # Errors
     /// The folder cannot be made or written, or another process has it.
-    pub(super) fn open(path: &Path, create: bool) -> Result<Arc<Self>> {
+    pub(crate) fn open(path: &Path, create: bool) -> Result<Arc<Self>> {
         let io = |source| Error::Io { path: path.to_owned(), source };
         if create {
             make_folder(path).map_err(io)?;
@@ -56,13 +59,35 @@ impl Folder {
             path: path.clone(),
             newest: Mutex::new(newest),
             latest: Mutex::default(),
-            _lock: lock,
+            claimed: Mutex::default(),
+            lock,
         };
         let folder = Arc::new(folder);
         folder.remove_parts();
         open.retain(|_, folder| folder.strong_count() > 0);
         open.insert(path, Arc::downgrade(&folder));
         Ok(folder)
+    }
+
+    /// Fails where the folder was removed, or another one has its name.
+    pub(crate) fn check(&self) -> Result<()> {
+        let path = self.file(LOCK);
+        let gone = |text: &str| Error::Io {
+            path: self.path.clone(),
+            source: io::Error::new(io::ErrorKind::NotFound, text.to_owned()),
+        };
+        let there = fs::symlink_metadata(&path);
+        let there = there.map_err(|_| gone("it was removed while a run was writing to it"))?;
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            let ours = self.lock.metadata().map_err(|source| Error::Io { path, source })?;
+            if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
+                return Err(gone("it was replaced while a run was writing to it"));
+            }
+        }
+        let _ = there;
+        Ok(())
     }
 
     pub(super) fn file(&self, name: &str) -> PathBuf {
@@ -91,6 +116,42 @@ impl Folder {
         Ok(())
     }
 
+    /// What the file says of the list it is on, if it says so under its own name.
+    pub(super) fn kept(&self, name: &str) -> Option<(Kept, Contents)> {
+        let contents = Contents::open(&self.file(name)).ok()?;
+        let kept: Kept = serde_json::from_str(contents.stamp.kept.as_deref()?).ok()?;
+        (kept.name == name).then_some((kept, contents))
+    }
+
+    /// Removes a file, if it is on the list of `owner`. What was put there by somebody else stays.
+    pub(super) fn remove(&self, name: &str, owner: &Owner) -> Result<()> {
+        if self.kept(name).is_none_or(|(kept, _)| kept.owner != *owner) {
+            return Ok(());
+        }
+        let path = self.file(name);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(Error::Io { path, source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets one handler alone write files like this one, until the claim is dropped.
+    ///
+    /// # Errors
+    /// Another one does.
+    pub(super) fn claim(self: &Arc<Self>, file: String) -> Result<Claim> {
+        let mut claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
+        if !claimed.insert(file.clone()) {
+            return Err(Error::invalid(format!(
+                "another Checkpoint writes files such as '{file}' to {} in this run, and each would remove the other's: give one of them another name, prefix or folder",
+                self.path.display()
+            )));
+        }
+        Ok(Claim { folder: self.clone(), file })
+    }
+
     fn remove_parts(&self) {
         for name in names(&self.path).iter().flatten().filter(|name| is_part(name)) {
             let _ = fs::remove_file(self.file(name));
@@ -98,11 +159,42 @@ impl Folder {
     }
 }
 
-/// Whether a file of that name was being written: it ends in `.part-<process>-<number>`.
-pub(super) fn is_part(name: &str) -> bool {
-    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let numbers = name.rsplit_once(PART).and_then(|(_, numbers)| numbers.split_once('-'));
-    numbers.is_some_and(|(process, number)| digits(process) && digits(number))
+/// The right of a handler to write files that are named like `file`, for as long as it lives.
+#[derive(Debug)]
+pub(super) struct Claim {
+    folder: Arc<Folder>,
+    file: String,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut claimed = self.folder.claimed.lock().unwrap_or_else(PoisonError::into_inner);
+        claimed.remove(&self.file);
+    }
+}
+
+/// Whose list a file is on: that of a handler in a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Owner {
+    pub(super) run: u64,
+    pub(super) of: String,
+}
+
+/// The stamp in each file that lets a later process put it on its list again, and remove it one day.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Kept {
+    #[serde(flatten)]
+    pub(super) owner: Owner,
+    /// The file's own name: copies under other names are somebody's.
+    pub(super) name: String,
+    pub(super) score: Value,
+}
+
+/// The name in `latest`, if there is a file like that.
+pub(super) fn latest(folder: &Path) -> Option<String> {
+    let mut name = String::new();
+    open_file(&folder.join(LATEST)).ok()?.take(1000).read_to_string(&mut name).ok()?;
+    Some(name.trim().to_owned())
 }
 
 /// The names of all files in a folder.
@@ -127,20 +219,26 @@ fn newest(folder: &Path) -> io::Result<u64> {
 fn lock(folder: &Path) -> Result<File> {
     let path = folder.join(LOCK);
     let io = |source| Error::Io { path: path.clone(), source };
-    let mut file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .map_err(io)?;
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    // A link would let the number below be written into another file.
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(
+        &mut options,
+        libc::O_NOFOLLOW | libc::O_NONBLOCK,
+    );
+    let mut file = options.open(&path).map_err(io)?;
+    if !is_ours_alone(&file.metadata().map_err(io)?) {
+        let kind = io::ErrorKind::InvalidInput;
+        return Err(io(io::Error::new(kind, "it is no plain file of this folder alone")));
+    }
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
             let mut owner = String::new();
             let _ = file.take(20).read_to_string(&mut owner);
             return Err(Error::invalid(format!(
-                "another run (process {}) writes its checkpoints to {}: give this one a folder of its own, or end the other",
+                "another run (process {}) writes to {}: give this one a folder of its own, or end the other",
                 owner.trim(),
                 folder.display()
             )));
@@ -150,6 +248,15 @@ fn lock(folder: &Path) -> Result<File> {
     // For the message above only.
     file.rewind().and_then(|()| write!(file, "{:<20}", std::process::id())).map_err(io)?;
     Ok(file)
+}
+
+/// Whether it is a plain file without other names.
+fn is_ours_alone(metadata: &fs::Metadata) -> bool {
+    #[cfg(unix)]
+    let one_name = std::os::unix::fs::MetadataExt::nlink(metadata) <= 1;
+    #[cfg(not(unix))]
+    let one_name = true;
+    metadata.is_file() && one_name
 }
 
 #[cfg(test)]

@@ -10,25 +10,32 @@
 //! JSON), `written` (when, in nanoseconds since 1970), `kept` (on whose list it is, for the
 //! [`Checkpoint`](super::Checkpoint) that wrote it) and `crc32c`: the CRC-32C of header and tensors, with
 //! zeros in its own place. Files of weights alone have no version, state and time.
+//!
+//! A tensor that has several names in one part (tied weights) is written once. Each of its other names is a
+//! key of the metadata whose value is the name it is written under, as by Python's `safetensors.torch.save_model`.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fmt;
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::header::{Entry, TYPES, check_values, parsed};
+use super::header::{Entry, TYPES, check_memory, parsed, shortened};
 use super::{StateDict, strides};
-use crate::bridge::{bytes, bytes_mut};
+use crate::bridge::{TensorId, bytes, bytes_mut};
+use crate::handlers::files::open_file;
 
 /// The version that is written; what is read may not be newer.
 const VERSION: u32 = 1;
-/// As in the reference implementation of safetensors.
-const MAX_HEADER: u64 = 100_000_000;
+/// Reading a header takes up to five times its length. The reference implementation of safetensors allows
+/// 100 MB; the largest models have less than 10.
+const MAX_HEADER: u64 = 28_000_000;
 /// What a thread reads without looking up.
 const PIECE: usize = 1 << 23;
 /// Hashed while it is in the cache.
@@ -64,37 +71,67 @@ fn joined(prefix: &str, name: &str) -> String {
     if prefix.is_empty() { name.into() } else { format!("{prefix}/{name}") }
 }
 
-/// Collects the tensors by their names in the file.
-fn tree_of<'s>(
-    prefix: &str,
-    state: &'s StateDict,
-    tensors: &mut BTreeMap<String, &'s Tensor>,
-) -> Tree {
-    let mut tree = Tree { values: state.values.clone(), ..Tree::default() };
-    for (name, tensor) in &state.tensors {
-        let mut in_file = joined(prefix, name);
-        while in_file == METADATA || tensors.contains_key(&in_file) {
-            in_file.push('\'');
-            tree.renamed.insert(name.clone(), in_file.clone());
+/// Tensors by their names in the file.
+#[derive(Default)]
+struct Named<'s> {
+    tensors: BTreeMap<String, &'s Tensor>,
+    /// Other names of some of them, each with the name that the tensor is written under.
+    tied: BTreeMap<String, String>,
+}
+
+impl<'s> Named<'s> {
+    /// Adds a part, and tells by which names its tensors are in the file.
+    fn add(&mut self, prefix: &str, state: &'s StateDict) -> Tree {
+        let mut tree = Tree { values: state.values.clone(), ..Tree::default() };
+        let mut written: HashMap<TensorId, String> = HashMap::new();
+        for (name, tensor) in &state.tensors {
+            let mut in_file = joined(prefix, name);
+            while in_file == METADATA
+                || self.tensors.contains_key(&in_file)
+                || self.tied.contains_key(&in_file)
+            {
+                in_file.push('\'');
+                tree.renamed.insert(name.clone(), in_file.clone());
+            }
+            match written.get(&TensorId::of(tensor)).filter(|_| can_be_key(&in_file)) {
+                Some(first) => {
+                    self.tied.insert(in_file, first.clone());
+                }
+                None => {
+                    written.insert(TensorId::of(tensor), in_file.clone());
+                    self.tensors.insert(in_file, tensor);
+                }
+            }
+            tree.tensors.push(name.clone());
+            if let Some(strides) = strides::to_note(tensor) {
+                tree.strides.insert(name.clone(), strides);
+            }
         }
-        tensors.insert(in_file, tensor);
-        tree.tensors.push(name.clone());
-        if let Some(strides) = strides::to_note(tensor) {
-            tree.strides.insert(name.clone(), strides);
+        for (name, part) in &state.parts {
+            tree.parts.insert(name.clone(), self.add(&joined(prefix, name), part));
         }
+        tree
     }
-    for (name, part) in &state.parts {
-        tree.parts.insert(name.clone(), tree_of(&joined(prefix, name), part, tensors));
-    }
-    tree
+}
+
+/// Whether a tensor's name can stand in the metadata without being taken for something else.
+fn can_be_key(name: &str) -> bool {
+    const KEYS: [&str; 6] = ["crc32c", "format", "kept", "state", "tch-ignite", "written"];
+    !KEYS.contains(&name) && !name.contains('"')
 }
 
 /// A state as values, in JSON, and a list of tensors: for what is sent and not written.
 pub(crate) fn taken_apart(
     state: &StateDict,
 ) -> serde_json::Result<(String, Vec<(String, &Tensor)>)> {
-    let mut tensors = BTreeMap::new();
-    let values = serde_json::to_string(&tree_of("", state, &mut tensors))?;
+    let mut named = Named::default();
+    let values = serde_json::to_string(&named.add("", state))?;
+    let Named { mut tensors, tied } = named;
+    for (name, first) in tied {
+        if let Some(tensor) = tensors.get(&first).copied() {
+            tensors.insert(name, tensor);
+        }
+    }
     Ok((values, tensors.into_iter().collect()))
 }
 
@@ -123,10 +160,10 @@ impl Stamp {
         Self { written: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX), kept: None }
     }
 
-    fn texts(&self) -> BTreeMap<&'static str, String> {
-        let mut texts = BTreeMap::from([("crc32c", NO_CRC.to_owned())]);
-        texts.insert("written", self.written.to_string());
-        texts.extend(self.kept.iter().map(|kept| ("kept", kept.clone())));
+    fn texts(&self) -> BTreeMap<String, String> {
+        let mut texts = BTreeMap::from([("crc32c".to_owned(), NO_CRC.to_owned())]);
+        texts.insert("written".into(), self.written.to_string());
+        texts.extend(self.kept.iter().map(|kept| ("kept".to_owned(), kept.clone())));
         texts
     }
 }
@@ -138,12 +175,13 @@ pub(super) fn write(
     state: &StateDict,
     stamp: &Stamp,
 ) -> io::Result<()> {
-    let mut tensors = BTreeMap::new();
-    let state = serde_json::to_string(&tree_of("", state, &mut tensors))?;
-    check_values(&state).map_err(io::Error::other)?;
+    let mut named = Named::default();
+    let state = serde_json::to_string(&named.add("", state))?;
+    check_memory(&state, named.tensors.len()).map_err(io::Error::other)?;
     let mut metadata = stamp.texts();
-    metadata.extend([("tch-ignite", VERSION.to_string()), ("state", state)]);
-    write_tensors(file, &tensors, &metadata)
+    metadata.extend([("tch-ignite".into(), VERSION.to_string()), ("state".into(), state)]);
+    metadata.extend(named.tied);
+    write_tensors(file, &named.tensors, &metadata)
 }
 
 /// Writes tensors alone, as other programs do.
@@ -152,22 +190,24 @@ pub(super) fn write_plain(
     state: &StateDict,
     stamp: &Stamp,
 ) -> io::Result<()> {
-    let tensors: BTreeMap<_, _> = state.tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
-    if tensors.contains_key(METADATA) {
+    if state.tensors.contains_key(METADATA) {
         return Err(io::Error::other(format!("a tensor cannot be named '{METADATA}'")));
     }
+    let mut named = Named::default();
+    named.add("", state);
     let mut metadata = stamp.texts();
     // The same weights are the same bytes.
     metadata.remove("written");
     // What Python's readers of PyTorch weights look for.
-    metadata.insert("format", "pt".into());
-    write_tensors(file, &tensors, &metadata)
+    metadata.insert("format".into(), "pt".into());
+    metadata.extend(named.tied);
+    write_tensors(file, &named.tensors, &metadata)
 }
 
 fn write_tensors(
     file: &mut (impl Write + Seek),
     tensors: &BTreeMap<String, &Tensor>,
-    metadata: &BTreeMap<&str, String>,
+    metadata: &BTreeMap<String, String>,
 ) -> io::Result<()> {
     let mut order = tensors
         .iter()
@@ -187,7 +227,7 @@ fn write_tensors(
     header.resize(header.len().next_multiple_of(8), b' ');
     if header.len() as u64 > MAX_HEADER {
         return Err(io::Error::other(format!(
-            "the header would be {} bytes long, and {MAX_HEADER} is the limit of the format",
+            "the header would be {} bytes long, and {MAX_HEADER} is the limit",
             header.len()
         )));
     }
@@ -245,12 +285,20 @@ fn crc_place(header: &[u8]) -> Option<usize> {
     header.windows(KEY.len()).position(|window| window == KEY).map(|place| place + KEY.len())
 }
 
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} of shape {:?}", self.kind, self.shape)
+    }
+}
+
 /// What a file holds, before its tensors are read.
 pub(super) struct Contents {
     file: File,
     /// None where there are only tensors.
     tree: Option<Tree>,
     entries: Vec<Entry>,
+    /// Other names of tensors, each with the name in `entries`.
+    tied: BTreeMap<String, String>,
     /// The checksum of the header, and of all.
     crc: (u32, Option<u32>),
     /// Length of the file, and of the tensors in it.
@@ -268,15 +316,14 @@ pub(super) struct Layout {
 }
 
 impl Contents {
-    /// Reads and checks the header. Takes no more memory than a small multiple of it, and it is no
-    /// longer than the file.
+    /// Reads and checks the header, in at most 150 MB of memory.
     pub(super) fn open(path: &Path) -> Result<Self, String> {
-        // Before it is opened: a pipe would be waited for.
-        let length = match fs::metadata(path).map_err(|error| error.to_string())? {
-            metadata if metadata.is_file() => metadata.len(),
-            _ => return Err("it is no file".into()),
-        };
-        let mut file = File::open(path).map_err(|error| error.to_string())?;
+        Self::opened(path).map_err(|why| shortened(&why))
+    }
+
+    fn opened(path: &Path) -> Result<Self, String> {
+        let mut file = open_file(path).map_err(|error| error.to_string())?;
+        let length = file.metadata().map_err(|error| error.to_string())?.len();
         let mut prefix = [0; 8];
         file.read_exact(&mut prefix).map_err(|_| "the file is too short".to_owned())?;
         let (header_length, rest) = (u64::from_le_bytes(prefix), length.saturating_sub(8));
@@ -288,25 +335,29 @@ impl Contents {
         let mut header = vec![0; header_length as usize];
         file.read_exact(&mut header).map_err(|error| error.to_string())?;
         let data = rest - header_length;
-        let (metadata, entries) = parsed(&header, data)?;
-        let crc = metadata.crc32c.as_ref().map(checksum).transpose()?;
-        let tree = match &metadata.version {
-            Some(version) => {
-                let state = metadata.state.as_ref().ok_or("it has no state")?;
-                if crc.is_none() {
-                    return Err("it has no checksum".into());
-                }
-                Some(tree_in(version, state)?)
-            }
-            None => None,
-        };
-        if let Some(place) = crc.and_then(|_| crc_place(&header)) {
+        let (mut metadata, entries) = parsed(&header, data)?;
+        let tied = tied(std::mem::take(&mut metadata.others), &entries);
+        let expected = metadata.crc32c.as_ref().map(checksum).transpose()?;
+        if let Some(place) = expected.and_then(|_| crc_place(&header)) {
             let digits = header.get_mut(place..place + NO_CRC.len()).ok_or("it has no checksum")?;
             digits.copy_from_slice(NO_CRC.as_bytes());
         }
+        let crc = (crc32c::crc32c(&header), expected);
+        // The state is in the metadata once more, and takes its own memory.
+        drop(header);
+        let tree = match &metadata.version {
+            Some(version) => {
+                let state = metadata.state.as_ref().ok_or("it has no state")?;
+                if expected.is_none() {
+                    return Err("it has no checksum".into());
+                }
+                Some(tree_in(version, state, entries.len())?)
+            }
+            None => None,
+        };
         let written = metadata.written.and_then(|time| time.parse().ok()).unwrap_or(0);
         let stamp = Stamp { written, kept: metadata.kept };
-        Ok(Self { file, tree, entries, crc: (crc32c::crc32c(&header), crc), length, data, stamp })
+        Ok(Self { file, tree, entries, tied, crc, length, data, stamp })
     }
 
     /// Whether it is a checkpoint, not only tensors.
@@ -314,11 +365,22 @@ impl Contents {
         self.tree.is_some()
     }
 
-    /// What each tensor is, by its name in the file.
+    /// What each tensor is, by each of its names in the file.
     pub(super) fn layouts(&self) -> impl Iterator<Item = (&str, Layout)> {
-        self.entries.iter().map(|entry| {
-            (entry.name.as_str(), Layout { kind: entry.kind, shape: entry.shape.clone() })
-        })
+        let layout = |entry: &Entry| Layout { kind: entry.kind, shape: entry.shape.clone() };
+        let by_name: HashMap<&str, &Entry> = match self.tied.is_empty() {
+            true => HashMap::new(),
+            false => self.entries.iter().map(|entry| (entry.name.as_str(), entry)).collect(),
+        };
+        let tied = self.tied.iter().filter_map(move |(name, first)| {
+            Some((name.as_str(), layout(by_name.get(first.as_str())?)))
+        });
+        self.entries.iter().map(move |entry| (entry.name.as_str(), layout(entry))).chain(tied)
+    }
+
+    /// Whether this is only another name of a tensor.
+    pub(super) fn is_tied(&self, name: &str) -> bool {
+        self.tied.contains_key(name)
     }
 
     fn part(&self, name: &str) -> Option<&Tree> {
@@ -346,9 +408,38 @@ impl Contents {
     /// Reads all tensors: into `places`, by their names in the file, where these are dense CPU tensors
     /// of the same type and shape, else into new ones. On error those places hold garbage.
     pub(super) fn read(self, places: &mut BTreeMap<String, Tensor>) -> Result<StateDict, String> {
+        let mut tensors = self.tensors(|_| true, places)?;
+        let Some(tree) = &self.tree else {
+            return Ok(StateDict { tensors, ..StateDict::default() });
+        };
+        let state = assembled(tree, "", &mut tensors)?;
+        match tensors.keys().next() {
+            Some(name) => Err(format!("tensor '{name}' belongs to no part")),
+            None => Ok(state),
+        }
+    }
+
+    /// Reads one part alone, in the memory of its tensors; `None` where there is none of that name.
+    pub(super) fn read_part(self, name: &str) -> Result<Option<StateDict>, String> {
+        let Some(part) = self.part(name) else { return Ok(None) };
+        let mut wanted = BTreeSet::new();
+        names_in_file(part, name, &mut wanted);
+        let mut tensors = self.tensors(|name| wanted.contains(name), &mut BTreeMap::new())?;
+        assembled(part, name, &mut tensors).map(Some)
+    }
+
+    /// Reads the tensors of these names in the file, as [`read`](Self::read) does, and hashes the others.
+    pub(super) fn tensors(
+        &self,
+        wanted: impl Fn(&str) -> bool,
+        places: &mut BTreeMap<String, Tensor>,
+    ) -> Result<BTreeMap<String, Tensor>, String> {
         let mut taken = Ranges::default();
         let mut tensors = BTreeMap::new();
-        for entry in &self.entries {
+        let tied: Vec<_> = self.tied.iter().filter(|(name, _)| wanted(name)).collect();
+        let by_others: BTreeSet<&str> = tied.iter().map(|(_, first)| first.as_str()).collect();
+        let is_wanted = |name: &str| wanted(name) || by_others.contains(name);
+        for entry in self.entries.iter().filter(|entry| is_wanted(&entry.name)) {
             let place = places.remove(&entry.name).filter(|place| {
                 place.device() == Device::Cpu
                     && !place.is_sparse()
@@ -365,51 +456,74 @@ impl Contents {
             tensors.insert(entry.name.clone(), tensor);
         }
         self.fill(&mut tensors)?;
-        let Some(tree) = &self.tree else {
-            return Ok(StateDict { tensors, ..StateDict::default() });
-        };
-        let state = assembled(tree, "", &mut tensors)?;
-        match tensors.keys().next() {
-            Some(name) => Err(format!("tensor '{name}' belongs to no part")),
-            None => Ok(state),
+        for (name, first) in tied {
+            if let Some(tensor) = tensors.get(first).map(Tensor::shallow_clone) {
+                tensors.insert(name.clone(), tensor);
+            }
         }
+        tensors.retain(|name, _| wanted(name));
+        Ok(tensors)
     }
 
-    /// Reads and hashes, in a few threads: hashing would take half as long again as reading.
+    /// Reads and hashes, in a few threads: hashing would take half as long again as reading. Where no thread
+    /// can be started, this one does it all.
     fn fill(&self, tensors: &mut BTreeMap<String, Tensor>) -> Result<(), String> {
         let begin = self.length - self.data;
-        let places: BTreeMap<&str, u64> =
-            self.entries.iter().map(|entry| (entry.name.as_str(), entry.from)).collect();
+        let mut places: BTreeMap<&str, &mut Tensor> =
+            tensors.iter_mut().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let mut pieces = vec![];
-        for (name, tensor) in tensors {
-            let is_bool = tensor.kind() == Kind::Bool;
-            let mut offset = begin + places.get(name.as_str()).copied().unwrap_or(0);
-            let bytes = bytes_mut(tensor).map_err(|error| format!("tensor '{name}': {error}"))?;
-            for bytes in bytes.chunks_mut(PIECE) {
-                let len = bytes.len() as u64;
-                pieces.push(Piece { name, is_bool, offset, bytes });
-                offset += len;
+        let mut ends = self.entries.iter().skip(1).map(|entry| entry.from);
+        for entry in &self.entries {
+            let (name, is_bool) = (entry.name.as_str(), entry.kind == Kind::Bool);
+            let end = ends.next().unwrap_or(self.data);
+            let mut offset = begin + entry.from;
+            match places.remove(name) {
+                Some(tensor) => {
+                    let bytes =
+                        bytes_mut(tensor).map_err(|error| format!("tensor '{name}': {error}"))?;
+                    for bytes in bytes.chunks_mut(PIECE) {
+                        let len = bytes.len();
+                        pieces.push(Piece { name, is_bool, offset, len, bytes: Some(bytes) });
+                        offset += len as u64;
+                    }
+                }
+                None => {
+                    while offset < begin + end {
+                        let len = (begin + end - offset).min(PIECE as u64) as usize;
+                        pieces.push(Piece { name, is_bool: false, offset, len, bytes: None });
+                        offset += len as u64;
+                    }
+                }
             }
         }
-        pieces.sort_by_key(|piece| piece.offset);
         let threads =
             std::thread::available_parallelism().map_or(1, |threads| threads.get().min(4));
-        let share = pieces.len().div_ceil(threads).max(1);
-        let hashed: Vec<_> = std::thread::scope(|scope| {
-            let read = |pieces: &mut [Piece<'_>]| -> Result<Vec<(u32, usize)>, String> {
-                pieces.iter_mut().map(|piece| piece.read(&self.file)).collect()
-            };
-            let threads: Vec<_> =
-                pieces.chunks_mut(share).map(|pieces| scope.spawn(move || read(pieces))).collect();
-            let panicked = |_| Err("a thread that reads panicked".to_owned());
-            threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
-        });
-        let mut crc = self.crc.0;
-        for part in hashed {
-            for (hash, len) in part? {
-                crc = crc32c::crc32c_combine(crc, hash, len);
+        let share = pieces.len().div_ceil(threads * 8).max(1);
+        let (file, shares) = (&self.file, Mutex::new(pieces.chunks_mut(share)));
+        let read = || -> Result<Vec<(u64, u32, usize)>, String> {
+            let (mut hashed, mut unwanted) = (vec![], vec![]);
+            loop {
+                let share = shares.lock().unwrap_or_else(PoisonError::into_inner).next();
+                let Some(pieces) = share else { return Ok(hashed) };
+                for piece in pieces {
+                    hashed.push((piece.offset, piece.read(file, &mut unwanted)?, piece.len));
+                }
             }
-        }
+        };
+        let hashed: Vec<_> = std::thread::scope(|scope| {
+            let helpers: Vec<_> = (1..threads)
+                .map_while(|_| std::thread::Builder::new().spawn_scoped(scope, read).ok())
+                .collect();
+            let panicked = |_| Err("a thread that reads panicked".to_owned());
+            let mut hashed = vec![read()];
+            hashed.extend(helpers.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)));
+            hashed
+        });
+        let mut hashed = hashed.into_iter().collect::<Result<Vec<_>, _>>()?.concat();
+        hashed.sort_unstable();
+        let crc = hashed
+            .into_iter()
+            .fold(self.crc.0, |crc, (_, hash, len)| crc32c::crc32c_combine(crc, hash, len));
         self.check(crc)
     }
 
@@ -441,15 +555,25 @@ struct Piece<'t> {
     name: &'t str,
     is_bool: bool,
     offset: u64,
-    bytes: &'t mut [u8],
+    len: usize,
+    /// `None` where the tensor is only hashed.
+    bytes: Option<&'t mut [u8]>,
 }
 
 impl Piece<'_> {
-    /// Its hash and length.
-    fn read(&mut self, file: &File) -> Result<(u32, usize), String> {
-        let mut crc = 0;
-        for (index, chunk) in self.bytes.chunks_mut(CHUNK).enumerate() {
-            read_at(file, chunk, self.offset + (index * CHUNK) as u64)
+    /// Its hash. Bytes that are not wanted go into a buffer of a chunk.
+    fn read(&mut self, file: &File, unwanted: &mut Vec<u8>) -> Result<u32, String> {
+        let (mut crc, mut done) = (0, 0);
+        while done < self.len {
+            let end = self.len.min(done + CHUNK);
+            let chunk = match &mut self.bytes {
+                Some(bytes) => &mut bytes[done..end],
+                None => {
+                    unwanted.resize(CHUNK, 0);
+                    &mut unwanted[..end - done]
+                }
+            };
+            read_at(file, chunk, self.offset + done as u64)
                 .map_err(|error| format!("tensor '{}': {error}", self.name))?;
             crc = crc32c::crc32c_append(crc, chunk);
             if self.is_bool && chunk.iter().any(|byte| *byte > 1) {
@@ -459,8 +583,9 @@ impl Piece<'_> {
                     self.name
                 ));
             }
+            done = end;
         }
-        Ok((crc, self.bytes.len()))
+        Ok(crc)
     }
 }
 
@@ -500,19 +625,46 @@ impl Ranges {
     }
 }
 
+/// The names in the file of all tensors of a part.
+fn names_in_file(tree: &Tree, prefix: &str, names: &mut BTreeSet<String>) {
+    names.extend(tree.tensors.iter().map(|name| tree.name_in_file(prefix, name)));
+    for (name, part) in &tree.parts {
+        names_in_file(part, &joined(prefix, name), names);
+    }
+}
+
+/// Which texts of the metadata are other names of tensors.
+fn tied(texts: Vec<(String, String)>, entries: &[Entry]) -> BTreeMap<String, String> {
+    if texts.is_empty() {
+        return BTreeMap::new();
+    }
+    let names: HashSet<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
+    let is_tied = |(name, first): &(String, String)| {
+        names.contains(first.as_str()) && !names.contains(name.as_str())
+    };
+    texts.into_iter().filter(is_tied).collect()
+}
+
 fn assembled(
     tree: &Tree,
     prefix: &str,
     tensors: &mut BTreeMap<String, Tensor>,
 ) -> Result<StateDict, String> {
     let mut state = StateDict { values: tree.values.clone(), ..StateDict::default() };
+    // What lies in another order is a copy: one for all names of a tensor.
+    let mut copies: HashMap<TensorId, Tensor> = HashMap::new();
     for name in &tree.tensors {
         let in_file = tree.name_in_file(prefix, name);
         let tensor = tensors.remove(&in_file).ok_or(format!("tensor '{in_file}' is missing"))?;
-        let tensor = match tree.strides.get(name) {
-            Some(strides) => strides::with(&tensor, strides)
-                .map_err(|error| format!("tensor '{in_file}': {error}"))?,
-            None => tensor,
+        let tensor = match (tree.strides.get(name), copies.get(&TensorId::of(&tensor))) {
+            (None, _) => tensor,
+            (Some(strides), Some(copy)) if copy.stride() == *strides => copy.shallow_clone(),
+            (Some(strides), _) => {
+                let copy = strides::with(&tensor, strides)
+                    .map_err(|error| format!("tensor '{in_file}': {error}"))?;
+                copies.insert(TensorId::of(&tensor), copy.shallow_clone());
+                copy
+            }
         };
         state.tensors.insert(name.clone(), tensor);
     }
@@ -522,11 +674,11 @@ fn assembled(
     Ok(state)
 }
 
-fn tree_in(version: &str, state: &str) -> Result<Tree, String> {
+fn tree_in(version: &str, state: &str, tensors: usize) -> Result<Tree, String> {
     let version: u32 = version.parse().map_err(|_| format!("its version is '{version:.20}'"))?;
     if version > VERSION {
         return Err(format!("it is of version {version}, and this program reads up to {VERSION}"));
     }
-    check_values(state)?;
+    check_memory(state, tensors)?;
     serde_json::from_str(state).map_err(|error| format!("its state: {error}"))
 }

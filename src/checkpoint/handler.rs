@@ -4,14 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::filename::{Parts, check_name};
-use super::folder::Folder;
-use super::format::{Contents, Stamp};
+use super::folder::{Claim, Folder, Kept, Owner};
+use super::format::Stamp;
 use super::stateful::IntoStateful;
-use super::writer::{Job, Writer};
+use super::writer::{Job, Writer, both};
 use super::{StateDict, Stateful};
 use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks, State};
 use crate::{Error, Result};
@@ -54,6 +53,14 @@ impl Score {
         }
     }
 
+    fn negated(self) -> Self {
+        match self {
+            Self::Int(score) => Self::Int(score.saturating_neg()),
+            // Zero without a sign.
+            Self::Float(score) => Self::Float(0. - score),
+        }
+    }
+
     /// JSON has no infinities.
     fn saved(self) -> Value {
         match self {
@@ -91,6 +98,8 @@ type ScoreFn<B, O> = Box<dyn Fn(&State<B, O>) -> Result<Score>>;
 struct Scoring<B, O> {
     name: Option<String>,
     of: ScoreFn<B, O>,
+    /// Smaller values of the metric are better: the score is its negative.
+    negated: bool,
 }
 
 /// Writes checkpoints: ignite's `Checkpoint`, with everything in them.
@@ -103,7 +112,7 @@ struct Scoring<B, O> {
 /// on, and are counted. On an evaluator it goes on from one evaluation to the next; the trainer's
 /// [`resume`](Engine::resume) passes over its files.
 ///
-/// It acts after all other handlers of its events ([`Priority::Last`]), so that what it saves is the
+/// It acts after all other handlers of its events ([`Priority::Save`]), so that what it saves is the
 /// state after them. `latest` in the folder holds the name of the newest.
 ///
 /// ```no_run
@@ -128,6 +137,8 @@ pub struct Checkpoint<B, O> {
     create_dir: bool,
     require_empty: bool,
     opened: Option<Arc<Folder>>,
+    /// Held from the first event of a run to its end.
+    claim: Option<Claim>,
     events: Events,
     every: Option<Duration>,
     written: Option<Instant>,
@@ -156,16 +167,6 @@ struct Saved {
     name: String,
 }
 
-/// What a file says of the list it is on.
-#[derive(Serialize, Deserialize)]
-struct Kept {
-    run: u64,
-    of: String,
-    /// Its own: copies under other names are somebody's.
-    name: String,
-    score: Value,
-}
-
 /// No write may be under way after these.
 const ENDS: [Event; 4] =
     [Event::Terminate, Event::Completed, Event::ExceptionRaised, Event::Interrupt];
@@ -180,6 +181,7 @@ impl<B, O> Checkpoint<B, O> {
             create_dir: true,
             require_empty: false,
             opened: None,
+            claim: None,
             events: Event::EpochCompleted.into(),
             every: None,
             written: None,
@@ -239,13 +241,18 @@ impl<B, O> Checkpoint<B, O> {
     }
 
     /// Keeps the files of the best values of a metric. The metric must have a value at the events, and
-    /// NaN is never among the best.
+    /// NaN is never among the best. File names have the metric's own value.
     pub fn best(mut self, files: usize, metric: impl Into<String>, mode: Mode) -> Self {
         let metric = metric.into();
-        let sign = if mode == Mode::Max { 1. } else { -1. };
+        let negated = mode == Mode::Min;
+        let sign = if negated { -1. } else { 1. };
         let name = metric.replace('/', "_");
         self.n_saved = Some(files);
-        self.score_function(move |state| Ok(sign * state.metrics.get(&metric)?)).score_name(name)
+        let of = Box::new(move |state: &State<B, O>| {
+            Ok(Score::Float(sign * state.metrics.get(&metric)?))
+        });
+        self.score = Some(Scoring { name: Some(name), of, negated });
+        self
     }
 
     /// Keeps the files of the largest scores, by a function of the engine's state: ignite's
@@ -255,7 +262,7 @@ impl<B, O> Checkpoint<B, O> {
         score: impl Fn(&State<B, O>) -> Result<S> + 'static,
     ) -> Self {
         let of = Box::new(move |state: &State<B, O>| score(state).map(Into::into));
-        self.score = Some(Scoring { name: None, of });
+        self.score = Some(Scoring { name: None, of, negated: false });
         self
     }
 
@@ -338,8 +345,9 @@ impl<B, O> Checkpoint<B, O> {
         self.saved.last().map(|saved| self.folder.join(&saved.name))
     }
 
-    /// The files that are kept with their scores or steps, the smallest first. After resuming it is what was saved, until
-    /// the run goes on: then files that a kill left are on the list too.
+    /// The files that are kept with their scores or steps, the smallest first; a metric of which smaller values
+    /// are better counts as negative. After resuming it is what was saved, until the run goes on: then files
+    /// that a kill left are on the list too.
     pub fn saved(&self) -> impl Iterator<Item = (f64, &str)> {
         self.saved.iter().map(|saved| (saved.priority.as_f64(), saved.name.as_str()))
     }
@@ -411,7 +419,10 @@ impl<B, O> Checkpoint<B, O> {
         }
         let parts = Parts {
             score_name: self.score.as_ref().and_then(|score| score.name.clone()),
-            score: score.map(|score| score.to_string()),
+            score: self.score.as_ref().zip(score).map(|(scoring, score)| match scoring.negated {
+                true => score.negated().to_string(),
+                false => score.to_string(),
+            }),
             global_step: (score.is_none() || self.global_step.is_some()).then_some(step),
             ..self.parts.clone()
         };
@@ -451,24 +462,37 @@ impl<B, O> Checkpoint<B, O> {
         format!("{filename_prefix}/{name}/{score}/{ext}/{pattern}")
     }
 
-    /// Makes the list that of the files there are: without those that are gone, and with those of this
-    /// run that are whole and not on it. They were written, or would have been removed, right before the
-    /// process was killed, or after the checkpoint that the list is of.
+    fn owner(&self, run: u64) -> Owner {
+        Owner { run, of: self.identity() }
+    }
+
+    /// The name of a file, if all numbers were 0.
+    fn sample(&self) -> Result<String> {
+        let parts = Parts {
+            score: self.score.as_ref().map(|_| "0".into()),
+            score_name: self.score.as_ref().and_then(|score| score.name.clone()),
+            global_step: (self.score.is_none() || self.global_step.is_some()).then_some(0),
+            ..self.parts.clone()
+        };
+        let pattern = self.pattern.clone().map_or_else(|| parts.default_pattern(), Ok)?;
+        parts.filled(&pattern)
+    }
+
+    /// Makes the list that of the files there are and carry the stamp of this run: without those that are
+    /// gone, and with those that are whole and not on it. They were written, or would have been removed,
+    /// right before the process was killed, or after the checkpoint that the list is of.
     fn reconcile(&mut self) -> Result<()> {
-        let (folder, identity) = (self.folder()?, self.identity());
-        self.saved.retain(|saved| folder.file(&saved.name).exists());
+        let folder = self.folder()?;
+        let names = folder.names()?;
+        let listed = std::mem::take(&mut self.saved);
         let Some(run) = self.run else { return Ok(()) };
-        for name in folder.names()? {
-            if check_name(&name).is_err() || self.saved.iter().any(|saved| saved.name == name) {
-                continue;
-            }
-            let Ok(mut contents) = Contents::open(&folder.file(&name)) else { continue };
-            let kept = contents.stamp.kept.as_deref().map(serde_json::from_str::<Kept>);
-            if let Some(Ok(kept)) = kept
-                && (kept.run, &kept.of, &kept.name) == (run, &identity, &name)
-                && contents.verify().is_ok()
-            {
-                self.insert(Saved { priority: Score::loaded(&kept.score)?, name });
+        let owner = self.owner(run);
+        for name in names.into_iter().filter(|name| check_name(name).is_ok()) {
+            let Some((kept, mut contents)) = folder.kept(&name) else { continue };
+            let known = listed.iter().find(|saved| saved.name == name);
+            if kept.owner == owner && (known.is_some() || contents.verify().is_ok()) {
+                let score = known.map_or_else(|| Score::loaded(&kept.score), |k| Ok(k.priority))?;
+                self.insert(Saved { priority: score, name });
             }
         }
         Ok(())
@@ -484,22 +508,22 @@ impl<B, O> Checkpoint<B, O> {
         let folder = self.folder()?;
         let run = *self.run.get_or_insert_with(|| folder.time());
         let (name, score) = (new.name.clone(), new.priority.saved());
-        let kept = Kept { run, of: self.identity(), name, score };
+        let kept = Kept { owner: self.owner(run), name, score };
         let kept = serde_json::to_string(&kept).map_err(|error| Error::State(error.to_string()))?;
         let stamp = Stamp { written: folder.time(), kept: Some(kept) };
         let before = self.saved.clone();
         let remove = self.keep(&new);
         let written = self.contents(cx, engine).and_then(|state| {
-            let (plain, name) = (self.weights.is_some(), new.name);
-            let job = Job { folder, state, plain, name, stamp, remove };
+            let (plain, name, owner) = (self.weights.is_some(), new.name, self.owner(run));
+            let job = Job { folder, state, plain, name, stamp, remove, owner };
             self.writer.submit(job, self.background)
         });
         if written.is_err() {
             // The old files are still there.
             self.saved = before;
-            self.reconcile()?;
+            return both(written, self.reconcile()).map(|()| true);
         }
-        written.map(|()| true)
+        Ok(true)
     }
 
     fn contents<C>(&self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<StateDict> {
@@ -517,15 +541,17 @@ impl<B, O> Checkpoint<B, O> {
         }
         // What went wrong in the background is told after this one is safe.
         let before = self.writer.wait();
-        let state = self.contents(cx, engine)?;
-        if !engine.is_main() {
-            return Ok(());
-        }
-        let folder = self.folder()?;
-        let name = format!("{name}.{}", self.parts.ext);
-        let stamp = Stamp { written: folder.time(), kept: None };
-        let job = Job { folder, state, plain: false, name, stamp, remove: vec![] };
-        self.writer.submit(job, false).and(before)
+        let written = self.contents(cx, engine).and_then(|state| {
+            if !engine.is_main() {
+                return Ok(());
+            }
+            let folder = self.folder()?;
+            let (name, owner) = (format!("{name}.{}", self.parts.ext), self.owner(0));
+            let stamp = Stamp { written: folder.time(), kept: None };
+            let job = Job { folder, state, plain: false, name, stamp, remove: vec![], owner };
+            self.writer.submit(job, false)
+        });
+        both(written, before)
     }
 }
 
@@ -548,18 +574,19 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         if self.n_saved == Some(0) {
             return Err(Error::invalid("n_saved must be a positive integer or None, got 0"));
         }
-        let parts = Parts {
-            score: self.score.as_ref().map(|_| "0".into()),
-            score_name: self.score.as_ref().and_then(|score| score.name.clone()),
-            global_step: (self.score.is_none() || self.global_step.is_some()).then_some(0),
-            ..self.parts.clone()
-        };
-        let pattern = self.pattern.clone().map_or_else(|| parts.default_pattern(), Ok)?;
-        parts.filled(&pattern).map(drop)
+        self.sample().map(drop)
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        let folder = self.folder.display();
+        self.sample()
+            .map(|file| format!("Checkpoint with files such as '{file}' in {folder}"))
+            .into_iter()
+            .collect()
     }
 
     fn priority(&self) -> Priority {
-        Priority::Last
+        Priority::Save
     }
 
     fn ranks(&self) -> Ranks {
@@ -582,7 +609,7 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
             .collect::<Result<_>>()?;
         self.run = state.value("run")?;
         self.saved.sort_by(|a, b| a.priority.as_f64().total_cmp(&b.priority.as_f64()));
-        self.written = Some(Instant::now());
+        self.written.get_or_insert_with(Instant::now);
         // Only now known is the list; which rank is the main one, and locks the folder, the engine tells.
         self.loaded = true;
         Ok(())
@@ -594,6 +621,9 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
+        if self.claim.is_none() && engine.is_main() && !ENDS.contains(&event) {
+            self.claim = Some(self.folder()?.claim(self.sample()?)?);
+        }
         if self.loaded && engine.is_main() {
             // The folder is locked from here on, not only at the first write.
             self.reconcile()?;
@@ -604,6 +634,12 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
                 // An engine within another starts again and again.
                 let goes_on = engine.is_nested() && self.run.is_some();
                 self.begin(engine.state.iteration == 0 && !goes_on)?;
+                if self.weights.is_none() && !engine.tracks_a_model() && !engine.is_nested() {
+                    engine.warn(format!(
+                        "the checkpoints in {} have no model and no optimizer, because none is tracked: a run that is resumed from them begins with fresh weights. Call Engine::track for each, or Checkpoint::weights for files of the weights alone",
+                        self.folder.display()
+                    ));
+                }
                 self.written.get_or_insert_with(Instant::now);
             }
             Event::ExceptionRaised if self.on_exception => {
@@ -619,11 +655,11 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
                 self.written = Some(Instant::now());
             }
         }
-        if ENDS.contains(&event)
-            && let Err(error) = self.writer.wait()
-        {
-            self.reconcile()?;
-            return Err(error.into());
+        if ENDS.contains(&event) {
+            self.claim = None;
+            if let Err(error) = self.writer.wait() {
+                both(Err(error), self.reconcile())?;
+            }
         }
         Ok(())
     }

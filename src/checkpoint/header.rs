@@ -1,5 +1,4 @@
-//! The JSON at the beginning of a file, read without trust: memory is bounded by a small multiple of
-//! its length, whatever it says.
+//! The JSON at the beginning of a file, read without trust: memory is bounded, whatever it says.
 
 use std::fmt;
 
@@ -9,8 +8,14 @@ use tch::Kind;
 
 /// libtorch's own limit for most operations.
 const MAX_DIMENSIONS: usize = 64;
-/// A value takes two bytes of JSON or more, and up to 150 of memory.
-const MAX_VALUES: usize = 1 << 20;
+/// The memory that the state of a file may take besides the elements of its tensors.
+const MAX_MEMORY: usize = 130_000_000;
+/// The memory of a value, at most: its place in a list that grows or in half a node of a map, and its text.
+const VALUE: usize = 150;
+/// The memory of an object: a map has room for eleven from the first on.
+const OBJECT: usize = 900;
+/// The memory of a tensor: libtorch's objects, and its names.
+const TENSOR: usize = 900;
 
 /// safetensors' names of the types that libtorch shares with it.
 pub(super) const TYPES: [(&str, Kind); 10] = [
@@ -35,7 +40,11 @@ pub(super) struct Entry {
     pub(super) from: u64,
 }
 
-/// What the metadata may hold that is of interest; the rest is not kept.
+/// How many texts of the metadata that are not ours are kept: other programs write a few, and other names of
+/// tensors.
+const MAX_TEXTS: usize = 1 << 16;
+
+/// What the metadata may hold that is of interest.
 #[derive(Debug, Default)]
 pub(super) struct Metadata {
     /// `tch-ignite`: the version of the layout.
@@ -44,6 +53,8 @@ pub(super) struct Metadata {
     pub(super) crc32c: Option<String>,
     pub(super) written: Option<String>,
     pub(super) kept: Option<String>,
+    /// Texts that are not ours: other names of tensors may be among them.
+    pub(super) others: Vec<(String, String)>,
 }
 
 #[derive(Deserialize)]
@@ -90,23 +101,37 @@ pub(super) fn parsed(header: &[u8], data: u64) -> Result<(Metadata, Vec<Entry>),
     Ok((metadata.unwrap_or_default(), entries))
 }
 
-/// That JSON does not hold too many values to be kept in memory.
-pub(super) fn check_values(json: &str) -> Result<(), String> {
-    let (mut values, mut in_text, mut escaped) = (0, false, false);
+/// Refuses a state that would take too much memory when it is read: its JSON, what that becomes, and so many
+/// tensors besides their elements.
+pub(super) fn check_memory(json: &str, tensors: usize) -> Result<(), String> {
+    let (mut values, mut objects, mut in_text, mut escaped) = (0, 0, false, false);
     for byte in json.bytes() {
         match byte {
             _ if escaped => escaped = false,
             b'\\' => escaped = in_text,
             b'"' => in_text = !in_text,
-            b',' | b'[' | b'{' if !in_text => values += 1,
+            b',' | b'[' if !in_text => values += 1,
+            b'{' if !in_text => objects += 1,
             _ => {}
         }
     }
-    match values > MAX_VALUES {
+    let memory = json.len() + values * VALUE + objects * OBJECT + tensors * TENSOR;
+    match memory > MAX_MEMORY {
         true => Err(format!(
-            "its state has {values} values or more, and {MAX_VALUES} is the limit: put long lists into tensors"
+            "its state has {tensors} tensors and {} values or more, which could take {} MB of memory, and {} is the limit: put long lists into tensors",
+            values + objects,
+            memory / 1_000_000,
+            MAX_MEMORY / 1_000_000
         )),
         false => Ok(()),
+    }
+}
+
+/// As much of a text as an error may hold: a file can have names of any length.
+pub(super) fn shortened(text: &str) -> String {
+    match text.char_indices().nth(400) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
     }
 }
 
@@ -170,7 +195,15 @@ impl<'de> Deserialize<'de> for Metadata {
                         "crc32c" => &mut metadata.crc32c,
                         "written" => &mut metadata.written,
                         "kept" => &mut metadata.kept,
-                        _ => continue,
+                        _ if metadata.others.len() < MAX_TEXTS => {
+                            metadata.others.push((key, text));
+                            continue;
+                        }
+                        _ => {
+                            return Err(de::Error::custom(format!(
+                                "its metadata has more than {MAX_TEXTS} texts"
+                            )));
+                        }
                     };
                     if place.replace(text).is_some() {
                         return Err(de::Error::custom(format!("it has two '{key}'")));

@@ -10,6 +10,8 @@
 //!     moment = file.get_tensor("optimizer/conv1.weight/exp_avg")
 //! ```
 //!
+//! In Rust [`load_part`] takes the model alone out of one.
+//!
 //! Values (the position, hyper-parameters, the schedulers' state) are JSON in its metadata, under
 //! `state`; a CRC-32C of everything is there too. NaN and infinities, which JSON does not have, are objects
 //! such as `{"$f64": "NaN"}`. Tensors with channels last are in the usual order, and get their strides back.
@@ -24,8 +26,10 @@
 //! [tracked](Gradients). Not saved is what belongs to the process: deadlines, bars, how many samples a
 //! loader left out.
 //!
-//! A damaged or hostile file is an error. Reading takes the memory of its tensors, and at most 150 MB and a
-//! few times the header besides; nothing in it is executed, and no path in it is followed.
+//! A damaged or hostile file is an error. Reading takes the memory of its tensors' elements, and at most
+//! 150 MB besides; nothing in it is executed, no path in it is followed, and of the files that it lists only
+//! those are ever removed that carry the stamp of its run. Pipes and links in its folder are not waited for
+//! nor followed.
 //!
 //! What goes on bit for bit: parameters, buffers, the optimizer's state, schedules, metrics, the data's
 //! order and position, random numbers of libtorch's default generators on the CPU and CUDA. What does
@@ -46,10 +50,14 @@ mod strides;
 mod writer;
 
 pub use filename::setup_filename_pattern;
+pub(crate) use folder::Folder;
 pub(crate) use format::{put_together, taken_apart};
 pub use handler::{Checkpoint, Mode, Score};
-pub use resume::{Resumed, load_weights, read_state, save_weights, verify, write_state};
+pub use resume::{
+    IncompatibleKeys, Resumed, load_part, load_weights, load_weights_with, read_state,
+    save_weights, verify, write_state,
+};
 pub use saveable::Saveable;
 pub use state_dict::{StateDict, Stateful};
-pub(crate) use stateful::check_fixed;
+pub(crate) use stateful::misfits;
 pub use stateful::{Gradients, IntoStateful};

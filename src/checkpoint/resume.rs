@@ -1,6 +1,5 @@
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
@@ -8,9 +7,11 @@ use tch::Tensor;
 use tch::nn::VarStore;
 
 use super::format::{Contents, Stamp};
-use super::stateful::{check_fixed, load_variables, variables_of};
-use super::{StateDict, folder, writer};
+use super::header::shortened;
+use super::stateful::{copy_variables, layout_misfits, variables_of};
+use super::{IntoStateful, StateDict, folder, writer};
 use crate::engine::{Engine, HANDLERS, Restored};
+use crate::handlers::files::open_file;
 use crate::{Error, Result};
 
 /// What [`Engine::resume`] found. Displayed, it is a line for each thing worth knowing.
@@ -29,20 +30,39 @@ pub struct Resumed {
     pub restored: Restored,
 }
 
+/// At most as many lines of a kind, because a file can hold any number of names.
+const LINES: usize = 20;
+
 impl fmt::Display for Resumed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (path, why) in &self.skipped {
-            writeln!(f, "skipped {}: {why}", path.display())?;
+        let Self { path, epoch, iteration, restored, skipped } = self;
+        let skipped = skipped.iter().map(|(path, why)| format!("{}: {why}", path.display()));
+        lines(f, "skipped", skipped)?;
+        lines(f, "changed since:", restored.changed.iter())?;
+        lines(f, "not restored:", restored.ignored.iter())?;
+        for untracked in &restored.untracked {
+            writeln!(f, "not restored, because it is not tracked: {untracked}")?;
         }
-        for change in &self.restored.changed {
-            writeln!(f, "changed since: {change}")?;
+        let more = restored.parts.len().saturating_sub(LINES);
+        let parts: Vec<_> = restored.parts.iter().take(LINES).map(|part| shortened(part)).collect();
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        writeln!(f, "restored: {}{more}", parts.join(", "))?;
+        if let Some(ended) = &restored.ended {
+            writeln!(f, "ended: {ended}")?;
         }
-        for ignored in &self.restored.ignored {
-            writeln!(f, "ignored: {ignored}")?;
-        }
-        let Self { path, epoch, iteration, .. } = self;
         write!(f, "resumed {} at iteration {iteration} (epoch {epoch})", path.display())
     }
+}
+
+fn lines(
+    f: &mut fmt::Formatter<'_>,
+    title: &str,
+    mut texts: impl ExactSizeIterator<Item = impl fmt::Display>,
+) -> fmt::Result {
+    let more = texts.len().saturating_sub(LINES);
+    let mut shown = texts.by_ref().take(LINES);
+    shown.try_for_each(|text| writeln!(f, "{title} {}", shortened(&text.to_string())))?;
+    if more > 0 { writeln!(f, "{title} {more} more") } else { Ok(()) }
 }
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
@@ -64,7 +84,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Like [`resume`](Self::resume); where `strict` is false, what is missing, unknown or does not fit
-    /// is left out and told.
+    /// is left out and told, and the rest is loaded: tensor by tensor of models and optimizers, so that a
+    /// network with another head keeps its body. A schedule with other arguments, such as a longer one, goes
+    /// on at its place, which is the number of its events that are done.
     pub fn resume_with(
         &mut self,
         cx: &mut C,
@@ -96,8 +118,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if skipped.is_empty() {
             return Ok(None);
         }
-        let why: Vec<_> =
-            skipped.iter().map(|(path, why)| format!("{}: {why}", path.display())).collect();
+        let shown = skipped.iter().take(LINES);
+        let mut why: Vec<_> =
+            shown.map(|(path, why)| format!("{}: {}", path.display(), shortened(why))).collect();
+        if skipped.len() > LINES {
+            why.push(format!("and {} more", skipped.len() - LINES));
+        }
         Err(Error::State(format!(
             "no checkpoint in {} is whole ({}); remove them to start anew",
             folder.as_ref().display(),
@@ -128,20 +154,18 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let mut places = BTreeMap::new();
         for (name, fixed, ours) in self.tracked_states()? {
             let prefix = format!("{name}/");
-            let saved: BTreeMap<String, _> = contents
-                .layouts()
-                .filter_map(|(tensor, layout)| {
-                    Some((tensor.strip_prefix(&prefix)?.to_owned(), layout))
-                })
-                .collect();
-            let layout = |name: &str| saved.get(name).map(|l| (l.kind, l.shape.clone()));
-            if fixed && let Err(error) = check_fixed(&ours, layout, saved.keys()) {
-                if strict {
-                    return Err(Error::State(format!("{}: {name}: {error}", path.display())));
-                }
-                continue;
+            let within = |(tensor, layout)| Some((str::strip_prefix(tensor, &prefix)?, layout));
+            let saved: BTreeMap<&str, _> = contents.layouts().filter_map(within).collect();
+            let misfits = if fixed { layout_misfits(&ours, &saved) } else { BTreeMap::default() };
+            if strict && let Some(misfit) = misfits.values().next() {
+                let how = match saved.is_empty() {
+                    true => "",
+                    false => "; resume_with(.., strict = false) loads what fits",
+                };
+                return Err(Error::State(format!("{}: {name}: {misfit}{how}", path.display())));
             }
-            places.extend(ours.tensors.into_iter().map(|(name, t)| (prefix.clone() + &name, t)));
+            let fitting = ours.tensors.into_iter().filter(|(name, _)| !misfits.contains_key(name));
+            places.extend(fitting.map(|(name, tensor)| (prefix.clone() + &name, tensor)));
         }
         let destroyed = !places.is_empty();
         let state = contents.read(&mut places);
@@ -178,9 +202,9 @@ impl<C, B, O> Engine<'_, C, B, O> {
         };
         let mut found = Found::default();
         // Extensions of checkpoints.
-        let latest = fs::read_to_string(folder.join(folder::LATEST)).unwrap_or_default();
+        let latest = folder::latest(folder).unwrap_or_default();
         let mut known: Vec<_> =
-            ["a.safetensors", "a.pt", latest.trim()].iter().filter_map(|n| extension(n)).collect();
+            ["a.safetensors", "a.pt", &latest].iter().filter_map(|n| extension(n)).collect();
         for name in names.iter().filter(|name| !name.starts_with('.') && !folder::is_part(name)) {
             let path = folder.join(name);
             if !path.is_file() {
@@ -218,10 +242,12 @@ impl<C, B, O> Engine<'_, C, B, O> {
         let (known, stateful) = self.handler_names();
         let unknown_handler = handlers.iter().find(|name| !known.iter().any(|k| k == **name));
         let missing_handler = stateful.iter().find(|name| !handlers.contains(&name.as_str()));
-        None.or(missing.map(|name| format!("it has no part '{name}'")))
+        let misfit = None
+            .or(missing.map(|name| format!("it has no part '{name}'")))
             .or(unknown.map(|name| format!("its part '{name}' is not tracked here")))
             .or(missing_handler.map(|name| format!("it has no part of handler '{name}'")))
-            .or(unknown_handler.map(|name| format!("its handler '{name}' is not attached here")))
+            .or(unknown_handler.map(|name| format!("its handler '{name}' is not attached here")));
+        misfit.map(|misfit| shortened(&misfit))
     }
 }
 
@@ -232,18 +258,20 @@ fn extension(name: &str) -> Option<String> {
 /// Whether a file begins with a length and JSON.
 fn begins_like_one(path: &Path) -> bool {
     let mut begin = [0; 9];
-    let read = fs::File::open(path).and_then(|mut file| file.read_exact(&mut begin));
+    let read = open_file(path).and_then(|mut file| file.read_exact(&mut begin));
     read.is_ok() && begin[8] == b'{' && begin[4..8] == [0; 4]
 }
 
 const NO_CHECKPOINT: &str = "it holds tensors, but is no checkpoint of this crate";
 
 fn broken(path: &Path, why: &str) -> Error {
-    Error::State(format!("{}: {why}", path.display()))
+    Error::State(format!("{}: {}", path.display(), shortened(why)))
 }
 
 /// Writes the variables of a store, parameters and buffers, as a plain safetensors file with their
-/// names, which are PyTorch's; as safe as a checkpoint is written.
+/// names, which are PyTorch's; as safe as a checkpoint is written. A tensor with several names (tied weights)
+/// is written once, under the first of them in alphabetical order, and the metadata tells the others, as
+/// Python's `safetensors.torch.save_model` does; [`load_weights`] and its `load_model` find all.
 ///
 /// # Errors
 /// A type that safetensors does not have, or the disk's.
@@ -252,14 +280,124 @@ pub fn save_weights(vs: &VarStore, path: impl AsRef<Path>) -> Result<()> {
 }
 
 /// Reads the variables of a store from a safetensors file, of this crate or of Python. The store's
-/// types and devices stay as they are: what is saved must be of the same types.
+/// types and devices stay as they are: what is saved must be of the same types. PyTorch's counters
+/// `num_batches_tracked`, which batch norm in tch does not have, are passed over.
+///
+/// The model alone comes out of a training checkpoint with [`load_part`].
 ///
 /// # Errors
-/// A file that is broken, names, shapes or types that are not the store's. Nothing is changed then.
+/// A file that is broken or a training checkpoint, names, shapes or types that are not the store's. Nothing
+/// is changed then.
 pub fn load_weights(vs: &VarStore, path: impl AsRef<Path>) -> Result<()> {
+    load_weights_with(vs, path, true).map(drop)
+}
+
+/// Like [`load_weights`]; where `strict` is false, names that only the store or only the file has are
+/// allowed and returned, as PyTorch's `load_state_dict(strict=False)` does.
+///
+/// ```
+/// # use tch::{Device, nn};
+/// use tch_ignite::checkpoint::{load_weights_with, save_weights};
+/// # let folder = std::env::temp_dir().join(format!("tch-ignite-keys-{}", std::process::id()));
+/// # let (body, vs) = (nn::VarStore::new(Device::Cpu), nn::VarStore::new(Device::Cpu));
+/// # let _ = (body.root().ones("body", &[2]), body.root().ones("old_head", &[2]));
+/// # let _ = (vs.root().zeros("body", &[2]), vs.root().zeros("head", &[5]));
+/// save_weights(&body, folder.join("pretrained.safetensors"))?;
+/// let keys = load_weights_with(&vs, folder.join("pretrained.safetensors"), false)?;
+/// assert_eq!((&*keys.missing, &*keys.unexpected), (&["head".into()][..], &["old_head".into()][..]));
+/// # std::fs::remove_dir_all(folder).ok();
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`load_weights`], but for these names: a tensor of another shape or type is an error here too.
+pub fn load_weights_with(
+    vs: &VarStore,
+    path: impl AsRef<Path>,
+    strict: bool,
+) -> Result<IncompatibleKeys> {
     let path = path.as_ref();
-    let state = read_tensors(path)?;
-    load_variables(&vs.variables_, &state).map_err(|error| broken(path, &error.to_string()))
+    let failed = |why: String| broken(path, &why);
+    let contents = Contents::open(path).map_err(failed)?;
+    if contents.has_state() {
+        let (parts, _) = contents.parts("");
+        return Err(broken(
+            path,
+            &format!(
+                "it is a training checkpoint: load_part(&vs, path, \"model\") loads the model that was tracked under this name; its parts are {}",
+                parts.join(", ")
+            ),
+        ));
+    }
+    let ours = variables_of(&vs.variables_);
+    // A tensor's other name that the store does not have is no tensor that is left out.
+    let known = |name: &str| !contents.is_tied(name) || ours.tensors.contains_key(name);
+    let saved: BTreeMap<&str, _> = contents.layouts().filter(|(name, _)| known(name)).collect();
+    let mut keys = IncompatibleKeys::default();
+    for (name, misfit) in layout_misfits(&ours, &saved) {
+        let (here, there) = (ours.tensors.contains_key(&name), saved.contains_key(&*name));
+        match (here, there) {
+            (false, true) if name.rsplit('.').next() == Some("num_batches_tracked") => {}
+            _ if strict || here == there => return Err(failed(misfit)),
+            (true, _) => keys.missing.push(name),
+            (false, _) => keys.unexpected.push(name),
+        }
+    }
+    // Only what the store has is kept in memory.
+    let wanted = |name: &str| ours.tensors.contains_key(name);
+    let tensors = contents.tensors(wanted, &mut BTreeMap::new()).map_err(failed)?;
+    let state = StateDict { tensors, ..StateDict::default() };
+    copy_variables(&vs.variables_, &state).map_err(|error| broken(path, &error.to_string()))?;
+    Ok(keys)
+}
+
+/// Names that [`load_weights_with`] found only on one side.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct IncompatibleKeys {
+    /// Variables of the store that the file does not have: they keep their values.
+    pub missing: Vec<String>,
+    /// Tensors of the file that the store does not have.
+    pub unexpected: Vec<String>,
+}
+
+/// Loads one tracked part out of a training checkpoint, into memory of its own before: the weights alone, for
+/// an evaluation or a fine-tuning.
+///
+/// ```
+/// # use tch::{Device, nn};
+/// use tch_ignite::checkpoint::load_part;
+/// # use tch_ignite::checkpoint::Checkpoint;
+/// # use tch_ignite::engine::{Engine, Until};
+/// # let folder = std::env::temp_dir().join(format!("tch-ignite-part-{}", std::process::id()));
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let mut trainer = Engine::new(|_: &mut (), _, _: ()| Ok(()));
+/// # trainer.track("model", &vs).attach(Checkpoint::new(&folder));
+/// # trainer.run(&mut (), vec![(); 10], Until::epochs(1))?;
+/// load_part(&vs, folder.join("checkpoint_10.safetensors"), "model")?;
+/// # drop(trainer);
+/// # std::fs::remove_dir_all(folder).ok();
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+///
+/// # Errors
+/// A file that is broken or no checkpoint; one without such a part, with those it has; what does not fit.
+pub fn load_part<'a>(
+    part: impl IntoStateful<'a>,
+    path: impl AsRef<Path>,
+    name: &str,
+) -> Result<()> {
+    let path = path.as_ref();
+    let contents = Contents::open(path).map_err(|why| broken(path, &why))?;
+    if !contents.has_state() {
+        return Err(broken(path, NO_CHECKPOINT));
+    }
+    let (parts, _) = contents.parts("");
+    let absent = format!("it has no part '{name}'; its parts are {}", parts.join(", "));
+    let state = contents.read_part(name).map_err(|why| broken(path, &why))?;
+    let state = state.ok_or_else(|| broken(path, &absent))?;
+    let loaded = part.into_stateful().load_state_dict(state);
+    loaded.map_err(|error| broken(path, &format!("{name}: {error}")))
 }
 
 /// Reads a checkpoint into memory of its own.
@@ -272,11 +410,6 @@ pub fn read_state(path: impl AsRef<Path>) -> Result<StateDict> {
     if !contents.has_state() {
         return Err(broken(path, NO_CHECKPOINT));
     }
-    contents.read(&mut BTreeMap::<String, Tensor>::new()).map_err(|why| broken(path, &why))
-}
-
-fn read_tensors(path: &Path) -> Result<StateDict> {
-    let contents = Contents::open(path).map_err(|why| broken(path, &why))?;
     contents.read(&mut BTreeMap::<String, Tensor>::new()).map_err(|why| broken(path, &why))
 }
 

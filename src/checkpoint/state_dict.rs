@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 use serde::Serialize;
@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use super::{exact, strides};
+use crate::bridge::TensorId;
 use crate::{Error, Result};
 
 /// What something needs to go on exactly: values, tensors, and the state of its parts, all by name.
@@ -108,7 +109,13 @@ impl StateDict {
     pub fn copy(&self) -> Result<Self> {
         let _guard = tch::no_grad_guard();
         let mut copy = Self { values: self.values.clone(), ..Self::default() };
+        // Names of one tensor stay names of one tensor.
+        let mut copied: HashMap<TensorId, Tensor> = HashMap::new();
         for (name, tensor) in &self.tensors {
+            if let Some(own) = copied.get(&TensorId::of(tensor)) {
+                copy.tensors.insert(name.clone(), own.shallow_clone());
+                continue;
+            }
             let failed = |error| Error::libtorch(format!("copying '{name}'"), error);
             let dense = match tensor.is_sparse() {
                 true => tensor.f_to_dense(None, false).map_err(failed)?,
@@ -116,6 +123,7 @@ impl StateDict {
             };
             let mut own = strides::empty_like(&dense).map_err(failed)?;
             own.f_copy_(&dense).map_err(failed)?;
+            copied.insert(TensorId::of(tensor), own.shallow_clone());
             copy.tensors.insert(name.clone(), own);
         }
         for (name, part) in &self.parts {
@@ -181,6 +189,15 @@ pub trait Stateful {
     /// # Errors
     /// What is missing or does not fit, by name.
     fn load_state_dict(&mut self, state: StateDict) -> Result<()>;
+
+    /// Goes to as much of a saved state as fits, and says what did not, a line for each: where a run is
+    /// resumed without `strict`. Unless told otherwise all of it has to fit.
+    ///
+    /// # Errors
+    /// Nothing of it fits; nothing is changed then.
+    fn load_state_dict_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.load_state_dict(state).map(|()| vec![])
+    }
 
     /// What the program chose, as far as a change of it should be told when a run is resumed.
     fn settings(&self) -> Map<String, Value> {

@@ -1,6 +1,7 @@
 //! What engines track: models, optimizers, and things of your own.
 
 use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
@@ -8,9 +9,10 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 use tch::nn::{VarStore, Variables};
 
+use super::format::Layout;
 use super::{StateDict, Stateful};
 use crate::amp::GradScaler;
-use crate::bridge::{TensorId, set_gradient};
+use crate::bridge::{TensorId, bytes, set_gradient};
 use crate::optim::Optimizer;
 use crate::{Error, Result};
 
@@ -57,6 +59,7 @@ impl<'a, T: Stateful + 'a> IntoStateful<'a> for Arc<Mutex<T>> {
     }
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<T: Stateful> Stateful for Rc<RefCell<T>> {
     fn state_dict(&self) -> Result<StateDict> {
         self.try_borrow().map_err(|error| Error::State(error.to_string()))?.state_dict()
@@ -68,6 +71,12 @@ impl<T: Stateful> Stateful for Rc<RefCell<T>> {
             .load_state_dict(state)
     }
 
+    fn load_state_dict_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.try_borrow_mut()
+            .map_err(|error| Error::State(error.to_string()))?
+            .load_state_dict_partially(state)
+    }
+
     fn settings(&self) -> Map<String, Value> {
         self.try_borrow().map_or_else(|_| Map::new(), |part| part.settings())
     }
@@ -76,11 +85,16 @@ impl<T: Stateful> Stateful for Rc<RefCell<T>> {
         self.try_borrow().is_ok_and(|part| part.has_fixed_tensors())
     }
 
+    fn is_read_in_place(&self) -> bool {
+        self.try_borrow().is_ok_and(|part| part.is_read_in_place())
+    }
+
     fn differs_by_rank(&self) -> bool {
         self.try_borrow().is_ok_and(|part| part.differs_by_rank())
     }
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<T: Stateful> Stateful for Arc<Mutex<T>> {
     fn state_dict(&self) -> Result<StateDict> {
         free(self)?.state_dict()
@@ -90,12 +104,20 @@ impl<T: Stateful> Stateful for Arc<Mutex<T>> {
         free(self)?.load_state_dict(state)
     }
 
+    fn load_state_dict_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        free(self)?.load_state_dict_partially(state)
+    }
+
     fn settings(&self) -> Map<String, Value> {
         free(self).map_or_else(|_| Map::new(), |part| part.settings())
     }
 
     fn has_fixed_tensors(&self) -> bool {
         free(self).is_ok_and(|part| part.has_fixed_tensors())
+    }
+
+    fn is_read_in_place(&self) -> bool {
+        free(self).is_ok_and(|part| part.is_read_in_place())
     }
 
     fn differs_by_rank(&self) -> bool {
@@ -124,6 +146,13 @@ impl Stateful for Model {
 
     fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
         load_variables(&self.0, &state)
+    }
+
+    fn load_state_dict_partially(&mut self, mut state: StateDict) -> Result<Vec<String>> {
+        let misfits = misfits(&variables_of(&self.0), &state);
+        state.tensors.retain(|name, _| !misfits.contains_key(name));
+        copy_variables(&self.0, &state)?;
+        Ok(misfits.into_values().collect())
     }
 
     fn has_fixed_tensors(&self) -> bool {
@@ -208,15 +237,22 @@ pub(super) fn variables_of(variables: &Mutex<Variables>) -> StateDict {
 
 /// Copies values into the variables, whose types stay. Nothing is changed on error.
 pub(super) fn load_variables(variables: &Mutex<Variables>, state: &StateDict) -> Result<()> {
+    match misfits(&variables_of(variables), state).into_values().next() {
+        Some(misfit) => Err(Error::State(misfit)),
+        None => copy_variables(variables, state),
+    }
+}
+
+/// Copies values that fit into the variables of their names.
+pub(super) fn copy_variables(variables: &Mutex<Variables>, state: &StateDict) -> Result<()> {
     let ours = variables_of(variables);
-    let fits = |tensor: &Tensor| (tensor.kind(), tensor.size());
-    check_fixed(&ours, |name| state.tensors.get(name).map(fits), state.tensors.keys())?;
+    check_tied(&ours, state)?;
     let _guard = tch::no_grad_guard();
     for (name, value) in &state.tensors {
         let Some(mut variable) = ours.tensors.get(name).map(Tensor::shallow_clone) else {
             continue;
         };
-        // Read into its place already.
+        // It was read into its place already.
         if TensorId::of(&variable) != TensorId::of(value) {
             variable
                 .f_copy_(value)
@@ -226,27 +262,63 @@ pub(super) fn load_variables(variables: &Mutex<Variables>, state: &StateDict) ->
     Ok(())
 }
 
-/// Whether the saved tensors are those of `ours`, in name, type and shape.
-pub(crate) fn check_fixed<'n>(
-    ours: &StateDict,
-    saved: impl Fn(&str) -> Option<(tch::Kind, Vec<i64>)>,
-    saved_names: impl IntoIterator<Item = &'n String>,
-) -> Result<()> {
-    for (name, tensor) in &ours.tensors {
-        match saved(name) {
-            None => return Err(Error::State(format!("'{name}' is missing"))),
-            Some((kind, shape)) if kind != tensor.kind() || shape != tensor.size() => {
-                return Err(Error::State(format!(
-                    "'{name}' is {kind:?} of shape {shape:?}, but {:?} of shape {:?} here",
-                    tensor.kind(),
-                    tensor.size()
-                )));
-            }
-            Some(_) => {}
+/// Refuses different values for two names of one variable, because only one of them could be loaded.
+fn check_tied(ours: &StateDict, state: &StateDict) -> Result<()> {
+    let mut first_names: HashMap<TensorId, (&str, &Tensor)> = HashMap::new();
+    for (name, value) in &state.tensors {
+        let Some(variable) = ours.tensors.get(name) else { continue };
+        let (first, other) = *first_names.entry(TensorId::of(variable)).or_insert((name, value));
+        if TensorId::of(value) != TensorId::of(other) && !have_same_bits(value, other) {
+            return Err(Error::State(format!(
+                "'{first}' and '{name}' are names of one variable here, and have different values there; give them variables of their own, or load a state of tied ones"
+            )));
         }
     }
-    match saved_names.into_iter().find(|name| !ours.tensors.contains_key(*name)) {
-        Some(name) => Err(Error::State(format!("'{name}' is unknown here"))),
-        None => Ok(()),
+    Ok(())
+}
+
+fn have_same_bits(a: &Tensor, b: &Tensor) -> bool {
+    match (bytes(a), bytes(b)) {
+        (Ok(a), Ok(b)) => a == b,
+        // They are on another device, or not dense.
+        _ => a.f_equal(b).unwrap_or(false),
     }
+}
+
+/// Which tensors of `ours` and of a saved state are not the same in name, type and shape, each with a
+/// sentence about it.
+pub(crate) fn misfits(ours: &StateDict, saved: &StateDict) -> BTreeMap<String, String> {
+    let saved = saved.tensors.iter().map(|(name, tensor)| {
+        (name.as_str(), Layout { kind: tensor.kind(), shape: tensor.size() })
+    });
+    layout_misfits(ours, &saved.collect())
+}
+
+/// [`misfits`] of tensors that are still in a file.
+pub(super) fn layout_misfits(
+    ours: &StateDict,
+    saved: &BTreeMap<&str, Layout>,
+) -> BTreeMap<String, String> {
+    let mut misfits = BTreeMap::new();
+    // A variable with several names needs only one of them there.
+    let named = ours.tensors.iter().filter(|(name, _)| saved.contains_key(name.as_str()));
+    let found: HashSet<_> = named.map(|(_, tensor)| TensorId::of(tensor)).collect();
+    for (name, tensor) in &ours.tensors {
+        if !saved.contains_key(name.as_str()) && found.contains(&TensorId::of(tensor)) {
+            continue;
+        }
+        let ours = Layout { kind: tensor.kind(), shape: tensor.size() };
+        let misfit = match saved.get(name.as_str()) {
+            None => format!("'{name}' is missing"),
+            Some(saved) if *saved != ours => {
+                format!("'{name}' is {saved}, but {ours} here")
+            }
+            Some(_) => continue,
+        };
+        misfits.insert(name.clone(), misfit);
+    }
+    for name in saved.keys().filter(|name| !ours.tensors.contains_key(**name)) {
+        misfits.insert((*name).to_owned(), format!("'{name}' is unknown here"));
+    }
+    misfits
 }

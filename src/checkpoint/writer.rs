@@ -1,11 +1,10 @@
 //! Writing, in the training's thread or in one of its own.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use super::folder::Folder;
+use super::folder::{Folder, Owner};
 use super::format::Stamp;
 use super::{StateDict, format};
 use crate::handlers::files::write_whole;
@@ -20,24 +19,30 @@ pub(super) struct Job {
     pub(super) name: String,
     pub(super) stamp: Stamp,
     pub(super) remove: Vec<String>,
+    /// Only what carries its stamp is removed.
+    pub(super) owner: Owner,
 }
 
 impl Job {
+    /// The new file is safe before `latest` and the old files are seen to; of those all are tried.
     fn run(self) -> Result<()> {
         write(&self.folder.file(&self.name), &self.state, self.plain, &self.stamp)?;
-        if !self.plain {
-            self.folder.set_latest(&self.name, self.stamp.written)?;
-        }
+        let mut tidied = match self.plain {
+            true => Ok(()),
+            false => self.folder.set_latest(&self.name, self.stamp.written),
+        };
         for name in self.remove.iter().filter(|name| **name != self.name) {
-            let path = self.folder.file(name);
-            match fs::remove_file(&path) {
-                Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(Error::Io { path, source });
-                }
-                _ => {}
-            }
+            tidied = both(tidied, self.folder.remove(name, &self.owner));
         }
-        Ok(())
+        tidied
+    }
+}
+
+/// The first error, which tells of the second too.
+pub(super) fn both(first: Result<()>, second: Result<()>) -> Result<()> {
+    match (first, second) {
+        (Err(first), Err(second)) => Err(first.besides(second)),
+        (first, second) => first.and(second),
     }
 }
 
@@ -62,11 +67,19 @@ impl Writer {
             return job.run();
         }
         job.state = job.state.copy()?;
-        let spawned = std::thread::Builder::new()
-            .name("checkpoint".into())
-            .spawn(move || job.run())
-            .map_err(|source| Error::Io { path: PathBuf::from("a thread"), source })?;
-        self.running = Some(spawned);
+        let job = Arc::new(Mutex::new(Some(job)));
+        let theirs = job.clone();
+        let run = |job: &Mutex<Option<Job>>| {
+            let job = job.lock().unwrap_or_else(PoisonError::into_inner).take();
+            job.map_or(Ok(()), Job::run)
+        };
+        let spawned =
+            std::thread::Builder::new().name("checkpoint".into()).spawn(move || run(&theirs));
+        match spawned {
+            Ok(spawned) => self.running = Some(spawned),
+            // Where no thread can be started it is done here.
+            Err(_) => return run(&job),
+        }
         Ok(())
     }
 

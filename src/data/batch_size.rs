@@ -61,9 +61,15 @@ impl BatchSize {
 
     /// Batches in a pass.
     pub fn batches(&self) -> u64 {
+        self.batches_from(0)
+    }
+
+    /// Batches of a pass from this sample on.
+    pub(super) fn batches_from(&self, first: u64) -> u64 {
+        let samples = self.samples.saturating_sub(first);
         match self.drop_last {
-            true => self.samples / self.get(),
-            false => self.samples.div_ceil(self.get()),
+            true => samples / self.get(),
+            false => samples.div_ceil(self.get()),
         }
     }
 

@@ -375,6 +375,14 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
         Some(self.last_samples)
     }
 
+    fn batches_left(&self) -> Option<u64> {
+        Some(self.loader.batch_size.batches_from(self.next))
+    }
+
+    fn is_random(&self) -> bool {
+        false
+    }
+
     fn place(&self, again: bool) -> Option<Place> {
         let again = again || self.failed;
         Some(self.loader.batch_size.place(if again { self.last } else { self.next }))

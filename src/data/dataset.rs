@@ -121,6 +121,10 @@ where
         self.dataset.len()
     }
 
+    fn is_empty(&self) -> bool {
+        self.dataset.is_empty()
+    }
+
     fn get(&self, index: usize, rng: &mut SplitMix64) -> Result<T> {
         (self.map)(self.dataset.get(index, rng)?, rng)
     }
@@ -133,6 +137,10 @@ impl<D: Dataset + ?Sized> Dataset for Arc<D> {
         (**self).len()
     }
 
+    fn is_empty(&self) -> bool {
+        (**self).is_empty()
+    }
+
     fn get(&self, index: usize, rng: &mut SplitMix64) -> Result<D::Item> {
         (**self).get(index, rng)
     }
@@ -143,6 +151,10 @@ impl<D: Dataset + ?Sized> Dataset for Box<D> {
 
     fn len(&self) -> usize {
         (**self).len()
+    }
+
+    fn is_empty(&self) -> bool {
+        (**self).is_empty()
     }
 
     fn get(&self, index: usize, rng: &mut SplitMix64) -> Result<D::Item> {

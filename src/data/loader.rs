@@ -271,6 +271,14 @@ impl Source<Batch> for Cursor {
         Some(self.last_samples)
     }
 
+    fn batches_left(&self) -> Option<u64> {
+        Some(self.loader.batch_size.batches_from(self.next))
+    }
+
+    fn is_random(&self) -> bool {
+        false
+    }
+
     fn place(&self, again: bool) -> Option<Place> {
         Some(self.loader.batch_size.place(if again { self.last } else { self.next }))
     }

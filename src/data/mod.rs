@@ -70,6 +70,21 @@ pub trait Source<B> {
         None
     }
 
+    /// Batches from the next one to the end of the pass, where that is known. Where it is not, the engine
+    /// takes [`batches`](Self::batches) without those that were fetched.
+    fn batches_left(&self) -> Option<u64> {
+        None
+    }
+
+    /// Whether [`seek`](Self::seek) may draw the order of a pass from libtorch's default random number
+    /// generators, as `tch::data::Iter2::shuffle` does. The engine then keeps the state of the generators
+    /// from before each pass, and in checkpoints, so that a run which goes on in the middle of a pass has
+    /// the rest of the same pass. That costs a copy of 5 KB for each pass; answer false where `seek`
+    /// draws nothing.
+    fn is_random(&self) -> bool {
+        true
+    }
+
     /// Where the batch that comes next begins, or with `again` the one that [`next`](Self::next) gave
     /// last; `None` where that is only counted in batches.
     fn place(&self, again: bool) -> Option<Place> {
@@ -119,6 +134,12 @@ pub fn source<'a, B, S: Source<B> + 'a>(source: S) -> Custom<'a, B> {
 /// Data made anew for each pass: `make` returns an iterator. The engine finds its length when the
 /// first pass is exhausted.
 ///
+/// A run that goes on in the middle of a pass calls `make` again and passes over what was used. An order
+/// that `make` draws from libtorch's random numbers, as `m.train_iter(64).shuffle()` of tch does, is
+/// then the same again: the state of the generators from before the pass is in the checkpoint. An order
+/// from elsewhere (another crate's generator, a set of files that changes) has to be made a function of
+/// the pass by `make` itself.
+///
 /// ```
 /// # use tch_ignite::engine::{Engine, Until};
 /// use tch_ignite::data::restartable;
@@ -133,7 +154,8 @@ pub fn restartable<'a, I: Iterator + 'a>(make: impl FnMut() -> I + 'a) -> Custom
 }
 
 /// Data that can be walked once, such as a stream; it may be infinite, with
-/// [`Until::epoch_length`](crate::engine::Until::epoch_length).
+/// [`Until::epoch_length`](crate::engine::Until::epoch_length). A run that is resumed in another process
+/// expects the same items from the first one on, and passes over those that were used.
 pub fn one_shot<'a, I>(batches: I) -> Custom<'a, I::Item>
 where
     I: IntoIterator,
@@ -170,6 +192,10 @@ impl<B: Clone, D: AsRef<[B]>> Source<B> for Indexed<D> {
     fn seek(&mut self, _pass: u64, batch: u64) -> Result<()> {
         self.next = usize::try_from(batch)?;
         Ok(())
+    }
+
+    fn is_random(&self) -> bool {
+        false
     }
 
     fn next(&mut self) -> Option<Result<B>> {
@@ -231,6 +257,10 @@ impl<I: Iterator> Source<I::Item> for OneShot<I> {
         Ok(())
     }
 
+    fn is_random(&self) -> bool {
+        false
+    }
+
     fn next(&mut self) -> Option<Result<I::Item>> {
         self.0.next().map(Ok)
     }
@@ -269,6 +299,10 @@ impl<B: Default> Source<B> for NoData {
 
     fn seek(&mut self, _pass: u64, _batch: u64) -> Result<()> {
         Ok(())
+    }
+
+    fn is_random(&self) -> bool {
+        false
     }
 
     fn next(&mut self) -> Option<Result<B>> {

@@ -8,8 +8,9 @@ use tch::nn::{VarStore, Variables};
 
 use super::process_group::Turn;
 use super::{Outputs, ProcessGroup, ReduceOp};
-use crate::bridge::{Reducer, ReducerOptions, TensorId};
+use crate::bridge::{Reducer, ReducerOptions};
 use crate::optim;
+use crate::variables::{self, Variable};
 use crate::{Error, Result};
 
 /// How gradients travel between ranks.
@@ -124,8 +125,11 @@ impl DdpOptions {
 /// steps, clipping, scaling and averages of the weights work as they are, with the same bits on all ranks. It is
 /// libtorch's own reducer, with torch's order of calls; gradients travel while backward goes on.
 ///
-/// Clones share one model. The loss is a mean over the local batch, and local batches are of one size: then a step is
-/// that of one process with the joined batch. In a group of one everything is as without it.
+/// Clones share one model. Where the loss is a mean over the local batch, and local batches are of one size, a step is
+/// that of one process with the joined batch. For batches of different size, or a mean over tokens with padding,
+/// [`GradientAccumulator::data_parallel`](crate::GradientAccumulator::data_parallel) and
+/// [`Supervised::data_parallel`](crate::supervised::Supervised::data_parallel) weigh the ranks. In a group of one everything is
+/// as without it.
 ///
 /// ```
 /// use tch::nn::{self, Module};
@@ -162,6 +166,8 @@ struct Shared {
     // After the reducer, which uses it.
     pg: ProcessGroup,
     variables: Arc<Mutex<Variables>>,
+    /// How many parameters the store listed when this was made, a tied one for each of its names.
+    listed: usize,
     parameters: usize,
     /// How many `NoSync` there are.
     no_sync: AtomicUsize,
@@ -201,6 +207,7 @@ impl DistributedDataParallel {
         let shared = Shared {
             reducer,
             pg: pg.clone(),
+            listed: listed(&variables),
             variables,
             parameters: parameters.len(),
             no_sync: AtomicUsize::new(0),
@@ -220,15 +227,12 @@ impl DistributedDataParallel {
     /// A parameter had no gradient in the backward before (see [`DdpOptions::find_unused_parameters`]); variables were
     /// added to the store; [`Error::Distributed`].
     pub fn forward<R: Outputs>(&self, forward: impl FnOnce() -> R) -> Result<R> {
-        let Shared { reducer, variables, parameters, .. } = &*self.shared;
+        let Shared { reducer, variables, listed: then, .. } = &*self.shared;
         let Some(reducer) = reducer else { return Ok(forward()) };
-        let now = {
-            let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
-            variables.trainable_variables.len()
-        };
-        if now != *parameters {
+        let now = listed(variables);
+        if now != *then {
             return Err(Error::invalid(format!(
-                "the store had {parameters} parameters when DistributedDataParallel was made and has {now} now; make it after the whole model"
+                "the store had {then} parameters when DistributedDataParallel was made and has {now} now; make it after the whole model"
             )));
         }
         let sync = self.syncs();
@@ -291,6 +295,29 @@ impl DistributedDataParallel {
         pg.all_reduce(&gradients, ReduceOp::Avg)
     }
 
+    /// Whether there are other ranks.
+    pub(crate) fn reduces(&self) -> bool {
+        self.shared.reducer.is_some()
+    }
+
+    /// Whether there are other ranks, none of them in Python, with which more than gradients can be exchanged.
+    pub(crate) fn exchanges(&self) -> bool {
+        self.reduces() && self.shared.pg.has_control()
+    }
+
+    /// Makes a tensor the sum over all ranks, and returns their number.
+    pub(crate) fn sum(&self, tensor: &Tensor) -> Result<u64> {
+        self.shared.pg.sum_unchecked("DistributedDataParallel: the weights of a window", tensor)?;
+        Ok(self.shared.pg.world_size() as u64)
+    }
+
+    /// Where the parameters are.
+    pub(crate) fn device(&self) -> tch::Device {
+        let variables = self.shared.variables.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = variables.trainable_variables.first();
+        first.map_or(tch::Device::Cpu, |variable| variable.tensor.device())
+    }
+
     /// What libtorch's reducer has measured in sampled iterations (the first 10, then every 100th), by torch's names:
     /// times such as `avg_backward_comm_time` and `avg_backward_compute_comm_overlap_time` in nanoseconds, sizes in
     /// bytes. Empty in a group of one.
@@ -340,22 +367,19 @@ impl Drop for NoSync {
 
 type Named = Vec<(String, Tensor)>;
 
-/// Parameters in the order in which they were made, which is the same on all ranks, and buffers by name, because the
-/// store has no order for them.
-fn named(variables: &Mutex<Variables>) -> (Named, Named) {
-    let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut names: HashMap<_, _> = (variables.named_variables.iter())
-        .map(|(name, tensor)| (TensorId::of(tensor), (name.clone(), tensor.shallow_clone())))
-        .collect();
-    let parameters = variables.trainable_variables.iter().map(|variable| {
-        let tensor = variable.tensor.shallow_clone();
-        let name = names.remove(&TensorId::of(&tensor)).map_or_else(String::new, |(name, _)| name);
-        (name, tensor)
-    });
-    let parameters: Vec<_> = parameters.collect();
-    let mut buffers: Vec<_> = names.into_values().collect();
-    buffers.sort_by(|(a, _), (b, _)| a.cmp(b));
-    (parameters, buffers)
+fn listed(store: &Mutex<Variables>) -> usize {
+    store.lock().unwrap_or_else(PoisonError::into_inner).trainable_variables.len()
+}
+
+/// Parameters in the order in which they were made, which is the same on all ranks, and buffers by name. A tensor with
+/// several names is there once.
+fn named(store: &Mutex<Variables>) -> (Named, Named) {
+    let all = variables::variables(store).into_iter();
+    let (parameters, buffers): (Vec<_>, Vec<_>) = all.partition(|variable| variable.trainable);
+    let named = |variables: Vec<Variable>| {
+        variables.into_iter().map(|variable| (variable.name, variable.tensor)).collect()
+    };
+    (named(parameters), named(buffers))
 }
 
 /// Compares models and options of all ranks with rank 0's.

@@ -238,6 +238,17 @@ impl ProcessGroup {
         lines.group.hang_up();
     }
 
+    /// Whether messages can be sent: not with ranks in Python. True for a group of one.
+    pub(super) fn has_control(&self) -> bool {
+        self.shared.lines.as_ref().is_none_or(|lines| lines.control)
+    }
+
+    /// Makes a tensor the sum over all ranks, without comparing what they are about to do.
+    pub(super) fn sum_unchecked(&self, op: &str, tensor: &Tensor) -> Result<()> {
+        let Some(turn) = self.turn(op)? else { return Ok(()) };
+        turn.call(|group| group.all_reduce(&[tensor], ReduceOp::Sum.number()))
+    }
+
     pub(super) fn check_rank(&self, rank: usize) -> Result<()> {
         if rank < self.world_size() {
             return Ok(());

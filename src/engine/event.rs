@@ -2,7 +2,7 @@ use std::fmt;
 use std::ops::BitOr;
 use std::sync::Arc;
 
-use super::guarded;
+use super::guarded::guarded_within;
 use crate::{Error, Result};
 
 /// A point of a run at which handlers are called: ignite's `Events`.
@@ -47,6 +47,22 @@ pub enum Event {
     /// An event of your own, fired by [`Engine::fire_event`](super::Engine::fire_event).
     Custom(&'static str),
 }
+
+/// Fired by the trainer of [`create_supervised_trainer`](crate::supervised::create_supervised_trainer) after each step of
+/// the optimizer that was made: not within a window of accumulation, and not where a
+/// [`GradScaler`](crate::amp::GradScaler) skipped the step. A scheduler attached to it counts updates.
+///
+/// It is fired within the last iteration of a window, before `ITERATION_COMPLETED`; for a window that was cut short
+/// (the end of an epoch of unknown length, `terminate`, a budget that is used up, a lost batch) at the event that ends
+/// it. An engine with a step of its own registers it and fires it where it steps.
+///
+/// With a `GradScaler` on CUDA, and only if something is attached, the trainer has to hear whether there
+/// was a step: a host sync.
+pub const OPTIMIZER_STEPPED: Event = Event::custom("optimizer_stepped");
+
+/// Fired where [`OPTIMIZER_STEPPED`] is, and also where a [`GradScaler`](crate::amp::GradScaler) skipped the step: after
+/// each window of accumulation, without a host sync. Averages of the weights follow it.
+pub const WINDOW_COMPLETED: Event = Event::custom("window_completed");
 
 /// The events that come with the engine.
 pub(super) const BUILT_IN_EVENTS: [Event; BUILT_IN] = {
@@ -104,6 +120,19 @@ impl Event {
         })
     }
 
+    /// Whether the engine fires it before the step, so that a value written at it is the one of that step. Events of
+    /// the user's own count as fired after it.
+    pub(crate) fn is_before_step(self) -> bool {
+        matches!(
+            self,
+            Self::Started
+                | Self::EpochStarted
+                | Self::GetBatchStarted
+                | Self::GetBatchCompleted
+                | Self::IterationStarted
+        )
+    }
+
     pub(super) fn count(self) -> Count {
         match self {
             Self::GetBatchStarted
@@ -116,6 +145,11 @@ impl Event {
             Self::Custom(_) => Count::Firings,
             _ => Count::None,
         }
+    }
+
+    /// This event where the engine has it, else `other`.
+    pub(crate) fn or(self, other: impl Into<FilteredEvent>) -> FilteredEvent {
+        FilteredEvent { or: Some(Box::new(other.into())), ..self.into() }
     }
 
     /// Every `n`-th time, by the number of the iteration, epoch or firing.
@@ -184,11 +218,13 @@ pub struct FilteredEvent {
     before: Option<u64>,
     after: Option<u64>,
     passes: Option<Arc<dyn Fn(u64) -> bool + Send + Sync>>,
+    /// The event in its place for an engine that does not have it.
+    pub(super) or: Option<Box<FilteredEvent>>,
 }
 
 impl From<Event> for FilteredEvent {
     fn from(event: Event) -> Self {
-        Self { event, every: None, once: None, before: None, after: None, passes: None }
+        Self { event, every: None, once: None, before: None, after: None, passes: None, or: None }
     }
 }
 
@@ -270,7 +306,7 @@ impl FilteredEvent {
     pub(super) fn passes(&self, n: u64) -> anyhow::Result<bool> {
         match &self.passes {
             Some(passes) => {
-                guarded(|| Ok(passes(n))).map_err(|panic| panic.context("its filter failed"))
+                guarded_within(|| Ok(passes(n))).map_err(|panic| panic.context("its filter failed"))
             }
             None => Ok(self.passes_numbers(n)),
         }
@@ -307,9 +343,23 @@ impl fmt::Debug for FilteredEvent {
 pub struct Events(pub(super) Vec<FilteredEvent>);
 
 impl Events {
+    pub(crate) fn none() -> Self {
+        Self(vec![])
+    }
+
     /// Whether the event is among them, with any filter.
     pub(crate) fn names(&self, event: Event) -> bool {
         self.0.iter().any(|filtered| filtered.event == event)
+    }
+
+    /// Whether all of them are fired after the step.
+    pub(crate) fn are_after_step(&self) -> bool {
+        self.0.iter().all(|filtered| !filtered.event.is_before_step())
+    }
+
+    /// Whether each of them only counts at some of its firings.
+    pub(crate) fn are_filtered(&self) -> bool {
+        self.0.iter().all(|filtered| !filtered.always())
     }
 }
 

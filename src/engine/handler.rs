@@ -3,8 +3,10 @@ use std::collections::HashSet;
 use std::rc::Rc;
 
 use super::event::{BUILT_IN, FilteredEvent};
-use super::{Engine, Event, Events, Ranks};
+use super::guarded::guarded_drop;
+use super::{Engine, Event, Events, Log, Ranks};
 use crate::checkpoint::StateDict;
+use crate::optim::Knob;
 use crate::{Error, Result};
 
 /// Something with state that is called at events: what the built-in handlers are, and what your own
@@ -21,6 +23,11 @@ pub trait Handler<C, B, O> {
         Ok(())
     }
 
+    /// The knobs whose values it sets, whatever they were: a second handler that sets one of them is refused.
+    fn drives(&self) -> Vec<Knob> {
+        vec![]
+    }
+
     /// Its place among the handlers of an event; those of one place are called as they were attached.
     fn priority(&self) -> Priority {
         Priority::Normal
@@ -29,6 +36,14 @@ pub trait Handler<C, B, O> {
     /// Which processes call it, where there are several.
     fn ranks(&self) -> Ranks {
         Ranks::All
+    }
+
+    /// Whether a trial run calls it, such as that of [`LrFinder`](crate::handlers::LrFinder), which leaves no
+    /// trace. Unless told otherwise it does where all processes call it ([`Ranks::All`]): a handler of the
+    /// main one alone writes, draws or sends. Its state is put back afterwards, as far as
+    /// [`save_state`](Self::save_state) has it.
+    fn runs_in_trials(&self) -> bool {
+        self.ranks() == Ranks::All
     }
 
     /// What it needs to go on in another process; `None` where that is nothing.
@@ -40,6 +55,27 @@ pub trait Handler<C, B, O> {
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         let _ = state;
         Err(Error::State(format!("handler '{}' keeps no state", self.name())))
+    }
+
+    /// Goes to as much as possible of what [`save_state`](Self::save_state) gave, and says what is different
+    /// now, a line for each: where a run is resumed without `strict`. Unless told otherwise all of it has to
+    /// fit.
+    ///
+    /// # Errors
+    /// Nothing of it fits.
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.load_state(state).map(|()| vec![])
+    }
+
+    /// What no other handler of the engine may have, such as `"metric 'loss'"`: each would write over the
+    /// other's values.
+    fn unique_names(&self) -> Vec<String> {
+        vec![]
+    }
+
+    /// The logs that it writes to, which go back with the engine when a run is resumed.
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![]
     }
 
     /// Called at each of its events.
@@ -58,13 +94,16 @@ pub enum Priority {
     First,
     /// In the order of registration: closures, and handlers that do not say otherwise.
     Normal,
-    /// After all others: what reads or saves what they did.
+    /// After all others: what reads what they did.
     Last,
+    /// After those too: what saves what they did. A checkpoint has no place between two handlers of an event.
+    Save,
 }
 
-pub(super) const PRIORITIES: usize = 3;
+pub(super) const PRIORITIES: usize = 4;
 
 /// A handler that you keep a hold of: attach a clone and read the other.
+#[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
     fn name(&self) -> String {
         self.try_borrow().map_or_else(|_| "a handler that is borrowed".into(), |h| h.name())
@@ -79,12 +118,20 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
         self.try_borrow().map_or(Ok(()), |h| h.validate())
     }
 
+    fn drives(&self) -> Vec<Knob> {
+        self.try_borrow().map_or(vec![], |h| h.drives())
+    }
+
     fn priority(&self) -> Priority {
         self.try_borrow().map_or(Priority::Normal, |h| h.priority())
     }
 
     fn ranks(&self) -> Ranks {
         self.try_borrow().map_or(Ranks::All, |h| h.ranks())
+    }
+
+    fn runs_in_trials(&self) -> bool {
+        self.try_borrow().map_or(true, |h| h.runs_in_trials())
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -99,6 +146,21 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
         handler
             .map_err(|_| Error::State("a handler that is running has no state".into()))?
             .load_state(state)
+    }
+
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        let handler = self.try_borrow_mut();
+        handler
+            .map_err(|_| Error::State("a handler that is running has no state".into()))?
+            .load_state_partially(state)
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        self.try_borrow().map_or(vec![], |h| h.unique_names())
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        self.try_borrow().map_or_else(|_| vec![], |h| h.logs())
     }
 
     fn call(
@@ -123,13 +185,48 @@ pub(super) enum Callable<'a, C, B, O> {
     Object(Box<dyn Handler<C, B, O> + 'a>),
 }
 
+/// What a handler says of itself when it is attached.
+pub(super) struct Subscription {
+    pub(super) name: String,
+    pub(super) events: Events,
+    pub(super) priority: Priority,
+    /// The name it gave itself, and whether it had a state then; unless it is a closure.
+    pub(super) object: Option<(String, bool)>,
+    pub(super) unique_names: Vec<String>,
+    pub(super) drives: Vec<Knob>,
+}
+
+impl Subscription {
+    pub(super) fn of_closure(name: String, events: Events) -> Self {
+        let (object, unique_names, drives) = (None, vec![], vec![]);
+        Self { name, events, priority: Priority::Normal, object, unique_names, drives }
+    }
+
+    /// # Errors
+    /// The handler's arguments are wrong, or its state cannot be saved now.
+    pub(super) fn of<C, B, O>(handler: &impl Handler<C, B, O>) -> Result<Self> {
+        handler.validate()?;
+        let (name, has_state) = (handler.name(), handler.save_state()?.is_some());
+        Ok(Self {
+            events: handler.events(),
+            priority: handler.priority(),
+            object: Some((name.clone(), has_state)),
+            unique_names: handler.unique_names(),
+            drives: handler.drives(),
+            name: format!("'{name}'"),
+        })
+    }
+}
+
 /// A handler in the engine. It is taken out while it runs.
 struct Slot<'a, C, B, O> {
     id: HandlerId,
     name: String,
     callable: Option<Callable<'a, C, B, O>>,
-    /// The name it gave itself, and whether it had a state then; unless it is a closure.
     object: Option<(String, bool)>,
+    unique_names: Vec<String>,
+    /// The events it is called at, once for each of its entries.
+    events: Vec<EventIndex>,
     /// The number of the removal that removed it.
     removed: Option<u64>,
 }
@@ -158,21 +255,34 @@ impl EventIndex {
 /// All handlers of an engine, by event, in order of registration.
 pub(super) struct Handlers<'a, C, B, O> {
     slots: Vec<Slot<'a, C, B, O>>,
-    /// For each event, one for each priority.
-    lists: Vec<[Vec<Entry>; PRIORITIES]>,
+    lists: Vec<Lists>,
     custom: Vec<CustomEvent>,
     next_id: u64,
     removals: u64,
-    /// Removals whose slots are gone.
-    purged: u64,
+    /// Slots that were removed while events were being fired, and are still called by these.
+    leaving: Vec<usize>,
+    /// Slots that are empty because their handlers are gone.
+    vacant: usize,
     /// Firings under way.
     depth: u32,
+    /// A trial run is under way, after which removed handlers are there again.
+    held: bool,
+}
+
+/// The handlers of an event.
+#[derive(Default)]
+struct Lists {
+    by_priority: [Vec<Entry>; PRIORITIES],
+    /// Entries of handlers that were not removed.
+    live: usize,
 }
 
 impl<'a, C, B, O> Handlers<'a, C, B, O> {
     pub(super) fn new() -> Self {
-        let lists = (0..BUILT_IN).map(|_| Default::default()).collect();
-        Self { slots: vec![], lists, custom: vec![], next_id: 0, removals: 0, purged: 0, depth: 0 }
+        let lists = (0..BUILT_IN).map(|_| Lists::default()).collect();
+        let (slots, custom, leaving) = (vec![], vec![], vec![]);
+        let (next_id, removals, vacant, depth, held) = (0, 0, 0, 0, false);
+        Self { slots, lists, custom, next_id, removals, leaving, vacant, depth, held }
     }
 
     pub(super) fn register(&mut self, event: Event) -> Result<()> {
@@ -181,7 +291,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         };
         if self.custom.iter().all(|known| known.name != name) {
             self.custom.push(CustomEvent { name, firings: 0 });
-            self.lists.push(Default::default());
+            self.lists.push(Lists::default());
         }
         Ok(())
     }
@@ -200,60 +310,136 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         }
     }
 
+    /// The event itself, or the one in its place for engines without it.
+    fn known<'e>(&self, mut event: &'e FilteredEvent) -> &'e FilteredEvent {
+        while let Some(other) = &event.or
+            && self.index(event.event).is_err()
+        {
+            event = other;
+        }
+        event
+    }
+
+    /// # Errors
+    /// Events or filters that are refused. Nothing is registered then.
     pub(super) fn add(
         &mut self,
-        events: &Events,
-        name: String,
+        subscription: Subscription,
         callable: Callable<'a, C, B, O>,
     ) -> Result<HandlerId> {
+        let Subscription { name, events, priority, object, unique_names, drives } = subscription;
         if events.0.is_empty() {
             return Err(Error::invalid(format!("handler {name} names no event to be called at")));
         }
         let mut indices = Vec::with_capacity(events.0.len());
-        for event in &events.0 {
+        let events: Vec<_> = events.0.iter().map(|event| self.known(event)).collect();
+        for event in &events {
             event.validate()?;
             indices.push(self.index(event.event)?);
         }
+        let living = self.slots.iter().filter(|slot| slot.removed.is_none());
+        let mut names: HashSet<_> = living.flat_map(|slot| &slot.unique_names).collect();
+        if let Some(taken) = unique_names.iter().find(|name| !names.insert(name)) {
+            return Err(Error::invalid(format!(
+                "there is a {taken} already: give one of them another name"
+            )));
+        }
+        self.check_knobs(&name, &drives)?;
         let id = HandlerId(self.next_id);
         self.next_id += 1;
         let slot = self.slots.len();
-        let priority = match &callable {
-            Callable::Closure(_) => Priority::Normal,
-            Callable::Object(handler) => handler.priority(),
-        };
-        for (index, event) in indices.into_iter().zip(&events.0) {
+        for (index, event) in indices.iter().zip(events) {
             let filter = (!event.always()).then(|| event.clone());
-            self.lists[index.0][priority as usize].push(Entry { slot, filter });
+            let lists = &mut self.lists[index.0];
+            lists.by_priority[priority as usize].push(Entry { slot, filter });
+            lists.live += 1;
         }
-        let object = match &callable {
-            Callable::Closure(_) => None,
-            Callable::Object(handler) => Some((handler.name(), handler.save_state()?.is_some())),
-        };
-        self.slots.push(Slot { id, name, callable: Some(callable), object, removed: None });
+        let (callable, events, removed) = (Some(callable), indices, None);
+        self.slots.push(Slot { id, name, callable, object, unique_names, events, removed });
         Ok(id)
     }
 
-    pub(super) fn remove(&mut self, id: HandlerId) -> Result<()> {
-        let slot = self.slots.iter_mut().find(|slot| slot.id == id && slot.removed.is_none());
-        let Some(slot) = slot else {
-            return Err(Error::invalid("this handler is not registered, or was removed already"));
-        };
-        self.removals += 1;
-        slot.removed = Some(self.removals);
-        self.purge();
+    /// Refuses a handler that sets a knob which another one sets.
+    fn check_knobs(&self, name: &str, knobs: &[Knob]) -> Result<()> {
+        if knobs.is_empty() {
+            return Ok(());
+        }
+        for slot in self.slots.iter().filter(|slot| slot.removed.is_none()) {
+            let (Some(Callable::Object(other)), Some((others, _))) = (&slot.callable, &slot.object)
+            else {
+                continue;
+            };
+            let driven = other.drives();
+            let twice = knobs.iter().find(|knob| driven.iter().any(|other| other.overlaps(knob)));
+            if let Some(knob) = twice {
+                return Err(knob.driven_twice(others, name));
+            }
+        }
         Ok(())
     }
 
-    pub(super) fn contains(&self, id: HandlerId) -> bool {
-        self.slots.iter().any(|slot| slot.id == id && slot.removed.is_none())
+    /// The slot of a handler that was not removed.
+    fn slot(&self, id: HandlerId) -> Option<usize> {
+        // Slots are in the order of their numbers.
+        let slot = self.slots.binary_search_by_key(&id.0, |slot| slot.id.0).ok()?;
+        self.slots[slot].removed.is_none().then_some(slot)
     }
 
-    /// Removed handlers stay until no firing is under way: those that have begun still call them.
-    fn purge(&mut self) {
-        if self.depth > 0 || self.purged == self.removals {
-            return;
+    /// # Errors
+    /// There is no such handler. It panicked when it was dropped; it is removed then, too.
+    pub(super) fn remove(&mut self, id: HandlerId) -> Result<()> {
+        let Some(slot) = self.slot(id) else {
+            return Err(Error::invalid("this handler is not registered, or was removed already"));
+        };
+        self.removals += 1;
+        self.slots[slot].removed = Some(self.removals);
+        self.count_live(slot, false);
+        self.leaving.push(slot);
+        self.purge().map_err(|panicked| {
+            Error::invalid(format!("removing handler {}: {:#}", panicked.name, panicked.source))
+        })
+    }
+
+    /// Counts the entries of a handler that is, or is no more, there.
+    fn count_live(&mut self, slot: usize, is_there: bool) {
+        for index in &self.slots[slot].events {
+            let live = &mut self.lists[index.0].live;
+            *live = if is_there { *live + 1 } else { *live - 1 };
         }
-        self.purged = self.removals;
+    }
+
+    pub(super) fn contains(&self, id: HandlerId) -> bool {
+        self.slot(id).is_some()
+    }
+
+    /// Drops removed handlers as soon as no firing is under way: those that have begun still call them.
+    ///
+    /// # Errors
+    /// The first that panicked when it was dropped.
+    fn purge(&mut self) -> Result<(), HandlerPanicked> {
+        if self.depth > 0 || self.held || self.leaving.is_empty() {
+            return Ok(());
+        }
+        let mut result = Ok(());
+        for slot in std::mem::take(&mut self.leaving) {
+            self.vacant += 1;
+            let slot = &mut self.slots[slot];
+            let dropped = guarded_drop(slot.callable.take()).map_err(|source| {
+                let source = source.context("dropping it after its removal");
+                HandlerPanicked { name: slot.name.clone(), source }
+            });
+            result = result.and(dropped);
+        }
+        // Seldom, so that the removal of many handlers takes as long as their number, not its square.
+        if 2 * self.vacant > self.slots.len() {
+            self.close_ranks();
+        }
+        result
+    }
+
+    /// Takes out slots that are empty.
+    fn close_ranks(&mut self) {
+        self.vacant = 0;
         // Where each slot goes.
         let mut kept = 0;
         let places: Vec<_> = self
@@ -265,7 +451,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
                 place
             })
             .collect();
-        for list in self.lists.iter_mut().flatten() {
+        for list in self.lists.iter_mut().flat_map(|lists| &mut lists.by_priority) {
             list.retain_mut(|entry| match places[entry.slot] {
                 Some(place) => {
                     entry.slot = place;
@@ -277,9 +463,40 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.slots.retain(|slot| slot.removed.is_none());
     }
 
+    /// Keeps handlers that are removed from now on, until [`release`](Self::release) gets what this returns.
+    pub(super) fn hold(&mut self) -> (u64, u64) {
+        self.held = true;
+        (self.next_id, self.removals)
+    }
+
+    /// Goes back to the handlers that there were: without those added since, with those removed since.
+    ///
+    /// # Errors
+    /// The first that panicked when it was dropped.
+    pub(super) fn release(
+        &mut self,
+        (next_id, removals): (u64, u64),
+    ) -> Result<(), HandlerPanicked> {
+        self.held = false;
+        self.removals += 1;
+        for slot in 0..self.slots.len() {
+            let Slot { id, removed, .. } = &mut self.slots[slot];
+            if id.0 >= next_id && removed.is_none() {
+                *removed = Some(self.removals);
+                self.count_live(slot, false);
+                self.leaving.push(slot);
+            } else if id.0 < next_id && removed.is_some_and(|removal| removal > removals) {
+                *removed = None;
+                self.count_live(slot, true);
+                self.leaving.retain(|leaving| *leaving != slot);
+            }
+        }
+        self.purge()
+    }
+
     #[inline]
     pub(super) fn is_empty(&self, index: EventIndex) -> bool {
-        self.lists[index.0].iter().all(Vec::is_empty)
+        self.lists[index.0].live == 0
     }
 
     /// Counts a firing of a custom event.
@@ -298,6 +515,11 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.custom.iter_mut().map(|custom| std::mem::take(&mut custom.firings)).collect()
     }
 
+    /// Custom events count their firings from 0 again.
+    pub(super) fn reset_firings(&mut self) {
+        self.custom.iter_mut().for_each(|custom| custom.firings = 0);
+    }
+
     pub(super) fn put_back_firings(&mut self, firings: &[u64]) {
         for (custom, firings) in self.custom.iter_mut().zip(firings) {
             custom.firings = *firings;
@@ -313,9 +535,12 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.removals
     }
 
-    pub(super) fn end(&mut self) {
+    /// # Errors
+    /// A handler that was removed meanwhile panicked when it was dropped.
+    #[inline]
+    pub(super) fn end(&mut self) -> Result<(), HandlerPanicked> {
         self.depth -= 1;
-        self.purge();
+        self.purge()
     }
 
     /// Takes out the handler at `position` of the event's list of that priority, if it is to run in a
@@ -328,20 +553,20 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         number: u64,
         removals: u64,
     ) -> Option<MayTake<'a, C, B, O>> {
-        let entry = self.lists[index.0][priority].get(position)?;
+        let entry = self.lists[index.0].by_priority[priority].get(position)?;
         let index = entry.slot;
         let slot = &mut self.slots[index];
+        if slot.removed.is_some_and(|removal| removal <= removals) {
+            return Some(Ok(None));
+        }
         if let Some(filter) = &entry.filter {
             match filter.passes(number) {
                 Ok(true) => {}
                 Ok(false) => return Some(Ok(None)),
                 Err(source) => {
-                    return Some(Err(FilterPanicked { name: slot.name.clone(), source }));
+                    return Some(Err(HandlerPanicked { name: slot.name.clone(), source }));
                 }
             }
-        }
-        if slot.removed.is_some_and(|removal| removal <= removals) {
-            return Some(Ok(None));
         }
         // A handler that is running already, further out, is not entered again.
         Some(Ok(slot.callable.take().map(|callable| Taken { slot: index, callable })))
@@ -368,7 +593,35 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         objects
     }
 
-    /// The same, to be changed; without those that are running.
+    /// The name, as [`objects`](Self::objects) gives it, of the object at a place in the lists of an event.
+    pub(super) fn object_at(
+        &self,
+        index: EventIndex,
+        (priority, position): (usize, usize),
+    ) -> Option<String> {
+        let slot = self.lists[index.0].by_priority[priority].get(position)?.slot;
+        self.object_names().find_map(|(at, name)| (at == slot).then_some(name))
+    }
+
+    /// The place in the lists of an event of the object of that name.
+    pub(super) fn place_of(&self, index: EventIndex, name: &str) -> Option<(usize, usize)> {
+        let (slot, _) = self.object_names().find(|(_, known)| known == name)?;
+        self.lists[index.0].by_priority.iter().enumerate().find_map(|(priority, list)| {
+            Some((priority, list.iter().position(|entry| entry.slot == slot)?))
+        })
+    }
+
+    /// The slots of all objects, with their names.
+    fn object_names(&self) -> impl Iterator<Item = (usize, String)> {
+        let mut names = Names::default();
+        let slots = self.slots.iter().enumerate().filter(|(_, slot)| slot.removed.is_none());
+        slots.filter_map(move |(at, slot)| {
+            let (name, _) = slot.object.as_ref()?;
+            Some((at, names.distinct(name)))
+        })
+    }
+
+    /// All objects, to be changed; without those that are running.
     pub(super) fn objects_mut(
         &mut self,
     ) -> impl Iterator<Item = (String, &mut (dyn Handler<C, B, O> + 'a))> {
@@ -404,10 +657,10 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
 /// Names as they come, the second of a kind with a number.
 #[derive(Default)]
-struct Names(HashSet<String>);
+pub(super) struct Names(HashSet<String>);
 
 impl Names {
-    fn distinct(&mut self, name: &str) -> String {
+    pub(super) fn distinct(&mut self, name: &str) -> String {
         let mut distinct = name.to_owned();
         let mut number = 1;
         while !self.0.insert(distinct.clone()) {
@@ -419,7 +672,7 @@ impl Names {
 }
 
 /// `None` for a handler that is not to run.
-type MayTake<'a, C, B, O> = Result<Option<Taken<'a, C, B, O>>, FilterPanicked>;
+type MayTake<'a, C, B, O> = Result<Option<Taken<'a, C, B, O>>, HandlerPanicked>;
 
 /// A handler by its name; `None` while it is running.
 pub(super) struct Named<'s, 'a, C, B, O> {
@@ -429,8 +682,8 @@ pub(super) struct Named<'s, 'a, C, B, O> {
     pub(super) had_state: bool,
 }
 
-/// The filter of a handler panicked.
-pub(super) struct FilterPanicked {
+/// The filter of a handler panicked, or its `drop`.
+pub(super) struct HandlerPanicked {
     pub(super) name: String,
     pub(super) source: anyhow::Error,
 }

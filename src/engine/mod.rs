@@ -2,8 +2,12 @@
 
 mod aside;
 mod event;
+mod guarded;
 mod handler;
+mod log;
+mod position;
 mod profile;
+mod requests;
 mod run;
 mod saved;
 mod state;
@@ -12,14 +16,16 @@ mod together;
 mod until;
 
 use std::cell::RefCell;
-use std::panic::{AssertUnwindSafe, Location, catch_unwind};
+use std::panic::Location;
 use std::rc::{Rc, Weak};
 use std::time::Instant;
 
 use serde_json::{Map, Value};
 
-pub use event::{Event, Events, FilteredEvent};
+pub use event::{Event, Events, FilteredEvent, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
+pub(crate) use guarded::guarded;
 pub use handler::{Handler, HandlerId, Priority};
+pub use log::Log;
 pub use profile::{Profile, ProfileRow};
 pub(crate) use saved::HANDLERS;
 pub use saved::Restored;
@@ -30,11 +36,12 @@ pub use until::Until;
 
 use crate::checkpoint::StateDict;
 use crate::data::{IntoSource, Source};
-use crate::error::Panicked;
 use crate::metrics::{Joins, Metric, MetricHandler, Usage};
 use crate::{Error, Result};
-use handler::{Callable, EventIndex, Handlers, Taken};
-use run::Position;
+use guarded::{Entered, guarded_drop, guarded_within};
+use handler::{Callable, EventIndex, Handlers, Subscription, Taken};
+use position::Position;
+use requests::Requests;
 use saved::Tracked;
 use together::Together;
 
@@ -120,7 +127,7 @@ pub struct Engine<'a, C, B, O> {
     handlers: Handlers<'a, C, B, O>,
     data: Option<Box<dyn Source<B> + 'a>>,
     position: Position,
-    control: Control,
+    requests: Requests,
     exception: Option<Error>,
     running: bool,
     /// Why a registration was refused; `run` says so.
@@ -136,19 +143,6 @@ pub struct Engine<'a, C, B, O> {
     metrics: Vec<Weak<RefCell<dyn Joins<O> + 'a>>>,
 }
 
-/// What handlers asked for.
-#[derive(Debug, Clone, Copy, Default)]
-struct Control {
-    /// Any of the below.
-    any: bool,
-    terminate: bool,
-    skip_completed: bool,
-    terminate_epoch: bool,
-    skip_epoch_completed: bool,
-    interrupt: bool,
-    skip_batch: bool,
-}
-
 impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// An engine that calls `step(context, engine, batch)` for each batch.
     pub fn new<F>(step: F) -> Self
@@ -161,7 +155,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             handlers: Handlers::new(),
             data: None,
             position: Position::default(),
-            control: Control::default(),
+            requests: Requests::default(),
             exception: None,
             running: false,
             refused: None,
@@ -206,14 +200,18 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     {
         let place = Location::caller();
         let name = format!("at {}:{}", place.file(), place.line());
-        self.handlers.add(&events.into(), name, Callable::Closure(Box::new(handler)))
+        let subscription = Subscription::of_closure(name, events.into());
+        self.handlers.add(subscription, Callable::Closure(Box::new(handler)))
     }
 
     /// Like [`attach`](Self::attach), returning the handler's id, or at once what is wrong.
     pub fn add_handler(&mut self, handler: impl Handler<C, B, O> + 'a) -> Result<HandlerId> {
-        handler.validate()?;
-        let (name, events) = (handler.name(), handler.events());
-        self.handlers.add(&events, format!("'{name}'"), Callable::Object(Box::new(handler)))
+        // Everything that the handler says is asked first: what is refused leaves nothing behind.
+        let described = guarded(|| Ok(Subscription::of(&handler)));
+        let described = described.unwrap_or_else(|panic| {
+            Err(Error::invalid(format!("a handler that was to be attached {panic}")))
+        });
+        self.handlers.add(described?, Callable::Object(Box::new(handler)))
     }
 
     /// Computes a metric, under this name in `state.metrics`: over each epoch, unless the metric has
@@ -287,6 +285,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// An event that is not registered, or the first error of a handler; later ones are not called.
     pub fn fire_event(&mut self, event: Event, cx: &mut C) -> Result<()> {
         let index = self.handlers.index(event)?;
+        let _entered = Entered::here();
         self.fire_index(event, index, cx)
     }
 
@@ -299,6 +298,17 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn fire_index(&mut self, event: Event, index: EventIndex, cx: &mut C) -> Result<()> {
+        self.fire_from(event, index, (0, 0), cx)
+    }
+
+    /// Calls the handlers of an event from this place on: its priority, and its place in the list of that.
+    fn fire_from(
+        &mut self,
+        event: Event,
+        index: EventIndex,
+        (mut priority, mut position): (usize, usize),
+        cx: &mut C,
+    ) -> Result<()> {
         let firings = self.handlers.count_firing(index);
         let number = match event.count() {
             event::Count::Iteration => self.state.iteration,
@@ -308,7 +318,6 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         };
         let begun = self.clock();
         let removals = self.handlers.begin();
-        let (mut priority, mut position) = (0, 0);
         let mut result = Ok(());
         while priority < handler::PRIORITIES {
             let place = (priority, position);
@@ -329,8 +338,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     break;
                 }
             }
+            if std::mem::take(&mut self.requests.repeat) {
+                self.position.cursor.again = self.handlers.object_at(index, place);
+                break;
+            }
         }
-        self.handlers.end();
+        if let Err(panicked) = self.handlers.end() {
+            let dropped = self.handler_error(panicked.name, event, panicked.source);
+            result = result.and(Err(dropped));
+        }
         if let (Some(profile), Some(begun)) = (&self.profile, begun) {
             profile.note_event(event, begun.elapsed());
         }
@@ -345,11 +361,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     fn call(&mut self, event: Event, mut taken: Taken<'a, C, B, O>, cx: &mut C) -> Result<()> {
         let begun = self.clock();
-        let result = guarded(|| match &mut taken.callable {
+        let result = guarded_within(|| match &mut taken.callable {
             Callable::Closure(closure) => closure(cx, self),
             Callable::Object(handler) if handler.ranks() == Ranks::Main && !self.is_main() => {
                 Ok(())
             }
+            Callable::Object(handler) if aside::in_trial() && !handler.runs_in_trials() => Ok(()),
             Callable::Object(handler) => handler.call(event, cx, self),
         });
         if let (Some(profile), Some(begun)) = (&self.profile, begun) {
@@ -358,6 +375,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         let result =
             result.map_err(|source| self.handler_error(self.handlers.name(&taken), event, source));
+        if self.requests.terminate && self.requests.terminated_by.is_none() {
+            let name = self.handlers.name(&taken);
+            let (epoch, iteration) = (self.state.epoch, self.state.iteration);
+            let text = format!("handler {name} of {event} (epoch {epoch}, iteration {iteration})");
+            self.requests.terminated_by = Some(text);
+        }
         self.handlers.put_back(taken);
         result
     }
@@ -370,38 +393,46 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Ends the run after the handlers of the current event, with `TERMINATE` and `COMPLETED`, and
     /// without `EPOCH_COMPLETED`.
     pub fn terminate(&mut self) {
-        self.control.any = true;
-        self.control.terminate = true;
+        self.requests.any = true;
+        self.requests.terminate = true;
     }
 
     /// Like [`terminate`](Self::terminate), without `COMPLETED`.
     pub fn terminate_skip_completed(&mut self) {
         self.terminate();
-        self.control.skip_completed = true;
+        self.requests.skip_completed = true;
+    }
+
+    /// Ends the run like [`terminate`](Self::terminate), for a limit of this process, such as the time that a
+    /// job may take. A checkpoint does not hold that request: where it was written at the same event or at
+    /// the end of this run, the run that is resumed goes on with what would have followed. In the same
+    /// process the next `run` does as after `terminate`.
+    pub fn terminate_at_limit(&mut self) {
+        self.requests.any = true;
+        self.requests.limit = true;
     }
 
     /// Leaves the epoch after the handlers of the current event, with `TERMINATE_SINGLE_EPOCH` and
     /// `EPOCH_COMPLETED`; the next one begins with the data restarted. An error from the handlers of
     /// `STARTED` and `EPOCH_STARTED`; without effect from those of `EPOCH_COMPLETED`.
     pub fn terminate_epoch(&mut self) {
-        self.control.any = true;
-        self.control.terminate_epoch = true;
+        self.requests.any = true;
+        self.requests.terminate_epoch = true;
     }
 
     /// Like [`terminate_epoch`](Self::terminate_epoch), without `EPOCH_COMPLETED`.
     pub fn terminate_epoch_skip_completed(&mut self) {
         self.terminate_epoch();
-        self.control.skip_epoch_completed = true;
+        self.requests.skip_epoch_completed = true;
     }
 
     /// Suspends the run after the handlers of the current event, with `INTERRUPT`: `run` returns, and
     /// the next `run` goes on with what follows, on the data of the suspended run.
     pub fn interrupt(&mut self) {
-        self.control.any = true;
-        self.control.interrupt = true;
+        self.requests.any = true;
+        self.requests.interrupt = true;
     }
 
-    #[cfg(feature = "signals")]
     pub(crate) fn interrupt_for_signal(&mut self, signal: i32) {
         self.interrupt();
         self.position.signal = Some(signal);
@@ -414,8 +445,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// [`load_state_dict`](Self::load_state_dict) begins as many batches early as were passed over.
     /// Checkpoints have the place itself.
     pub fn skip_batch(&mut self) {
-        self.control.any = true;
-        self.control.skip_batch = true;
+        self.requests.any = true;
+        self.requests.skip_batch = true;
     }
 
     /// Measures where the time goes from now on, and gives the record. Costs two looks at the clock for
@@ -437,10 +468,31 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Replaces the data at once, within a run; `epoch_length` stays as it is.
+    ///
+    /// # Errors
+    /// Data that is refused, or has no batches; the old data stays then. The data could not go to its
+    /// start.
     pub fn set_data(&mut self, data: impl IntoSource<'a, B>) -> Result<()> {
-        self.data = Some(data.into_source());
-        self.position.pass = 0;
-        self.seek(0, 0)
+        let _entered = Entered::here();
+        let source = guarded_within(|| {
+            let source = data.into_source();
+            source.validate()?;
+            anyhow::ensure!(
+                source.batches() != Some(0),
+                "Input data has zero size. Please provide non-empty data"
+            );
+            let fetches = source.fetches();
+            Ok((source, fetches))
+        });
+        let (source, fetches) = source.map_err(|error| Error::invalid(format!("{error:#}")))?;
+        let old = self.data.replace(source);
+        self.position.replace_data(fetches);
+        let sought = self.seek(0, 0);
+        guarded_drop(old)
+            .map_err(|panic| {
+                Error::invalid(format!("dropping the data that was replaced: {panic}"))
+            })
+            .and(sought)
     }
 
     /// What went wrong, for handlers of [`Event::ExceptionRaised`].
@@ -460,15 +512,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return Err(Error::invalid("load_state_dict() was called within a run"));
         }
         self.state.load(state)?;
+        (self.requests, self.random) = (Requests::default(), None);
         let budgeted = self.state.max_epochs.is_some() || self.state.max_iters.is_some();
         self.position = Position::loaded(budgeted);
         self.data = None;
         Ok(())
     }
-}
-
-/// Runs user code; a panic comes out as an error.
-pub(crate) fn guarded<T>(call: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
-    catch_unwind(AssertUnwindSafe(call))
-        .unwrap_or_else(|payload| Err(Panicked(crate::panic_message(&*payload)).into()))
 }

@@ -2,234 +2,35 @@
 //! `interrupt` can suspend it and the next run go on.
 
 use std::cell::Cell;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
-
+use super::guarded::{Entered, guarded_drop, guarded_within};
+use super::position::{Cursor, DataLength, Entry, Left, LeftData, Phase, Position};
+use super::requests::Requests;
+use super::saved::{generators, same_generators, set_generators};
 use super::state::check_budget;
-use super::{Control, Engine, Event, State, Stop, Summary, Until, guarded};
+use super::{Engine, Event, State, Stop, Summary, Until};
 use crate::data::{IntoSource, Place, Source};
 use crate::{Error, Result};
 
-/// What comes next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-enum Phase {
-    Started,
-    NextEpoch,
-    EpochStarted,
-    EpochBegun,
-    GetBatch,
-    Fetch,
-    RestartData,
-    BatchFetched,
-    Step,
-    IterationCompleted,
-    EpochCompleted,
-    EpochEnded,
-    Terminate,
-    Completed,
-    /// Only in saved states: COMPLETED was fired.
-    Ended,
-}
-
-impl Phase {
-    /// Whether a batch is under way, which has to be fetched again elsewhere.
-    fn has_batch(self) -> bool {
-        matches!(self, Self::BatchFetched | Self::Step)
-    }
-}
-
-/// How the last run was left.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Left {
-    /// There was none.
-    Nothing,
-    /// Finished, or ended by `terminate` or a limit.
-    Ended,
-    /// Suspended by `interrupt`, with its data.
-    Suspended,
-    /// By an error.
-    Failed,
-    /// In another engine, from where its ignite-like state was loaded.
-    Loaded,
-    /// In another engine, from where its whole state was restored.
-    Restored,
-}
-
-/// Where the data is to be when its first batch is fetched.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-enum Entry {
-    /// At the start.
-    Start,
-    /// At the start of the pass after `Position::pass`.
-    NextPass,
-    /// Where an uninterrupted run would be at `state.iteration`.
-    Loaded,
-    /// At `Position::pass` and `Position::fetched`.
-    Kept,
-}
-
-/// Where the loop is, beyond what `State` shows.
-#[derive(Debug)]
-pub(super) struct Position {
-    phase: Phase,
+/// How far a run goes, and where it begins.
+struct Plan {
     left: Left,
-    /// The run had a budget in epochs or iterations.
-    budgeted: bool,
-    /// Taken when it was followed.
-    entry: Option<Entry>,
-    /// The batch before `fetched` is needed again.
-    refetch: bool,
-    /// Iterations done in this epoch.
-    counter: u64,
-    /// Number of the walk over the data, and batches fetched in it.
-    pub(super) pass: u64,
-    fetched: u64,
-    /// `fetched` in samples, where the data counts them and is to be put there.
-    kept: Option<Place>,
-    /// Of the data when the state was saved that was restored: batches in a pass, and settings.
-    batches: Option<u64>,
-    settings: Map<String, Value>,
-    /// The data was restarted and gave nothing since.
-    restarted: bool,
-    /// It gave nothing in a whole epoch.
-    exhausted: bool,
-    /// The run ends before its budget in epochs is used up.
-    left_early: bool,
-    /// Some rank has reached a limit of samples or time.
-    pub(super) limit: bool,
-    /// COMPLETED is being fired.
-    completing: bool,
-    /// Why it is being interrupted, if for that.
-    pub(super) signal: Option<i32>,
-    /// The last one that was fired.
-    pub(super) event: Event,
-    until: Until,
-    deadline: Option<Instant>,
-    epoch_start: Option<Instant>,
-    warnings: Vec<String>,
+    /// The phase to go on in, where that is not the cursor's.
+    phase: Option<Phase>,
+    max_epochs: Option<u64>,
+    max_iters: Option<u64>,
+    epoch_length: Option<u64>,
+    length_by: LengthBy,
 }
 
-impl Default for Position {
-    fn default() -> Self {
-        Self {
-            phase: Phase::Started,
-            left: Left::Nothing,
-            budgeted: false,
-            entry: Some(Entry::Start),
-            refetch: false,
-            counter: 0,
-            pass: 0,
-            fetched: 0,
-            kept: None,
-            batches: None,
-            settings: Map::new(),
-            restarted: false,
-            exhausted: false,
-            left_early: false,
-            limit: false,
-            completing: false,
-            signal: None,
-            event: Event::Started,
-            until: Until::default(),
-            deadline: None,
-            epoch_start: None,
-            warnings: vec![],
-        }
-    }
-}
-
-impl Position {
-    pub(super) fn loaded(budgeted: bool) -> Self {
-        Self { left: Left::Loaded, entry: Some(Entry::Loaded), budgeted, ..Self::default() }
-    }
-
-    pub(super) fn save<B>(&self, data: Option<&(dyn Source<B> + '_)>) -> SavedPosition {
-        SavedPosition {
-            place: self.kept.clone().or_else(|| data?.place(self.phase.has_batch())),
-            settings: data.map(|data| data.settings()).unwrap_or_default(),
-            batches: data.and_then(|data| data.batches()),
-            phase: if self.completing { Phase::Ended } else { self.phase },
-            // In the same process the data is where it is.
-            entry: self.entry.unwrap_or(Entry::Kept),
-            counter: self.counter,
-            pass: self.pass,
-            fetched: self.fetched,
-            restarted: self.restarted,
-            exhausted: self.exhausted,
-            left_early: self.left_early,
-        }
-    }
-
-    pub(super) fn is_at_start(&self) -> bool {
-        self.phase == Phase::Started
-    }
-
-    /// Whether an epoch is under way.
-    fn in_epoch(&self) -> bool {
-        use Phase::*;
-        !matches!(self.phase, Started | NextEpoch | EpochEnded | Terminate | Completed | Ended)
-    }
-}
-
-/// A [`Position`] for another process.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct SavedPosition {
-    phase: Phase,
-    entry: Entry,
-    counter: u64,
-    pass: u64,
-    fetched: u64,
-    place: Option<Place>,
-    batches: Option<u64>,
-    settings: Map<String, Value>,
-    restarted: bool,
-    exhausted: bool,
-    left_early: bool,
-}
-
-impl SavedPosition {
-    pub(super) fn counts(&self) -> [u64; 4] {
-        let samples = self.place.as_ref().map_or(0, |place| place.samples);
-        [self.counter, self.pass, self.fetched, samples]
-    }
-
-    /// Counts the samples of all ranks, which are the same with any number of them.
-    pub(super) fn of_all(mut self, ranks: u64) -> Self {
-        self.place.iter_mut().for_each(|place| place.samples = place.samples.saturating_mul(ranks));
-        self
-    }
-
-    /// The other way round; in batches where the ranks cannot share the samples.
-    pub(super) fn of_each(mut self, ranks: u64) -> Self {
-        self.place = self.place.filter(|place| place.samples % ranks == 0);
-        self.place.iter_mut().for_each(|place| place.samples /= ranks);
-        self
-    }
-
-    pub(super) fn restore(self, event: Event, budgeted: bool) -> Position {
-        let refetch = self.phase.has_batch();
-        Position {
-            refetch,
-            phase: self.phase,
-            left: Left::Restored,
-            budgeted,
-            entry: Some(self.entry),
-            counter: self.counter,
-            pass: self.pass,
-            fetched: self.fetched.saturating_sub(u64::from(refetch)),
-            kept: self.place,
-            batches: self.batches,
-            settings: self.settings,
-            restarted: self.restarted,
-            exhausted: self.exhausted,
-            left_early: self.left_early,
-            event,
-            ..Position::default()
-        }
-    }
+/// Who says how long an epoch is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LengthBy {
+    Program,
+    Data,
+    /// Whoever did in the run that is gone on with.
+    State,
 }
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
@@ -254,12 +55,22 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return Err(Error::invalid("the engine is running already"));
         }
         let start = Instant::now();
-        outside_the_step(|| self.prepare(data, until))?;
-        let running = Running::begin();
+        let _entered = Entered::here();
+        guarded_within(|| Ok(self.prepare(data, until, start)))
+            .unwrap_or_else(|panic| Err(Error::invalid(format!("the data source {panic}"))))?;
+        let running = Running::begin(self.position.is_at_start() && self.state.iteration == 0);
         self.running = true;
-        let result = outside_the_step(|| self.drive(cx)).map_err(|error| self.fail(error, cx));
+        let driven = guarded_within(|| Ok(self.drive(cx)));
+        let result =
+            driven.unwrap_or_else(|panic| Err(Error::invalid(format!("the engine {panic}"))));
+        let result = match result {
+            Ok(stop) => Ok(stop),
+            Err(error) => Err(guarded_within(|| Ok(self.fail(error, cx)))
+                .unwrap_or_else(|panic| Error::invalid(format!("the engine {panic}")))),
+        };
         self.running = false;
         drop(running);
+        self.position.pause_epoch();
         self.state.run_time = start.elapsed();
         let stop = result?;
         Ok(Summary {
@@ -271,20 +82,77 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         })
     }
 
-    /// Forgets where the last run stopped: the next one starts anew. Handlers, metrics and the history
-    /// of parameters stay.
+    /// Forgets where the last run stopped, however that was: the next one starts anew. Handlers,
+    /// metrics and the history of parameters stay.
+    ///
+    /// After a checkpoint that was loaded only in part it lets the engine run again, with what that
+    /// load left in models and optimizers; the next summary warns of it.
     ///
     /// # Errors
-    /// The engine is running.
+    /// The engine is running. The batch, the output or the data of the last run panicked when it was
+    /// dropped; all is forgotten then, too.
     pub fn reset(&mut self) -> Result<()> {
         if self.running {
             return Err(Error::invalid("reset() was called within a run; terminate() ends one"));
         }
         self.position = Position::default();
-        self.data = None;
+        self.requests = Requests::default();
+        self.exception = None;
+        self.random = None;
+        self.handlers.reset_firings();
+        if self.forgive_part() {
+            self.position.note(
+                "a checkpoint was loaded only in part before reset(): models and optimizers hold what that load left".into(),
+            );
+        }
         let state = &mut self.state;
-        (state.iteration, state.epoch) = (0, 0);
+        (state.iteration, state.epoch, state.samples) = (0, 0, 0);
         (state.max_epochs, state.max_iters, state.epoch_length) = (None, None, None);
+        let old = (self.data.take(), state.batch.take(), state.output.take());
+        let _entered = Entered::here();
+        guarded_drop(old.0)
+            .and(guarded_drop(old.1))
+            .and(guarded_drop(old.2))
+            .map_err(|panic| Error::invalid(format!("dropping what the last run left: {panic}")))
+    }
+
+    /// Lets the next `run` go on where `terminate` (of early stopping, for example) had ended the run of a
+    /// checkpoint that was restored. Otherwise such a run stays ended: the next `run` fires what is left
+    /// of its events, does no iterations, and says so in the summary. Nothing changes after other
+    /// restores.
+    ///
+    /// ```
+    /// use tch_ignite::engine::{Engine, Event, Until};
+    /// let make = || {
+    ///     let mut trainer = Engine::new(|_: &mut (), _, _: i64| Ok(()));
+    ///     trainer.on(Event::EpochCompleted.once(2), |_, engine| { engine.terminate(); Ok(()) });
+    ///     trainer
+    /// };
+    /// let mut trainer = make();
+    /// trainer.run(&mut (), vec![1, 2], Until::epochs(5))?;
+    /// let state = trainer.checkpoint(&())?;
+    ///
+    /// let mut resumed = make();
+    /// let restored = resumed.restore(&mut (), state, true)?;
+    /// assert!(restored.ended.is_some());
+    /// resumed.resume_terminated()?;
+    /// assert_eq!(resumed.run(&mut (), vec![1, 2], Until::epochs(5))?.epochs, 5);
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// The engine is running.
+    pub fn resume_terminated(&mut self) -> Result<()> {
+        if self.running {
+            return Err(Error::invalid("resume_terminated() was called within a run"));
+        }
+        if self.position.left == Left::Restored {
+            self.position.forget_terminate();
+            self.requests.terminate = false;
+            self.requests.skip_completed = false;
+            self.requests.terminated_by = None;
+            self.requests.any = self.requests.is_any();
+        }
         Ok(())
     }
 
@@ -293,14 +161,62 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         RUNNING.get() > u32::from(self.running)
     }
 
+    /// Whether the outermost run of this thread, this one where it is not nested, began at the start.
+    pub(crate) fn began_anew(&self) -> bool {
+        ANEW.get()
+    }
+
     /// Iterations begun in this epoch, from 1; those before a run goes on in mid epoch count.
     pub fn iteration_in_epoch(&self) -> u64 {
-        self.position.counter
+        self.position.cursor.counter
     }
 
     /// Settles budget, epoch length and where to begin. Nothing is changed on error.
-    fn prepare(&mut self, data: impl IntoSource<'a, B>, until: Until) -> Result<()> {
+    fn prepare(
+        &mut self,
+        data: impl IntoSource<'a, B>,
+        until: Until,
+        start: Instant,
+    ) -> Result<()> {
         until.validate()?;
+        let source = data.into_source();
+        let plan = self.plan(&*source, until)?;
+        let fetches = source.fetches();
+        let mut warnings = std::mem::take(&mut self.position.notes);
+        if plan.left == Left::Restored {
+            warnings.extend(changes(&self.position.left_data, &*source));
+            let over = plan.phase.is_none() && self.is_used_up(plan.max_epochs, plan.max_iters);
+            warnings.extend(self.position.ended_for_good(&self.requests).filter(|_| !over));
+        }
+        self.apply(plan, until, start);
+        self.position.warnings = warnings;
+        if self.position.left != Left::Suspended {
+            self.position.fetches = fetches;
+            let old = self.data.replace(source);
+            guarded_drop(old).map_err(|panic| {
+                Error::invalid(format!("dropping the data of the last run: {panic}"))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Whether this many epochs or iterations were done.
+    fn is_used_up(&self, max_epochs: Option<u64>, max_iters: Option<u64>) -> bool {
+        max_epochs.is_some_and(|max| self.epochs_done() >= max)
+            || max_iters.is_some_and(|max| self.state.iteration >= max)
+    }
+
+    fn epochs_done(&self) -> u64 {
+        let cursor = &self.position.cursor;
+        let phase = match self.position.left {
+            Left::Restored => cursor.resumes_at(),
+            _ => cursor.phase,
+        };
+        self.state.epoch.saturating_sub(u64::from(phase.in_epoch()))
+    }
+
+    /// What a run on this data is to do.
+    fn plan(&self, source: &(dyn Source<B> + 'a), until: Until) -> Result<Plan> {
         let (state, position) = (&self.state, &self.position);
         let (mut max_epochs, mut max_iters) = (state.max_epochs, state.max_iters);
         for (given, other, ours, theirs) in [
@@ -316,36 +232,46 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let has_budget = max_epochs.is_some() || max_iters.is_some();
         max_epochs = until.max_epochs.or(max_epochs);
         max_iters = until.max_iters.or(max_iters);
-        let epochs_done = state.epoch.saturating_sub(u64::from(position.in_epoch()));
+        let epochs_done = self.epochs_done();
         if has_budget {
             check_budget(max_epochs, max_iters, epochs_done, state.iteration)?;
         }
-        let used_up = max_epochs.is_some_and(|max| epochs_done >= max)
-            || max_iters.is_some_and(|max| state.iteration >= max);
+        let used_up = self.is_used_up(max_epochs, max_iters);
         let was_reset = position.budgeted && !has_budget;
         let mut left = match position.left {
             _ if was_reset => Left::Nothing,
             Left::Ended | Left::Loaded if has_budget && used_up => Left::Nothing,
-            // Only COMPLETED is missing, but for a budget that grew.
-            Left::Failed | Left::Restored
-                if matches!(position.phase, Phase::Completed | Phase::Ended) && !used_up =>
-            {
-                Left::Ended
-            }
             left => left,
         };
-        if left == Left::Suspended && self.data.is_none() {
-            left = Left::Failed;
+        let mut phase = None;
+        let at = position.cursor.phase;
+        match left {
+            // Only COMPLETED is missing, but for a budget that grew.
+            Left::Failed if matches!(at, Phase::Completed | Phase::Ended) && !used_up => {
+                left = Left::Ended;
+            }
+            Left::Restored
+                if at.is_end() && !used_up && position.cursor.terminated_by.is_none() =>
+            {
+                match position.cursor.ended_at {
+                    // A limit of the process that saved the state is none of this one.
+                    Some(follows) => phase = Some(follows),
+                    None => left = Left::Ended,
+                }
+            }
+            Left::Suspended if self.data.is_none() => left = Left::Failed,
+            _ => {}
         }
 
-        let source = data.into_source();
-        let known = until.epoch_length.or(source.batches());
+        let batches = source.batches();
+        let known = until.epoch_length.or(batches);
         let epoch_length = match left {
+            Left::Nothing if self.data_length().is_some() => known,
             Left::Nothing => known.or(state.epoch_length),
             _ => state.epoch_length.or(known),
         };
         source.validate().map_err(|error| Error::invalid(format!("{error:#}")))?;
-        if epoch_length == Some(0) || known == Some(0) || source.batches() == Some(0) {
+        if epoch_length == Some(0) || known == Some(0) || batches == Some(0) {
             return Err(Error::invalid("Input data has zero size. Please provide non-empty data"));
         }
         if left != Left::Nothing
@@ -360,78 +286,170 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if epoch_length.is_none() && !source.fetches() {
             return Err(Error::invalid("epoch_length should be provided if data is None"));
         }
-
-        let (state, position) = (&mut self.state, &mut self.position);
-        match left {
-            Left::Nothing => {
-                (max_epochs, max_iters) = (until.max_epochs, until.max_iters);
-                (state.iteration, state.epoch) = (0, 0);
-                *position = Position::default();
-            }
-            Left::Ended => {
-                position.phase = Phase::Started;
-                position.entry = Some(Entry::NextPass);
-            }
-            Left::Failed => position.entry = position.entry.or(Some(Entry::Kept)),
-            Left::Suspended | Left::Loaded | Left::Restored => {}
+        if left == Left::Nothing {
+            (max_epochs, max_iters) = (until.max_epochs, until.max_iters);
         }
         if max_epochs.is_none() && max_iters.is_none() && !until.open_ended() {
             max_epochs = Some(if left == Left::Nothing { 1 } else { epochs_done + 1 });
         }
-        (state.max_epochs, state.max_iters) = (max_epochs, max_iters);
-        state.epoch_length = epoch_length;
-        if left != Left::Restored {
+        let anew = left == Left::Nothing || state.epoch_length.is_none();
+        let length_by = match (until.epoch_length, batches) {
+            (Some(_), _) => LengthBy::Program,
+            (None, Some(_)) if anew => LengthBy::Data,
+            _ => LengthBy::State,
+        };
+        Ok(Plan { left, phase, max_epochs, max_iters, epoch_length, length_by })
+    }
+
+    /// Makes the plan of a run the engine's state.
+    fn apply(&mut self, plan: Plan, until: Until, start: Instant) {
+        let (state, position) = (&mut self.state, &mut self.position);
+        let was_restored = position.left == Left::Restored;
+        let cursor = &mut position.cursor;
+        match plan.left {
+            Left::Nothing => {
+                (state.iteration, state.epoch) = (0, 0);
+                *position = Position::default();
+                self.handlers.reset_firings();
+            }
+            Left::Ended => {
+                cursor.again = None;
+                cursor.phase = Phase::Started;
+                position.entry = Some(Entry::NextPass);
+                position.left_data.place = None;
+            }
+            Left::Failed => position.entry = position.entry.or(Some(Entry::Kept)),
+            Left::Restored => {
+                if let Some(phase) = plan.phase {
+                    (cursor.phase, cursor.left_early) = (phase, false);
+                }
+                if cursor.phase.has_batch() && !position.refetch {
+                    position.refetch = true;
+                    cursor.fetched = cursor.fetched.saturating_sub(1);
+                }
+            }
+            Left::Loaded => self.handlers.reset_firings(),
+            Left::Suspended => {}
+        }
+        let position = &mut self.position;
+        let cursor = &mut position.cursor;
+        if !cursor.phase.is_end() {
+            (cursor.ended_at, cursor.terminated_by) = (None, None);
+        }
+        match plan.length_by {
+            LengthBy::Program => cursor.length = None,
+            LengthBy::Data => {
+                let length = plan.epoch_length.unwrap_or(0);
+                cursor.length = Some(DataLength { pass: length, epoch: length, walked: None });
+            }
+            LengthBy::State => {}
+        }
+        (state.max_epochs, state.max_iters) = (plan.max_epochs, plan.max_iters);
+        state.epoch_length = plan.epoch_length;
+        (state.run_time, state.epoch_time) = (Duration::ZERO, Duration::ZERO);
+        if plan.left == Left::Restored {
+            // A limit of samples that was reached is none of this run.
+            if until.max_samples.is_some_and(|max| state.samples >= max) {
+                state.samples = 0;
+            }
+        } else {
             state.samples = 0;
-            self.control = Control::default();
+            self.requests = Requests::default();
         }
-        position.budgeted = max_epochs.is_some() || max_iters.is_some();
-        position.exhausted = false;
-        position.limit = false;
-        position.signal = None;
-        position.warnings.clear();
-        if left == Left::Restored {
-            position.warnings = changes(position, &*source);
+        if !was_restored {
+            self.random = None;
         }
+        position.other_data = !matches!(plan.left, Left::Nothing | Left::Suspended);
+        position.left = plan.left;
+        position.budgeted = plan.max_epochs.is_some() || plan.max_iters.is_some();
+        cursor.exhausted = false;
+        (position.limit, position.completing, position.signal) = (false, false, None);
         position.until = until;
+        position.run_start = Some(start);
         position.deadline = until.max_time.and_then(|time| Instant::now().checked_add(time));
         self.exception = None;
-        if left != Left::Suspended {
-            self.data = Some(source);
-        }
-        Ok(())
+    }
+
+    /// Asks the data something; a panic is an error of the data.
+    fn ask_data<T>(&self, ask: impl FnOnce(&dyn Source<B>) -> T) -> Result<Option<T>> {
+        let Some(data) = self.data.as_deref() else { return Ok(None) };
+        guarded_within(|| Ok(Some(ask(data)))).map_err(|error| self.data_error(error))
     }
 
     /// Puts data and counter to where this run begins.
     fn enter(&mut self) -> Result<()> {
-        let Position { entry, pass, fetched, .. } = self.position;
-        let place = self.position.kept.clone().filter(|_| entry == Some(Entry::Kept));
-        match entry {
+        let Cursor { pass, fetched, .. } = self.position.cursor;
+        match self.position.entry {
             None => {}
             Some(Entry::Start) => self.seek(0, 0)?,
             Some(Entry::NextPass) => self.seek(pass + 1, 0)?,
-            Some(Entry::Kept) if self.seek_place(pass, place)? => {}
-            Some(Entry::Kept) => self.seek(pass, fetched)?,
+            Some(Entry::Kept) => self.begin_pass_again(pass, fetched)?,
             Some(Entry::Loaded) => {
                 let iteration = self.state.iteration;
                 if let Some(length) = self.state.epoch_length {
-                    self.position.counter = iteration % length.max(1);
+                    self.position.cursor.counter = iteration % length.max(1);
                 }
-                match self.data.as_ref().and_then(|data| data.batches()) {
+                match self.ask_data(|data| data.batches())?.flatten() {
                     Some(0) => return Err(Error::invalid("the data has no batches any more")),
                     Some(length) => self.seek(iteration / length, iteration % length)?,
                     None => self.walk(iteration)?,
                 }
+                if iteration > 0 {
+                    self.warn_if_order_was_drawn()?;
+                }
             }
         }
         self.position.entry = None;
-        self.position.kept = None;
+        self.position.left_data.place = None;
+        Ok(())
+    }
+
+    /// Goes to a place in a pass that another run began. What drew its order from libtorch's random
+    /// numbers draws the same order again; the numbers of the run itself go on where they are.
+    fn begin_pass_again(&mut self, pass: u64, fetched: u64) -> Result<()> {
+        let place = self.position.left_data.place.clone();
+        let before_pass = self.position.before_pass.take();
+        let now = match &before_pass {
+            Some(before) => {
+                let now = generators()?;
+                set_generators(before)?;
+                Some(now)
+            }
+            None => None,
+        };
+        let mut placed = self.seek_place(pass, place);
+        if let Ok(false) = placed {
+            placed = self.seek(pass, fetched).map(|()| true);
+        }
+        if let Some(now) = &now {
+            set_generators(now)?;
+        }
+        placed?;
+        self.position.skipped_to = (fetched > 0).then_some(fetched);
+        match before_pass {
+            Some(before) => self.position.before_pass = Some(before),
+            None if pass > 0 || fetched > 0 => self.warn_if_order_was_drawn()?,
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// After a pass was begun in the middle without the random numbers that it was begun with before.
+    fn warn_if_order_was_drawn(&mut self) -> Result<()> {
+        if let Some(before) = &self.position.before_pass
+            && !same_generators(before, &generators()?)
+        {
+            self.warn(
+                "the data draws its order from libtorch's random numbers, and those from before the pass under way were not saved: the rest of this pass comes in another order, so that some samples come twice and others not at all",
+            );
+        }
         Ok(())
     }
 
     /// False where that is not possible.
     fn seek_place(&mut self, pass: u64, place: Option<Place>) -> Result<bool> {
         let (Some(place), Some(data)) = (place, self.data.as_mut()) else { return Ok(false) };
-        guarded(|| data.seek_place(pass, &place)).map_err(|error| self.data_error(error))
+        guarded_within(|| data.seek_place(pass, &place)).map_err(|error| self.data_error(error))
     }
 
     /// Goes past that many batches of data of unknown length.
@@ -439,35 +457,113 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.seek(0, 0)?;
         for _ in 0..batches {
             if !self.fetch()? {
-                self.seek(self.position.pass + 1, 0)?;
+                self.seek(self.position.cursor.pass + 1, 0)?;
                 if !self.fetch()? {
                     break;
                 }
             }
         }
-        self.state.batch = None;
         self.state.samples = 0;
-        Ok(())
+        self.let_go_of_batch()
     }
 
     pub(super) fn seek(&mut self, pass: u64, batch: u64) -> Result<()> {
-        self.position.pass = pass;
-        self.position.fetched = batch;
+        self.position.cursor.pass = pass;
+        self.position.cursor.fetched = batch;
+        self.position.skipped_to = None;
+        let is_random = self.ask_data(|data| data.is_random())? == Some(true);
+        self.position.before_pass = if is_random { Some(generators()?) } else { None };
         match self.data.as_mut() {
             Some(data) => {
-                guarded(|| data.seek(pass, batch)).map_err(|error| self.data_error(error))
+                guarded_within(|| data.seek(pass, batch)).map_err(|error| self.data_error(error))
             }
             None => Ok(()),
         }
+    }
+
+    /// Makes epochs passes over the data there is now, where data gave them their length: the epoch
+    /// under way ends with the pass, and the next are whole passes.
+    fn follow_data(&mut self) -> Result<()> {
+        let Some(length) = self.data_length() else { return Ok(()) };
+        let Some(batches) = self.ask_data(|data| data.batches())?.flatten() else { return Ok(()) };
+        if batches == 0 {
+            return Err(Error::invalid("the data has no batches any more"));
+        }
+        if batches == self.position.left_data.batches.unwrap_or(length.pass) {
+            return Ok(());
+        }
+        let left = self.ask_data(|data| data.batches_left())?.flatten();
+        let cursor = &mut self.position.cursor;
+        let left = left.unwrap_or_else(|| batches.saturating_sub(cursor.fetched));
+        let begun_with_batch = cursor.phase == Phase::Step && self.position.refetch;
+        let done = cursor.counter - u64::from(begun_with_batch && cursor.counter > 0);
+        let epoch = match cursor.phase {
+            Phase::EpochCompleted => cursor.counter,
+            phase if phase.in_epoch() && cursor.counter > 0 => (done + left).max(cursor.counter),
+            _ => batches,
+        };
+        let waits = matches!(cursor.phase, Phase::GetBatch | Phase::Fetch | Phase::RestartData);
+        let lost = cursor.phase == Phase::BatchFetched && self.position.refetch;
+        if cursor.counter > 0 && left == 0 && (waits || lost) {
+            // The pass was as good as done.
+            cursor.phase = Phase::EpochCompleted;
+            self.position.refetch = false;
+        }
+        cursor.length = Some(DataLength { pass: batches, epoch, walked: None });
+        self.state.epoch_length = Some(epoch);
+        Ok(())
+    }
+
+    /// The length of epochs, where the data gave it and nobody set another.
+    fn data_length(&self) -> Option<DataLength> {
+        let length = self.position.cursor.length?;
+        (self.state.epoch_length == Some(length.epoch)).then_some(length)
     }
 
     fn data_error(&self, source: anyhow::Error) -> Error {
         Error::Data { epoch: self.state.epoch, iteration: self.state.iteration, source }
     }
 
-    /// Whether the data gives batches at all; `set_data` may change that within a run.
-    fn fetches(&self) -> bool {
-        self.data.as_ref().is_none_or(|data| data.fetches())
+    /// Drops the batch, if there is one.
+    fn let_go_of_batch(&mut self) -> Result<()> {
+        match self.state.batch.take() {
+            Some(batch) => guarded_drop(batch)
+                .map_err(|panic| self.data_error(panic.context("dropping the batch before it"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Drops the output, if there is one.
+    fn let_go_of_output(&mut self) -> Result<()> {
+        let (epoch, iteration) = (self.state.epoch, self.state.iteration);
+        match self.state.output.take() {
+            Some(output) => guarded_drop(output).map_err(|panic| {
+                let source = panic.context("dropping its output");
+                Error::Step { epoch, iteration, source }
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn let_go_of_data(&mut self) -> Result<()> {
+        match self.data.take() {
+            Some(data) => guarded_drop(data)
+                .map_err(|panic| self.data_error(panic.context("dropping the data"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Notes where the data is, before the last batch with `again`, and what it is like: for the next run.
+    fn note_data(&mut self, again: bool) {
+        let again = again && !self.position.refetch;
+        // An error of the data was told already, or will be when the data is used.
+        if let Ok(Some(noted)) = self.ask_data(|data| LeftData::of(data, again)) {
+            let place = match self.position.entry {
+                None => noted.place,
+                Some(_) => self.position.left_data.place.clone(),
+            };
+            self.position.left_data = LeftData { place, ..noted };
+        }
     }
 
     fn drive(&mut self, cx: &mut C) -> Result<Stop> {
@@ -475,43 +571,51 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if self.position.entry == Some(Entry::Kept) {
             self.enter()?;
         }
-        if std::mem::take(&mut self.position.refetch) {
-            // The batch was under way when the state was saved.
-            let samples = self.state.samples;
-            self.fetch()?;
-            self.state.samples = samples;
+        if self.position.other_data {
+            self.follow_data()?;
+        }
+        if self.position.refetch {
+            self.fetch_again()?;
+        }
+        if self.position.cursor.phase.in_epoch() {
+            self.position.epoch_start = Some(Instant::now());
         }
         self.restore_random_numbers()?;
-        if self.control.any {
+        if self.requests.any {
             // Asked for before the state was saved.
             self.obey(self.position.event, cx)?;
         }
         loop {
             // Each arm sets the phase to follow before it fires, so that an interrupt goes on there.
-            let event = match self.position.phase {
+            let event = match self.position.cursor.phase {
+                // Some handlers of the event were not called when the run was suspended.
+                phase if self.position.cursor.again.is_some() && phase != Phase::Completed => {
+                    self.position.event
+                }
                 Phase::Started => {
-                    self.position.left_early = false;
-                    self.position.phase = Phase::NextEpoch;
+                    self.position.cursor.left_early = false;
+                    self.position.cursor.phase = Phase::NextEpoch;
                     Event::Started
                 }
                 Phase::NextEpoch => {
                     if self.is_done() {
-                        self.position.phase = Phase::Completed;
+                        let limited = self.limit_reached() && !self.budget_done();
+                        self.position.cursor.ended_at = limited.then_some(Phase::NextEpoch);
+                        self.position.cursor.phase = Phase::Completed;
                     } else {
-                        self.state.epoch += 1;
-                        self.position.counter = 0;
-                        self.position.phase = Phase::EpochStarted;
+                        self.begin_epoch();
                     }
                     continue;
                 }
                 Phase::EpochStarted => {
                     self.position.epoch_start = Some(Instant::now());
-                    self.position.restarted = false;
-                    self.position.phase = Phase::EpochBegun;
+                    self.position.epoch_before = Duration::ZERO;
+                    self.position.cursor.restarted = false;
+                    self.position.cursor.phase = Phase::EpochBegun;
                     Event::EpochStarted
                 }
                 Phase::EpochBegun => {
-                    self.position.phase = Phase::GetBatch;
+                    self.position.cursor.phase = Phase::GetBatch;
                     continue;
                 }
                 Phase::GetBatch => {
@@ -519,118 +623,212 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                         // Not before: handlers of EPOCH_STARTED may change the batch size.
                         self.enter()?;
                     }
-                    self.state.batch = None;
-                    self.state.output = None;
-                    self.position.phase = Phase::Fetch;
-                    if !self.fetches() {
+                    self.let_go_of_batch()?;
+                    self.position.cursor.phase = Phase::Fetch;
+                    if !self.position.fetches {
                         continue;
                     }
                     Event::GetBatchStarted
                 }
                 Phase::Fetch => match self.fetch()? {
                     true => {
-                        self.position.phase = Phase::BatchFetched;
-                        if !self.fetches() {
+                        self.position.cursor.phase = Phase::BatchFetched;
+                        // Not before: it is the last output where there is no further batch.
+                        self.let_go_of_output()?;
+                        if !self.position.fetches {
                             continue;
                         }
                         Event::GetBatchCompleted
                     }
+                    false if self.ends_with_pass() => continue,
                     false if self.state.epoch_length.is_none() => {
                         self.end_first_pass()?;
                         continue;
                     }
-                    false if self.position.restarted => {
+                    false if self.position.cursor.restarted => {
                         self.warn_of_missing_data();
-                        self.position.exhausted = self.position.counter == 0;
-                        self.position.phase = Phase::EpochCompleted;
+                        let cursor = &mut self.position.cursor;
+                        cursor.exhausted = cursor.counter == 0;
+                        cursor.phase = Phase::EpochCompleted;
                         continue;
                     }
                     false => {
-                        self.position.phase = Phase::RestartData;
+                        self.position.cursor.phase = Phase::RestartData;
                         Event::DataloaderStopIteration
                     }
                 },
                 Phase::RestartData => {
-                    self.seek(self.position.pass + 1, 0)?;
-                    self.position.restarted = true;
-                    self.position.phase = Phase::Fetch;
+                    self.seek(self.position.cursor.pass + 1, 0)?;
+                    self.position.cursor.restarted = true;
+                    self.position.cursor.phase = Phase::Fetch;
                     continue;
                 }
                 Phase::BatchFetched => {
-                    self.position.counter += 1;
-                    self.position.restarted = false;
+                    self.position.cursor.counter += 1;
+                    self.position.cursor.restarted = false;
                     self.state.iteration += 1;
-                    self.position.phase = Phase::Step;
+                    self.position.cursor.phase = Phase::Step;
                     Event::IterationStarted
                 }
                 Phase::Step => {
                     self.step(cx)?;
-                    self.position.phase = Phase::IterationCompleted;
+                    self.position.cursor.phase = Phase::IterationCompleted;
                     Event::IterationCompleted
                 }
                 Phase::IterationCompleted => {
+                    let counter = self.position.cursor.counter;
                     // At least, not exactly: a handler may have made the epoch shorter.
-                    if self.state.epoch_length.is_some_and(|length| self.position.counter >= length)
-                    {
-                        self.position.phase = Phase::EpochCompleted;
+                    let done = self.state.epoch_length.is_some_and(|length| counter >= length);
+                    self.position.cursor.phase = if done {
+                        Phase::EpochCompleted
                     } else if self.budget_reached() {
-                        self.position.phase = Phase::Terminate;
+                        self.position.cursor.ended_at = Some(Phase::IterationCompleted);
+                        Phase::Terminate
                     } else {
-                        self.position.phase = Phase::GetBatch;
-                    }
+                        Phase::GetBatch
+                    };
                     continue;
                 }
                 Phase::EpochCompleted => {
-                    self.position.phase = Phase::EpochEnded;
+                    self.position.cursor.phase = Phase::EpochEnded;
                     self.note_epoch_time();
                     Event::EpochCompleted
                 }
                 Phase::EpochEnded => {
                     self.note_epoch_time();
-                    self.position.phase = Phase::NextEpoch;
+                    self.position.epoch_start = None;
+                    self.position.epoch_before = Duration::ZERO;
+                    self.position.cursor.phase = Phase::NextEpoch;
                     continue;
                 }
                 Phase::Terminate => {
-                    self.position.left_early = true;
-                    self.position.phase = Phase::Completed;
+                    self.position.cursor.left_early = true;
+                    self.position.cursor.phase = Phase::Completed;
+                    self.note_run_time();
                     self.fire(Event::Terminate, cx)?;
                     continue;
                 }
                 Phase::Completed => {
-                    if !self.control.skip_completed {
+                    if !self.requests.skip_completed {
+                        self.note_run_time();
                         self.position.completing = true;
-                        let fired = self.fire(Event::Completed, cx);
+                        let fired = match self.position.cursor.again.take() {
+                            Some(handler) => self.fire_again(Event::Completed, &handler, cx),
+                            None => self.fire(Event::Completed, cx),
+                        };
                         self.position.completing = false;
                         fired?;
+                        if self.position.cursor.again.is_some() {
+                            self.fire(Event::Interrupt, cx)?;
+                            return Ok(self.suspended());
+                        }
                     }
-                    self.position.phase = Phase::Ended;
+                    self.position.cursor.phase = Phase::Ended;
                     continue;
                 }
                 Phase::Ended => {
                     self.position.left = Left::Ended;
-                    self.data = None;
-                    return Ok(match self.position.left_early {
+                    self.note_data(self.position.cursor.needs_batch());
+                    self.let_go_of_data()?;
+                    return Ok(match self.position.cursor.left_early {
                         true => Stop::Terminated,
                         false => Stop::Completed,
                     });
                 }
             };
             self.position.event = event;
-            self.join_metrics(event)?;
-            self.fire(event, cx)?;
+            match self.position.cursor.again.take() {
+                Some(handler) => self.fire_again(event, &handler, cx)?,
+                None => {
+                    self.join_metrics(event)?;
+                    self.fire(event, cx)?;
+                }
+            }
             if !self.agree(event)? {
                 // What else is asked for waits until the ranks meet.
-                if std::mem::take(&mut self.control.skip_batch) {
+                if std::mem::take(&mut self.requests.skip_batch) {
                     self.pass_over_batch(event)?;
                 }
                 continue;
             }
-            if self.control.any && self.obey(event, cx)? {
-                self.position.left = Left::Suspended;
-                let signal = self.position.signal.take();
-                return Ok(signal.map_or(Stop::Interrupted, Stop::Signal));
+            if self.requests.any && self.obey(event, cx)? {
+                return Ok(self.suspended());
             }
         }
+    }
+
+    fn suspended(&mut self) -> Stop {
+        self.position.left = Left::Suspended;
+        self.position.signal.take().map_or(Stop::Interrupted, Stop::Signal)
+    }
+
+    /// Whether a handler of this event may be called again when a run that is suspended goes on: at events of the loop
+    /// itself, if the run is not to be left otherwise. The handlers of ranks would not come to the same place.
+    pub(crate) fn may_repeat(&self, event: Event) -> bool {
+        let of_loop = event.built_in().is_some()
+            && !matches!(
+                event,
+                Event::Terminate
+                    | Event::TerminateSingleEpoch
+                    | Event::Interrupt
+                    | Event::ExceptionRaised
+            );
+        let asked = &self.requests;
+        of_loop
+            && !self.joins_metrics()
+            && self.step.is_some()
+            && self.handlers.firings_under_way() == 1
+            && !(asked.ends() || asked.terminate_epoch || asked.skip_batch)
+    }
+
+    /// Whether the run is about to be suspended because of a signal.
+    pub(crate) fn is_stopped_by_signal(&self) -> bool {
+        self.requests.interrupt && self.position.signal.is_some()
+    }
+
+    /// Called by a handler that [may be repeated](Self::may_repeat), and has asked for an interrupt: the handlers after it
+    /// are not called; when the run goes on it is called again, and then those.
+    pub(crate) fn repeat_from_here(&mut self) {
+        self.requests.repeat = true;
+    }
+
+    fn fire_again(&mut self, event: Event, handler: &str, cx: &mut C) -> Result<()> {
+        let index = self.handlers.index(event)?;
+        match self.handlers.place_of(index, handler) {
+            Some(place) => self.fire_from(event, index, place, cx),
+            None => {
+                self.warn(format!(
+                    "the run was stopped at handler '{handler}' of {event}, which is not attached any more: the handlers after it were not called"
+                ));
+                Ok(())
+            }
+        }
+    }
+
+    fn begin_epoch(&mut self) {
+        if let Some(length) = self.data_length() {
+            self.state.epoch_length = Some(length.pass);
+            self.position.cursor.length = Some(DataLength { epoch: length.pass, ..length });
+        }
+        self.state.epoch += 1;
+        self.position.cursor.counter = 0;
+        self.position.cursor.phase = Phase::EpochStarted;
+    }
+
+    /// Fetches the batch that was under way when the state was saved. Where the data has become shorter
+    /// it is the first of the next pass.
+    fn fetch_again(&mut self) -> Result<()> {
+        // It was counted.
+        let samples = self.state.samples;
+        if !self.fetch()? {
+            self.seek(self.position.cursor.pass + 1, 0)?;
+            if !self.fetch()? {
+                return Err(Error::invalid("the data has no batches any more"));
+            }
+        }
+        self.state.samples = samples;
+        self.position.refetch = false;
+        Ok(())
     }
 
     /// Whether there was a batch.
@@ -639,20 +837,24 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let Some(data) = self.data.as_mut() else {
             return Ok(false);
         };
-        let next = catch(|| data.next());
+        let next = guarded_within(|| {
+            let batch = data.next().transpose()?;
+            Ok(batch.map(|batch| (batch, data.samples())))
+        });
         if let (Some(profile), Some(begun)) = (&self.profile, begun) {
             profile.note_data(begun.elapsed());
         }
         match next {
-            Ok(Some(batch)) => {
-                if let Some(samples) = data.samples() {
+            Ok(Some((batch, samples))) => {
+                if let Some(samples) = samples {
                     self.state.samples += samples;
                 } else if self.position.until.max_samples.is_some() {
                     return Err(Error::invalid(
                         "a budget in samples needs a data source that counts them: implement Source::samples",
                     ));
                 }
-                self.position.fetched += 1;
+                self.position.cursor.fetched += 1;
+                self.let_go_of_batch()?;
                 self.state.batch = Some(batch);
                 Ok(true)
             }
@@ -671,29 +873,97 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return Err(wrap(anyhow::anyhow!("the engine is running already")));
         };
         let begun = self.clock();
-        let output = guarded(|| step(cx, self, batch));
+        let output = guarded_within(|| step(cx, self, batch));
         if let (Some(profile), Some(begun)) = (&self.profile, begun) {
             profile.note_step(begun.elapsed());
         }
         self.step = Some(step);
-        self.state.output = Some(output.map_err(wrap)?);
-        Ok(())
+        if self.requests.terminate {
+            self.requests
+                .terminated_by
+                .get_or_insert_with(|| format!("the step of iteration {iteration}"));
+        }
+        match self.state.output.replace(output.map_err(wrap)?) {
+            Some(old) => guarded_drop(old)
+                .map_err(|panic| wrap(panic.context("dropping the output before its own"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether this run went into the pass under way at or behind its end, which then tells nothing of
+    /// its length.
+    fn overshot(&self) -> bool {
+        self.position.skipped_to == Some(self.position.cursor.fetched)
     }
 
     /// Data of unknown length was exhausted for the first time: that is the length of an epoch.
     fn end_first_pass(&mut self) -> Result<()> {
-        if self.position.counter == 0 {
-            return Err(Error::invalid("Input data has zero size. Please provide non-empty data"));
+        let overshot = self.overshot();
+        let cursor = &mut self.position.cursor;
+        match cursor.counter {
+            0 if overshot => {
+                cursor.phase = Phase::RestartData;
+                return Ok(());
+            }
+            0 => {
+                return Err(Error::invalid(
+                    "Input data has zero size. Please provide non-empty data",
+                ));
+            }
+            _ if overshot => {
+                cursor.phase = Phase::EpochCompleted;
+                return Ok(());
+            }
+            _ => {}
         }
-        self.state.epoch_length = Some(self.position.counter);
-        self.position.phase = Phase::EpochCompleted;
+        let epoch = cursor.counter;
+        cursor.length = Some(DataLength { pass: epoch, epoch, walked: Some(cursor.fetched) });
+        cursor.phase = Phase::EpochCompleted;
+        self.state.epoch_length = Some(epoch);
         Ok(())
     }
 
+    /// Data of unknown length is exhausted: whether that ends the epoch, because a pass has another
+    /// length than in the run that is gone on with.
+    fn ends_with_pass(&mut self) -> bool {
+        let overshot = self.overshot();
+        let Some(length) = self.data_length() else { return false };
+        let Some(walked) = length.walked else { return false };
+        let cursor = &mut self.position.cursor;
+        let fetched = cursor.fetched;
+        if cursor.restarted || fetched == 0 || overshot {
+            // This pass does not tell how long it is.
+            return false;
+        }
+        let other_data = std::mem::take(&mut self.position.other_data);
+        if fetched == walked {
+            return false;
+        }
+        if !other_data {
+            // Passes differ from one to the next; epochs keep the length of the first, as in ignite.
+            cursor.length = Some(DataLength { walked: None, ..length });
+            return false;
+        }
+        let ends = cursor.counter > 0;
+        let epoch = if ends { cursor.counter } else { fetched };
+        cursor.length = Some(DataLength { pass: fetched, epoch, walked: Some(fetched) });
+        if ends {
+            cursor.phase = Phase::EpochCompleted;
+        }
+        self.state.epoch_length = Some(epoch);
+        self.warn(format!(
+            "a pass over the data had {walked} batches before, and has {fetched} now: epochs are as long as a pass from here on"
+        ));
+        ends
+    }
+
     /// Notes something that looks wrong without being an error, for the summary of the run that is under
-    /// way.
+    /// way. The same text is noted once.
     pub fn warn(&mut self, warning: impl Into<String>) {
-        self.position.warnings.push(warning.into());
+        let warning = warning.into();
+        if !self.position.warnings.contains(&warning) {
+            self.position.warnings.push(warning);
+        }
     }
 
     fn warn_of_missing_data(&mut self) {
@@ -707,31 +977,35 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let warning = format!(
             "Data iterator can not provide data anymore but required total number of iterations to run is not reached. Current iteration: {iteration} vs Total iterations to run : {total}"
         );
-        // Once, not for each of many empty epochs.
-        if self.position.warnings.last() != Some(&warning) {
-            self.position.warnings.push(warning);
-        }
+        // Noted once, not for each of many empty epochs.
+        self.warn(warning);
     }
 
     /// Does what handlers of `event` asked for; true if the run is to be suspended.
     fn obey(&mut self, event: Event, cx: &mut C) -> Result<bool> {
-        if std::mem::take(&mut self.control.terminate_epoch) && !self.control.terminate {
+        if std::mem::take(&mut self.requests.terminate_epoch) && !self.requests.ends() {
             self.leave_epoch(event, cx)?;
         }
-        if std::mem::take(&mut self.control.skip_batch) {
+        if std::mem::take(&mut self.requests.skip_batch) {
             self.pass_over_batch(event)?;
         }
-        self.control.any = false;
-        if !self.control.terminate && std::mem::take(&mut self.control.interrupt) {
+        self.requests.any = false;
+        if !self.requests.ends() && std::mem::take(&mut self.requests.interrupt) {
+            self.note_run_time();
             self.fire(Event::Interrupt, cx)?;
-            self.control.any = false;
-            if !self.control.terminate {
+            self.requests.any = false;
+            if !self.requests.ends() {
                 return Ok(true);
             }
         }
-        if std::mem::take(&mut self.control.terminate) {
-            self.position.phase = Phase::Terminate;
+        if self.requests.ends() {
+            let by = self.requests.terminate.then(|| self.position.terminator(&self.requests));
+            let cursor = &mut self.position.cursor;
+            (cursor.ended_at, cursor.terminated_by) = (Some(cursor.phase), by);
+            cursor.phase = Phase::Terminate;
+            self.requests = self.requests.after_the_end();
         }
+        self.position.cursor.again = None;
         Ok(false)
     }
 
@@ -742,37 +1016,42 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             )));
         }
         // Not after terminate_epoch, which has set another.
-        if self.position.phase == Phase::BatchFetched {
-            self.position.phase = Phase::GetBatch;
+        if self.position.cursor.phase == Phase::BatchFetched {
+            self.position.cursor.phase = Phase::GetBatch;
         }
         Ok(())
     }
 
     fn leave_epoch(&mut self, event: Event, cx: &mut C) -> Result<()> {
-        let skip = std::mem::take(&mut self.control.skip_epoch_completed);
+        let skip = std::mem::take(&mut self.requests.skip_epoch_completed);
         match event {
             Event::Started | Event::EpochStarted => Err(Error::invalid(
                 "The method terminate_epoch() should not be called on Event.STARTED or Event.EPOCH_STARTED.",
             )),
             Event::EpochCompleted => Ok(()),
             _ => {
-                self.position.phase = if skip { Phase::EpochEnded } else { Phase::EpochCompleted };
-                self.seek(self.position.pass + 1, 0)?;
+                let cursor = &mut self.position.cursor;
+                cursor.phase = if skip { Phase::EpochEnded } else { Phase::EpochCompleted };
+                self.seek(self.position.cursor.pass + 1, 0)?;
                 self.fire(Event::TerminateSingleEpoch, cx)?;
                 // It is left already.
-                self.control.terminate_epoch = false;
+                self.requests.terminate_epoch = false;
                 Ok(())
             }
         }
     }
 
     fn is_done(&self) -> bool {
-        match self.state.max_epochs {
-            // Not by iterations: epochs may differ in length.
-            Some(max) => self.state.epoch >= max || self.budget_reached(),
-            // Without a limit of epochs, empty ones would follow for ever.
-            None => self.position.exhausted || self.budget_reached(),
-        }
+        // Not by iterations: epochs may differ in length. Without a limit of epochs, empty ones would
+        // follow for ever.
+        let exhausted = self.state.max_epochs.is_none() && self.position.cursor.exhausted;
+        self.budget_done() || exhausted || self.limit_reached()
+    }
+
+    /// Between epochs: whether the budget in epochs or iterations is used up.
+    fn budget_done(&self) -> bool {
+        self.state.max_epochs.is_some_and(|max| self.state.epoch >= max)
+            || self.state.max_iters.is_some_and(|max| self.state.iteration >= max)
     }
 
     /// In mid epoch: epochs cannot be used up there.
@@ -792,62 +1071,66 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     fn note_epoch_time(&mut self) {
         if let Some(start) = self.position.epoch_start {
-            self.state.epoch_time = start.elapsed();
+            self.state.epoch_time = self.position.epoch_before + start.elapsed();
+        }
+    }
+
+    fn note_run_time(&mut self) {
+        if let Some(start) = self.position.run_start {
+            self.state.run_time = start.elapsed();
         }
     }
 
     /// Calls the handlers of `ExceptionRaised`, all of them, and leaves the engine ready to go on: with
     /// the event or the batch that failed up to the step, else with what follows.
     fn fail(&mut self, error: Error, cx: &mut C) -> Error {
+        let again = self.position.cursor.phase == Phase::BatchFetched;
+        self.note_data(again);
+        self.note_run_time();
         let position = &mut self.position;
-        if position.entry.is_none() {
-            let again = position.phase == Phase::BatchFetched;
-            let place = |data: &dyn Source<B>| guarded(|| Ok(data.place(again))).ok().flatten();
-            position.kept = self.data.as_deref().and_then(place);
+        // A batch that could not be fetched again has yet to be.
+        if !position.refetch {
+            let cursor = &mut position.cursor;
+            cursor.phase = match cursor.phase {
+                Phase::NextEpoch => Phase::Started,
+                Phase::EpochBegun => Phase::EpochStarted,
+                Phase::Fetch | Phase::RestartData => Phase::GetBatch,
+                Phase::BatchFetched => {
+                    // 0 where the data was replaced since.
+                    cursor.fetched = cursor.fetched.saturating_sub(1);
+                    Phase::GetBatch
+                }
+                Phase::Step => Phase::IterationCompleted,
+                phase => phase,
+            };
         }
-        position.phase = match position.phase {
-            Phase::NextEpoch => Phase::Started,
-            Phase::EpochBegun => Phase::EpochStarted,
-            Phase::Fetch | Phase::RestartData => Phase::GetBatch,
-            Phase::BatchFetched => {
-                position.fetched -= 1;
-                Phase::GetBatch
-            }
-            Phase::Step => Phase::IterationCompleted,
-            phase => phase,
-        };
-        position.restarted = false;
+        position.cursor.restarted = false;
         position.left = Left::Failed;
         self.exception = Some(error);
         let raised = self.fire(Event::ExceptionRaised, cx);
-        self.data = None;
-        self.state.batch = None;
+        let (data, batch) = (self.let_go_of_data(), self.let_go_of_batch());
         let error = self.exception.take();
-        match (error, raised) {
-            (Some(error), Ok(())) => error,
-            (Some(error), Err(second)) => with_second(error, second),
-            (None, Err(error)) => error,
-            (None, Ok(())) => Error::invalid("the run failed"),
-        }
+        let error = error.unwrap_or_else(|| Error::invalid("the run failed"));
+        [raised, data, batch].into_iter().filter_map(Result::err).fold(error, Error::besides)
     }
 }
 
 /// What is other data than when the state was saved.
-fn changes<B>(position: &Position, data: &dyn Source<B>) -> Vec<String> {
+fn changes<B>(left: &LeftData, data: &dyn Source<B>) -> Vec<String> {
     let mut changes = vec![];
     let (batches, settings) = (data.batches(), data.settings());
     // The settings tell more, and the batch size may be restored later.
-    if batches != position.batches && (settings.is_empty() || position.settings.is_empty()) {
+    if batches != left.batches && (settings.is_empty() || left.settings.is_empty()) {
         let shown = |batches: Option<u64>| {
             batches.map_or_else(|| "an unknown number of".to_owned(), |n| n.to_string())
         };
         changes.push(format!(
             "a pass over the data had {} batches when this state was saved, and has {} now: the place in it is counted in batches",
-            shown(position.batches),
+            shown(left.batches),
             shown(batches)
         ));
     }
-    for (name, then) in &position.settings {
+    for (name, then) in &left.settings {
         if let Some(now) = settings.get(name).filter(|now| *now != then) {
             changes.push(format!("{name} of the data: {then} then, {now} now"));
         }
@@ -860,10 +1143,14 @@ struct Running;
 
 thread_local! {
     static RUNNING: Cell<u32> = const { Cell::new(0) };
+    static ANEW: Cell<bool> = const { Cell::new(false) };
 }
 
 impl Running {
-    fn begin() -> Self {
+    fn begin(anew: bool) -> Self {
+        if RUNNING.get() == 0 {
+            ANEW.set(anew);
+        }
         RUNNING.set(RUNNING.get() + 1);
         Self
     }
@@ -873,27 +1160,4 @@ impl Drop for Running {
     fn drop(&mut self) {
         RUNNING.set(RUNNING.get() - 1);
     }
-}
-
-/// Runs what calls user code that is not guarded on its own: the data source.
-fn outside_the_step<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|payload| {
-        let text = crate::panic_message(&*payload);
-        Err(Error::invalid(format!("the data source panicked: {text}")))
-    })
-}
-
-/// Keeps the first error and tells of the second.
-fn with_second(mut first: Error, second: Error) -> Error {
-    if let Error::Step { source, .. } | Error::Handler { source, .. } | Error::Data { source, .. } =
-        &mut first
-    {
-        let cause = std::mem::replace(source, anyhow::Error::msg(""));
-        *source = cause.context(format!("(besides: {:#})", anyhow::Error::from(second)));
-    }
-    first
-}
-
-fn catch<B>(call: impl FnOnce() -> Option<anyhow::Result<B>>) -> anyhow::Result<Option<B>> {
-    guarded(|| call().transpose())
 }

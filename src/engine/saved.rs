@@ -7,10 +7,12 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use super::event::BUILT_IN_EVENTS;
+use super::guarded::guarded_state;
 use super::handler::Named;
-use super::run::SavedPosition;
+use super::position::SavedPosition;
+use super::requests::Requests;
 use super::together::RANKS;
-use super::{Control, Engine, MetricValue, Ranks};
+use super::{Engine, MetricValue, Ranks};
 use crate::bridge::{generator_state, set_generator_state};
 use crate::checkpoint::{IntoStateful, Saveable, StateDict, Stateful};
 use crate::{Error, Result};
@@ -30,7 +32,10 @@ struct OutputState<O> {
 struct ContextState<C> {
     save: fn(&C) -> Result<StateDict>,
     load: fn(&mut C, StateDict) -> Result<()>,
+    load_partially: fn(&mut C, StateDict) -> Result<Vec<String>>,
     differs_by_rank: fn(&C) -> bool,
+    /// A model may be part of it.
+    has_model: bool,
 }
 
 impl<C, O> Default for Tracked<'_, C, O> {
@@ -48,13 +53,17 @@ const RNG: &str = "rng";
 const CONTEXT: &str = "context";
 const SETTINGS: &str = "settings";
 const OUTPUT: &str = "output";
-const RESERVED: [&str; 9] =
-    [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, OUTPUT, SETTINGS, RANKS];
+const LOGS: &str = "logs";
+const RESERVED: [&str; 10] =
+    [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, OUTPUT, SETTINGS, LOGS, RANKS];
 
 /// Additions cannot overflow.
 const MAX_COUNT: u64 = 1 << 53;
 
-const IN_PART: &str = "a checkpoint was loaded only in part: restore a whole one before running";
+/// The part of the random numbers that those from before the pass under way are in.
+const BEFORE_PASS: &str = "before_pass";
+
+const IN_PART: &str = "a checkpoint was loaded only in part: restore a whole one before running, or give models and optimizers their values anew and call reset()";
 
 /// The engine's own values, as they are saved.
 #[derive(Serialize, Deserialize)]
@@ -68,31 +77,32 @@ struct Values {
     /// It ran within another engine, such as an evaluator.
     nested: bool,
     position: SavedPosition,
-    /// What handlers asked for and the engine has not done yet, and at which event.
-    asked: SavedControl,
-    firings: BTreeMap<String, u64>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct SavedControl {
+    /// What handlers asked for and the engine has not done yet.
+    asked: Requests,
+    /// The last event, at which they did.
     event: String,
-    terminate: bool,
-    skip_completed: bool,
-    terminate_epoch: bool,
-    skip_epoch_completed: bool,
-    skip_batch: bool,
+    firings: BTreeMap<String, u64>,
 }
 
 /// What [`Engine::restore`] did.
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct Restored {
+    /// What was restored, by name: tracked parts, the context, handlers, metrics, random numbers, the position.
+    pub parts: Vec<String>,
+    /// What a run may need and this engine's state does not have, because it is not tracked.
+    pub untracked: Vec<&'static str>,
     /// What the state had and the engine has not, or the other way round, or what did not fit; only
     /// where it was not to be strict. The devices whose random numbers go on differently are here too.
     pub ignored: Vec<String>,
     /// Settings of tracked parts that are not what they were, such as the learning rate an optimizer
-    /// was built with. Those of the state are used.
+    /// was built with: those of the state are used. And, only where it was not to be strict, arguments of
+    /// handlers that are not what they were, such as a longer schedule: those of the handler are used.
     pub changed: Vec<String>,
+    /// Who had ended the run for good when the state was saved (early stopping, for example), and how
+    /// to go on all the same; see [`Engine::resume_terminated`]. `None` where there is something left to
+    /// do. A limit of time or samples is none of the next process and is not told.
+    pub ended: Option<String>,
 }
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
@@ -124,9 +134,24 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.tracked.context = Some(ContextState {
             save: C::state_dict,
             load: |cx, state| cx.load_state_dict(state),
+            load_partially: |cx, state| cx.load_state_dict_partially(state),
             differs_by_rank: C::differs_by_rank,
+            has_model: true,
         });
         self
+    }
+
+    /// The tracked context leaves model and optimizer to [`track`](Self::track).
+    pub(crate) fn context_has_no_model(&mut self) {
+        if let Some(context) = &mut self.tracked.context {
+            context.has_model = false;
+        }
+    }
+
+    /// Whether what is trained may be part of this engine's state.
+    pub(crate) fn tracks_a_model(&self) -> bool {
+        let context = self.tracked.context.as_ref();
+        !self.tracked.parts.is_empty() || context.is_some_and(|context| context.has_model)
     }
 
     /// Makes the output of the last step part of this engine's state, so that handlers of events after
@@ -169,35 +194,55 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         all.set_part(HANDLERS, self.save_handlers(&mut caller)?);
         all.set_part(METRICS, self.metric_values()?);
         all.set_part(PARAM_HISTORY, self.saved_history()?);
-        all.set_part(RNG, generators()?);
+        all.set_part(RNG, self.random_numbers()?);
         if let Some(context) = &self.tracked.context {
-            all.set_part(CONTEXT, (context.save)(cx).map_err(|error| of_part(CONTEXT, error))?);
+            all.set_part(CONTEXT, of_named(CONTEXT, || (context.save)(cx))?);
         }
         if let (Some(tracked), Some(output)) = (&self.tracked.output, &self.state.output) {
-            all.set_part(OUTPUT, (tracked.save)(output).map_err(|error| of_part(OUTPUT, error))?);
+            all.set_part(OUTPUT, of_named(OUTPUT, || (tracked.save)(output))?);
         }
         let mut settings = StateDict::new();
         for (name, part) in &self.tracked.parts {
-            all.set_part(name, part.state_dict().map_err(|error| of_part(name, error))?);
-            settings.set_value(name, part.settings())?;
+            all.set_part(name, of_named(name, || part.state_dict())?);
+            settings.set_value(name, of_named(name, || Ok(part.settings()))?)?;
         }
         all.set_part(SETTINGS, settings);
+        // Last: what the checkpoint covers is on the disk before it can count.
+        if self.is_main()
+            && let Some(places) = self.commit_logs()?
+        {
+            all.set_part(LOGS, places);
+        }
         Ok(all)
     }
 
     /// What is this rank's own, under the names of the parts that are the main one's otherwise.
     pub(super) fn own_of_rank(&self, cx: &C) -> Result<StateDict> {
         let mut own = StateDict::new();
-        own.set_part(RNG, generators()?);
+        own.set_part(RNG, self.random_numbers()?);
         if let Some(context) = &self.tracked.context
-            && (context.differs_by_rank)(cx)
+            && of_named(CONTEXT, || Ok((context.differs_by_rank)(cx)))?
         {
-            own.set_part(CONTEXT, (context.save)(cx).map_err(|error| of_part(CONTEXT, error))?);
+            own.set_part(CONTEXT, of_named(CONTEXT, || (context.save)(cx))?);
         }
-        for (name, part) in self.tracked.parts.iter().filter(|(_, part)| part.differs_by_rank()) {
-            own.set_part(name, part.state_dict().map_err(|error| of_part(name, error))?);
+        for (name, part) in &self.tracked.parts {
+            if of_named(name, || Ok(part.differs_by_rank()))? {
+                own.set_part(name, of_named(name, || part.state_dict())?);
+            }
         }
         Ok(own)
+    }
+
+    /// libtorch's random number generators as they are, and as they were before the pass under way where
+    /// the data may have drawn its order from them.
+    fn random_numbers(&self) -> Result<StateDict> {
+        let mut random = generators()?;
+        if let Some(before) =
+            self.position.before_pass.as_ref().filter(|_| self.position.is_within_pass())
+        {
+            random.set_part(BEFORE_PASS, shared(before));
+        }
+        Ok(random)
     }
 
     /// Goes to a state; the next `run` goes on there, exactly as if there had been no break. The
@@ -216,13 +261,37 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if self.refused.as_deref() == Some(IN_PART) {
             self.refused = None;
         }
-        let changed = self.changed_settings(&state);
-        let mut report = Report { strict, ignored: vec![] };
-        let result = self.restore_parts(cx, state, &mut report);
+        let changed = guarded_state(|| Ok(self.changed_settings(&state)))?;
+        let mut report = Report { restored: Restored { changed, ..Restored::default() }, strict };
+        let result = guarded_state(|| self.restore_parts(cx, state, &mut report));
         if result.is_err() {
             self.refuse_until_restored();
         }
-        result.map(|()| Restored { ignored: report.ignored, changed })
+        result.map(|()| Restored {
+            untracked: self.untracked(),
+            ended: self.position.ended_for_good(&self.requests),
+            ..report.restored
+        })
+    }
+
+    fn untracked(&self) -> Vec<&'static str> {
+        let mut untracked = vec![];
+        if !self.tracks_a_model() {
+            untracked.push("any model or optimizer (Engine::track)");
+        }
+        if self.tracked.context.is_none() && size_of::<C>() > 0 {
+            untracked.push("the context (Engine::track_context)");
+        }
+        untracked
+    }
+
+    /// Lets the engine run though a checkpoint was loaded only in part; whether one was.
+    pub(super) fn forgive_part(&mut self) -> bool {
+        let was_in_part = self.refused.as_deref() == Some(IN_PART);
+        if was_in_part {
+            self.refused = None;
+        }
+        was_in_part
     }
 
     /// Because models may hold garbage.
@@ -252,45 +321,55 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     fn restore_parts(&mut self, cx: &mut C, state: StateDict, report: &mut Report) -> Result<()> {
         let StateDict { mut parts, .. } = state;
         parts.remove(SETTINGS);
+        let places = parts.remove(LOGS).filter(|_| self.is_main());
         let rank = self.rank();
         let mut own = StateDict::new();
         if let Some(mut ranks) = parts.remove(RANKS) {
             own = ranks.parts.remove(&rank.to_string()).unwrap_or_default();
         }
-        let random = match rank {
+        let mut random = match rank {
             0 => parts.remove(RNG),
             _ => parts.remove(RNG).and(own.parts.remove(RNG)),
         };
+        let before_pass = random.as_mut().and_then(|random| random.parts.remove(BEFORE_PASS));
         let mut part = |name: &str| {
             let of_main = parts.remove(name);
             own.parts.remove(name).or(of_main)
         };
         for (name, tracked) in &mut self.tracked.parts {
-            report.load(name, part(name), |state| tracked.load_state_dict(state))?;
+            report.load(name, part(name), |state, strict| match strict {
+                true => tracked.load_state_dict(state).map(|()| vec![]),
+                false => tracked.load_state_dict_partially(state),
+            })?;
         }
         if let Some(context) = &self.tracked.context {
-            report.load(CONTEXT, part(CONTEXT), |state| (context.load)(cx, state))?;
+            report.load(CONTEXT, part(CONTEXT), |state, strict| match strict {
+                true => (context.load)(cx, state).map(|()| vec![]),
+                false => (context.load_partially)(cx, state),
+            })?;
         }
         self.load_handlers(part(HANDLERS).unwrap_or_default(), report)?;
         if let Some(metrics) = part(METRICS) {
-            report.load(METRICS, Some(metrics), |metrics| self.load_metric_values(metrics))?;
+            report
+                .load_whole(METRICS, Some(metrics), |metrics| self.load_metric_values(metrics))?;
         }
         self.state.output = None;
         if let Some(tracked) = &self.tracked.output
             && let Some(output) = part(OUTPUT)
         {
             let load = |saved| (tracked.load)(saved).map(|output| self.state.output = Some(output));
-            report.load(OUTPUT, Some(output), load)?;
+            report.load_whole(OUTPUT, Some(output), load)?;
         }
         if let Some(history) = part(PARAM_HISTORY) {
-            report.load(PARAM_HISTORY, Some(history), |history| self.load_history(history))?;
+            report
+                .load_whole(PARAM_HISTORY, Some(history), |history| self.load_history(history))?;
         }
         self.leave_metrics_to_main()?;
         let again = random.as_ref().map(StateDict::copy).transpose()?;
         if rank > 0 && random.is_none() {
             let text =
                 format!("no random numbers of rank {rank} were saved: they go on as they are");
-            report.ignored.push(text);
+            report.restored.ignored.push(text);
         } else {
             load_generators(random, report)?;
         }
@@ -298,19 +377,51 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         for name in parts.keys() {
             report.note(format!("the state has a part '{name}', which is not tracked here"))?;
         }
-        report.load(ENGINE, position, |state| self.load_own_state(state))?;
+        report.load_whole(ENGINE, position, |state| self.load_own_state(state))?;
+        self.position.before_pass = before_pass;
         self.random = again;
+        if let Some(places) = places {
+            // Only now: nothing is taken back for a state that is refused.
+            report.restored.ignored.extend(self.rewind_logs(&places)?);
+        }
         Ok(())
     }
 
     /// Random numbers that were drawn between restoring and running do not count.
     pub(super) fn restore_random_numbers(&mut self) -> Result<()> {
-        match self.random.take() {
-            Some(states) => {
-                load_generators(Some(states), &mut Report { strict: true, ignored: vec![] })
-            }
-            None => Ok(()),
+        self.random.take().map_or(Ok(()), load_generators_strictly)
+    }
+
+    /// Copies of the states of all tracked parts, and of the context where it is tracked.
+    pub(super) fn tracked_copies(&self, cx: &C) -> Result<(Vec<StateDict>, Option<StateDict>)> {
+        let part = |(name, part): &(String, Box<dyn Stateful + 'a>)| {
+            part.state_dict().and_then(|state| state.copy()).map_err(|error| of_part(name, error))
+        };
+        let parts = self.tracked.parts.iter().map(part).collect::<Result<_>>()?;
+        let context = self.tracked.context.as_ref().map(|context| {
+            let state = (context.save)(cx).and_then(|state| state.copy());
+            state.map_err(|error| of_part(CONTEXT, error))
+        });
+        Ok((parts, context.transpose()?))
+    }
+
+    /// Puts back all it can before it tells of an error.
+    pub(super) fn load_tracked_copies(
+        &mut self,
+        cx: &mut C,
+        parts: Vec<StateDict>,
+        context: Option<StateDict>,
+    ) -> Result<()> {
+        let mut result = Ok(());
+        for ((name, part), state) in self.tracked.parts.iter_mut().zip(parts) {
+            let loaded = part.load_state_dict(state).map_err(|error| of_part(name, error));
+            result = result.and(loaded);
         }
+        if let Some((tracked, state)) = self.tracked.context.as_ref().zip(context) {
+            let loaded = (tracked.load)(cx, state).map_err(|error| of_part(CONTEXT, error));
+            result = result.and(loaded);
+        }
+        result
     }
 
     /// The states of all handlers that have one.
@@ -320,7 +431,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     /// Nothing may be missing or unknown.
     fn load_handler_states(&mut self, states: StateDict) -> Result<()> {
-        self.load_handlers(states, &mut Report { strict: true, ignored: vec![] })
+        self.load_handlers(states, &mut Report::strict())
     }
 
     /// What stays from one run of an evaluator to the next.
@@ -328,21 +439,31 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let mut state = StateDict::new();
         state.set_part(HANDLERS, self.handler_states()?);
         state.set_part(PARAM_HISTORY, self.saved_history()?);
-        state.set_value("firings", self.handlers.firings().collect::<BTreeMap<_, _>>())?;
         for (name, part) in &self.tracked.parts {
-            state.set_part(name, part.state_dict().map_err(|error| of_part(name, error))?);
+            state.set_part(name, of_named(name, || part.state_dict())?);
         }
         Ok(state)
+    }
+
+    /// What a run changes of an evaluator and of the process, as it is now: a copy.
+    pub(crate) fn moment(&self) -> Result<Moment> {
+        Ok(Moment { lasting: self.lasting_state()?.copy()?, random: generators()? })
+    }
+
+    /// Goes back to an earlier moment of this process.
+    pub(crate) fn go_back(&mut self, moment: Moment) -> Result<()> {
+        self.load_lasting_state(moment.lasting)?;
+        load_generators_strictly(moment.random)
     }
 
     /// Nothing may be missing or unknown.
     pub(crate) fn load_lasting_state(&mut self, mut state: StateDict) -> Result<()> {
         for (name, part) in &mut self.tracked.parts {
-            part.load_state_dict(state.take_part(name)?).map_err(|error| of_part(name, error))?;
+            let saved = state.take_part(name)?;
+            of_named(name, || part.load_state_dict(saved))?;
         }
         self.load_handler_states(state.take_part(HANDLERS)?)?;
         self.load_history(state.take_part(PARAM_HISTORY)?)?;
-        self.load_firings(&state.value("firings")?)?;
         match state.parts.keys().next() {
             Some(name) => Err(Error::State(format!("'{name}' is not tracked here"))),
             None => Ok(()),
@@ -364,7 +485,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let mut states = StateDict::new();
         for Named { name, handler, had_state } in self.handlers.objects() {
             let state = match handler {
-                Some(handler) => handler.save_state().map_err(|error| of_part(&name, error))?,
+                Some(handler) => of_named(&format!("handler '{name}'"), || handler.save_state())?,
                 None if had_state && caller.is_none() => {
                     return Err(Error::State(format!(
                         "handler '{name}' is running: a checkpoint cannot be made within it"
@@ -380,16 +501,24 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn load_handlers(&mut self, mut states: StateDict, report: &mut Report) -> Result<()> {
-        let is_main = self.is_main();
+        let (is_main, strict) = (self.is_main(), report.strict);
         for (name, handler) in self.handlers.objects_mut() {
             let saved = states.parts.remove(&name);
-            if handler.ranks() != Ranks::All && !is_main {
+            let name = format!("handler '{name}'");
+            if of_named(&name, || Ok(handler.ranks()))? != Ranks::All && !is_main {
                 continue;
             }
             // Asked now, because it may have none at times.
-            if saved.is_some() || handler.save_state()?.is_some() {
-                report
-                    .load(&format!("handler '{name}'"), saved, |state| handler.load_state(state))?;
+            if saved.is_some() || of_named(&name, || Ok(handler.save_state()?.is_some()))? {
+                let mut changed = vec![];
+                report.load_whole(&name, saved, |state| match strict {
+                    true => handler.load_state(state),
+                    false => {
+                        handler.load_state_partially(state).map(|different| changed = different)
+                    }
+                })?;
+                let changed = changed.into_iter().map(|changed| format!("{name}: {changed}"));
+                report.restored.changed.extend(changed);
             }
         }
         states.parts.keys().try_for_each(|name| {
@@ -416,7 +545,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn own_state(&self) -> Result<StateDict> {
-        let (state, control) = (&self.state, &self.control);
+        let state = &self.state;
         let values = Values {
             iteration: state.iteration,
             epoch: state.epoch,
@@ -425,15 +554,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             max_iters: state.max_iters,
             samples: state.samples,
             nested: self.is_nested(),
-            position: self.position.save(self.data.as_deref()).of_all(self.ranks()),
-            asked: SavedControl {
-                event: self.position.event.to_string(),
-                terminate: control.terminate,
-                skip_completed: control.skip_completed,
-                terminate_epoch: control.terminate_epoch,
-                skip_epoch_completed: control.skip_epoch_completed,
-                skip_batch: control.skip_batch,
-            },
+            position: of_named("the data", || Ok(self.position.save(self.data.as_deref())))?
+                .of_all(self.ranks()),
+            asked: self.position.saved_requests(&self.requests),
+            event: self.position.event.to_string(),
             firings: self.handlers.firings().map(|(name, n)| (name.to_owned(), n)).collect(),
         };
         let mut own = StateDict::new();
@@ -447,10 +571,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if counts.into_iter().chain(saved.position.counts()).any(|count| count > MAX_COUNT) {
             return Err(Error::State("the saved position is beyond any run's".into()));
         }
-        let asked = saved.asked;
-        let event = BUILT_IN_EVENTS.into_iter().find(|event| event.to_string() == asked.event);
+        let event = BUILT_IN_EVENTS.into_iter().find(|event| event.to_string() == saved.event);
         let event =
-            event.ok_or_else(|| Error::State(format!("there is no event '{}'", asked.event)))?;
+            event.ok_or_else(|| Error::State(format!("there is no event '{}'", saved.event)))?;
         let state = &mut self.state;
         state.iteration = saved.iteration;
         state.epoch = saved.epoch;
@@ -461,15 +584,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let budgeted = saved.max_epochs.is_some() || saved.max_iters.is_some();
         let ranks = self.ranks();
         self.position = saved.position.of_each(ranks).restore(event, budgeted);
-        self.control = Control {
-            any: asked.terminate || asked.terminate_epoch || asked.skip_batch,
-            terminate: asked.terminate,
-            skip_completed: asked.skip_completed,
-            terminate_epoch: asked.terminate_epoch,
-            skip_epoch_completed: asked.skip_epoch_completed,
-            skip_batch: asked.skip_batch,
-            interrupt: false,
-        };
+        self.requests = saved.asked;
+        self.requests.any = self.requests.is_any();
         self.data = None;
         Ok(())
     }
@@ -547,9 +663,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// What is read in place, by name: whether its tensors are fixed, and its current state.
     pub(crate) fn tracked_states(&self) -> Result<Vec<(&str, bool, StateDict)>> {
         let state = |(name, part): &'_ (String, Box<dyn Stateful + 'a>)| {
-            part.state_dict()
-                .map(|state| (part.has_fixed_tensors(), state))
-                .map_err(|e| of_part(name, e))
+            of_named(name, || Ok((part.has_fixed_tensors(), part.state_dict()?)))
         };
         let parts = self.tracked.parts.iter().filter(|(_, part)| part.is_read_in_place());
         parts
@@ -558,35 +672,66 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 }
 
-/// Collects what does not fit, or makes it an error.
+/// See [`Engine::moment`].
+pub(crate) struct Moment {
+    lasting: StateDict,
+    random: StateDict,
+}
+
+/// Collects what was restored, and what does not fit, or makes that an error.
 struct Report {
     strict: bool,
-    ignored: Vec<String>,
+    restored: Restored,
 }
 
 impl Report {
+    fn strict() -> Self {
+        Self { strict: true, restored: Restored::default() }
+    }
+
     fn note(&mut self, what: String) -> Result<()> {
         if self.strict {
             return Err(Error::State(what));
         }
-        self.ignored.push(what);
+        self.restored.ignored.push(what);
         Ok(())
     }
 
+    /// `load` gets whether all has to fit, and says what did not.
     fn load(
+        &mut self,
+        name: &str,
+        state: Option<StateDict>,
+        load: impl FnOnce(StateDict, bool) -> Result<Vec<String>>,
+    ) -> Result<()> {
+        let Some(state) = state else {
+            return self.note(format!("the state has no part '{name}'"));
+        };
+        let strict = self.strict;
+        match guarded_state(|| load(state, strict)) {
+            Ok(misfits) => {
+                self.restored.parts.push(name.to_owned());
+                let misfits = misfits.into_iter().map(|misfit| format!("{name}: {misfit}"));
+                self.restored.ignored.extend(misfits);
+                Ok(())
+            }
+            Err(error) => self.note(of_part(name, error).to_string()),
+        }
+    }
+
+    fn load_whole(
         &mut self,
         name: &str,
         state: Option<StateDict>,
         load: impl FnOnce(StateDict) -> Result<()>,
     ) -> Result<()> {
-        match state {
-            None => self.note(format!("the state has no part '{name}'")),
-            Some(state) => match load(state) {
-                Ok(()) => Ok(()),
-                Err(error) => self.note(of_part(name, error).to_string()),
-            },
-        }
+        self.load(name, state, |state, _| load(state).map(|()| vec![]))
     }
+}
+
+/// Calls user code that saves or loads the part of that name; its panic comes out as an error, too.
+fn of_named<T>(name: &str, call: impl FnOnce() -> Result<T>) -> Result<T> {
+    guarded_state(call).map_err(|error| of_part(name, error))
 }
 
 fn of_part(name: &str, error: Error) -> Error {
@@ -603,7 +748,27 @@ fn generator_devices() -> Vec<(String, Device)> {
     devices
 }
 
-fn generators() -> Result<StateDict> {
+/// The same tensors again.
+fn shared(state: &StateDict) -> StateDict {
+    let mut shared = StateDict::new();
+    state.tensors().for_each(|(name, tensor)| shared.set_tensor(name, tensor.shallow_clone()));
+    shared
+}
+
+/// Whether both are the same states of generators.
+pub(super) fn same_generators(a: &StateDict, b: &StateDict) -> bool {
+    let same = |name: &str, tensor: &Tensor| {
+        b.tensor(name).is_ok_and(|other| tensor.f_equal(other).unwrap_or(false))
+    };
+    a.tensors().all(|(name, tensor)| same(name, tensor))
+}
+
+/// Goes to states that [`generators`] gave, in this process or another.
+pub(super) fn set_generators(states: &StateDict) -> Result<()> {
+    load_generators_strictly(shared(states))
+}
+
+pub(super) fn generators() -> Result<StateDict> {
     let mut states = StateDict::new();
     for (name, device) in generator_devices() {
         let state = generator_state(device)
@@ -613,23 +778,30 @@ fn generators() -> Result<StateDict> {
     Ok(states)
 }
 
+pub(super) fn load_generators_strictly(states: StateDict) -> Result<()> {
+    load_generators(Some(states), &mut Report::strict())
+}
+
 fn load_generators(states: Option<StateDict>, report: &mut Report) -> Result<()> {
     let Some(mut states) = states else {
         return report.note(format!("the state has no part '{RNG}'"));
     };
     for (name, device) in generator_devices() {
         match states.tensors.remove(&name) {
-            None => report.ignored.push(format!("no random numbers of {name} were saved")),
+            None => report.restored.ignored.push(format!("no random numbers of {name} were saved")),
             Some(state) if state.kind() != Kind::Uint8 || state.dim() != 1 => {
                 report.note(format!("the saved random numbers of {name} are not bytes"))?;
             }
-            Some(state) => set_generator_state(device, &state).map_err(|text| {
-                Error::libtorch(format!("restoring the generator of {name}"), text)
-            })?,
+            Some(state) => {
+                set_generator_state(device, &state).map_err(|text| {
+                    Error::libtorch(format!("restoring the generator of {name}"), text)
+                })?;
+                report.restored.parts.push(format!("random numbers of {name}"));
+            }
         }
     }
     for name in states.tensors.keys() {
-        report.ignored.push(format!("random numbers of {name}, which is not here"));
+        report.restored.ignored.push(format!("random numbers of {name}, which is not here"));
     }
     Ok(())
 }

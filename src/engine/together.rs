@@ -5,7 +5,8 @@ use std::rc::Rc;
 
 use tch::Tensor;
 
-use super::run::Position;
+use super::guarded::{guarded, guarded_within};
+use super::position::Position;
 use super::{Engine, Event, Events};
 use crate::checkpoint::{StateDict, put_together, taken_apart};
 use crate::metrics::{Accumulated, Joins, Reduce, exchange};
@@ -217,29 +218,16 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             let length = self.state.epoch_length.map_or(-1, |length| length as i64);
             together.agree(&format!("iterations in epoch {}", self.state.epoch), length)?;
         }
-        let control = &self.control;
         let signal = self.position.signal.and_then(|signal| u8::try_from(signal).ok());
-        let own = [
-            u8::from(control.terminate),
-            u8::from(control.skip_completed),
-            u8::from(control.terminate_epoch),
-            u8::from(control.skip_epoch_completed),
-            u8::from(control.interrupt),
-            signal.unwrap_or(0),
-            u8::from(self.limit_reached_here()),
-        ];
+        let mut own = self.requests.to_bytes().to_vec();
+        let shared = own.len();
+        own.extend([signal.unwrap_or(0), u8::from(self.limit_reached_here())]);
         let all = together.exchange(&self.occasion(&format!("after {event}")), &own)?;
         let of_any = |index: usize| all.iter().filter_map(|one| one.get(index)).copied().max();
         let flag = |index| of_any(index).is_some_and(|value| value > 0);
-        let control = &mut self.control;
-        control.terminate = flag(0);
-        control.skip_completed = flag(1);
-        control.terminate_epoch = flag(2);
-        control.skip_epoch_completed = flag(3);
-        control.interrupt = flag(4);
-        control.any = control.skip_batch || (0..5).any(flag);
-        self.position.signal = of_any(5).filter(|signal| *signal > 0).map(i32::from);
-        self.position.limit = flag(6);
+        self.requests.set_shared(flag);
+        self.position.signal = of_any(shared).filter(|signal| *signal > 0).map(i32::from);
+        self.position.limit = flag(shared + 1);
         Ok(true)
     }
 
@@ -267,19 +255,21 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let name = |index: usize| format!("'metric {}'", metrics[index].borrow().name());
         let failed = |index, error| self.handler_error(name(index), event, error);
         for (index, metric) in metrics.iter().enumerate() {
-            let updated = metric.borrow_mut().update_before(event, self.state.output.as_ref());
+            let output = self.state.output.as_ref();
+            let updated = guarded_within(|| metric.borrow_mut().update_before(event, output));
             updated.map_err(|error| failed(index, error))?;
         }
         let mut own = vec![];
         for (index, metric) in metrics.iter().enumerate() {
-            own.push(metric.borrow().parts().map_err(|error| failed(index, error))?);
+            let parts = guarded_within(|| metric.borrow().parts());
+            own.push(parts.map_err(|error| failed(index, error))?);
         }
         let all = together
             .share(&self.occasion(&format!("{} metrics before {event}", own.len())), &own)?;
         let mut values = vec![];
         for (index, (metric, own)) in metrics.iter().zip(&own).enumerate() {
             let ranks: Vec<_> = all.iter().filter_map(|rank| rank.get(index)).collect();
-            let value = value_of_all(&mut *metric.borrow_mut(), event, own, &ranks);
+            let value = guarded(|| value_of_all(&mut *metric.borrow_mut(), event, own, &ranks));
             let value = value.map_err(|error| failed(index, error))?;
             values.push((metric.borrow().name().to_owned(), value));
         }
@@ -310,11 +300,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// The state with what is needed of all ranks, which all call this. Only that of the main one is whole.
     pub(crate) fn checkpoint_of_all(&self, cx: &C, caller: Option<StateDict>) -> Result<StateDict> {
         let Some(together) = self.others() else { return self.checkpoint_within(cx, caller) };
-        let state_error = |error: anyhow::Error| Error::State(format!("{error:#}"));
         let metrics = self.living_metrics();
         let mut own = vec![sent(&self.own_of_rank(cx)?)?];
         for metric in &metrics {
-            own.push(metric.borrow().parts().map_err(state_error)?);
+            let parts = guarded(|| metric.borrow().parts());
+            own.push(parts.map_err(|error| of_metric(&*metric.borrow(), &error))?);
         }
         let mut all = together.share(&self.occasion("a checkpoint"), &own)?;
         if together.rank() != 0 {
@@ -325,20 +315,18 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             let state = states.first_mut().map(std::mem::take).unwrap_or_default();
             ranks.set_part(&rank.to_string(), received(state)?);
         }
-        // For as long as it is saved, the state of a metric is that of all.
         let of_all = |index: usize| {
             let states: Vec<_> = all.iter().filter_map(|rank| rank.get(index + 1)).collect();
-            exchange::join(&states).map_err(state_error)
+            exchange::join(&states).map_err(|error| of_metric(&*metrics[index].borrow(), &error))
         };
         let joined = (0..metrics.len()).map(of_all).collect::<Result<Vec<_>>>()?;
-        let mut set = metrics
-            .iter()
-            .zip(&joined)
-            .map(|(metric, joined)| metric.borrow_mut().set_parts(joined).map_err(state_error));
-        let saved = set.try_for_each(|set| set).and_then(|()| self.checkpoint_within(cx, caller));
-        for (metric, own) in metrics.iter().zip(&own[1..]) {
-            metric.borrow_mut().set_parts(own).map_err(state_error)?;
+        // The metrics themselves go on with their own.
+        for (metric, joined) in metrics.iter().zip(joined) {
+            metric.borrow_mut().save_as(Some(joined));
         }
+        let saved = guarded(|| Ok(self.checkpoint_within(cx, caller)));
+        metrics.iter().for_each(|metric| metric.borrow_mut().save_as(None));
+        let saved = saved.map_err(|error| Error::State(format!("{error:#}")))?;
         let mut saved = saved?;
         saved.set_part(RANKS, ranks);
         Ok(saved)
@@ -349,10 +337,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if self.is_main() {
             return Ok(());
         }
-        self.living_metrics().iter().try_for_each(|metric| {
-            let left = metric.borrow_mut().leave_to_main();
-            left.map_err(|error| Error::State(format!("{error:#}")))
-        })
+        let mut left = Ok(());
+        for metric in self.living_metrics() {
+            let of_this = guarded(|| metric.borrow_mut().leave_to_main());
+            left = left.and(of_this.map_err(|error| of_metric(&*metric.borrow(), &error)));
+        }
+        left
     }
 }
 
@@ -370,7 +360,11 @@ impl Together {
     }
 }
 
-/// The metric itself goes on with its own state.
+fn of_metric<O>(metric: &dyn Joins<O>, error: &anyhow::Error) -> Error {
+    Error::State(format!("metric '{}': {error:#}", metric.name()))
+}
+
+/// The value of the joined state, on the devices of this rank's own.
 fn value_of_all<O>(
     metric: &mut dyn Joins<O>,
     event: Event,
@@ -378,18 +372,12 @@ fn value_of_all<O>(
     ranks: &[&Vec<Accumulated>],
 ) -> anyhow::Result<Option<super::MetricValue>> {
     let mut joined = exchange::join(ranks)?;
-    if joined.is_empty() {
-        return metric.value(event);
-    }
     for part in &mut joined {
         if let Some(own) = own.iter().find(|own| own.name == part.name) {
             part.value = part.value.f_to_device(own.value.device())?;
         }
     }
-    metric.set_parts(&joined)?;
-    let value = metric.value(event);
-    metric.set_parts(own)?;
-    value
+    guarded_within(|| metric.value_of(event, &joined, own))
 }
 
 /// A state among those of metrics: its values, and its tensors.

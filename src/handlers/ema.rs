@@ -7,12 +7,20 @@ use tch::nn::VarStore;
 use super::shadow::{Buffers, Shadow, Swapped, WithAverages};
 use crate::bridge::Average;
 use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Event, Events, Handler, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 use crate::optim::Knob;
 use crate::{Error, Result};
 
 /// An exponential moving average of a model's variables: ignite's `EMAHandler`. At each of its events
 /// `ema = ema * (1 - momentum) + model * momentum`, in one pass and in place.
+///
+/// Unless told otherwise there is one update of the averages for each update of the optimizer, also with gradient
+/// accumulation: at [`WINDOW_COMPLETED`] of a trainer that has it (as that of
+/// [`create_supervised_trainer`](crate::supervised::create_supervised_trainer)), else at [`OPTIMIZER_STEPPED`] of one that has
+/// registered it before this is attached, else at [`Event::IterationCompleted`]. A step that a
+/// [`GradScaler`](crate::amp::GradScaler) skipped counts at `WINDOW_COMPLETED`, as in programs that call `update` after
+/// `scaler.step(optimizer)`: the momentum's warm-up goes on, and no host sync is needed. With
+/// `.on(OPTIMIZER_STEPPED)` it does not count.
 ///
 /// A clone shares the averages: attach one and evaluate with the other. Averages are of the variables that
 /// the store has when this is made. No host sync.
@@ -63,6 +71,12 @@ enum Warmup {
 }
 
 impl Momentum {
+    fn loaded(state: &StateDict) -> Result<Self> {
+        let (updates, current) = (state.value("updates")?, state.value("momentum")?);
+        let (target, warmup) = (state.value("target")?, state.value("warmup")?);
+        Ok(Self { target, current, warmup, updates })
+    }
+
     /// That of the update to come, from 1.
     fn next(&mut self) -> f64 {
         self.updates += 1;
@@ -109,7 +123,7 @@ impl EMAHandler {
             momentum: Arc::new(Mutex::new(momentum)),
             buffers: Buffers::default(),
             name: "ema_momentum".into(),
-            events: Event::IterationCompleted.into(),
+            events: WINDOW_COMPLETED.or(OPTIMIZER_STEPPED.or(Event::IterationCompleted)).into(),
             save_history: false,
         })
     }
@@ -159,7 +173,7 @@ impl EMAHandler {
         self
     }
 
-    /// Updates at these events instead of [`Event::IterationCompleted`].
+    /// Updates at these events instead of once for each update of the optimizer.
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self
@@ -252,12 +266,22 @@ impl<C, B, O> Handler<C, B, O> for EMAHandler {
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
-        let (updates, current) = (state.value("updates")?, state.value("momentum")?);
-        let (target, warmup) = (state.value("target")?, state.value("warmup")?);
+        let momentum = Momentum::loaded(&state)?;
         self.shadow.load(state.part("averages")?)?;
-        let mut momentum = locked(&self.momentum);
-        *momentum = Momentum { target, current, warmup, updates };
+        *locked(&self.momentum) = momentum;
         Ok(())
+    }
+
+    fn load_state_partially(&mut self, mut state: StateDict) -> Result<Vec<String>> {
+        let momentum = Momentum::loaded(&state)?;
+        let misfits = self.shadow.load_partially(state.take_part("averages")?)?;
+        *locked(&self.momentum) = momentum;
+        Ok(misfits)
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        // The name is that of a history only where there is one.
+        if self.save_history { vec![format!("history of '{}'", self.name)] } else { vec![] }
     }
 
     fn call(

@@ -83,6 +83,11 @@ impl<C, B, O, T, F: Fn(&O) -> T> Handler<C, B, O> for EpochOutputStore<T, F> {
         Event::EpochStarted | Event::IterationCompleted
     }
 
+    /// A list that is not [tracked](EpochOutputStore::tracked) could not be put back.
+    fn runs_in_trials(&self) -> bool {
+        self.states.is_some()
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         let Some(states) = self.states else { return Ok(None) };
         let data = self.data.try_borrow().map_err(|error| Error::State(error.to_string()))?;

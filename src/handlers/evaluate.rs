@@ -1,11 +1,21 @@
+use std::cell::Cell;
+use std::rc::Rc;
+
+use super::signals;
 use crate::Result;
 use crate::checkpoint::StateDict;
 use crate::data::IntoSource;
-use crate::engine::{Engine, Event, Events, Handler, Until};
+use crate::engine::{Engine, Event, Events, Handler, Log, Stop, Summary, Until};
 
 /// Runs an evaluator at events of the trainer; its metrics appear there under `"<name>/<metric>"`.
 ///
-/// The evaluator moves in here, so that nothing is circular. Both work on the same context.
+/// The evaluator moves in here, so that nothing is circular. Both work on the same context. Warnings of its run are among
+/// those of the trainer's.
+///
+/// Where [`InterruptOn`](super::InterruptOn) listens to signals, one that comes during an evaluation stops it at its next
+/// batch, and the trainer with it; the run that goes on repeats the evaluation from its start, with the same random numbers,
+/// and then calls the handlers that come after it. Not so in a group of processes, and at events that are fired within a
+/// step: there the evaluation comes to its end first.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -27,6 +37,16 @@ pub struct Evaluate<'e, C, B, O, D> {
     data: D,
     /// Names of the values that the last evaluation left.
     left: Vec<String>,
+    /// Whether a signal stops the evaluation that is under way.
+    stops: Rc<Cell<bool>>,
+}
+
+/// How an evaluation ended.
+enum Outcome {
+    /// With its last event; perhaps a signal came meanwhile.
+    Ended(Summary, Option<i32>),
+    /// By a signal. The evaluator is as it was before.
+    Stopped(i32),
 }
 
 impl<'e, C, B, O, D: IntoSource<'e, B> + Clone> Evaluate<'e, C, B, O, D> {
@@ -39,10 +59,41 @@ impl<'e, C, B, O, D: IntoSource<'e, B> + Clone> Evaluate<'e, C, B, O, D> {
     pub fn on(
         events: impl Into<Events>,
         name: impl Into<String>,
-        evaluator: Engine<'e, C, B, O>,
+        mut evaluator: Engine<'e, C, B, O>,
         data: D,
     ) -> Self {
-        Self { name: name.into(), events: events.into(), evaluator, data, left: vec![] }
+        let stops = Rc::new(Cell::new(false));
+        let listens = stops.clone();
+        evaluator.on(Event::IterationCompleted, move |_, evaluator| {
+            if listens.get()
+                && let Some(signal) = signals::take_signal()
+            {
+                evaluator.interrupt_for_signal(signal);
+            }
+            Ok(())
+        });
+        Self { name: name.into(), events: events.into(), evaluator, data, left: vec![], stops }
+    }
+
+    /// Evaluates once, from the start. With `may_stop` a signal stops it.
+    fn evaluate(&mut self, cx: &mut C, may_stop: bool) -> Result<Outcome> {
+        let listens = may_stop && signals::is_listening();
+        // Without a way back the evaluation comes to its end.
+        let mut before = listens.then(|| self.evaluator.moment().ok()).flatten();
+        self.stops.set(before.is_some());
+        self.evaluator.state.metrics.clear();
+        let mut came = None;
+        loop {
+            let summary = self.evaluator.run(cx, self.data.clone(), Until::epochs(1))?;
+            let Stop::Signal(signal) = summary.stop else {
+                return Ok(Outcome::Ended(summary, came));
+            };
+            if let Some(before) = before.take() {
+                self.evaluator.go_back(before)?;
+                return Ok(Outcome::Stopped(signal));
+            }
+            came = Some(signal);
+        }
     }
 }
 
@@ -56,6 +107,10 @@ where
 
     fn events(&self) -> Events {
         self.events.clone()
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        vec![format!("evaluation '{}'", self.name)]
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -72,25 +127,47 @@ where
         Ok(())
     }
 
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        self.evaluator.logs()
+    }
+
     fn call(
         &mut self,
-        _event: Event,
+        event: Event,
         cx: &mut C,
         engine: &mut Engine<'_, C, TB, TO>,
     ) -> anyhow::Result<()> {
+        let may_stop = engine.may_repeat(event);
+        if may_stop && engine.is_stopped_by_signal() {
+            // The signal came right before.
+            engine.repeat_from_here();
+            return Ok(());
+        }
         // Always from the start, also after a run that was left early, and with no value of an
         // earlier run for what this one does not compute.
         self.evaluator.reset()?;
         self.evaluator.follow(engine);
+        let outcome = self.evaluate(cx, may_stop);
+        if let Ok(Outcome::Stopped(signal)) = outcome {
+            engine.interrupt_for_signal(signal);
+            engine.repeat_from_here();
+            return Ok(());
+        }
         for name in self.left.drain(..) {
             engine.state.metrics.remove(&name);
         }
-        self.evaluator.state.metrics.clear();
-        self.evaluator.run(cx, self.data.clone(), Until::epochs(1))?;
-        for (metric, value) in self.evaluator.state.metrics.iter() {
-            let name = format!("{}/{metric}", self.name);
-            engine.state.metrics.set(&name, value.share());
-            self.left.push(name);
+        if let Outcome::Ended(summary, came) = outcome? {
+            for (metric, value) in self.evaluator.state.metrics.iter() {
+                let name = format!("{}/{metric}", self.name);
+                engine.state.metrics.set(&name, value.share());
+                self.left.push(name);
+            }
+            for warning in summary.warnings {
+                engine.warn(format!("evaluator {}: {warning}", self.name));
+            }
+            if let Some(signal) = came {
+                engine.interrupt_for_signal(signal);
+            }
         }
         Ok(())
     }

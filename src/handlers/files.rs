@@ -1,28 +1,30 @@
-use std::fs::{self, File};
+use std::collections::HashSet;
+use std::fs::{self, File, TryLockError};
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use crate::{Error, Result};
 
+/// In the names of files that are being written.
+const PART: &str = ".part-";
+
 /// Writes a file that is there whole or not at all: beside its place, then renamed. Makes the folders
-/// above it.
+/// above it, and removes what killed processes left half-written in its folder.
 pub(crate) fn write_whole(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
 ) -> Result<()> {
-    // Two writers of one path, in threads or processes, do not meet.
-    static WRITES: AtomicU64 = AtomicU64::new(0);
-    let number = WRITES.fetch_add(1, Ordering::Relaxed);
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(format!(".part-{}-{number}", std::process::id()));
-    let beside = Path::new(&beside);
-
+    let mut part = None;
     let whole = || {
         if let Some(folder) = path.parent() {
             make_folder(folder)?;
+            sweep_once(folder);
         }
-        let mut file = BufWriter::new(File::create(beside)?);
+        let (beside, file) = create_part(path)?;
+        let beside = part.insert(beside);
+        let mut file = BufWriter::new(file);
         write(&mut file)?;
         file.flush()?;
         file.get_ref().sync_all()?;
@@ -30,11 +32,81 @@ pub(crate) fn write_whole(
         // The new name is only sure once the folder is on the disk too.
         path.parent().map_or(Ok(()), sync_folder)
     };
-    whole().map_err(|source| {
-        // What is left of it is of no use; the first error is the one to tell.
-        let _ = fs::remove_file(beside);
+    let whole = whole();
+    whole.map_err(|source| {
+        if let Some(beside) = part {
+            // What is left of it is of no use; the first error is the one to tell.
+            let _ = fs::remove_file(beside);
+        }
         Error::Io { path: path.to_owned(), source }
     })
+}
+
+/// Opens a file for reading. What is no plain file is an error: a pipe would be waited for, and what the
+/// opening of a device does is not known.
+pub(crate) fn open_file(path: &Path) -> io::Result<File> {
+    let plain = |metadata: fs::Metadata| match metadata.is_file() {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no plain file")),
+    };
+    plain(fs::metadata(path)?)?;
+    let mut options = File::options();
+    options.read(true);
+    // It may be a pipe by now.
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK);
+    let file = options.open(path)?;
+    plain(file.metadata()?)?;
+    Ok(file)
+}
+
+/// A new file beside `path`, locked as long as it is open, so that nobody takes it for a leftover.
+fn create_part(path: &Path) -> io::Result<(PathBuf, File)> {
+    // Two writers of one path, in threads or processes, do not meet.
+    static WRITES: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let number = WRITES.fetch_add(1, Ordering::Relaxed);
+        let mut beside = path.as_os_str().to_owned();
+        beside.push(format!("{PART}{}-{number}", std::process::id()));
+        let beside = PathBuf::from(beside);
+        let file = match File::create_new(&beside) {
+            // Another process had this number, or has it in another container.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+            created => created?,
+        };
+        // Another process may have swept the file away before it was locked.
+        let is_ours = !matches!(file.try_lock(), Err(TryLockError::WouldBlock)) && beside.exists();
+        if is_ours {
+            return Ok((beside, file));
+        }
+    }
+}
+
+/// Whether a file of that name was being written: it ends in `.part-<process>-<number>`.
+pub(crate) fn is_part(name: &str) -> bool {
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let numbers = name.rsplit_once(PART).and_then(|(_, numbers)| numbers.split_once('-'));
+    numbers.is_some_and(|(process, number)| digits(process) && digits(number))
+}
+
+/// Removes what killed processes left half-written in a folder, the first time that this process writes there.
+fn sweep_once(folder: &Path) {
+    static SWEPT: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let Ok(place) = fs::canonicalize(folder) else { return };
+    if !SWEPT.lock().unwrap_or_else(PoisonError::into_inner).insert(place) {
+        return;
+    }
+    // A leftover that stays does no harm.
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(is_part)
+            && entry.file_type().is_ok_and(|kind| kind.is_file())
+            && let Ok(file) = File::open(entry.path())
+            && file.try_lock().is_ok()
+        {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// Makes a folder and those above it that are missing, as safely as a file is written.
@@ -56,7 +128,7 @@ pub(crate) fn make_folder(folder: &Path) -> io::Result<()> {
 }
 
 /// Names of files in the folder are on the disk then.
-fn sync_folder(folder: &Path) -> io::Result<()> {
+pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     #[cfg(unix)]
     File::open(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })?.sync_all()?;
     #[cfg(not(unix))]
@@ -67,6 +139,21 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_killed_process_left_half_written_is_swept_and_what_is_being_written_is_not()
+    -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let place = |name: &str| folder.path().join(name);
+        let (dead, other) = (place("report.html.part-1-0"), place("part-1-0.html"));
+        fs::write(&dead, "half").unwrap();
+        fs::write(&other, "whole").unwrap();
+        let (alive, file) = create_part(&place("config.json")).unwrap();
+        write_whole(&place("history.csv"), |file| file.write_all(b"1"))?;
+        assert!(!dead.exists() && other.exists() && alive.exists());
+        drop(file);
+        Ok(())
+    }
 
     #[test]
     fn folders_are_made_from_the_first_that_is_missing() -> io::Result<()> {

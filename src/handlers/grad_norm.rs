@@ -70,6 +70,10 @@ impl<C, B, O> Handler<C, B, O> for GradNorm {
         self.events.clone()
     }
 
+    fn unique_names(&self) -> Vec<String> {
+        vec![format!("metric '{}'", self.name)]
+    }
+
     fn call(
         &mut self,
         _event: Event,

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 
+use super::awaited::warn_of_missing;
 use super::files::write_whole;
 use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler, MetricValue};
@@ -172,6 +173,25 @@ impl History {
         self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Warns of metrics of which nothing was recorded, when a run was not merely suspended.
+    fn warn_of_empty_series<C, B, O>(&self, event: Event, engine: &mut Engine<'_, C, B, O>) {
+        let record = self.record();
+        if record.rows.is_empty() || !matches!(event, Event::Terminate | Event::Completed) {
+            return;
+        }
+        let empty = self.sources.iter().filter(|source| {
+            let column = record.columns.get(source.column);
+            column.is_some_and(|column| column.points.is_empty())
+        });
+        let missing: Vec<_> = empty
+            .filter_map(|source| match &source.what {
+                What::Metric(name) | What::EpochMetric(name) => Some(name.as_str()),
+                What::Knob(_) => None,
+            })
+            .collect();
+        warn_of_missing("history", &missing, engine);
+    }
+
     fn record_iteration<C, B, O>(&self, engine: &Engine<'_, C, B, O>) -> anyhow::Result<()> {
         let row = self.record().row(engine.state.iteration, engine.state.epoch);
         for source in &self.sources {
@@ -284,6 +304,7 @@ impl<C, B, O> Handler<C, B, O> for History {
             _ => {
                 self.record_epoch(engine)?;
                 self.record().read()?;
+                self.warn_of_empty_series(event, engine);
             }
         }
         Ok(())

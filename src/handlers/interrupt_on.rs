@@ -1,13 +1,9 @@
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::{SigId, flag, low_level};
-
+use super::signals::Signals;
+use crate::Result;
 use crate::engine::{Engine, Event, Events, Handler};
-use crate::{Error, Result};
 
 /// Suspends the run in good order when the process is asked to end, or after a time: the step is
 /// finished, [`Checkpoint`](crate::checkpoint::Checkpoint) writes what can be resumed, and `run`
@@ -28,15 +24,31 @@ use crate::{Error, Result};
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
-/// Costs a load of an atomic an iteration, and a look at the clock where there is a time.
+/// Any number of engines may have one, one after the other, nested, or in several threads: a signal stops all that run, and
+/// the next run listens again. While none is there a signal ends the process at once.
+///
+/// An evaluation by [`Evaluate`](super::Evaluate) is stopped at its next batch: the trainer's checkpoint is then that of
+/// the moment before the evaluation, which the resumed run repeats from its start.
+///
+/// When `run` returns, the loggers that handlers write to are flushed, so that `std::process::exit` loses nothing.
+///
+/// Costs two loads of atomics an iteration, and a look at the clock where there is a time.
 pub struct InterruptOn {
-    /// The number of the signal that came, or 0.
-    signal: Arc<AtomicUsize>,
-    /// One came, or nobody listens any more: the next ends the process.
-    came: Arc<AtomicBool>,
-    registered: Vec<SigId>,
+    signals: Option<Listener>,
     after: Option<Duration>,
     deadline: Option<Instant>,
+}
+
+struct Listener {
+    signals: &'static Signals,
+    /// How many signals were noticed before this one listened.
+    since: u64,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.signals.listen_no_more();
+    }
 }
 
 impl InterruptOn {
@@ -45,45 +57,21 @@ impl InterruptOn {
     /// # Errors
     /// The system refuses to register them.
     pub fn signals() -> Result<Self> {
-        let mut this = Self::new();
-        for signal in [SIGTERM, SIGINT] {
-            // In this order: the first signal sets the flag, the second finds it set and ends the process.
-            // What ends it stays registered, because the system's own way is gone for good.
-            let registered = flag::register_conditional_default(signal, this.came.clone())
-                .and_then(|_| flag::register(signal, this.came.clone()))
-                .and_then(|id| {
-                    let number = this.signal.clone();
-                    Ok([id, flag::register_usize(signal, number, signal as usize)?])
-                })
-                .map_err(|error| Error::invalid(format!("cannot listen to signals: {error}")))?;
-            this.registered.extend(registered);
-        }
-        Ok(this)
+        let signals = Signals::registered()?;
+        signals.listen();
+        let since = signals.noticed();
+        Ok(Self { signals: Some(Listener { signals, since }), after: None, deadline: None })
     }
 
     /// After this time of a call of `run`, and on no signal.
     pub fn time(after: Duration) -> Self {
-        Self::new().after(after)
+        Self { signals: None, after: Some(after), deadline: None }
     }
 
     /// Also after this time of a call of `run`.
     pub fn after(mut self, time: Duration) -> Self {
         self.after = Some(time);
         self
-    }
-
-    fn new() -> Self {
-        let (signal, came) = (Arc::default(), Arc::default());
-        Self { signal, came, registered: vec![], after: None, deadline: None }
-    }
-}
-
-impl Drop for InterruptOn {
-    fn drop(&mut self) {
-        self.came.store(true, Ordering::Relaxed);
-        for id in self.registered.drain(..) {
-            low_level::unregister(id);
-        }
     }
 }
 
@@ -107,10 +95,16 @@ impl<C, B, O> Handler<C, B, O> for InterruptOn {
             self.deadline = None;
             return Ok(());
         }
-        let signal = self.signal.swap(0, Ordering::Relaxed);
-        if signal != 0 {
-            engine.interrupt_for_signal(signal as i32);
-        } else if let Some(after) = self.after {
+        if let Some(listener) = &self.signals {
+            if let Some(signal) = listener.signals.take(listener.since) {
+                engine.interrupt_for_signal(signal);
+                return Ok(());
+            }
+            if !engine.is_stopped_by_signal() {
+                listener.signals.rearm();
+            }
+        }
+        if let Some(after) = self.after {
             let now = Instant::now();
             // A run that goes on has no STARTED.
             if event == Event::Started || self.deadline.is_none() {
@@ -126,7 +120,7 @@ impl<C, B, O> Handler<C, B, O> for InterruptOn {
 impl fmt::Debug for InterruptOn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("InterruptOn")
-            .field("signals", &!self.registered.is_empty())
+            .field("signals", &self.signals.is_some())
             .field("after", &self.after)
             .finish()
     }

@@ -10,7 +10,7 @@ use anyhow::Context;
 use tch::nn::{VarStore, Variables};
 
 use crate::data::IntoSource;
-use crate::engine::{Engine, Event, Events, Handler, MetricValue, Until};
+use crate::engine::{Engine, Event, Events, Handler, MetricValue, Stop, Until};
 use crate::optim::{Knob, Optimizer, OptimizerSnapshot, StoreSnapshot};
 use crate::{Error, Result};
 
@@ -52,15 +52,20 @@ use crate::{Error, Result};
 /// `num_iter + 1`, with the end itself; it is left out where the run's budget has no room for it. The
 /// finder stops when the loss has diverged, which is what it is expected to do.
 ///
-/// The trainer's own handlers run too. The finder writes the learning rate after them, so schedulers
-/// of the trainer do not interfere. Afterwards, also after an error, these are as they were, bit for
-/// bit: the optimizer's hyper-parameters and state, the variables of the store with their gradients,
-/// and where the trainer stands, even in the middle of an interrupted run. What your context and your
-/// handlers keep is not brought back (a scheduler counts its events, a history records), nor is
-/// torch's random generator: best is to look for the learning rate before attaching handlers.
+/// The trainer's own handlers run too, those of evaluators within it as well. The finder writes the learning
+/// rate after them, so schedulers of the trainer do not interfere. Handlers that write, draw or send
+/// ([`Checkpoint`](crate::checkpoint::Checkpoint), loggers, progress bars: those whose
+/// [`runs_in_trials`](Handler::runs_in_trials) is false) are not called.
 ///
-/// Costs a copy of the variables and of the optimizer's state, on their device, and a host sync an
-/// iteration to read the loss.
+/// The search leaves no trace. Afterwards, also after an error, these are as they were, bit for bit: the
+/// optimizer's hyper-parameters and state, the variables of the store with their gradients, where the
+/// trainer stands, even in the middle of an interrupted run, its metrics and histories, the state of each
+/// handler, what is [tracked](Engine::track), the context where that is tracked, and libtorch's random
+/// numbers. Closures are called too, as they were attached with [`Engine::on`]: what they keep for
+/// themselves, write or print stays, and so does what a handler of your own does not save.
+///
+/// Costs a copy of the variables and of the optimizer's state, on their device, another of what is tracked,
+/// in the computer's memory, and a host sync an iteration to read the loss.
 #[doc(alias = "FastaiLRFinder")]
 #[derive(Clone)]
 pub struct LrFinder {
@@ -188,7 +193,8 @@ impl LrFinder {
     /// was. `loss` takes the loss out of what the step returns: a number, or a tensor with one element.
     ///
     /// # Errors
-    /// Wrong arguments, before anything runs; what [`Engine::run`] returns; a loss that is not one value.
+    /// Wrong arguments, before anything runs; what [`Engine::run`] returns; a loss that is not one value; a
+    /// signal that came meanwhile ([`InterruptOn`](crate::handlers::InterruptOn)): the process is to end.
     pub fn run<'a, C, B, O, V: Into<MetricValue>>(
         &self,
         trainer: &mut Engine<'a, C, B, O>,
@@ -197,13 +203,10 @@ impl LrFinder {
         loss: impl Fn(&O) -> V + 'a,
     ) -> Result<LrCurve> {
         let search = Rc::new(RefCell::new(self.search(loss)?));
-        let aside = trainer.set_aside()?;
-        let found = self.run_aside(trainer, cx, data, search);
-        trainer.put_back(aside);
-        found
+        trainer.trial(cx, |trainer, cx| self.run_search(trainer, cx, data, search))
     }
 
-    fn run_aside<'a, C, B, O, V: Into<MetricValue>, F: Fn(&O) -> V + 'a>(
+    fn run_search<'a, C, B, O, V: Into<MetricValue>, F: Fn(&O) -> V + 'a>(
         &self,
         trainer: &mut Engine<'a, C, B, O>,
         cx: &mut C,
@@ -211,16 +214,25 @@ impl LrFinder {
         search: Rc<RefCell<Search<F>>>,
     ) -> Result<LrCurve> {
         let saved = Saved::of(&self.to_restore)?;
-        let handler = trainer.add_handler(search.clone())?;
-        let ran = saved.clear_gradients().and_then(|()| trainer.run(cx, data, self.until));
-        let removed = trainer.remove_event_handler(handler);
-        let restored = saved.restore();
-        let summary = ran?;
-        restored?;
-        removed?;
+        let ran = trainer
+            .add_handler(search.clone())
+            .and_then(|_| saved.clear_gradients())
+            .and_then(|()| trainer.run(cx, data, self.until));
+        let summary = match (ran, saved.restore()) {
+            (Ok(summary), restored) => restored.map(|()| summary)?,
+            (Err(error), Ok(())) => return Err(error),
+            (Err(error), Err(second)) => return Err(error.besides(second)),
+        };
+        if let Stop::Signal(number) = summary.stop {
+            return Err(Error::invalid(format!(
+                "signal {number} came during the search for a learning rate, which left no trace: end the process"
+            )));
+        }
         let mut curve = std::mem::take(&mut search.borrow_mut().curve);
         curve.warnings = summary.warnings;
-        if !curve.diverged {
+        if summary.stop == Stop::Interrupted {
+            curve.warnings.push("The search was interrupted before its end".into());
+        } else if !curve.diverged {
             curve.warnings.push(
                 "Run completed without loss diverging, increase end_lr, decrease diverge_th or look at the plot".into(),
             );

@@ -1,5 +1,6 @@
 //! Handlers that come with the crate.
 
+pub(crate) mod awaited;
 mod early_stopping;
 mod ema;
 mod epoch_output_store;
@@ -15,6 +16,19 @@ pub(crate) mod parameters;
 pub mod plot;
 #[cfg(feature = "progress")]
 mod progress_bar;
+#[cfg(feature = "signals")]
+mod signals;
+/// Without the feature no signal is listened to.
+#[cfg(not(feature = "signals"))]
+mod signals {
+    pub(super) fn is_listening() -> bool {
+        false
+    }
+
+    pub(super) fn take_signal() -> Option<i32> {
+        None
+    }
+}
 mod skip_batch;
 mod terminate_on_nan;
 mod throughput;
@@ -22,6 +36,7 @@ mod time_limit;
 mod timer;
 #[cfg(feature = "tracing")]
 mod tracing;
+mod update_bn;
 
 #[cfg(feature = "tracing")]
 pub use self::tracing::Tracing;
@@ -46,3 +61,4 @@ pub use terminate_on_nan::{Numbers, TerminateOnNan};
 pub use throughput::Throughput;
 pub use time_limit::TimeLimit;
 pub use timer::Timer;
+pub use update_bn::update_bn;

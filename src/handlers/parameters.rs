@@ -1,43 +1,43 @@
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tch::nn::{VarStore, Variables};
 use tch::{Kind, TchError, Tensor};
 
-use crate::bridge::TensorId;
+use crate::variables::{variables_in, were_moved};
 
 /// Parameters of a store by name: those that a handler was told to look at.
 pub(crate) struct Parameters {
-    variables: Arc<Mutex<Variables>>,
+    store: Arc<Mutex<Variables>>,
     pub(crate) whitelist: Box<dyn Fn(&str) -> bool>,
 }
 
 impl Parameters {
     pub(crate) fn of(vs: &VarStore) -> Self {
-        Self { variables: vs.variables_.clone(), whitelist: Box::new(|_| true) }
+        Self { store: vs.variables_.clone(), whitelist: Box::new(|_| true) }
     }
 
-    /// Names and tensors, in the order in which they were made; of gradients those that exist.
+    /// Names and tensors, in the order in which they were made; of gradients those that exist. A parameter
+    /// with several names is there once, by the first one that the whitelist takes.
     pub(crate) fn listed(&self, gradients: bool) -> anyhow::Result<Vec<(String, Tensor)>> {
         // No lock is held while the user's predicate runs.
-        let (named, tensors) = {
-            let variables = self.variables.lock().unwrap_or_else(PoisonError::into_inner);
-            let named: HashMap<_, _> = (variables.named_variables.iter())
-                .map(|(name, tensor)| (TensorId::of(tensor), name.clone()))
-                .collect();
-            let trainable = variables.trainable_variables.iter();
-            let tensors: Vec<_> = trainable.map(|var| var.tensor.shallow_clone()).collect();
-            (named, tensors)
+        let all = {
+            let store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
+            if were_moved(&store) {
+                anyhow::bail!(
+                    "the store has no parameters any more: VarStore::merge moved them to another store; make this handler for that one"
+                );
+            }
+            variables_in(&store)
         };
         let mut listed = vec![];
-        for tensor in tensors {
-            let Some(name) = named.get(&TensorId::of(&tensor)) else { continue };
-            if !(self.whitelist)(name) {
-                continue;
-            }
+        for variable in all.into_iter().filter(|variable| variable.trainable) {
+            let named = !variable.name.is_empty();
+            let passes = |name: &&str| named && (self.whitelist)(name);
+            let Some(name) = variable.names().find(passes).map(str::to_owned) else { continue };
+            let tensor = variable.tensor;
             let tensor = if gradients { tensor.f_grad()? } else { tensor.f_detach()? };
             if tensor.defined() {
-                listed.push((name.clone(), tensor));
+                listed.push((name, tensor));
             }
         }
         Ok(listed)

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressDrawTarget, ProgressStyle};
 
+use super::awaited::warn_of_missing;
 use crate::engine::{Engine, Event, Events, Handler, Ranks, State};
 use crate::optim::Knob;
 
@@ -151,7 +152,7 @@ impl ProgressBar {
         self
     }
 
-    /// Shows the metric of this name, once it has a value.
+    /// Shows the metric of this name, once it has a value; if it never has one, the run's summary warns.
     pub fn metric(mut self, name: impl Into<String>) -> Self {
         self.values.push((name.into(), Value::Metric));
         self
@@ -369,6 +370,12 @@ impl<C, B, O> Handler<C, B, O> for ProgressBar {
                 let _ = self.end(&engine.state);
             }
             _ => self.end(&engine.state)?,
+        }
+        if matches!(event, Event::Terminate | Event::Completed) {
+            let metrics = self.values.iter().filter(|(_, value)| matches!(value, Value::Metric));
+            let missing = metrics.filter(|(name, _)| !engine.state.metrics.contains(name));
+            let missing: Vec<_> = missing.map(|(name, _)| name.as_str()).collect();
+            warn_of_missing("progress bar", &missing, engine);
         }
         Ok(())
     }

@@ -7,8 +7,10 @@ use tch::nn::VarStore;
 use tch::{TchError, Tensor};
 
 use crate::bridge::{Average, Pairs};
-use crate::checkpoint::{StateDict, check_fixed};
-use crate::engine::{Engine, Event, Events, Handler, Priority};
+use crate::checkpoint::{StateDict, misfits};
+use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks};
+use crate::optim::Knob;
+use crate::variables::variables;
 use crate::{Error, Result};
 
 /// What happens to buffers (variables that are not trained, such as batch-norm statistics).
@@ -43,11 +45,17 @@ impl std::str::FromStr for Buffers {
 pub(super) struct Shadow(Arc<Mutex<Lists>>);
 
 struct Lists {
-    averages: Vec<(String, Tensor)>,
+    averages: Vec<Averaged>,
     parameters: Pairs,
     buffers: Pairs,
     all: Pairs,
     swapped: bool,
+}
+
+/// A variable's average, under all names of the variable.
+struct Averaged {
+    names: Vec<String>,
+    average: Tensor,
 }
 
 fn locked(lists: &Mutex<Lists>) -> MutexGuard<'_, Lists> {
@@ -57,26 +65,19 @@ fn locked(lists: &Mutex<Lists>) -> MutexGuard<'_, Lists> {
 impl Lists {
     fn of(vs: &VarStore) -> Result<Self> {
         let failed = |error: TchError| Error::libtorch("copying the variables", error);
-        let variables = vs.variables_.lock().unwrap_or_else(PoisonError::into_inner);
-        let trained: Vec<_> = variables
-            .trainable_variables
-            .iter()
-            .map(|variable| crate::bridge::TensorId::of(&variable.tensor))
-            .collect();
-        let mut named: Vec<_> = variables.named_variables.iter().collect();
-        named.sort_by_key(|(name, _)| *name);
-        let (mut averages, mut parameter) = (vec![], vec![]);
-        for (name, source) in &named {
-            let detached = source.f_detach().map_err(failed)?;
+        let mut sources = variables(&vs.variables_);
+        sources.sort_by(|a, b| a.name.cmp(&b.name));
+        let mut averages = vec![];
+        for source in &sources {
+            let detached = source.tensor.f_detach().map_err(failed)?;
             let mut average = detached.f_empty_like().map_err(failed)?;
             average.f_copy_(&detached).map_err(failed)?;
-            averages.push(((*name).clone(), average));
-            parameter.push(trained.contains(&crate::bridge::TensorId::of(source)));
+            averages.push(Averaged { names: source.names().map(str::to_owned).collect(), average });
         }
         let pairs = |wanted: &dyn Fn(bool) -> bool| {
-            let all = averages.iter().zip(&named).zip(&parameter);
-            let chosen = all.filter(|(_, parameter)| wanted(**parameter));
-            Pairs::new(chosen.map(|(((_, average), (_, source)), _)| (average, *source)))
+            let all = averages.iter().zip(&sources);
+            let chosen = all.filter(|(_, source)| wanted(source.trainable));
+            Pairs::new(chosen.map(|(averaged, source)| (&averaged.average, &source.tensor)))
                 .map_err(|text| Error::libtorch("pairing variables and averages", text))
         };
         let (parameters, buffers) =
@@ -100,8 +101,8 @@ impl Lists {
         }
     }
 
-    fn swap(&mut self) -> Result<()> {
-        self.all.update(Average::Swap).map_err(|text| Error::libtorch("swapping averages", text))
+    fn swap(&mut self, how: Average) -> Result<()> {
+        self.all.update(how).map_err(|text| Error::libtorch("swapping averages", text))
     }
 }
 
@@ -116,7 +117,12 @@ impl Shadow {
 
     pub(super) fn averages(&self) -> Vec<(String, Tensor)> {
         let lists = locked(&self.0);
-        lists.averages.iter().map(|(name, t)| (name.clone(), t.shallow_clone())).collect()
+        let named = lists.averages.iter().flat_map(|Averaged { names, average }| {
+            names.iter().map(|name| (name.clone(), average.shallow_clone()))
+        });
+        let mut named: Vec<_> = named.collect();
+        named.sort_by(|(a, _), (b, _)| a.cmp(b));
+        named
     }
 
     /// The averages under the names of the variables.
@@ -139,9 +145,22 @@ impl Shadow {
 
     /// Copies saved averages into ours. Nothing is changed where they do not fit.
     pub(super) fn load(&self, state: &StateDict) -> Result<()> {
+        match misfits(&self.save()?, state).into_values().next() {
+            Some(misfit) => Err(Error::State(misfit)),
+            None => self.copy(state),
+        }
+    }
+
+    /// Copies those of the saved averages that fit, and says which do not; ours stay there.
+    pub(super) fn load_partially(&self, mut state: StateDict) -> Result<Vec<String>> {
+        let misfits = misfits(&self.save()?, &state);
+        state.tensors.retain(|name, _| !misfits.contains_key(name));
+        self.copy(&state)?;
+        Ok(misfits.into_values().collect())
+    }
+
+    fn copy(&self, state: &StateDict) -> Result<()> {
         let ours = self.save()?;
-        let fits = |tensor: &Tensor| (tensor.kind(), tensor.size());
-        check_fixed(&ours, |name| state.tensors.get(name).map(fits), state.tensors.keys())?;
         let _guard = tch::no_grad_guard();
         for (name, value) in &state.tensors {
             let Some(average) = ours.tensors.get(name) else { continue };
@@ -157,7 +176,7 @@ impl Shadow {
         if lists.swapped {
             return Err(Error::invalid("the averages are swapped in already"));
         }
-        lists.swap()?;
+        lists.swap(Average::Swap)?;
         lists.swapped = true;
         Ok(Swapped(self.clone()))
     }
@@ -180,7 +199,7 @@ impl Drop for Swapped {
     fn drop(&mut self) {
         let mut lists = locked(&self.0.0);
         // It worked the other way round on the same tensors, and there is nobody to tell.
-        let _ = lists.swap();
+        let _ = lists.swap(Average::SwapBack);
         lists.swapped = false;
     }
 }
@@ -193,6 +212,7 @@ pub struct WithAverages<H> {
     pub(super) handler: H,
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
     fn name(&self) -> String {
         self.handler.name()
@@ -206,8 +226,20 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
         self.handler.validate()
     }
 
+    fn drives(&self) -> Vec<Knob> {
+        self.handler.drives()
+    }
+
     fn priority(&self) -> Priority {
         self.handler.priority()
+    }
+
+    fn runs_in_trials(&self) -> bool {
+        self.handler.runs_in_trials()
+    }
+
+    fn ranks(&self) -> Ranks {
+        self.handler.ranks()
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -216,6 +248,18 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         self.handler.load_state(state)
+    }
+
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.handler.load_state_partially(state)
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        self.handler.unique_names()
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        self.handler.logs()
     }
 
     fn call(

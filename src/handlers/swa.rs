@@ -15,8 +15,8 @@ use crate::engine::{Engine, Event, Events, Handler};
 /// `average = average + (model - average) / (n + 1)`, in one pass and in place.
 ///
 /// At the end of each epoch unless told otherwise; begin late with
-/// `.on(Event::EpochCompleted.after(100))`. A clone shares the averages. Batch-norm statistics of the
-/// average have to be computed anew by passing data through it, as in torch. No host sync.
+/// `.on(Event::EpochCompleted.after(100))`. A clone shares the averages. The running averages of batch normalisation
+/// have to be computed anew for the averaged weights: [`update_bn`](super::update_bn). No host sync.
 ///
 /// ```
 /// use tch::{Device, nn};
@@ -121,6 +121,13 @@ impl<C, B, O> Handler<C, B, O> for SWAHandler {
         self.shadow.load(state.part("averages")?)?;
         self.count.store(count, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn load_state_partially(&mut self, mut state: StateDict) -> Result<Vec<String>> {
+        let count = state.value("n_averaged")?;
+        let misfits = self.shadow.load_partially(state.take_part("averages")?)?;
+        self.count.store(count, Ordering::Relaxed);
+        Ok(misfits)
     }
 
     fn call(

@@ -9,6 +9,9 @@ use crate::{Error, Result};
 /// `run` is [`Until::time`](crate::engine::Until::time). Costs a look at the clock at each of its
 /// events, each iteration unless told otherwise.
 ///
+/// The next process has a limit of its own: what it resumes from a checkpoint goes on with the rest of
+/// the budget, also where the checkpoint was written at the event that ended the run, or at its end.
+///
 /// ```
 /// use std::time::Duration;
 /// use tch_ignite::engine::{Engine, Until};
@@ -64,7 +67,7 @@ impl<C, B, O> Handler<C, B, O> for TimeLimit {
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
         if self.begun.elapsed() > self.limit {
-            engine.terminate();
+            engine.terminate_at_limit();
         }
         Ok(())
     }

@@ -78,6 +78,10 @@ impl<C, B, O> Handler<C, B, O> for Tracing {
         Started | EpochStarted | IterationStarted | IterationCompleted | EpochCompleted | ends
     }
 
+    fn runs_in_trials(&self) -> bool {
+        false
+    }
+
     fn call(
         &mut self,
         event: Event,

@@ -1,50 +1,402 @@
-use std::fs::{self, File, OpenOptions};
-use std::io::{BufWriter, Write};
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use serde_json::{Value, json};
+
+use crate::handlers::files::{make_folder, sync_folder, write_whole};
 use crate::{Error, Result};
 
 /// What is written is on disk at most this much later, if something else is written by then.
 const PERIOD: Duration = Duration::from_secs(5);
+/// Bytes that are kept until they are written together.
+const BUFFER: usize = 1 << 16;
 
 /// A file that grows, buffered. Flushed at a period, on demand and when it is dropped.
+///
+/// No other process may write to it meanwhile: the file is locked.
 pub(super) struct AppendFile {
+    /// As the user named it.
     path: PathBuf,
-    file: BufWriter<File>,
+    /// Where the file is, whatever the working directory becomes.
+    place: PathBuf,
+    file: File,
+    /// What is not written yet. What a full disk refuses stays here.
+    buffer: Vec<u8>,
+    /// Bytes in the file, of a device 0, and the buffer.
+    len: u64,
     flushed: Instant,
+    /// All of it is on the disk.
+    synced: bool,
+    /// Its name is on the disk.
+    is_named: bool,
+    is_plain: bool,
 }
 
 impl AppendFile {
     /// Opens the file for appending, and makes it and the folders above it where they are missing.
-    /// True if it was empty.
-    pub(super) fn open(path: &Path) -> Result<(Self, bool)> {
-        let open = || {
-            if let Some(folder) = path.parent() {
-                fs::create_dir_all(folder)?;
+    ///
+    /// # Errors
+    /// The file cannot be made or opened, or another process writes to it.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        Self::open_with(path, OpenOptions::new().create(true))
+    }
+
+    /// The same for a file that is not there yet; `None` where it is.
+    pub(super) fn create(path: &Path) -> Result<Option<Self>> {
+        match Self::open_with(path, OpenOptions::new().create_new(true)) {
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
+                Ok(None)
             }
-            let file = OpenOptions::new().create(true).append(true).open(path)?;
-            let empty = file.metadata()?.len() == 0;
-            Ok((file, empty))
-        };
-        let (file, empty) = open().map_err(|source| Error::Io { path: path.to_owned(), source })?;
-        let file = BufWriter::with_capacity(1 << 16, file);
-        Ok((Self { path: path.to_owned(), file, flushed: Instant::now() }, empty))
+            opened => opened.map(Some),
+        }
+    }
+
+    fn open_with(path: &Path, options: &mut OpenOptions) -> Result<Self> {
+        let io = |source| Error::Io { path: path.to_owned(), source };
+        if let Some(folder) = path.parent() {
+            make_folder(folder).map_err(io)?;
+        }
+        let file = options.append(true).read(true).open(path).map_err(io)?;
+        let metadata = file.metadata().map_err(io)?;
+        if metadata.is_file() {
+            lock(&file, path)?;
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            place: fs::canonicalize(path).map_err(io)?,
+            file,
+            buffer: Vec::with_capacity(BUFFER),
+            len: metadata.len(),
+            flushed: Instant::now(),
+            synced: false,
+            is_named: false,
+            is_plain: metadata.is_file(),
+        })
+    }
+
+    pub(super) fn place(&self) -> &Path {
+        &self.place
+    }
+
+    /// Bytes, those in the buffer included.
+    pub(super) fn len(&self) -> u64 {
+        self.len
     }
 
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|error| self.error(error))?;
-        if self.flushed.elapsed() >= PERIOD { self.flush() } else { Ok(()) }
+        self.synced = false;
+        self.buffer.extend_from_slice(bytes);
+        self.len += bytes.len() as u64;
+        match self.buffer.len() >= BUFFER || self.flushed.elapsed() >= PERIOD {
+            true => self.flush(),
+            false => Ok(()),
+        }
     }
 
     pub(super) fn flush(&mut self) -> Result<()> {
         self.flushed = Instant::now();
-        self.file.flush().map_err(|error| self.error(error))
+        self.write_buffer().and_then(|()| self.check_place()).map_err(|error| self.error(error))
     }
 
-    fn error(&self, source: std::io::Error) -> Error {
+    fn write_buffer(&mut self) -> io::Result<()> {
+        while !self.buffer.is_empty() {
+            match self.file.write(&self.buffer) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => drop(self.buffer.drain(..written)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts all of it on the disk.
+    pub(super) fn sync(&mut self) -> Result<()> {
+        self.flush()?;
+        if self.synced || !self.is_plain {
+            return Ok(());
+        }
+        let folder = self.place.parent().filter(|_| !self.is_named);
+        let synced = self.file.sync_data().and_then(|()| folder.map_or(Ok(()), sync_folder));
+        synced.map_err(|error| self.error(error))?;
+        (self.synced, self.is_named) = (true, true);
+        Ok(())
+    }
+
+    /// What is written to a file that was removed is lost.
+    fn check_place(&self) -> io::Result<()> {
+        let gone = |text: &str| Err(io::Error::new(io::ErrorKind::NotFound, text.to_owned()));
+        let there = match fs::metadata(&self.place) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return gone("it was removed while it was being written");
+            }
+            there => there?,
+        };
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            let ours = self.file.metadata()?;
+            if (ours.dev(), ours.ino()) != (there.dev(), there.ino()) {
+                return gone("it was replaced while it was being written");
+            }
+        }
+        let _ = there;
+        Ok(())
+    }
+
+    /// Cuts the file.
+    pub(super) fn cut(&mut self, len: u64) -> Result<()> {
+        self.flush()?;
+        self.file.set_len(len).map_err(|error| self.error(error))?;
+        self.len = len;
+        self.synced = false;
+        Ok(())
+    }
+
+    /// The bytes from a place on.
+    pub(super) fn tail(&mut self, from: u64) -> Result<Vec<u8>> {
+        self.flush()?;
+        let mut tail = vec![];
+        let mut file = &self.file;
+        let read = file.seek(SeekFrom::Start(from)).and_then(|_| file.read_to_end(&mut tail));
+        read.map_err(|error| self.error(error))?;
+        Ok(tail)
+    }
+
+    /// Gives the file another name in its folder.
+    pub(super) fn rename(&mut self, name: &str) -> Result<()> {
+        self.flush()?;
+        let (path, place) = (self.path.with_file_name(name), self.place.with_file_name(name));
+        fs::rename(&self.place, &place).map_err(|error| self.error(error))?;
+        (self.path, self.place) = (path, place);
+        (self.synced, self.is_named) = (false, false);
+        Ok(())
+    }
+
+    fn error(&self, source: io::Error) -> Error {
         Error::Io { path: self.path.clone(), source }
     }
+}
+
+impl Drop for AppendFile {
+    fn drop(&mut self) {
+        // There is nobody to tell.
+        let _ = self.write_buffer();
+    }
+}
+
+/// Locks a log's file. The system unlocks it however the process ends.
+pub(super) fn lock(file: &File, path: &Path) -> Result<()> {
+    match file.try_lock() {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(Error::invalid(format!(
+            "another process writes to {}: give this run a log of its own, or end the other (of several ranks only the main one makes loggers)",
+            path.display()
+        ))),
+        // Some file systems have no locks.
+        Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+        Err(TryLockError::Error(source)) => Err(Error::Io { path: path.to_owned(), source }),
+    }
+}
+
+/// How the lines of a file end.
+pub(super) struct Lines {
+    /// The first line, if the file has one.
+    pub(super) header: &'static str,
+    /// Whether a line goes on after a line feed between quotes.
+    pub(super) quotes: bool,
+}
+
+/// A log of lines: whole ones only, each once.
+pub(super) struct LineLog {
+    file: AppendFile,
+    lines: &'static Lines,
+    /// CRC-32C of all bytes.
+    crc: u32,
+    /// Bytes that earlier processes left.
+    inherited: u64,
+    /// Whether they belong to this run is known.
+    settled: bool,
+}
+
+/// Clones of loggers, and loggers of the same path, share one.
+pub(super) type SharedLines = Arc<Mutex<LineLog>>;
+
+static OPEN: LazyLock<Mutex<HashMap<PathBuf, Weak<Mutex<LineLog>>>>> =
+    LazyLock::new(Mutex::default);
+
+impl LineLog {
+    /// Opens the log, and makes it where there is none. A line that a killed process left unfinished is cut.
+    ///
+    /// # Errors
+    /// The file cannot be made or opened, or another process writes to it.
+    pub(super) fn open(path: &Path, lines: &'static Lines) -> Result<SharedLines> {
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|_, log| log.strong_count() > 0);
+        if let Ok(place) = fs::canonicalize(path)
+            && let Some(log) = open.get(&place).and_then(Weak::upgrade)
+        {
+            return Ok(log);
+        }
+        let mut file = AppendFile::open(path)?;
+        let mut crc = 0;
+        if file.is_plain {
+            let whole = whole_lines(&file.file, lines.quotes);
+            let whole = whole.map_err(|error| file.error(error))?;
+            if whole < file.len {
+                file.cut(whole)?;
+            }
+            crc = checksum(&file.file, whole).map_err(|error| file.error(error))?;
+        }
+        let inherited = file.len();
+        let mut log = Self { file, lines, crc, inherited, settled: false };
+        if log.file.len() == 0 {
+            log.write(lines.header.as_bytes())?;
+            log.inherited = log.file.len();
+        }
+        let place = log.file.place().to_owned();
+        let log = Arc::new(Mutex::new(log));
+        open.insert(place, Arc::downgrade(&log));
+        Ok(log)
+    }
+
+    pub(super) fn write(&mut self, line: &[u8]) -> Result<()> {
+        // A full disk leaves the line in the buffer.
+        self.crc = crc32c::crc32c_append(self.crc, line);
+        self.file.write(line)
+    }
+
+    pub(super) fn flush(&mut self) -> Result<()> {
+        self.file.flush()
+    }
+
+    pub(super) fn path(&self) -> PathBuf {
+        self.file.place().to_owned()
+    }
+
+    /// A run begins. If it does not go on with an earlier one, the lines of earlier processes become a file of their own.
+    pub(super) fn begin(&mut self, anew: bool) -> Result<()> {
+        let header = self.lines.header.as_bytes();
+        if std::mem::replace(&mut self.settled, true)
+            || !anew
+            || !self.file.is_plain
+            || self.inherited <= header.len() as u64
+        {
+            return Ok(());
+        }
+        let rest = self.file.tail(self.inherited)?;
+        let place = self.file.place().to_owned();
+        let aside = free_name(&place);
+        let io = |source| Error::Io { path: self.file.path.clone(), source };
+        fs::rename(&place, &aside).map_err(io)?;
+        write_whole(&place, |file| {
+            file.write_all(header)?;
+            file.write_all(&rest)
+        })?;
+        let (path, inherited) = (self.file.path.clone(), self.inherited);
+        let mut new = AppendFile::open(&place)?;
+        new.path = path;
+        let old = std::mem::replace(&mut self.file, new);
+        old.file.set_len(inherited).map_err(|source| Error::Io { path: aside, source })?;
+        self.crc = crc32c::crc32c_append(crc32c::crc32c(header), &rest);
+        self.inherited = header.len() as u64;
+        Ok(())
+    }
+
+    /// Puts all lines on the disk, and returns how far they go.
+    pub(super) fn commit(&mut self) -> Result<Value> {
+        self.file.sync()?;
+        Ok(json!({"bytes": self.file.len(), "crc32c": self.crc}))
+    }
+
+    /// Cuts what came after a place that [`commit`](Self::commit) gave; the reason where it is of another file.
+    pub(super) fn rewind(&mut self, place: &Value) -> Result<Option<String>> {
+        let (Some(bytes), Some(crc)) = (place["bytes"].as_u64(), place["crc32c"].as_u64()) else {
+            return Ok(Some("the checkpoint has no place in such a log".into()));
+        };
+        self.file.flush()?;
+        if !self.file.is_plain {
+            return Ok(None);
+        }
+        let mut same = bytes <= self.file.len();
+        if same {
+            let begin = checksum(&self.file.file, bytes);
+            same = u64::from(begin.map_err(|error| self.file.error(error))?) == crc;
+        }
+        self.settled = true;
+        if !same {
+            let path = self.file.path.display();
+            return Ok(Some(format!(
+                "{path} does not begin with what the checkpoint's run had logged"
+            )));
+        }
+        self.file.cut(bytes)?;
+        // The checksum is one of 32 bits.
+        self.crc = crc as u32;
+        self.inherited = bytes;
+        Ok(None)
+    }
+}
+
+pub(super) fn locked<T>(log: &Mutex<T>) -> MutexGuard<'_, T> {
+    log.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// `NAME.1`, or the first number that is free.
+fn free_name(path: &Path) -> PathBuf {
+    let mut number = 0u64;
+    loop {
+        number += 1;
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".{number}"));
+        let name = PathBuf::from(name);
+        if !name.exists() {
+            return name;
+        }
+    }
+}
+
+/// Reads up to `len` bytes from the beginning, piece by piece.
+fn read_pieces(mut file: &File, len: u64, mut take: impl FnMut(&[u8])) -> io::Result<()> {
+    file.seek(SeekFrom::Start(0))?;
+    let mut piece = vec![0; 1 << 16];
+    let mut left = len;
+    while left > 0 {
+        let most = usize::try_from(left).unwrap_or(usize::MAX).min(piece.len());
+        let read = file.read(&mut piece[..most])?;
+        if read == 0 {
+            break;
+        }
+        take(&piece[..read]);
+        left -= read as u64;
+    }
+    Ok(())
+}
+
+fn checksum(file: &File, len: u64) -> io::Result<u32> {
+    let mut crc = 0;
+    read_pieces(file, len, |piece| crc = crc32c::crc32c_append(crc, piece))?;
+    Ok(crc)
+}
+
+/// Bytes up to the end of the last whole line.
+fn whole_lines(file: &File, quotes: bool) -> io::Result<u64> {
+    let (mut at, mut whole, mut quoted) = (0u64, 0, false);
+    read_pieces(file, u64::MAX, |piece| {
+        for byte in piece {
+            at += 1;
+            match byte {
+                b'"' if quotes => quoted = !quoted,
+                b'\n' if !quoted => whole = at,
+                _ => {}
+            }
+        }
+    })?;
+    Ok(whole)
 }
 
 /// Seconds since 1970.

@@ -1,35 +1,35 @@
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::Logger;
-use super::append::{AppendFile, now};
+use super::append::{LineLog, Lines, SharedLines, locked, now};
+use super::{Logger, logger_as_handler};
 use crate::Result;
+use crate::engine::Log;
+
+const LINES: Lines = Lines { header: "", quotes: false };
 
 /// Scalars and texts as JSON, a line each: `{"step":3,"tag":"val/accuracy","time":…,"value":0.975}`.
 ///
 /// Texts have `text` instead of `value`. Numbers come back bit for bit; those that JSON does not have
-/// are the texts `"NaN"`, `"Infinity"` and `"-Infinity"`. Lines are appended, and buffered as those of
-/// [`CsvLogger`](super::CsvLogger) are.
+/// are the texts `"NaN"`, `"Infinity"` and `"-Infinity"`. Lines are appended and cut
+/// off as the rows of [`CsvLogger`](super::CsvLogger) are.
 #[derive(Clone)]
 pub struct JsonLinesLogger {
-    file: Arc<Mutex<AppendFile>>,
+    file: SharedLines,
 }
 
 impl JsonLinesLogger {
     /// Opens the file, and makes it where there is none.
     ///
     /// # Errors
-    /// The file cannot be made or opened; the text has its path.
+    /// The file cannot be made or opened, or another process writes to it; the text has its path.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let (file, _) = AppendFile::open(path.as_ref())?;
-        Ok(Self { file: Arc::new(Mutex::new(file)) })
+        LineLog::open(path.as_ref(), &LINES).map(|file| Self { file })
     }
 
     fn write(&self, line: &Value) -> Result<()> {
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        file.write(format!("{line}\n").as_bytes())
+        locked(&self.file).write(format!("{line}\n").as_bytes())
     }
 }
 
@@ -63,9 +63,33 @@ impl Logger for JsonLinesLogger {
     }
 
     fn flush(&self) -> Result<()> {
-        self.file.lock().unwrap_or_else(PoisonError::into_inner).flush()
+        locked(&self.file).flush()
+    }
+
+    fn begin(&self, anew: bool) -> Result<()> {
+        locked(&self.file).begin(anew)
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![Box::new(self.clone())]
     }
 }
+
+impl Log for JsonLinesLogger {
+    fn path(&self) -> PathBuf {
+        locked(&self.file).path()
+    }
+
+    fn commit(&self) -> Result<Value> {
+        locked(&self.file).commit()
+    }
+
+    fn rewind(&self, place: &Value) -> Result<Option<String>> {
+        locked(&self.file).rewind(place)
+    }
+}
+
+logger_as_handler!(JsonLinesLogger, "JSON lines logger");
 
 #[cfg(test)]
 mod tests {

@@ -1,5 +1,12 @@
 //! Where the numbers and pictures of a run go, and the handlers that send them there.
 //!
+//! **Logs have no holes.** The handlers here flush their logger with each checkpoint of the engine and at every end of a
+//! run, before `run` returns, so that a program may call `std::process::exit` then. When a run is resumed, what its log has
+//! from after the checkpoint is taken back, so that each step is there once; a line that a killed process left unfinished
+//! is cut. What you log yourself, in a closure, is part of that where a clone of the logger is attached to the engine.
+//! Within a run, what is logged is on the disk some seconds later. Two processes cannot write to one log, and a log that
+//! is removed while a run writes to it is an error of that run.
+//!
 //! A [`RunFolder`] has everything of a run in one place: [`TensorBoard`]'s event file, a CSV table,
 //! JSON lines, and a report for the browser. Each exists alone too. `MLflowLogger` (feature `mlflow`)
 //! sends it to a server. What is logged is said by
@@ -65,7 +72,7 @@ pub use self::run_folder::RunFolder;
 pub use self::tensorboard::{HyperParameter, TensorBoard};
 
 use crate::Result;
-use crate::engine::{Event, Events, State};
+use crate::engine::{Engine, Event, Events, Log, State};
 
 /// Takes what is logged. Those of this crate are cheap clones that share one file.
 ///
@@ -93,7 +100,87 @@ pub trait Logger {
     fn flush(&self) -> Result<()> {
         Ok(())
     }
+
+    /// A run begins that will write to this: with `anew` from its start, otherwise it goes on with an earlier one.
+    fn begin(&self, _anew: bool) -> Result<()> {
+        Ok(())
+    }
+
+    /// What of it goes back when a run is resumed from a checkpoint: see [`Log`].
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![]
+    }
 }
+
+/// How a run may end.
+const ENDS: [Event; 4] =
+    [Event::Terminate, Event::Completed, Event::ExceptionRaised, Event::Interrupt];
+
+/// A handler's own events, and those at which its logger is told that the run begins, or ends.
+fn with_ends(own: &Events) -> Events {
+    let missing = [Event::Started].into_iter().chain(ENDS).filter(|event| !own.names(*event));
+    missing.fold(own.clone(), |events, event| events | event)
+}
+
+/// What each handler does that writes to a logger: `log` at its own events, in between what [`with_ends`] is for.
+fn attend<C, B, O>(
+    logger: &dyn Logger,
+    own: &Events,
+    event: Event,
+    engine: &mut Engine<'_, C, B, O>,
+    log: impl FnOnce(&mut Engine<'_, C, B, O>) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    if event == Event::Started {
+        logger.begin(engine.began_anew())?;
+    }
+    if own.names(event) {
+        log(engine)?;
+    }
+    if ENDS.contains(&event) {
+        logger.flush()?;
+    }
+    Ok(())
+}
+
+/// A logger that is attached to an engine: for what a program logs itself, without one of the handlers.
+macro_rules! logger_as_handler {
+    ($logger:ident, $name:literal) => {
+        /// Attached, it is flushed at each end of a run, and is part of the engine's checkpoints, as by the handlers that
+        /// write to it: for what you log yourself.
+        impl<C, B, O> crate::engine::Handler<C, B, O> for $logger {
+            fn name(&self) -> String {
+                $name.into()
+            }
+
+            fn ranks(&self) -> crate::engine::Ranks {
+                crate::engine::Ranks::Main
+            }
+
+            fn events(&self) -> crate::engine::Events {
+                super::with_ends(&crate::engine::Events::none())
+            }
+
+            fn priority(&self) -> crate::engine::Priority {
+                crate::engine::Priority::Last
+            }
+
+            fn logs(&self) -> Vec<Box<dyn Log>> {
+                Logger::logs(self)
+            }
+
+            fn call(
+                &mut self,
+                event: crate::engine::Event,
+                _cx: &mut C,
+                engine: &mut crate::engine::Engine<'_, C, B, O>,
+            ) -> anyhow::Result<()> {
+                let none = crate::engine::Events::none();
+                super::attend(self, &none, event, engine, |_| Ok(()))
+            }
+        }
+    };
+}
+use logger_as_handler;
 
 /// The step to log under: the epoch at epoch events, the iteration at all others.
 fn step_at<B, O>(event: Event, state: &State<B, O>) -> u64 {

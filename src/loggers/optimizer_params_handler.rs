@@ -1,5 +1,5 @@
-use super::{Logger, step_at, tagged};
-use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks};
+use super::{Logger, attend, step_at, tagged, with_ends};
+use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks};
 use crate::optim::Optimizer;
 
 /// Logs a hyper-parameter of each group, as `tag/lr/group_0`: ignite's `OptimizerParamsHandler`.
@@ -75,11 +75,15 @@ impl<C, B, O> Handler<C, B, O> for OptimizerParamsHandler {
     }
 
     fn events(&self) -> Events {
-        self.events.clone()
+        with_ends(&self.events)
     }
 
     fn priority(&self) -> Priority {
         Priority::Last
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        self.logger.logs()
     }
 
     fn call(
@@ -88,12 +92,14 @@ impl<C, B, O> Handler<C, B, O> for OptimizerParamsHandler {
         _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
-        let step = step_at(event, &engine.state);
-        for (index, group) in self.optimizer.groups()?.iter().enumerate() {
-            let name = if self.by_name { group.name() } else { format!("group_{index}") };
-            let tag = tagged(&self.tag, &format!("{}/{name}", self.param));
-            self.logger.scalar(&tag, group.get(&self.param)?, step)?;
-        }
-        Ok(())
+        attend(&*self.logger, &self.events, event, engine, |engine| {
+            let step = step_at(event, &engine.state);
+            for (index, group) in self.optimizer.groups()?.iter().enumerate() {
+                let name = if self.by_name { group.name() } else { format!("group_{index}") };
+                let tag = tagged(&self.tag, &format!("{}/{name}", self.param));
+                self.logger.scalar(&tag, group.get(&self.param)?, step)?;
+            }
+            Ok(())
+        })
     }
 }

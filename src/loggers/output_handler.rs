@@ -1,11 +1,13 @@
-use super::{Logger, each_epoch, step_at, tagged};
-use crate::engine::{Engine, Event, Events, Handler, MetricValue, Priority, Ranks, State};
+use super::{Logger, attend, each_epoch, step_at, tagged, with_ends};
+use crate::engine::{Engine, Event, Events, Handler, Log, MetricValue, Priority, Ranks, State};
+use crate::handlers::awaited::Awaited;
 use crate::optim::Knob;
 
 /// Logs metrics, parts of the output and knobs, as `tag/name`: ignite's `OutputHandler`.
 ///
 /// It acts after the other handlers of its events ([`Priority::Last`]), so that it logs what they leave
-/// wherever it is attached. Metrics without a value are left out. Reading a metric is a host sync where it is on a GPU: log
+/// wherever it is attached. Metrics without a value are left out; one that never had any is a warning of the run's
+/// [`Summary`](crate::engine::Summary). Reading a metric is a host sync where it is on a GPU: log
 /// every so many iterations there.
 ///
 /// ```
@@ -44,7 +46,7 @@ type GlobalStep<B, O> = Box<dyn Fn(&State<B, O>) -> u64>;
 
 enum Which {
     All,
-    Named(Vec<String>),
+    Named(Awaited),
 }
 
 impl<B, O> OutputHandler<B, O> {
@@ -57,7 +59,7 @@ impl<B, O> OutputHandler<B, O> {
         Self {
             logger: Box::new(logger.clone()),
             tag: tag.into(),
-            metrics: Which::Named(vec![]),
+            metrics: Which::Named(Awaited::default()),
             outputs: vec![],
             knobs: vec![],
             global_step: None,
@@ -114,32 +116,8 @@ impl<B, O> OutputHandler<B, O> {
         }
         Ok(())
     }
-}
 
-impl<C, B, O> Handler<C, B, O> for OutputHandler<B, O> {
-    fn name(&self) -> String {
-        format!("logger of {}", if self.tag.is_empty() { "outputs" } else { &self.tag })
-    }
-
-    fn ranks(&self) -> Ranks {
-        Ranks::Main
-    }
-
-    fn events(&self) -> Events {
-        self.events.clone()
-    }
-
-    fn priority(&self) -> Priority {
-        Priority::Last
-    }
-
-    fn call(
-        &mut self,
-        event: Event,
-        _cx: &mut C,
-        engine: &mut Engine<'_, C, B, O>,
-    ) -> anyhow::Result<()> {
-        let state = &engine.state;
+    fn log_all(&self, event: Event, state: &State<B, O>) -> anyhow::Result<()> {
         let step = match &self.global_step {
             Some(step) => step(state),
             None => step_at(event, state),
@@ -149,8 +127,7 @@ impl<C, B, O> Handler<C, B, O> for OutputHandler<B, O> {
                 state.metrics.iter().try_for_each(|(name, value)| self.log(name, value, step))?
             }
             Which::Named(names) => names
-                .iter()
-                .filter_map(|name| Some((name, state.metrics.value(name)?)))
+                .values(&state.metrics)
                 .try_for_each(|(name, value)| self.log(name, value, step))?,
         }
         if let Some(output) = &state.output {
@@ -160,6 +137,47 @@ impl<C, B, O> Handler<C, B, O> for OutputHandler<B, O> {
         }
         for (name, knob) in &self.knobs {
             self.log(name, &knob.get()?.into(), step)?;
+        }
+        Ok(())
+    }
+
+    fn title(&self) -> String {
+        format!("logger of {}", if self.tag.is_empty() { "outputs" } else { &self.tag })
+    }
+}
+
+impl<C, B, O> Handler<C, B, O> for OutputHandler<B, O> {
+    fn name(&self) -> String {
+        self.title()
+    }
+
+    fn ranks(&self) -> Ranks {
+        Ranks::Main
+    }
+
+    fn events(&self) -> Events {
+        with_ends(&self.events)
+    }
+
+    fn priority(&self) -> Priority {
+        Priority::Last
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        self.logger.logs()
+    }
+
+    fn call(
+        &mut self,
+        event: Event,
+        _cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        attend(&*self.logger, &self.events, event, engine, |engine| {
+            self.log_all(event, &engine.state)
+        })?;
+        if let Which::Named(names) = &self.metrics {
+            names.warn_at_end(&self.title(), event, engine);
         }
         Ok(())
     }

@@ -4,8 +4,8 @@
 use tch::nn::VarStore;
 use tch::{Device, Tensor};
 
-use super::{Histogram, Logger, step_at, tagged};
-use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks};
+use super::{Histogram, Logger, attend, step_at, tagged, with_ends};
+use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks};
 use crate::handlers::parameters::Parameters;
 
 macro_rules! handler {
@@ -51,11 +51,15 @@ macro_rules! handler {
             }
 
             fn events(&self) -> Events {
-                self.events.clone()
+                with_ends(&self.events)
             }
 
             fn priority(&self) -> Priority {
                 Priority::Last
+            }
+
+            fn logs(&self) -> Vec<Box<dyn Log>> {
+                self.logger.logs()
             }
 
             fn call(
@@ -64,9 +68,11 @@ macro_rules! handler {
                 _cx: &mut C,
                 engine: &mut Engine<'_, C, B, O>,
             ) -> anyhow::Result<()> {
-                let step = step_at(event, &engine.state);
-                let tag = tagged(&self.tag, $kind);
-                $log(&*self.logger, &tag, &self.parameters, $gradients, step)
+                attend(&*self.logger, &self.events, event, engine, |engine| {
+                    let step = step_at(event, &engine.state);
+                    let tag = tagged(&self.tag, $kind);
+                    $log(&*self.logger, &tag, &self.parameters, $gradients, step)
+                })
             }
         }
     };

@@ -8,11 +8,14 @@ use serde_json::Value;
 use super::chart::{self, COLOURS, colour, escaped, short};
 use super::curve::Curve;
 use super::flat;
+use super::run_folder::TAGS;
 
 /// What the page shows.
 pub(super) struct Report<'r> {
     pub(super) title: &'r str,
     pub(super) curves: &'r BTreeMap<String, Curve>,
+    /// There are tags besides those of the curves.
+    pub(super) has_more: bool,
     pub(super) config: &'r Value,
     pub(super) environment: &'r [(&'static str, String)],
     pub(super) times: &'r [(&'static str, String)],
@@ -174,7 +177,14 @@ fn body(page: &mut String, report: &Report<'_>) -> std::fmt::Result {
             writeln!(page, "</figure>")?;
         }
     }
-    writeln!(page, "</div><div class=\"columns\">")?;
+    writeln!(page, "</div>")?;
+    if report.has_more {
+        writeln!(
+            page,
+            "<p>These are the first {TAGS} tags; the others are in <code>scalars.csv</code>.</p>"
+        )?;
+    }
+    writeln!(page, "<div class=\"columns\">")?;
     // It is JSON already.
     let config = flat::values(report.config).unwrap_or_default().into_iter();
     let config: Vec<_> = config
@@ -243,6 +253,7 @@ mod tests {
         let report = Report {
             title: "a & b",
             curves: &curves,
+            has_more: false,
             config: &Value::Null,
             environment: &[],
             times: &[],

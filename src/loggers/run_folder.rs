@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,9 +15,13 @@ use super::report::{self, Report};
 use super::{
     CsvLogger, Histogram, HyperParameter, Image, JsonLinesLogger, Logger, TensorBoard, flat,
 };
-use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks, State};
-use crate::handlers::files::write_whole;
+use crate::checkpoint::Folder;
+use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks, State};
+use crate::handlers::files::{open_file, write_whole};
 use crate::{Error, Result};
+
+/// So many tags are in the report: a file can hold any number.
+pub(super) const TAGS: usize = 1000;
 
 /// The report is written anew at the end of an epoch when it is this old.
 const PERIOD: Duration = Duration::from_secs(10);
@@ -34,14 +38,18 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// Clones share the files. Attached, it keeps the times of the epochs, flushes all files at their
 /// end, and writes the report: at the end of the run, however it ends, and at the end of epochs, every
 /// ten seconds at most. Files are appended to where the folder has them, so that a run that goes on
-/// has one record and one report; steps that are done again replace the old ones in the report.
+/// has one record and one report, with each step once: see [`loggers`](super). A run that starts anew leaves the tables of
+/// earlier processes beside, as `scalars.csv.1` and so on, and its report shows itself alone. One process at a time may have
+/// the folder; [`Checkpoint`](crate::checkpoint::Checkpoint) may write to it too.
 ///
-/// Memory: 16 bytes a scalar, up to 4000 for each tag.
+/// Memory: 16 bytes a scalar, up to 4000 for each tag and 1000 tags; the report says where there are more.
 ///
 /// [`loggers`](super) shows it at work.
 #[derive(Clone)]
 pub struct RunFolder {
     path: PathBuf,
+    /// Locked against other processes.
+    folder: Arc<Folder>,
     board: TensorBoard,
     csv: CsvLogger,
     json: JsonLinesLogger,
@@ -51,6 +59,8 @@ pub struct RunFolder {
 #[derive(Default)]
 struct Record {
     curves: BTreeMap<String, Curve>,
+    /// There are more tags than the report shows.
+    has_more: bool,
     config: Value,
     times: Times,
     written: Option<Instant>,
@@ -68,26 +78,19 @@ impl RunFolder {
     /// Opens the folder, and makes it where there is none.
     ///
     /// # Errors
-    /// It cannot be made, or not be written to; the text has the path.
+    /// It cannot be made, or not be written to, or another process has it; the text has the path.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
-        let json = path.join("scalars.jsonl");
-        let mut record = Record::default();
-        match fs::read_to_string(&json) {
-            Ok(text) => {
-                for (tag, step, value) in text.lines().filter_map(scalar_of) {
-                    record.push(&tag, value, step);
-                }
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(Error::Io { path: json, source }),
-        }
+        let folder = Folder::open(&path, true)?;
+        let json = JsonLinesLogger::open(path.join("scalars.jsonl"))?;
+        let mut record = recorded(&json)?;
         if let Ok(text) = fs::read_to_string(path.join("config.json")) {
             record.config = serde_json::from_str(&text).unwrap_or_default();
         }
         Ok(Self {
             csv: CsvLogger::open(path.join("scalars.csv"))?,
-            json: JsonLinesLogger::open(json)?,
+            json,
+            folder,
             board: TensorBoard::create(&path)?,
             record: Arc::new(Mutex::new(record)),
             path,
@@ -111,6 +114,7 @@ impl RunFolder {
     /// It cannot be written as JSON, or the file cannot be written.
     pub fn config(&self, config: &impl Serialize) -> Result<()> {
         let value = flat::to_json(config)?;
+        self.folder.check()?;
         write_whole(&self.path.join("config.json"), |file| writeln!(file, "{value:#}"))?;
         let parameters = flat::values(&value)?;
         let parameters = parameters.iter().map(|(name, value)| {
@@ -131,6 +135,7 @@ impl RunFolder {
 
     /// Writes `report.html` as of now, whole or not at all.
     pub fn write_report(&self) -> Result<()> {
+        self.folder.check()?;
         let html = {
             let mut record = self.record();
             record.written = Some(Instant::now());
@@ -138,6 +143,7 @@ impl RunFolder {
             report::html(&Report {
                 title: &title,
                 curves: &record.curves,
+                has_more: record.has_more,
                 config: &record.config,
                 environment: &environment(),
                 times: &record.times.rows(),
@@ -146,15 +152,64 @@ impl RunFolder {
         write_whole(&self.path.join("report.html"), |file| file.write_all(html.as_bytes()))
     }
 
+    /// Takes the curves from the file.
+    fn record_anew(&self) -> Result<()> {
+        let Record { curves, has_more, .. } = recorded(&self.json)?;
+        let mut record = self.record();
+        (record.curves, record.has_more) = (curves, has_more);
+        Ok(())
+    }
+
     fn record(&self) -> MutexGuard<'_, Record> {
         self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+/// The curves of the scalars in a file of JSON lines. Longer lines hold texts, or nothing of ours.
+fn recorded(json: &JsonLinesLogger) -> Result<Record> {
+    const LONGEST: u64 = 10_000;
+    let path = json.path();
+    let mut record = Record::default();
+    let mut read = || {
+        let (mut file, mut line) = (BufReader::new(open_file(&path)?), vec![]);
+        while file.by_ref().take(LONGEST).read_until(b'\n', &mut line)? > 0 {
+            let scalar = std::str::from_utf8(&line).ok().and_then(scalar_of);
+            if let Some((tag, step, value)) = scalar {
+                record.push(&tag, value, step);
+            }
+            line.clear();
+        }
+        Ok(())
+    };
+    read().map_err(|source| Error::Io { path: path.clone(), source })?;
+    Ok(record)
+}
+
+/// The JSON lines of a run folder, with the curves of its report.
+struct Curves(RunFolder);
+
+impl Log for Curves {
+    fn path(&self) -> PathBuf {
+        self.0.json.path()
+    }
+
+    fn commit(&self) -> Result<Value> {
+        self.0.json.commit()
+    }
+
+    fn rewind(&self, place: &Value) -> Result<Option<String>> {
+        let rewound = self.0.json.rewind(place)?;
+        self.0.record_anew()?;
+        Ok(rewound)
+    }
+}
+
 impl Record {
     fn push(&mut self, tag: &str, value: f64, step: u64) {
+        let is_full = self.curves.len() >= TAGS;
         match self.curves.get_mut(tag) {
             Some(curve) => curve.push(step, value),
+            None if is_full => self.has_more = true,
             None => self.curves.entry(tag.to_owned()).or_default().push(step, value),
         }
     }
@@ -212,6 +267,7 @@ fn environment() -> Vec<(&'static str, String)> {
     ]
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl Logger for RunFolder {
     fn scalar(&self, tag: &str, value: f64, step: u64) -> Result<()> {
         self.record().push(tag, value, step);
@@ -238,6 +294,23 @@ impl Logger for RunFolder {
         self.json.flush()?;
         self.board.flush()
     }
+
+    fn begin(&self, anew: bool) -> Result<()> {
+        self.csv.begin(anew)?;
+        self.board.begin(anew)?;
+        self.json.begin(anew)?;
+        self.json.flush()?;
+        self.record_anew()?;
+        Ok(())
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![
+            Box::new(self.csv.clone()),
+            Box::new(Curves(self.clone())),
+            Box::new(self.board.clone()),
+        ]
+    }
 }
 
 impl<C, B, O> Handler<C, B, O> for RunFolder {
@@ -258,12 +331,19 @@ impl<C, B, O> Handler<C, B, O> for RunFolder {
         Priority::Last
     }
 
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        Logger::logs(self)
+    }
+
     fn call(
         &mut self,
         event: Event,
         _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
+        if event == Event::Started {
+            self.begin(engine.began_anew())?;
+        }
         let is_due = {
             let mut record = self.record();
             record.times.note(event, &engine.state);
@@ -331,6 +411,55 @@ mod tests {
         again.scalar("training/loss", 9., 3)?;
         let points = again.record().curves["training/loss"].points.clone();
         assert_eq!(points, [(1, 0.5), (2, 0.25), (3, 9.)]);
+        Ok(())
+    }
+
+    #[test]
+    fn the_report_of_any_number_of_tags_is_bounded() -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let mut lines = String::new();
+        for tag in 0..300_000 {
+            lines += &format!("{{\"step\":1,\"tag\":\"{tag:06}\",\"time\":1.5,\"value\":0.5}}\n");
+        }
+        // Nor does a line without an end take more than others.
+        lines += &"x".repeat(1_000_000);
+        fs::write(folder.path().join("scalars.jsonl"), lines)?;
+        let run = RunFolder::create(folder.path())?;
+        run.scalar("one more", 1., 2)?;
+        run.scalar("000001", 9., 2)?;
+        assert_eq!(run.record().curves.len(), TAGS);
+        run.write_report()?;
+        let report = fs::read_to_string(folder.path().join("report.html"))?;
+        assert!(report.contains("the first 1000 tags") && report.contains("000001"));
+        assert!(!report.contains("one more") && report.len() < 5_000_000, "{}", report.len());
+        Ok(())
+    }
+
+    #[test]
+    fn a_folder_that_is_removed_in_a_run_is_an_error_and_is_not_made_again() -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("run");
+        let run = RunFolder::create(&path)?;
+        let mut trainer = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+        trainer.attach(run.clone());
+        let removed = path.clone();
+        trainer
+            .on(Event::IterationCompleted.once(2), move |_, _| Ok(fs::remove_dir_all(&removed)?));
+        let error = trainer.run(&mut (), vec![1.; 3], Until::epochs(1)).unwrap_err();
+        let error = format!("{:#}", anyhow::Error::from(error));
+        assert!(error.contains("removed while it was being written"), "{error}");
+        assert!(run.config(&json!({"lr": 1})).is_err() && run.write_report().is_err());
+        assert!(!path.exists());
+        Ok(())
+    }
+
+    #[test]
+    fn leftovers_of_killed_processes_are_swept() -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let part = folder.path().join("report.html.part-7-1");
+        fs::write(&part, "<html>")?;
+        RunFolder::create(folder.path())?;
+        assert!(!part.exists());
         Ok(())
     }
 

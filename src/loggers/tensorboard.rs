@@ -1,16 +1,27 @@
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
-use super::append::{AppendFile, now};
+use serde_json::{Value, json};
+
+use super::append::{AppendFile, lock, locked, now};
 use super::protobuf::Message;
-use super::{Histogram, Image, Logger};
-use crate::Result;
+use super::{Histogram, Image, Logger, logger_as_handler};
+use crate::engine::Log;
+use crate::handlers::files::make_folder;
+use crate::{Error, Result};
 
 /// Writes an event file that TensorBoard shows: `tensorboard --logdir FOLDER`.
 ///
-/// Clones share one file. Buffered; on disk within seconds, at [`flush`](Logger::flush) and when the
-/// last clone is dropped. Costs per scalar: some 100 bytes, no system call for most.
+/// Clones share one file, and so do writers of the same folder in one process. See [`loggers`](super) for when it is on
+/// the disk. Costs per scalar: some 100 bytes, no system call for most.
+///
+/// Each process has a file of its own in the folder. When an engine is resumed, the files of earlier processes are cut
+/// where its checkpoint was, those from after it are removed, and the new file begins with TensorBoard's mark of a restart
+/// (`SessionLog.START`), by which a server that is running forgets the rest. The same mark, at step 0, lets a run that
+/// starts anew in a folder with other runs hide these; give each run a folder of its own to compare them.
 ///
 /// TensorBoard keeps scalars in f32.
 ///
@@ -30,8 +41,31 @@ use crate::Result;
 /// ```
 #[derive(Clone)]
 pub struct TensorBoard {
-    file: Arc<Mutex<AppendFile>>,
+    board: Arc<Mutex<Board>>,
 }
+
+/// The event files of a run in a folder, of which the last is open.
+struct Board {
+    /// As the user named it.
+    folder: PathBuf,
+    /// Where it is.
+    place: PathBuf,
+    file: AppendFile,
+    /// Bytes of the version record, which every event file begins with.
+    head: u64,
+    /// What tells the files of this run from those of others: the number of its first file.
+    chain: String,
+    /// The files of earlier processes of this run, with their lengths.
+    earlier: BTreeMap<String, u64>,
+    /// The largest step of all events.
+    last_step: Option<u64>,
+    /// Which run the file is of is known.
+    settled: bool,
+}
+
+static OPEN: LazyLock<Mutex<HashMap<PathBuf, Weak<Mutex<Board>>>>> = LazyLock::new(Mutex::default);
+
+const PREFIX: &str = "events.out.tfevents.";
 
 /// The value of a hyper-parameter, for [`TensorBoard::hparams`].
 #[derive(Debug, Clone, PartialEq)]
@@ -68,6 +102,9 @@ mod field {
     pub const EVENT_STEP: u64 = 2;
     pub const EVENT_FILE_VERSION: u64 = 3;
     pub const EVENT_SUMMARY: u64 = 5;
+    pub const EVENT_SESSION_LOG: u64 = 7;
+    pub const SESSION_STATUS: u64 = 1;
+    pub const SESSION_START: u64 = 1;
     pub const SUMMARY_VALUE: u64 = 1;
     pub const VALUE_TAG: u64 = 1;
     pub const VALUE_SIMPLE_VALUE: u64 = 2;
@@ -114,29 +151,192 @@ fn plugin(name: &str, content: Message) -> Message {
     Message::new().message(field::METADATA_PLUGIN_DATA, data)
 }
 
+/// The numbers in the name of an event file of this crate: seconds, process, and number in the process.
+fn numbers(name: &str) -> Option<[&str; 3]> {
+    let mut parts = name.strip_prefix(PREFIX)?.split('.');
+    let numbers = [parts.next()?, parts.next()?, parts.next()?];
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let is_ours = numbers.iter().all(|number| digits(number))
+        && parts.next().is_none_or(|chain| chain.split('-').all(digits))
+        && parts.next().is_none();
+    is_ours.then_some(numbers)
+}
+
+/// The seconds in the name of any event file.
+fn seconds(name: &str) -> Option<u64> {
+    let seconds = name.strip_prefix(PREFIX)?.split('.').next()?.parse().ok()?;
+    // Beyond that it is no time, and no name could follow.
+    (seconds < 9_999_999_999).then_some(seconds)
+}
+
+/// The names of all event files in a folder.
+fn event_files(folder: &Path) -> Result<Vec<String>> {
+    let io = |source| Error::Io { path: folder.to_owned(), source };
+    let mut names = vec![];
+    for entry in fs::read_dir(folder).map_err(io)? {
+        names.extend(entry.map_err(io)?.file_name().into_string());
+    }
+    names.retain(|name| name.starts_with(PREFIX));
+    Ok(names)
+}
+
+/// The mark of a restart: events of this step and of later ones do not count.
+fn restart(step: u64) -> Vec<u8> {
+    let start = Message::new().uint(field::SESSION_STATUS, field::SESSION_START);
+    let event = Message::new().double(field::EVENT_WALL_TIME, now()).uint(field::EVENT_STEP, step);
+    record(&event.message(field::EVENT_SESSION_LOG, start).into_bytes())
+}
+
+impl Board {
+    fn create(folder: &Path, place: PathBuf) -> Result<Self> {
+        static FILES: AtomicU64 = AtomicU64::new(0);
+        let begun = now();
+        // TensorBoard takes the files of a folder in the order of their names.
+        let newest = event_files(&place)?.iter().filter_map(|name| seconds(name)).max();
+        let time = (begun as u64).max(newest.map_or(0, |newest| newest + 1));
+        let (file, chain) = loop {
+            let number = FILES.fetch_add(1, Ordering::Relaxed);
+            let (id, name) = (std::process::id(), format!("{PREFIX}{time:010}"));
+            if let Some(file) = AppendFile::create(&folder.join(format!("{name}.{id}.{number}")))? {
+                break (file, format!("{time:010}-{id}-{number}"));
+            }
+        };
+        let earlier = BTreeMap::new();
+        let folder = folder.to_owned();
+        let mut board =
+            Self { folder, place, file, head: 0, chain, earlier, last_step: None, settled: false };
+        let event = Message::new().double(field::EVENT_WALL_TIME, begun);
+        board.write(event.string(field::EVENT_FILE_VERSION, "brain.Event:2"))?;
+        board.file.flush()?;
+        board.head = board.file.len();
+        Ok(board)
+    }
+
+    fn write(&mut self, event: Message) -> Result<()> {
+        self.file.write(&record(&event.into_bytes()))
+    }
+
+    fn name(&self) -> String {
+        let name = self.file.place().file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+
+    fn begin(&mut self, anew: bool) -> Result<()> {
+        if std::mem::replace(&mut self.settled, true) || !anew {
+            return Ok(());
+        }
+        let own = self.name();
+        let others = event_files(&self.place)?;
+        if others.iter().any(|name| *name != own && numbers(name).is_some()) {
+            // Before what was logged until now.
+            let tail = self.file.tail(self.head)?;
+            self.file.cut(self.head)?;
+            self.file.write(&restart(0))?;
+            self.file.write(&tail)?;
+            self.file.flush()?;
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self) -> Result<Value> {
+        self.file.sync()?;
+        let mut files = self.earlier.clone();
+        files.insert(self.name(), self.file.len());
+        Ok(json!({"run": self.chain, "files": files, "last step": self.last_step}))
+    }
+
+    fn rewind(&mut self, place: &Value) -> Result<Option<String>> {
+        let of_others = || Ok(Some("the checkpoint has no place in event files".into()));
+        let (Some(chain), Some(files)) = (place["run"].as_str(), place["files"].as_object()) else {
+            return of_others();
+        };
+        let mut kept = BTreeMap::new();
+        for (name, bytes) in files {
+            match bytes.as_u64() {
+                // They are cut: nothing outside the folder may be named.
+                Some(bytes) if numbers(name).is_some() => kept.insert(name.clone(), bytes),
+                _ => return of_others(),
+            };
+        }
+        self.settled = true;
+        let path = |name: &str| self.place.join(name);
+        let has = |(name, bytes): (&String, &u64)| {
+            fs::metadata(path(name)).is_ok_and(|file| file.is_file() && file.len() >= *bytes)
+        };
+        if !kept.iter().all(has) {
+            return Ok(Some(format!(
+                "{} has not the event files that the checkpoint's run had logged to",
+                self.folder.display()
+            )));
+        }
+        self.file.flush()?;
+        let (own, suffix) = (self.name(), format!(".{chain}"));
+        let after: Vec<_> = event_files(&self.place)?
+            .into_iter()
+            .filter(|name| numbers(name).is_some() && name.ends_with(&suffix))
+            .filter(|name| *name != own && !kept.contains_key(name))
+            .collect();
+        // All are locked before any is changed.
+        let mut cuts = vec![];
+        for (name, bytes) in kept.iter().filter(|(name, _)| **name != own) {
+            cuts.push((path(name), Some(*bytes)));
+        }
+        cuts.extend(after.iter().map(|name| (path(name), None)));
+        let mut locks = vec![];
+        for (path, _) in &cuts {
+            let io = |source| Error::Io { path: path.clone(), source };
+            let file = OpenOptions::new().append(true).open(path).map_err(io)?;
+            lock(&file, path)?;
+            locks.push(file);
+        }
+        for ((path, bytes), file) in cuts.iter().zip(&locks) {
+            let done = match bytes {
+                Some(bytes) => file.set_len(*bytes).and_then(|()| file.sync_data()),
+                None => fs::remove_file(path),
+            };
+            done.map_err(|source| Error::Io { path: path.clone(), source })?;
+        }
+        let last_step = place["last step"].as_u64();
+        match kept.remove(&own) {
+            Some(bytes) => self.file.cut(bytes)?,
+            None => {
+                // What this process logged before is in the files of the run it goes on with.
+                self.file.cut(self.head)?;
+                let newest = kept.keys().filter_map(|name| seconds(name)).max();
+                let time = (now() as u64).max(newest.map_or(0, |newest| newest + 1));
+                if let Some([_, id, number]) = numbers(&own) {
+                    let name = format!("{PREFIX}{time:010}.{id}.{number}{suffix}");
+                    self.file.rename(&name)?;
+                }
+            }
+        }
+        (self.chain, self.earlier, self.last_step) = (chain.to_owned(), kept, last_step);
+        self.file.write(&restart(last_step.map_or(0, |step| step.saturating_add(1))))?;
+        self.file.flush()?;
+        Ok(None)
+    }
+}
+
 impl TensorBoard {
-    /// A new event file in this folder, which is made where it is missing.
+    /// A new event file in this folder, which is made where it is missing; where this process writes to the folder already,
+    /// the file that is open.
     ///
     /// # Errors
     /// The file cannot be made; the text has its path.
     pub fn create(folder: impl AsRef<Path>) -> Result<Self> {
-        // TensorBoard takes the files of a folder in the order of their names.
-        static FILES: AtomicU64 = AtomicU64::new(0);
-        let number = FILES.fetch_add(1, Ordering::Relaxed);
-        let begun = now();
-        let id = std::process::id();
-        let name = format!("events.out.tfevents.{:010}.{id}.{number}", begun as u64);
-        let (file, _) = AppendFile::open(&folder.as_ref().join(name))?;
-        let board = Self { file: Arc::new(Mutex::new(file)) };
-        let event = Message::new().double(field::EVENT_WALL_TIME, begun);
-        board.write(event.string(field::EVENT_FILE_VERSION, "brain.Event:2"))?;
-        board.flush()?;
-        Ok(board)
-    }
-
-    fn write(&self, event: Message) -> Result<()> {
-        let record = record(&event.into_bytes());
-        self.file.lock().unwrap_or_else(PoisonError::into_inner).write(&record)
+        let folder = folder.as_ref();
+        let io = |source| Error::Io { path: folder.to_owned(), source };
+        make_folder(folder).map_err(io)?;
+        let name = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let place = fs::canonicalize(name).map_err(io)?;
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|_, board| board.strong_count() > 0);
+        if let Some(board) = open.get(&place).and_then(Weak::upgrade) {
+            return Ok(Self { board });
+        }
+        let board = Arc::new(Mutex::new(Board::create(folder, place.clone())?));
+        open.insert(place, Arc::downgrade(&board));
+        Ok(Self { board })
     }
 
     fn value(&self, tag: &str, step: u64, with: impl FnOnce(Message) -> Message) -> Result<()> {
@@ -144,7 +344,9 @@ impl TensorBoard {
         let summary = Message::new().message(field::SUMMARY_VALUE, value);
         let event = Message::new().double(field::EVENT_WALL_TIME, now());
         let event = event.uint(field::EVENT_STEP, step);
-        self.write(event.message(field::EVENT_SUMMARY, summary))
+        let mut board = locked(&self.board);
+        board.last_step = board.last_step.max(Some(step));
+        board.write(event.message(field::EVENT_SUMMARY, summary))
     }
 
     /// What TensorBoard's HPARAMS page compares runs by: the hyper-parameters of this one, and the
@@ -228,9 +430,33 @@ impl Logger for TensorBoard {
     }
 
     fn flush(&self) -> Result<()> {
-        self.file.lock().unwrap_or_else(PoisonError::into_inner).flush()
+        locked(&self.board).file.flush()
+    }
+
+    fn begin(&self, anew: bool) -> Result<()> {
+        locked(&self.board).begin(anew)
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![Box::new(self.clone())]
     }
 }
+
+impl Log for TensorBoard {
+    fn path(&self) -> PathBuf {
+        locked(&self.board).place.join("events")
+    }
+
+    fn commit(&self) -> Result<Value> {
+        locked(&self.board).commit()
+    }
+
+    fn rewind(&self, place: &Value) -> Result<Option<String>> {
+        locked(&self.board).rewind(place)
+    }
+}
+
+logger_as_handler!(TensorBoard, "TensorBoard logger");
 
 #[cfg(test)]
 mod tests {
@@ -243,11 +469,15 @@ mod tests {
     use super::super::protobuf::reader::{Field, fields, inner};
     use super::*;
 
-    /// The records of all event files of a folder; their sums are checked.
-    fn records(folder: &Path) -> Result<Vec<Vec<u8>>> {
+    /// The records of an event file, or of all of a folder; their sums are checked.
+    fn records(path: &Path) -> Result<Vec<Vec<u8>>> {
         let mut records = vec![];
-        for file in std::fs::read_dir(folder)? {
-            let bytes = std::fs::read(file?.path())?;
+        let files = match path.is_dir() {
+            true => event_files(path)?.iter().map(|name| path.join(name)).collect(),
+            false => vec![path.to_owned()],
+        };
+        for file in files {
+            let bytes = std::fs::read(file)?;
             let mut rest = bytes.as_slice();
             while !rest.is_empty() {
                 let (length, after) = rest.split_first_chunk::<8>().context("a length")?;
@@ -271,6 +501,79 @@ mod tests {
             masked_crc(&[0; 32]),
             (0x8a91_36aau32.rotate_right(15)).wrapping_add(0xa282_ead8)
         );
+    }
+
+    /// Steps of all events but those that a mark of a restart takes back.
+    fn steps(folder: &Path) -> Result<Vec<u64>> {
+        let mut files = event_files(folder)?;
+        files.sort();
+        let mut steps = vec![];
+        for file in files {
+            for record in records(&folder.join(file))? {
+                let event = fields(&record);
+                let step = event.iter().find_map(|(number, value)| match value {
+                    Field::Uint(step) if *number == field::EVENT_STEP => Some(*step),
+                    _ => None,
+                });
+                let has = |number| event.iter().any(|(field, _)| *field == number);
+                if has(field::EVENT_SESSION_LOG) {
+                    steps.retain(|earlier| *earlier < step.unwrap_or(0));
+                } else if has(field::EVENT_SUMMARY) {
+                    steps.push(step.unwrap_or(0));
+                }
+            }
+        }
+        Ok(steps)
+    }
+
+    #[test]
+    fn what_came_after_a_checkpoint_is_taken_back_in_whatever_file_it_is() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let log = |board: &TensorBoard, mut steps: std::ops::RangeInclusive<u64>| {
+            steps.try_for_each(|step| board.scalar("loss", 0., step))
+        };
+        // A process that was killed before its first checkpoint.
+        log(&TensorBoard::create(folder.path())?, 1..=3)?;
+        let first = TensorBoard::create(folder.path())?;
+        first.text("note", "before the run", 0)?;
+        first.begin(true)?;
+        log(&first, 1..=5)?;
+        let at_five = first.commit()?;
+        log(&first, 6..=9)?;
+        drop(first);
+        assert_eq!(steps(folder.path())?, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+
+        // One that was killed before its next.
+        let second = TensorBoard::create(folder.path())?;
+        second.text("note", "before the run", 0)?;
+        ensure!(second.rewind(&at_five)?.is_none());
+        log(&second, 6..=20)?;
+        drop(second);
+
+        let third = TensorBoard::create(folder.path())?;
+        ensure!(third.rewind(&at_five)?.is_none());
+        log(&third, 6..=7)?;
+        let at_seven = third.commit()?;
+        log(&third, 8..=8)?;
+        // In the same process, back and forth.
+        ensure!(third.rewind(&at_seven)?.is_none());
+        log(&third, 8..=9)?;
+        third.flush()?;
+        assert_eq!(steps(folder.path())?, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        ensure!(third.rewind(&at_five)?.is_none());
+        third.flush()?;
+        assert_eq!(steps(folder.path())?, [0, 1, 2, 3, 4, 5]);
+        // The checkpoint is of later than all there is.
+        ensure!(third.rewind(&at_seven)?.is_some());
+
+        let elsewhere = tempfile::tempdir()?;
+        let other = TensorBoard::create(elsewhere.path())?;
+        let why = other.rewind(&at_seven)?.context("a reason")?;
+        assert!(why.contains("has not the event files"), "{why}");
+        for odd in [json!(1), json!({"run": "1", "files": {"../x": 1}, "last step": 1})] {
+            ensure!(other.rewind(&odd)?.is_some());
+        }
+        Ok(())
     }
 
     fn everything(folder: &Path) -> Result<()> {

@@ -1,9 +1,11 @@
+use std::collections::HashSet;
+
 use super::{Accumulated, Metric};
-use crate::Result;
 use crate::engine::MetricValue;
+use crate::{Error, Result};
 
 /// Several metrics attached as one: ignite's `MetricGroup`. In `state.metrics` each is under
-/// `group/name`.
+/// `group/name`. Two of one name are refused.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -62,26 +64,66 @@ impl<O> Metric<O> for MetricGroup<'_, O> {
         let value = |(name, metric): &(String, Box<dyn Metric<O> + '_>)| {
             Ok((name.clone(), metric.compute()?))
         };
-        Ok(MetricValue::Named(self.metrics.iter().map(value).collect::<anyhow::Result<_>>()?))
+        let values = self.metrics.iter().map(value).collect::<anyhow::Result<Vec<_>>>()?;
+        let mut names = HashSet::new();
+        for (name, value) in &values {
+            check_distinct(name, value, &mut names)?;
+        }
+        Ok(MetricValue::Named(values))
     }
 
     fn validate(&self) -> Result<()> {
-        self.metrics.iter().try_for_each(|(_, metric)| metric.validate())
+        let mut names = HashSet::new();
+        for (name, metric) in &self.metrics {
+            if !names.insert(name) {
+                return Err(Error::invalid(format!(
+                    "two metrics of a group are named '{name}': give each a name of its own"
+                )));
+            }
+            metric.validate()?;
+        }
+        Ok(())
     }
 
     fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
         let mut state = vec![];
         for (name, metric) in &self.metrics {
             for part in metric.state()? {
-                state.push(Accumulated { name: format!("{name}/{}", part.name), ..part });
+                let name = format!("{}/{}", prefix(name), part.name);
+                state.push(Accumulated { name, ..part });
             }
         }
         Ok(state)
     }
 
     fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
-        self.metrics
-            .iter_mut()
-            .try_for_each(|(name, metric)| metric.load_state(&Accumulated::within(state, name)))
+        self.metrics.iter_mut().try_for_each(|(name, metric)| {
+            metric.load_state(&Accumulated::within(state, &prefix(name)))
+        })
+    }
+}
+
+/// What the parts of a metric begin with. Without slashes, so that those of `a` and `a/b` are told apart.
+fn prefix(name: &str) -> String {
+    name.replace('%', "%25").replace('/', "%2F")
+}
+
+/// Values are kept under `group/name/part`: no two may meet there.
+fn check_distinct(
+    name: &str,
+    value: &MetricValue,
+    names: &mut HashSet<String>,
+) -> anyhow::Result<()> {
+    match value {
+        MetricValue::Named(parts) => parts
+            .iter()
+            .try_for_each(|(part, value)| check_distinct(&format!("{name}/{part}"), value, names)),
+        _ => {
+            anyhow::ensure!(
+                names.insert(name.to_owned()),
+                "two metrics of a group have a value '{name}': rename one of them"
+            );
+            Ok(())
+        }
     }
 }

@@ -1,6 +1,6 @@
 use super::{Accumulated, Metric, Reduce, exchange};
 use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, FilteredEvent, Handler, MetricValue};
+use crate::engine::{Engine, Event, Events, FilteredEvent, Handler, MetricValue, guarded};
 use crate::{Error, Result};
 
 /// When a metric is reset, updated and computed: ignite's `MetricUsage`.
@@ -48,11 +48,13 @@ pub(crate) struct MetricHandler<M> {
     usage: Usage,
     /// The output of the event that is about to be fired was taken in already.
     updated: bool,
+    /// The state of all ranks, which a checkpoint is to have instead of this rank's.
+    of_all: Option<Vec<Accumulated>>,
 }
 
 impl<M> MetricHandler<M> {
     pub(crate) fn new(name: String, metric: M, usage: Usage) -> Self {
-        Self { name, metric, usage, updated: false }
+        Self { name, metric, usage, updated: false, of_all: None }
     }
 }
 
@@ -73,11 +75,17 @@ pub(crate) trait Joins<O> {
     /// What it has accumulated.
     fn parts(&self) -> anyhow::Result<Vec<Accumulated>>;
 
-    /// Goes to this state.
-    fn set_parts(&mut self, parts: &[Accumulated]) -> anyhow::Result<()>;
+    /// The value of the state of all ranks, joined; `None` where nothing is accumulated and the event is not one of its
+    /// own. Its own state, given here, stays.
+    fn value_of(
+        &mut self,
+        event: Event,
+        joined: &[Accumulated],
+        own: &[Accumulated],
+    ) -> anyhow::Result<Option<MetricValue>>;
 
-    /// The value of its state; `None` where nothing is accumulated and the event is not one of its own.
-    fn value(&self, event: Event) -> anyhow::Result<Option<MetricValue>>;
+    /// What a checkpoint has of it from now on, instead of what it has accumulated.
+    fn save_as(&mut self, of_all: Option<Vec<Accumulated>>);
 
     /// After a state that was that of all processes was loaded, on others than the main one: forgets what would be counted
     /// twice. Averages are the same everywhere.
@@ -114,20 +122,41 @@ impl<O, M: Metric<O>> Joins<O> for MetricHandler<M> {
         self.metric.state()
     }
 
-    fn set_parts(&mut self, parts: &[Accumulated]) -> anyhow::Result<()> {
-        self.metric.load_state(parts)
+    fn value_of(
+        &mut self,
+        event: Event,
+        joined: &[Accumulated],
+        own: &[Accumulated],
+    ) -> anyhow::Result<Option<MetricValue>> {
+        if joined.is_empty() {
+            let is_due = self.usage.events().2 == event;
+            return is_due.then(|| self.metric.compute()).transpose();
+        }
+        let value = guarded(|| {
+            self.metric.load_state(joined)?;
+            self.metric.compute()
+        });
+        let back = guarded(|| self.metric.load_state(own));
+        if back.is_err() {
+            // With the state of all, the samples of the other ranks would be counted twice.
+            self.metric.reset();
+        }
+        let value = value?;
+        back.map_err(|error| error.context("its own state could not be put back, and was reset"))?;
+        Ok(Some(value))
     }
 
-    fn value(&self, event: Event) -> anyhow::Result<Option<MetricValue>> {
-        if self.usage.events().2 != event && self.metric.state()?.is_empty() {
-            return Ok(None);
-        }
-        self.metric.compute().map(Some)
+    fn save_as(&mut self, of_all: Option<Vec<Accumulated>>) {
+        self.of_all = of_all;
     }
 
     fn leave_to_main(&mut self) -> anyhow::Result<()> {
-        let rest = exchange::nothing_of(&self.metric.state()?)?;
-        self.metric.load_state(&rest)
+        let rest = self.metric.state().and_then(|state| exchange::nothing_of(&state));
+        let left = rest.and_then(|rest| self.metric.load_state(&rest));
+        if left.is_err() {
+            self.metric.reset();
+        }
+        left
     }
 }
 
@@ -159,11 +188,22 @@ impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
         self.metric.validate()
     }
 
+    fn unique_names(&self) -> Vec<String> {
+        vec![format!("metric '{}'", self.name)]
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
-        let parts = self.metric.state().map_err(|error| Error::State(format!("{error:#}")))?;
+        let own;
+        let parts = match &self.of_all {
+            Some(of_all) => of_all,
+            None => {
+                own = self.metric.state().map_err(|error| Error::State(format!("{error:#}")))?;
+                &own
+            }
+        };
         let mut state = StateDict::new();
         for part in parts {
-            state.set_tensor(&part.name, part.value);
+            state.set_tensor(&part.name, part.value.shallow_clone());
         }
         Ok(Some(state))
     }

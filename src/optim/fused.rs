@@ -2,8 +2,9 @@
 
 use tch::Tensor;
 
-use super::{Optimizer, locked};
-use crate::bridge::{Mode, set_gradient};
+use super::Optimizer;
+use crate::bridge::{Mode, StepError, TensorId};
+use crate::variables::variables;
 use crate::{Error, Result};
 
 impl Optimizer {
@@ -20,7 +21,8 @@ impl Optimizer {
     /// rounds after every operation. On the CPU it is one pass over all parameters in one parallel region;
     /// on CUDA libtorch's fused kernels (RMSprop: its foreach kernels). A parameter that neither takes goes
     /// through the loop: sparse gradients, gradients of another type or with other strides than the
-    /// parameter, memory that is not dense.
+    /// parameter, memory that is not dense. What the loop refuses too (a sparse gradient under Adam) is an
+    /// error that names the parameter, before any parameter is stepped.
     ///
     /// ```
     /// # use tch::{Device, nn};
@@ -48,29 +50,20 @@ impl Optimizer {
     /// 0: both tensors of one element, which are not read where they live on a device.
     pub(crate) fn update(&self, factor: Option<&Tensor>, found_inf: Option<&Tensor>) -> Result<()> {
         self.admit_new()?;
-        self.native(|native| {
-            native.step(factor, found_inf).map_err(|text| Error::libtorch("optimizer step", text))
-        })
-    }
-
-    /// Puts variables that were added to the store since into libtorch's optimizer.
-    pub(super) fn admit_new(&self) -> Result<()> {
-        let Some(new) = self.group_new_variables()? else { return Ok(()) };
-        let failed = |text: String| Error::libtorch("adding variables to the optimizer", text);
-        let mut gradients = vec![];
-        for variable in &locked(&self.shared.variables).trainable_variables {
-            let gradient = variable.tensor.f_grad().map_err(|error| failed(error.to_string()))?;
-            if gradient.defined() {
-                gradients.push((variable.tensor.shallow_clone(), gradient));
-            }
-        }
-        // Of tch's methods that add variables this one changes the least: gradients, which come back.
-        let operation = "adding variables to the optimizer";
-        let added = self.through_tch(operation, &new, |tch| tch.zero_grad());
-        for (parameter, gradient) in &gradients {
-            set_gradient(parameter, Some(gradient)).map_err(failed)?;
-        }
-        added
+        let refused = self.native(|native| Ok(native.step(factor, found_inf).err()))?;
+        let Some(StepError { parameter, text }) = refused else { return Ok(()) };
+        let operation = "optimizer step";
+        let Some(parameter) = parameter else { return Err(Error::libtorch(operation, text)) };
+        let mut variables = variables(&self.shared.variables).into_iter();
+        let name = variables.find(|v| TensorId::of(&v.tensor) == parameter).map(|v| v.name);
+        Err(Error::libtorch(
+            operation,
+            format!(
+                "parameter '{}' of {} cannot be stepped: {text}. No parameter was",
+                name.unwrap_or_default(),
+                self.name()
+            ),
+        ))
     }
 }
 

@@ -122,7 +122,7 @@ impl Gradients {
                 )));
             }
         }
-        let parameters = self.optimizer.parameters_of(&self.groups)?;
+        let parameters = self.optimizer.parameters_of(self.groups.iter().copied())?;
         let _guard = tch::no_grad_guard();
         parameters.iter().try_for_each(|parameter| {
             clip_units(parameter, clipping, eps)

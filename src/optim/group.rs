@@ -1,8 +1,8 @@
 use std::fmt;
 
 use super::hyper::Hyper;
-use super::{Knob, Optimizer, TensorId, locked};
-use crate::{Error, Result};
+use super::{Knob, Optimizer};
+use crate::Result;
 
 /// One parameter group: reads and writes its hyper-parameters in libtorch's optimizer.
 ///
@@ -67,17 +67,12 @@ impl Group {
         self.optimizer.set_hyper(self.index, hyper, value)
     }
 
-    /// Names of the parameters in this group, in libtorch's order.
+    /// Names of the parameters in this group, in libtorch's order, those of variables that were added to the
+    /// store since the last step too. A parameter with several names is there once, by the first of them in
+    /// alphabetical order.
     pub fn parameters(&self) -> Result<Vec<String>> {
-        let ids = self.optimizer.native(|native| {
-            native
-                .parameter_ids(self.index)
-                .map_err(|text| Error::libtorch("reading the group's parameters", text))
-        })?;
-        let variables = locked(&self.optimizer.shared.variables);
-        let names: std::collections::HashMap<_, _> =
-            variables.named_variables.iter().map(|(name, t)| (TensorId::of(t), name)).collect();
-        Ok(ids.iter().map(|id| names.get(id).map_or_else(String::new, |n| n.to_string())).collect())
+        let parameters = self.optimizer.named_parameters_of([self.index])?;
+        Ok(parameters.into_iter().map(|parameter| parameter.name).collect())
     }
 
     /// Learning rate.

@@ -9,6 +9,7 @@ use tch::nn::Variables;
 use super::{listed, locked};
 use crate::bridge::TensorId;
 use crate::engine::guarded;
+use crate::variables::{Variable, variables_in};
 use crate::{Error, Result};
 
 /// A group by the names of its variables.
@@ -50,19 +51,48 @@ impl Grouping {
     }
 
     /// Gives variables from that one on their group's number, until the answer is dropped. The rules
-    /// are asked outside the store's lock.
+    /// are asked outside the store's lock. A variable that the store lists again is in one group.
     pub(super) fn group(&self, variables: &Arc<Mutex<Variables>>, from: usize) -> Result<Grouped> {
-        let names = trainable_names(&locked(variables), from);
-        let until = from + names.len();
+        let (listed, named) = {
+            let variables = locked(variables);
+            let listed = variables.trainable_variables.iter();
+            let listed: Vec<_> = listed.map(|v| (TensorId::of(&v.tensor), v.group)).collect();
+            (listed, variables_in(&variables))
+        };
+        let (until, from) = (listed.len(), from.min(listed.len()));
+        let named: HashMap<_, _> = named.iter().map(|v| (TensorId::of(&v.tensor), v)).collect();
+        let mut first_groups = HashMap::new();
+        let mut tied = vec![];
+        for (index, (id, group)) in listed.iter().enumerate() {
+            let Some(first) = first_groups.insert(*id, *group) else { continue };
+            let Some(variable) = named.get(id).filter(|_| index >= from) else { continue };
+            tied.push(quoted(variable));
+            if matches!(self, Self::Numbers(_)) && first != *group {
+                return Err(Error::invalid(format!(
+                    "{} are names of one parameter, which is in two groups: '{}' and '{}'; put both into one",
+                    quoted(variable),
+                    self.name(first),
+                    self.name(*group)
+                )));
+            }
+        }
         let numbers = match self {
-            Self::Rules(rules) => groups_of(rules, &names)?,
+            Self::Rules(rules) => {
+                let new: Vec<_> =
+                    listed[from..].iter().filter_map(|(id, _)| named.get(id).copied()).collect();
+                groups_of(rules, &new)?
+            }
             Self::Numbers(_) => vec![],
         };
-        let mut grouped = Grouped { variables: variables.clone(), range: from..until, old: vec![] };
-        let mut variables = locked(variables);
-        for (variable, number) in variables.trainable_variables[from..].iter_mut().zip(numbers) {
-            grouped.old.push(std::mem::replace(&mut variable.group, number));
+        let variables = variables.clone();
+        let mut grouped = Grouped { variables, range: from..until, old: vec![], tied };
+        let mut variables = locked(&grouped.variables);
+        if let Some(new) = variables.trainable_variables.get_mut(from..until) {
+            for (variable, number) in new.iter_mut().zip(numbers) {
+                grouped.old.push(std::mem::replace(&mut variable.group, number));
+            }
         }
+        drop(variables);
         Ok(grouped)
     }
 
@@ -82,6 +112,8 @@ pub(super) struct Grouped {
     range: Range<usize>,
     /// Their own numbers.
     old: Vec<usize>,
+    /// For each that the store had listed before, its names.
+    tied: Vec<String>,
 }
 
 impl Grouped {
@@ -89,14 +121,30 @@ impl Grouped {
     pub(super) fn until(&self) -> usize {
         self.range.end
     }
+
+    /// Tells, once they are in the optimizer, which ones the store lists more than once, as PyTorch does of
+    /// a parameter that an optimizer is given twice.
+    pub(super) fn warn_of_tied(&self) {
+        if !self.tied.is_empty() {
+            crate::bridge::warn_once(&format!(
+                "the store lists a tensor more than once as a parameter ({}); the optimizer has it once. Add its second name with trainable = false",
+                listed(&self.tied)
+            ));
+        }
+    }
+}
+
+fn quoted(variable: &Variable) -> String {
+    let names: Vec<_> = variable.names().map(|name| format!("'{name}'")).collect();
+    names.join(" and ")
 }
 
 impl Drop for Grouped {
     fn drop(&mut self) {
         let mut variables = locked(&self.variables);
-        for (variable, old) in
-            variables.trainable_variables[self.range.clone()].iter_mut().zip(&self.old)
-        {
+        // The list may have been taken away in between (`VarStore::merge`).
+        let Some(new) = variables.trainable_variables.get_mut(self.range.clone()) else { return };
+        for (variable, old) in new.iter_mut().zip(&self.old) {
             variable.group = *old;
         }
     }
@@ -107,32 +155,38 @@ pub(super) fn unnamed(index: usize) -> String {
     format!("group_{index}")
 }
 
-fn trainable_names(variables: &Variables, from: usize) -> Vec<String> {
-    let names: HashMap<_, _> =
-        variables.named_variables.iter().map(|(name, t)| (TensorId::of(t), name)).collect();
-    let name = |id| names.get(&id).map_or_else(String::new, |name| name.to_string());
-    variables.trainable_variables[from..].iter().map(|v| name(TensorId::of(&v.tensor))).collect()
-}
-
-fn groups_of(rules: &[GroupRule], names: &[String]) -> Result<Vec<usize>> {
-    let mut found = Vec::with_capacity(names.len());
+fn groups_of(rules: &[GroupRule], variables: &[&Variable]) -> Result<Vec<usize>> {
+    let mut found = Vec::with_capacity(variables.len());
     let mut homeless = vec![];
-    for name in names {
-        let mut fitting = vec![];
+    for variable in variables {
+        // The groups that contain it, each with the name by which it is there.
+        let mut fitting: Vec<(usize, &str)> = vec![];
         for (index, rule) in rules.iter().enumerate() {
-            let contains = guarded(|| Ok((rule.contains)(name))).map_err(|panic| {
-                Error::invalid(format!("the rule of group '{}' {panic} (for '{name}')", rule.name))
-            })?;
-            if contains {
-                fitting.push(index);
+            for name in variable.names() {
+                let contains = guarded(|| Ok((rule.contains)(name))).map_err(|panic| {
+                    Error::invalid(format!(
+                        "the rule of group '{}' {panic} (for '{name}')",
+                        rule.name
+                    ))
+                })?;
+                if contains {
+                    fitting.push((index, name));
+                    break;
+                }
             }
         }
         match fitting[..] {
-            [index] => found.push(index),
-            [] => homeless.push(format!("'{name}'")),
-            [a, b, ..] => {
+            [(index, _)] => found.push(index),
+            [] => homeless.push(quoted(variable)),
+            [(a, name), (b, other_name), ..] if name == other_name => {
                 return Err(Error::invalid(format!(
                     "parameter '{name}' is in two groups: '{}' and '{}'",
+                    rules[a].name, rules[b].name
+                )));
+            }
+            [(a, name), (b, other_name), ..] => {
+                return Err(Error::invalid(format!(
+                    "'{name}' and '{other_name}' are names of one parameter, which is in two groups: '{}' and '{}'; put both into one",
                     rules[a].name, rules[b].name
                 )));
             }

@@ -1,10 +1,10 @@
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 
 use tch::Tensor;
 
-use super::Optimizer;
 use super::hyper::Hyper;
+use super::{Optimizer, locked};
 use crate::checkpoint::StateDict;
 use crate::{Error, Result};
 
@@ -21,7 +21,60 @@ pub struct Knob {
 #[derive(Clone)]
 enum Target {
     Groups { optimizer: Optimizer, group: Option<usize>, hyper: Hyper },
-    Custom { get: Arc<dyn Fn() -> f64 + Send + Sync>, set: Arc<dyn Fn(f64) + Send + Sync> },
+    Custom(Arc<Custom>),
+}
+
+struct Custom {
+    get: Box<dyn Fn() -> f64 + Send + Sync>,
+    set: Box<dyn Fn(f64) + Send + Sync>,
+    reduction: Mutex<Weak<Mutex<f64>>>,
+}
+
+/// By how much a plateau scheduler has lowered a knob of one group. As long as it lives, schedules multiply what they
+/// write to the knob by it. Clones, and reductions of the same knob, share the factor.
+#[derive(Debug, Clone)]
+pub(crate) struct Reduction(Arc<Mutex<f64>>);
+
+impl Reduction {
+    pub(crate) fn get(&self) -> f64 {
+        *locked(&self.0)
+    }
+
+    pub(crate) fn set(&self, factor: f64) {
+        *locked(&self.0) = factor;
+    }
+
+    /// The one that lives, or a new one with factor 1.
+    fn alive(weak: &mut Weak<Mutex<f64>>) -> Self {
+        let alive = weak.upgrade().unwrap_or_else(|| Arc::new(Mutex::new(1.)));
+        *weak = Arc::downgrade(&alive);
+        Self(alive)
+    }
+}
+
+/// The reductions of an optimizer's hyper-parameters, by group.
+#[derive(Default)]
+pub(super) struct Reductions(Mutex<Vec<(usize, Hyper, Weak<Mutex<f64>>)>>);
+
+impl Reductions {
+    /// The factor on a hyper-parameter of a group; 1 where nothing reduces it.
+    fn factor(&self, group: usize, hyper: Hyper) -> f64 {
+        let all = locked(&self.0);
+        let found = all.iter().find(|(of, which, _)| (*of, *which) == (group, hyper));
+        found.and_then(|(_, _, factor)| factor.upgrade()).map_or(1., |factor| *locked(&factor))
+    }
+
+    fn of(&self, group: usize, hyper: Hyper) -> Reduction {
+        let mut all = locked(&self.0);
+        all.retain(|(_, _, factor)| factor.strong_count() > 0);
+        if let Some((_, _, weak)) = all.iter_mut().find(|(g, h, _)| (*g, *h) == (group, hyper)) {
+            return Reduction::alive(weak);
+        }
+        let mut weak = Weak::new();
+        let reduction = Reduction::alive(&mut weak);
+        all.push((group, hyper, weak));
+        reduction
+    }
 }
 
 impl Knob {
@@ -47,10 +100,8 @@ impl Knob {
         get: impl Fn() -> f64 + Send + Sync + 'static,
         set: impl Fn(f64) + Send + Sync + 'static,
     ) -> Self {
-        Self {
-            name: name.into(),
-            target: Target::Custom { get: Arc::new(get), set: Arc::new(set) },
-        }
+        let (get, set, reduction) = (Box::new(get), Box::new(set), Mutex::default());
+        Self { name: name.into(), target: Target::Custom(Arc::new(Custom { get, set, reduction })) }
     }
 
     /// The name of what it turns (`"lr"`).
@@ -62,7 +113,7 @@ impl Knob {
     pub fn group(&self) -> Option<usize> {
         match &self.target {
             Target::Groups { group, .. } => *group,
-            Target::Custom { .. } => None,
+            Target::Custom(_) => None,
         }
     }
 
@@ -81,7 +132,7 @@ impl Knob {
             Target::Groups { optimizer, group, hyper } => {
                 optimizer.get_hyper(group.unwrap_or(0), *hyper)
             }
-            Target::Custom { get, .. } => Ok(get()),
+            Target::Custom(custom) => Ok((custom.get)()),
         }
     }
 
@@ -106,31 +157,91 @@ impl Knob {
             }
             Target::Groups { optimizer, group: None, hyper } => (0..optimizer.group_count()?)
                 .try_for_each(|index| optimizer.set_hyper(index, *hyper, value)),
-            Target::Custom { set, .. } => {
+            Target::Custom(custom) => {
                 if !value.is_finite() {
                     return Err(Error::invalid(format!(
                         "{} must be finite, but {value} was given",
                         self.name
                     )));
                 }
-                set(value);
+                (custom.set)(value);
                 Ok(())
             }
         }
+    }
+
+    /// Sets a schedule's value times the [`Reduction`] of each group; returns what was set, for the first group where
+    /// it turns all.
+    pub(crate) fn set_scheduled(&self, value: f64) -> Result<f64> {
+        match &self.target {
+            Target::Groups { optimizer, group: Some(index), hyper } => {
+                let value = value * optimizer.shared.reductions.factor(*index, *hyper);
+                optimizer.set_hyper(*index, *hyper, value)?;
+                Ok(value)
+            }
+            Target::Groups { optimizer, group: None, hyper } => {
+                let factor = |index| optimizer.shared.reductions.factor(index, *hyper);
+                for index in 0..optimizer.group_count()? {
+                    optimizer.set_hyper(index, *hyper, value * factor(index))?;
+                }
+                Ok(value * factor(0))
+            }
+            Target::Custom(custom) => {
+                let reduction = locked(&custom.reduction).upgrade();
+                let value = value * reduction.map_or(1., |factor| *locked(&factor));
+                self.set(value)?;
+                Ok(value)
+            }
+        }
+    }
+
+    /// The factor on what schedules write to it, for a knob of one group or of the user's own.
+    pub(crate) fn reduction(&self) -> Reduction {
+        match &self.target {
+            Target::Groups { optimizer, group, hyper } => {
+                optimizer.shared.reductions.of(group.unwrap_or(0), *hyper)
+            }
+            Target::Custom(custom) => Reduction::alive(&mut locked(&custom.reduction)),
+        }
+    }
+
+    /// Whether both turn the same value, of some group at least. Knobs of the user's own are the same if one is a clone
+    /// of the other.
+    pub(crate) fn overlaps(&self, other: &Self) -> bool {
+        match (&self.target, &other.target) {
+            (
+                Target::Groups { optimizer, group, hyper },
+                Target::Groups { optimizer: others, group: theirs, hyper: which },
+            ) => {
+                let groups = group.zip(*theirs).is_none_or(|(ours, theirs)| ours == theirs);
+                optimizer.is(others) && hyper == which && groups
+            }
+            (Target::Custom(ours), Target::Custom(theirs)) => Arc::ptr_eq(ours, theirs),
+            _ => false,
+        }
+    }
+
+    /// Two schedulers drive it, and only the last to write would count.
+    pub(crate) fn driven_twice(&self, first: &str, second: &str) -> Error {
+        let group = self.group().map_or(String::new(), |group| format!(" of group {group}"));
+        Error::invalid(format!(
+            "schedulers '{first}' and '{second}' both set {}{group}, and only the last to write would count: join the schedules with `first.then(second, events)` or `ChainedScheduler`, give both filtered events, or use ReduceLROnPlateauScheduler, which multiplies",
+            self.name
+        ))
     }
 }
 
 /// Checkpoints hold the values of knobs that belong to no optimizer; a schedule may only change them later.
 impl Knob {
     pub(crate) fn save_value(&self, state: &mut StateDict) -> Result<()> {
-        if let Target::Custom { get, .. } = &self.target {
-            state.set_tensor("knob", Tensor::from(get()));
+        if let Target::Custom(custom) = &self.target {
+            state.set_tensor("knob", Tensor::from((custom.get)()));
         }
         Ok(())
     }
 
     pub(crate) fn load_value(&self, state: &mut StateDict) -> Result<()> {
-        if let Target::Custom { .. } = &self.target {
+        if let Target::Custom(_) = &self.target {
             let value = state.take_tensor("knob")?;
             let value = value
                 .f_double_value(&[])

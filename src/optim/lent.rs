@@ -1,7 +1,7 @@
 use tch::Tensor;
-use tch::nn;
 
 use super::Optimizer;
+use crate::bridge::Native;
 
 /// tch's optimizer, lent out by [`Optimizer::with_tch`](super::Optimizer::with_tch): its methods,
 /// which panic where those of [`Optimizer`] return errors.
@@ -9,12 +9,21 @@ use super::Optimizer;
 /// Not the optimizer itself, which must not be replaced by another.
 pub struct TchOptimizer<'o> {
     optimizer: &'o Optimizer,
-    tch: &'o mut nn::Optimizer,
+    native: &'o mut Native,
 }
 
 impl<'o> TchOptimizer<'o> {
-    pub(super) fn new(optimizer: &'o Optimizer, tch: &'o mut nn::Optimizer) -> Self {
-        Self { optimizer, tch }
+    pub(super) fn new(optimizer: &'o Optimizer, native: &'o mut Native) -> Self {
+        Self { optimizer, native }
+    }
+
+    /// As the optimizer's own methods do, so that tch finds nothing to add.
+    fn admit_new(&mut self) {
+        let new = self.optimizer.group_new_variables().unwrap_or_else(|error| panic!("{error}"));
+        if let Some(new) = new {
+            let admitted = self.optimizer.admit(self.native, &new);
+            admitted.unwrap_or_else(|error| panic!("{error}"));
+        }
     }
 }
 
@@ -22,14 +31,13 @@ macro_rules! forwarded {
     ($($(#[$doc:meta])* $name:ident($($argument:ident: $type:ty),*);)*) => {
         impl TchOptimizer<'_> {
             $($(#[$doc])* pub fn $name(&mut self, $($argument: $type),*) {
-                // For tch to find when it adds them.
-                let _new = self.optimizer.group_new_variables().unwrap_or_else(|e| panic!("{e}"));
-                self.tch.$name($($argument),*)
+                self.admit_new();
+                self.native.tch.$name($($argument),*)
             })*
 
             /// All trainable variables of the store.
             pub fn trainable_variables(&self) -> Vec<Tensor> {
-                self.tch.trainable_variables()
+                self.native.tch.trainable_variables()
             }
         }
     };

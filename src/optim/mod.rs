@@ -16,26 +16,28 @@ mod param_groups;
 mod saved;
 mod snapshot;
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde_json::{Map, Value};
-use tch::nn::{self, OptimizerConfig, VarStore, Variables};
+use tch::nn::{OptimizerConfig, VarStore, Variables};
 use tch::{TchError, Tensor};
 
 pub use builder::{GroupOptions, OptimizerBuilder, lr};
 pub use gradients::Gradients;
 pub use group::Group;
 pub use knob::Knob;
+pub(crate) use knob::Reduction;
 pub use layerwise::layerwise_lr_decay;
 pub use lent::TchOptimizer;
 pub use param_groups::is_bias_or_norm;
 pub use snapshot::OptimizerSnapshot;
 pub(crate) use snapshot::StoreSnapshot;
 
-use crate::bridge::{Kind, Native, TensorId};
+use crate::bridge::{Kind, Native, TensorId, set_gradient};
+use crate::variables::{Variable, variables};
 use crate::{Error, Result};
 use grouping::{Grouped, Grouping};
 use hyper::Hyper;
@@ -62,6 +64,7 @@ struct Shared {
     variables: Arc<Mutex<Variables>>,
     /// The options it was built with, as `"<group>.<option>"`.
     built: OnceLock<Map<String, Value>>,
+    reductions: knob::Reductions,
 }
 
 fn listed(names: &[String]) -> String {
@@ -99,10 +102,16 @@ impl Optimizer {
         // Given back when tch has read them.
         let grouped = grouping.group(variables, 0)?;
         if let Some(group) = grouping.empty_group(&grouped) {
-            return Err(Error::invalid(format!(
-                "group '{group}' has no parameter; the parameters are: {}",
-                listed(&quoted_names(&locked(variables)))
-            )));
+            let names = quoted_names(&locked(variables));
+            return Err(Error::invalid(match names.is_empty() {
+                true => format!(
+                    "group '{group}' has no parameter: the store has no variables yet; make the model before the optimizer, or leave groups out"
+                ),
+                false => format!(
+                    "group '{group}' has no parameter; the parameters are: {}",
+                    listed(&names)
+                ),
+            }));
         }
         let mut native = Native::build(config, vs, lr)
             .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
@@ -121,6 +130,7 @@ impl Optimizer {
                 value.map_err(|text| Error::libtorch("cannot build the optimizer", text))?,
             )?;
         }
+        grouped.warn_of_tied();
         Ok(Self {
             shared: Arc::new(Shared {
                 kind: native.kind,
@@ -129,6 +139,7 @@ impl Optimizer {
                 added: AtomicUsize::new(grouped.until()),
                 variables: variables.clone(),
                 built: OnceLock::new(),
+                reductions: knob::Reductions::default(),
             }),
         })
     }
@@ -182,7 +193,12 @@ impl Optimizer {
         Ok(Knob::of_groups(self.clone(), None, hyper))
     }
 
+    /// Groups there are with the variables that the store has now.
     fn group_count(&self) -> Result<usize> {
+        // Variables do not add to groups by rules.
+        if let Grouping::Numbers(_) = self.shared.grouping {
+            self.admit_new()?;
+        }
         self.native(|native| Ok(native.group_count()))
     }
 
@@ -200,10 +216,9 @@ impl Optimizer {
         let Some(buffer) = self.shared.kind.buffer_of(hyper).filter(|_| value != 0.) else {
             return self.native(|native| native.set(group, hyper as i32, value).map_err(failed));
         };
-        let parameters = self.parameters();
         self.native(|native| {
             if native.get(group, hyper as i32).map_err(failed)? == 0. {
-                native.add_buffer(group, &parameters, buffer).map_err(failed)?;
+                native.add_buffer(group, buffer).map_err(failed)?;
             }
             native.set(group, hyper as i32, value).map_err(failed)
         })
@@ -214,37 +229,43 @@ impl Optimizer {
         self.shared.variables.clone()
     }
 
-    /// The parameters of these groups, as libtorch has them.
-    fn parameters_of(&self, groups: &[usize]) -> Result<Vec<Tensor>> {
+    /// The parameters of these groups, as libtorch has them, new ones among them. Each is there once.
+    fn parameters_of(&self, groups: impl IntoIterator<Item = usize>) -> Result<Vec<Tensor>> {
         self.admit_new()?;
-        let mut ids = HashSet::new();
         self.native(|native| {
+            let mut parameters = vec![];
             for group in groups {
-                ids.extend(
-                    native
-                        .parameter_ids(*group)
-                        .map_err(|text| Error::libtorch("reading the group's parameters", text))?,
-                );
+                let of_group = native.parameters(group);
+                let failed = |text| Error::libtorch("reading the group's parameters", text);
+                parameters.extend(of_group.map_err(failed)?);
             }
-            Ok(())
-        })?;
-        let parameters = self.parameters().into_iter();
-        Ok(parameters.filter(|parameter| ids.contains(&TensorId::of(parameter))).collect())
+            Ok(parameters)
+        })
     }
 
-    fn parameters(&self) -> Vec<Tensor> {
-        let variables = locked(&self.shared.variables);
-        variables.trainable_variables.iter().map(|v| v.tensor.shallow_clone()).collect()
+    /// The parameters of these groups, with their names.
+    fn named_parameters_of(
+        &self,
+        groups: impl IntoIterator<Item = usize>,
+    ) -> Result<Vec<Variable>> {
+        let parameters = self.parameters_of(groups)?;
+        let named = variables(&self.shared.variables).into_iter();
+        let mut named: HashMap<_, _> = named.map(|v| (TensorId::of(&v.tensor), v)).collect();
+        let variable = |tensor: Tensor| {
+            named.remove(&TensorId::of(&tensor)).unwrap_or_else(|| Variable {
+                name: String::new(),
+                other_names: vec![],
+                tensor,
+                trainable: true,
+            })
+        };
+        Ok(parameters.into_iter().map(variable).collect())
     }
 
     /// Sets the gradients of all parameters to none.
     pub fn zero_grad(&self) -> Result<()> {
-        match self.group_new_variables()? {
-            Some(new) => self.through_tch("zero_grad", &new, |tch| tch.zero_grad()),
-            None => self.native(|native| {
-                native.zero_grad().map_err(|text| Error::libtorch("zero_grad", text))
-            }),
-        }
+        self.admit_new()?;
+        self.native(|native| native.zero_grad().map_err(|text| Error::libtorch("zero_grad", text)))
     }
 
     /// One update of all parameters that have a gradient, by [fused steps](Self::set_fused) unless they are
@@ -271,7 +292,7 @@ impl Optimizer {
                 *locked(&self.0.native) = self.1.take();
             }
         }
-        drop(self.group_new_variables()?);
+        self.admit_new()?;
         let native = locked(&self.shared.native).take();
         if native.is_none() {
             return Err(lent_out());
@@ -279,13 +300,14 @@ impl Optimizer {
         let mut lent = Lent(&self.shared, native);
         let native = lent.1.as_mut().ok_or_else(lent_out)?;
         native.settle().map_err(|text| Error::libtorch("reading step counts", text))?;
-        catch_unwind(AssertUnwindSafe(|| call(&mut TchOptimizer::new(self, &mut native.tch))))
+        catch_unwind(AssertUnwindSafe(|| call(&mut TchOptimizer::new(self, native))))
             .map_err(|payload| Error::libtorch("with_tch", crate::panic_message(&*payload)))
     }
 
     /// What libtorch keeps for a parameter, under PyTorch's names (`"step"`, `"exp_avg"`, …); empty
     /// before its first step. The tensors are the optimizer's own: clone them to keep their values.
     pub fn state(&self, parameter: &str) -> Result<Vec<(&'static str, Tensor)>> {
+        self.admit_new()?;
         let tensor = {
             let variables = locked(&self.shared.variables);
             match variables.named_variables.get(parameter) {
@@ -317,24 +339,43 @@ impl Optimizer {
     fn group_new_variables(&self) -> Result<Option<Grouped>> {
         let Shared { grouping, added, variables, .. } = &*self.shared;
         let added = added.load(Ordering::Relaxed);
-        if locked(variables).trainable_variables.len() == added {
+        // Fewer than before: `VarStore::merge` moved them to another store. Those that libtorch has stay.
+        if locked(variables).trainable_variables.len() <= added {
             return Ok(None);
         }
         grouping.group(variables, added).map(Some)
     }
 
-    // Only tch can add variables to its own count; it unwraps the results.
-    fn through_tch(
-        &self,
-        operation: &str,
-        new: &Grouped,
-        call: impl FnOnce(&mut nn::Optimizer),
-    ) -> Result<()> {
-        self.native(|native| {
-            catch_unwind(AssertUnwindSafe(|| call(&mut native.tch)))
-                .map_err(|payload| Error::libtorch(operation, crate::panic_message(&*payload)))
-        })?;
+    /// Puts variables that were added to the store since into libtorch's optimizer. All that reads or
+    /// changes parameters begins with it.
+    fn admit_new(&self) -> Result<()> {
+        match self.group_new_variables()? {
+            Some(new) => self.native(|native| self.admit(native, &new)),
+            None => Ok(()),
+        }
+    }
+
+    fn admit(&self, native: &mut Native, new: &Grouped) -> Result<()> {
+        const OPERATION: &str = "adding variables to the optimizer";
+        let failed = |text: String| Error::libtorch(OPERATION, text);
+        let mut gradients = vec![];
+        for variable in &locked(&self.shared.variables).trainable_variables {
+            let gradient = variable.tensor.f_grad().map_err(|error| failed(error.to_string()))?;
+            if gradient.defined() {
+                gradients.push((variable.tensor.shallow_clone(), gradient));
+            }
+        }
+        // Only tch can add variables to its own count, and it unwraps the results. Of its methods that do,
+        // this one changes the least: gradients, which come back.
+        let added = catch_unwind(AssertUnwindSafe(|| native.tch.zero_grad()))
+            .map_err(|payload| failed(crate::panic_message(&*payload)));
+        for (parameter, gradient) in &gradients {
+            set_gradient(parameter, Some(gradient)).map_err(failed)?;
+        }
+        added?;
+        native.remove_repeated().map_err(failed)?;
         self.shared.added.store(new.until(), Ordering::Relaxed);
+        new.warn_of_tied();
         Ok(())
     }
 }
@@ -351,7 +392,9 @@ impl std::fmt::Debug for Optimizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut debug = f.debug_struct("Optimizer");
         debug.field("name", &self.name());
-        if let Ok(groups) = self.groups() {
+        // Without new variables: they are admitted by what needs them.
+        if let Ok(count) = self.native(|native| Ok(native.group_count())) {
+            let groups: Vec<_> = (0..count).map(|i| Group::new(self.clone(), i)).collect();
             debug.field("groups", &groups);
         }
         debug.finish()

@@ -52,13 +52,13 @@ impl Group {
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
     pub fn freeze(&self) -> Result<()> {
-        let parameters = self.optimizer.parameters_of(&[self.index()])?;
+        let parameters = self.optimizer.parameters_of([self.index()])?;
         parameters.iter().try_for_each(|parameter| self.optimizer.train(parameter, false))
     }
 
     /// Goes on training the group's parameters.
     pub fn unfreeze(&self) -> Result<()> {
-        let parameters = self.optimizer.parameters_of(&[self.index()])?;
+        let parameters = self.optimizer.parameters_of([self.index()])?;
         parameters.iter().try_for_each(|parameter| self.optimizer.train(parameter, true))
     }
 }

@@ -1,14 +1,15 @@
 //! The state of an optimizer for another process, by the names of groups and parameters.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::{Group, Optimizer, TensorId, locked};
+use super::{Group, Optimizer, TensorId};
 use crate::bridge::RawState;
 use crate::checkpoint::{StateDict, Stateful};
+use crate::variables::Variable;
 use crate::{Error, Result};
 
 #[derive(Serialize, Deserialize)]
@@ -18,11 +19,21 @@ struct SavedGroup {
     parameters: Vec<String>,
 }
 
-/// What `load_state_dict` will set, checked.
+/// What loading will set in one parameter.
 struct Checked {
     parameter: Tensor,
     trains: bool,
     state: Option<RawState>,
+}
+
+/// What loading will set, and a line for each thing of the state that does not fit.
+#[derive(Default)]
+struct Fitting {
+    options: Vec<(Group, String, f64)>,
+    parameters: Vec<Checked>,
+    /// Parameters whose state was read in place and does not fit as a whole.
+    spoilt: Vec<Tensor>,
+    misfits: Vec<String>,
 }
 
 /// Every hyper-parameter of every group, and what libtorch keeps for each parameter, under
@@ -33,7 +44,7 @@ impl Stateful for Optimizer {
         let groups = self.groups()?.iter().map(saved_group).collect::<Result<Vec<_>>>()?;
         let (mut steps, mut frozen) = (BTreeMap::new(), vec![]);
         let keys = self.shared.kind.state_names();
-        for (name, parameter) in self.named_parameters() {
+        for Variable { name, tensor: parameter, .. } in self.named_parameters()? {
             let failed = |text| Error::libtorch(format!("reading the state of '{name}'"), text);
             if !parameter.requires_grad() {
                 frozen.push(name.clone());
@@ -63,59 +74,170 @@ impl Stateful for Optimizer {
     }
 
     /// Nothing is changed on error, but for what was read in place.
-    fn load_state_dict(&mut self, mut state: StateDict) -> Result<()> {
+    fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
+        let mut fitting = self.fitting(state)?;
+        match fitting.misfits.is_empty() {
+            true => self.load(fitting),
+            false => Err(Error::State(fitting.misfits.swap_remove(0))),
+        }
+    }
+
+    /// For a model that was changed since: each group's options go by the group's name, each parameter's state
+    /// by the parameter's name. What is not in the state, or does not fit, stays as it is here. The state of a
+    /// parameter is taken as a whole, because a moment without its step count means nothing.
+    ///
+    /// # Errors
+    /// The state is of another optimizer. Nothing is changed then, but for what was read in place.
+    fn load_state_dict_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        let mut fitting = self.fitting(state)?;
+        let misfits = std::mem::take(&mut fitting.misfits);
+        self.load(fitting)?;
+        Ok(misfits)
+    }
+}
+
+impl Optimizer {
+    /// Compares a saved state with what there is here, and changes nothing.
+    fn fitting(&self, mut state: StateDict) -> Result<Fitting> {
         let kind: String = state.value("optimizer")?;
         if kind != self.name() {
             return Err(Error::State(format!("it is of {kind}, and this is {}", self.name())));
         }
-        let saved: Vec<SavedGroup> = state.value("groups")?;
-        let groups = self.groups()?;
-        check_groups(&saved, &groups)?;
-        let steps: BTreeMap<String, Option<i64>> = state.value("steps")?;
+        let mut saved: Vec<SavedGroup> = state.value("groups")?;
+        let mut steps: BTreeMap<String, Option<i64>> = state.value("steps")?;
         let frozen: Vec<String> = state.value("frozen")?;
-        let mut checked = vec![];
-        for (name, parameter) in self.named_parameters() {
-            let step = steps.get(&name);
+        let parameters = self.named_parameters()?;
+        // A parameter with several names may have been saved by another one of them.
+        for parameter in &parameters {
+            for other in &parameter.other_names {
+                for name in saved.iter_mut().flat_map(|group| &mut group.parameters) {
+                    if name == other {
+                        name.clone_from(&parameter.name);
+                    }
+                }
+            }
+        }
+        let groups = self.groups()?;
+        let mut fitting = Fitting::default();
+        fitting.compare_groups(&saved, &groups)?;
+        for Variable { name, other_names, tensor: parameter, .. } in parameters {
+            let names = || std::iter::once(&name).chain(&other_names);
+            let step = names().find_map(|name| steps.remove(name));
+            let trains = !names().any(|name| frozen.contains(name));
+            let is_saved = saved.iter().any(|group| group.parameters.contains(&name));
             let mut tensors = [None, None, None];
-            for (tensor, key) in tensors.iter_mut().zip(self.shared.kind.state_names()) {
-                *tensor = state.tensors.remove(&format!("{name}/{key}"));
-                if let Some(tensor) = tensor.as_mut() {
-                    check_tensor(&name, key, tensor, &parameter)?;
+            let mut misfit = None;
+            for (place, key) in tensors.iter_mut().zip(self.shared.kind.state_names()) {
+                let tensor =
+                    names().find_map(|name| state.tensors.remove(&format!("{name}/{key}")));
+                let Some(tensor) = tensor else { continue };
+                misfit = misfit.or_else(|| tensor_misfit(&name, key, &tensor, &parameter));
+                *place = Some(tensor);
+            }
+            let has_tensors = tensors.iter().any(Option::is_some);
+            let impossible = |step: &Option<i64>| step.is_some_and(|s| !(0..1 << 53).contains(&s));
+            if misfit.is_none() {
+                misfit = match &step {
+                    None if has_tensors => Some(format!("'{name}' has tensors but no step")),
+                    Some(_) if !self.shared.kind.has_needed(&tensors) => {
+                        Some(format!("the state of '{name}' is not complete"))
+                    }
+                    Some(step) if impossible(step) => {
+                        Some(format!("the step of '{name}' is impossible"))
+                    }
+                    _ => None,
+                };
+            }
+            if let Some(misfit) = misfit {
+                fitting.misfits.push(misfit);
+                let own = self.native(|native| {
+                    let failed = |text| Error::libtorch("reading the optimizer's state", text);
+                    native.state(&parameter).map_err(failed)
+                })?;
+                let own = own.into_iter().flat_map(|own| own.tensors).flatten();
+                let own: Vec<_> = own.map(|tensor| TensorId::of(&tensor)).collect();
+                if tensors.iter().flatten().any(|tensor| own.contains(&TensorId::of(tensor))) {
+                    fitting.spoilt.push(parameter);
+                }
+                continue;
+            }
+            if !is_saved {
+                continue;
+            }
+            for (place, key) in tensors.iter_mut().zip(self.shared.kind.state_names()) {
+                if let Some(tensor) = place {
                     *tensor = placed_like(tensor, &parameter).map_err(|error| {
                         Error::libtorch(format!("loading '{name}/{key}'"), error)
                     })?;
                 }
             }
-            if step.is_none() && tensors.iter().any(Option::is_some) {
-                return Err(Error::State(format!("'{name}' has tensors but no step")));
-            }
-            if step.is_some() && !self.shared.kind.has_needed(&tensors) {
-                return Err(Error::State(format!("the state of '{name}' is not complete")));
-            }
-            if step.is_some_and(|step| step.is_some_and(|step| !(0..1 << 53).contains(&step))) {
-                return Err(Error::State(format!("the step of '{name}' is impossible")));
-            }
-            let state = step.map(|step| RawState { step: *step, tensors });
-            checked.push(Checked { trains: !frozen.contains(&name), parameter, state });
+            let state = step.map(|step| RawState { step, tensors });
+            fitting.parameters.push(Checked { parameter, trains, state });
         }
-        if let Some(name) = state.tensors.keys().next() {
-            return Err(Error::State(format!("'{name}' is unknown here")));
+        for (name, tensor) in &state.tensors {
+            let (kind, shape) = (tensor.kind(), tensor.size());
+            fitting.misfits.push(format!("'{name}', {kind:?} of shape {shape:?}, is unknown here"));
         }
-        for (saved, group) in saved.iter().zip(&groups) {
-            for (option, value) in &saved.options {
-                group.set(option, *value)?;
-            }
+        Ok(fitting)
+    }
+
+    fn load(&self, fitting: Fitting) -> Result<()> {
+        for (group, option, value) in &fitting.options {
+            group.set(option, *value)?;
         }
-        for Checked { parameter, trains, .. } in &checked {
+        for Checked { parameter, trains, .. } in &fitting.parameters {
             self.train(parameter, *trains)?;
         }
+        let loaded = fitting.parameters.iter().map(|c| (&c.parameter, c.state.as_ref()));
+        let spoilt = fitting.spoilt.iter().map(|parameter| (parameter, None));
         self.native(|native| {
-            checked.iter().try_for_each(|Checked { parameter, state, .. }| {
+            loaded.chain(spoilt).try_for_each(|(parameter, state)| {
                 native
-                    .set_state(parameter, state.as_ref())
+                    .set_state(parameter, state)
                     .map_err(|text| Error::libtorch("loading the optimizer's state", text))
             })
         })
+    }
+}
+
+impl Fitting {
+    /// Takes the options of groups that are on both sides.
+    fn compare_groups(&mut self, saved: &[SavedGroup], groups: &[Group]) -> Result<()> {
+        let theirs: Vec<_> = saved.iter().map(|group| group.name.clone()).collect();
+        let ours: Vec<_> = groups.iter().map(Group::name).collect();
+        if theirs != ours {
+            self.misfits.push(format!(
+                "its groups are {}, and here they are {}",
+                theirs.join(", "),
+                ours.join(", ")
+            ));
+        }
+        let here: Vec<_> = groups.iter().map(Group::parameters).collect::<Result<_>>()?;
+        for (name, parameters) in ours.iter().zip(&here) {
+            let then = saved.iter().find(|group| group.name == *name);
+            let then: HashSet<_> = then.into_iter().flat_map(|group| &group.parameters).collect();
+            let now: HashSet<_> = parameters.iter().collect();
+            let mut gone: Vec<_> = then.difference(&now).collect();
+            let mut new: Vec<_> = now.difference(&then).collect();
+            gone.sort();
+            new.sort();
+            let gone = gone.iter().map(|p| format!("'{p}' was in group '{name}', and is not here"));
+            let new = new.iter().map(|p| format!("'{p}' is in group '{name}', and was not then"));
+            self.misfits.extend(gone.chain(new));
+        }
+        for saved in saved {
+            let Some(group) = groups.iter().find(|group| group.name() == saved.name) else {
+                continue;
+            };
+            for (option, value) in &saved.options {
+                let known = group.optimizer.shared.kind.hyper(option);
+                match known.and_then(|hyper| hyper.check(*value)) {
+                    Ok(()) => self.options.push((group.clone(), option.clone(), *value)),
+                    Err(error) => self.misfits.push(error.to_string()),
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -143,16 +265,11 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Its parameters with their names, in libtorch's order.
-    fn named_parameters(&self) -> Vec<(String, Tensor)> {
-        let variables = locked(&self.shared.variables);
-        let names: HashMap<_, _> =
-            variables.named_variables.iter().map(|(name, t)| (TensorId::of(t), name)).collect();
-        let named = |tensor: &Tensor| {
-            let name = names.get(&TensorId::of(tensor))?;
-            Some((name.to_string(), tensor.shallow_clone()))
-        };
-        variables.trainable_variables.iter().filter_map(|v| named(&v.tensor)).collect()
+    /// Its parameters that have names, in libtorch's order.
+    fn named_parameters(&self) -> Result<Vec<Variable>> {
+        let mut parameters = self.named_parameters_of(0..self.group_count()?)?;
+        parameters.retain(|parameter| !parameter.name.is_empty());
+        Ok(parameters)
     }
 }
 
@@ -166,49 +283,15 @@ fn saved_group(group: &Group) -> Result<SavedGroup> {
     })
 }
 
-fn check_groups(saved: &[SavedGroup], groups: &[Group]) -> Result<()> {
-    let theirs: Vec<_> = saved.iter().map(|group| group.name.clone()).collect();
-    let ours: Vec<_> = groups.iter().map(Group::name).collect();
-    if theirs != ours {
-        return Err(Error::State(format!(
-            "its groups are {}, and here they are {}",
-            theirs.join(", "),
-            ours.join(", ")
-        )));
-    }
-    for (saved, group) in saved.iter().zip(groups) {
-        let (mut theirs, mut ours) = (saved.parameters.clone(), group.parameters()?);
-        theirs.sort();
-        ours.sort();
-        let only = |a: &[String], b: &[String]| a.iter().find(|name| !b.contains(name)).cloned();
-        if let Some(name) = only(&theirs, &ours) {
-            return Err(Error::State(format!(
-                "'{name}' was in group '{}', and is not here",
-                saved.name
-            )));
-        }
-        if let Some(name) = only(&ours, &theirs) {
-            return Err(Error::State(format!(
-                "'{name}' is in group '{}', and was not then",
-                saved.name
-            )));
-        }
-        for (option, value) in &saved.options {
-            group.optimizer.shared.kind.hyper(option)?.check(*value)?;
-        }
-    }
-    Ok(())
-}
-
-fn check_tensor(name: &str, key: &str, tensor: &Tensor, parameter: &Tensor) -> Result<()> {
+fn tensor_misfit(name: &str, key: &str, tensor: &Tensor, parameter: &Tensor) -> Option<String> {
     if tensor.size() == parameter.size() && tensor.kind() == parameter.kind() {
-        return Ok(());
+        return None;
     }
-    Err(Error::State(format!(
+    Some(format!(
         "'{name}/{key}' is {:?} of shape {:?}, and the parameter is {:?} of shape {:?}",
         tensor.kind(),
         tensor.size(),
         parameter.kind(),
         parameter.size()
-    )))
+    ))
 }

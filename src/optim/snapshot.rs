@@ -7,8 +7,9 @@ use tch::nn::Variables;
 use tch::{TchError, Tensor};
 
 use super::hyper::Hyper;
-use super::{Optimizer, Shared, locked};
+use super::{Optimizer, Shared};
 use crate::bridge::{RawState, set_gradient};
+use crate::variables::Variable;
 use crate::{Error, Result};
 
 /// What an [`Optimizer`] had at one moment: all hyper-parameters of all groups, and what libtorch keeps
@@ -53,7 +54,7 @@ impl Optimizer {
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
     pub fn snapshot(&self) -> Result<OptimizerSnapshot> {
-        let parameters = self.parameters();
+        let parameters = self.parameters_of(0..self.group_count()?)?;
         self.native(|native| {
             let failed = |text| Error::libtorch("copying the optimizer's state", text);
             let hyper = |group, hyper: Hyper| {
@@ -130,12 +131,8 @@ struct Saved {
 impl StoreSnapshot {
     pub(crate) fn of(variables: &Mutex<Variables>) -> Result<Self> {
         let failed = |text: String| Error::libtorch("copying the parameters", text);
-        let named: Vec<_> = {
-            let variables = locked(variables);
-            variables.named_variables.values().map(Tensor::shallow_clone).collect()
-        };
         let mut saved = Self { variables: vec![] };
-        for variable in named {
+        for Variable { tensor: variable, .. } in crate::variables::variables(variables) {
             let value = copy(&variable).map_err(|error| failed(error.to_string()))?;
             let gradient = variable.f_grad().map_err(|error| failed(error.to_string()))?;
             let gradient = gradient.defined().then_some(gradient);

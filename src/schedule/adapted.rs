@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::check::finite;
+use super::check::{finite, starts};
 use super::{AnySchedule, Schedule};
 use crate::Result;
 
@@ -28,7 +28,8 @@ impl Schedule for Scaled {
 
     fn validate(&self) -> Result<()> {
         finite(&[("factor", self.factor)])?;
-        self.schedule.validate()
+        self.schedule.validate()?;
+        starts(self)
     }
 
     fn end(&self) -> Option<(u64, String)> {
@@ -65,7 +66,8 @@ impl Schedule for Skipped {
     }
 
     fn validate(&self) -> Result<()> {
-        self.schedule.validate()
+        self.schedule.validate()?;
+        starts(self)
     }
 
     fn end(&self) -> Option<(u64, String)> {

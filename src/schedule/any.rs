@@ -120,6 +120,14 @@ impl Schedule for AnySchedule {
         self.inner().length()
     }
 
+    fn fits(&self, events: u64) -> Result<()> {
+        self.inner().fits(events)
+    }
+
+    fn simulate_values(&self, events: u64) -> Result<Vec<(u64, f64)>> {
+        self.inner().simulate_values(events)
+    }
+
     fn arguments(&self) -> Option<Value> {
         self.inner().arguments()
     }

@@ -1,6 +1,7 @@
 use serde_json::{Map, Value};
 
-use super::{Schedule, value};
+use super::scheduler::{is_due, with_start};
+use super::{Schedule, load_position, save_position, value};
 use crate::checkpoint::StateDict;
 use crate::data::BatchSize;
 use crate::engine::{Engine, Event, Events, Handler};
@@ -34,6 +35,8 @@ use crate::{Error, Result};
 pub struct BatchSizeScheduler<S> {
     batch_size: BatchSize,
     schedule: S,
+    /// The batch size before the first event.
+    first: u64,
     events_done: u64,
     events: Events,
 }
@@ -42,7 +45,8 @@ impl<S: Schedule> BatchSizeScheduler<S> {
     /// Of this loader (`&loader`) and its clones.
     pub fn new(loader: impl Into<BatchSize>, schedule: S) -> Self {
         let (batch_size, events) = (loader.into(), Event::EpochStarted.into());
-        Self { batch_size, schedule, events_done: 0, events }
+        let first = batch_size.get();
+        Self { batch_size, schedule, first, events_done: 0, events }
     }
 
     /// The position, with the schedule's arguments.
@@ -50,14 +54,19 @@ impl<S: Schedule> BatchSizeScheduler<S> {
         self.schedule.save(self.events_done)
     }
 
-    /// Goes to a saved position; the loader gets the batch size of the last event before it.
+    /// Goes to a saved position; the loader gets the batch size of the last event before it, or the one it
+    /// had when this was made.
     ///
     /// # Errors
     /// A missing key, or a state of a schedule with other arguments; nothing is changed then.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
-        let events = self.schedule.load(state)?;
-        if let Some(last) = events.checked_sub(1) {
-            self.set(last)?;
+        self.go_to(self.schedule.load(state)?)
+    }
+
+    fn go_to(&mut self, events: u64) -> Result<()> {
+        match events.checked_sub(1) {
+            Some(last) => self.set(last)?,
+            None => self.batch_size.set(self.first)?,
         }
         self.events_done = events;
         Ok(())
@@ -73,7 +82,9 @@ impl<S: Schedule> BatchSizeScheduler<S> {
         self.batch_size.set(size as u64)
     }
 
-    /// Acts on these events. The epoch length is only adapted at [`Event::EpochStarted`].
+    /// Acts on these events. Where all of them are fired after the step, value 0 is set when the run begins, as told at
+    /// [`ParamScheduler`](super::ParamScheduler). The epoch length is adapted where epochs begin and end; a change within
+    /// an epoch leaves its length as it is.
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self
@@ -86,7 +97,7 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
     }
 
     fn events(&self) -> Events {
-        self.events.clone()
+        with_start(&self.events, self.events.are_after_step())
     }
 
     fn validate(&self) -> Result<()> {
@@ -94,11 +105,25 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
-        Ok(Some(self.state_dict().into()))
+        let mut state = self.state_dict().into();
+        save_position(&self.schedule, self.events_done, &mut state)?;
+        Ok(Some(state))
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
-        self.load_state_dict(state.values())
+        match load_position(&self.schedule, &state, true)? {
+            Some((events, _)) => self.go_to(events),
+            None => self.load_state_dict(state.values()),
+        }
+    }
+
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        let position = load_position(&self.schedule, &state, false)?;
+        let Some((events, changed)) = position else {
+            return self.load_state_dict(state.values()).map(|()| vec![]);
+        };
+        self.go_to(events)?;
+        Ok(changed.into_iter().collect())
     }
 
     fn call(
@@ -107,8 +132,11 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
         _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
+        if self.events.are_after_step() && !is_due(&self.schedule, event, &mut self.events_done) {
+            return Ok(());
+        }
         self.set(self.events_done)?;
-        if event == Event::EpochStarted {
+        if matches!(event, Event::Started | Event::EpochStarted | Event::EpochCompleted) {
             let (batches, size) = (self.batch_size.batches(), self.batch_size.get());
             anyhow::ensure!(
                 batches > 0,

@@ -1,5 +1,6 @@
 use serde::{Deserialize, Serialize};
 
+use super::check::starts;
 use super::{AnySchedule, Schedule};
 use crate::{Error, Result};
 
@@ -75,7 +76,8 @@ impl Schedule for Concat {
                 self.durations.len()
             )));
         }
-        self.schedules.iter().try_for_each(Schedule::validate)
+        self.schedules.iter().try_for_each(Schedule::validate)?;
+        starts(self)
     }
 
     fn end(&self) -> Option<(u64, String)> {

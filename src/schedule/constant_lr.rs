@@ -59,7 +59,8 @@ impl ConstantLR {
             self.factor > 0. && self.factor <= 1.,
             "above 0 and at most 1",
         )?;
-        finite(&[("base", self.base)])
+        // Its inverse brings the base back.
+        finite(&[("base", self.base), ("1 / factor", 1. / self.factor)])
     }
 }
 

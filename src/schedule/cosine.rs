@@ -3,6 +3,7 @@ use std::f64::consts::PI;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::check::starts;
 use super::cycle::{Cycles, LastCycle, Point, cyclical_arguments, one};
 use super::{ParamScheduler, Schedule};
 use crate::Result;
@@ -71,7 +72,8 @@ impl Schedule for CosineAnnealing {
     }
 
     fn validate(&self) -> Result<()> {
-        self.cycles().validate()
+        self.cycles().validate()?;
+        starts(self)
     }
 
     fn end(&self) -> Option<(u64, String)> {
@@ -80,6 +82,10 @@ impl Schedule for CosineAnnealing {
 
     fn length(&self) -> Option<u64> {
         Some(self.cycle_size)
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
     }
 
     fn save(&self, events: u64) -> Map<String, Value> {

@@ -4,7 +4,7 @@ use std::f64::consts::PI;
 use serde::{Deserialize, Serialize};
 
 use super::Schedule;
-use super::check::{finite, positive};
+use super::check::{finite, positive, starts};
 use crate::Result;
 
 /// Half a cosine wave from `base` to `eta_min`, again and again, each `t_mult` times as long as the
@@ -87,7 +87,8 @@ impl Schedule for CosineAnnealingWarmRestarts {
     fn validate(&self) -> Result<()> {
         positive("T_0", self.t_0)?;
         positive("T_mult", self.t_mult)?;
-        finite(&[("base", self.base), ("eta_min", self.eta_min)])
+        finite(&[("base", self.base), ("eta_min", self.eta_min)])?;
+        starts(self)
     }
 
     fn length(&self) -> Option<u64> {

@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Schedule;
-use super::check::{finite, within};
+use super::check::{finite, starts, within};
 use super::cycle::one;
 use crate::Result;
 
@@ -122,7 +122,12 @@ impl Schedule for CyclicLR {
         let (up, down) = (self.step_size_up, self.step_size_down.unwrap_or(self.step_size_up));
         within("step_size_up", up, up > 0. && up.is_finite(), "positive and finite")?;
         within("step_size_down", down, down > 0. && down.is_finite(), "positive and finite")?;
-        finite(&[("base_lr", self.base_lr), ("max_lr", self.max_lr), ("gamma", self.gamma)])
+        // The place in a cycle is computed with both, so neither may vanish beside the other.
+        let (total, share) = (up + down, up / (up + down));
+        let computes = total.is_finite() && 1. / total < 1e6 && share > 0. && share < 1.;
+        within("step_size_up", up, computes, &format!("comparable with step_size_down ({down})"))?;
+        finite(&[("base_lr", self.base_lr), ("max_lr", self.max_lr), ("gamma", self.gamma)])?;
+        starts(self)
     }
 
     fn length(&self) -> Option<u64> {

@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Schedule;
-use super::check::{finite, positive};
+use super::check::{finite, positive, starts};
 use crate::Result;
 
 /// A linear rise to `peak` in `warmup` events, then `peak * sqrt(warmup / event)`: fairseq's
@@ -34,7 +34,8 @@ impl Schedule for InverseSqrt {
 
     fn validate(&self) -> Result<()> {
         positive("warmup", self.warmup)?;
-        finite(&[("peak", self.peak)])
+        finite(&[("peak", self.peak)])?;
+        starts(self)
     }
 
     fn length(&self) -> Option<u64> {

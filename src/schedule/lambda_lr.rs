@@ -2,7 +2,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::Schedule;
-use super::check::finite;
+use super::check::{finite, starts};
 use super::recurrence::{Recurrence, Walk, recurrent};
 use crate::Result;
 
@@ -34,7 +34,8 @@ impl Schedule for LambdaLR {
     }
 
     fn validate(&self) -> Result<()> {
-        finite(&[("base", self.base)])
+        finite(&[("base", self.base)])?;
+        starts(self)
     }
 }
 

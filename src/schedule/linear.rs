@@ -1,6 +1,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::check::starts;
 use super::cycle::{Cycles, LastCycle, Point, cyclical_arguments, one};
 use super::{ParamScheduler, Schedule};
 use crate::{Error, Result};
@@ -84,7 +85,7 @@ impl Schedule for LinearCyclical {
                 "Invalid combination when warmup_duration > 0 and monotonic=False, please use either set warmup_duration=0 or monotonic=True",
             ));
         }
-        Ok(())
+        starts(self)
     }
 
     fn end(&self) -> Option<(u64, String)> {
@@ -93,6 +94,10 @@ impl Schedule for LinearCyclical {
 
     fn length(&self) -> Option<u64> {
         Some(self.cycle_size)
+    }
+
+    fn arguments(&self) -> Option<serde_json::Value> {
+        super::written(self)
     }
 
     fn save(&self, events: u64) -> Map<String, Value> {

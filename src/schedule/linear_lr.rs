@@ -66,7 +66,8 @@ impl LinearLR {
         within("start_factor", start, start > 0. && start <= 1., "above 0 and at most 1")?;
         within("end_factor", end, (0. ..=1.).contains(&end), "from 0 to 1")?;
         positive("total_iters", self.total_iters)?;
-        finite(&[("base", self.base)])
+        // The first step is made by a factor relative to it.
+        finite(&[("base", self.base), ("1 / start_factor", 1. / start)])
     }
 }
 

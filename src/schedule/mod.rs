@@ -69,6 +69,7 @@ pub use step_lr::StepLR;
 pub use warmup::create_lr_scheduler_with_warmup;
 pub use warmup_stable_decay::{Decay, WarmupStableDecay};
 
+use crate::checkpoint::StateDict;
 use crate::{Error, Result};
 
 /// A pure function from the number of an event, from 0, to a value.
@@ -93,8 +94,9 @@ pub trait Schedule: Send {
         None
     }
 
-    /// Checks that the schedule has come to its [length](Self::length) after `events` events, and has not
-    /// [ended](Self::end) before: before a run that long.
+    /// Checks that the schedule has come to its [length](Self::length) after `events` events, has not
+    /// [ended](Self::end) before, and has a finite value at each of them: before a run that long. Asks for the values of
+    /// all events, up to ten millions.
     ///
     /// ```
     /// use tch_ignite::schedule::{CosineAnnealing, Schedule};
@@ -103,7 +105,8 @@ pub trait Schedule: Send {
     /// ```
     fn fits(&self, events: u64) -> Result<()> {
         self.validate()?;
-        match too_long(self, events).or_else(|| too_short(self, events)) {
+        let wrong = too_long(self, events).or_else(|| too_short(self, events));
+        match wrong.or_else(|| not_finite(self, events)) {
             Some(text) => Err(Error::invalid(format!("the schedule {text}"))),
             None => Ok(()),
         }
@@ -210,6 +213,12 @@ impl<S: Schedule + ?Sized> Schedule for Box<S> {
     fn length(&self) -> Option<u64> {
         (**self).length()
     }
+    fn fits(&self, events: u64) -> Result<()> {
+        (**self).fits(events)
+    }
+    fn simulate_values(&self, events: u64) -> Result<Vec<(u64, f64)>> {
+        (**self).simulate_values(events)
+    }
     fn arguments(&self) -> Option<Value> {
         (**self).arguments()
     }
@@ -230,6 +239,53 @@ fn too_short<S: Schedule + ?Sized>(schedule: &S, events: u64) -> Option<String> 
     let (end, why) = schedule.end().filter(|(end, _)| *end < events)?;
     Some(format!("ends after {end} events ({why}), but the run has {events}"))
 }
+
+/// Puts the position of a schedule into a checkpoint: how many of its events are done, with its arguments.
+fn save_position<S: Schedule + ?Sized>(
+    schedule: &S,
+    events: u64,
+    state: &mut StateDict,
+) -> Result<()> {
+    state.set_value(EVENTS_DONE, events)?;
+    state.set_value(ARGUMENTS, schedule.arguments())
+}
+
+/// How many events are done, and with `strict` an error, else a line, where the arguments are not those of
+/// the schedule that the state is of. `None` for a state without [`save_position`].
+fn load_position<S: Schedule + ?Sized>(
+    schedule: &S,
+    state: &StateDict,
+    strict: bool,
+) -> Result<Option<(u64, Option<String>)>> {
+    if !state.values().contains_key(EVENTS_DONE) {
+        return Ok(None);
+    }
+    let events: u64 = state.value(EVENTS_DONE)?;
+    let theirs: Value = state.value(ARGUMENTS)?;
+    let ours = schedule.arguments().unwrap_or_default();
+    if theirs == ours {
+        return Ok(Some((events, None)));
+    }
+    if strict {
+        return Err(Error::State(format!(
+            "the state is of a schedule with other arguments: {theirs}, not {ours}; with resume_with(.., strict = false) it goes on with these, at event {events}"
+        )));
+    }
+    let changed = format!("its schedule was {theirs} and is {ours}: it goes on at event {events}");
+    Ok(Some((events, Some(changed))))
+}
+
+const EVENTS_DONE: &str = "events_done";
+const ARGUMENTS: &str = "arguments";
+
+fn not_finite<S: Schedule + ?Sized>(schedule: &S, events: u64) -> Option<String> {
+    let mut values = (0..events.min(MOST_CHECKED)).map(|event| (event, schedule.at(event)));
+    let (event, value) = values.find(|(_, value)| !value.is_finite())?;
+    Some(format!("gives {value} after {event} events, but the run has {events}"))
+}
+
+/// How many events [`Schedule::fits`] looks at.
+const MOST_CHECKED: u64 = 10_000_000;
 
 /// [`Schedule::arguments`] of what serde can write.
 fn written<S: serde::Serialize>(schedule: &S) -> Option<Value> {

@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Schedule;
-use super::check::{finite, positive};
+use super::check::{finite, positive, starts};
 use super::cycle::one;
 use crate::Result;
 
@@ -45,7 +45,8 @@ impl Schedule for Noam {
     fn validate(&self) -> Result<()> {
         positive("d_model", self.d_model)?;
         positive("warmup", self.warmup)?;
-        finite(&[("factor", self.factor)])
+        finite(&[("factor", self.factor)])?;
+        starts(self)
     }
 
     fn length(&self) -> Option<u64> {

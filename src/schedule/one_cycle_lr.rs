@@ -2,7 +2,7 @@ use std::f64::consts::PI;
 
 use serde::{Deserialize, Serialize};
 
-use super::check::{finite, positive, within};
+use super::check::{finite, positive, starts, within};
 use super::{ParamScheduler, Schedule};
 use crate::Result;
 use crate::optim::Group;
@@ -95,28 +95,44 @@ struct Phases {
 }
 
 impl Phases {
-    /// The value where `values` are those at the ends of the phases, the start first.
-    fn at(self, event: u64, values: [f64; 4]) -> f64 {
+    /// The phase of an event, and where it begins and ends.
+    fn phase(self, event: f64) -> (usize, f64, f64) {
         let total = self.total as f64;
         let rise = self.pct_start * total;
         let two = [rise - 1., total - 1.];
         let three = [rise - 1., 2. * rise - 2., total - 1.];
         let ends: &[f64] = if self.three { &three } else { &two };
-        let event = event as f64;
         let phase = ends.iter().position(|end| event <= *end).unwrap_or(ends.len() - 1);
         let start = if phase == 0 { 0. } else { ends[phase - 1] };
-        let progress = (event - start) / (ends[phase] - start);
+        (phase, start, ends[phase])
+    }
+
+    /// The value where `values` are those at the ends of the phases, the start first.
+    fn at(self, event: u64, values: [f64; 4]) -> f64 {
+        let event = event as f64;
+        let (phase, start, end) = self.phase(event);
+        let progress = (event - start) / (end - start);
         self.anneal.between(values[phase], values[phase + 1], progress)
     }
 
     fn validate(self) -> Result<()> {
         positive("total_steps", self.total)?;
-        within("pct_start", self.pct_start, (0. ..=1.).contains(&self.pct_start), "from 0 to 1")
+        let share = self.pct_start;
+        within("pct_start", share, (0. ..=1.).contains(&share), "from 0 to 1")?;
+        // As torch, which counts from the start value to the highest one.
+        let rises = share * self.total as f64 - 1. != 0.;
+        let bounds = "other than 1 / total_steps, with which the value would rise within 0 events";
+        within("pct_start", share, rises, bounds)
     }
 
-    // torch reads one value past the end.
+    /// torch reads one value past the end, if there is one.
+    fn events(self) -> u64 {
+        let (_, start, end) = self.phase(self.total as f64);
+        self.total.saturating_add(u64::from(start != end))
+    }
+
     fn end(self) -> Option<(u64, String)> {
-        Some((self.total.saturating_add(1), format!("total_steps is {}", self.total)))
+        Some((self.events(), format!("total_steps is {}", self.total)))
     }
 }
 
@@ -188,7 +204,7 @@ impl OneCycleLR {
 
 impl Schedule for OneCycleLR {
     fn at(&self, event: u64) -> f64 {
-        if event > self.total_steps {
+        if event >= self.phases().events() {
             return f64::NAN;
         }
         let start = self.max_lr / self.div_factor;
@@ -205,7 +221,8 @@ impl Schedule for OneCycleLR {
         let (div, last) = (self.div_factor, self.final_div_factor);
         within("div_factor", div, div > 0., "positive")?;
         within("final_div_factor", last, last > 0., "positive")?;
-        finite(&[("max_lr", self.max_lr), ("div_factor", div), ("final_div_factor", last)])
+        finite(&[("max_lr", self.max_lr), ("div_factor", div), ("final_div_factor", last)])?;
+        starts(self)
     }
 
     fn end(&self) -> Option<(u64, String)> {
@@ -234,7 +251,7 @@ impl OneCycleMomentum {
 
 impl Schedule for OneCycleMomentum {
     fn at(&self, event: u64) -> f64 {
-        if event > self.total_steps {
+        if event >= self.phases().events() {
             return f64::NAN;
         }
         let (low, high) = (self.base_momentum, self.max_momentum);
@@ -243,7 +260,8 @@ impl Schedule for OneCycleMomentum {
 
     fn validate(&self) -> Result<()> {
         self.phases().validate()?;
-        finite(&[("base_momentum", self.base_momentum), ("max_momentum", self.max_momentum)])
+        finite(&[("base_momentum", self.base_momentum), ("max_momentum", self.max_momentum)])?;
+        starts(self)
     }
 
     fn end(&self) -> Option<(u64, String)> {

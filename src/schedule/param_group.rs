@@ -1,8 +1,10 @@
 use serde_json::{Map, Value, json};
 
+use super::scheduler::with_start;
 use super::{ParamScheduler, Schedule, read};
 use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler};
+use crate::optim::Knob;
 use crate::{Error, Result};
 
 /// Several schedulers as one handler, one after the other at each event: ignite's
@@ -29,6 +31,8 @@ use crate::{Error, Result};
 pub struct ParamGroupScheduler<S> {
     schedulers: Vec<ParamScheduler<S>>,
     events: Events,
+    /// As the user wishes; by the events where that is `None`.
+    write_at_start: Option<bool>,
 }
 
 impl<S: Schedule> ParamGroupScheduler<S> {
@@ -38,13 +42,24 @@ impl<S: Schedule> ParamGroupScheduler<S> {
         Self {
             schedulers: schedulers.into_iter().collect(),
             events: Event::IterationStarted.into(),
+            write_at_start: None,
         }
     }
 
-    /// Acts on this event.
+    /// Acts on these events. Update k uses value k of each, as told at [`ParamScheduler`].
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self
+    }
+
+    /// See [`ParamScheduler::write_at_start`].
+    pub fn write_at_start(mut self, on: bool) -> Self {
+        self.write_at_start = Some(on);
+        self
+    }
+
+    fn writes_at_start(&self) -> bool {
+        self.write_at_start.unwrap_or_else(|| self.events.are_after_step())
     }
 
     /// Writes the next value of each: one event, without an engine.
@@ -64,6 +79,13 @@ impl<S: Schedule> ParamGroupScheduler<S> {
     /// Another number of schedulers, other names, or a state that one of them refuses; those before
     /// it have gone to their positions then.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
+        let states = self.states(state)?;
+        let mut pairs = self.schedulers.iter_mut().zip(&states);
+        pairs.try_for_each(|(scheduler, state)| scheduler.load_state_dict(state))
+    }
+
+    /// The states of the schedulers, which are of the same names.
+    fn states(&self, state: &Map<String, Value>) -> Result<Vec<Map<String, Value>>> {
         let states: Vec<(String, Map<String, Value>)> = read(state, "schedulers")?;
         if states.len() != self.schedulers.len() {
             return Err(Error::State(format!(
@@ -80,8 +102,18 @@ impl<S: Schedule> ParamGroupScheduler<S> {
                 )));
             }
         }
-        let pairs = self.schedulers.iter_mut().zip(&states);
-        pairs.into_iter().try_for_each(|(scheduler, (_, state))| scheduler.load_state_dict(state))
+        Ok(states.into_iter().map(|(_, state)| state).collect())
+    }
+
+    fn load(&mut self, mut state: StateDict, strict: bool) -> Result<Vec<String>> {
+        let mut changed = vec![];
+        let states = self.states(state.values())?;
+        for (index, (scheduler, values)) in self.schedulers.iter_mut().zip(states).enumerate() {
+            let mut besides = state.take_part(&index.to_string())?;
+            let different = scheduler.load_both(&values, &mut besides, strict)?;
+            changed.extend(different.map(|text| format!("'{}': {text}", scheduler.name())));
+        }
+        Ok(changed)
     }
 }
 
@@ -92,37 +124,55 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamGroupScheduler<S> {
     }
 
     fn events(&self) -> Events {
-        self.events.clone()
+        with_start(&self.events, self.writes_at_start())
     }
 
     fn validate(&self) -> Result<()> {
-        self.schedulers.iter().try_for_each(|s| <_ as Handler<C, B, O>>::validate(s))
+        for (index, scheduler) in self.schedulers.iter().enumerate() {
+            <_ as Handler<C, B, O>>::validate(scheduler)?;
+            let mut before = self.schedulers[..index].iter();
+            if let Some(other) = before.find(|other| other.knob().overlaps(scheduler.knob())) {
+                return Err(scheduler.knob().driven_twice(other.name(), scheduler.name()));
+            }
+        }
+        Ok(())
+    }
+
+    fn drives(&self) -> Vec<Knob> {
+        let all = self.schedulers.iter().map(|scheduler| scheduler.knob().clone());
+        if self.events.are_filtered() { vec![] } else { all.collect() }
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
         let mut state = StateDict::from(self.state_dict());
         for (index, scheduler) in self.schedulers.iter().enumerate() {
             let mut value = StateDict::new();
-            scheduler.save_knob(&mut value)?;
+            scheduler.save_besides(&mut value)?;
             state.set_part(&index.to_string(), value);
         }
         Ok(Some(state))
     }
 
-    fn load_state(&mut self, mut state: StateDict) -> Result<()> {
-        self.load_state_dict(state.values())?;
-        for (index, scheduler) in self.schedulers.iter().enumerate() {
-            scheduler.load_knob(&mut state.take_part(&index.to_string())?)?;
-        }
-        Ok(())
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        self.load(state, true).map(drop)
+    }
+
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.load(state, false)
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        self.schedulers.iter().flat_map(<_ as Handler<C, B, O>>::unique_names).collect()
     }
 
     fn call(
         &mut self,
         event: Event,
-        cx: &mut C,
+        _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
-        self.schedulers.iter_mut().try_for_each(|scheduler| scheduler.call(event, cx, engine))
+        let at_start = self.writes_at_start();
+        let mut schedulers = self.schedulers.iter_mut();
+        schedulers.try_for_each(|scheduler| scheduler.handle(event, at_start, engine))
     }
 }

@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use super::check::finite;
+use super::check::{finite, starts};
 use super::{ParamScheduler, Schedule};
 use crate::{Error, Result};
 
@@ -58,7 +58,8 @@ impl Schedule for PiecewiseLinear {
                 )));
             }
         }
-        self.milestones_values.iter().try_for_each(|(_, value)| finite(&[("value", *value)]))
+        self.milestones_values.iter().try_for_each(|(_, value)| finite(&[("value", *value)]))?;
+        starts(self)
     }
 
     fn length(&self) -> Option<u64> {

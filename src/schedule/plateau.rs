@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 use super::check::within;
 use crate::checkpoint::{StateDict, exact};
 use crate::engine::{Engine, Event, Events, Handler};
-use crate::optim::Knob;
+use crate::optim::{Knob, Reduction};
 use crate::{Error, Result};
 
 /// Lowers a value when a metric has stopped getting better: ignite's `ReduceLROnPlateauScheduler`,
@@ -14,6 +14,30 @@ use crate::{Error, Result};
 /// computes it; a host sync where the value is on a GPU). After `patience` epochs without a better
 /// one, the knob is multiplied by `factor`, in each group it turns, down to `min_value`, if that
 /// changes it by more than `eps`. A metric that is NaN is never better.
+///
+/// A [`ParamScheduler`](super::ParamScheduler) may drive the same knob, before or after it: the two multiply, as torch's
+/// schedulers do. From a reduction on, every value of the schedule is written times the reductions so far, until this
+/// handler is dropped. So a warm-up before a plateau is a schedule that ends with the warm-up, and this, on one knob:
+///
+/// ```
+/// # use tch::{Device, nn};
+/// # use tch_ignite::engine::{Engine, Until};
+/// # use tch_ignite::metrics::Mean;
+/// # use tch_ignite::optim::Optimizer;
+/// use tch_ignite::schedule::{LinearLR, ParamScheduler, ReduceLROnPlateauScheduler};
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # nn::linear(vs.root(), 1, 1, Default::default());
+/// # let optimizer = Optimizer::sgd(&vs).build()?;
+/// let lr = optimizer.knob("lr")?;
+/// let mut trainer = Engine::new(|_: &mut (), _, loss: f64| Ok(loss));
+/// trainer
+///     .metric("loss", Mean::new())
+///     .attach(ParamScheduler::new("lr", lr.clone(), LinearLR::new(0.1).start_factor(0.5).total_iters(2)))
+///     .attach(ReduceLROnPlateauScheduler::min("plateau", lr.clone(), "loss")?.factor(0.5).patience(0));
+/// trainer.run(&mut (), vec![3.0, 3.0, 3.0], Until::epochs(2))?; // the second epoch is no better than the first
+/// assert_eq!(lr.get()?, 0.05);
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -49,6 +73,8 @@ pub struct ReduceLROnPlateauScheduler {
     save_history: bool,
     events: Events,
     state: Progress,
+    /// One for each knob.
+    reductions: Vec<Reduction>,
 }
 
 /// Which way a metric gets better.
@@ -71,11 +97,14 @@ pub enum ThresholdMode {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Progress {
-    /// None before the first metric that is a number.
+    /// None before the first metric that was better than infinity.
     best: Option<f64>,
     num_bad_epochs: u64,
     cooldown_counter: u64,
     event_index: u64,
+    /// The product of the reductions so far, for each knob; empty in the states of older versions.
+    #[serde(default)]
+    reductions: Vec<f64>,
 }
 
 impl ReduceLROnPlateauScheduler {
@@ -90,10 +119,19 @@ impl ReduceLROnPlateauScheduler {
     }
 
     fn new(name: String, knob: Knob, metric: String, mode: Mode) -> Result<Self> {
-        let state = Progress { best: None, num_bad_epochs: 0, cooldown_counter: 0, event_index: 0 };
+        let knobs = knob.each()?;
+        let reductions: Vec<_> = knobs.iter().map(Knob::reduction).collect();
+        let state = Progress {
+            best: None,
+            num_bad_epochs: 0,
+            cooldown_counter: 0,
+            event_index: 0,
+            reductions: vec![],
+        };
         Ok(Self {
             name,
-            knobs: knob.each()?,
+            knobs,
+            reductions,
             min_values: vec![0.],
             metric,
             mode,
@@ -171,7 +209,9 @@ impl ReduceLROnPlateauScheduler {
     }
 
     fn is_better(&self, metric: f64) -> bool {
-        let Some(best) = self.state.best else { return !metric.is_nan() };
+        // As torch starts: an infinite metric is not better than none.
+        let worst = if self.mode == Mode::Min { f64::INFINITY } else { f64::NEG_INFINITY };
+        let best = self.state.best.unwrap_or(worst);
         let threshold = self.threshold;
         match (self.mode, self.threshold_mode) {
             (Mode::Min, ThresholdMode::Rel) => metric < best * (1. - threshold),
@@ -201,6 +241,8 @@ impl ReduceLROnPlateauScheduler {
                 let new = (old * self.factor).max(min.unwrap_or(0.));
                 if old - new > self.eps {
                     knob.set(new)?;
+                    let factor = if new == old * self.factor { self.factor } else { new / old };
+                    self.reductions[index].set(self.reductions[index].get() * factor);
                 }
             }
             self.state.cooldown_counter = self.cooldown;
@@ -212,7 +254,8 @@ impl ReduceLROnPlateauScheduler {
 
     /// Best metric, bad epochs, cool-down and position.
     pub fn state_dict(&self) -> Map<String, Value> {
-        match exact::to_value(&self.state) {
+        let reductions = self.reductions.iter().map(Reduction::get).collect();
+        match exact::to_value(&Progress { reductions, ..self.state.clone() }) {
             Ok(Value::Object(state)) => state,
             _ => Map::new(),
         }
@@ -224,9 +267,14 @@ impl ReduceLROnPlateauScheduler {
     /// A missing or unknown key.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
         let state = Value::Object(state.clone());
-        self.state = exact::from_value(&state).map_err(|error| {
+        let mut state: Progress = exact::from_value(&state).map_err(|error| {
             Error::State(format!("state of scheduler '{}': {error}", self.name))
         })?;
+        state.reductions.resize(self.reductions.len(), 1.);
+        for (reduction, factor) in self.reductions.iter().zip(&state.reductions) {
+            reduction.set(*factor);
+        }
+        self.state = state;
         Ok(())
     }
 }
@@ -242,6 +290,10 @@ impl<C, B, O> Handler<C, B, O> for ReduceLROnPlateauScheduler {
 
     fn validate(&self) -> Result<()> {
         self.check()
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        vec![format!("scheduler '{}'", self.name)]
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Schedule;
-use super::check::{finite, positive};
+use super::check::{finite, positive, within};
 use super::constant_lr::five;
 use super::cycle::one;
 use super::recurrence::{Recurrence, Walk, recurrent};
@@ -48,6 +48,12 @@ impl PolynomialLR {
 
     fn check(&self) -> Result<()> {
         positive("total_iters", self.total_iters)?;
+        within(
+            "power",
+            self.power,
+            self.power >= 0.,
+            "at least 0: the last value is 0 to that power",
+        )?;
         finite(&[("base", self.base), ("power", self.power)])
     }
 }

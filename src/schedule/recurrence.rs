@@ -59,7 +59,8 @@ macro_rules! recurrent {
             }
 
             fn validate(&self) -> Result<()> {
-                self.check()
+                self.check()?;
+                super::check::starts(self)
             }
 
             fn arguments(&self) -> Option<serde_json::Value> {

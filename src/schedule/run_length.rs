@@ -14,6 +14,7 @@ use crate::{Error, Result};
 /// assert_eq!(run.epochs(2.0)?, 1876);
 /// assert_eq!(run.fraction(0.25)?, 1876);
 /// assert_eq!(run.length("1run - 500it")?, 7004);
+/// assert_eq!(run.accumulate(4).updates(), Some(8 * 235)); // 234 windows of 4 batches and one of 2 in each epoch
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
@@ -22,18 +23,20 @@ use crate::{Error, Result};
 pub struct RunLength {
     epoch_length: Option<u64>,
     iterations: Option<u64>,
+    /// Batches that share an update, where more than one does.
+    accumulate: Option<u64>,
 }
 
 impl RunLength {
     /// A run of `epochs` epochs with `epoch_length` iterations each.
     pub const fn new(epoch_length: u64, epochs: u64) -> Self {
         let iterations = Some(epoch_length.saturating_mul(epochs));
-        Self { epoch_length: Some(epoch_length), iterations }
+        Self { epoch_length: Some(epoch_length), iterations, accumulate: None }
     }
 
     /// A run of this many iterations.
     pub const fn of_iterations(iterations: u64) -> Self {
-        Self { epoch_length: None, iterations: Some(iterations) }
+        Self { epoch_length: None, iterations: Some(iterations), accumulate: None }
     }
 
     /// With epochs of this many iterations.
@@ -42,9 +45,38 @@ impl RunLength {
         self
     }
 
+    /// With one update for every `steps` batches, as by [`Accumulation`](crate::Accumulation): the last window of an
+    /// epoch may be shorter, and so may the last of the run.
+    pub const fn accumulate(mut self, steps: u64) -> Self {
+        self.accumulate = Some(steps);
+        self
+    }
+
     /// The iterations of the whole run.
     pub fn iterations(&self) -> Option<u64> {
         self.iterations
+    }
+
+    /// The updates of the optimizer in the whole run: as many as iterations without [`accumulate`](Self::accumulate).
+    /// With it, unknown where the length of an epoch is.
+    pub fn updates(&self) -> Option<u64> {
+        let (iterations, steps) = (self.iterations?, self.steps());
+        match self.epoch_length {
+            Some(length) => {
+                let whole = (iterations / length.max(1)).saturating_mul(length.div_ceil(steps));
+                Some(whole.saturating_add((iterations % length.max(1)).div_ceil(steps)))
+            }
+            None => (steps == 1).then_some(iterations),
+        }
+    }
+
+    fn steps(&self) -> u64 {
+        self.accumulate.unwrap_or(1).max(1)
+    }
+
+    /// Updates in an epoch.
+    fn epoch_updates(&self) -> Option<u64> {
+        Some(self.epoch_length?.div_ceil(self.steps()))
     }
 
     /// The iterations of so many epochs, rounded down.
@@ -57,7 +89,7 @@ impl RunLength {
         Length::of(share, Unit::Runs)?.events(self, Clock::Iteration)
     }
 
-    /// The iterations of a length as in files: `"2ep"`, `"500it"`, `"0.3run"`, `"30%"`, or several of
+    /// The iterations of a length as in files: `"2ep"`, `"500it"`, `"100up"` (updates), `"0.3run"`, `"30%"`, or several of
     /// them with `+` and `-` between; rounded down.
     pub fn length(&self, text: &str) -> Result<u64> {
         text.parse::<Length>()?.events(self, Clock::Iteration)
@@ -67,21 +99,30 @@ impl RunLength {
     pub(super) fn events(&self, clock: Clock) -> Option<u64> {
         match clock {
             Clock::Iteration => self.iterations,
+            Clock::Update => self.updates(),
             Clock::Epoch => Some(self.iterations?.div_ceil(self.epoch_length?.max(1))),
         }
     }
 
-    /// Iterations from one event to the next.
-    pub(super) fn period(&self, clock: Clock) -> Option<u64> {
-        match clock {
-            Clock::Iteration => Some(1),
-            Clock::Epoch => self.epoch_length,
+    /// Iterations before the first that uses the value of this event.
+    pub(super) fn before(&self, event: u64, clock: Clock) -> Option<u64> {
+        match (clock, self.epoch_length, self.epoch_updates()) {
+            (Clock::Iteration, ..) => Some(event),
+            (Clock::Epoch, length, _) => Some(event.saturating_mul(length?)),
+            (Clock::Update, Some(length), Some(updates)) => {
+                let rest = (event % updates.max(1)).saturating_mul(self.steps());
+                Some((event / updates.max(1)).saturating_mul(length).saturating_add(rest))
+            }
+            (Clock::Update, ..) => (self.steps() == 1).then_some(event),
         }
     }
 
     pub(super) fn validate(&self) -> Result<()> {
-        for (name, value) in [("epoch_length", self.epoch_length), ("iterations", self.iterations)]
-        {
+        for (name, value) in [
+            ("epoch_length", self.epoch_length),
+            ("iterations", self.iterations),
+            ("accumulate", self.accumulate),
+        ] {
             if value == Some(0) {
                 return Err(Error::invalid(format!(
                     "the run's {name} should be positive, but given 0"
@@ -98,6 +139,7 @@ impl RunLength {
 pub(super) enum Clock {
     #[default]
     Iteration,
+    Update,
     Epoch,
 }
 
@@ -105,6 +147,7 @@ impl Clock {
     pub(super) fn plural(self) -> &'static str {
         match self {
             Self::Iteration => "iterations",
+            Self::Update => "updates",
             Self::Epoch => "epochs",
         }
     }
@@ -114,6 +157,7 @@ impl Clock {
 enum Unit {
     Epochs,
     Iterations,
+    Updates,
     Runs,
 }
 
@@ -128,6 +172,7 @@ impl Length {
         let text = match unit {
             Unit::Epochs => format!("{number}ep"),
             Unit::Iterations => format!("{number}it"),
+            Unit::Updates => format!("{number}up"),
             Unit::Runs => format!("{number}run"),
         };
         if number >= 0. && number.is_finite() {
@@ -147,12 +192,34 @@ impl Length {
             })
         };
         let epoch_length = || known(run.epoch_length, "the number of iterations in an epoch");
+        let epoch_updates = || known(run.epoch_updates(), "the number of iterations in an epoch");
+        // Batches without a window of their own are updates too.
+        let one_each = run.steps() == 1;
         let mut sum = 0.;
         for (number, unit) in &self.terms {
             sum += match (unit, clock) {
-                (Unit::Iterations, Clock::Iteration) | (Unit::Epochs, Clock::Epoch) => *number,
+                (Unit::Iterations, Clock::Iteration)
+                | (Unit::Updates, Clock::Update)
+                | (Unit::Epochs, Clock::Epoch) => *number,
+                (Unit::Iterations, Clock::Update) | (Unit::Updates, Clock::Iteration)
+                    if one_each =>
+                {
+                    *number
+                }
                 (Unit::Epochs, Clock::Iteration) => number * epoch_length()?,
+                (Unit::Epochs, Clock::Update) => number * epoch_updates()?,
                 (Unit::Iterations, Clock::Epoch) => number / epoch_length()?,
+                (Unit::Updates, Clock::Epoch) => number / epoch_updates()?,
+                // Windows end with the epoch.
+                (Unit::Iterations, Clock::Update) => {
+                    let (length, updates) = (epoch_length()?, epoch_updates()?);
+                    (number / length).floor() * updates + number % length / run.steps() as f64
+                }
+                (Unit::Updates, Clock::Iteration) => {
+                    let (length, updates) = (epoch_length()?, epoch_updates()?);
+                    let rest = (number % updates * run.steps() as f64).min(length);
+                    (number / updates).floor() * length + rest
+                }
                 (Unit::Runs, _) => number * known(run.events(clock), "the length of the run")?,
             };
         }
@@ -182,7 +249,7 @@ impl FromStr for Length {
             let end = rest.find(['+', '-']).unwrap_or(rest.len());
             let (number, unit) = term(rest[..end].trim()).ok_or_else(|| {
                 Error::invalid(format!(
-                    "{text:?} is no length: give a whole number, or a text such as \"2ep\" (epochs), \"500it\" (iterations), \"0.3run\" or \"30%\" (of the run), \"1run - 500it\""
+                    "{text:?} is no length: give a whole number, or a text such as \"2ep\" (epochs), \"500it\" (iterations), \"100up\" (updates), \"0.3run\" or \"30%\" (of the run), \"1run - 500it\""
                 ))
             })?;
             terms.push((sign * number, unit));
@@ -199,6 +266,7 @@ fn term(text: &str) -> Option<(f64, Unit)> {
     let units = [
         ("ep", Unit::Epochs, 1.),
         ("it", Unit::Iterations, 1.),
+        ("up", Unit::Updates, 1.),
         ("run", Unit::Runs, 1.),
         ("%", Unit::Runs, 0.01),
     ];

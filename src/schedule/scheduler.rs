@@ -1,6 +1,6 @@
 use serde_json::{Map, Value};
 
-use super::{Schedule, read, value};
+use super::{Schedule, load_position, read, save_position, value};
 use crate::checkpoint::StateDict;
 use crate::engine::{Engine, Event, Events, Handler};
 use crate::optim::Knob;
@@ -11,6 +11,20 @@ use crate::{Error, Result};
 /// At each of its events ([`Event::IterationStarted`] unless told otherwise) it writes the next value
 /// of the schedule; the first is that of event 0, and is what the first step sees. Nothing is written
 /// at construction. Costs one call of the schedule and one of [`Knob::set`].
+///
+/// Update k uses value k, whichever event it counts:
+///
+/// * On events before the step (`STARTED`, `EPOCH_STARTED`, `GET_BATCH_STARTED`, `GET_BATCH_COMPLETED`,
+///   `ITERATION_STARTED`) the value is written right before it is used.
+/// * On events after the step ([`OPTIMIZER_STEPPED`](crate::engine::OPTIMIZER_STEPPED), `ITERATION_COMPLETED`,
+///   `EPOCH_COMPLETED` and the others, events of the user's own too) value 0 is written when a run begins, at `STARTED`,
+///   if the scheduler has written nothing yet, and each event writes the value of what follows: torch's and accelerate's
+///   `scheduler.step()`. See [`write_at_start`](Self::write_at_start).
+///
+/// Two schedulers of one engine that drive the same knob are refused, because only the last to write would count: join
+/// the schedules with [`Schedule::then`], multiply them with [`ChainedScheduler`](super::ChainedScheduler), or give both
+/// filtered events (`Event::IterationStarted.before(100)`). A
+/// [`ReduceLROnPlateauScheduler`](super::ReduceLROnPlateauScheduler) multiplies the values of the schedule instead.
 ///
 /// ```
 /// # use tch::{Device, nn};
@@ -40,6 +54,8 @@ pub struct ParamScheduler<S = Box<dyn Schedule>> {
     events_done: u64,
     save_history: bool,
     event: Events,
+    /// As the user wishes; by the events where that is `None`.
+    write_at_start: Option<bool>,
     validated: bool,
 }
 
@@ -53,6 +69,7 @@ impl<S: Schedule> ParamScheduler<S> {
             events_done: 0,
             save_history: false,
             event: Event::IterationStarted.into(),
+            write_at_start: None,
             validated: false,
         }
     }
@@ -64,11 +81,23 @@ impl<S: Schedule> ParamScheduler<S> {
         self
     }
 
-    /// Acts on this event instead of [`Event::IterationStarted`]. On events after the step the value
-    /// is seen by the next step.
+    /// Acts on these events instead of [`Event::IterationStarted`].
     pub fn on(mut self, event: impl Into<Events>) -> Self {
         self.event = event.into();
         self
+    }
+
+    /// Whether value 0 is written at [`Event::Started`] of the first run, so that the events write the values from 1
+    /// on: true unless given where all events are fired after the step, else false. False for events of your own that
+    /// you fire before the step, and for what ignite does: there the first update after which the event is fired is
+    /// made with whatever value the knob had.
+    pub fn write_at_start(mut self, on: bool) -> Self {
+        self.write_at_start = Some(on);
+        self
+    }
+
+    pub(super) fn writes_at_start(&self) -> bool {
+        self.write_at_start.unwrap_or_else(|| self.event.are_after_step())
     }
 
     /// The scheduler's name.
@@ -82,16 +111,41 @@ impl<S: Schedule> ParamScheduler<S> {
         value(&self.schedule, self.events_done)
     }
 
-    /// Writes the next value into the knob: one event, without an engine.
+    /// Writes the next value into the knob, times what a plateau has reduced it by, and returns it: one event, without
+    /// an engine.
     pub fn advance(&mut self) -> Result<f64> {
         if !self.validated {
             self.schedule.validate()?;
             self.validated = true;
         }
-        let value = value(&self.schedule, self.events_done)?;
-        self.knob.set(value)?;
+        let value = self.knob.set_scheduled(value(&self.schedule, self.events_done)?)?;
         self.events_done += 1;
         Ok(value)
+    }
+
+    /// Does one event of an engine. `at_start`: value 0 is written at [`Event::Started`].
+    pub(super) fn handle<C, B, O>(
+        &mut self,
+        event: Event,
+        at_start: bool,
+        engine: &mut Engine<'_, C, B, O>,
+    ) -> anyhow::Result<()> {
+        if at_start && !is_due(&self.schedule, event, &mut self.events_done) {
+            return Ok(());
+        }
+        let value = self.advance()?;
+        if self.save_history {
+            let values = match self.knob.group() {
+                Some(_) => vec![value],
+                None => self.knob.values()?,
+            };
+            engine.state.record_param(&self.name, values);
+        }
+        Ok(())
+    }
+
+    pub(super) fn knob(&self) -> &Knob {
+        &self.knob
     }
 
     /// The position, in ignite's terms where ignite has the schedule.
@@ -110,6 +164,13 @@ impl<S: Schedule> ParamScheduler<S> {
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
         self.schedule.validate()?;
         let events = self.schedule.load(state)?;
+        self.load_rest(state)?;
+        self.events_done = events;
+        Ok(())
+    }
+
+    /// All but the position.
+    fn load_rest(&mut self, state: &Map<String, Value>) -> Result<()> {
         let param: String = read(state, "param_name")?;
         let save_history = read(state, "save_history")?;
         let group: Option<usize> = read(state, "param_group_index")?;
@@ -121,18 +182,35 @@ impl<S: Schedule> ParamScheduler<S> {
                 self.knob.group()
             )));
         }
-        self.events_done = events;
         self.save_history = save_history;
         Ok(())
     }
 
-    /// The value of a knob that is no optimizer's, which may only change with the next event.
-    pub(super) fn save_knob(&self, state: &mut StateDict) -> Result<()> {
+    /// What a checkpoint has besides [`state_dict`](Self::state_dict): the position, and the value of a knob
+    /// that is no optimizer's, which may only change with the next event.
+    pub(super) fn save_besides(&self, state: &mut StateDict) -> Result<()> {
+        save_position(&self.schedule, self.events_done, state)?;
         self.knob.save_value(state)
     }
 
-    pub(super) fn load_knob(&self, state: &mut StateDict) -> Result<()> {
-        self.knob.load_value(state)
+    /// Goes to what [`state_dict`](Self::state_dict) and [`save_besides`](Self::save_besides) gave. Without
+    /// `strict` the schedule may have other arguments, which are told.
+    pub(super) fn load_both(
+        &mut self,
+        values: &Map<String, Value>,
+        besides: &mut StateDict,
+        strict: bool,
+    ) -> Result<Option<String>> {
+        self.schedule.validate()?;
+        let position = load_position(&self.schedule, besides, strict)?;
+        let (events, changed) = match position {
+            Some(position) => position,
+            None => (self.schedule.load(values)?, None),
+        };
+        self.load_rest(values)?;
+        self.events_done = events;
+        self.knob.load_value(besides)?;
+        Ok(changed)
     }
 }
 
@@ -142,38 +220,64 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamScheduler<S> {
     }
 
     fn events(&self) -> Events {
-        self.event.clone()
+        with_start(&self.event, self.writes_at_start())
     }
 
     fn validate(&self) -> Result<()> {
         self.schedule.validate()
     }
 
+    fn drives(&self) -> Vec<Knob> {
+        if self.event.are_filtered() { vec![] } else { vec![self.knob.clone()] }
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         let mut state = self.state_dict().into();
-        self.knob.save_value(&mut state)?;
+        self.save_besides(&mut state)?;
         Ok(Some(state))
     }
 
     fn load_state(&mut self, mut state: StateDict) -> Result<()> {
-        self.load_state_dict(state.values())?;
-        self.knob.load_value(&mut state)
+        self.load_both(&state.values().clone(), &mut state, true).map(drop)
+    }
+
+    fn load_state_partially(&mut self, mut state: StateDict) -> Result<Vec<String>> {
+        let changed = self.load_both(&state.values().clone(), &mut state, false)?;
+        Ok(changed.into_iter().collect())
+    }
+
+    fn unique_names(&self) -> Vec<String> {
+        vec![format!("scheduler '{}'", self.name)]
     }
 
     fn call(
         &mut self,
-        _event: Event,
+        event: Event,
         _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
-        let value = self.advance()?;
-        if self.save_history {
-            let values = match self.knob.group() {
-                Some(_) => vec![value],
-                None => self.knob.values()?,
-            };
-            engine.state.record_param(&self.name, values);
-        }
-        Ok(())
+        self.handle(event, self.writes_at_start(), engine)
     }
+}
+
+/// Whether an event writes a value, for a scheduler that writes value 0 at [`Event::Started`]. Moves the position where
+/// an event counts without a value.
+pub(super) fn is_due<S: Schedule>(schedule: &S, event: Event, events_done: &mut u64) -> bool {
+    match (event, *events_done) {
+        (Event::Started, 0) => return true,
+        (Event::Started, _) => return false,
+        // Attached within a run, after value 0 was due: it goes on with the value of the next update.
+        (_, 0) => *events_done = 1,
+        _ => {}
+    }
+    // The value after the last one would be for an update that is not made. If it is made, the next event is an error.
+    let next = *events_done;
+    let ended = schedule.at(next).is_nan() && schedule.end().is_some_and(|(end, _)| end == next);
+    *events_done += u64::from(ended);
+    !ended
+}
+
+/// The events of a scheduler, with the one at which value 0 is written.
+pub(super) fn with_start(events: &Events, at_start: bool) -> Events {
+    if at_start { Event::Started | events.clone() } else { events.clone() }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::check::{finite, positive};
+use super::check::{finite, positive, starts};
 use super::{ParamScheduler, PiecewiseLinear, Schedule, Skipped};
 use crate::engine::Event;
 use crate::optim::Knob;
@@ -80,7 +80,8 @@ impl Schedule for ExpState {
     }
 
     fn validate(&self) -> Result<()> {
-        finite(&[("initial_value", self.initial_value), ("gamma", self.gamma)])
+        finite(&[("initial_value", self.initial_value), ("gamma", self.gamma)])?;
+        starts(self)
     }
 
     fn arguments(&self) -> Option<serde_json::Value> {
@@ -96,7 +97,8 @@ impl Schedule for StepState {
 
     fn validate(&self) -> Result<()> {
         positive("step_size", self.step_size)?;
-        finite(&[("initial_value", self.initial_value), ("gamma", self.gamma)])
+        finite(&[("initial_value", self.initial_value), ("gamma", self.gamma)])?;
+        starts(self)
     }
 
     fn length(&self) -> Option<u64> {
@@ -121,7 +123,8 @@ impl Schedule for MultiStepState {
                 self.milestones
             )));
         }
-        finite(&[("initial_value", self.initial_value), ("gamma", self.gamma)])
+        finite(&[("initial_value", self.initial_value), ("gamma", self.gamma)])?;
+        starts(self)
     }
 
     fn length(&self) -> Option<u64> {
@@ -140,8 +143,8 @@ pub fn piecewise_linear_state(milestones_values: impl IntoIterator<Item = (i64, 
 
 impl<S: Schedule> ParamScheduler<S> {
     /// A scheduler of a knob of your own after each step, as ignite's state schedulers are attached:
-    /// [`new`](Self::new) on [`Event::IterationCompleted`].
+    /// [`new`](Self::new) on [`Event::IterationCompleted`]. It writes nothing before the first event.
     pub fn state(name: impl Into<String>, knob: Knob, schedule: S) -> Self {
-        Self::new(name, knob, schedule).on(Event::IterationCompleted)
+        Self::new(name, knob, schedule).on(Event::IterationCompleted).write_at_start(false)
     }
 }

@@ -3,7 +3,7 @@ use std::f64::consts::PI;
 use serde::{Deserialize, Serialize};
 
 use super::Schedule;
-use super::check::finite;
+use super::check::{finite, starts};
 use crate::Result;
 
 /// Up to `peak` in a line, there for a while, then down to `end`: warm-up–stable–decay
@@ -90,7 +90,8 @@ impl Schedule for WarmupStableDecay {
     }
 
     fn validate(&self) -> Result<()> {
-        finite(&[("peak", self.peak), ("start", self.start), ("end", self.end)])
+        finite(&[("peak", self.peak), ("start", self.start), ("end", self.end)])?;
+        starts(self)
     }
 
     fn length(&self) -> Option<u64> {

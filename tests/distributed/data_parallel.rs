@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use tch::nn::{self, Module, ModuleT, OptimizerConfig, VarStore};
 use tch::{Device, Kind, Tensor};
-use tch_ignite::Error;
 use tch_ignite::amp::GradScaler;
 use tch_ignite::distributed::{
     Compression, DdpOptions, DistributedDataParallel, FailureKind, ProcessGroup,
@@ -13,6 +12,7 @@ use tch_ignite::distributed::{
 use tch_ignite::handlers::EMAHandler;
 use tch_ignite::optim::Optimizer;
 use tch_ignite::supervised::Supervised;
+use tch_ignite::{Error, WeightedLoss};
 
 use crate::ranks::{Ranks, role};
 
@@ -162,6 +162,99 @@ fn two_and_four_ranks_train_as_one_does() {
         let difference = of(a).iter().zip(of(b)).map(|(a, b)| (a - b).abs()).fold(0., f64::max);
         assert!(difference < 1e-12, "{difference}");
     }
+}
+
+/// Two ranks with batches of 1 to 4 samples, or of some tokens and padding, in windows of `accumulate`, the last of
+/// which is cut short; or all of a window as one batch.
+fn train_unequal(pg: Option<&ProcessGroup>, accumulate: u64, tokens: bool) -> Tensor {
+    tch::manual_seed(5);
+    let mut vs = VarStore::new(Device::Cpu);
+    let net = net(&vs);
+    vs.double();
+    let optimizer = Optimizer::adamw(&vs).lr(1e-2).build().unwrap();
+    let loss = move |y_pred: &Tensor, y: &Tensor| {
+        let square = (y_pred - y).square();
+        if !tokens {
+            return WeightedLoss::from(square.mean(Kind::Double));
+        }
+        let mask = y.ge(-0.7).to_kind(Kind::Double);
+        let count = mask.sum(Kind::Double);
+        ((square * mask).sum(Kind::Double) / count.clamp_min(1.), count).into()
+    };
+    let mut cx = Supervised::new(net, optimizer, loss).clip_grad_norm(0.5);
+    if let Some(pg) = pg {
+        let ddp = DistributedDataParallel::new(pg, &vs, DdpOptions::new()).unwrap();
+        cx = cx.data_parallel(ddp).accumulate(accumulate).unwrap();
+    }
+    let (x, y) = data(Kind::Double);
+    // So that no window is all padding.
+    let order = (Tensor::arange(96, (Kind::Int64, Device::Cpu)) * 37).remainder(96);
+    let (x, y) = (x.index_select(0, &order), y.index_select(0, &order));
+    let mut from = 0;
+    for window in 0..6 {
+        let (mut xs, mut ys) = (vec![], vec![]);
+        let batches = accumulate as i64 - i64::from(window == 5 && accumulate > 1);
+        for index in 0..batches {
+            for rank in 0..2 {
+                let size = 1 + (3 * window + 2 * index + 5 * rank) % 4;
+                let batch = (x.narrow(0, from % 90, size), y.narrow(0, from % 90, size));
+                from += size;
+                match pg {
+                    Some(pg) if pg.rank() as i64 == rank => drop(cx.train_step(batch).unwrap()),
+                    Some(_) => {}
+                    None => {
+                        xs.push(batch.0);
+                        ys.push(batch.1);
+                    }
+                }
+            }
+        }
+        if pg.is_none() {
+            let _ = cx.train_step((Tensor::cat(&xs, 0), Tensor::cat(&ys, 0))).unwrap();
+        }
+    }
+    assert_eq!(cx.finish_window().unwrap(), pg.is_some() && accumulate > 1);
+    flat(&vs)
+}
+
+#[test]
+fn ranks_with_unequal_batches_train_as_one_does_with_all_samples() {
+    if role().is_none() {
+        let test = "data_parallel::ranks_with_unequal_batches_train_as_one_does_with_all_samples";
+        Ranks::start(test, "all", 2).succeed();
+        return;
+    }
+    let pg = join();
+    for tokens in [false, true] {
+        for accumulate in 1..4 {
+            let one = train_unequal(None, accumulate, tokens);
+            let ours = train_unequal(Some(&pg), accumulate, tokens);
+            let difference = (&one - &ours).abs().max().double_value(&[]);
+            assert!(difference < 1e-12, "{tokens} {accumulate}: {difference:e}");
+            let all = pg.all_gather(&ours).unwrap();
+            assert_eq!(all[0], all[1]);
+        }
+    }
+    // Equal batches: the same bits as without weights, which is torch's way.
+    let (x, y) = data(Kind::Float);
+    let train = |equal: bool| {
+        tch::manual_seed(5);
+        let vs = VarStore::new(Device::Cpu);
+        let net = net(&vs);
+        let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
+        let ddp = DistributedDataParallel::new(&pg, &vs, DdpOptions::new()).unwrap();
+        let mse = |y_pred: &Tensor, y: &Tensor| y_pred.mse_loss(y, tch::Reduction::Mean);
+        let mut cx = Supervised::new(net, optimizer, mse).data_parallel(ddp).accumulate(3).unwrap();
+        if equal {
+            cx = cx.equal_weights();
+        }
+        for iteration in 0..6 {
+            let from = 14 * iteration + 7 * pg.rank() as i64;
+            let _ = cx.train_step((x.narrow(0, from, 7), y.narrow(0, from, 7))).unwrap();
+        }
+        flat(&vs)
+    };
+    assert_eq!(train(false), train(true));
 }
 
 /// A model with batch normalisation.
@@ -394,6 +487,39 @@ fn models_that_differ_are_refused() {
     let text = ddp.forward(Tensor::new).unwrap_err().to_string();
     assert!(text.contains("had 2 parameters"), "{text}");
     pg.barrier().unwrap();
+}
+
+#[test]
+fn a_parameter_with_two_names_is_reduced_and_stepped_once() {
+    if role().is_none() {
+        let test = "data_parallel::a_parameter_with_two_names_is_reduced_and_stepped_once";
+        Ranks::start(test, "all", 2).succeed();
+        return;
+    }
+    let pg = join();
+    let (x, y) = data(Kind::Double);
+    let train = |pg: &ProcessGroup| {
+        let mut vs = VarStore::new(Device::Cpu);
+        vs.set_kind(Kind::Double);
+        let start = Tensor::arange(36, (Kind::Double, Device::Cpu)).sin().view([6, 6]);
+        let w = (vs.root() / "first").add("weight", start, true);
+        let other = (vs.root() / "again").add("weight", w.shallow_clone(), true);
+        let optimizer = Optimizer::adam(&vs).lr(0.01).build().unwrap();
+        let ddp = DistributedDataParallel::new(pg, &vs, DdpOptions::new()).unwrap();
+        let rows = 24 / pg.world_size() as i64;
+        for step in 0..4 {
+            let from = 24 * step + rows * pg.rank() as i64;
+            let (x, y) = (x.narrow(0, from, rows), y.narrow(0, from, rows));
+            let y_pred = ddp
+                .forward(|| x.matmul(&w).tanh().matmul(&other).mean_dim(1i64, true, Kind::Double));
+            optimizer.zero_grad().unwrap();
+            ddp.backward(&y_pred.unwrap().mse_loss(&y, tch::Reduction::Mean)).unwrap();
+            let _ = optimizer.step_clipped(0.1).unwrap();
+        }
+        w.detach().copy()
+    };
+    let (ours, alone) = (train(&pg), train(&ProcessGroup::single()));
+    assert!((ours - alone).abs().max().double_value(&[]) < 1e-12);
 }
 
 #[test]

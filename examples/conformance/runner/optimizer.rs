@@ -219,10 +219,11 @@ pub enum Driver {
 }
 
 impl Driver {
+    /// In ignite no value is written before the first event.
     pub fn on(self, events: Events) -> Self {
         match self {
-            Self::One(scheduler) => Self::One(scheduler.on(events)),
-            Self::Several(scheduler) => Self::Several(scheduler.on(events)),
+            Self::One(scheduler) => Self::One(scheduler.on(events).write_at_start(false)),
+            Self::Several(scheduler) => Self::Several(scheduler.on(events).write_at_start(false)),
         }
     }
 

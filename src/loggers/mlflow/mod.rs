@@ -4,6 +4,7 @@ mod builder;
 mod queue;
 mod rest;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -14,7 +15,7 @@ use serde_json::Value;
 pub use self::builder::MLflowBuilder;
 use self::queue::{Item, Queue};
 use super::{Image, Logger, flat};
-use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks};
+use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks};
 use crate::{Error, Result};
 
 /// How long the end of a run waits for what is not sent yet.
@@ -30,6 +31,9 @@ const AT_THE_END: Duration = Duration::from_secs(10);
 /// [`close`](Self::close) says what was lost. Attached to an engine, this waits at the end of each run, ten seconds at most, for what is not
 /// sent yet, and what was lost is among the [`warnings`](crate::engine::Summary::warnings) of the run. Only the
 /// start needs the server.
+///
+/// A checkpoint says which run it belongs to: [`resume`](crate::engine::Engine::resume) tells if another one is logged to,
+/// and that steps which are done again are there twice, because MLflow takes nothing back.
 ///
 /// When it is closed, or the last clone is dropped, the run is marked as finished; as failed if the last
 /// run of the engine it is attached to ended in an error, or the thread is panicking.
@@ -209,6 +213,34 @@ impl Logger for MLflowLogger {
         self.0.queue.hurry();
         Ok(())
     }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        vec![Box::new(self.clone())]
+    }
+}
+
+/// A checkpoint does not wait for the server, and nothing is taken back there.
+impl Log for MLflowLogger {
+    fn path(&self) -> PathBuf {
+        "MLflow".into()
+    }
+
+    fn commit(&self) -> Result<Value> {
+        self.0.queue.hurry();
+        Ok(self.run_id().into())
+    }
+
+    fn rewind(&self, place: &Value) -> Result<Option<String>> {
+        let then = place.as_str().unwrap_or_default();
+        Ok(Some(match then == self.run_id() {
+            true => {
+                "MLflow takes nothing back, so steps that are done again are there twice".into()
+            }
+            false => format!(
+                "what was logged until then is in MLflow run {then}: MLflowBuilder::run_id goes on with it"
+            ),
+        }))
+    }
 }
 
 impl<C, B, O> Handler<C, B, O> for MLflowLogger {
@@ -227,6 +259,10 @@ impl<C, B, O> Handler<C, B, O> for MLflowLogger {
 
     fn ranks(&self) -> Ranks {
         Ranks::Main
+    }
+
+    fn logs(&self) -> Vec<Box<dyn Log>> {
+        Logger::logs(self)
     }
 
     fn call(

@@ -3,7 +3,7 @@ use tch::Tensor;
 use super::{Grouped, SelectionRate, SubgroupMetric};
 use crate::Result;
 use crate::engine::MetricValue;
-use crate::metrics::{Accumulated, Accuracy, Metric, pair};
+use crate::metrics::{Accumulated, Accuracy, Metric, Usage, pair};
 
 /// The largest difference of a metric between two groups of samples: ignite's `SubgroupDifference`.
 ///
@@ -50,6 +50,14 @@ where
         let values = Tensor::f_stack(&values, 0)?;
         let (largest, smallest) = (values.f_amax([0i64], false)?, values.f_amin([0i64], false)?);
         Ok(largest.f_sub(&smallest)?.f_max()?.into())
+    }
+
+    fn observe(&mut self, output: &O) -> anyhow::Result<()> {
+        self.0.observe(output)
+    }
+
+    fn usage(&self) -> Usage {
+        Metric::<O>::usage(&self.0)
     }
 
     fn validate(&self) -> Result<()> {

@@ -2,7 +2,7 @@ use tch::Tensor;
 
 use crate::Result;
 use crate::engine::MetricValue;
-use crate::metrics::{Accumulated, Metric};
+use crate::metrics::{Accumulated, Metric, Usage};
 
 /// `y_pred`, `y` and the group of each sample, in an output.
 pub type Grouped<'o> = (&'o Tensor, &'o Tensor, &'o Tensor);
@@ -59,19 +59,16 @@ impl<M: Metric<(Tensor, Tensor)>, F> SubgroupMetric<M, F> {
     }
 }
 
-impl<O, M, F> Metric<O> for SubgroupMetric<M, F>
-where
-    M: Metric<(Tensor, Tensor)>,
-    F: for<'o> Fn(&'o O) -> Grouped<'o>,
-{
-    fn reset(&mut self) {
-        for group in &mut self.groups {
-            group.metric.reset();
-            group.seen = false;
-        }
-    }
-
-    fn update(&mut self, output: &O) -> anyhow::Result<()> {
+impl<M, F> SubgroupMetric<M, F> {
+    /// Hands each group its samples, where it has some.
+    fn take_in<O>(
+        &mut self,
+        output: &O,
+        take: impl Fn(&mut Group<M>, &(Tensor, Tensor)) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()>
+    where
+        F: for<'o> Fn(&'o O) -> Grouped<'o>,
+    {
         let (y_pred, y, labels) = (self.parts)(output);
         let samples = |tensor: &Tensor| tensor.size().first().copied();
         anyhow::ensure!(
@@ -86,15 +83,43 @@ where
             if indices.numel() > 0 {
                 let of_group =
                     (y_pred.f_index_select(0, &indices)?, y.f_index_select(0, &indices)?);
-                group.metric.update(&of_group)?;
-                group.seen = true;
+                take(group, &of_group)?;
             }
         }
         Ok(())
     }
+}
+
+impl<O, M, F> Metric<O> for SubgroupMetric<M, F>
+where
+    M: Metric<(Tensor, Tensor)>,
+    F: for<'o> Fn(&'o O) -> Grouped<'o>,
+{
+    fn reset(&mut self) {
+        for group in &mut self.groups {
+            group.metric.reset();
+            group.seen = false;
+        }
+    }
+
+    fn update(&mut self, output: &O) -> anyhow::Result<()> {
+        self.take_in(output, |group, of_group| {
+            group.metric.update(of_group)?;
+            group.seen = true;
+            Ok(())
+        })
+    }
+
+    fn observe(&mut self, output: &O) -> anyhow::Result<()> {
+        self.take_in(output, |group, of_group| group.metric.observe(of_group))
+    }
 
     fn compute(&self) -> anyhow::Result<MetricValue> {
         Ok(MetricValue::Named(self.values()?))
+    }
+
+    fn usage(&self) -> Usage {
+        self.groups.first().map_or(Usage::EpochWise, |group| group.metric.usage())
     }
 
     fn validate(&self) -> Result<()> {

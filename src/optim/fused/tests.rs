@@ -411,19 +411,114 @@ fn state_saved_by_the_one_goes_on_with_the_other() {
 }
 
 #[test]
-fn one_variable_under_two_names_is_updated_twice_as_by_the_loop() {
-    let run = |mode| {
+fn one_variable_under_two_names_is_updated_once() {
+    for mode in [Mode::Fused, Mode::Loop, Mode::Kernels] {
         let vs = VarStore::new(Device::Cpu);
         let p = vs.root().add("p", values(&[200_000], 1., Float), true);
         let _ = vs.root().add("again", p.shallow_clone(), true);
         assert_eq!(TensorId::of(&p), TensorId::of(&vs.variables()["again"]));
-        let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
+        let optimizer = Optimizer::sgd(&vs).lr(0.5).build().unwrap();
         set_mode(&optimizer, mode);
-        set_gradient(&p, Some(&values(&[200_000], 3., Float))).unwrap();
+        let (before, gradient) = (p.detach().copy(), values(&[200_000], 3., Float));
+        set_gradient(&p, Some(&gradient)).unwrap();
         optimizer.step().unwrap();
-        p.detach().copy()
-    };
-    assert_eq!(run(Mode::Fused), run(Mode::Loop));
+        assert_eq!(p.detach(), before - gradient * 0.5, "{mode:?}");
+    }
+}
+
+/// All numbers here are exact in every type.
+#[test]
+fn the_factor_counts_in_every_type() {
+    for kind in [Double, Float, Half, BFloat16] {
+        for mode in [Mode::Fused, Mode::Loop] {
+            let mut vs = VarStore::new(Device::Cpu);
+            vs.set_kind(kind);
+            // More than one block of the conversion, and a rest.
+            let p = vs.root().add("p", Tensor::full([1100], 3., (kind, Device::Cpu)), true);
+            let optimizer = Optimizer::sgd(&vs).lr(0.5).build().unwrap();
+            set_mode(&optimizer, mode);
+            for after in [2.5, 2.0] {
+                set_gradient(&p, Some(&Tensor::full([1100], 4., (kind, Device::Cpu)))).unwrap();
+                optimizer.update(Some(&Tensor::from(0.25)), None).unwrap();
+                assert_eq!(p.detach().to_kind(Double), Tensor::from(after).expand([1100], false));
+            }
+            // A norm of 64 is clipped to 1 (up to the 1e-6 that torch adds).
+            set_gradient(&p, Some(&(p.zeros_like() + 64. / 1100f64.sqrt()))).unwrap();
+            let _ = optimizer.step_clipped(1.).unwrap();
+            let moved = 2. - p.double_value(&[1099]);
+            let bound = if matches!(kind, BFloat16) { 0.01 } else { 2e-3 };
+            assert!((moved - 0.5 / 1100f64.sqrt()).abs() < bound, "{kind:?} {mode:?}: {moved}");
+        }
+    }
+}
+
+const CHILD: &str = "TCH_IGNITE_OVERLAPPING_CHILD";
+
+/// Variables that share their memory, or whose gradient lies where another variable does, are stepped one after the
+/// other; on several threads they would be at once. The number of threads is that of a process of its own.
+#[test]
+fn overlapping_variables_are_updated_in_order_with_several_threads() {
+    if std::env::var_os(CHILD).is_none() {
+        let name =
+            "optim::fused::tests::overlapping_variables_are_updated_in_order_with_several_threads";
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+        return;
+    }
+    tch::set_num_threads(4);
+    const SIZE: i64 = 1 << 15; // one piece of work for a thread
+    let memory = |count: i64| values(&[count], 1., Float);
+    // All on one memory; each half on that of the next one; each on its own, with a part of the one before in its
+    // gradient.
+    for case in ["one", "halves", "gradients"] {
+        let run = |mode| {
+            let vs = VarStore::new(Device::Cpu);
+            let all = memory(SIZE * 65);
+            let memories: Vec<_> = (0..64)
+                .map(|i| match case {
+                    "one" => all.shallow_clone(),
+                    "halves" => all.narrow(0, i * SIZE / 2, SIZE),
+                    _ => memory(SIZE * 2),
+                })
+                .collect();
+            let parameters: Vec<_> = memories
+                .iter()
+                .enumerate()
+                .map(|(i, memory)| {
+                    vs.root().add(&format!("p{i:02}"), memory.narrow(0, 0, SIZE).detach(), true)
+                })
+                .collect();
+            // Two updates of one element give another value in another order.
+            let optimizer =
+                Optimizer::builder(nn::sgd(0., 0., 0.5, false), &vs).lr(0.5).build().unwrap();
+            set_mode(&optimizer, mode);
+            let gradients: Vec<_> = parameters
+                .iter()
+                .enumerate()
+                .map(|(i, p)| p.zeros_like() + i as f64 * 0.1)
+                .collect();
+            for step in 0..60 {
+                for (i, p) in parameters.iter().enumerate() {
+                    // Not in every step, so that the tasks of the one before are used again.
+                    let of_before = case == "gradients" && step % 3 > 0 && i > 0;
+                    let gradient = match of_before {
+                        // A thread that is half way would read what the other one has yet to write.
+                        true => &memories[i - 1].narrow(0, SIZE / 2, SIZE),
+                        false => &gradients[i],
+                    };
+                    set_gradient(p, Some(gradient)).unwrap();
+                }
+                optimizer.step().unwrap();
+            }
+            Tensor::cat(&parameters.iter().map(Tensor::detach).collect::<Vec<_>>(), 0)
+        };
+        assert_eq!(run(Mode::Fused), run(Mode::Loop), "{case}");
+    }
 }
 
 /// Dense parameters that have a gradient in every step: their tasks are made once and used again.
@@ -467,6 +562,7 @@ impl Steady {
         }
     }
 
+    /// Parameters and state, as f64.
     fn all(&self) -> Vec<Tensor> {
         let parameters = self.parameters.iter().map(|p| p.detach().copy());
         let state = |index: &usize| self.optimizer.state(&format!("p{index}")).unwrap();
@@ -478,7 +574,7 @@ impl Steady {
 type Change = fn(&mut Steady);
 
 /// What may happen between two steps.
-const CHANGES: [(&str, Change); 11] = [
+const CHANGES: [(&str, Change); 14] = [
     ("nothing", |_| {}),
     ("options", |net| {
         let groups = net.optimizer.groups().unwrap();
@@ -528,6 +624,31 @@ const CHANGES: [(&str, Change); 11] = [
                 tensor.set_data(&other);
             }
         }
+    }),
+    // At the old address: a plan that is used again would write the old type there.
+    ("the state's type", |net| {
+        for (name, mut tensor) in net.optimizer.state("p1").unwrap() {
+            if name != "step" {
+                let values = tensor.copy();
+                let mut other = tensor.view_dtype(Float).narrow(0, 0, 7);
+                other.copy_(&values);
+                tensor.set_data(&other);
+            }
+        }
+    }),
+    ("the state's memory is the parameter's", |net| {
+        let p = net.parameters[0].detach();
+        for (name, mut tensor) in net.optimizer.state("p1").unwrap() {
+            if matches!(name, "exp_avg" | "momentum_buffer") {
+                tensor.set_data(&p);
+            }
+        }
+    }),
+    ("a gradient's memory is the parameter's", |net| {
+        net.gradients();
+        let p = net.parameters[0].detach();
+        set_gradient(&net.parameters[0], Some(&p)).unwrap();
+        net.optimizer.step().unwrap();
     }),
     ("a new parameter", |net| {
         let late = net.vs.root().add("p6", parameter(6, net.parameters[0].kind()), true);

@@ -31,7 +31,7 @@ use template::{at, read};
 ///     [[schedule]]
 ///     group = "base"            # all groups where it is not given
 ///     param = "lr"              # "lr" where it is not given
-///     event = "iteration"       # or "epoch"; "iteration" where it is not given
+///     event = "iteration"       # or "update", "epoch"; "iteration" where it is not given
 ///     type = "LinearCyclical"
 ///     start_value = 1e-3
 ///     end_value = 1e-4
@@ -63,7 +63,7 @@ use template::{at, read};
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
-/// Lengths are whole numbers of events, or texts: `"2ep"` epochs, `"500it"` iterations, `"0.3run"` or
+/// Lengths are whole numbers of events, or texts: `"2ep"` epochs, `"500it"` iterations, `"100up"` updates, `"0.3run"` or
 /// `"30%"` of the run, or several with `+` and `-` between (`"1run - 500it"`). They become numbers, rounded
 /// down, when the run is known.
 ///
@@ -207,7 +207,8 @@ impl SchedulePlan {
     }
 
     /// The values of each entry over a run with their iterations, from 1 as in a history, without any
-    /// training. Entries that count epochs have two for each, at its first and its last iteration.
+    /// training. Entries that count epochs or updates of several batches have two for each, at its first and its last
+    /// iteration.
     ///
     /// # Errors
     /// Those of [`resolve`](Self::resolve), and a run whose length is not known.

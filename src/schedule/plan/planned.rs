@@ -2,9 +2,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::template::{Reader, at, read};
-use crate::engine::Event;
+use crate::engine::{Event, OPTIMIZER_STEPPED};
 use crate::schedule::run_length::Clock;
-use crate::schedule::{AnySchedule, RunLength, Schedule, too_long, too_short};
+use crate::schedule::{AnySchedule, RunLength, Schedule, not_finite, too_long, too_short};
 use crate::{Error, Result};
 
 /// A schedule with the hyper-parameter and the group that it drives: an entry of a
@@ -95,6 +95,13 @@ impl PlannedSchedule {
         self
     }
 
+    /// One event of the schedule an update of the optimizer, instead of one an iteration: the engine has to fire
+    /// [`OPTIMIZER_STEPPED`], as that of [`create_supervised_trainer`](crate::supervised::create_supervised_trainer) does.
+    pub fn each_update(mut self) -> Self {
+        self.place.event = Clock::Update;
+        self
+    }
+
     /// A schedule longer than the run is cut off with a warning, instead of refused.
     pub fn allow_longer(mut self) -> Self {
         self.place.longer = Longer::Warn;
@@ -127,10 +134,11 @@ impl PlannedSchedule {
         &self.place.param
     }
 
-    /// The event it counts: [`Event::IterationStarted`] or [`Event::EpochStarted`].
+    /// The event it counts: [`Event::IterationStarted`], [`OPTIMIZER_STEPPED`] or [`Event::EpochStarted`].
     pub fn event(&self) -> Event {
         match self.place.event {
             Clock::Iteration => Event::IterationStarted,
+            Clock::Update => OPTIMIZER_STEPPED,
             Clock::Epoch => Event::EpochStarted,
         }
     }
@@ -145,21 +153,19 @@ impl PlannedSchedule {
         schedule: &AnySchedule,
         run: RunLength,
     ) -> Result<Vec<(u64, f64)>> {
-        let (period, events, iterations) =
-            (run.period(self.place.event), self.events(run), run.iterations());
-        let (Some(period), Some(events), Some(iterations)) = (period, events, iterations) else {
-            return Err(Error::invalid(format!(
-                "the number of {} in the run is not known",
-                self.place.event.plural()
-            )));
+        let clock = self.place.event;
+        let unknown = || {
+            let plural = clock.plural();
+            Error::invalid(format!("the number of {plural} in the run is not known"))
         };
-        let values = schedule.simulate_values(events)?.into_iter();
-        let mut values: Vec<_> = values
-            .flat_map(|(event, value)| {
-                let last = event.saturating_add(1).saturating_mul(period).min(iterations);
-                [(event * period + 1, value), (last, value)]
-            })
-            .collect();
+        let events = self.events(run).ok_or_else(unknown)?;
+        let iterations = run.iterations().ok_or_else(unknown)?;
+        let before = |event| run.before(event, clock).ok_or_else(unknown);
+        let mut values = vec![];
+        for (event, value) in schedule.simulate_values(events)? {
+            values.push((before(event)?.saturating_add(1), value));
+            values.push((before(event.saturating_add(1))?.min(iterations), value));
+        }
         values.dedup();
         Ok(values)
     }
@@ -182,7 +188,7 @@ impl PlannedSchedule {
             let text = text.replace("events", self.place.event.plural());
             format!("{} {text}", schedule.class())
         };
-        if let Some(why) = too_short(schedule, events) {
+        if let Some(why) = too_short(schedule, events).or_else(|| not_finite(schedule, events)) {
             return Err(at(path, text(why)));
         }
         match (too_long(schedule, events).map(text), self.place.longer) {

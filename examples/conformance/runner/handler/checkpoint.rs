@@ -124,7 +124,7 @@ impl tch_ignite::engine::Handler<(), (), ()> for Note {
     }
 
     fn priority(&self) -> tch_ignite::engine::Priority {
-        tch_ignite::engine::Priority::Last
+        tch_ignite::engine::Priority::Save
     }
 
     fn call(&mut self, _: Event, _: &mut (), engine: &mut Engine<'_, (), (), ()>) -> Result<()> {

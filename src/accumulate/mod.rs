@@ -1,7 +1,16 @@
+//! Gradient accumulation: which batches share a step of the optimizer, and how their gradients are put together.
+
+mod gradient_accumulator;
+mod weight;
+
+pub use gradient_accumulator::GradientAccumulator;
+pub use weight::{Weight, WeightedLoss};
+
+use crate::engine::Engine;
 use crate::{Error, Result};
 
-/// Gradient accumulation: one step of the optimizer for several batches, whose losses are averaged. The
-/// last window of an epoch may be shorter, and its losses are averaged over what it has.
+/// Gradient accumulation: one step of the optimizer for several batches. The last window of an epoch may be shorter.
+/// [`GradientAccumulator`] makes the gradient of the window from those of its batches.
 ///
 /// Plain arithmetic on the position, so that it is right after a resume. A checkpoint that is written
 /// within a window needs the gradients too: track [`Gradients`](crate::checkpoint::Gradients).
@@ -13,7 +22,6 @@ use crate::{Error, Result};
 /// // The last batch of an epoch of 10 is the second of a window of 2.
 /// let window = accumulation.window(9, Some(10));
 /// assert_eq!((window.size, window.first, window.last), (2, false, true));
-/// // In a step: zero the gradients if `first`, backward from `loss / size`, step if `last`.
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,13 +31,16 @@ pub struct Accumulation {
 
 /// The place of a batch among those that share a step; made by [`Accumulation::window`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Window {
-    /// How many batches share the step: divide the loss by it.
+    /// How many batches share the step, if none is lost.
     pub size: u64,
-    /// This batch is the first: zero the gradients before.
+    /// This batch is the first.
     pub first: bool,
-    /// This batch is the last: step after it.
+    /// This batch is the last: a step follows.
     pub last: bool,
+    /// How many batches came before the first one of the window: two batches with different numbers are of two windows.
+    pub begin: u64,
 }
 
 impl Accumulation {
@@ -48,7 +59,17 @@ impl Accumulation {
         self.steps
     }
 
-    /// Of batch `index`, from 0, of an epoch of `epoch_length` batches, in iterations of the epoch. Where
+    /// The place of the batch of this iteration; for steps and for handlers of `ITERATION_STARTED` and
+    /// `ITERATION_COMPLETED`.
+    pub fn window_of<C, B, O>(self, engine: &Engine<'_, C, B, O>) -> Window {
+        let index = engine.iteration_in_epoch().saturating_sub(1);
+        let window = self.window(index, engine.state.epoch_length);
+        // Windows of different epochs differ.
+        let before = (engine.state.iteration.max(1) - 1).saturating_sub(index % self.steps);
+        Window { begin: before, ..window }
+    }
+
+    /// The place of batch `index`, from 0, of an epoch of `epoch_length` batches, in iterations of the epoch. Where
     /// the length is not known all windows are full, and what is left at the end has to be stepped for.
     pub fn window(self, index: u64, epoch_length: Option<u64>) -> Window {
         let place = index % self.steps;
@@ -57,7 +78,7 @@ impl Accumulation {
             Some(length) if length > index => self.steps.min(length - begin),
             _ => self.steps,
         };
-        Window { size, first: place == 0, last: place + 1 == size }
+        Window { size, first: place == 0, last: place + 1 == size, begin }
     }
 }
 
@@ -87,6 +108,6 @@ mod tests {
     #[test]
     fn without_a_length_all_windows_are_full() {
         let window = Accumulation::new(3).unwrap().window(7, None);
-        assert_eq!(window, Window { size: 3, first: false, last: false });
+        assert_eq!(window, Window { size: 3, first: false, last: false, begin: 6 });
     }
 }

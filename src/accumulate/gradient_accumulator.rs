@@ -1,0 +1,476 @@
+use tch::Tensor;
+
+use super::weight::Amount;
+use super::{Accumulation, Weight, Window};
+use crate::amp::GradScaler;
+use crate::checkpoint::{StateDict, Stateful};
+use crate::engine::Engine;
+use crate::optim::Optimizer;
+use crate::parallel::{Local, Parallel};
+use crate::{Error, Result};
+
+/// Puts the gradients of the batches of a window together, so that the step is that of one large batch: each counts as
+/// much as its [`Weight`], also among several ranks. For a step of your own; [`Supervised`](crate::supervised::Supervised) has
+/// one inside.
+///
+/// In a step: [`begin`](Self::begin), [`forward`](Self::forward), [`backward`](Self::backward), and a step of the optimizer
+/// where that answers true. Where windows are cut short (the end of an epoch of unknown length, `terminate`, a budget
+/// that is used up), [`finish`](Self::finish), and a step where that answers true. A batch that is lost to an error does
+/// not count: the others of its window are weighed as if it had never been.
+///
+/// Several batches equal one large batch but for rounding. For batches of equal weight nothing but the division of each
+/// loss by their number happens, as it is usually written.
+///
+/// ```
+/// use tch::{Device, Kind, Tensor, nn};
+/// use tch_ignite::GradientAccumulator;
+/// use tch_ignite::engine::{Engine, Event, OPTIMIZER_STEPPED, Until};
+/// use tch_ignite::optim::Optimizer;
+///
+/// struct Context { w: Tensor, optimizer: Optimizer, accumulator: GradientAccumulator }
+///
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # let w = vs.root().zeros("w", &[1]);
+/// let optimizer = Optimizer::sgd(&vs).lr(1.0).build()?;
+/// let mut cx = Context { w, optimizer, accumulator: GradientAccumulator::new(2)? };
+/// let mut trainer = Engine::new(|cx: &mut Context, engine, batch: Vec<f32>| {
+///     let window = cx.accumulator.window_of(engine);
+///     // True where the last batch of the window before was lost.
+///     while cx.accumulator.begin(&cx.optimizer, window)? {
+///         cx.optimizer.step()?;
+///     }
+///     let loss = cx.accumulator.forward(|| (Tensor::from_slice(&batch) * &cx.w).mean(Kind::Float))?;
+///     if cx.accumulator.backward(&cx.optimizer, &loss, batch.len())? {
+///         cx.optimizer.step()?;
+///         engine.fire_event(OPTIMIZER_STEPPED, cx)?;
+///     }
+///     Ok(())
+/// });
+/// trainer.register_events([OPTIMIZER_STEPPED])?;
+/// let ends = Event::EpochCompleted | Event::TerminateSingleEpoch | Event::Terminate;
+/// trainer.on(ends, |cx, engine| {
+///     if cx.accumulator.finish(&cx.optimizer)? {
+///         cx.optimizer.step()?;
+///         engine.fire_event(OPTIMIZER_STEPPED, cx)?;
+///     }
+///     Ok(())
+/// });
+/// // The mean of all six numbers, not of the two means.
+/// trainer.run(&mut cx, vec![vec![1.0, 2.0, 3.0, 4.0, 5.0], vec![9.0]], Until::epochs(1))?;
+/// assert_eq!(cx.w.double_value(&[0]), -4.0);
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+///
+/// A checkpoint within a window needs its state and the gradients: track
+/// [`Gradients`](crate::checkpoint::Gradients) too.
+#[derive(Debug)]
+pub struct GradientAccumulator {
+    accumulation: Accumulation,
+    parallel: Parallel,
+    scaler: Option<GradScaler>,
+    equal: bool,
+    /// The place of the batch under way.
+    window: Option<Window>,
+    /// Keeps its gradients on this rank.
+    local: Option<Local>,
+    pending: Option<Pending>,
+}
+
+/// Gradients that wait for the rest of their window.
+#[derive(Debug)]
+struct Pending {
+    batches: u64,
+    /// Each loss was divided by this.
+    size: u64,
+    /// [`Window::begin`]; `None` in states of older versions.
+    begin: Option<u64>,
+    /// The weight of the first batch, or 1 in place of 0: each loss was multiplied by its own weight over this one.
+    first: Amount,
+    /// The sum of these quotients.
+    quotients: Amount,
+}
+
+impl Pending {
+    /// All weights together.
+    fn weight(&self) -> Result<Amount> {
+        self.first.mul(&self.quotients)
+    }
+
+    /// What the gradients are to be multiplied by, so that they are those of one batch: exactly 1 for equal weights.
+    fn factor(&self, ranks: u64, weight_of_all: &Amount) -> Result<Amount> {
+        if weight_of_all.is(0.) {
+            return Err(Error::invalid(format!(
+                "all {} batches of the window have weight 0, so there is nothing that their loss could be a mean of",
+                self.batches
+            )));
+        }
+        let size = Amount::Number(self.size as f64);
+        self.first.mul(&size)?.mul(&Amount::Number(ranks as f64))?.div(weight_of_all)
+    }
+}
+
+impl GradientAccumulator {
+    /// A step for every `steps` batches; 1 for no accumulation.
+    pub fn new(steps: u64) -> Result<Self> {
+        Ok(Self { accumulation: Accumulation::new(steps)?, ..Self::unshared() })
+    }
+
+    /// A step for each batch.
+    pub(crate) fn unshared() -> Self {
+        Self {
+            accumulation: Accumulation { steps: 1 },
+            parallel: Parallel::default(),
+            scaler: None,
+            equal: false,
+            window: None,
+            local: None,
+            pending: None,
+        }
+    }
+
+    /// Scales losses by this scaler before backward.
+    pub fn grad_scaler(mut self, scaler: GradScaler) -> Self {
+        self.scaler = Some(scaler);
+        self
+    }
+
+    /// Forward and backward through this: gradients are sent once for each window, and the mean over ranks is one over
+    /// samples (or what the weights are), also where ranks have batches of different size. For that the ranks exchange
+    /// one number in each window, between forward and backward of its last batch; with gloo that makes them wait for
+    /// each other, some 0.1 ms on one machine. [`equal_weights`](Self::equal_weights) spares it, and with ranks in
+    /// Python it is left out.
+    #[cfg(feature = "distributed")]
+    pub fn data_parallel(mut self, ddp: crate::distributed::DistributedDataParallel) -> Self {
+        self.parallel = Parallel::new(ddp);
+        self
+    }
+
+    /// All batches count the same, whatever their weight is: the mean of their losses.
+    pub fn equal_weights(mut self) -> Self {
+        self.equal = true;
+        self
+    }
+
+    pub(crate) fn set_steps(&mut self, accumulation: Accumulation) {
+        self.accumulation = accumulation;
+    }
+
+    pub(crate) fn scaler(&self) -> Option<&GradScaler> {
+        self.scaler.as_ref()
+    }
+
+    pub(crate) fn scaler_mut(&mut self) -> Option<&mut GradScaler> {
+        self.scaler.as_mut()
+    }
+
+    /// How many batches share a step.
+    pub fn steps(&self) -> u64 {
+        self.accumulation.steps()
+    }
+
+    /// How many batches wait for the end of their window.
+    pub fn pending(&self) -> u64 {
+        self.pending.as_ref().map_or(0, |pending| pending.batches)
+    }
+
+    /// Forgets the batches that wait, and returns how many there were.
+    pub(crate) fn drop_pending(&mut self) -> u64 {
+        (self.window, self.local) = (None, None);
+        self.pending.take().map_or(0, |pending| pending.batches)
+    }
+
+    /// The place of the batch of this iteration: [`Accumulation::window_of`].
+    pub fn window_of<C, B, O>(&self, engine: &Engine<'_, C, B, O>) -> Window {
+        self.accumulation.window_of(engine)
+    }
+
+    /// The place of the next batch, counting those of [`backward`](Self::backward), for loops without an engine.
+    pub fn next_window(&self) -> Window {
+        let (size, pending) = (self.steps(), self.pending());
+        let begin = self.pending.as_ref().and_then(|pending| pending.begin).unwrap_or(0);
+        Window { size, first: pending == 0, last: pending + 1 >= size, begin }
+    }
+
+    /// Whether gradients wait for batches that will not come: those of another window than this one.
+    pub(crate) fn is_left_over(&self, window: Window) -> bool {
+        let Some(pending) = &self.pending else { return false };
+        window.first || pending.begin.is_some_and(|begin| begin != window.begin)
+    }
+
+    /// Begins a batch, before its forward. Clears the gradients for the first one of a window. Answers true where
+    /// gradients of another window wait, whose last batch was lost to an error: they are ready then, so make a step and
+    /// call this again.
+    pub fn begin(&mut self, optimizer: &Optimizer, window: Window) -> Result<bool> {
+        if self.is_left_over(window) {
+            return self.finish(optimizer);
+        }
+        if self.pending.is_none() {
+            optimizer.zero_grad()?;
+        }
+        self.window = Some(window);
+        // Gradients travel in the last backward of the window.
+        self.local = (!window.last).then(|| self.parallel.no_sync());
+        Ok(false)
+    }
+
+    /// Calls the model and the loss, through the data-parallel model if there is one.
+    pub fn forward(&self, forward: impl FnOnce() -> Tensor) -> Result<Tensor> {
+        self.parallel.forward(|| Ok(forward()))
+    }
+
+    pub(crate) fn forward_result(
+        &self,
+        forward: impl FnOnce() -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        self.parallel.forward(forward)
+    }
+
+    /// Adds the gradients of a loss that is a mean over as much as `weight` says: the number of samples, of tokens, …
+    /// Answers true after the last batch of a window: the gradients are ready for a step.
+    ///
+    /// A batch of weight 0 adds nothing. A weight on a device is not read, so the loss of such a batch has to be finite
+    /// there.
+    ///
+    /// # Errors
+    /// A weight that is no number or below 0, or windows in which all weights are 0. If backward fails, the gradients of
+    /// the window are dropped, because a part of this batch's may be among them, and the error says of how many batches.
+    pub fn backward(
+        &mut self,
+        optimizer: &Optimizer,
+        loss: &Tensor,
+        weight: impl Into<Weight>,
+    ) -> Result<bool> {
+        let window = self.window.take().ok_or_else(|| {
+            Error::invalid("backward() of a GradientAccumulator was called without begin()")
+        })?;
+        let _local = self.local.take();
+        let before = self.pending.take();
+        let shared = self.parallel.is_shared() && !self.equal;
+        if window.size == 1 && window.last && before.is_none() && !shared {
+            // The batch is the window.
+            self.backward_scaled(loss)?;
+            return Ok(true);
+        }
+        let weight = if self.equal { Weight::Number(1.) } else { weight.into() };
+        let weight = match Amount::of(weight, loss.device()) {
+            Ok(weight) => weight,
+            Err(error) => {
+                self.pending = before;
+                return Err(error);
+            }
+        };
+        let batches = before.as_ref().map_or(0, |pending| pending.batches);
+        let added = self.add(optimizer, loss, weight, before, window, shared);
+        match added {
+            Ok(pending) => self.pending = pending,
+            Err(error) if batches > 0 => {
+                return Err(Error::invalid(format!(
+                    "{:#} (with it the gradients of the other {batches} batches of its window are dropped, because a part of this batch's may be among them)",
+                    anyhow::Error::from(error)
+                )));
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(window.last)
+    }
+
+    /// The gradients that wait after this batch.
+    fn add(
+        &self,
+        optimizer: &Optimizer,
+        loss: &Tensor,
+        weight: Amount,
+        before: Option<Pending>,
+        window: Window,
+        shared: bool,
+    ) -> Result<Option<Pending>> {
+        let mut pending = match before {
+            Some(pending) => pending,
+            None => Pending {
+                batches: 0,
+                size: window.size,
+                begin: Some(window.begin),
+                first: weight.or_one()?,
+                quotients: Amount::Number(0.),
+            },
+        };
+        let others = pending.batches > 0;
+        pending.batches += 1;
+        let quotient = weight.div(&pending.first)?;
+        pending.quotients = pending.quotients.add(&quotient)?;
+        let share = if pending.size > 1 {
+            loss.f_div_scalar(pending.size as i64)
+                .map_err(|error| Error::libtorch("dividing the loss", error))?
+        } else {
+            loss.shallow_clone()
+        };
+        let mut share = quotient.times(&share)?;
+        if window.last {
+            let factor = self.factor(&pending, shared, loss.device())?;
+            // The gradients before, and those to come with the backward that sends them.
+            if others {
+                scale(optimizer, &factor)?;
+            }
+            share = factor.times(&share)?;
+        }
+        // Ranks wait for each other in the last backward, whatever it adds.
+        if !weight.is(0.) || (window.last && self.parallel.reduces()) {
+            self.backward_scaled(&share)?;
+        }
+        Ok((!window.last).then_some(pending))
+    }
+
+    fn factor(&self, pending: &Pending, shared: bool, device: tch::Device) -> Result<Amount> {
+        let own = pending.weight()?;
+        if !shared {
+            return pending.factor(1, &own);
+        }
+        // A product, so that it is nobody else's memory.
+        let all = own.tensor(device)?;
+        let ranks = self.parallel.sum(&all)?;
+        pending.factor(ranks, &Amount::from_tensor(&all, device)?)
+    }
+
+    fn backward_scaled(&self, share: &Tensor) -> Result<()> {
+        match &self.scaler {
+            Some(scaler) => self.parallel.backward(&scaler.scale(share)?),
+            None => self.parallel.backward(share),
+        }
+    }
+
+    /// Ends a window before its last batch: makes the gradients those of the batches that there were, and answers true;
+    /// false where there were none.
+    pub fn finish(&mut self, optimizer: &Optimizer) -> Result<bool> {
+        (self.window, self.local) = (None, None);
+        let Some(pending) = self.pending.take() else { return Ok(false) };
+        let device = match &pending.quotients {
+            Amount::Number(_) => self.parallel.device(),
+            Amount::Tensor(tensor) => tensor.device(),
+        };
+        let shared = self.parallel.is_shared() && !self.equal;
+        let factor = self.factor(&pending, shared, device)?;
+        scale(optimizer, &factor)?;
+        self.parallel.reduce_gradients()?;
+        Ok(true)
+    }
+}
+
+fn scale(optimizer: &Optimizer, factor: &Amount) -> Result<()> {
+    if factor.is(1.) {
+        return Ok(());
+    }
+    match factor {
+        Amount::Number(number) => optimizer.gradients()?.scale(&Tensor::from(*number)),
+        Amount::Tensor(tensor) => optimizer.gradients()?.scale(tensor),
+    }
+}
+
+/// How many batches wait, and how they are weighed; the gradients themselves are
+/// [`Gradients`](crate::checkpoint::Gradients).
+impl Stateful for GradientAccumulator {
+    fn state_dict(&self) -> Result<StateDict> {
+        let mut state = StateDict::new();
+        let Some(pending) = &self.pending else {
+            state.set_value("accumulated", (0, 0))?;
+            return Ok(state);
+        };
+        state.set_value("accumulated", (pending.batches, pending.size))?;
+        state.set_value("window", pending.begin)?;
+        for (name, amount) in [("first", &pending.first), ("quotients", &pending.quotients)] {
+            match amount {
+                Amount::Number(number) => state.set_value(name, number)?,
+                Amount::Tensor(tensor) => state.set_tensor(name, tensor.shallow_clone()),
+            }
+        }
+        Ok(state)
+    }
+
+    fn load_state_dict(&mut self, mut state: StateDict) -> Result<()> {
+        let (batches, size): (u64, u64) = state.value("accumulated")?;
+        let begin = state.value("window").unwrap_or(None);
+        let device = self.parallel.device();
+        let mut amount = |name: &str, missing: f64| match state.value(name) {
+            Ok(number) => Ok(Amount::Number(number)),
+            Err(_) => match state.take_tensor(name) {
+                Ok(tensor) => Amount::from_tensor(&tensor, device),
+                // States of older versions have no weights: all batches counted the same.
+                Err(_) => Ok(Amount::Number(missing)),
+            },
+        };
+        let (first, quotients) = (amount("first", 1.)?, amount("quotients", batches as f64)?);
+        (self.window, self.local) = (None, None);
+        self.pending = (batches > 0).then_some(Pending { batches, size, begin, first, quotients });
+        Ok(())
+    }
+
+    /// Within a window: gradients are exchanged at its end.
+    fn differs_by_rank(&self) -> bool {
+        self.pending.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::nn::VarStore;
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    /// The gradient of batches whose losses are `w * mean`, of which the last ends the window.
+    fn gradient(batches: &[(f64, f64)], amount: fn(f64) -> Amount) -> Result<f64> {
+        let mut vs = VarStore::new(Device::Cpu);
+        vs.set_kind(Kind::Double);
+        let w = vs.root().zeros("w", &[1]);
+        let optimizer = Optimizer::sgd(&vs).build()?;
+        let mut accumulator = GradientAccumulator::new(batches.len() as u64)?;
+        for (mean, weight) in batches {
+            let window = accumulator.next_window();
+            accumulator.begin(&optimizer, window)?;
+            let loss = (&w * *mean).sum(Kind::Double);
+            let before = accumulator.pending.take();
+            accumulator.pending =
+                accumulator.add(&optimizer, &loss, amount(*weight), before, window, false)?;
+        }
+        Ok(w.grad().double_value(&[0]))
+    }
+
+    /// What is only known on a device is computed there; here that device is the CPU.
+    #[test]
+    fn weights_on_a_device_count_as_numbers_do() -> Result<()> {
+        let on_device = |weight| Amount::Tensor(Tensor::from(weight));
+        for batches in [
+            [(1., 5.), (2., 1.), (9., 2.)],
+            [(7., 0.), (2., 3.), (9., 1.)],
+            [(1., 3.), (2., 3.), (7., 3.)],
+            [(3., 4.), (2., 1.), (7., 0.)],
+        ] {
+            let sum: f64 = batches.iter().map(|(_, weight)| weight).sum();
+            let mean = batches.iter().map(|(mean, weight)| mean * weight).sum::<f64>() / sum;
+            for amount in [Amount::Number, on_device] {
+                let gradient = gradient(&batches, amount)?;
+                assert!((gradient - mean).abs() < 1e-14, "{gradient} {mean}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_state_with_weights_on_a_device_comes_back() -> Result<()> {
+        let mut one = GradientAccumulator::new(4)?;
+        let (first, quotients) =
+            (Amount::Tensor(Tensor::from(3.)), Amount::Tensor(Tensor::from(1.5)));
+        one.pending = Some(Pending { batches: 2, size: 4, begin: Some(8), first, quotients });
+        let mut other = GradientAccumulator::new(4)?;
+        other.load_state_dict(Stateful::state_dict(&one)?)?;
+        let pending = other.pending.as_ref().expect("two batches");
+        assert_eq!((pending.batches, pending.size, pending.begin), (2, 4, Some(8)));
+        assert!(pending.weight()?.is(4.5) && other.differs_by_rank());
+        // A state of an older version.
+        let mut old = StateDict::new();
+        old.set_value("accumulated", (3, 4))?;
+        other.load_state_dict(old)?;
+        let pending = other.pending.as_ref().expect("three batches");
+        assert!(pending.weight()?.is(3.) && pending.begin.is_none());
+        Ok(())
+    }
+}

@@ -1,0 +1,191 @@
+use tch::{Device, Kind, TchError, Tensor};
+
+use crate::{Error, Result};
+
+/// How much the loss of a batch counts among those that share a step: what the loss was divided by. For a mean over
+/// samples that is their number, for a mean over tokens the number of tokens that are no padding.
+///
+/// Only the proportions of weights matter. A tensor of one element may be on any device and is not read: no host sync.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Weight {
+    /// A number that the program knows.
+    Number(f64),
+    /// A number on a device.
+    Tensor(Tensor),
+}
+
+impl From<f64> for Weight {
+    fn from(weight: f64) -> Self {
+        Self::Number(weight)
+    }
+}
+
+macro_rules! from_integers {
+    ($($integer:ty)*) => {
+        $(impl From<$integer> for Weight {
+            fn from(weight: $integer) -> Self {
+                Self::Number(weight as f64)
+            }
+        })*
+    };
+}
+
+from_integers!(i32 u32 i64 u64 usize);
+
+impl From<Tensor> for Weight {
+    fn from(weight: Tensor) -> Self {
+        Self::Tensor(weight)
+    }
+}
+
+impl From<&Tensor> for Weight {
+    fn from(weight: &Tensor) -> Self {
+        Self::Tensor(weight.shallow_clone())
+    }
+}
+
+/// What the loss function of a [`Supervised`](crate::supervised::Supervised) context returns: the loss alone, a mean over the
+/// samples of the batch, or `(loss, weight)`, where the weight says what the loss was divided by.
+#[derive(Debug)]
+pub struct WeightedLoss {
+    pub(crate) loss: Tensor,
+    /// The samples of the batch where it is `None`.
+    pub(crate) weight: Option<Weight>,
+}
+
+impl From<Tensor> for WeightedLoss {
+    fn from(loss: Tensor) -> Self {
+        Self { loss, weight: None }
+    }
+}
+
+impl<W: Into<Weight>> From<(Tensor, W)> for WeightedLoss {
+    fn from((loss, weight): (Tensor, W)) -> Self {
+        Self { loss, weight: Some(weight.into()) }
+    }
+}
+
+fn failed(error: TchError) -> Error {
+    Error::libtorch("weighing the losses of a window", error)
+}
+
+/// A number, or a tensor of one f64 element on a device other than the CPU, where reading it would be a host sync.
+#[derive(Debug)]
+pub(crate) enum Amount {
+    Number(f64),
+    Tensor(Tensor),
+}
+
+impl Amount {
+    /// A weight beside a loss on `device`.
+    ///
+    /// # Errors
+    /// A number that cannot be a weight; a tensor of several elements.
+    pub(crate) fn of(weight: Weight, device: Device) -> Result<Self> {
+        let number = match weight {
+            Weight::Number(number) => number,
+            Weight::Tensor(tensor) => {
+                if !tensor.defined() || tensor.numel() != 1 {
+                    return Err(Error::invalid(format!(
+                        "the weight of a batch must be one number, but a tensor of shape {:?} was given",
+                        tensor.size()
+                    )));
+                }
+                let tensor =
+                    tensor.f_detach().and_then(|t| t.f_reshape([0i64; 0])).map_err(failed)?;
+                match Self::from_tensor(&tensor, device)? {
+                    Self::Number(number) => number,
+                    amount => return Ok(amount),
+                }
+            }
+        };
+        if number >= 0. && number.is_finite() {
+            return Ok(Self::Number(number));
+        }
+        Err(Error::invalid(format!(
+            "the weight of a batch must be finite and not negative, but {number} was given"
+        )))
+    }
+
+    /// The element of a tensor, which is read where that makes nobody wait.
+    pub(crate) fn from_tensor(tensor: &Tensor, device: Device) -> Result<Self> {
+        let tensor = tensor.f_to_kind(Kind::Double).map_err(failed)?;
+        if tensor.device() != Device::Cpu {
+            return tensor.f_to_device(device).map(Self::Tensor).map_err(failed);
+        }
+        let mut number = [0.];
+        tensor.f_copy_data(&mut number, 1).map_err(failed)?;
+        Ok(Self::Number(number[0]))
+    }
+
+    /// As one f64 element on `device`.
+    pub(crate) fn tensor(&self, device: Device) -> Result<Tensor> {
+        match self {
+            Self::Number(number) => Tensor::from(*number).f_to_device(device),
+            Self::Tensor(tensor) => tensor.f_to_device(device),
+        }
+        .map_err(failed)
+    }
+
+    pub(crate) fn is(&self, number: f64) -> bool {
+        matches!(self, Self::Number(ours) if *ours == number)
+    }
+
+    /// The amount itself, or 1 in place of 0.
+    pub(crate) fn or_one(&self) -> Result<Self> {
+        match self {
+            Self::Number(number) => Ok(Self::Number(if *number == 0. { 1. } else { *number })),
+            Self::Tensor(tensor) => {
+                let zero = tensor.f_eq(0.).and_then(|zero| zero.f_to_kind(Kind::Double));
+                zero.and_then(|zero| tensor.f_add(&zero)).map(Self::Tensor).map_err(failed)
+            }
+        }
+    }
+
+    pub(crate) fn add(&self, other: &Self) -> Result<Self> {
+        self.with(other, |a, b| a + b, |a, b| a.f_add(b))
+    }
+
+    pub(crate) fn mul(&self, other: &Self) -> Result<Self> {
+        self.with(other, |a, b| a * b, |a, b| a.f_mul(b))
+    }
+
+    pub(crate) fn div(&self, other: &Self) -> Result<Self> {
+        self.with(other, |a, b| a / b, |a, b| a.f_div(b))
+    }
+
+    fn with(
+        &self,
+        other: &Self,
+        numbers: impl FnOnce(f64, f64) -> f64,
+        tensors: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor, TchError>,
+    ) -> Result<Self> {
+        let device = match (self, other) {
+            (Self::Number(a), Self::Number(b)) => return Ok(Self::Number(numbers(*a, *b))),
+            (Self::Tensor(tensor), _) | (_, Self::Tensor(tensor)) => tensor.device(),
+        };
+        tensors(&self.tensor(device)?, &other.tensor(device)?).map(Self::Tensor).map_err(failed)
+    }
+
+    /// The loss times this amount. A loss of 16 bits becomes one of 32, so that the amount keeps its digits.
+    pub(crate) fn times(&self, loss: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Number(number) if *number == 1. => Ok(loss.shallow_clone()),
+            Self::Number(number) => wide(loss)?.f_mul_scalar(*number).map_err(failed),
+            Self::Tensor(tensor) => {
+                let loss = wide(loss)?;
+                let factor =
+                    tensor.f_to_device(loss.device()).and_then(|t| t.f_to_kind(loss.kind()));
+                factor.and_then(|factor| loss.f_mul(&factor)).map_err(failed)
+            }
+        }
+    }
+}
+
+fn wide(loss: &Tensor) -> Result<Tensor> {
+    match loss.kind() {
+        Kind::Half | Kind::BFloat16 => loss.f_to_kind(Kind::Float).map_err(failed),
+        _ => Ok(loss.shallow_clone()),
+    }
+}

@@ -1,0 +1,120 @@
+//! Signals that ask the process to end, for all engines.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::{flag, low_level};
+
+use crate::{Error, Result};
+
+/// The signals of this process. They are registered once, because what another handler of a signal replaced, the
+/// system's own way among them, never comes back.
+pub(super) struct Signals {
+    /// The number of a signal that nobody has noticed yet, or 0.
+    raised: Arc<AtomicUsize>,
+    /// The next signal ends the process: one came already, or nobody listens.
+    is_last: Arc<AtomicBool>,
+    listeners: Mutex<usize>,
+    /// How many were noticed, and the number of the last.
+    noticed: AtomicU64,
+    number: AtomicUsize,
+}
+
+static SIGNALS: OnceLock<Signals> = OnceLock::new();
+
+thread_local! {
+    /// The count of noticed signals up to which the engines of this thread were stopped.
+    static OBEYED: Cell<u64> = const { Cell::new(0) };
+}
+
+impl Signals {
+    pub(super) fn registered() -> Result<&'static Self> {
+        static REGISTERING: Mutex<()> = Mutex::new(());
+        let _one = REGISTERING.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(signals) = SIGNALS.get() {
+            return Ok(signals);
+        }
+        let (raised, is_last) = (Arc::default(), Arc::new(AtomicBool::new(true)));
+        let mut ids = vec![];
+        for signal in [SIGTERM, SIGINT] {
+            // In this order: a first signal sets both, a second finds the flag set and ends the process.
+            let registered = flag::register_conditional_default(signal, Arc::clone(&is_last))
+                .map(|id| ids.push(id))
+                .and_then(|()| flag::register_usize(signal, Arc::clone(&raised), signal as usize))
+                .map(|id| ids.push(id))
+                .and_then(|()| flag::register(signal, Arc::clone(&is_last)))
+                .map(|id| ids.push(id));
+            if let Err(error) = registered {
+                for id in ids {
+                    low_level::unregister(id);
+                }
+                return Err(Error::invalid(format!("cannot listen to signals: {error}")));
+            }
+        }
+        let listeners = Mutex::new(0);
+        let (noticed, number) = Default::default();
+        Ok(SIGNALS.get_or_init(|| Self { raised, is_last, listeners, noticed, number }))
+    }
+
+    /// Counts a listener more.
+    pub(super) fn listen(&self) {
+        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        *listeners += 1;
+        // A signal that came before, and stopped nobody, is not forgotten.
+        if *listeners == 1 && self.raised.load(Ordering::Relaxed) == 0 {
+            self.is_last.store(false, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn listen_no_more(&self) {
+        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        *listeners -= 1;
+        if *listeners == 0 {
+            self.is_last.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The number of a signal that came after the first `since`, and has not stopped an engine of this thread yet; it has
+    /// then.
+    pub(super) fn take(&self, since: u64) -> Option<i32> {
+        if self.raised.load(Ordering::Relaxed) != 0 {
+            let number = self.raised.swap(0, Ordering::Relaxed);
+            if number != 0 {
+                self.number.store(number, Ordering::Relaxed);
+                self.noticed.fetch_add(1, Ordering::Release);
+            }
+        }
+        let noticed = self.noticed.load(Ordering::Acquire);
+        if noticed <= OBEYED.get().max(since) {
+            return None;
+        }
+        OBEYED.set(noticed);
+        i32::try_from(self.number.load(Ordering::Relaxed)).ok()
+    }
+
+    /// How many signals were noticed until now.
+    pub(super) fn noticed(&self) -> u64 {
+        self.noticed.load(Ordering::Acquire)
+    }
+
+    /// The engines of a process that was stopped run again: the next signal is a first one.
+    pub(super) fn rearm(&self) {
+        if self.is_last.load(Ordering::Relaxed) && self.raised.load(Ordering::Relaxed) == 0 {
+            self.is_last.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Whether a signal would stop a run in good order.
+pub(super) fn is_listening() -> bool {
+    SIGNALS.get().is_some_and(|signals| {
+        *signals.listeners.lock().unwrap_or_else(PoisonError::into_inner) > 0
+    })
+}
+
+/// The number of a signal that has not stopped an engine of this thread yet; it has then.
+pub(super) fn take_signal() -> Option<i32> {
+    SIGNALS.get()?.take(0)
+}

@@ -1,0 +1,147 @@
+//! What a program leaves, and whether two of them are the same.
+
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+use tch_ignite::Result;
+use tch_ignite::checkpoint::{StateDict, Stateful};
+
+/// How much two numbers may differ, as a share of the largest of those compared together, or of 1, which is
+/// the size of data and parameters: a weight or a loss may be the small difference of larger numbers.
+const TOLERANCE: f64 = 1e-12;
+
+/// Values at some point of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    pub what: String,
+    pub number: u64,
+    pub values: Vec<(String, Vec<f64>)>,
+}
+
+/// What happened in a run. It is part of the engine's checkpoints, so what a resumed run does again replaces
+/// what had been done after the checkpoint.
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
+pub struct Trace {
+    pub records: Vec<Record>,
+    /// Which errors happened, of those after which the same engine goes on.
+    pub happened: Vec<bool>,
+    /// Where the run is, for what is planted.
+    pub epoch: u64,
+    pub iteration: u64,
+    /// How many budgets are used up.
+    pub budgets: usize,
+    /// A batch is being fetched for the first time.
+    pub fetching: bool,
+}
+
+impl Trace {
+    pub fn record(&mut self, what: impl Into<String>, number: u64, values: Vec<(&str, Vec<f64>)>) {
+        let values = values.into_iter().map(|(name, values)| (name.to_owned(), values)).collect();
+        self.records.push(Record { what: what.into(), number, values });
+    }
+}
+
+impl Stateful for Trace {
+    fn state_dict(&self) -> Result<StateDict> {
+        let mut state = StateDict::new();
+        state.set_value("trace", self)?;
+        Ok(state)
+    }
+
+    fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
+        *self = state.value("trace")?;
+        Ok(())
+    }
+}
+
+/// All that a program leaves.
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
+pub struct Outcome {
+    pub trace: Vec<Record>,
+    /// How it ended.
+    pub end: String,
+    /// Tag, step and value of each line.
+    pub log: Vec<(String, u64, f64)>,
+    /// Names of the files of the best epochs.
+    pub best: Vec<String>,
+    /// The iteration after which batches had another size, because of a resume.
+    pub other_size_after: Option<u64>,
+}
+
+/// The elements of tensors.
+pub fn numbers<'t>(tensors: impl IntoIterator<Item = &'t Tensor>) -> Vec<f64> {
+    let flat = |tensor: &Tensor| {
+        Vec::<f64>::try_from(tensor.detach().to_kind(tch::Kind::Double).reshape([-1])).unwrap()
+    };
+    tensors.into_iter().flat_map(flat).collect()
+}
+
+fn all_same(a: &[f64], b: &[f64]) -> bool {
+    let finite = a.iter().chain(b).filter(|value| value.is_finite());
+    let largest = finite.fold(1f64, |largest, value| largest.max(value.abs()));
+    let same = |(a, b): (&f64, &f64)| {
+        a == b || a.is_nan() && b.is_nan() || (a - b).abs() <= TOLERANCE * largest
+    };
+    a.len() == b.len() && a.iter().zip(b).all(same)
+}
+
+/// A difference between two outcomes.
+pub struct Difference {
+    /// The number of the first record that differs; beyond all where the rest does.
+    pub place: usize,
+    pub text: String,
+}
+
+/// The first difference.
+pub fn difference(expected: &Outcome, got: &Outcome) -> Option<Difference> {
+    for (place, right) in expected.trace.iter().enumerate() {
+        let differs = |text| Some(Difference { place, text });
+        let before = before(&got.trace, place);
+        let Some(record) = got.trace.get(place) else {
+            return differs(format!(
+                "nothing comes after {before}; right is {} {}\n  the engine: {}\n  right is: {}",
+                right.what, right.number, got.end, expected.end
+            ));
+        };
+        let Record { what, number, values } = record;
+        if (what, *number) != (&right.what, right.number) {
+            return differs(format!(
+                "after {before} comes {what} {number}; right is {} {}",
+                right.what, right.number
+            ));
+        }
+        for ((name, got), (_, right)) in values.iter().zip(&right.values) {
+            if !all_same(got, right) {
+                return differs(format!("{what} {number}: {name} {got:?}; right is {right:?}"));
+            }
+        }
+    }
+    let place = usize::MAX;
+    let differs = |text| Some(Difference { place, text });
+    if let Some(more) = got.trace.get(expected.trace.len()) {
+        let Record { what, number, .. } = more;
+        return differs(format!("after the end comes {what} {number}; right is: {}", expected.end));
+    }
+    if expected.end != got.end {
+        return differs(format!("{}; right is: {}", got.end, expected.end));
+    }
+    for place in 0..expected.log.len().max(got.log.len()) {
+        let (right, line) = (expected.log.get(place), got.log.get(place));
+        let equal = right.zip(line).is_some_and(|((tag, step, value), line)| {
+            (tag, step) == (&line.0, &line.1) && all_same(&[*value], &[line.2])
+        });
+        if !equal {
+            return differs(format!("line {place} of the log: {line:?}; right is {right:?}"));
+        }
+    }
+    if expected.best != got.best {
+        return differs(format!("the best are {:?}; right is {:?}", got.best, expected.best));
+    }
+    None
+}
+
+fn before(trace: &[Record], place: usize) -> String {
+    match place.checked_sub(1).and_then(|place| trace.get(place)) {
+        Some(record) => format!("{} {}", record.what, record.number),
+        None => "the beginning".into(),
+    }
+}

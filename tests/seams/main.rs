@@ -1,0 +1,192 @@
+//! Where features meet: random training programs, each run by the engine, with its stops and resumes, and by
+//! a textbook's loop that knows neither engine nor handlers. Both must leave the same.
+//!
+//! `scripts/seams.sh` runs more of them. A program that differs is made smaller and printed as a test, to be
+//! pasted below.
+
+#![cfg(unix)]
+
+mod compare;
+mod engine_run;
+mod program;
+mod reference;
+mod world;
+
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, Once, PoisonError};
+use std::time::{Duration, Instant};
+
+use proptest::strategy::{Strategy, ValueTree};
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+
+use program::*;
+
+/// A program that takes longer than this is named.
+const SLOW: Duration = Duration::from_secs(2);
+
+/// In memory where there is such a place: checkpoints are synced to the disk.
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
+/// Panics that are planted are not worth a word.
+fn quiet() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            let text = info.payload().downcast_ref::<String>();
+            if text.is_none_or(|text| !text.contains(engine_run::PLANTED)) {
+                usual(info);
+            }
+        }));
+    });
+}
+
+/// What the engine does otherwise than the textbook, if anything.
+fn difference(program: &Program) -> Option<String> {
+    // Random numbers belong to the process.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    quiet();
+    let folder = folder();
+    let run = || {
+        let got = engine_run::run(program, folder.path());
+        let expected = reference::run(program, 0., got.other_size_after);
+        let differs = compare::difference(&expected, &got)?;
+        // Some programs make large differences of rounding: what they do after that says nothing.
+        let shaken =
+            compare::difference(&expected, &reference::run(program, 1e-15, got.other_size_after));
+        match shaken {
+            Some(shaken) if shaken.place <= differs.place => None,
+            _ => Some(differs.text),
+        }
+    };
+    // A thread of its own, because gradients may be off in it afterwards.
+    let ran = std::thread::scope(|scope| scope.spawn(run).join());
+    ran.unwrap_or_else(|payload| {
+        let text = payload.downcast_ref::<String>().cloned();
+        Some(format!("a panic that was not caught: {}", text.unwrap_or_default()))
+    })
+}
+
+#[track_caller]
+#[allow(dead_code)]
+fn equals_the_reference(program: Program) {
+    if let Some(difference) = difference(&program) {
+        panic!("{difference}\n{}", as_a_test(&program));
+    }
+}
+
+fn as_a_test(program: &Program) -> String {
+    format!("#[test]\nfn a_program() {{\n    equals_the_reference(\n        {program},\n    );\n}}")
+}
+
+/// The program of a number: the same for ever, as long as the generator stays as it is.
+fn runner(seed: u64) -> TestRunner {
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+    TestRunner::new_with_rng(Config { failure_persistence: None, ..Config::default() }, rng)
+}
+
+/// A program that differs, as small as was found, and its difference.
+fn failing(seed: u64) -> Option<(Program, String)> {
+    let mut tree = programs().new_tree(&mut runner(seed)).unwrap();
+    let mut smallest = tree.current();
+    let mut text = difference(&smallest)?;
+    // First whole fields, then what proptest knows of the rest, then the fields again.
+    let fields_away = |smallest: &mut Program, text: &mut String| {
+        let mut again = true;
+        while std::mem::take(&mut again) {
+            for simpler in smallest.with_a_default() {
+                if let Some(new) = difference(&simpler) {
+                    (*smallest, *text, again) = (simpler, new, true);
+                    break;
+                }
+            }
+        }
+    };
+    let mut tries = 400;
+    while tries > 0 && tree.simplify() {
+        loop {
+            tries -= 1;
+            let simpler = tree.current();
+            if let Some(new) = difference(&simpler) {
+                (smallest, text) = (simpler, new);
+                break;
+            }
+            if tries == 0 || !tree.complicate() {
+                break;
+            }
+        }
+    }
+    fields_away(&mut smallest, &mut text);
+    Some((smallest, text))
+}
+
+/// Runs the programs of these numbers; gives how many differ.
+fn differences(seeds: impl Iterator<Item = u64>) -> usize {
+    let mut differ = 0;
+    for seed in seeds {
+        let begun = Instant::now();
+        if let Some((program, text)) = failing(seed) {
+            differ += 1;
+            println!("program {seed}: {text}\n\n{}\n", as_a_test(&program));
+        } else if begun.elapsed() > SLOW {
+            println!("program {seed} took {:?}", begun.elapsed());
+        }
+    }
+    differ
+}
+
+/// What a program in processes starts.
+#[test]
+#[ignore = "is part of other tests"]
+fn one_engine_of_a_program() {
+    quiet();
+    engine_run::child();
+}
+
+#[test]
+fn programs_of_fixed_seeds_equal_the_reference() {
+    assert_eq!(differences(0..200), 0);
+}
+
+/// For `scripts/seams.sh`: this many programs, from this number on, by so many processes.
+#[test]
+#[ignore = "runs as many programs as it is told"]
+fn more_programs_equal_the_reference() {
+    let number = |name: &str, usual: u64| {
+        std::env::var(name).map_or(usual, |text| text.parse().expect("a number"))
+    };
+    let (count, seed) = (number("SEAMS_PROGRAMS", 1000), number("SEAMS_SEED", 0));
+    let jobs = number("SEAMS_JOBS", 1).clamp(1, count.max(1));
+    if jobs == 1 {
+        assert_eq!(differences(seed..seed + count), 0);
+        return;
+    }
+    let begun = Instant::now();
+    // Each takes the same share.
+    let job = |job: u64| {
+        let (first, next) = (count * job / jobs, count * (job + 1) / jobs);
+        let mut process = Command::new(std::env::current_exe().unwrap());
+        process.args(["--exact", "more_programs_equal_the_reference", "--ignored", "--nocapture"]);
+        process.env("SEAMS_JOBS", "1").env("SEAMS_SEED", (seed + first).to_string());
+        process.env("SEAMS_PROGRAMS", (next - first).to_string()).stdout(Stdio::piped());
+        process.spawn().unwrap()
+    };
+    let processes: Vec<_> = (0..jobs).map(job).collect();
+    let outputs: Vec<_> =
+        processes.into_iter().map(|process| process.wait_with_output().unwrap()).collect();
+    let mut differ = 0;
+    for output in &outputs {
+        let text = String::from_utf8_lossy(&output.stdout);
+        let own = |line: &&str| !line.starts_with("running ") && !line.starts_with("test ");
+        let lines: Vec<_> = text.lines().filter(own).collect();
+        differ += lines.iter().filter(|line| line.contains("fn a_program()")).count();
+        print!("{}\n", lines.join("\n").trim());
+    }
+    println!("{count} programs from {seed} on: {differ} differences, {:.0?}", begun.elapsed());
+    assert!(outputs.iter().all(|output| output.status.success()) && differ == 0);
+}

@@ -1,0 +1,870 @@
+//! The textbook's loop: plain tensors and formulas, no engine, no handler, no optimizer of ours. It knows
+//! nothing of resuming: a run that was stopped and resumed is right if it equals one that was not.
+
+use tch::{Kind, Tensor};
+
+use super::compare::{Outcome, Trace, numbers};
+use super::program::{
+    Algorithm, At, Budget, Data, Driven, How, Place, Program, Watch, Weights, When,
+};
+use super::world;
+
+/// What a handler, a source or a step did.
+#[derive(Clone, Copy, PartialEq)]
+enum Went {
+    Well,
+    Wrong,
+}
+use Went::*;
+
+/// One tensor that is trained.
+struct Parameter {
+    tensor: Tensor,
+    group: usize,
+    /// The sum of the gradients of the window, each times its weight.
+    gradient: Option<Vec<f64>>,
+    step: i32,
+    /// Momentum or first moment, second moment, and the third that some variants keep.
+    momentum: Option<Vec<f64>>,
+    square: Vec<f64>,
+    third: Vec<f64>,
+}
+
+/// Best value so far, and how many in a row were not better.
+#[derive(Default)]
+struct Patience {
+    best: Option<f64>,
+    bad: u64,
+    cooldown: u64,
+}
+
+struct Reference<'p> {
+    program: &'p Program,
+    x: Tensor,
+    y: Tensor,
+    validation: (Tensor, Tensor),
+    /// By name, sorted; two may be the same.
+    tensors: Vec<Tensor>,
+    parameters: Vec<Parameter>,
+    lr: [f64; 2],
+    /// By how much the plateaus have lowered the rates.
+    reduction: [f64; 2],
+    weight_decay: f64,
+    momentum: f64,
+    algorithm: Algorithm,
+    /// The scale of the loss, and steps since it changed.
+    scale: f64,
+    good_steps: u32,
+    /// Weights of the batches whose gradients wait for a step.
+    pending: f64,
+    /// The number of the first batch of their window.
+    window_began: u64,
+    norm: Option<f64>,
+    events_of_schedules: Vec<u64>,
+    ema: Vec<Vec<f64>>,
+    ema_momentum: f64,
+    ema_updates: u64,
+    swa: Vec<Vec<f64>>,
+    swa_count: f64,
+    plateau: Patience,
+    early_stopping: Patience,
+    position: Position,
+    batch_size: usize,
+    changes_of_batch_size: u64,
+    epoch_length: Option<u64>,
+    epoch: u64,
+    iteration: u64,
+    samples: u64,
+    updates: u64,
+    windows: u64,
+    /// The last output of the step.
+    loss: Option<f64>,
+    losses_of_epoch: Vec<f64>,
+    mean_loss: f64,
+    running: Option<f64>,
+    error: f64,
+    terminate: bool,
+    end_of_epoch: bool,
+    happened: Vec<bool>,
+    trace: Trace,
+    log: Vec<(String, u64, f64)>,
+    /// Mean losses and names of files, the best first.
+    best: Vec<(f64, String)>,
+    budget: Budget,
+    other_size_after: Option<u64>,
+}
+
+/// The program's outcome, from first parameters that are larger by a share. After an iteration that a resume
+/// chose, batches may have another size.
+pub fn run(program: &Program, shaken: f64, other_size_after: Option<u64>) -> Outcome {
+    tch::manual_seed(program.seed as i64);
+    let mut this = Reference::new(program, shaken);
+    this.other_size_after = other_size_after;
+    let mut ended = String::new();
+    for budget in budgets(program) {
+        this.budget = budget;
+        let early = loop {
+            let early = this.train();
+            if early && this.at(At::Terminate) == Wrong && !this.all_is_done() {
+                // An error here ends the call of `run`; the next one goes on with another epoch.
+                this.next_pass();
+                continue;
+            }
+            break early;
+        };
+        this.at(At::Completed);
+        ended = end(early, this.epoch, this.iteration);
+        this.next_pass();
+    }
+    let mut best: Vec<_> = this.best.iter().map(|(_, name)| name.clone()).collect();
+    best.sort();
+    Outcome { trace: this.trace.records, end: ended, log: this.log, best, other_size_after }
+}
+
+/// The budgets of the calls of `run`, one after the other.
+pub fn budgets(program: &Program) -> Vec<Budget> {
+    let first = program.first_budget.map(|first| match program.budget {
+        Budget::Epochs(_) => Budget::Epochs(first),
+        _ => Budget::Iterations(first),
+    });
+    first.into_iter().chain([program.budget]).collect()
+}
+
+/// The end of a run in words.
+pub fn end(early: bool, epochs: u64, iterations: u64) -> String {
+    let how = if early { "terminated" } else { "completed" };
+    format!("{how} after {epochs} epochs and {iterations} iterations")
+}
+
+/// Where the data is: pass, and sample (of a loader) or batch of it.
+#[derive(Clone, Copy, Default)]
+struct Position {
+    pass: u64,
+    next: usize,
+}
+
+impl<'p> Reference<'p> {
+    fn new(program: &'p Program, shaken: f64) -> Self {
+        let (x, y) = world::samples(program.samples, program.seed);
+        let named = world::parameters(program.model, program.seed);
+        let tensors: Vec<_> =
+            named.iter().map(|(_, t)| t.shallow_clone().set_requires_grad(true)).collect();
+        shake(&tensors, shaken);
+        let mut parameters: Vec<Parameter> = vec![];
+        for ((name, _), tensor) in named.iter().zip(&tensors) {
+            if parameters.iter().any(|known| known.tensor.data_ptr() == tensor.data_ptr()) {
+                continue;
+            }
+            let size = tensor.numel();
+            let second_group = program.lr_of_biases.is_some() && world::is_bias(name);
+            parameters.push(Parameter {
+                tensor: tensor.shallow_clone(),
+                group: usize::from(second_group),
+                gradient: None,
+                step: 0,
+                momentum: None,
+                square: vec![0.; size],
+                third: vec![0.; size],
+            });
+        }
+        let (momentum, weight_decay) = match program.optimizer {
+            Algorithm::Sgd { momentum, weight_decay, .. } => (momentum, weight_decay),
+            Algorithm::RmsProp { momentum, weight_decay, .. } => (momentum, weight_decay),
+            Algorithm::Adam { beta1, weight_decay, .. }
+            | Algorithm::AdamW { beta1, weight_decay, .. } => (beta1, weight_decay),
+        };
+        let values: Vec<_> = tensors.iter().map(|tensor| numbers([tensor])).collect();
+        let mut this = Self {
+            program,
+            x,
+            y,
+            validation: world::samples(4, program.seed + 1),
+            parameters,
+            lr: [program.lr, program.lr_of_biases.unwrap_or(program.lr)],
+            reduction: [1.; 2],
+            weight_decay,
+            momentum,
+            algorithm: program.optimizer,
+            scale: program.scaler.as_ref().map_or(1., |scaler| scaler.scale),
+            good_steps: 0,
+            pending: 0.,
+            window_began: 0,
+            norm: None,
+            events_of_schedules: vec![0; program.schedules.len()],
+            ema: values.clone(),
+            ema_momentum: program.ema.map_or(0., |ema| ema.momentum),
+            ema_updates: 0,
+            swa: values,
+            swa_count: 0.,
+            plateau: Patience::default(),
+            early_stopping: Patience::default(),
+            position: Position::default(),
+            batch_size: match program.data {
+                Data::Loader { batch, .. } => batch * program.ranks,
+                _ => 0,
+            },
+            changes_of_batch_size: 0,
+            epoch_length: None,
+            epoch: 0,
+            iteration: 0,
+            samples: 0,
+            updates: 0,
+            windows: 0,
+            loss: None,
+            losses_of_epoch: vec![],
+            mean_loss: f64::NAN,
+            running: None,
+            error: f64::NAN,
+            terminate: false,
+            end_of_epoch: false,
+            happened: vec![false; program.breaks.len()],
+            trace: Trace::default(),
+            log: vec![],
+            best: vec![],
+            budget: program.budget,
+            other_size_after: None,
+            tensors,
+        };
+        this.epoch_length = program.epoch_length.or(this.batches_of_a_pass());
+        // The first update has the first value.
+        for index in 0..program.schedules.len() {
+            if program.schedules[index].on.at.is_after_the_step() {
+                this.next_value(index);
+            }
+        }
+        this
+    }
+
+    /// Trains until the budget is used up; true if it left an epoch early.
+    fn train(&mut self) -> bool {
+        self.terminate = false;
+        self.until_it_goes_well(At::Started);
+        if self.terminate {
+            return true;
+        }
+        self.take_other_size(0);
+        while !self.budget_is_used_up() {
+            self.epoch += 1;
+            if self.program.batch_after_resume.is_some() {
+                self.epoch_length = self.batches_of_a_pass();
+            }
+            self.until_it_goes_well(At::EpochStarted);
+            if self.terminate || self.epoch_goes_on_too_long() {
+                return true;
+            }
+            self.at(At::EpochCompleted);
+            self.end_of_epoch = false;
+            if self.terminate {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Whether nothing is left of the budget after the run was ended.
+    fn all_is_done(&self) -> bool {
+        match self.budget {
+            Budget::Epochs(epochs) => self.epoch >= epochs,
+            Budget::Iterations(iterations) => self.iteration >= iterations,
+            Budget::Samples(_) => false,
+        }
+    }
+
+    fn next_pass(&mut self) {
+        self.position = Position { pass: self.position.pass + 1, next: 0 };
+    }
+
+    /// Batches have another size from here on, if this is the place: the epoch under way ends with the pass.
+    fn take_other_size(&mut self, batches: u64) {
+        if self.other_size_after == Some(self.iteration)
+            && let Some(size) = self.program.batch_after_resume
+            && let Data::Loader { drop_last, .. } = self.program.data
+        {
+            self.other_size_after = None;
+            self.batch_size = size;
+            let left = world::order(self.program, self.position.pass).len() - self.position.next;
+            let left = if drop_last { left / size } else { left.div_ceil(size) } as u64;
+            self.epoch_length = match batches {
+                0 => self.batches_of_a_pass(),
+                batches => Some(batches + left),
+            };
+        }
+    }
+
+    fn budget_is_used_up(&self) -> bool {
+        match self.budget {
+            Budget::Epochs(epochs) => self.epoch >= epochs,
+            _ => self.iterations_are_used_up(),
+        }
+    }
+
+    fn iterations_are_used_up(&self) -> bool {
+        match self.budget {
+            Budget::Epochs(_) => false,
+            Budget::Iterations(iterations) => self.iteration >= iterations,
+            Budget::Samples(samples) => self.samples >= samples,
+        }
+    }
+
+    /// The iterations of an epoch; true if the run is to end before the epoch does.
+    fn epoch_goes_on_too_long(&mut self) -> bool {
+        let mut batches = 0;
+        while self.epoch_length.is_none_or(|length| batches < length) {
+            let batch = self.batch();
+            if self.terminate {
+                return true;
+            }
+            if std::mem::take(&mut self.end_of_epoch) {
+                self.next_pass();
+                self.at(At::TerminateSingleEpoch);
+                return false;
+            }
+            let Some(batch) = batch else {
+                // The first pass of data of unknown length is over.
+                self.epoch_length = Some(batches);
+                return false;
+            };
+            batches += 1;
+            self.iteration += 1;
+            // An error here gives up the iteration.
+            if self.at(At::IterationStarted) == Well
+                && !self.terminate
+                && !self.end_of_epoch
+                && self.step(&batch, batches, self.window(batches)) == Well
+            {
+                self.at(At::IterationCompleted);
+            }
+            if self.terminate {
+                return true;
+            }
+            if std::mem::take(&mut self.end_of_epoch) {
+                self.next_pass();
+                self.at(At::TerminateSingleEpoch);
+                return false;
+            }
+            self.take_other_size(batches);
+            let in_mid_epoch = self.epoch_length.is_none_or(|length| batches < length);
+            if in_mid_epoch && self.iterations_are_used_up() {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// The samples of the next batch; none if the epoch or the run is to end.
+    fn batch(&mut self) -> Option<Vec<i64>> {
+        loop {
+            // Errors up to the step repeat what failed.
+            if self.at(At::GetBatchStarted) == Wrong {
+                continue;
+            }
+            if self.terminate || self.end_of_epoch {
+                return None;
+            }
+            if self.breaks(Place::Fetch) == Wrong {
+                continue;
+            }
+            let mut before = self.position;
+            let batch = match self.next() {
+                Some(batch) => batch,
+                None if self.epoch_length.is_none() => return None,
+                None => {
+                    if self.at(At::DataloaderStopIteration) == Wrong {
+                        continue;
+                    }
+                    if self.terminate || self.end_of_epoch {
+                        return None;
+                    }
+                    before = Position { pass: self.position.pass + 1, next: 0 };
+                    self.position = before;
+                    self.next().expect("there is data")
+                }
+            };
+            self.samples += batch.len() as u64;
+            if self.at(At::GetBatchCompleted) == Wrong {
+                self.position = before;
+                continue;
+            }
+            return if self.terminate || self.end_of_epoch { None } else { Some(batch) };
+        }
+    }
+
+    /// The samples of the next batch of the pass.
+    fn next(&mut self) -> Option<Vec<i64>> {
+        let Position { pass, next } = self.position;
+        let Data::Loader { drop_last, .. } = self.program.data else {
+            let batches = world::listed(self.program);
+            let place = match self.program.data {
+                Data::Stream(_) => next % batches.len(),
+                _ => next,
+            };
+            let batch = batches.get(place).cloned()?;
+            self.position.next += 1;
+            return Some(batch);
+        };
+        let order = world::order(self.program, pass);
+        let end = (next + self.batch_size).min(order.len());
+        if next == end || drop_last && end - next < self.batch_size {
+            return None;
+        }
+        self.position.next = end;
+        Some(order[next..end].to_vec())
+    }
+
+    fn batches_of_a_pass(&self) -> Option<u64> {
+        let samples = world::order(self.program, 0).len();
+        let batches = match &self.program.data {
+            Data::Loader { drop_last: true, .. } => samples / self.batch_size,
+            Data::Loader { drop_last: false, .. } => samples.div_ceil(self.batch_size),
+            Data::Batches(sizes) => sizes.len(),
+            Data::Restartable(_) | Data::Stream(_) => return None,
+        };
+        Some(batches as u64)
+    }
+
+    /// The number of the first batch of the window of batch `number` of an epoch, and whether this is the last.
+    fn window(&self, number: u64) -> (u64, bool) {
+        let size = self.program.accumulate;
+        let last = number.is_multiple_of(size) || Some(number) == self.epoch_length;
+        ((number - 1) / size * size + 1, last)
+    }
+
+    fn step(&mut self, batch: &[i64], number: u64, (begin, last): (u64, bool)) -> Went {
+        // Batches wait whose last one was lost.
+        let left_over = self.pending > 0. && (number == begin || self.window_began != begin);
+        if left_over && self.update() == Wrong {
+            return Wrong;
+        }
+        if self.pending == 0. {
+            self.parameters.iter_mut().for_each(|parameter| parameter.gradient = None);
+            self.window_began = begin;
+        }
+        if self.breaks(Place::Loss) == Wrong {
+            return Wrong;
+        }
+        let (x, y) = (self.select(&self.x, batch), self.select(&self.y, batch));
+        let prediction = world::forward(self.program.model, &self.tensors, &x);
+        let (mut loss, weight) = world::loss(self.program, &prediction, &y);
+        if self.program.noise {
+            loss = loss * world::noise();
+        }
+        if world::overflows(self.program, self.iteration) {
+            loss = loss * f64::INFINITY;
+        }
+        let weight = match self.program.weights {
+            Weights::Equal => 1.,
+            _ => numbers([&weight])[0],
+        };
+        (&loss * self.scale).backward();
+        for parameter in &mut self.parameters {
+            let mut gradient = parameter.tensor.grad();
+            if !parameter.tensor.requires_grad() || !gradient.defined() {
+                continue;
+            }
+            let new = numbers([&gradient]);
+            let _ = gradient.zero_();
+            let sum = parameter.gradient.get_or_insert_with(|| vec![0.; new.len()]);
+            sum.iter_mut().zip(new).for_each(|(sum, new)| *sum += new * weight);
+        }
+        self.pending += weight;
+        if last && self.update() == Wrong {
+            return Wrong;
+        }
+        self.loss = Some(numbers([&loss])[0]);
+        Well
+    }
+
+    fn select(&self, from: &Tensor, batch: &[i64]) -> Tensor {
+        from.index_select(0, &Tensor::from_slice(batch))
+    }
+
+    /// One update for the batches that wait.
+    fn update(&mut self) -> Went {
+        let factor = 1. / (self.pending * self.scale);
+        self.pending = 0.;
+        let mut gradients: Vec<_> =
+            self.parameters.iter_mut().map(|parameter| parameter.gradient.take()).collect();
+        let all = |gradients: &Vec<Option<Vec<f64>>>| -> Vec<f64> {
+            gradients.iter().flatten().flatten().copied().collect()
+        };
+        let overflow = all(&gradients).iter().any(|value| !value.is_finite());
+        gradients.iter_mut().flatten().flatten().for_each(|value| *value *= factor);
+        if let Some(max) = self.program.clip_value {
+            let clip = |value: &mut f64| *value = value.clamp(-max, max);
+            gradients.iter_mut().flatten().flatten().for_each(clip);
+        }
+        if let Some(max) = self.program.clip_norm {
+            let norm = all(&gradients).iter().map(|value| value * value).sum::<f64>().sqrt();
+            self.norm = Some(norm);
+            let factor = (max / (norm + 1e-6)).min(1.);
+            gradients.iter_mut().flatten().flatten().for_each(|value| *value *= factor);
+        }
+        let scaled = self.program.scaler.is_some();
+        if !(scaled && overflow) {
+            for (index, gradient) in gradients.into_iter().enumerate() {
+                if let Some(gradient) = gradient {
+                    self.update_one(index, gradient);
+                }
+            }
+        }
+        if let Some(scaler) = &self.program.scaler {
+            self.good_steps = if overflow { 0 } else { self.good_steps + 1 };
+            if overflow {
+                self.scale /= 2.;
+            } else if self.good_steps == scaler.interval {
+                (self.scale, self.good_steps) = (self.scale * 2., 0);
+            }
+        }
+        if !(scaled && overflow) && self.at(At::OptimizerStepped) == Wrong {
+            return Wrong;
+        }
+        self.at(At::WindowCompleted)
+    }
+
+    /// The formulas of torch.optim.
+    fn update_one(&mut self, index: usize, gradient: Vec<f64>) {
+        let parameter = &mut self.parameters[index];
+        let (lr, decay, first) = (self.lr[parameter.group], self.weight_decay, self.momentum);
+        let mut values = numbers([&parameter.tensor]);
+        parameter.step += 1;
+        let is_new = parameter.momentum.is_none();
+        let size = values.len();
+        let momentum = match self.algorithm {
+            // It begins with the first step that has a momentum.
+            Algorithm::Sgd { .. } if first == 0. => &mut vec![],
+            _ => parameter.momentum.get_or_insert_with(|| vec![0.; size]),
+        };
+        for i in 0..size {
+            let (mut g, w) = (gradient[i], values[i]);
+            match self.algorithm {
+                Algorithm::Sgd { dampening, nesterov, .. } => {
+                    g += decay * w;
+                    if first != 0. {
+                        let share = if is_new { 1. } else { 1. - dampening };
+                        momentum[i] = momentum[i] * first + share * g;
+                        g = if nesterov { g + first * momentum[i] } else { momentum[i] };
+                    }
+                    values[i] = w - lr * g;
+                }
+                Algorithm::Adam { beta2, amsgrad, .. }
+                | Algorithm::AdamW { beta2, amsgrad, .. } => {
+                    let decoupled = matches!(self.algorithm, Algorithm::AdamW { .. });
+                    let mut w = w;
+                    if decoupled {
+                        w *= 1. - lr * decay;
+                    } else {
+                        g += decay * w;
+                    }
+                    momentum[i] = momentum[i] * first + (1. - first) * g;
+                    parameter.square[i] = parameter.square[i] * beta2 + (1. - beta2) * g * g;
+                    let mut square = parameter.square[i];
+                    if amsgrad {
+                        parameter.third[i] = parameter.third[i].max(square);
+                        square = parameter.third[i];
+                    }
+                    let correction1 = 1. - first.powi(parameter.step);
+                    let correction2 = 1. - beta2.powi(parameter.step);
+                    let denominator = square.sqrt() / correction2.sqrt() + 1e-8;
+                    values[i] = w - lr / correction1 * momentum[i] / denominator;
+                }
+                Algorithm::RmsProp { alpha, centered, .. } => {
+                    g += decay * w;
+                    parameter.square[i] = parameter.square[i] * alpha + (1. - alpha) * g * g;
+                    let mut square = parameter.square[i];
+                    if centered {
+                        parameter.third[i] = parameter.third[i] * alpha + (1. - alpha) * g;
+                        square -= parameter.third[i] * parameter.third[i];
+                    }
+                    let mut change = g / (square.sqrt() + 1e-8);
+                    if first > 0. {
+                        momentum[i] = momentum[i] * first + change;
+                        change = momentum[i];
+                    }
+                    values[i] = w - lr * change;
+                }
+            }
+        }
+        set(&parameter.tensor, &values);
+    }
+
+    fn until_it_goes_well(&mut self, at: At) {
+        while self.at(at) == Wrong {}
+    }
+
+    /// Does what the program asks for at an event, in this order.
+    fn at(&mut self, at: At) -> Went {
+        let program = self.program;
+        let ends = matches!(at, At::EpochCompleted | At::TerminateSingleEpoch | At::Terminate);
+        if ends && self.pending > 0. && self.update() == Wrong {
+            (self.terminate, self.end_of_epoch) = (false, false);
+            return Wrong;
+        }
+        let number = match at {
+            At::OptimizerStepped => {
+                self.updates += 1;
+                self.updates
+            }
+            At::WindowCompleted => {
+                self.windows += 1;
+                self.windows
+            }
+            _ if at.is_of_epochs() => self.epoch,
+            _ => self.iteration,
+        };
+        let passes = |when: When| when.passes(at, number);
+        match at {
+            At::Started => self.running = None,
+            At::EpochStarted => self.losses_of_epoch.clear(),
+            At::IterationCompleted => {
+                let loss = self.loss.unwrap_or(f64::NAN);
+                self.losses_of_epoch.push(loss);
+                let old = self.running;
+                self.running = Some(old.map_or(loss, |old| old * 0.9 + (1. - 0.9) * loss));
+            }
+            At::EpochCompleted => {
+                let losses = &self.losses_of_epoch;
+                if losses.is_empty() {
+                    // None was completed, and a mean of nothing is an error. The next call of `run` has its own samples.
+                    self.samples = 0;
+                    return Wrong;
+                }
+                self.mean_loss = losses.iter().sum::<f64>() / losses.len() as f64;
+            }
+            At::OptimizerStepped => {
+                let [of_weights, of_biases] = self.lr;
+                let mut values = vec![
+                    ("rates", vec![of_weights, of_biases]),
+                    ("weight decay", vec![self.weight_decay]),
+                    ("momentum", vec![self.momentum]),
+                ];
+                values.extend(self.norm.map(|norm| ("norm", vec![norm])));
+                self.trace.record("update in iteration", self.iteration, values);
+            }
+            _ => {}
+        }
+        if at == At::IterationStarted
+            && let Some(frozen) = program.frozen
+        {
+            let now = (frozen.from..frozen.until).contains(&self.iteration);
+            for ((name, _), tensor) in world::parameters(program.model, 0).iter().zip(&self.tensors)
+            {
+                if world::is_bias(name) == frozen.biases {
+                    let _ = tensor.set_requires_grad(!now);
+                }
+            }
+        }
+        for (index, schedule) in program.schedules.iter().enumerate() {
+            if passes(schedule.on) {
+                self.next_value(index);
+            }
+        }
+        if let Some(sizes) = &program.batch_sizes
+            && at == At::EpochStarted
+        {
+            self.batch_size = sizes.value(self.changes_of_batch_size).round() as usize;
+            self.changes_of_batch_size += 1;
+            self.epoch_length = self.batches_of_a_pass();
+        }
+        if let Some(ema) = program.ema
+            && passes(ema.on.unwrap_or(When::each(At::WindowCompleted)))
+        {
+            if let Some((from, updates)) = ema.warmup {
+                let share = self.ema_updates as f64 / (updates.max(2) - 1) as f64;
+                let value = from + (ema.momentum - from) * share;
+                let rising = ema.momentum >= from;
+                self.ema_momentum =
+                    if rising { value.min(ema.momentum) } else { value.max(ema.momentum) };
+            }
+            self.ema_updates += 1;
+            let momentum = self.ema_momentum;
+            average(&mut self.ema, &self.tensors, |old, new| {
+                old * (1. - momentum) + new * momentum
+            });
+        }
+        if program.swa.is_some_and(passes) {
+            self.swa_count += 1.;
+            let count = self.swa_count;
+            average(&mut self.swa, &self.tensors, |old, new| old + (new - old) / count);
+        }
+        if let Some(evaluation) = program.evaluation
+            && passes(evaluation.on)
+        {
+            self.error = f64::NAN;
+            if self.breaks(Place::Evaluation) == Wrong {
+                (self.terminate, self.end_of_epoch) = (false, false);
+                return Wrong;
+            }
+            self.error = self.evaluate(evaluation.averages);
+        }
+        if let Some(plateau) = program.plateau
+            && passes(program.watched_on(plateau.watch))
+        {
+            self.plateau(plateau.factor, plateau.patience, plateau.cooldown);
+        }
+        if let Some(stop) = program.early_stopping
+            && passes(program.watched_on(stop.watch))
+        {
+            let value = self.watched(stop.watch);
+            let state = &mut self.early_stopping;
+            if state.best.map_or(!value.is_nan(), |best| value < best) {
+                (state.best, state.bad) = (Some(value), 0);
+            } else {
+                state.bad += 1;
+                self.terminate |= state.bad >= stop.patience;
+            }
+        }
+        if self.breaks(Place::In(at)) == Wrong {
+            // What was asked for goes with the error.
+            (self.terminate, self.end_of_epoch) = (false, false);
+            return Wrong;
+        }
+        if world::RECORDED.contains(&at) {
+            self.record(at, number);
+        }
+        if program.log.is_some_and(passes) {
+            self.log.extend(self.loss.map(|loss| ("loss".into(), number, loss)));
+            self.log.push(("lr".into(), number, self.lr[0]));
+        }
+        if program.best && at == At::EpochCompleted {
+            self.keep_if_best(number);
+        }
+        Well
+    }
+
+    /// Two files are kept, and a new one that is better than the worse of them.
+    fn keep_if_best(&mut self, epoch: u64) {
+        let (loss, kept) = (self.mean_loss, &mut self.best);
+        if loss.is_nan() || kept.len() == 2 && loss >= kept[1].0 {
+            return;
+        }
+        kept.truncate(1);
+        kept.push((loss, format!("model_{epoch}_loss={loss:.4}.safetensors")));
+        kept.sort_by(|a, b| a.0.total_cmp(&b.0));
+    }
+
+    fn record(&mut self, at: At, number: u64) {
+        let mut values = vec![
+            ("epoch and iteration", vec![self.epoch as f64, self.iteration as f64]),
+            ("weights", numbers(&self.tensors)),
+        ];
+        if at == At::IterationCompleted {
+            values.extend(self.loss.map(|loss| ("loss", vec![loss])));
+            values.extend(self.running.map(|running| ("running loss", vec![running])));
+        }
+        if at == At::EpochCompleted {
+            values.push(("mean loss", vec![self.mean_loss]));
+            values.extend(self.loss.map(|loss| ("last loss", vec![loss])));
+        }
+        values.push(("error of the evaluation", vec![self.error]));
+        if self.program.ema.is_some() {
+            values.push(("moving average", self.ema.concat()));
+        }
+        if self.program.swa.is_some() {
+            values.push(("plain average", self.swa.concat()));
+        }
+        if self.program.scaler.is_some() {
+            values.push(("scale", vec![self.scale]));
+        }
+        self.trace.record(format!("{at:?}"), number, values);
+    }
+
+    /// Sets what a schedule drives to its next value.
+    fn next_value(&mut self, index: usize) {
+        let event = self.events_of_schedules[index];
+        self.events_of_schedules[index] += 1;
+        let schedule = &self.program.schedules[index];
+        let value = schedule.shape.value(event);
+        match schedule.knob {
+            Driven::LrOf(group) if self.program.lr_of_biases.is_some() => {
+                self.lr[group] = value * self.reduction[group];
+            }
+            Driven::Lr | Driven::LrOf(_) => self.lr = self.reduction.map(|factor| value * factor),
+            Driven::WeightDecay => self.weight_decay = value,
+            Driven::Momentum => self.momentum = value,
+            Driven::EmaMomentum => self.ema_momentum = value,
+        }
+    }
+
+    /// The mean of the squared errors, without gradients.
+    fn evaluate(&self, of_averages: bool) -> f64 {
+        let _guard = tch::no_grad_guard();
+        let copies: Vec<_> = self.tensors.iter().map(Tensor::copy).collect();
+        if of_averages {
+            copies.iter().zip(&self.ema).for_each(|(copy, average)| set(copy, average));
+        }
+        let (x, y) = &self.validation;
+        let prediction = world::forward(self.program.model, &copies, x);
+        numbers([&(prediction - y).square().mean(Kind::Double)])[0]
+    }
+
+    fn watched(&self, watch: Watch) -> f64 {
+        match watch {
+            Watch::Loss => self.mean_loss,
+            Watch::Validation => self.error,
+        }
+    }
+
+    /// torch's ReduceLROnPlateau with its defaults.
+    fn plateau(&mut self, factor: f64, patience: u64, cooldown: u64) {
+        let value = self.program.plateau.map_or(f64::NAN, |plateau| self.watched(plateau.watch));
+        let state = &mut self.plateau;
+        if value < state.best.unwrap_or(f64::INFINITY) * (1. - 1e-4) {
+            (state.best, state.bad) = (Some(value), 0);
+        } else {
+            state.bad += 1;
+        }
+        if state.cooldown > 0 {
+            state.cooldown -= 1;
+            state.bad = 0;
+        }
+        if state.bad > patience {
+            for (lr, reduction) in self.lr.iter_mut().zip(&mut self.reduction) {
+                if *lr - *lr * factor > 1e-8 {
+                    *lr *= factor;
+                    *reduction *= factor;
+                }
+            }
+            (state.cooldown, state.bad) = (cooldown, 0);
+        }
+    }
+
+    /// What was planted here. Only an error after which the same engine goes on makes a difference.
+    fn breaks(&mut self, place: Place) -> Went {
+        for (planted, happened) in self.program.breaks.iter().zip(&mut self.happened) {
+            if planted.leaves_a_trace(self.program)
+                && planted.is_due(place, self.epoch, self.iteration)
+                && !std::mem::replace(happened, true)
+            {
+                match planted.how {
+                    How::EndOfEpoch => self.end_of_epoch = true,
+                    How::Terminate => self.terminate = true,
+                    _ => return Wrong,
+                }
+            }
+        }
+        Well
+    }
+}
+
+fn set(tensor: &Tensor, values: &[f64]) {
+    let _guard = tch::no_grad_guard();
+    tensor.shallow_clone().copy_(&Tensor::from_slice(values).view_as(tensor));
+}
+
+/// Makes all values larger by a share.
+fn shake(tensors: &[Tensor], share: f64) {
+    for (index, tensor) in tensors.iter().enumerate() {
+        if tensors[..index].iter().all(|other| other.data_ptr() != tensor.data_ptr()) {
+            let values: Vec<_> =
+                numbers([tensor]).iter().map(|value| value * (1. + share)).collect();
+            set(tensor, &values);
+        }
+    }
+}
+
+fn average(averages: &mut [Vec<f64>], tensors: &[Tensor], new: impl Fn(f64, f64) -> f64) {
+    for (average, tensor) in averages.iter_mut().zip(tensors) {
+        let values = numbers([tensor]);
+        average.iter_mut().zip(values).for_each(|(old, value)| *old = new(*old, value));
+    }
+}
