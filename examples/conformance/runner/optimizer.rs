@@ -113,7 +113,7 @@ impl Params {
         names.retain(|name| beside == Beside::Scheduled || !known.contains(name));
 
         let mut own = spec.clone();
-        for group in own["groups"].as_array_mut().into_iter().flatten() {
+        for group in own.get_mut("groups").and_then(Value::as_array_mut).into_iter().flatten() {
             if let Some(group) = group.as_object_mut() {
                 group.retain(|name, _| known.contains(&&**name) || name == "betas");
             }

@@ -21,7 +21,7 @@ const RELATIVE: f64 = 1e-12;
 
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
     let entries = array(&config["schedulers"])?;
-    let spec = &entries[0]["scheduler"];
+    let spec = &entries.first().context("no scheduler")?["scheduler"];
     if spec["type"] == "ReduceLROnPlateau" {
         return plateau(config, expect, defect);
     }
@@ -38,7 +38,7 @@ fn in_optimizer(
     defect: &mut Option<&'static str>,
 ) -> Result<Outcome> {
     let entries = array(&config["schedulers"])?;
-    let spec = &entries[0]["scheduler"];
+    let spec = &entries.first().context("no scheduler")?["scheduler"];
     let wrapped = spec["type"] == "LRScheduler";
     let expected = match wrapped {
         true => &expect["torch_native"],
@@ -49,6 +49,7 @@ fn in_optimizer(
     let params = Params::new(&config["optimizer"], &vs, &specs, beside)?;
     let exact = !specs.iter().any(|spec| spec.to_string().contains("Torch"));
     let record: Vec<&str> = array(&config["record"])?.iter().map(text).collect::<Result<_>>()?;
+    anyhow::ensure!(!record.is_empty(), "nothing is recorded");
 
     let mut trainer = Engine::new(|seen: &mut Vec<Vec<Vec<f64>>>, _, _: ()| {
         for (name, seen) in record.iter().zip(seen) {
