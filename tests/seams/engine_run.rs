@@ -395,7 +395,9 @@ impl Handler<Cx, Batch, Tensor> for Recorder {
         }
         if at == At::EpochCompleted {
             values.push(("mean loss", vec![metric("loss")]));
-            if let Some(loss) = &state.output {
+            if let Some(loss) = &state.output
+                && !self.several_ranks
+            {
                 values.push(("last loss", numbers([loss])));
             }
         }
