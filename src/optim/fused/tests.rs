@@ -78,7 +78,7 @@ impl Net {
 
     fn gradients(&mut self, step: usize) {
         if step == 3 {
-            let late = self.vs.root().add("p6", parameter(6, self.algorithm), true);
+            let late = self.vs.root().add("p6", parameter(6, self.kind), true);
             self.parameters.push(late);
         }
         self.optimizer.zero_grad().unwrap();
@@ -87,7 +87,7 @@ impl Net {
                 continue;
             }
             let seed = (step * ALL + index) as f64 * 0.37;
-            let gradient = values(&parameter.size(), seed, self.algorithm) * 0.5;
+            let gradient = values(&parameter.size(), seed, self.kind) * 0.5;
             // In other strides than the parameter's, here and there.
             let gradient = match (index, step % 2) {
                 (3, 0) => gradient,
