@@ -54,9 +54,8 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     let mut schedulers = Vec::new();
     for entry in entries {
         let mut scheduler = params.scheduler(&entry["scheduler"])?;
-        if !wrapped {
-            scheduler = scheduler.on(events(&entry["event"])?);
-        }
+        let events = events(&entry["event"])?;
+        scheduler = if wrapped { scheduler.as_torch(events) } else { scheduler.on(events) };
         let scheduler = Rc::new(RefCell::new(scheduler));
         trainer.attach(scheduler.clone());
         schedulers.push(scheduler);
