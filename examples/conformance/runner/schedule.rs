@@ -60,9 +60,8 @@ fn in_optimizer(
     let mut schedulers = Vec::new();
     for entry in entries {
         let mut scheduler = params.scheduler(&entry["scheduler"])?;
-        if !wrapped {
-            scheduler = scheduler.on(events(&entry["event"])?);
-        }
+        let events = events(&entry["event"])?;
+        scheduler = if wrapped { scheduler.as_torch(events) } else { scheduler.on(events) };
         let scheduler = Rc::new(RefCell::new(scheduler));
         trainer.attach(scheduler.clone());
         schedulers.push(scheduler);
