@@ -59,7 +59,7 @@ fn difference(program: &Program) -> Option<String> {
         let differs = compare::difference(&expected, &got)?;
         // Some programs make large differences of rounding: what they do after that says nothing.
         let shaken =
-            compare::difference(&expected, &reference::run(program, 1e-15, got.other_size_after));
+            compare::difference(&expected, &reference::run(program, 1e-14, got.other_size_after));
         match shaken {
             Some(shaken) if shaken.place <= differs.place => None,
             _ => Some(differs.text),

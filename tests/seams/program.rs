@@ -520,9 +520,9 @@ impl Program {
             this.epoch_length = None;
         }
         if let Budget::Samples(_) = this.budget {
-            // These are the samples of a call of `run`, and of what resumes it.
+            // These are the samples of a call of `run`, and breaks make several.
             let asks = |how| matches!(how, How::EndOfEpoch | How::Terminate);
-            this.breaks.retain(|planted| planted.then == Then::Resume || asks(planted.how));
+            this.breaks.retain(|planted| asks(planted.how));
             (this.first_budget, this.resumed_at_the_end) = (None, false);
         }
         if let Budget::Epochs(all) | Budget::Iterations(all) = this.budget {
