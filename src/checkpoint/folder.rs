@@ -118,7 +118,7 @@ impl Folder {
         Ok(())
     }
 
-    /// What the file says of the list it is on, if it says so under its own name.
+    /// Reads the stamp of a file, if the file carries one under its own name.
     pub(super) fn kept(&self, name: &str) -> Option<(RetentionStamp, Contents)> {
         let contents = Contents::open(&self.file(name)).ok()?;
         let kept: RetentionStamp = serde_json::from_str(contents.stamp.kept.as_deref()?).ok()?;
@@ -175,7 +175,7 @@ impl Drop for Claim {
     }
 }
 
-/// Whose list a file is on: that of a handler in a run.
+/// Names the list that a file is on: that of a handler in a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Owner {
     pub(super) run: u64,

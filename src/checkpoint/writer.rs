@@ -38,7 +38,7 @@ impl Job {
     }
 }
 
-/// The first error, which tells of the second too.
+/// Joins two results: the first error tells of the second too.
 pub(super) fn both(first: Result<()>, second: Result<()>) -> Result<()> {
     match (first, second) {
         (Err(first), Err(second)) => Err(first.besides(second)),

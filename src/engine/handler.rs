@@ -68,7 +68,7 @@ pub trait Handler<C, B, O> {
         self.load_state(state).map(|()| vec![])
     }
 
-    /// What no other handler of the engine may have, such as `"metric 'loss'"`: each would write over the
+    /// Names that no other handler of the engine may have, such as `"metric 'loss'"`: each would write over the
     /// other's values.
     fn unique_names(&self) -> Vec<String> {
         vec![]

@@ -250,8 +250,8 @@ fn save_position<S: Schedule + ?Sized>(
     state.set_value(ARGUMENTS, schedule.arguments())
 }
 
-/// How many events are done, and with `strict` an error, else a line, where the arguments are not those of
-/// the schedule that the state is of. `None` for a state without [`save_position`].
+/// Reads how many events are done; where the arguments are not those of the schedule that the state is of,
+/// that is an error with `strict`, and a line without. `None` for a state without [`save_position`].
 fn load_position<S: Schedule + ?Sized>(
     schedule: &S,
     state: &StateDict,
