@@ -5,32 +5,19 @@ use std::sync::PoisonError;
 use tch::nn::ModuleT;
 use tch::{Kind, Tensor};
 
-pub use crate::engine::{OPTIMIZER_STEPPED, WINDOW_COMPLETED};
+pub use crate::event::{OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 
+use crate::accumulate::{Accumulation, GradientAccumulator, Weight, WeightedLoss, Window};
 use crate::amp::{GradScaler, autocast};
 use crate::bridge::{BatchNormWatch, TensorId};
-use crate::checkpoint::{Gradients, StateDict, Stateful};
 use crate::data::Batch;
-use crate::engine::{Engine, Evaluator, Event, Trainer};
+use crate::engine::{Engine, Evaluator, Trainer};
+use crate::error::{Error, Result};
+use crate::event::Event;
 use crate::memory_format::to_channels_last;
 use crate::optim::Optimizer;
-use crate::{Accumulation, Error, GradientAccumulator, Result, Weight, WeightedLoss, Window};
-
-/// What an evaluation step returns.
-#[derive(Debug)]
-pub struct Prediction {
-    /// What the model gave, without gradients.
-    pub y_pred: Tensor,
-    /// The targets of the batch.
-    pub y: Tensor,
-}
-
-impl Prediction {
-    /// Both, as metrics take them.
-    pub fn parts(&self) -> (&Tensor, &Tensor) {
-        (&self.y_pred, &self.y)
-    }
-}
+pub use crate::prediction::Prediction;
+use crate::state::{Gradients, StateDict, Stateful};
 
 type LossFn = Box<dyn Fn(&Tensor, &Tensor) -> WeightedLoss + Send>;
 
@@ -183,7 +170,7 @@ impl<N: ModuleT> Supervised<N> {
         let shape = x.size();
         let samples = shape.first().map_or(1, |samples| *samples);
         let x = self.formatted(x)?;
-        let looks = samples == 1 && self.single.as_ref() != Some(&shape);
+        let looks = samples == 1 && self.single.as_ref() != Some(&shape) && self.has_batch_norm();
         let watch = looks.then(BatchNormWatch::looking_for_single_values).transpose();
         let watch = watch.map_err(|text| Error::libtorch("watching batch normalisation", text))?;
         let (net, loss) = (&self.net, &self.loss);
@@ -206,6 +193,12 @@ impl<N: ModuleT> Supervised<N> {
             self.update()?;
         }
         Ok(loss.f_detach()?)
+    }
+
+    fn has_batch_norm(&self) -> bool {
+        let variables = self.optimizer.variables();
+        let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
+        variables.named_variables.keys().any(|name| name.ends_with("running_var"))
     }
 
     /// Refuses a batch of which layers of batch normalisation got one value for each channel.
@@ -318,7 +311,7 @@ impl<N> Stateful for Supervised<N> {
 
 impl<N> Supervised<N> {
     fn gradients(&self) -> Gradients {
-        Gradients::of_optimizer(&self.optimizer)
+        Gradients::of_variables(self.optimizer.variables())
     }
 }
 
@@ -342,6 +335,17 @@ pub fn create_supervised_trainer<'a, N: ModuleT + 'a>() -> Trainer<'a, Supervise
     trainer.context_has_no_model();
     // Names of the crate's own, registered once: this cannot fail, and if it did, firing would say so.
     let _ = trainer.register_events([OPTIMIZER_STEPPED, WINDOW_COMPLETED]);
+    trainer.on(Event::Started, |cx: &mut Supervised<N>, engine| {
+        // Not where a state with its gradients was loaded.
+        if engine.state.iteration == 0
+            && let dropped @ 1.. = cx.accumulator.drop_pending()
+        {
+            engine.warn(format!(
+                "the gradients of {dropped} batches of an earlier run, whose window was not completed, are dropped"
+            ));
+        }
+        Ok(())
+    });
     let ends = Event::EpochCompleted | Event::TerminateSingleEpoch | Event::Terminate;
     trainer.on(ends, finish_window);
     trainer

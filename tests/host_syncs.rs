@@ -10,7 +10,7 @@ use tch_ignite::host_syncs;
 use tch_ignite::metrics::{Mean, RunningAverage};
 use tch_ignite::optim::Optimizer;
 use tch_ignite::schedule::{CosineAnnealing, LinearCyclical, ParamScheduler};
-use tch_ignite::supervised::{Supervised, create_supervised_trainer};
+use tch_ignite::supervised::{OPTIMIZER_STEPPED, Supervised, create_supervised_trainer};
 
 /// The waits of a run of so many epochs of ten batches. Without what looks at a CPU tensor at once, because that costs nothing
 /// there, and leaves it on the device elsewhere: the factor of clipping, a scaler's finding, `TerminateOnNan`.
@@ -26,7 +26,10 @@ fn waits(
         .add(nn::linear(vs.root() / "b", 8, 1, Default::default()));
     let optimizer = build(&vs)?;
     let group = optimizer.groups()?.pop().context("a group")?;
-    let mse = |y_pred: &Tensor, y: &Tensor| y_pred.mse_loss(y, Reduction::Mean);
+    // A weight that only the device knows, another one for each batch.
+    let mse = |y_pred: &Tensor, y: &Tensor| {
+        (y_pred.mse_loss(y, Reduction::Mean), y.ge(0.).sum(Kind::Int64).clamp_min(1))
+    };
     let mut cx = Supervised::new(net, optimizer.clone(), mse)
         .autocast(Kind::BFloat16)
         .accumulate(2)?
@@ -37,11 +40,14 @@ fn waits(
         .metric("running", RunningAverage::new())
         .attach(EMAHandler::decay(&vs, 0.99)?)
         .attach(ParamScheduler::new("lr", group.knob("lr")?, CosineAnnealing::new(1e-2, 1e-3, 10)))
-        .attach(ParamScheduler::new(
-            "weight_decay",
-            group.knob("weight_decay")?,
-            LinearCyclical::new(1e-2, 1e-3, 10),
-        ));
+        .attach(
+            ParamScheduler::new(
+                "weight_decay",
+                group.knob("weight_decay")?,
+                LinearCyclical::new(1e-2, 1e-3, 10),
+            )
+            .on(OPTIMIZER_STEPPED),
+        );
     if read {
         trainer.on(Event::IterationCompleted, |_, engine| {
             let _ = engine.state.output.as_ref().map(|loss| loss.double_value(&[]));

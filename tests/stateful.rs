@@ -738,7 +738,7 @@ fn averages_that_are_swapped_in_are_not_saved_as_the_models() {
     let state = program.trainer.checkpoint(&program.cx).unwrap();
     let guard = ema.swap().unwrap();
     let error = program.trainer.checkpoint(&program.cx).unwrap_err().to_string();
-    assert!(error.contains("ema_momentum: the averages are swapped in"), "{error}");
+    assert!(error.contains("'ema_momentum': the averages are swapped in"), "{error}");
     assert!(program.trainer.restore(&mut program.cx, state.copy().unwrap(), true).is_err());
     drop(guard);
     program.trainer.restore(&mut program.cx, state, true).unwrap();

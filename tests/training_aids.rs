@@ -669,6 +669,23 @@ fn a_window_that_loses_batches_to_errors_is_the_mean_of_the_others() -> Result<(
 }
 
 #[test]
+fn a_run_that_starts_anew_tells_of_the_window_that_it_drops() -> Result<()> {
+    let mut vs = VarStore::new(Device::Cpu);
+    let mut cx = linear(&mut vs).accumulate(4)?;
+    let data = |third: f64| clones([1., 2., third, 4.].iter().map(|x| batch(&[*x])).collect());
+    let mut trainer = create_supervised_trainer();
+    let until = || Until::epochs(1).epoch_length(4);
+    assert!(trainer.run(&mut cx, data(f64::INFINITY), until()).is_err());
+    trainer.reset()?;
+    let summary = trainer.run(&mut cx, data(3.), until())?;
+    assert!(summary.warnings[0].contains("the gradients of 2 batches"), "{:?}", summary.warnings);
+    near(weight(&vs), 1. - 2.5);
+    let summary = trainer.run(&mut cx, data(3.), Until::epochs(2))?;
+    assert!(summary.warnings.is_empty());
+    Ok(())
+}
+
+#[test]
 fn a_window_that_is_cut_short_is_stepped_for_what_there_is() -> Result<()> {
     type Ends = fn(&mut tch_ignite::engine::Trainer<'_, Supervised<nn::FuncT<'static>>>);
     let cuts: [(&str, Until, Option<Ends>, u64, Stop); 5] = [
@@ -1172,7 +1189,7 @@ fn a_last_batch_of_one_sample_is_refused_where_batch_normalisation_needs_more() 
         let mut cx = Supervised::new(net, optimizer, loss);
         let running = |vs: &VarStore| numbers(&vs.variables()["block.bn.running_var"]);
         let mut trainer = create_supervised_trainer();
-        let run = trainer.run(&mut cx, &loader(), Until::epochs(2));
+        let run = trainer.run(&mut cx, loader(), Until::epochs(2));
         assert!(running(&vs).iter().all(|value| value.is_finite()), "{:?}", running(&vs));
         if !pooled {
             // Four pixels are four values.

@@ -3,11 +3,11 @@ use tch::Tensor;
 use super::weight::Amount;
 use super::{Accumulation, Weight, Window};
 use crate::amp::GradScaler;
-use crate::checkpoint::{StateDict, Stateful};
 use crate::engine::Engine;
+use crate::error::{Error, Result};
 use crate::optim::Optimizer;
 use crate::parallel::{Local, Parallel};
-use crate::{Error, Result};
+use crate::state::{StateDict, Stateful};
 
 /// Puts the gradients of the batches of a window together, so that the step is that of one large batch: each counts as
 /// much as its [`Weight`], also among several ranks. For a step of your own; [`Supervised`](crate::supervised::Supervised) has
@@ -171,6 +171,12 @@ impl GradientAccumulator {
     /// How many batches wait for the end of their window.
     pub fn pending(&self) -> u64 {
         self.pending.as_ref().map_or(0, |pending| pending.batches)
+    }
+
+    /// Forgets the batches that wait, and returns how many there were.
+    pub(crate) fn drop_pending(&mut self) -> u64 {
+        (self.window, self.local) = (None, None);
+        self.pending.take().map_or(0, |pending| pending.batches)
     }
 
     /// The place of the batch of this iteration: [`Accumulation::window_of`].
@@ -400,5 +406,71 @@ impl Stateful for GradientAccumulator {
     /// Within a window: gradients are exchanged at its end.
     fn differs_by_rank(&self) -> bool {
         self.pending.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::nn::VarStore;
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    /// The gradient of batches whose losses are `w * mean`, of which the last ends the window.
+    fn gradient(batches: &[(f64, f64)], amount: fn(f64) -> Amount) -> Result<f64> {
+        let mut vs = VarStore::new(Device::Cpu);
+        vs.set_kind(Kind::Double);
+        let w = vs.root().zeros("w", &[1]);
+        let optimizer = Optimizer::sgd(&vs).build()?;
+        let mut accumulator = GradientAccumulator::new(batches.len() as u64)?;
+        for (mean, weight) in batches {
+            let window = accumulator.next_window();
+            accumulator.begin(&optimizer, window)?;
+            let loss = (&w * *mean).sum(Kind::Double);
+            let before = accumulator.pending.take();
+            accumulator.pending =
+                accumulator.add(&optimizer, &loss, amount(*weight), before, window, false)?;
+        }
+        Ok(w.grad().double_value(&[0]))
+    }
+
+    /// What is only known on a device is computed there; here that device is the CPU.
+    #[test]
+    fn weights_on_a_device_count_as_numbers_do() -> Result<()> {
+        let on_device = |weight| Amount::Tensor(Tensor::from(weight));
+        for batches in [
+            [(1., 5.), (2., 1.), (9., 2.)],
+            [(7., 0.), (2., 3.), (9., 1.)],
+            [(1., 3.), (2., 3.), (7., 3.)],
+            [(3., 4.), (2., 1.), (7., 0.)],
+        ] {
+            let sum: f64 = batches.iter().map(|(_, weight)| weight).sum();
+            let mean = batches.iter().map(|(mean, weight)| mean * weight).sum::<f64>() / sum;
+            for amount in [Amount::Number, on_device] {
+                let gradient = gradient(&batches, amount)?;
+                assert!((gradient - mean).abs() < 1e-14, "{gradient} {mean}");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_state_with_weights_on_a_device_comes_back() -> Result<()> {
+        let mut one = GradientAccumulator::new(4)?;
+        let (first, quotients) =
+            (Amount::Tensor(Tensor::from(3.)), Amount::Tensor(Tensor::from(1.5)));
+        one.pending = Some(Pending { batches: 2, size: 4, begin: Some(8), first, quotients });
+        let mut other = GradientAccumulator::new(4)?;
+        other.load_state_dict(Stateful::state_dict(&one)?)?;
+        let pending = other.pending.as_ref().expect("two batches");
+        assert_eq!((pending.batches, pending.size, pending.begin), (2, 4, Some(8)));
+        assert!(pending.weight()?.is(4.5) && other.differs_by_rank());
+        // A state of an older version.
+        let mut old = StateDict::new();
+        old.set_value("accumulated", (3, 4))?;
+        other.load_state_dict(old)?;
+        let pending = other.pending.as_ref().expect("three batches");
+        assert!(pending.weight()?.is(3.) && pending.begin.is_none());
+        Ok(())
     }
 }

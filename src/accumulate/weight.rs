@@ -1,6 +1,6 @@
 use tch::{Device, Kind, TchError, Tensor};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How much the loss of a batch counts among those that share a step: what the loss was divided by. For a mean over
 /// samples that is their number, for a mean over tokens the number of tokens that are no padding.
@@ -110,11 +110,13 @@ impl Amount {
 
     /// The element of a tensor, which is read where that makes nobody wait.
     pub(crate) fn from_tensor(tensor: &Tensor, device: Device) -> Result<Self> {
-        if tensor.device() == Device::Cpu {
-            return tensor.f_double_value(&[]).map(Self::Number).map_err(failed);
+        let tensor = tensor.f_to_kind(Kind::Double).map_err(failed)?;
+        if tensor.device() != Device::Cpu {
+            return tensor.f_to_device(device).map(Self::Tensor).map_err(failed);
         }
-        let tensor = tensor.f_to_device(device).and_then(|t| t.f_to_kind(Kind::Double));
-        tensor.map(Self::Tensor).map_err(failed)
+        let mut number = [0.];
+        tensor.f_copy_data(&mut number, 1).map_err(failed)?;
+        Ok(Self::Number(number[0]))
     }
 
     /// As one f64 element on `device`.

@@ -67,13 +67,19 @@ Sorted sort(Optimizer& optimizer, Groups groups, tig::OnePass& pass, bool coales
   return sorted;
 }
 
+// The value of one element; on the CPU read where it lies, because `item` counts as a wait for a device.
+double value(const Tensor& element) {
+  if (!element.device().is_cpu()) return element.item<double>();
+  return *element.to(at::kDouble).const_data_ptr<double>();
+}
+
 void scale(tig::OnePass& pass, const Sorted& sorted, const Tensor& factor) {
   if (!pass.empty()) {
-    const double number = factor.item<double>();
+    const double number = value(factor);
     if (number != 1.) pass.update(tig::Rule::Scale, number);
   }
   for (const auto& [device, list] : sorted.lists) {
-    if (list[0].device().is_cpu() && factor.device().is_cpu() && factor.item<double>() == 1.) continue;
+    if (list[0].device().is_cpu() && factor.device().is_cpu() && value(factor) == 1.) continue;
     at::_foreach_mul_(list, factor.to(list[0].device()).reshape({}));
   }
 }

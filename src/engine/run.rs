@@ -4,368 +4,18 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
-
-use super::guarded::{Entered, guarded_drop, guarded_within};
+use super::checkpoint::{generators, same_generators, set_generators};
+use super::position::{Cursor, DataLength, DataStart, LastData, Phase, Position, PreviousRun};
 use super::requests::Requests;
-use super::saved::{generators, same_generators, set_generators};
 use super::state::check_budget;
 use super::{Engine, Event, State, Stop, Summary, Until};
-use crate::checkpoint::StateDict;
-use crate::data::{IntoSource, Place, Source};
-use crate::{Error, Result};
-
-/// What comes next.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-enum Phase {
-    #[default]
-    Started,
-    NextEpoch,
-    EpochStarted,
-    EpochBegun,
-    GetBatch,
-    Fetch,
-    RestartData,
-    BatchFetched,
-    Step,
-    IterationCompleted,
-    EpochCompleted,
-    EpochEnded,
-    Terminate,
-    Completed,
-    /// COMPLETED was fired.
-    Ended,
-}
-
-impl Phase {
-    /// Whether a batch is under way, which has to be fetched again elsewhere.
-    fn has_batch(self) -> bool {
-        matches!(self, Self::BatchFetched | Self::Step)
-    }
-
-    /// Whether an epoch is under way.
-    fn in_epoch(self) -> bool {
-        use Phase::*;
-        !matches!(self, Started | NextEpoch | EpochEnded | Terminate | Completed | Ended)
-    }
-
-    /// Whether the run has ended, but for its last events.
-    fn is_end(self) -> bool {
-        matches!(self, Self::Terminate | Self::Completed | Self::Ended)
-    }
-}
-
-/// How the last run was left.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum Left {
-    /// There was none.
-    #[default]
-    Nothing,
-    /// Finished, or ended by `terminate` or a limit.
-    Ended,
-    /// Suspended by `interrupt`, with its data.
-    Suspended,
-    /// By an error.
-    Failed,
-    /// Position set by `load_state_dict` (ignite's format: epoch and iteration only).
-    Loaded,
-    /// Position set by `restore`, from a checkpoint.
-    Restored,
-}
-
-/// Where to position the data before this run's first fetch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-enum Entry {
-    /// At the start.
-    Start,
-    /// At the start of the pass after `Cursor::pass`.
-    NextPass,
-    /// Where an uninterrupted run would be at `state.iteration`.
-    Loaded,
-    /// At `Cursor::pass` and `Cursor::fetched`.
-    Kept,
-}
-
-/// Where the loop is. A checkpoint holds it as it is.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(super) struct Cursor {
-    phase: Phase,
-    /// Iterations begun in this epoch.
-    pub(super) counter: u64,
-    /// Number of the walk over the data, from 0, and batches fetched in it.
-    pub(super) pass: u64,
-    fetched: u64,
-    /// The data was restarted and has given nothing since.
-    restarted: bool,
-    /// The data gave nothing in a whole epoch.
-    exhausted: bool,
-    /// The run ends before its budget in epochs is used up.
-    left_early: bool,
-    /// The phase that would have followed where the run was ended early. After a limit a restored run
-    /// goes on there.
-    ended_at: Option<Phase>,
-    /// Who ended the run by `terminate`, and where; `None` where a limit or a budget did.
-    terminated_by: Option<String>,
-    /// Set where the data gave the epoch its length, not the program.
-    length: Option<DataLength>,
-    /// The handler of the last event from which on its handlers are to be called when a suspended run
-    /// goes on.
-    pub(super) again: Option<String>,
-}
-
-/// An epoch length that is one pass over the data.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-struct DataLength {
-    /// The length of whole epochs.
-    pass: u64,
-    /// The length of this epoch: another one where the data changed within it. The program has set the
-    /// length where `state.epoch_length` is not this.
-    epoch: u64,
-    /// Batches that all passes had so far, where only walking over them tells; `None` where they
-    /// differed, or the data knows.
-    walked: Option<u64>,
-}
-
-impl Cursor {
-    /// The phase in which a run from a checkpoint goes on, if nothing but a limit ended the run.
-    fn resumes_at(&self) -> Phase {
-        match self.ended_at {
-            Some(phase) if self.phase.is_end() && self.terminated_by.is_none() => phase,
-            _ => self.phase,
-        }
-    }
-
-    /// Whether the last batch that was fetched is needed again where a run goes on from a checkpoint.
-    fn needs_batch(&self) -> bool {
-        match self.ended_at {
-            Some(phase) if self.phase.is_end() => phase.has_batch(),
-            _ => self.phase.has_batch(),
-        }
-    }
-}
-
-/// What the data said when a run left it.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-struct LeftData {
-    /// The place in the pass in samples, where the data counts them; otherwise `Cursor::fetched` tells.
-    place: Option<Place>,
-    /// Batches in a pass.
-    batches: Option<u64>,
-    /// The settings of the data, to warn about changes.
-    settings: Map<String, Value>,
-}
-
-impl LeftData {
-    /// The place is before the last batch with `again`, else after it.
-    fn of<B>(data: &(dyn Source<B> + '_), again: bool) -> Self {
-        Self { place: data.place(again), batches: data.batches(), settings: data.settings() }
-    }
-}
-
-/// Where the loop is, beyond what `State` shows.
-#[derive(Debug)]
-pub(super) struct Position {
-    pub(super) cursor: Cursor,
-    left: Left,
-    /// The run had a budget in epochs or iterations.
-    budgeted: bool,
-    /// `None` once the data has been positioned.
-    entry: Option<Entry>,
-    /// The batch under way has yet to be fetched again.
-    refetch: bool,
-    /// What the data said when the last run left it, or the restored state was saved.
-    left_data: LeftData,
-    /// The random number generators as they were before the pass under way was begun, where the data
-    /// may draw its order from them.
-    pub(super) before_pass: Option<StateDict>,
-    /// The data gives batches by events; false without data.
-    fetches: bool,
-    /// The data is not known to be what the epoch length was taken from.
-    other_data: bool,
-    /// The batch that the data was sent to in mid pass by this run; there may be fewer.
-    skipped_to: Option<u64>,
-    /// Some rank has reached a limit of samples or time.
-    pub(super) limit: bool,
-    /// COMPLETED is being fired.
-    completing: bool,
-    /// The signal that the run is interrupted for, if any.
-    pub(super) signal: Option<i32>,
-    /// The last event that was fired.
-    pub(super) event: Event,
-    until: Until,
-    deadline: Option<Instant>,
-    run_start: Option<Instant>,
-    /// When this run began the epoch, or went on in it.
-    epoch_start: Option<Instant>,
-    /// How long earlier runs of this process were in this epoch.
-    epoch_before: Duration,
-    warnings: Vec<String>,
-    /// Warnings for the next run.
-    notes: Vec<String>,
-}
-
-impl Default for Position {
-    fn default() -> Self {
-        Self {
-            cursor: Cursor::default(),
-            left: Left::Nothing,
-            budgeted: false,
-            entry: Some(Entry::Start),
-            refetch: false,
-            left_data: LeftData::default(),
-            before_pass: None,
-            fetches: true,
-            other_data: false,
-            skipped_to: None,
-            limit: false,
-            completing: false,
-            signal: None,
-            event: Event::Started,
-            until: Until::default(),
-            deadline: None,
-            run_start: None,
-            epoch_start: None,
-            epoch_before: Duration::ZERO,
-            warnings: vec![],
-            notes: vec![],
-        }
-    }
-}
-
-impl Position {
-    pub(super) fn loaded(budgeted: bool) -> Self {
-        Self { left: Left::Loaded, entry: Some(Entry::Loaded), budgeted, ..Self::default() }
-    }
-
-    pub(super) fn save<B>(&self, data: Option<&(dyn Source<B> + '_)>) -> SavedPosition {
-        let mut cursor = self.cursor.clone();
-        if self.completing {
-            cursor.phase = Phase::Ended;
-        }
-        let mut left_data = match data {
-            Some(data) => LeftData::of(data, cursor.needs_batch() && !self.refetch),
-            None => self.left_data.clone(),
-        };
-        if self.left_data.place.is_some() {
-            // The data has not been put there yet.
-            left_data.place.clone_from(&self.left_data.place);
-        }
-        if self.refetch {
-            // Counted as fetched: it is, but for an error.
-            cursor.fetched += 1;
-        }
-        // In the same process the data is where it is.
-        SavedPosition { cursor, entry: self.entry.unwrap_or(Entry::Kept), left_data }
-    }
-
-    /// Whether the pass under way has to be begun again where a run goes on from a checkpoint.
-    pub(super) fn is_within_pass(&self) -> bool {
-        matches!(self.entry, None | Some(Entry::Kept))
-    }
-
-    pub(super) fn is_at_start(&self) -> bool {
-        self.cursor.phase == Phase::Started
-    }
-
-    /// The requests that a checkpoint holds.
-    pub(super) fn saved_requests(&self, requests: &Requests) -> Requests {
-        match self.completing || self.cursor.phase.is_end() {
-            true => requests.after_the_end(),
-            false => requests.clone(),
-        }
-    }
-
-    /// What the user has to know of a restored run that `terminate` ended.
-    pub(super) fn ended_for_good(&self, requests: &Requests) -> Option<String> {
-        let by = match &self.cursor.terminated_by {
-            Some(by) if self.cursor.phase.is_end() => by.clone(),
-            _ if requests.terminate => self.terminator(requests),
-            _ => return None,
-        };
-        Some(format!(
-            "{by} had ended the run for good when this state was saved: the next run does no iterations; call resume_terminated() before it to go on all the same"
-        ))
-    }
-
-    fn terminator(&self, requests: &Requests) -> String {
-        requests.terminated_by.clone().unwrap_or_else(|| format!("terminate() at {}", self.event))
-    }
-
-    /// Goes on with what follows, though `terminate` ended the run.
-    pub(super) fn forget_terminate(&mut self) {
-        self.cursor.terminated_by = None;
-    }
-
-    /// The data was replaced within the run.
-    pub(super) fn replace_data(&mut self, fetches: bool) {
-        (self.fetches, self.refetch, self.skipped_to) = (fetches, false, None);
-        self.left_data.place = None;
-        // The place that `load_state_dict` asks for is one in any data.
-        self.entry = self.entry.filter(|entry| *entry == Entry::Loaded);
-    }
-
-    /// Adds a warning for the next run.
-    pub(super) fn note(&mut self, text: String) {
-        self.notes.push(text);
-    }
-
-    /// Counts this run out of the time in the epoch that is under way.
-    fn pause_epoch(&mut self) {
-        if let Some(start) = self.epoch_start.take() {
-            self.epoch_before += start.elapsed();
-        }
-    }
-}
-
-/// A [`Position`] for another process.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct SavedPosition {
-    cursor: Cursor,
-    entry: Entry,
-    left_data: LeftData,
-}
-
-impl SavedPosition {
-    pub(super) fn counts(&self) -> impl Iterator<Item = u64> {
-        let Cursor { counter, pass, fetched, length, .. } = self.cursor;
-        let samples = self.left_data.place.as_ref().map(|place| place.samples);
-        let length = length.map(|length| [length.pass, length.epoch]);
-        [counter, pass, fetched].into_iter().chain(samples).chain(length.into_iter().flatten())
-    }
-
-    /// Counts the samples of all ranks, which are the same with any number of them.
-    pub(super) fn of_all(mut self, ranks: u64) -> Self {
-        if let Some(place) = &mut self.left_data.place {
-            place.samples = place.samples.saturating_mul(ranks);
-        }
-        self
-    }
-
-    /// The other way round. Where the ranks cannot share the samples, a few come again.
-    pub(super) fn of_each(mut self, ranks: u64) -> Self {
-        if let Some(place) = &mut self.left_data.place {
-            place.samples /= ranks;
-        }
-        self
-    }
-
-    pub(super) fn restore(self, event: Event, budgeted: bool) -> Position {
-        Position {
-            cursor: self.cursor,
-            left: Left::Restored,
-            budgeted,
-            entry: Some(self.entry),
-            left_data: self.left_data,
-            event,
-            ..Position::default()
-        }
-    }
-}
+use crate::data::{IntoSource, SamplePosition, Source};
+use crate::error::{Error, Result};
+use crate::guard::{Entered, guarded_drop, guarded_within};
 
 /// How far a run goes, and where it begins.
 struct Plan {
-    left: Left,
+    previous: PreviousRun,
     /// The phase to go on in, where that is not the cursor's.
     phase: Option<Phase>,
     max_epochs: Option<u64>,
@@ -496,7 +146,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if self.running {
             return Err(Error::invalid("resume_terminated() was called within a run"));
         }
-        if self.position.left == Left::Restored {
+        if self.position.previous == PreviousRun::Restored {
             self.position.forget_terminate();
             self.requests.terminate = false;
             self.requests.skip_completed = false;
@@ -533,14 +183,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let plan = self.plan(&*source, until)?;
         let fetches = source.fetches();
         let mut warnings = std::mem::take(&mut self.position.notes);
-        if plan.left == Left::Restored {
-            warnings.extend(changes(&self.position.left_data, &*source));
+        if plan.previous == PreviousRun::Restored {
+            warnings.extend(changes(&self.position.last_data, &*source));
             let over = plan.phase.is_none() && self.is_used_up(plan.max_epochs, plan.max_iters);
             warnings.extend(self.position.ended_for_good(&self.requests).filter(|_| !over));
         }
         self.apply(plan, until, start);
         self.position.warnings = warnings;
-        if self.position.left != Left::Suspended {
+        if self.position.previous != PreviousRun::Suspended {
             self.position.fetches = fetches;
             let old = self.data.replace(source);
             guarded_drop(old).map_err(|panic| {
@@ -558,8 +208,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     fn epochs_done(&self) -> u64 {
         let cursor = &self.position.cursor;
-        let phase = match self.position.left {
-            Left::Restored => cursor.resumes_at(),
+        let phase = match self.position.previous {
+            PreviousRun::Restored => cursor.resumes_at(),
             _ => cursor.phase,
         };
         self.state.epoch.saturating_sub(u64::from(phase.in_epoch()))
@@ -588,43 +238,45 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         let used_up = self.is_used_up(max_epochs, max_iters);
         let was_reset = position.budgeted && !has_budget;
-        let mut left = match position.left {
-            _ if was_reset => Left::Nothing,
-            Left::Ended | Left::Loaded if has_budget && used_up => Left::Nothing,
-            left => left,
+        let mut previous = match position.previous {
+            _ if was_reset => PreviousRun::Nothing,
+            PreviousRun::Ended | PreviousRun::Loaded if has_budget && used_up => {
+                PreviousRun::Nothing
+            }
+            previous => previous,
         };
         let mut phase = None;
         let at = position.cursor.phase;
-        match left {
+        match previous {
             // Only COMPLETED is missing, but for a budget that grew.
-            Left::Failed if matches!(at, Phase::Completed | Phase::Ended) && !used_up => {
-                left = Left::Ended;
+            PreviousRun::Failed if matches!(at, Phase::Completed | Phase::Ended) && !used_up => {
+                previous = PreviousRun::Ended;
             }
-            Left::Restored
+            PreviousRun::Restored
                 if at.is_end() && !used_up && position.cursor.terminated_by.is_none() =>
             {
                 match position.cursor.ended_at {
                     // A limit of the process that saved the state is none of this one.
                     Some(follows) => phase = Some(follows),
-                    None => left = Left::Ended,
+                    None => previous = PreviousRun::Ended,
                 }
             }
-            Left::Suspended if self.data.is_none() => left = Left::Failed,
+            PreviousRun::Suspended if self.data.is_none() => previous = PreviousRun::Failed,
             _ => {}
         }
 
         let batches = source.batches();
         let known = until.epoch_length.or(batches);
-        let epoch_length = match left {
-            Left::Nothing if self.data_length().is_some() => known,
-            Left::Nothing => known.or(state.epoch_length),
+        let epoch_length = match previous {
+            PreviousRun::Nothing if self.data_length().is_some() => known,
+            PreviousRun::Nothing => known.or(state.epoch_length),
             _ => state.epoch_length.or(known),
         };
         source.validate().map_err(|error| Error::invalid(format!("{error:#}")))?;
         if epoch_length == Some(0) || known == Some(0) || batches == Some(0) {
             return Err(Error::invalid("Input data has zero size. Please provide non-empty data"));
         }
-        if left != Left::Nothing
+        if previous != PreviousRun::Nothing
             && until.epoch_length.is_some_and(|length| Some(length) != epoch_length)
         {
             return Err(Error::invalid(format!(
@@ -636,50 +288,52 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if epoch_length.is_none() && !source.fetches() {
             return Err(Error::invalid("epoch_length should be provided if data is None"));
         }
-        if left == Left::Nothing {
+        if previous == PreviousRun::Nothing {
             (max_epochs, max_iters) = (until.max_epochs, until.max_iters);
         }
         if max_epochs.is_none() && max_iters.is_none() && !until.open_ended() {
-            max_epochs = Some(if left == Left::Nothing { 1 } else { epochs_done + 1 });
+            max_epochs = Some(if previous == PreviousRun::Nothing { 1 } else { epochs_done + 1 });
         }
-        let anew = left == Left::Nothing || state.epoch_length.is_none();
+        let anew = previous == PreviousRun::Nothing || state.epoch_length.is_none();
         let length_by = match (until.epoch_length, batches) {
             (Some(_), _) => LengthBy::Program,
             (None, Some(_)) if anew => LengthBy::Data,
             _ => LengthBy::State,
         };
-        Ok(Plan { left, phase, max_epochs, max_iters, epoch_length, length_by })
+        Ok(Plan { previous, phase, max_epochs, max_iters, epoch_length, length_by })
     }
 
     /// Makes the plan of a run the engine's state.
     fn apply(&mut self, plan: Plan, until: Until, start: Instant) {
         let (state, position) = (&mut self.state, &mut self.position);
-        let was_restored = position.left == Left::Restored;
+        let was_restored = position.previous == PreviousRun::Restored;
         let cursor = &mut position.cursor;
-        match plan.left {
-            Left::Nothing => {
+        match plan.previous {
+            PreviousRun::Nothing => {
                 (state.iteration, state.epoch) = (0, 0);
                 *position = Position::default();
                 self.handlers.reset_firings();
             }
-            Left::Ended => {
+            PreviousRun::Ended => {
                 cursor.again = None;
                 cursor.phase = Phase::Started;
-                position.entry = Some(Entry::NextPass);
-                position.left_data.place = None;
+                position.data_start = Some(DataStart::NextPass);
+                position.last_data.place = None;
             }
-            Left::Failed => position.entry = position.entry.or(Some(Entry::Kept)),
-            Left::Restored => {
+            PreviousRun::Failed => {
+                position.data_start = position.data_start.or(Some(DataStart::AtCursor))
+            }
+            PreviousRun::Restored => {
                 if let Some(phase) = plan.phase {
-                    (cursor.phase, cursor.left_early) = (phase, false);
+                    (cursor.phase, cursor.ended_early) = (phase, false);
                 }
                 if cursor.phase.has_batch() && !position.refetch {
                     position.refetch = true;
                     cursor.fetched = cursor.fetched.saturating_sub(1);
                 }
             }
-            Left::Loaded => self.handlers.reset_firings(),
-            Left::Suspended => {}
+            PreviousRun::Loaded => self.handlers.reset_firings(),
+            PreviousRun::Suspended => {}
         }
         let position = &mut self.position;
         let cursor = &mut position.cursor;
@@ -697,7 +351,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         (state.max_epochs, state.max_iters) = (plan.max_epochs, plan.max_iters);
         state.epoch_length = plan.epoch_length;
         (state.run_time, state.epoch_time) = (Duration::ZERO, Duration::ZERO);
-        if plan.left == Left::Restored {
+        if plan.previous == PreviousRun::Restored {
             // A limit of samples that was reached is none of this run.
             if until.max_samples.is_some_and(|max| state.samples >= max) {
                 state.samples = 0;
@@ -709,8 +363,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if !was_restored {
             self.random = None;
         }
-        position.other_data = !matches!(plan.left, Left::Nothing | Left::Suspended);
-        position.left = plan.left;
+        position.other_data =
+            !matches!(plan.previous, PreviousRun::Nothing | PreviousRun::Suspended);
+        position.previous = plan.previous;
         position.budgeted = plan.max_epochs.is_some() || plan.max_iters.is_some();
         cursor.exhausted = false;
         (position.limit, position.completing, position.signal) = (false, false, None);
@@ -729,12 +384,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Puts data and counter to where this run begins.
     fn enter(&mut self) -> Result<()> {
         let Cursor { pass, fetched, .. } = self.position.cursor;
-        match self.position.entry {
+        match self.position.data_start {
             None => {}
-            Some(Entry::Start) => self.seek(0, 0)?,
-            Some(Entry::NextPass) => self.seek(pass + 1, 0)?,
-            Some(Entry::Kept) => self.begin_pass_again(pass, fetched)?,
-            Some(Entry::Loaded) => {
+            Some(DataStart::Start) => self.seek(0, 0)?,
+            Some(DataStart::NextPass) => self.seek(pass + 1, 0)?,
+            Some(DataStart::AtCursor) => self.begin_pass_again(pass, fetched)?,
+            Some(DataStart::AtIteration) => {
                 let iteration = self.state.iteration;
                 if let Some(length) = self.state.epoch_length {
                     self.position.cursor.counter = iteration % length.max(1);
@@ -749,15 +404,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 }
             }
         }
-        self.position.entry = None;
-        self.position.left_data.place = None;
+        self.position.data_start = None;
+        self.position.last_data.place = None;
         Ok(())
     }
 
     /// Goes to a place in a pass that another run began. What drew its order from libtorch's random
     /// numbers draws the same order again; the numbers of the run itself go on where they are.
     fn begin_pass_again(&mut self, pass: u64, fetched: u64) -> Result<()> {
-        let place = self.position.left_data.place.clone();
+        let place = self.position.last_data.place.clone();
         let before_pass = self.position.before_pass.take();
         let now = match &before_pass {
             Some(before) => {
@@ -767,7 +422,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             }
             None => None,
         };
-        let mut placed = self.seek_place(pass, place);
+        let mut placed = self.seek_samples(pass, place);
         if let Ok(false) = placed {
             placed = self.seek(pass, fetched).map(|()| true);
         }
@@ -797,9 +452,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// False where that is not possible.
-    fn seek_place(&mut self, pass: u64, place: Option<Place>) -> Result<bool> {
+    fn seek_samples(&mut self, pass: u64, place: Option<SamplePosition>) -> Result<bool> {
         let (Some(place), Some(data)) = (place, self.data.as_mut()) else { return Ok(false) };
-        guarded_within(|| data.seek_place(pass, &place)).map_err(|error| self.data_error(error))
+        guarded_within(|| data.seek_samples(pass, &place)).map_err(|error| self.data_error(error))
     }
 
     /// Goes past that many batches of data of unknown length.
@@ -839,7 +494,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if batches == 0 {
             return Err(Error::invalid("the data has no batches any more"));
         }
-        if batches == self.position.left_data.batches.unwrap_or(length.pass) {
+        if batches == self.position.last_data.batches.unwrap_or(length.pass) {
             return Ok(());
         }
         let left = self.ask_data(|data| data.batches_left())?.flatten();
@@ -907,18 +562,18 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     fn note_data(&mut self, again: bool) {
         let again = again && !self.position.refetch;
         // An error of the data was told already, or will be when the data is used.
-        if let Ok(Some(noted)) = self.ask_data(|data| LeftData::of(data, again)) {
-            let place = match self.position.entry {
+        if let Ok(Some(noted)) = self.ask_data(|data| LastData::of(data, again)) {
+            let place = match self.position.data_start {
                 None => noted.place,
-                Some(_) => self.position.left_data.place.clone(),
+                Some(_) => self.position.last_data.place.clone(),
             };
-            self.position.left_data = LeftData { place, ..noted };
+            self.position.last_data = LastData { place, ..noted };
         }
     }
 
     fn drive(&mut self, cx: &mut C) -> Result<Stop> {
         self.agree_on_start()?;
-        if self.position.entry == Some(Entry::Kept) {
+        if self.position.data_start == Some(DataStart::AtCursor) {
             self.enter()?;
         }
         if self.position.other_data {
@@ -943,7 +598,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     self.position.event
                 }
                 Phase::Started => {
-                    self.position.cursor.left_early = false;
+                    self.position.cursor.ended_early = false;
                     self.position.cursor.phase = Phase::NextEpoch;
                     Event::Started
                 }
@@ -969,7 +624,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     continue;
                 }
                 Phase::GetBatch => {
-                    if self.position.entry.is_some() {
+                    if self.position.data_start.is_some() {
                         // Not before: handlers of EPOCH_STARTED may change the batch size.
                         self.enter()?;
                     }
@@ -1052,7 +707,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     continue;
                 }
                 Phase::Terminate => {
-                    self.position.cursor.left_early = true;
+                    self.position.cursor.ended_early = true;
                     self.position.cursor.phase = Phase::Completed;
                     self.note_run_time();
                     self.fire(Event::Terminate, cx)?;
@@ -1077,10 +732,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     continue;
                 }
                 Phase::Ended => {
-                    self.position.left = Left::Ended;
+                    self.position.previous = PreviousRun::Ended;
                     self.note_data(self.position.cursor.needs_batch());
                     self.let_go_of_data()?;
-                    return Ok(match self.position.cursor.left_early {
+                    return Ok(match self.position.cursor.ended_early {
                         true => Stop::Terminated,
                         false => Stop::Completed,
                     });
@@ -1108,7 +763,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn suspended(&mut self) -> Stop {
-        self.position.left = Left::Suspended;
+        self.position.previous = PreviousRun::Suspended;
         self.position.signal.take().map_or(Stop::Interrupted, Stop::Signal)
     }
 
@@ -1455,7 +1110,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             };
         }
         position.cursor.restarted = false;
-        position.left = Left::Failed;
+        position.previous = PreviousRun::Failed;
         self.exception = Some(error);
         let raised = self.fire(Event::ExceptionRaised, cx);
         let (data, batch) = (self.let_go_of_data(), self.let_go_of_batch());
@@ -1466,7 +1121,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 }
 
 /// What is other data than when the state was saved.
-fn changes<B>(left: &LeftData, data: &dyn Source<B>) -> Vec<String> {
+fn changes<B>(left: &LastData, data: &dyn Source<B>) -> Vec<String> {
     let mut changes = vec![];
     let (batches, settings) = (data.batches(), data.settings());
     // The settings tell more, and the batch size may be restored later.

@@ -22,6 +22,16 @@ pub fn floats(value: &Value) -> Result<Vec<f64>> {
     array(value)?.iter().map(float).collect()
 }
 
+/// Stands for a value that is not there yet (`null`): a NaN of bits that no computation gives, so that
+/// comparing bits tells it from every value.
+pub const UNSET: f64 = f64::from_bits(0x7ff8_0000_0bad_cafe);
+
+/// Rows of values, of which some may be [`UNSET`].
+pub fn rows(value: &Value) -> Result<Vec<Vec<f64>>> {
+    let value_of = |value: &Value| if value.is_null() { Ok(UNSET) } else { float(value) };
+    array(value)?.iter().map(|row| array(row)?.iter().map(value_of).collect()).collect()
+}
+
 pub fn array(value: &Value) -> Result<&Vec<Value>> {
     value.as_array().with_context(|| format!("{value} is no list"))
 }
@@ -63,8 +73,9 @@ pub fn event_named(name: &str) -> Event {
     }
 }
 
-fn filtered(value: &Value) -> Result<FilteredEvent> {
-    let mut event = FilteredEvent::from(event_named(text(&value["name"])?));
+/// An event with the filters of a spec, whose name is not looked at.
+pub fn filtered(event: Event, value: &Value) -> Result<FilteredEvent> {
+    let mut event = FilteredEvent::from(event);
     if let Some(n) = count(&value["every"])? {
         event = event.every(n);
     }
@@ -77,8 +88,8 @@ fn filtered(value: &Value) -> Result<FilteredEvent> {
     match &value["once"] {
         Value::Null => {}
         Value::Array(numbers) => {
-            let numbers: Vec<_> = numbers.iter().filter_map(Value::as_u64).collect();
-            event = event.once_at(numbers);
+            let numbers = numbers.iter().map(|n| count(n)?.context("a number"));
+            event = event.once_at(numbers.collect::<Result<Vec<_>>>()?);
         }
         number => event = event.once_at(count(number)?),
     }
@@ -87,9 +98,10 @@ fn filtered(value: &Value) -> Result<FilteredEvent> {
 
 /// An event, or a list of them.
 pub fn events(value: &Value) -> Result<Events> {
+    let one = |value: &Value| filtered(event_named(text(&value["name"])?), value);
     match value {
-        Value::Array(list) => list.iter().map(filtered).collect(),
-        _ => Ok(filtered(value)?.into()),
+        Value::Array(list) => list.iter().map(one).collect(),
+        _ => Ok(one(value)?.into()),
     }
 }
 

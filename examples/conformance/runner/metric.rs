@@ -6,8 +6,8 @@ use tch::{Kind, Reduction, Tensor};
 use tch_ignite::engine::{Engine, Event, MetricValue, Until};
 use tch_ignite::metrics::*;
 
-use super::Outcome;
 use super::json::{array, count, float, floats, text};
+use super::{Outcome, expression};
 
 pub type Pair = (Tensor, Tensor);
 
@@ -108,25 +108,11 @@ pub fn build(name: &str, args: &Value) -> Result<Boxed> {
         "KLDivergence" => KLDivergence::of(pair).shared(),
         "JSDivergence" => JSDivergence::of(pair).shared(),
         "PSNR" => PSNR::of(number("data_range")?, pair).shared(),
-        "MetricsLambda" => expression(
+        "MetricsLambda" => expression::parse(
             text(&args["expr"])?,
-            Precision::of(pair).shared(),
-            Recall::of(pair).shared(),
+            [("P", Precision::of(pair).shared()), ("R", Recall::of(pair).shared())],
         )?,
         other => bail!("no metric {other}"),
-    })
-}
-
-/// `p` and `r` are of each class.
-fn expression(text: &str, p: Boxed, r: Boxed) -> Result<Boxed> {
-    Ok(match text {
-        "(P**2).sum()" => p.pow(2.).sum(),
-        "(P-R)%0.4" => (p - r) % 0.4,
-        "(R+1.0)/2.0" => (r + 1.) / 2.,
-        "2.0*P-R" => 2. * p - r,
-        "P//0.3" => p.floor_divide(0.3),
-        "P[0]+R[1]" => p.index(0) + r.index(1),
-        other => bail!("no expression {other}"),
     })
 }
 
@@ -235,8 +221,7 @@ fn with_usage(config: &Value, expect: &Value) -> Result<Outcome> {
     let usage = match &config["usage"] {
         Value::Object(filtered) => {
             let filter = &filtered["batch_filtered"];
-            let n = count(&filter["every"])?.context("a filter by every")?;
-            Usage::BatchFiltered(Event::IterationCompleted.every(n))
+            Usage::BatchFiltered(super::json::filtered(Event::IterationCompleted, filter)?)
         }
         name => match text(name)? {
             "epoch_wise" => Usage::EpochWise,

@@ -1,6 +1,7 @@
 //! Reads cases, runs each and counts.
 
 mod engine_trace;
+mod expression;
 mod handler;
 mod json;
 mod lr_finder;
@@ -16,6 +17,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -48,6 +50,8 @@ pub struct Tally {
     pub passed: u64,
     pub failed: u64,
     pub skipped: u64,
+    /// Those of the failed that panicked.
+    pub panicked: u64,
     reasons: BTreeMap<String, u64>,
     /// Cases where ignite is wrong on purpose of nobody, by the name of the defect.
     defects: BTreeMap<&'static str, u64>,
@@ -68,6 +72,17 @@ impl fmt::Display for Tally {
     }
 }
 
+const PANICKED: &str = "panicked:";
+
+/// A case may have any shape: a panic is the failure of one case.
+fn guarded(run: impl FnOnce() -> Result<Outcome>) -> Result<Outcome> {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
+        let text = payload.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| payload.downcast_ref::<&str>().copied());
+        Ok(Outcome::Failed(format!("{PANICKED} {}", text.unwrap_or("?"))))
+    })
+}
+
 /// Runs all cases of a file and prints the ids of those that fail.
 pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
     let file = File::open(path).with_context(|| path.display().to_string())?;
@@ -77,28 +92,37 @@ pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
             continue;
         }
         let place = || format!("{}:{}", path.display(), number + 1);
-        let case: Value = serde_json::from_str(&line).with_context(place)?;
+        let case: Value = match serde_json::from_str(&line) {
+            Ok(case) => case,
+            Err(error) => {
+                println!("{}: {error}", place());
+                tally.failed += 1;
+                continue;
+            }
+        };
         let id = case["id"].as_str().unwrap_or("without id").to_owned();
         let (config, expect) = (&case["config"], &case["expect"]);
         let mut defect = None;
-        let outcome = match case["kind"].as_str() {
+        let outcome = guarded(|| match case["kind"].as_str() {
             Some("schedule") => schedule::run(config, expect, &mut defect),
             Some("schedule_resume") => schedule_resume::run(config, expect, &mut defect),
             Some("schedule_error") => schedule_error::run(config, expect, &mut defect),
             Some("engine_trace") => engine_trace::run(config, expect, &mut defect),
-            Some("train") => train::run(config, expect),
+            Some("train") => train::run(config, expect, &mut defect),
             Some("handler") => handler::run(config, expect, &mut defect),
             Some("lr_finder") => lr_finder::run(config, expect, &mut defect),
             Some("metric") => metric::run(config, expect, &mut defect),
             kind => Outcome::skipped(format!("kind {} does not exist yet", kind.unwrap_or("?"))),
-        };
+        });
         if let Some(defect) = defect {
             *tally.defects.entry(defect).or_default() += 1;
         }
         match outcome.unwrap_or_else(|error| Outcome::Failed(format!("{error:#}"))) {
             Outcome::Passed => tally.passed += 1,
             Outcome::Failed(why) => {
-                println!("{id}: {why}");
+                tally.panicked += u64::from(why.starts_with(PANICKED));
+                // libtorch's errors go on with a stack.
+                println!("{id}: {}", why.lines().next().unwrap_or_default());
                 tally.failed += 1;
             }
             Outcome::Skipped(reason) => {

@@ -7,10 +7,10 @@ use serde_json::Value;
 use tch::nn::{self, OptimizerConfig, VarStore};
 use tch_ignite::engine::Events;
 use tch_ignite::optim::{Group, Knob, Optimizer};
-use tch_ignite::schedule::{AnySchedule, ParamGroupScheduler, ParamScheduler};
+use tch_ignite::schedule::{AnySchedule, ParamGroupScheduler, ParamScheduler, Schedule};
 
-use super::json::{array, count, float, object, text};
-use super::specs::{Bases, Leaf, keeps_history, leaves, param_names};
+use super::json::{UNSET, array, count, float, object, text};
+use super::specs::{Bases, Leaf, keeps_history, leaves, param_names, torchs};
 
 /// A store with one variable for each group of the spec.
 pub fn store(spec: &Value) -> Result<VarStore> {
@@ -73,42 +73,95 @@ pub fn values(optimizer: &Optimizer, name: &str) -> tch_ignite::Result<Vec<f64>>
     optimizer.groups()?.iter().map(|group| group.get(name)).collect()
 }
 
-/// Parameters as a case has them: those of an optimizer, and those beside it where the case has
-/// values that an optimizer refuses (a negative lr) or a name that none has.
+/// The hyper-parameters that torch's groups have as one number each, by class.
+fn hyper_parameters(class: &str) -> &'static [&'static str] {
+    match class {
+        "SGD" => &["lr", "momentum", "dampening", "weight_decay"],
+        "RMSprop" => &["lr", "alpha", "eps", "weight_decay", "momentum"],
+        _ => &["lr", "eps", "weight_decay"],
+    }
+}
+
+/// Which parameters of a case stand beside the optimizer.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Beside {
+    /// Those that torch's groups do not have: ignite writes them there all the same.
+    Unknown,
+    /// All that schedulers drive: torch's groups take values that an optimizer here refuses.
+    Scheduled,
+}
+
+/// ignite's defect where a case needs [`Beside::Scheduled`].
+pub const NEGATIVE: &str = "a schedule may drive lr below 0";
+
+/// Parameters as a case has them: those of an optimizer, and those beside it.
 pub struct Params {
     pub optimizer: Optimizer,
+    /// A value for each group.
     beside: Vec<(String, Arc<Mutex<Vec<f64>>>)>,
     spec: Value,
 }
 
 impl Params {
-    pub fn new(spec: &Value, vs: &VarStore, beside: &[&str]) -> Result<Self> {
+    /// `schedulers` are the specs of all schedulers of the case.
+    pub fn new(spec: &Value, vs: &VarStore, schedulers: &[&Value], beside: Beside) -> Result<Self> {
+        let known = hyper_parameters(spec["type"].as_str().unwrap_or_default());
+        let mut names = vec![];
+        schedulers.iter().for_each(|spec| param_names(spec, &mut names));
+        names.sort();
+        names.dedup();
+        names.retain(|name| beside == Beside::Scheduled || !known.contains(name));
+
         let mut own = spec.clone();
-        let mut values: Vec<_> = beside.iter().map(|name| (*name, vec![])).collect();
-        for group in own["groups"].as_array_mut().into_iter().flatten() {
-            for (name, values) in &mut values {
-                values.push(if group[&**name].is_null() { 0. } else { float(&group[&**name])? });
-                if let Some(group) = group.as_object_mut() {
-                    group.remove(*name);
-                }
+        for group in own.get_mut("groups").and_then(Value::as_array_mut).into_iter().flatten() {
+            if let Some(group) = group.as_object_mut() {
+                group.retain(|name, _| known.contains(&&**name) || name == "betas");
             }
         }
-        let beside = values
-            .into_iter()
-            .map(|(name, values)| (name.to_owned(), Arc::new(Mutex::new(values))))
-            .collect();
-        Ok(Self { optimizer: optimizer(&own, vs)?, beside, spec: spec.clone() })
+        let optimizer = optimizer(&own, vs)?;
+        let groups = optimizer.groups()?;
+        let value = |(group, options): (&Group, &Value), name: &str| match &options[name] {
+            Value::Null if known.contains(&name) => Ok(group.get(name)?),
+            Value::Null => Ok(UNSET),
+            value => float(value),
+        };
+        let beside = names.into_iter().map(|name| {
+            let options = array(&spec["groups"])?;
+            let values = groups.iter().zip(options).map(|pair| value(pair, name));
+            let values = values.collect::<Result<Vec<_>>>()?;
+            Ok((name.to_owned(), Arc::new(Mutex::new(values))))
+        });
+        let beside = beside.collect::<Result<_>>()?;
+        Ok(Self { optimizer, beside, spec: spec.clone() })
     }
 
     fn beside(&self, name: &str) -> Option<&Arc<Mutex<Vec<f64>>>> {
         self.beside.iter().find(|(beside, _)| beside == name).map(|(_, values)| values)
     }
 
+    /// Whether schedulers drive this parameter beside the optimizer.
+    pub fn is_beside(&self, name: &str) -> bool {
+        self.beside(name).is_some()
+    }
+
+    /// The value in each group; [`UNSET`] where torch's group has none.
     pub fn values(&self, name: &str) -> tch_ignite::Result<Vec<f64>> {
+        let known = hyper_parameters(self.spec["type"].as_str().unwrap_or_default());
         match self.beside(name) {
             Some(values) => Ok(lock(values).clone()),
-            None => values(&self.optimizer, name),
+            None if known.contains(&name) => values(&self.optimizer, name),
+            None => Ok(vec![UNSET; self.optimizer.groups()?.len()]),
         }
+    }
+
+    /// Sets the learning rate of each group.
+    pub fn set_lrs(&self, lrs: &[f64]) -> Result<()> {
+        if let Some(values) = self.beside("lr") {
+            lock(values).copy_from_slice(lrs);
+            return Ok(());
+        }
+        let groups = self.optimizer.groups()?;
+        groups.iter().zip(lrs).try_for_each(|(group, lr)| Ok(group.set_lr(*lr)?))
     }
 
     fn knob(&self, leaf: &Leaf) -> Result<Knob> {
@@ -116,6 +169,9 @@ impl Params {
             return knob_of(&leaf.param, leaf.group, &self.optimizer);
         };
         let group = leaf.group;
+        if let Some(group) = group.filter(|group| *group >= lock(values).len()) {
+            bail!("no parameter group {group}");
+        }
         let (read, write) = (values.clone(), values.clone());
         let get = move || lock(&read)[group.unwrap_or(0)];
         let set = move |value| match group {
@@ -127,13 +183,28 @@ impl Params {
 
     /// The scheduler of a spec.
     pub fn scheduler(&self, spec: &Value) -> Result<Driver> {
+        // torch's schedulers set their first value when they are made.
+        let inner = &spec["lr_scheduler"];
+        if spec["type"] == "WithWarmup" && inner["type"] == "Torch" {
+            let bases = Bases(&self.spec);
+            let first = |group| Ok(torchs(&inner["torch"], bases.lr(group)?)?.0.at(0));
+            self.set_lrs(&(0..bases.groups()?).map(first).collect::<Result<Vec<_>>>()?)?;
+        }
         let history = keeps_history(spec);
         let single = |leaf: Leaf| -> Result<_> {
             let knob = self.knob(&leaf)?;
             Ok(ParamScheduler::new(leaf.name, knob, leaf.schedule).save_history(history))
         };
-        let mut all: Vec<_> =
-            leaves(spec, &Bases(&self.spec))?.into_iter().map(single).collect::<Result<_>>()?;
+        // A knob of one's own has one value, and ignite's history one for each group.
+        let each_group = |leaf: Leaf| -> Vec<Leaf> {
+            if !history || leaf.group.is_some() || !self.is_beside(&leaf.param) {
+                return vec![leaf];
+            }
+            let groups = 0..self.optimizer.groups().map_or(1, |groups| groups.len());
+            groups.map(|group| Leaf { group: Some(group), ..leaf.clone() }).collect()
+        };
+        let leaves = leaves(spec, &Bases(&self.spec))?.into_iter().flat_map(each_group);
+        let mut all: Vec<_> = leaves.map(single).collect::<Result<_>>()?;
         Ok(match all.pop() {
             Some(only) if all.is_empty() && spec["type"] != "ParamGroup" => Driver::One(only),
             last => Driver::Several(ParamGroupScheduler::new(all.into_iter().chain(last))),
@@ -150,9 +221,17 @@ pub enum Driver {
 impl Driver {
     /// In ignite no value is written before the first event.
     pub fn on(self, events: Events) -> Self {
+        match self.torchs_on(events) {
+            Self::One(scheduler) => Self::One(scheduler.write_at_start(false)),
+            Self::Several(scheduler) => Self::Several(scheduler.write_at_start(false)),
+        }
+    }
+
+    /// As torch's schedulers are stepped: update k uses value k.
+    pub fn torchs_on(self, events: Events) -> Self {
         match self {
-            Self::One(scheduler) => Self::One(scheduler.on(events).write_at_start(false)),
-            Self::Several(scheduler) => Self::Several(scheduler.on(events).write_at_start(false)),
+            Self::One(scheduler) => Self::One(scheduler.on(events)),
+            Self::Several(scheduler) => Self::Several(scheduler.on(events)),
         }
     }
 
@@ -160,6 +239,15 @@ impl Driver {
         match self {
             Self::One(scheduler) => scheduler.advance().map(drop),
             Self::Several(scheduler) => scheduler.advance(),
+        }
+    }
+
+    /// The state of the first of several.
+    pub fn first_state(&self) -> serde_json::Map<String, Value> {
+        let state = self.state_dict();
+        match self {
+            Self::One(_) => state,
+            Self::Several(_) => state["schedulers"][0][1].as_object().cloned().unwrap_or_default(),
         }
     }
 
@@ -212,27 +300,23 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The parameters that have to stand beside the optimizer, and ignite's defect if that is why.
-pub fn beside<'c>(
-    optimizer: &Value,
-    specs: impl Iterator<Item = &'c Value>,
-    rows: &[&Value],
-) -> (Vec<&'c str>, Option<&'static str>) {
-    let negative = rows
-        .iter()
-        .map(|rows| rows.to_string())
-        .any(|text| text.contains("[-") || text.contains(",-"));
-    let mut names = vec![];
-    specs.for_each(|spec| param_names(spec, &mut names));
-    names.sort();
-    names.dedup();
-    if negative {
-        if names.is_empty() {
-            names.push("lr");
+/// The negative value that an optimizer here refused, if that is what an error is about.
+pub fn refused_negative(error: &anyhow::Error) -> Option<f64> {
+    let text = format!("{error:#}");
+    let (_, value) = text.split_once("must be finite and not negative, but ")?;
+    value.split_once(' ')?.0.parse().ok().filter(|value: &f64| *value < 0.)
+}
+
+/// Runs a case with its parameters in the optimizer, and if that refuses a negative value beside it.
+pub fn in_or_beside<T>(
+    defect: &mut Option<&'static str>,
+    mut run: impl FnMut(Beside, &mut Option<&'static str>) -> Result<T>,
+) -> Result<T> {
+    match run(Beside::Unknown, defect) {
+        Err(error) if refused_negative(&error).is_some() => {
+            *defect = Some(NEGATIVE);
+            run(Beside::Scheduled, defect)
         }
-        return (names, Some("a schedule may drive lr below 0"));
+        result => result,
     }
-    let known = ["lr", "momentum", "weight_decay", "dampening"];
-    names.retain(|name| optimizer["type"] == "SGD" && !known.contains(name));
-    (names, None)
 }

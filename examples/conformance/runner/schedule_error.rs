@@ -12,7 +12,7 @@ use tch_ignite::schedule::*;
 
 use super::Outcome;
 use super::json::{event_named, object, text};
-use super::optimizer::{Params, knob, optimizer, store};
+use super::optimizer::{Beside, Params, knob, optimizer, store};
 use super::{handler, lr_finder, metric};
 
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
@@ -169,7 +169,7 @@ fn cyclical(
     expect: &Value,
     defect: &mut Option<&'static str>,
 ) -> Result<Outcome> {
-    let mut spec = config["args"].clone();
+    let mut spec = Value::Object(object(&config["args"])?.clone());
     spec["type"] = json!(target.trim_end_matches("Scheduler"));
     for (key, value) in [("start_value", 1.), ("end_value", 0.)] {
         if spec[key].is_null() {
@@ -190,7 +190,8 @@ fn cyclical(
         let group = format!("no parameter group {}", spec["param_group_index"]);
         return Ok(said(refused, &json!({"match": group})).into());
     }
-    let mut scheduler = Params::new(&optimizer_spec, &vs, &[])?.scheduler(&spec)?;
+    let mut scheduler =
+        Params::new(&optimizer_spec, &vs, &[], Beside::Unknown)?.scheduler(&spec)?;
     let Some(at) = config["at_event"].as_u64() else {
         return Ok(said(scheduler.advance().err().map(|error| error.to_string()), expect).into());
     };

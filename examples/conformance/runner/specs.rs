@@ -4,9 +4,10 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tch_ignite::schedule::*;
 
-use super::json::{array, count, float, object, text};
+use super::json::{array, count, float, text};
 
 /// One value driven by one schedule: what a spec comes down to here.
+#[derive(Clone)]
 pub struct Leaf {
     pub name: String,
     pub param: String,
@@ -18,11 +19,11 @@ pub struct Leaf {
 pub struct Bases<'v>(pub &'v Value);
 
 impl Bases<'_> {
-    fn groups(&self) -> Result<usize> {
+    pub fn groups(&self) -> Result<usize> {
         Ok(array(&self.0["groups"])?.len())
     }
 
-    fn lr(&self, group: usize) -> Result<f64> {
+    pub fn lr(&self, group: usize) -> Result<f64> {
         float(&self.0["groups"][group]["lr"])
     }
 }
@@ -93,7 +94,7 @@ pub fn simple(spec: &Value) -> Result<Option<AnySchedule>> {
 pub fn torchs(spec: &Value, base: f64) -> Result<(AnySchedule, Option<AnySchedule>)> {
     let whole = |key: &str, default| Ok::<_, anyhow::Error>(count(&spec[key])?.unwrap_or(default));
     let real = |key: &str, default| number(spec, key, default);
-    let cycles_momentum = spec["cycle_momentum"] == true;
+    let cycles_momentum = spec["cycle_momentum"] != false;
     let momenta = (real("base_momentum", 0.85)?, real("max_momentum", 0.95)?);
     let lr = match text(&spec["type"])? {
         "StepLR" => StepLR::new(base, whole("step_size", 0)?).gamma(real("gamma", 0.1)?).into(),
@@ -249,10 +250,12 @@ pub fn late_zero(spec: &Value) -> Result<bool> {
     Ok(inner.contains(&true))
 }
 
-/// All names of parameters in a spec.
+/// All names of parameters that a spec drives.
 pub fn param_names<'s>(spec: &'s Value, names: &mut Vec<&'s str>) {
-    if let Ok(map) = object(spec) {
-        names.extend(map.get("param_name").and_then(Value::as_str));
+    match spec["type"].as_str() {
+        Some("LRScheduler") => names.extend(["lr", "momentum"]),
+        Some("WithWarmup") => names.push("lr"),
+        _ => names.extend(spec["param_name"].as_str()),
     }
     for child in spec["schedulers"].as_array().into_iter().flatten() {
         param_names(child, names);

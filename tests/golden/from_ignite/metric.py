@@ -1,5 +1,6 @@
 """The kind `metric`: values of metrics over given batches."""
 
+import ast
 from contextlib import contextmanager
 
 import torch
@@ -27,15 +28,21 @@ OF_CONFUSION_MATRIX = (
     "cmRecall",
     "mIoU",
 )
-# P and R are per-class precision and recall.
-EXPRESSIONS = {
-    "(P**2).sum()": lambda P, R: (P**2).sum(),
-    "(P-R)%0.4": lambda P, R: (P - R) % 0.4,
-    "(R+1.0)/2.0": lambda P, R: (R + 1.0) / 2.0,
-    "2.0*P-R": lambda P, R: 2.0 * P - R,
-    "P//0.3": lambda P, R: P // 0.3,
-    "P[0]+R[1]": lambda P, R: P[0] + R[1],
-}
+# What an expression of P and R, per-class precision and recall, may consist of.
+EXPRESSION_PARTS = (
+    ast.Expression,
+    ast.BinOp,
+    ast.operator,
+    ast.Call,
+    ast.Attribute,
+    ast.Subscript,
+    ast.Slice,
+    ast.UnaryOp,
+    ast.unaryop,
+    ast.Constant,
+    ast.Name,
+    ast.Load,
+)
 
 
 def metric(config):
@@ -88,10 +95,8 @@ def build(name, args):
         precision, recall = metrics.Precision(average=False), metrics.Recall(average=False)
         return metrics.Fbeta(**args, precision=precision, recall=recall), [precision, recall]
     if name == "MetricsLambda":
-        if args["expr"] not in EXPRESSIONS:
-            raise Unsupported(f"expression {args['expr']}")
         precision, recall = metrics.Precision(average=False), metrics.Recall(average=False)
-        return EXPRESSIONS[args["expr"]](precision, recall), [precision, recall]
+        return evaluate(args["expr"], {"P": precision, "R": recall}), [precision, recall]
     if name == "Loss":
         result = metrics.Loss(LOSS_FUNCTIONS[args["loss_fn"]])
     elif name.startswith("regression."):
@@ -99,6 +104,16 @@ def build(name, args):
     else:
         result = getattr(metrics, name)(**args)
     return result, [result]
+
+
+def evaluate(text, names):
+    """The value of an arithmetic expression; Unsupported where it is anything else."""
+    tree = ast.parse(text, mode="eval")
+    for node in ast.walk(tree):
+        unknown = isinstance(node, ast.Name) and node.id not in names
+        if unknown or not isinstance(node, EXPRESSION_PARTS):
+            raise Unsupported(f"expression {text}")
+    return eval(compile(tree, text, "eval"), {"__builtins__": {}}, names)
 
 
 def output_of(batch, config):

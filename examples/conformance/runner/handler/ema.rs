@@ -1,5 +1,7 @@
 //! `EMA`: averages of a weight and a buffer after each iteration.
 
+use std::cell::RefCell;
+
 use anyhow::Result;
 use serde_json::Value;
 use tch::nn::VarStore;
@@ -54,13 +56,24 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     let rows = array(&config["weights"])?.iter().zip(array(&config["buffers"])?);
     let batches = rows.map(|(w, b)| Ok([row(w)?, row(b)?])).collect::<Result<Vec<_>>>()?;
     let mut seen = Seen::default();
+    // How many batches the model had seen at each update, and how many were recorded.
+    let (updates, done, recorded) = (RefCell::new(vec![]), RefCell::new(0), RefCell::new(0));
     let mut trainer = Engine::new(|model: &mut [Tensor; 2], _, index: usize| {
         let _guard = tch::no_grad_guard();
-        model.iter_mut().zip(&batches[index]).for_each(|(variable, value)| variable.copy_(value));
+        for (variable, value) in model.iter_mut().zip(&batches[index]) {
+            anyhow::ensure!(variable.size() == value.size(), "values of another length");
+            variable.copy_(value);
+        }
+        *done.borrow_mut() += 1;
         Ok(())
     });
     trainer.attach(ema.clone());
+    trainer.add_event_handler(events(&config["event"])?, |_, _| {
+        updates.borrow_mut().push(Update { done: *done.borrow(), recorded: *recorded.borrow() });
+        Ok(())
+    })?;
     trainer.on(Event::IterationCompleted, |_, _| {
+        *recorded.borrow_mut() += 1;
         for (name, average) in ema.averages() {
             let values: Vec<f64> = average.try_into()?;
             match name.as_str() {
@@ -73,6 +86,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     });
     trainer.run(&mut model, (0..batches.len()).collect::<Vec<_>>(), Until::epochs(1))?;
     drop(trainer);
+    let updates = updates.into_inner();
 
     let flat = |key: &str| -> Result<Vec<f64>> {
         let rows = array(&expect[key])?.iter().map(floats).collect::<Result<Vec<_>>>()?;
@@ -80,18 +94,27 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     };
     let (mut weights, mut buffers) = (flat("ema_w")?, flat("ema_b")?);
     let mut momentum = floats(&expect["momentum"])?;
-    let every = count(&config["event"]["every"])?.unwrap_or(1);
     if warmup.is_some() && name != "ema_momentum" {
         *defect = Some(WARMUP_NAME);
-        momentum = floats(&expect["state_ema_momentum"])?;
-        weights = averaged(config, &momentum, every)?;
+        // Before the first update, the attribute is not there.
+        for (own, written) in momentum.iter_mut().zip(array(&expect["state_ema_momentum"])?) {
+            if !written.is_null() {
+                *own = float(written)?;
+            }
+        }
+        let rule = Rule::Average(&momentum);
+        weights = after_updates(&config["initial"], &config["weights"], &updates, rule)?;
         if handle_buffers == "update" {
-            return Outcome::skipped("no case of this shape is known");
+            buffers = after_updates(&config["initial_buffer"], &config["buffers"], &updates, rule)?;
         }
     }
-    if handle_buffers == "copy" && every > 1 {
-        *defect = Some(SHARED_BUFFER);
-        buffers = copied(config, every)?;
+    if handle_buffers == "copy" {
+        let copied =
+            after_updates(&config["initial_buffer"], &config["buffers"], &updates, Rule::Copy)?;
+        if copied != buffers {
+            *defect = Some(SHARED_BUFFER);
+            buffers = copied;
+        }
     }
     let result = near("momentum", &seen.momentum, &momentum)
         .and(near("ema_w", &seen.weights, &weights))
@@ -99,30 +122,45 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     Ok(result.into())
 }
 
-/// The average of the weights after each iteration, with these momenta.
-fn averaged(config: &Value, momentum: &[f64], every: u64) -> Result<Vec<f64>> {
-    let mut average = floats(&config["initial"])?;
+/// An update of the averages.
+struct Update {
+    /// Batches that the model has seen before.
+    done: usize,
+    /// Iterations that were recorded before.
+    recorded: usize,
+}
+
+/// What an update does; averages with the momentum of the iteration that is recorded next.
+#[derive(Clone, Copy)]
+enum Rule<'m> {
+    Average(&'m [f64]),
+    Copy,
+}
+
+/// The averages that are recorded after each iteration, by the rule written down again.
+fn after_updates(
+    initial: &Value,
+    values: &Value,
+    updates: &[Update],
+    rule: Rule<'_>,
+) -> Result<Vec<f64>> {
+    let initial = floats(initial)?;
+    let values = array(values)?.iter().map(floats).collect::<Result<Vec<_>>>()?;
+    let mut average = initial.clone();
     let mut all = vec![];
-    for (index, weights) in array(&config["weights"])?.iter().enumerate() {
-        if (index as u64 + 1).is_multiple_of(every) {
-            for (average, weight) in average.iter_mut().zip(floats(weights)?) {
-                *average = *average * (1. - momentum[index]) + weight * momentum[index];
+    for recorded in 0..values.len() {
+        for update in updates.iter().filter(|update| update.recorded == recorded) {
+            let now = update.done.checked_sub(1).map_or(&initial, |last| &values[last]);
+            for (average, now) in average.iter_mut().zip(now) {
+                *average = match rule {
+                    Rule::Average(momentum) => {
+                        *average * (1. - momentum[recorded]) + now * momentum[recorded]
+                    }
+                    Rule::Copy => *now,
+                };
             }
         }
         all.extend(&average);
-    }
-    Ok(all)
-}
-
-/// The buffers as they were at the last update.
-fn copied(config: &Value, every: u64) -> Result<Vec<f64>> {
-    let mut last = floats(&config["initial_buffer"])?;
-    let mut all = vec![];
-    for (index, buffers) in array(&config["buffers"])?.iter().enumerate() {
-        if (index as u64 + 1).is_multiple_of(every) {
-            last = floats(buffers)?;
-        }
-        all.extend(&last);
     }
     Ok(all)
 }
