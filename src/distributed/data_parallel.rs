@@ -9,9 +9,10 @@ use tch::nn::{VarStore, Variables};
 use super::process_group::Turn;
 use super::{Outputs, ProcessGroup, ReduceOp};
 use crate::bridge::{Reducer, ReducerOptions};
+use crate::error::{Error, Result};
 use crate::optim;
-use crate::variables::{self, Variable};
-use crate::{Error, Result};
+use crate::variables;
+use crate::variables::Variable;
 
 /// How gradients travel between ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -307,7 +308,8 @@ impl DistributedDataParallel {
 
     /// Makes a tensor the sum over all ranks, and returns their number.
     pub(crate) fn sum(&self, tensor: &Tensor) -> Result<u64> {
-        self.shared.pg.sum_unchecked("DistributedDataParallel: the weights of a window", tensor)?;
+        // For those who read errors it is a part of backward.
+        self.shared.pg.sum_unchecked(BACKWARD, tensor)?;
         Ok(self.shared.pg.world_size() as u64)
     }
 

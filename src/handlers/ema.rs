@@ -4,12 +4,14 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 use tch::nn::VarStore;
 
-use super::shadow::{Buffers, Shadow, Swapped, WithAverages};
+use super::weight_averages::{Buffers, Swapped, WeightAverages, WithAverages};
 use crate::bridge::Average;
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
+use crate::engine::{Engine, Handler};
+use crate::error::{Error, Result};
+use crate::event::{Event, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
+use crate::event_filter::Events;
 use crate::optim::Knob;
-use crate::{Error, Result};
+use crate::state::StateDict;
 
 /// An exponential moving average of a model's variables: ignite's `EMAHandler`. At each of its events
 /// `ema = ema * (1 - momentum) + model * momentum`, in one pass and in place.
@@ -45,7 +47,7 @@ use crate::{Error, Result};
 /// ```
 #[derive(Debug, Clone)]
 pub struct EMAHandler {
-    shadow: Shadow,
+    shadow: WeightAverages,
     momentum: Arc<Mutex<Momentum>>,
     buffers: Buffers,
     name: String,
@@ -119,7 +121,7 @@ impl EMAHandler {
         let momentum =
             Momentum { target: momentum, current: momentum, warmup: Warmup::None, updates: 0 };
         Ok(Self {
-            shadow: Shadow::of(vs)?,
+            shadow: WeightAverages::of(vs)?,
             momentum: Arc::new(Mutex::new(momentum)),
             buffers: Buffers::default(),
             name: "ema_momentum".into(),

@@ -4,11 +4,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tch::Tensor;
 use tch::nn::VarStore;
 
-use super::shadow::{Buffers, Shadow, Swapped, WithAverages};
-use crate::Result;
+use super::weight_averages::{Buffers, Swapped, WeightAverages, WithAverages};
 use crate::bridge::Average;
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Handler};
+use crate::error::Result;
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::state::StateDict;
 
 /// The plain average of a model's variables over its events, for stochastic weight averaging (Izmailov et
 /// al. 2018, <https://arxiv.org/abs/1803.05407>): torch's `AveragedModel`. At event n, from 0,
@@ -34,7 +36,7 @@ use crate::engine::{Engine, Event, Events, Handler};
 /// ```
 #[derive(Debug, Clone)]
 pub struct SWAHandler {
-    shadow: Shadow,
+    shadow: WeightAverages,
     count: Arc<AtomicU64>,
     buffers: Buffers,
     events: Events,
@@ -44,7 +46,7 @@ impl SWAHandler {
     /// Averages of the variables that the store has now: as much memory again.
     pub fn new(vs: &VarStore) -> Result<Self> {
         Ok(Self {
-            shadow: Shadow::of(vs)?,
+            shadow: WeightAverages::of(vs)?,
             count: Arc::default(),
             buffers: Buffers::default(),
             events: Event::EpochCompleted.into(),

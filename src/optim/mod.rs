@@ -11,10 +11,11 @@ mod grouping;
 mod hyper;
 mod knob;
 mod layerwise;
-mod lent;
 mod param_groups;
-mod saved;
+mod parameters;
 mod snapshot;
+mod state_dict;
+mod tch_optimizer;
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -31,14 +32,15 @@ pub use group::Group;
 pub use knob::Knob;
 pub(crate) use knob::Reduction;
 pub use layerwise::layerwise_lr_decay;
-pub use lent::TchOptimizer;
 pub use param_groups::is_bias_or_norm;
+pub(crate) use parameters::Parameters;
 pub use snapshot::OptimizerSnapshot;
 pub(crate) use snapshot::StoreSnapshot;
+pub use tch_optimizer::TchOptimizer;
 
-use crate::bridge::{Kind, Native, TensorId, set_gradient};
+use crate::bridge::{Algorithm, Native, TensorId, set_gradient};
+use crate::error::{Error, Result};
 use crate::variables::{Variable, variables};
-use crate::{Error, Result};
 use grouping::{Grouped, Grouping};
 use hyper::Hyper;
 
@@ -55,7 +57,7 @@ pub struct Optimizer {
 }
 
 struct Shared {
-    kind: Kind,
+    algorithm: Algorithm,
     // None while `with_tch` has it.
     native: Mutex<Option<Native>>,
     grouping: Grouping,
@@ -124,7 +126,7 @@ impl Optimizer {
         native
             .reserve_groups(grouping.rules().len())
             .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
-        for hyper in native.kind.hypers() {
+        for hyper in native.algorithm.hypers() {
             let value = native.get(0, *hyper as i32);
             hyper.check(
                 value.map_err(|text| Error::libtorch("cannot build the optimizer", text))?,
@@ -133,7 +135,7 @@ impl Optimizer {
         grouped.warn_of_tied();
         Ok(Self {
             shared: Arc::new(Shared {
-                kind: native.kind,
+                algorithm: native.algorithm,
                 native: Mutex::new(Some(native)),
                 grouping,
                 added: AtomicUsize::new(grouped.until()),
@@ -153,7 +155,7 @@ impl Optimizer {
 
     /// PyTorch's name of the optimizer: `"SGD"`, `"Adam"`, `"AdamW"` or `"RMSprop"`.
     pub fn name(&self) -> &'static str {
-        self.shared.kind.name()
+        self.shared.algorithm.name()
     }
 
     /// The group of that name.
@@ -189,7 +191,7 @@ impl Optimizer {
 
     /// A hyper-parameter of all groups there are when it is set; reading it gives the first group's.
     pub fn knob(&self, hyper: &str) -> Result<Knob> {
-        let hyper = self.shared.kind.hyper(hyper)?;
+        let hyper = self.shared.algorithm.hyper(hyper)?;
         Ok(Knob::of_groups(self.clone(), None, hyper))
     }
 
@@ -213,7 +215,7 @@ impl Optimizer {
     fn set_hyper(&self, group: usize, hyper: Hyper, value: f64) -> Result<()> {
         hyper.check(value)?;
         let failed = |text| Error::libtorch(format!("setting {hyper} of group {group}"), text);
-        let Some(buffer) = self.shared.kind.buffer_of(hyper).filter(|_| value != 0.) else {
+        let Some(buffer) = self.shared.algorithm.buffer_of(hyper).filter(|_| value != 0.) else {
             return self.native(|native| native.set(group, hyper as i32, value).map_err(failed));
         };
         self.native(|native| {
@@ -301,7 +303,7 @@ impl Optimizer {
         let native = lent.1.as_mut().ok_or_else(lent_out)?;
         native.settle().map_err(|text| Error::libtorch("reading step counts", text))?;
         catch_unwind(AssertUnwindSafe(|| call(&mut TchOptimizer::new(self, native))))
-            .map_err(|payload| Error::libtorch("with_tch", crate::panic_message(&*payload)))
+            .map_err(|payload| Error::libtorch("with_tch", crate::panic::message(&*payload)))
     }
 
     /// What libtorch keeps for a parameter, under PyTorch's names (`"step"`, `"exp_avg"`, …); empty
@@ -321,7 +323,7 @@ impl Optimizer {
             }
         };
         self.native(|native| {
-            let names = native.kind.state_names();
+            let names = native.algorithm.state_names();
             let state = native
                 .state(&tensor)
                 .map_err(|text| Error::libtorch("reading the optimizer's state", text))?;
@@ -368,7 +370,7 @@ impl Optimizer {
         // Only tch can add variables to its own count, and it unwraps the results. Of its methods that do,
         // this one changes the least: gradients, which come back.
         let added = catch_unwind(AssertUnwindSafe(|| native.tch.zero_grad()))
-            .map_err(|payload| failed(crate::panic_message(&*payload)));
+            .map_err(|payload| failed(crate::panic::message(&*payload)));
         for (parameter, gradient) in &gradients {
             set_gradient(parameter, Some(gradient)).map_err(failed)?;
         }

@@ -9,8 +9,8 @@ use tch::{TchError, Tensor};
 use super::hyper::Hyper;
 use super::{Optimizer, Shared};
 use crate::bridge::{RawState, set_gradient};
+use crate::error::{Error, Result};
 use crate::variables::Variable;
-use crate::{Error, Result};
 
 /// What an [`Optimizer`] had at one moment: all hyper-parameters of all groups, and what libtorch keeps
 /// for each parameter (momentum buffers, moments, step counts), or that it kept nothing yet.
@@ -26,7 +26,7 @@ pub struct OptimizerSnapshot {
 impl fmt::Debug for OptimizerSnapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OptimizerSnapshot")
-            .field("optimizer", &self.of.kind.name())
+            .field("optimizer", &self.of.algorithm.name())
             .field("groups", &self.hypers)
             .field("parameters", &self.states.len())
             .finish()
@@ -61,7 +61,8 @@ impl Optimizer {
                 let value = native.get(group, hyper as i32).map_err(failed)?;
                 Ok((hyper, value))
             };
-            let group = |index| native.kind.hypers().iter().map(|h| hyper(index, *h)).collect();
+            let group =
+                |index| native.algorithm.hypers().iter().map(|h| hyper(index, *h)).collect();
             let hypers = (0..native.group_count()).map(group).collect::<Result<_>>()?;
             let mut states = vec![];
             for parameter in parameters {
@@ -81,7 +82,7 @@ impl Optimizer {
         if !Arc::ptr_eq(&self.shared, &snapshot.of) {
             return Err(Error::invalid(format!(
                 "this snapshot is of another {}: restore it on the optimizer that it was taken of, or a clone",
-                snapshot.of.kind.name()
+                snapshot.of.algorithm.name()
             )));
         }
         self.native(|native| {

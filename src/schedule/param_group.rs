@@ -2,10 +2,12 @@ use serde_json::{Map, Value, json};
 
 use super::scheduler::with_start;
 use super::{ParamScheduler, Schedule, read};
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Handler};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
 use crate::optim::Knob;
-use crate::{Error, Result};
+use crate::state::StateDict;
 
 /// Several schedulers as one handler, one after the other at each event: ignite's
 /// `ParamGroupScheduler`.
@@ -84,7 +86,7 @@ impl<S: Schedule> ParamGroupScheduler<S> {
         pairs.try_for_each(|(scheduler, state)| scheduler.load_state_dict(state))
     }
 
-    /// The states of the schedulers, which are of the same names.
+    /// Reads the states of the schedulers, which must have the same names.
     fn states(&self, state: &Map<String, Value>) -> Result<Vec<Map<String, Value>>> {
         let states: Vec<(String, Map<String, Value>)> = read(state, "schedulers")?;
         if states.len() != self.schedulers.len() {

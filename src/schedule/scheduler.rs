@@ -1,10 +1,12 @@
 use serde_json::{Map, Value};
 
 use super::{Schedule, load_position, read, save_position, value};
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Handler};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
 use crate::optim::Knob;
-use crate::{Error, Result};
+use crate::state::StateDict;
 
 /// Drives a knob by a schedule: a handler of the engine.
 ///
@@ -169,7 +171,7 @@ impl<S: Schedule> ParamScheduler<S> {
         Ok(())
     }
 
-    /// All but the position.
+    /// Takes everything but the position from a saved state.
     fn load_rest(&mut self, state: &Map<String, Value>) -> Result<()> {
         let param: String = read(state, "param_name")?;
         let save_history = read(state, "save_history")?;
@@ -186,8 +188,8 @@ impl<S: Schedule> ParamScheduler<S> {
         Ok(())
     }
 
-    /// What a checkpoint has besides [`state_dict`](Self::state_dict): the position, and the value of a knob
-    /// that is no optimizer's, which may only change with the next event.
+    /// Adds what a checkpoint has besides [`state_dict`](Self::state_dict): the position, and the value of a
+    /// knob that is no optimizer's, which may only change with the next event.
     pub(super) fn save_besides(&self, state: &mut StateDict) -> Result<()> {
         save_position(&self.schedule, self.events_done, state)?;
         self.knob.save_value(state)

@@ -50,6 +50,8 @@ pub struct Tally {
     pub passed: u64,
     pub failed: u64,
     pub skipped: u64,
+    /// Those of the failed that panicked.
+    pub panicked: u64,
     reasons: BTreeMap<String, u64>,
     /// Cases where ignite is wrong on purpose of nobody, by the name of the defect.
     defects: BTreeMap<&'static str, u64>,
@@ -70,12 +72,14 @@ impl fmt::Display for Tally {
     }
 }
 
+const PANICKED: &str = "panicked:";
+
 /// A case may have any shape: a panic is the failure of one case.
 fn guarded(run: impl FnOnce() -> Result<Outcome>) -> Result<Outcome> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
         let text = payload.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| payload.downcast_ref::<&str>().copied());
-        Ok(Outcome::Failed(format!("panicked: {}", text.unwrap_or("?"))))
+        Ok(Outcome::Failed(format!("{PANICKED} {}", text.unwrap_or("?"))))
     })
 }
 
@@ -116,7 +120,9 @@ pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
         match outcome.unwrap_or_else(|error| Outcome::Failed(format!("{error:#}"))) {
             Outcome::Passed => tally.passed += 1,
             Outcome::Failed(why) => {
-                println!("{id}: {why}");
+                tally.panicked += u64::from(why.starts_with(PANICKED));
+                // libtorch's errors go on with a stack.
+                println!("{id}: {}", why.lines().next().unwrap_or_default());
                 tally.failed += 1;
             }
             Outcome::Skipped(reason) => {

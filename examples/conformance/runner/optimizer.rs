@@ -113,7 +113,7 @@ impl Params {
         names.retain(|name| beside == Beside::Scheduled || !known.contains(name));
 
         let mut own = spec.clone();
-        for group in own["groups"].as_array_mut().into_iter().flatten() {
+        for group in own.get_mut("groups").and_then(Value::as_array_mut).into_iter().flatten() {
             if let Some(group) = group.as_object_mut() {
                 group.retain(|name, _| known.contains(&&**name) || name == "betas");
             }
@@ -221,9 +221,17 @@ pub enum Driver {
 impl Driver {
     /// In ignite no value is written before the first event.
     pub fn on(self, events: Events) -> Self {
+        match self.torchs_on(events) {
+            Self::One(scheduler) => Self::One(scheduler.write_at_start(false)),
+            Self::Several(scheduler) => Self::Several(scheduler.write_at_start(false)),
+        }
+    }
+
+    /// As torch's schedulers are stepped: update k uses value k.
+    pub fn torchs_on(self, events: Events) -> Self {
         match self {
-            Self::One(scheduler) => Self::One(scheduler.on(events).write_at_start(false)),
-            Self::Several(scheduler) => Self::Several(scheduler.on(events).write_at_start(false)),
+            Self::One(scheduler) => Self::One(scheduler.on(events)),
+            Self::Several(scheduler) => Self::Several(scheduler.on(events)),
         }
     }
 

@@ -169,7 +169,7 @@ fn cyclical(
     expect: &Value,
     defect: &mut Option<&'static str>,
 ) -> Result<Outcome> {
-    let mut spec = config["args"].clone();
+    let mut spec = Value::Object(object(&config["args"])?.clone());
     spec["type"] = json!(target.trim_end_matches("Scheduler"));
     for (key, value) in [("start_value", 1.), ("end_value", 0.)] {
         if spec[key].is_null() {

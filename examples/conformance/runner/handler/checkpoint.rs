@@ -47,7 +47,9 @@ fn handler(config: &Value, folder: &Path) -> Result<Handler> {
         let scores = floats(&config["scores"])?;
         handler = handler.score_function(move |state| {
             let index = state.epoch as usize - 1;
-            Ok(given[index].as_i64().map_or(Score::Float(scores[index]), Score::Int))
+            let absent = || tch_ignite::Error::State(format!("no score of epoch {}", index + 1));
+            let (given, score) = given.get(index).zip(scores.get(index)).ok_or_else(absent)?;
+            Ok(given.as_i64().map_or(Score::Float(*score), Score::Int))
         });
         if let Some(name) = config["score_name"].as_str() {
             handler = handler.score_name(name);

@@ -60,7 +60,10 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     let (updates, done, recorded) = (RefCell::new(vec![]), RefCell::new(0), RefCell::new(0));
     let mut trainer = Engine::new(|model: &mut [Tensor; 2], _, index: usize| {
         let _guard = tch::no_grad_guard();
-        model.iter_mut().zip(&batches[index]).for_each(|(variable, value)| variable.copy_(value));
+        for (variable, value) in model.iter_mut().zip(&batches[index]) {
+            anyhow::ensure!(variable.size() == value.size(), "values of another length");
+            variable.copy_(value);
+        }
         *done.borrow_mut() += 1;
         Ok(())
     });
