@@ -26,6 +26,7 @@ pub(super) struct Job {
 impl Job {
     /// The new file is safe before `latest` and the old files are seen to; of those all are tried.
     fn run(self) -> Result<()> {
+        self.folder.check()?;
         write(&self.folder.file(&self.name), &self.state, self.plain, &self.stamp)?;
         let mut tidied = match self.plain {
             true => Ok(()),
