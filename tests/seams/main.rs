@@ -12,7 +12,8 @@ mod program;
 mod reference;
 mod world;
 
-use std::process::{Command, Stdio};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -160,16 +161,27 @@ fn more_programs_equal_the_reference() {
         process.spawn().unwrap()
     };
     let processes: Vec<_> = (0..jobs).map(job).collect();
-    let outputs: Vec<_> =
-        processes.into_iter().map(|process| process.wait_with_output().unwrap()).collect();
-    let mut differ = 0;
-    for output in &outputs {
-        let text = String::from_utf8_lossy(&output.stdout);
-        let own = |line: &&str| !line.starts_with("running ") && !line.starts_with("test ");
-        let lines: Vec<_> = text.lines().filter(own).collect();
-        differ += lines.iter().filter(|line| line.contains("fn a_program()")).count();
-        print!("{}\n", lines.join("\n").trim());
-    }
+    let (mut differ, mut succeeded) = (0, true);
+    std::thread::scope(|scope| {
+        let hear = |mut process: Child| {
+            let lines =
+                BufReader::new(process.stdout.take().unwrap()).lines().map_while(Result::ok);
+            let own = |line: &String| !["running ", "test "].iter().any(|w| line.starts_with(w));
+            let mut differ = 0;
+            for line in lines.filter(own).filter(|line| !line.is_empty()) {
+                differ += usize::from(line.contains("fn a_program()"));
+                println!("{line}");
+            }
+            (differ, process.wait().unwrap().success())
+        };
+        let heard: Vec<_> =
+            processes.into_iter().map(|process| scope.spawn(move || hear(process))).collect();
+        for heard in heard {
+            let (of_job, success) = heard.join().unwrap();
+            differ += of_job;
+            succeeded &= success;
+        }
+    });
     println!("{count} programs from {seed} on: {differ} differences, {:.0?}", begun.elapsed());
-    assert!(outputs.iter().all(|output| output.status.success()) && differ == 0);
+    assert!(succeeded && differ == 0);
 }
