@@ -93,6 +93,7 @@ pub mod memory_format;
 pub mod metrics;
 pub mod optim;
 mod parallel;
+pub mod pytorch;
 pub mod schedule;
 pub mod supervised;
 

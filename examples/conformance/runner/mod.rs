@@ -2,6 +2,7 @@
 
 mod engine_trace;
 mod handler;
+pub mod interop;
 mod json;
 mod lr_finder;
 mod metric;
@@ -104,6 +105,41 @@ pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
             Outcome::Skipped(reason) => {
                 tally.skipped += 1;
                 *tally.reasons.entry(reason).or_default() += 1;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Runs all files of a folder in the format of tests/golden/interop: each path of each file is a case.
+pub fn run_folder(folder: &Path, tally: &mut Tally) -> Result<()> {
+    let entries = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
+    let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    files.sort();
+    for file in files.iter().filter(|file| file.extension().is_some_and(|ext| ext == "pt")) {
+        let name = file.file_stem().unwrap_or_default().to_string_lossy();
+        let cases = match name.split('-').next() {
+            Some("tensors") => match interop::tensors(file) {
+                Ok(cases) => cases,
+                Err(error) => vec![(String::new(), Err(format!("{error:#}")))],
+            },
+            Some("hostile") => {
+                vec![(String::new(), interop::hostile(file).map_err(|error| format!("{error:#}")))]
+            }
+            kind => {
+                tally.skipped += 1;
+                let reason = format!("files '{}-*' are not run here", kind.unwrap_or_default());
+                *tally.reasons.entry(reason).or_default() += 1;
+                continue;
+            }
+        };
+        for (path, result) in cases {
+            match result {
+                Ok(()) => tally.passed += 1,
+                Err(why) => {
+                    println!("{name}{path}: {why}");
+                    tally.failed += 1;
+                }
             }
         }
     }
