@@ -18,7 +18,7 @@ pub(super) fn freeze(made: &mut Made) -> Result<Value, String> {
     let nodes = mem::take(&mut made.nodes);
     let mut places = Vec::with_capacity(nodes.len());
     places.extend(nodes.into_iter().map(Place::Node));
-    let mut freezer = Freezer { places };
+    let mut freezer = Freezer { places, made };
     let frozen = freezer.item(result, 0)?;
     let limit = made.length.max(MIN_VALUES);
     match frozen.count > limit {
@@ -45,8 +45,9 @@ enum Place {
     Done(Frozen),
 }
 
-struct Freezer {
+struct Freezer<'m> {
     places: Vec<Place>,
+    made: &'m Made,
 }
 
 /// What is known of a container while its parts are frozen.
@@ -55,7 +56,7 @@ struct Sums {
     depth: usize,
 }
 
-impl Freezer {
+impl Freezer<'_> {
     fn item(&mut self, item: Item, depth: usize) -> Result<Frozen, String> {
         match item {
             Item::Plain(value) => Ok(Frozen { value, count: 1, depth: 0 }),
@@ -63,7 +64,10 @@ impl Freezer {
             Item::Global(name, _) => {
                 Ok(Frozen { value: Value::Constant(name), count: 1, depth: 0 })
             }
-            Item::Storage(_) => Err("it has a storage where a tensor is expected".into()),
+            Item::Storage(number) => {
+                let storage = self.made.bare_storage(number).ok_or("a storage is damaged")?;
+                Ok(Frozen { value: storage.into(), count: 1, depth: 0 })
+            }
         }
     }
 

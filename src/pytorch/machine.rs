@@ -67,7 +67,8 @@ pub(super) struct Referred {
 }
 
 /// A part of a storage, in bytes.
-struct Part {
+#[derive(Clone, Copy)]
+pub(super) struct Part {
     storage: usize,
     begin: u64,
     length: u64,
@@ -78,6 +79,7 @@ pub(super) struct Made {
     pub(super) nodes: Vec<Node>,
     pub(super) result: Item,
     pub(super) storages: Vec<Referred>,
+    pub(super) parts: Vec<Part>,
     /// Length of the program in bytes.
     pub(super) length: u64,
 }
@@ -131,7 +133,7 @@ impl<'i, 's> Machine<'i, 's> {
             format!("the pickle is damaged at byte {}: {why}", self.input.position() - self.begin)
         })?;
         let length = self.input.position() - self.begin;
-        Ok(Made { nodes: self.nodes, result, storages: self.storages, length })
+        Ok(Made { nodes: self.nodes, result, storages: self.storages, parts: self.parts, length })
     }
 
     fn steps(&mut self) -> Result<Item, String> {
@@ -810,6 +812,7 @@ impl<'i, 's> Machine<'i, 's> {
             parameter: false,
             conjugate: conjugate && dtype.is_complex(),
             negative,
+            bare: false,
         };
         Ok(Item::Plain(Value::Tensor(Arc::new(tensor))))
     }
@@ -836,6 +839,27 @@ impl<'i, 's> Machine<'i, 's> {
                 && matches!(value, Item::Plain(Value::Bool(true)))
         };
         dict.entries.iter().take(8).any(is_set)
+    }
+}
+
+impl Made {
+    /// A storage that stands where a value does, as it does among the arguments of a quantized tensor.
+    pub(super) fn bare_storage(&self, number: u32) -> Option<StoredTensor> {
+        let Part { storage, begin, length } = *self.parts.get(number as usize)?;
+        let storage = self.storages.get(storage)?.storage.clone();
+        let (dtype, size) = (storage.dtype, storage.dtype.size());
+        Some(StoredTensor {
+            memory: Memory::File(storage),
+            dtype,
+            shape: vec![i64::try_from(length / size).ok()?],
+            strides: vec![1],
+            offset: i64::try_from(begin / size).ok()?,
+            requires_grad: false,
+            parameter: false,
+            conjugate: false,
+            negative: false,
+            bare: true,
+        })
     }
 }
 

@@ -322,16 +322,7 @@ impl<'s> Pickler<'s> {
         }
     }
 
-    fn tensor(&mut self, placed: &Placed) -> Result<(), String> {
-        if placed.parameter {
-            self.global("torch._utils", "_rebuild_parameter")?;
-            self.out.push(b'(');
-        }
-        // Types without a class of storages, and storages read as another type, are written as untyped ones.
-        let class = placed.dtype.storage_class().filter(|_| placed.storage_dtype == placed.dtype);
-        let function = if class.is_some() { "_rebuild_tensor_v2" } else { "_rebuild_tensor_v3" };
-        self.global("torch._utils", function)?;
-        self.out.push(b'(');
+    fn storage(&mut self, placed: &Placed, class: Option<&'static str>) -> Result<(), String> {
         self.out.push(b'(');
         self.plain_text("storage")?;
         let count = match class {
@@ -348,6 +339,23 @@ impl<'s> Pickler<'s> {
         self.plain_text("cpu")?;
         self.int(i64::try_from(count).map_err(|error| error.to_string())?)?;
         self.out.extend([b't', b'Q']);
+        Ok(())
+    }
+
+    fn tensor(&mut self, placed: &Placed) -> Result<(), String> {
+        // Types without a class of storages, and storages read as another type, are written as untyped ones.
+        let class = placed.dtype.storage_class().filter(|_| placed.storage_dtype == placed.dtype);
+        if placed.bare {
+            return self.storage(placed, class);
+        }
+        if placed.parameter {
+            self.global("torch._utils", "_rebuild_parameter")?;
+            self.out.push(b'(');
+        }
+        let function = if class.is_some() { "_rebuild_tensor_v2" } else { "_rebuild_tensor_v3" };
+        self.global("torch._utils", function)?;
+        self.out.push(b'(');
+        self.storage(placed, class)?;
         self.int(placed.offset)?;
         self.ints(&placed.shape)?;
         self.ints(&placed.strides)?;

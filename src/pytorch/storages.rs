@@ -25,6 +25,7 @@ pub(super) struct Placed {
     pub(super) parameter: bool,
     pub(super) conjugate: bool,
     pub(super) negative: bool,
+    pub(super) bare: bool,
 }
 
 /// The storages in the order of their numbers.
@@ -121,6 +122,7 @@ impl Storages {
             parameter: stored.parameter,
             conjugate: stored.conjugate,
             negative: stored.negative,
+            bare: stored.bare,
         })
     }
 

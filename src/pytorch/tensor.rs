@@ -25,6 +25,8 @@ pub struct StoredTensor {
     /// Whether the elements are the conjugates, or the negatives, of what is stored.
     pub(super) conjugate: bool,
     pub(super) negative: bool,
+    /// Whether it is a storage itself, in one dimension.
+    pub(super) bare: bool,
 }
 
 /// What a tensor's elements are in.
@@ -66,6 +68,7 @@ impl StoredTensor {
             parameter: false,
             conjugate: false,
             negative: false,
+            bare: false,
             memory: Memory::Program(Mutex::new(tensor)),
         })
     }
@@ -237,7 +240,11 @@ impl StoredTensor {
 
 impl fmt::Debug for StoredTensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = if self.parameter { "Parameter" } else { "tensor" };
+        let name = match (self.parameter, self.bare) {
+            (true, _) => "Parameter",
+            (_, true) => "storage",
+            _ => "tensor",
+        };
         write!(f, "{name}({}, {:?})", self.dtype, self.shape)
     }
 }

@@ -361,18 +361,20 @@ impl fmt::Display for Value {
             }
             Self::Str(text) => quoted(f, text),
             Self::Bytes(bytes) => {
-                f.write_str("b'")?;
+                let quote = quote(|quote| bytes.contains(&(quote as u8)));
+                write!(f, "b{quote}")?;
                 for byte in bytes.iter() {
                     match byte {
-                        b'\'' | b'\\' => write!(f, "\\{}", *byte as char)?,
+                        b'\\' => f.write_str("\\\\")?,
+                        byte if char::from(*byte) == quote => write!(f, "\\{quote}")?,
                         b'\n' => f.write_str("\\n")?,
                         b'\r' => f.write_str("\\r")?,
                         b'\t' => f.write_str("\\t")?,
-                        0x20..0x7f => write!(f, "{}", *byte as char)?,
+                        0x20..0x7f => write!(f, "{}", char::from(*byte))?,
                         _ => write!(f, "\\x{byte:02x}")?,
                     }
                 }
-                f.write_str("'")
+                write!(f, "{quote}")
             }
             Self::List(values) => listed(f, "[", values, "]"),
             Self::Tuple(values) => {
@@ -427,12 +429,19 @@ fn keyed(
     f.write_str(after)
 }
 
+/// The quote that Python chooses: the double one where only the single one is in the text.
+fn quote(contains: impl Fn(char) -> bool) -> char {
+    if contains('\'') && !contains('"') { '"' } else { '\'' }
+}
+
 /// A text in quotes, without what would move a terminal's cursor.
 fn quoted(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
-    f.write_str("'")?;
+    let quote = quote(|quote| text.contains(quote));
+    write!(f, "{quote}")?;
     for char in text.chars() {
         match char {
-            '\'' | '\\' => write!(f, "\\{char}")?,
+            '\\' => f.write_str("\\\\")?,
+            char if char == quote => write!(f, "\\{quote}")?,
             '\n' => f.write_str("\\n")?,
             '\r' => f.write_str("\\r")?,
             '\t' => f.write_str("\\t")?,
@@ -440,7 +449,7 @@ fn quoted(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
             char => write!(f, "{char}")?,
         }
     }
-    f.write_str("'")
+    write!(f, "{quote}")
 }
 
 /// A float as Python shows it.
@@ -605,7 +614,7 @@ mod tests {
             (Value::Complex(1., -2.), "(1-2j)"),
             (Value::Complex(0., 2.5), "2.5j"),
             (Value::tuple([1]), "(1,)"),
-            (Value::list(["a'", "\u{1b}\n"]), "['a\\'', '\\u001b\\n']"),
+            (Value::list(["a'", "\u{1b}\n"]), "[\"a'\", '\\u001b\\n']"),
             (Value::Bytes([b'a', 0xff].as_slice().into()), "b'a\\xff'"),
         ] {
             assert_eq!(value.to_string(), text);
