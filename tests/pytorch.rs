@@ -7,10 +7,12 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
+use tch_ignite::optim::{Optimizer, OptimizerBuilder, lr};
 use tch_ignite::pytorch::{
     self, DType, Dict, Loaded, Names, Reader, StoredTensor, Value, Weights, load_weights,
     save_weights,
@@ -32,6 +34,12 @@ fn fixtures(kind: &str) -> Result<Vec<PathBuf>> {
     }
     files.sort();
     Ok(files)
+}
+
+/// Tests that draw from libtorch's generator, as each new layer does, do so one after the other.
+fn serial() -> MutexGuard<'static, ()> {
+    static SERIAL: Mutex<()> = Mutex::new(());
+    SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// xorshift
@@ -528,6 +536,7 @@ fn values(vs: &VarStore) -> Vec<(String, Vec<f64>)> {
 
 #[test]
 fn a_store_is_loaded_from_a_state_dict_of_python() -> Result<()> {
+    let _guard = serial();
     let vs = VarStore::new(Device::Cpu);
     small(&vs.root());
     let loaded = load_weights(&vs, golden().join("tensors-state-dict.pt"), &Names::new())?;
@@ -556,6 +565,7 @@ fn a_store_is_loaded_from_a_state_dict_of_python() -> Result<()> {
 
 #[test]
 fn names_are_mapped_and_misfits_are_listed() -> Result<()> {
+    let _guard = serial();
     let file = golden().join("tensors-module-prefix.pt");
     let vs = VarStore::new(Device::Cpu);
     small(&vs.root());
@@ -600,7 +610,7 @@ fn names_are_mapped_and_misfits_are_listed() -> Result<()> {
     assert_eq!(loaded.missing, ["new.bias", "new.weight"]);
     assert_eq!(loaded.mismatched.len(), 2);
     let without_head = fitting.clone().rename(&Names::new().skip("4.*"))?;
-    assert_eq!(without_head.compare(&other).skipped, ["4.bias", "4.weight"]);
+    assert_eq!(without_head.compare(&other).skipped, ["4.weight", "4.bias"]);
     let both =
         Weights::rename(fitting, &Names::new().map(|_| "same".into())).unwrap_err().to_string();
     assert!(both.contains("would both be named 'same'"), "{both}");
@@ -636,7 +646,149 @@ fn variables_of_any_layout_are_loaded() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_run_of_python_goes_on_here_as_it_would_have_there() -> Result<()> {
+    let _guard = serial();
+    let mut runs = 0;
+    for file in fixtures("handover-")? {
+        let results = interop::handover(&file)?.context("an optimizer that is not here")?;
+        assert_eq!(results.len(), 6);
+        for (path, result) in results {
+            assert_eq!(result, Ok(()), "{} {path}", file.display());
+        }
+        runs += 1;
+    }
+    assert_eq!(runs, 4);
+    Ok(())
+}
+
+/// A network with two groups, in float64.
+fn grouped(adam: bool) -> Result<(VarStore, Optimizer, nn::Sequential)> {
+    let mut vs = VarStore::new(Device::Cpu);
+    let net = nn::seq()
+        .add(nn::linear(vs.root() / "base", 3, 5, Default::default()))
+        .add_fn(|x| x.tanh())
+        .add(nn::linear(vs.root() / "fc", 5, 2, Default::default()));
+    vs.double();
+    fn two_groups<T: nn::OptimizerConfig>(
+        builder: OptimizerBuilder<'_, T>,
+    ) -> tch_ignite::Result<Optimizer> {
+        builder
+            .group("base", |name| name.starts_with("base"), lr(0.01).weight_decay(0.1))
+            .group("fc", |name| name.starts_with("fc"), lr(0.05))
+            .build()
+    }
+    let optimizer = match adam {
+        true => two_groups(Optimizer::adam(&vs))?,
+        false => two_groups(Optimizer::builder(nn::sgd(0.9, 0., 0., false), &vs))?,
+    };
+    Ok((vs, optimizer, net))
+}
+
+fn step(optimizer: &Optimizer, net: &nn::Sequential, iteration: i64) -> Result<f64> {
+    let x = Tensor::arange(12, (Kind::Double, Device::Cpu)).view([4, 3]) * 0.1
+        + iteration as f64 * 0.01;
+    let loss = x.apply(net).square().mean(Kind::Double);
+    optimizer.backward_step(&loss)?;
+    Ok(f64::try_from(loss)?)
+}
+
+#[test]
+fn states_of_another_optimizer_are_refused_and_change_nothing() -> Result<()> {
+    let _guard = serial();
+    let read = |name: &str| pytorch::read(golden().join(format!("handover-{name}.pt")));
+    let (_vs, mut optimizer, net) = grouped(true)?;
+    step(&optimizer, &net, 0)?;
+    let before = format!("{:?}", optimizer);
+    let adam = read("adam")?;
+    for (saved, names, reason) in [
+        (read("sgd")?, vec![], "group 'base' has no amsgrad"),
+        (read("adamw")?, vec![], "it is of AdamW, and this is Adam"),
+        (
+            adam.clone(),
+            vec!["base.weight", "base.bias", "fc.weight"],
+            "'fc.bias' is not among the names",
+        ),
+        (
+            adam.clone(),
+            vec!["base.bias", "base.weight", "fc.weight", "fc.bias"],
+            "base.bias/exp_avg",
+        ),
+    ] {
+        let error = pytorch::load_optimizer(&mut optimizer, saved.require("optimizer")?, &names);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+        assert_eq!(format!("{optimizer:?}"), before);
+    }
+    let loaded = pytorch::load_optimizer(&mut optimizer, adam.require("optimizer")?, &[])?;
+    assert_eq!(loaded.loaded, ["base.bias", "base.weight", "fc.bias", "fc.weight"]);
+    assert_eq!(
+        loaded.to_string(),
+        "state of 4 parameters loaded; ignored: base.initial_lr, fc.initial_lr"
+    );
+    assert!(optimizer.group("base")?.amsgrad()?);
+    Ok(())
+}
+
 // Python's torch as the judge
+
+#[test]
+fn a_run_that_begins_here_goes_on_in_python_and_back() -> Result<()> {
+    let _guard = serial();
+    let folder = tempfile::tempdir()?;
+    let (path, back) = (folder.path().join("run.pt"), folder.path().join("back.pt"));
+    for (adam, name) in [(true, "Adam"), (false, "SGD")] {
+        let (vs, optimizer, net) = grouped(adam)?;
+        for iteration in 0..5 {
+            step(&optimizer, &net, iteration)?;
+        }
+        let mut checkpoint = Dict::new();
+        checkpoint.insert("model", Weights::of_store(&vs)?.to_value());
+        checkpoint.insert("optimizer", pytorch::optimizer_value(&optimizer, &[])?);
+        pytorch::write(&path, &checkpoint.into())?;
+        let uninterrupted: Vec<f64> =
+            (5..15).map(|iteration| step(&optimizer, &net, iteration)).collect::<Result<_>>()?;
+        let script = r#"
+saved = torch.load(sys.argv[1], weights_only=True, mmap=True)
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base, self.fc = torch.nn.Linear(3, 5, dtype=torch.float64), torch.nn.Linear(5, 2, dtype=torch.float64)
+    def forward(self, x):
+        return self.fc(self.base(x).tanh())
+net = Net()
+net.load_state_dict(saved["model"])
+optimizer = getattr(torch.optim, sys.argv[3])([{"params": net.base.parameters()}, {"params": net.fc.parameters()}], lr=7.0)
+optimizer.load_state_dict(saved["optimizer"])
+losses = []
+for iteration in range(5, 10):
+    x = torch.arange(12, dtype=torch.float64).view(4, 3) * 0.1 + iteration * 0.01
+    loss = net(x).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, sys.argv[2])
+print(json.dumps(losses))
+"#;
+        let Some(output) = python(script, &[&path, &back, Path::new(name)])? else { return Ok(()) };
+        let mut losses: Vec<f64> = serde_json::from_str(&output)?;
+        let (vs, mut optimizer, net) = grouped(adam)?;
+        let saved = pytorch::read(&back)?;
+        Weights::of(saved.require("model")?)?.load(&vs)?;
+        pytorch::load_optimizer(&mut optimizer, saved.require("optimizer")?, &[])?;
+        for iteration in 10..15 {
+            losses.push(step(&optimizer, &net, iteration)?);
+        }
+        for (ours, expected) in losses.iter().zip(&uninterrupted) {
+            assert!(
+                (ours - expected).abs() <= 1e-12,
+                "{name}: {losses:?} instead of {uninterrupted:?}"
+            );
+        }
+    }
+    Ok(())
+}
 
 /// Runs Python with this script and these arguments; `None` where it has no torch.
 fn python(script: &str, arguments: &[&Path]) -> Result<Option<String>> {
@@ -806,6 +958,7 @@ same(one, torch.load(sys.argv[2], weights_only=True, mmap=True) | {"bytearray": 
 
 #[test]
 fn python_goes_on_with_weights_of_a_store() -> Result<()> {
+    let _guard = serial();
     let folder = tempfile::tempdir()?;
     let (path, back) = (folder.path().join("model.pt"), folder.path().join("back.pt"));
     let vs = VarStore::new(Device::Cpu);
@@ -847,7 +1000,7 @@ fn reading_takes_little_longer_than_reading_the_bytes() -> Result<()> {
     let store = || {
         let vs = VarStore::new(Device::Cpu);
         (0..64).for_each(|index| {
-            let _ = vs.root().zeros(&format!("layer{index}.weight"), &[2048, 2048]);
+            let _ = (vs.root() / format!("layer{index}")).zeros("weight", &[2048, 2048]);
         });
         vs
     };

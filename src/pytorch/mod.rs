@@ -17,7 +17,8 @@
 //!
 //! [`read`] gives the whole content of a `.pt`, `.pth` or `.ckpt` as a [`Value`], of both containers: the zip archive
 //! that torch writes since 1.6, and the one before. [`write()`] writes one. [`Weights`] are what a `state_dict()`
-//! holds; [`Names`] map their names to those of a store.
+//! holds; [`Names`] map their names to those of a store. [`load_optimizer`] takes over `optimizer.state_dict()`,
+//! [`set_rng_state`] the random numbers.
 //!
 //! # Safety of files from elsewhere
 //!
@@ -45,7 +46,9 @@ mod globals;
 mod legacy;
 mod machine;
 mod names;
+mod optimizer;
 mod pickler;
+mod random;
 mod reader;
 mod source;
 mod storage;
@@ -60,6 +63,8 @@ use std::path::Path;
 
 pub use dtype::DType;
 pub use names::Names;
+pub use optimizer::{LoadedOptimizer, load_optimizer, optimizer_value};
+pub use random::{rng_state, set_rng_state};
 pub use reader::Reader;
 pub use tensor::StoredTensor;
 pub use value::{BigInt, Dict, Object, Value};

@@ -570,6 +570,12 @@ impl From<f64> for Value {
     }
 }
 
+impl From<()> for Value {
+    fn from((): ()) -> Self {
+        Self::None
+    }
+}
+
 impl From<Dict> for Value {
     fn from(dict: Dict) -> Self {
         Self::Dict(Arc::new(dict))

@@ -11,6 +11,7 @@ use super::reader::Reader;
 use super::tensor::StoredTensor;
 use super::value::{Dict, Value};
 use super::writer::write;
+use crate::bridge::TensorId;
 use crate::{Error, Result};
 
 /// Tensors by name, as a module's `state_dict()` has them.
@@ -38,7 +39,10 @@ use crate::{Error, Result};
 /// ```
 #[derive(Clone)]
 pub struct Weights {
-    tensors: BTreeMap<String, Arc<StoredTensor>>,
+    /// In the order of the file.
+    tensors: Vec<(String, Arc<StoredTensor>)>,
+    /// Places in `tensors`.
+    places: HashMap<String, usize>,
     /// Names that [`rename`](Self::rename) left out.
     skipped: Vec<String>,
 }
@@ -74,11 +78,11 @@ impl Weights {
         let Some(dict) = value.as_dict() else {
             return Err(Error::State(format!("a {} is no state_dict()", value.type_name())));
         };
-        let mut tensors = BTreeMap::new();
+        let mut tensors = Vec::with_capacity(dict.len());
         for (name, value) in dict.iter() {
             match (name, value) {
                 (Value::Str(name), Value::Tensor(tensor)) => {
-                    tensors.insert(name.to_string(), tensor.clone());
+                    tensors.push((name.to_string(), tensor.clone()));
                 }
                 (name, other) => {
                     let parts: Vec<_> = dict.iter().filter(|(_, part)| is_state(part)).collect();
@@ -92,7 +96,13 @@ impl Weights {
                 }
             }
         }
-        Ok(Self { tensors, skipped: vec![] })
+        Ok(Self::new(tensors, vec![]))
+    }
+
+    fn new(tensors: Vec<(String, Arc<StoredTensor>)>, skipped: Vec<String>) -> Self {
+        let names = tensors.iter().enumerate();
+        let places = names.map(|(place, (name, _))| (name.clone(), place)).collect();
+        Self { tensors, places, skipped }
     }
 
     /// Reads a file that holds a module's state and nothing else: `torch.save(model.state_dict(), path)`.
@@ -105,22 +115,24 @@ impl Weights {
         Self::of(&value).map_err(|error| Error::State(format!("{}: {error}", path.display())))
     }
 
-    /// The variables of a store, parameters and buffers; shared, not copied.
+    /// The variables of a store, parameters and buffers, in PyTorch's usual [order](Self::names); shared, not copied.
     ///
     /// # Errors
     /// A variable that cannot be saved, by name.
     pub fn of_store(vs: &VarStore) -> Result<Self> {
-        let mut tensors = BTreeMap::new();
-        for (name, variable) in vs.variables() {
+        let variables = vs.variables();
+        let mut tensors = Vec::with_capacity(variables.len());
+        for name in names_of_store(vs, &variables) {
+            let Some(variable) = variables.get(&name) else { continue };
             // state_dict() has tensors without their gradients' history.
             let stored = variable
                 .f_detach()
                 .map_err(|error| Error::libtorch("saving a variable", error))
                 .and_then(|variable| StoredTensor::new(&variable))
                 .map_err(|error| Error::State(format!("variable '{name}': {error}")))?;
-            tensors.insert(name, Arc::new(stored));
+            tensors.push((name, Arc::new(stored)));
         }
-        Ok(Self { tensors, skipped: vec![] })
+        Ok(Self::new(tensors, vec![]))
     }
 
     /// Gives the tensors other names.
@@ -128,11 +140,11 @@ impl Weights {
     /// # Errors
     /// Two of them would have the same.
     pub fn rename(self, names: &Names) -> Result<Self> {
-        let mut renamed = Self { tensors: BTreeMap::new(), skipped: self.skipped };
+        let (mut tensors, mut skipped) = (Vec::with_capacity(self.tensors.len()), self.skipped);
         let mut before: HashMap<String, String> = HashMap::new();
         for (name, tensor) in self.tensors {
             let Some(new) = names.apply(&name) else {
-                renamed.skipped.push(name);
+                skipped.push(name);
                 continue;
             };
             if let Some(other) = before.insert(new.clone(), name.clone()) {
@@ -140,19 +152,30 @@ impl Weights {
                     "'{other}' and '{name}' would both be named '{new}'"
                 )));
             }
-            renamed.tensors.insert(new, tensor);
+            tensors.push((new, tensor));
         }
-        Ok(renamed)
+        Ok(Self::new(tensors, skipped))
     }
 
-    /// The tensors in the order of their names.
+    /// The tensors in the order of the file.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), &**tensor))
     }
 
+    /// The names in the order of the file: for a `state_dict()` that of the modules and of their parameters, by
+    /// which PyTorch's optimizers number them. Those of a store are in the order in which the modules were made, and
+    /// in each with biases behind other parameters, and buffers behind both: the order of PyTorch's own modules.
+    pub fn names(&self) -> Vec<&str> {
+        self.tensors.iter().map(|(name, _)| name.as_str()).collect()
+    }
+
     /// The tensor of that name.
     pub fn get(&self, name: &str) -> Option<&StoredTensor> {
-        self.tensors.get(name).map(|tensor| &**tensor)
+        self.stored(name).map(|tensor| &**tensor)
+    }
+
+    fn stored(&self, name: &str) -> Option<&Arc<StoredTensor>> {
+        self.places.get(name).and_then(|place| self.tensors.get(*place)).map(|(_, tensor)| tensor)
     }
 
     /// What [`load`](Self::load) would do; nothing is read.
@@ -160,7 +183,7 @@ impl Weights {
         let variables: BTreeMap<String, Tensor> = vs.variables().into_iter().collect();
         let mut found = Loaded { skipped: self.skipped.clone(), ..Loaded::default() };
         for (name, variable) in &variables {
-            match self.tensors.get(name) {
+            match self.stored(name) {
                 None => found.missing.push(name.clone()),
                 Some(stored) if stored.shape == variable.size() => found.loaded.push(name.clone()),
                 Some(stored) => found.mismatched.push((
@@ -169,8 +192,8 @@ impl Weights {
                 )),
             }
         }
-        let has_no_place = |name: &&String| !variables.contains_key(*name);
-        found.unexpected = self.tensors.keys().filter(has_no_place).cloned().collect();
+        let names = self.tensors.iter().map(|(name, _)| name);
+        found.unexpected = names.filter(|name| !variables.contains_key(*name)).cloned().collect();
         found.hint = hint(&found.missing, &found.unexpected);
         found
     }
@@ -207,9 +230,7 @@ impl Weights {
     fn copied(&self, vs: &VarStore, found: Loaded) -> Result<Loaded> {
         let mut variables = vs.variables();
         for name in &found.loaded {
-            if let (Some(stored), Some(variable)) =
-                (self.tensors.get(name), variables.get_mut(name))
-            {
+            if let (Some(stored), Some(variable)) = (self.stored(name), variables.get_mut(name)) {
                 tch::no_grad(|| stored.copied(variable)).map_err(|why| {
                     Error::State(format!(
                         "'{name}' cannot be read: {why}. The store now holds a part of the file"
@@ -232,8 +253,47 @@ impl Weights {
 
 impl fmt::Debug for Weights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_map().entries(&self.tensors).finish()
+        f.debug_map().entries(self.tensors.iter().map(|(name, tensor)| (name, tensor))).finish()
     }
+}
+
+/// Names of all variables: parameters in [PyTorch's order](in_order), and buffers behind those of their module.
+fn names_of_store(vs: &VarStore, variables: &HashMap<String, Tensor>) -> Vec<String> {
+    let names: HashMap<_, _> =
+        variables.iter().map(|(name, tensor)| (TensorId::of(tensor), name)).collect();
+    let made = vs.trainable_variables();
+    let made = made.iter().filter_map(|tensor| names.get(&TensorId::of(tensor)));
+    let mut names: Vec<String> = made.map(|name| (*name).clone()).collect();
+    let known: BTreeSet<_> = names.iter().cloned().collect();
+    let mut rest: Vec<_> =
+        variables.keys().filter(|name| !known.contains(*name)).cloned().collect();
+    rest.sort();
+    names = in_order(names);
+    for buffer in rest {
+        let behind = names.iter().rposition(|name| module_of(name) == module_of(&buffer));
+        names.insert(behind.map_or(names.len(), |place| place + 1), buffer);
+    }
+    names
+}
+
+fn module_of(name: &str) -> &str {
+    name.rsplit_once('.').map_or("", |(module, _)| module)
+}
+
+/// Names in PyTorch's order, from the order in which a store got them: tch makes a layer's bias first, PyTorch last.
+pub(super) fn in_order(names: Vec<String>) -> Vec<String> {
+    let mut modules: HashMap<String, usize> = HashMap::new();
+    for name in &names {
+        let next = modules.len();
+        modules.entry(module_of(name).to_owned()).or_insert(next);
+    }
+    let mut names = names;
+    names.sort_by_key(|name| {
+        let module = module_of(name);
+        let is_bias = name[module.len()..].trim_start_matches('.').starts_with("bias");
+        (modules.get(module).copied(), is_bias)
+    });
+    names
 }
 
 /// Whether a value is a dict of tensors.

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value as Json};
-use tch_ignite::pytorch::{self, DType, StoredTensor, Value};
+use tch::{Device, Tensor, kind, nn};
+use tch_ignite::optim::{Optimizer, OptimizerBuilder, lr};
+use tch_ignite::pytorch::{self, DType, StoredTensor, Value, Weights};
 
 /// How long reading a hostile file may take, and how much memory.
 const MAX_TIME: Duration = Duration::from_secs(5);
@@ -74,6 +76,80 @@ fn memory() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? << 10)
+}
+
+/// The most by which losses and weights of a run that goes on may differ from Python's uninterrupted one.
+const MAX_DIFFERENCE: f64 = 1e-12;
+
+/// Goes on with a run that Python saved, and compares losses, weights and random numbers with Python's; `None` where
+/// there is no such optimizer here. Learning rates are set to what the JSON says.
+pub fn handover(file: &Path) -> Result<Option<Vec<(String, Result<(), String>)>>> {
+    let text = fs::read_to_string(file.with_extension("json"))?;
+    let json: Json = serde_json::from_str(&text)?;
+    let mut vs = nn::VarStore::new(Device::Cpu);
+    let base = nn::linear(vs.root() / "base", 3, 5, Default::default());
+    let fc = nn::linear(vs.root() / "fc", 5, 2, Default::default());
+    vs.double();
+    let mut optimizer = match json["optimizer"].as_str() {
+        Some("sgd") => two_groups(Optimizer::sgd(&vs))?,
+        Some("adam") => two_groups(Optimizer::adam(&vs))?,
+        Some("adamw") => two_groups(Optimizer::adamw(&vs))?,
+        Some("rmsprop") => two_groups(Optimizer::rms_prop(&vs))?,
+        _ => return Ok(None),
+    };
+
+    let saved = pytorch::read(file)?;
+    let weights = Weights::of(saved.require("model")?)?;
+    weights.load(&vs)?;
+    pytorch::load_optimizer(&mut optimizer, saved.require("optimizer")?, &weights.names())?;
+    pytorch::set_rng_state(saved.require("rng")?)?;
+    let random: Vec<f64> = Tensor::rand([4], kind::DOUBLE_CPU).try_into()?;
+    let expected: Vec<f64> = serde_json::from_value(json["next_random"].clone())?;
+    let same = |same: bool, what: String| if same { Ok(()) } else { Err(what) };
+    let mut results = vec![(
+        "/next_random".into(),
+        same(random == expected, format!("{random:?} instead of {expected:?}")),
+    )];
+
+    let (batches, losses) = (json["batches"].as_array(), json["losses"].as_array());
+    let (batches, losses) = (batches.context("batches")?, losses.context("losses")?);
+    let begin = saved.require("iteration")?.as_i64().context("an iteration")? as usize;
+    let mut worst = 0f64;
+    for (index, batch) in batches.iter().enumerate().skip(begin) {
+        let rates: Vec<f64> = serde_json::from_value(json["lrs"][index].clone())?;
+        optimizer.groups()?.iter().zip(rates).try_for_each(|(group, rate)| group.set_lr(rate))?;
+        let x: Vec<Vec<f64>> = serde_json::from_value(batch["x"].clone())?;
+        let y: Vec<i64> = serde_json::from_value(batch["y"].clone())?;
+        let x = Tensor::from_slice2(&x);
+        // tch's `cross_entropy_for_logits` goes through float32.
+        let (y, mean) = (Tensor::from_slice(&y), tch::Reduction::Mean);
+        let logits = x.apply(&base).tanh().apply(&fc);
+        let loss = logits.cross_entropy_loss::<Tensor>(&y, None, mean, -100, 0.);
+        worst =
+            worst.max((f64::try_from(&loss)? - losses[index].as_f64().context("a loss")?).abs());
+        optimizer.backward_step(&loss)?;
+    }
+    results.push((
+        "/losses".into(),
+        same(worst <= MAX_DIFFERENCE, format!("they differ by {worst:e}")),
+    ));
+    for (name, variable) in vs.variables() {
+        let expected: Vec<f64> = serde_json::from_value(json["final"][&name]["data"].clone())?;
+        let values: Vec<f64> = variable.detach().flatten(0, -1).try_into()?;
+        let worst = values.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0., f64::max);
+        let fits = values.len() == expected.len() && worst <= MAX_DIFFERENCE;
+        results.push((format!("/final/{name}"), same(fits, format!("it differs by {worst:e}"))));
+    }
+    Ok(Some(results))
+}
+
+fn two_groups<T: nn::OptimizerConfig>(
+    builder: OptimizerBuilder<'_, T>,
+) -> tch_ignite::Result<Optimizer> {
+    builder
+        .group("base", |name| name.starts_with("base"), lr(0.1))
+        .group("fc", |name| name.starts_with("fc"), lr(0.1))
+        .build()
 }
 
 fn compare(value: &Value, expected: &Json) -> Result<()> {

@@ -118,20 +118,21 @@ pub fn run_folder(folder: &Path, tally: &mut Tally) -> Result<()> {
     files.sort();
     for file in files.iter().filter(|file| file.extension().is_some_and(|ext| ext == "pt")) {
         let name = file.file_stem().unwrap_or_default().to_string_lossy();
-        let cases = match name.split('-').next() {
-            Some("tensors") => match interop::tensors(file) {
-                Ok(cases) => cases,
-                Err(error) => vec![(String::new(), Err(format!("{error:#}")))],
-            },
-            Some("hostile") => {
-                vec![(String::new(), interop::hostile(file).map_err(|error| format!("{error:#}")))]
+        let failed = |error: anyhow::Error| vec![(String::new(), Err(format!("{error:#}")))];
+        let kind = name.split('-').next().unwrap_or_default();
+        let cases = match kind {
+            "tensors" => Some(interop::tensors(file).unwrap_or_else(failed)),
+            "hostile" => {
+                let result = interop::hostile(file).map_err(|error| format!("{error:#}"));
+                Some(vec![(String::new(), result)])
             }
-            kind => {
-                tally.skipped += 1;
-                let reason = format!("files '{}-*' are not run here", kind.unwrap_or_default());
-                *tally.reasons.entry(reason).or_default() += 1;
-                continue;
-            }
+            "handover" => interop::handover(file).unwrap_or_else(|error| Some(failed(error))),
+            _ => None,
+        };
+        let Some(cases) = cases else {
+            tally.skipped += 1;
+            *tally.reasons.entry(format!("{name} cannot be run yet")).or_default() += 1;
+            continue;
         };
         for (path, result) in cases {
             match result {
