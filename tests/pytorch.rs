@@ -421,6 +421,24 @@ fn a_damaged_storage_is_noticed_by_its_checksum() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn values_go_from_thread_to_thread() -> Result<()> {
+    let value = std::sync::Arc::new(pytorch::read(golden().join("tensors-views.pt"))?);
+    let tensors: Vec<_> = (0..4)
+        .map(|_| {
+            let value = value.clone();
+            std::thread::spawn(move || {
+                value.get("whole").and_then(Value::as_tensor).map(|t| t.tensor())
+            })
+        })
+        .map(|thread| thread.join().ok().flatten().context("a tensor"))
+        .collect::<Result<_>>()?;
+    let addresses: Vec<_> =
+        tensors.into_iter().map(|tensor| Ok(tensor?.data_ptr())).collect::<Result<_>>()?;
+    assert!(addresses.windows(2).all(|pair| pair[0] == pair[1]), "it is read once");
+    Ok(())
+}
+
 /// Everything that can be asked of a value.
 fn use_all(value: &Value) {
     let mut tensors: Vec<&StoredTensor> = vec![];
@@ -1015,12 +1033,12 @@ fn reading_takes_little_longer_than_reading_the_bytes() -> Result<()> {
     }
     let length = fs::metadata(&path)?.len();
     let vs = store();
-    let before = peak_memory();
     let mut times = vec![];
     for _ in 0..5 {
-        let begin = Instant::now();
+        let (begin, before) = (Instant::now(), peak_memory());
         load_weights(&vs, &path, &Names::new())?;
         let loading = begin.elapsed().as_secs_f64();
+        println!("memory beside the store's own: {} MB", (peak_memory() - before) >> 20);
         let begin = Instant::now();
         let mut buffer = vec![0; length as usize];
         fs::File::open(&path)?.read_exact(&mut buffer)?;
@@ -1031,12 +1049,6 @@ fn reading_takes_little_longer_than_reading_the_bytes() -> Result<()> {
         value.walk(&mut |_, value| tensors.extend(value.as_tensor().map(|tensor| tensor.tensor())));
         let fresh = begin.elapsed().as_secs_f64();
         times.push((loading, fresh, reading));
-        if times.len() == 1 {
-            println!(
-                "memory of loading into a store beside it: {} MB",
-                (peak_memory() - before) >> 20
-            );
-        }
     }
     println!("into a store, into new tensors, the bytes: {times:.3?} s");
     let script = r#"
@@ -1047,5 +1059,32 @@ for _ in range(5):
     if let Some(output) = python(script, &[&path])? {
         println!("{output}");
     }
+    Ok(())
+}
+
+/// Numbers that need more than 32 bits: run with `--ignored`.
+#[test]
+#[ignore = "takes 5 GB of disk and memory"]
+fn files_of_more_than_4_gb_are_read_by_both() -> Result<()> {
+    let folder = tempfile::tempdir_in("target")?;
+    let path = folder.path().join("large.pt");
+    let large = Tensor::zeros([(1 << 32) + 1000], (Kind::Uint8, Device::Cpu));
+    let _ = large.narrow(0, 1 << 32, 1000).fill_(3);
+    let mut state = Dict::ordered();
+    state.insert("large", Value::tensor(&large)?);
+    drop(large);
+    state.insert("behind", Value::tensor(&Tensor::from_slice(&[1.5, 2.5]))?);
+    pytorch::write(&path, &state.into())?;
+    let value = pytorch::read(&path)?;
+    let stored = |name: &str| value.get(name).and_then(Value::as_tensor).context("a tensor");
+    assert_eq!(Vec::<f64>::try_from(stored("behind")?.tensor()?)?, [1.5, 2.5]);
+    let large = stored("large")?.tensor()?;
+    assert_eq!(i64::try_from(large.narrow(0, (1 << 32) - 5, 1005).sum(Kind::Int64))?, 3000);
+    let script = r#"
+state = torch.load(sys.argv[1], weights_only=True, mmap=True)
+assert state["behind"].tolist() == [1.5, 2.5] and state["large"][2**32 - 5:].sum().item() == 3000
+print(zipfile.ZipFile(sys.argv[1]).infolist()[-1].filename)
+"#;
+    python(script, &[&path])?;
     Ok(())
 }

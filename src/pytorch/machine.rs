@@ -394,7 +394,7 @@ impl<'i, 's> Machine<'i, 's> {
     }
 
     fn set_items(&mut self, items: Vec<Item>) -> Result<(), String> {
-        if items.len() % 2 != 0 {
+        if !items.len().is_multiple_of(2) {
             return Err("a key has no value".into());
         }
         let entries = match self.top_node()? {
@@ -403,7 +403,7 @@ impl<'i, 's> Machine<'i, 's> {
             Some(Node::Object(object)) => &mut object.entries,
             Some(_) => return Err("a key is set in what is no dict".into()),
         };
-        entries.reserve_exact(items.len() / 2);
+        entries.reserve(items.len() / 2);
         let mut items = items.into_iter();
         while let (Some(key), Some(value)) = (items.next(), items.next()) {
             entries.push((key, value));

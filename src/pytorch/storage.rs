@@ -58,13 +58,22 @@ impl Storage {
         if let Some(tensor) = &*read {
             return Ok(tensor.shallow_clone());
         }
+        Ok(read.insert(self.fresh()?).shallow_clone())
+    }
+
+    /// The same in memory that is given back when the tensor is dropped, if nobody asked before.
+    pub(super) fn passing(&self) -> Result<Tensor, String> {
+        if self.is_read() { self.tensor() } else { self.fresh() }
+    }
+
+    fn fresh(&self) -> Result<Tensor, String> {
         let kind = self.kind();
         let count = self.length / kind.elt_size_in_bytes() as u64;
         let count = i64::try_from(count).map_err(|error| error.to_string())?;
         let mut tensor =
             Tensor::f_empty([count], (kind, Device::Cpu)).map_err(|error| error.to_string())?;
         self.read_into(bytes_mut(&mut tensor)?)?;
-        Ok(read.insert(tensor).shallow_clone())
+        Ok(tensor)
     }
 
     /// Whether it has been read, so that there is memory to share.

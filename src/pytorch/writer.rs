@@ -65,7 +65,7 @@ pub fn write(path: impl AsRef<Path>, value: &Value) -> Result<()> {
             let name = format!("data/{number}");
             let failed = |why: String| io::Error::other(format!("{name}: {why}"));
             let all = match storage {
-                Written::Whole(storage) => storage.tensor().map_err(failed)?,
+                Written::Whole(storage) => storage.passing().map_err(failed)?,
                 Written::Memory(tensor) => dense(&tensor).map_err(failed)?,
             };
             archive.add(&name, bytes(&all).map_err(failed)?)?;

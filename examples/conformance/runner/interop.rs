@@ -11,6 +11,9 @@ use tch::{Device, Tensor, kind, nn};
 use tch_ignite::optim::{Optimizer, OptimizerBuilder, lr};
 use tch_ignite::pytorch::{self, DType, StoredTensor, Value, Weights};
 
+/// Paths, and what was different there.
+pub type Cases = Vec<(String, Result<(), String>)>;
+
 /// How long reading a hostile file may take, and how much memory.
 const MAX_TIME: Duration = Duration::from_secs(5);
 const MAX_MEMORY: u64 = 64 << 20;
@@ -18,7 +21,7 @@ const MAX_MEMORY: u64 = 64 << 20;
 const PWNED: &str = "pwned";
 
 /// Compares each path of a file with what the JSON beside it says, both ways.
-pub fn tensors(file: &Path) -> Result<Vec<(String, Result<(), String>)>> {
+pub fn tensors(file: &Path) -> Result<Cases> {
     let text = fs::read_to_string(file.with_extension("json"))?;
     let expected: Map<String, Json> = serde_json::from_str(&text)?;
     let value = pytorch::read(file)?;
@@ -83,7 +86,7 @@ const MAX_DIFFERENCE: f64 = 1e-12;
 
 /// Goes on with a run that Python saved, and compares losses, weights and random numbers with Python's; `None` where
 /// there is no such optimizer here. Learning rates are set to what the JSON says.
-pub fn handover(file: &Path) -> Result<Option<Vec<(String, Result<(), String>)>>> {
+pub fn handover(file: &Path) -> Result<Option<Cases>> {
     let text = fs::read_to_string(file.with_extension("json"))?;
     let json: Json = serde_json::from_str(&text)?;
     let mut vs = nn::VarStore::new(Device::Cpu);
