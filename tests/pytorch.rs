@@ -1,6 +1,6 @@
 //! Files of `torch.save`: read path by path, refused without harm, written so that Python reads them.
 
-#[path = "../examples/conformance/runner/interop.rs"]
+#[path = "../examples/conformance/interop.rs"]
 mod interop;
 
 use std::fs;

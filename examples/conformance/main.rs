@@ -2,6 +2,8 @@
 //!
 //! `cargo run --release --example conformance -- tests/golden/*.jsonl tests/golden/interop`
 
+mod folder;
+mod interop;
 mod runner;
 
 use std::path::Path;
@@ -18,7 +20,7 @@ fn main() -> ExitCode {
     let mut tally = runner::Tally::default();
     for file in files {
         let path = Path::new(&file);
-        let run = if path.is_dir() { runner::run_folder } else { runner::run_file };
+        let run = if path.is_dir() { folder::run_folder } else { runner::run_file };
         if let Err(error) = run(path, &mut tally) {
             eprintln!("conformance: {error:#}");
             return ExitCode::FAILURE;

@@ -2,7 +2,6 @@
 
 mod engine_trace;
 mod handler;
-pub mod interop;
 mod json;
 mod lr_finder;
 mod metric;
@@ -54,6 +53,14 @@ pub struct Tally {
     defects: BTreeMap<&'static str, u64>,
 }
 
+impl Tally {
+    /// Counts a case that was not run, and why.
+    pub fn skip(&mut self, reason: String) {
+        self.skipped += 1;
+        *self.reasons.entry(reason).or_default() += 1;
+    }
+}
+
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (defect, count) in &self.defects {
@@ -102,46 +109,7 @@ pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
                 println!("{id}: {why}");
                 tally.failed += 1;
             }
-            Outcome::Skipped(reason) => {
-                tally.skipped += 1;
-                *tally.reasons.entry(reason).or_default() += 1;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Runs all files of a folder in the format of tests/golden/interop: each path of each file is a case.
-pub fn run_folder(folder: &Path, tally: &mut Tally) -> Result<()> {
-    let entries = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?;
-    let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
-    files.sort();
-    for file in files.iter().filter(|file| file.extension().is_some_and(|ext| ext == "pt")) {
-        let name = file.file_stem().unwrap_or_default().to_string_lossy();
-        let failed = |error: anyhow::Error| vec![(String::new(), Err(format!("{error:#}")))];
-        let kind = name.split('-').next().unwrap_or_default();
-        let cases = match kind {
-            "tensors" => Some(interop::tensors(file).unwrap_or_else(failed)),
-            "hostile" => {
-                let result = interop::hostile(file).map_err(|error| format!("{error:#}"));
-                Some(vec![(String::new(), result)])
-            }
-            "handover" => interop::handover(file).unwrap_or_else(|error| Some(failed(error))),
-            _ => None,
-        };
-        let Some(cases) = cases else {
-            tally.skipped += 1;
-            *tally.reasons.entry(format!("{name} cannot be run yet")).or_default() += 1;
-            continue;
-        };
-        for (path, result) in cases {
-            match result {
-                Ok(()) => tally.passed += 1,
-                Err(why) => {
-                    println!("{name}{path}: {why}");
-                    tally.failed += 1;
-                }
-            }
+            Outcome::Skipped(reason) => tally.skip(reason),
         }
     }
     Ok(())
