@@ -103,6 +103,7 @@ mod parallel;
 #[cfg(feature = "plots")]
 pub mod plot;
 mod prediction;
+pub mod pytorch;
 pub mod schedule;
 mod state;
 pub mod supervised;

@@ -1,20 +1,27 @@
 //! Runs golden cases through the public API and tells where the results differ from pytorch-ignite's.
 //!
-//! `cargo run --release --example conformance -- tests/golden/*.jsonl`
+//! `cargo run --release --example conformance -- tests/golden/*.jsonl tests/golden/interop`
 
+mod folder;
+mod interop;
 mod runner;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let files: Vec<_> = std::env::args_os().skip(1).collect();
     if files.is_empty() || files.iter().any(|file| file == "--help" || file == "-h") {
-        println!("usage: conformance FILE.jsonl…   (the format is that of tests/golden/README.md)");
+        println!(
+            "usage: conformance FILE.jsonl… FOLDER…   (the formats are those of tests/golden/README.md and tests/golden/interop/README.md)"
+        );
         return if files.is_empty() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
     let mut tally = runner::Tally::default();
     for file in files {
-        if let Err(error) = runner::run_file(file.as_ref(), &mut tally) {
+        let path = Path::new(&file);
+        let run = if path.is_dir() { folder::run_folder } else { runner::run_file };
+        if let Err(error) = run(path, &mut tally) {
             eprintln!("conformance: {error:#}");
             return ExitCode::FAILURE;
         }

@@ -57,6 +57,14 @@ pub struct Tally {
     defects: BTreeMap<&'static str, u64>,
 }
 
+impl Tally {
+    /// Counts a case that was not run, and why.
+    pub fn skip(&mut self, reason: String) {
+        self.skipped += 1;
+        *self.reasons.entry(reason).or_default() += 1;
+    }
+}
+
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (defect, count) in &self.defects {
@@ -125,10 +133,7 @@ pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
                 println!("{id}: {}", why.lines().next().unwrap_or_default());
                 tally.failed += 1;
             }
-            Outcome::Skipped(reason) => {
-                tally.skipped += 1;
-                *tally.reasons.entry(reason).or_default() += 1;
-            }
+            Outcome::Skipped(reason) => tally.skip(reason),
         }
     }
     Ok(())

@@ -1,0 +1,209 @@
+//! From the containers of the machine to values.
+
+use std::collections::HashMap;
+use std::mem;
+use std::sync::Arc;
+
+use super::machine::{DictNode, Item, MAX_DEPTH, Made, Node, ObjectNode};
+use super::value::{BigInt, Dict, Object, Value};
+
+/// How many values there may be at least, counting shared ones as often as they are met: somebody will walk over them.
+const MIN_VALUES: u64 = 1 << 20;
+/// How many parts a key may have, counted in the same way.
+const MAX_KEY: u64 = 1000;
+
+/// Makes the value of a program's result. A container that several refer to becomes one that they share.
+pub(super) fn freeze(made: &mut Made) -> Result<Value, String> {
+    let result = mem::replace(&mut made.result, Item::Plain(Value::None));
+    let nodes = mem::take(&mut made.nodes);
+    let mut places = Vec::with_capacity(nodes.len());
+    places.extend(nodes.into_iter().map(Place::Node));
+    let mut freezer = Freezer { places, made };
+    let frozen = freezer.item(result, 0)?;
+    let limit = made.length.max(MIN_VALUES);
+    match frozen.count > limit {
+        true => Err(format!(
+            "it refers to the same containers so often that it has more than {limit} values"
+        )),
+        false => Ok(frozen.value),
+    }
+}
+
+#[derive(Clone)]
+struct Frozen {
+    value: Value,
+    /// Values in it and itself, shared ones counted each time.
+    count: u64,
+    /// Containers in each other.
+    depth: usize,
+}
+
+enum Place {
+    Node(Node),
+    /// Being frozen: meeting it again is a cycle.
+    Busy,
+    Done(Frozen),
+}
+
+struct Freezer<'m> {
+    places: Vec<Place>,
+    made: &'m Made,
+}
+
+/// What is known of a container while its parts are frozen.
+struct Sums {
+    count: u64,
+    depth: usize,
+}
+
+impl Freezer<'_> {
+    fn item(&mut self, item: Item, depth: usize) -> Result<Frozen, String> {
+        match item {
+            Item::Plain(value) => Ok(Frozen { value, count: 1, depth: 0 }),
+            Item::Node(number) => self.node(number as usize, depth),
+            Item::Global(name, _) => {
+                Ok(Frozen { value: Value::Constant(name), count: 1, depth: 0 })
+            }
+            Item::Storage(number) => {
+                let storage = self.made.bare_storage(number).ok_or("a storage is damaged")?;
+                Ok(Frozen { value: storage.into(), count: 1, depth: 0 })
+            }
+        }
+    }
+
+    fn node(&mut self, number: usize, depth: usize) -> Result<Frozen, String> {
+        let too_deep = || format!("its containers are more than {MAX_DEPTH} deep in each other");
+        let node = match mem::replace(&mut self.places[number], Place::Busy) {
+            Place::Busy => return Err("a container is within itself".into()),
+            Place::Done(frozen) => {
+                self.places[number] = Place::Done(frozen.clone());
+                return match depth + frozen.depth > MAX_DEPTH {
+                    true => Err(too_deep()),
+                    false => Ok(frozen),
+                };
+            }
+            Place::Node(node) => node,
+        };
+        if depth >= MAX_DEPTH {
+            return Err(too_deep());
+        }
+        let mut sums = Sums { count: 1, depth: 0 };
+        let value = match node {
+            Node::List(items) => Value::List(Arc::new(self.items(items, depth, &mut sums)?)),
+            Node::Tuple(items) => Value::Tuple(Arc::new(self.items(items, depth, &mut sums)?)),
+            Node::Set(items) => {
+                let entries =
+                    items.into_iter().map(|item| (item, Item::Plain(Value::None))).collect();
+                let elements = self.entries(entries, depth, &mut sums)?;
+                Value::Set(Arc::new(elements.into_iter().map(|(element, _)| element).collect()))
+            }
+            Node::Dict(dict) => {
+                let DictNode { class, entries, attributes } = *dict;
+                let entries = self.entries(entries, depth, &mut sums)?;
+                let attributes =
+                    attributes.map(|state| self.part(state, depth, &mut sums)).transpose()?;
+                Value::Dict(Arc::new(Dict { class, entries, attributes }))
+            }
+            Node::Object(object) => {
+                let ObjectNode { class, new, arguments, state, elements, entries } = *object;
+                Value::Object(Arc::new(Object {
+                    class,
+                    new,
+                    arguments: self.part(arguments, depth, &mut sums)?,
+                    elements: self.items(elements, depth, &mut sums)?,
+                    entries: self.entries(entries, depth, &mut sums)?,
+                    state: state.map(|state| self.part(state, depth, &mut sums)).transpose()?,
+                }))
+            }
+        };
+        let frozen = Frozen { value, count: sums.count, depth: sums.depth + 1 };
+        self.places[number] = Place::Done(frozen.clone());
+        Ok(frozen)
+    }
+
+    fn part(&mut self, item: Item, depth: usize, sums: &mut Sums) -> Result<Value, String> {
+        let frozen = self.item(item, depth + 1)?;
+        sums.count = sums.count.saturating_add(frozen.count);
+        sums.depth = sums.depth.max(frozen.depth);
+        Ok(frozen.value)
+    }
+
+    fn items(
+        &mut self,
+        items: Vec<Item>,
+        depth: usize,
+        sums: &mut Sums,
+    ) -> Result<Vec<Value>, String> {
+        let mut values = Vec::with_capacity(items.len());
+        for item in items {
+            values.push(self.part(item, depth, sums)?);
+        }
+        Ok(values)
+    }
+
+    /// As in Python, a key that comes again takes the later value and keeps its place.
+    fn entries(
+        &mut self,
+        items: Vec<(Item, Item)>,
+        depth: usize,
+        sums: &mut Sums,
+    ) -> Result<Vec<(Value, Value)>, String> {
+        let mut entries: Vec<(Value, Value)> = Vec::with_capacity(items.len());
+        let mut places = HashMap::with_capacity(items.len());
+        for (key, value) in items {
+            let key = self.item(key, depth + 1)?;
+            if key.count > MAX_KEY {
+                return Err("a key is too large".into());
+            }
+            sums.count = sums.count.saturating_add(key.count);
+            sums.depth = sums.depth.max(key.depth);
+            let value = self.part(value, depth, sums)?;
+            match places.entry(Key::of(&key.value)?) {
+                std::collections::hash_map::Entry::Occupied(place) => {
+                    let place: &usize = place.get();
+                    entries[*place].1 = value;
+                }
+                std::collections::hash_map::Entry::Vacant(place) => {
+                    place.insert(entries.len());
+                    entries.push((key.value, value));
+                }
+            }
+        }
+        Ok(entries)
+    }
+}
+
+/// What makes keys equal in Python: `1`, `1.0` and `True` are.
+#[derive(PartialEq, Eq, Hash)]
+enum Key {
+    None,
+    Int(i64),
+    BigInt(BigInt),
+    Float(u64),
+    Complex(u64, u64),
+    Text(Arc<str>),
+    Bytes(Arc<[u8]>),
+    Name(Arc<str>),
+    Tuple(Vec<Key>),
+}
+
+impl Key {
+    fn of(value: &Value) -> Result<Self, String> {
+        Ok(match value {
+            Value::None => Self::None,
+            Value::Bool(bool) => Self::Int((*bool).into()),
+            Value::Int(int) => Self::Int(*int),
+            Value::BigInt(int) => Self::BigInt(int.clone()),
+            Value::Float(float) if *float == (*float as i64) as f64 => Self::Int(*float as i64),
+            Value::Float(float) => Self::Float(float.to_bits()),
+            Value::Complex(real, imaginary) => Self::Complex(real.to_bits(), imaginary.to_bits()),
+            Value::Str(text) => Self::Text(text.clone()),
+            Value::Bytes(bytes) => Self::Bytes(bytes.clone()),
+            Value::Constant(name) | Value::Device(name) => Self::Name(name.clone()),
+            Value::Tuple(values) => {
+                Self::Tuple(values.iter().map(Self::of).collect::<Result<_, _>>()?)
+            }
+            other => return Err(format!("a {} cannot be a key", other.type_name())),
+        })
+    }
+}

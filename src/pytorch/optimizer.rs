@@ -1,0 +1,409 @@
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::value::{Dict, Value};
+use super::weights::in_order;
+use crate::error::{Error, Result};
+use crate::optim::{Group, Optimizer};
+use crate::state::{StateDict, Stateful};
+
+/// Options of Python's groups that do not change what a step does, or that only its schedulers use.
+const WITHOUT_EFFECT: [&str; 12] = [
+    "params",
+    "param_names",
+    "name",
+    "foreach",
+    "fused",
+    "capturable",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "max_momentum",
+    "base_momentum",
+    "decoupled_weight_decay",
+];
+
+/// What was not taken over from Python's state. Displayed, it is one line.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LoadedOptimizer {
+    /// Parameters whose state was loaded.
+    pub loaded: Vec<String>,
+    /// Options that have no place here, as `group.option`, and that do not change what a step does.
+    pub ignored: Vec<String>,
+}
+
+impl fmt::Display for LoadedOptimizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "state of {} parameters loaded", self.loaded.len())?;
+        match &self.ignored[..] {
+            [] => Ok(()),
+            ignored => write!(f, "; ignored: {}", ignored.join(", ")),
+        }
+    }
+}
+
+/// A group in the state of our optimizer.
+#[derive(Serialize, Deserialize)]
+struct SavedGroup {
+    name: String,
+    options: BTreeMap<String, f64>,
+    parameters: Vec<String>,
+}
+
+/// Loads `optimizer.state_dict()` of Python's SGD, Adam, AdamW or RMSprop: options of all groups, and the state of each
+/// parameter. The learning rate comes along; schedulers are on their own.
+///
+/// Groups are matched by their names if Python's have such, else by their order. Python numbers the parameters of each
+/// group: `names` says in which order, for most programs that of the model's
+/// [`state_dict()`](super::Weights::names), which may have other names too. Where `names` is empty, the order is
+/// Python's own (`param_names`, of an optimizer made with `named_parameters()`), else that of
+/// [`Weights::of_store`](super::Weights::of_store).
+///
+/// ```
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("checkpoint.pt");
+/// use tch::{Device, nn};
+/// use tch_ignite::optim::Optimizer;
+/// use tch_ignite::pytorch::{self, Dict, Weights};
+/// let vs = nn::VarStore::new(Device::Cpu);
+/// let fc = nn::linear(vs.root() / "fc", 2, 3, Default::default());
+/// let mut optimizer = Optimizer::adam(&vs).build()?;
+/// // For Python: optimizer.load_state_dict(torch.load("checkpoint.pt")["optimizer"])
+/// let mut checkpoint = Dict::new();
+/// checkpoint.insert("model", Weights::of_store(&vs)?.to_value());
+/// checkpoint.insert("optimizer", pytorch::optimizer_value(&optimizer, &[])?);
+/// pytorch::write(&path, &checkpoint.into())?;
+/// // Of Python: torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "checkpoint.pt")
+/// let checkpoint = pytorch::read(&path)?;
+/// let weights = Weights::of(checkpoint.require("model")?)?;
+/// weights.load(&vs)?;
+/// let saved = checkpoint.require("optimizer")?;
+/// println!("{}", pytorch::load_optimizer(&mut optimizer, saved, &weights.names())?);
+/// # Ok::<(), anyhow::Error>(())
+/// ```
+///
+/// # Errors
+/// A state of another optimizer, other groups or parameters, options that would change what a step does and are not
+/// here (`maximize`), by name. Nothing is changed then.
+pub fn load_optimizer(
+    optimizer: &mut Optimizer,
+    saved: &Value,
+    names: &[&str],
+) -> Result<LoadedOptimizer> {
+    let groups = saved_groups(saved)?;
+    let ours = optimizer.groups()?;
+    let ours = matched(&groups, ours)?;
+    let names = Numbers::of(&groups, &ours, names)?;
+    let mut report = LoadedOptimizer::default();
+
+    // Our own state is the form that is filled in: it has the names of what there is.
+    let template = optimizer.state_dict()?;
+    let mut ours_saved: Vec<SavedGroup> = template.value("groups")?;
+    for (dict, group) in groups.iter().zip(&ours) {
+        let (name, place) = (group.name(), group.index());
+        let form = ours_saved.get_mut(place).ok_or_else(|| fault("its groups have changed"))?;
+        check_members(dict, form, &names)?;
+        for (option, value) in &mut form.options {
+            *value = option_of(dict, option)
+                .map_err(|why| fault(format!("group '{name}', {option}: {why}")))?
+                .ok_or_else(|| fault(format!(
+                    "group '{name}' has no {option}: it is the state of another optimizer than {}",
+                    optimizer.name()
+                )))?;
+        }
+        check_rest(dict, form, optimizer.name(), &mut report)?;
+    }
+
+    let mut state = StateDict::new();
+    let mut steps: BTreeMap<String, Option<i64>> = BTreeMap::new();
+    let saved_state = saved.require("state")?.as_dict();
+    for (number, parts) in saved_state.ok_or_else(|| fault("its state is no dict"))?.iter() {
+        let number = number
+            .as_i64()
+            .ok_or_else(|| fault(format!("'{number}' is no number of a parameter")))?;
+        let name = names.name(number)?;
+        let parts =
+            parts.as_dict().ok_or_else(|| fault(format!("the state of '{name}' is no dict")))?;
+        let (mut step, mut tensors) = (None, 0);
+        for (key, value) in parts.iter() {
+            let key = key.as_str().unwrap_or_default();
+            match value {
+                Value::None => {}
+                value if key == "step" => step = Some(step_of(name, value)?),
+                Value::Tensor(stored) => {
+                    // Of its own: the optimizer changes it.
+                    let tensor = tch::no_grad(|| {
+                        stored.tensor()?.f_detach_copy().map_err(|error| {
+                            Error::libtorch(format!("copying '{name}/{key}'"), error)
+                        })
+                    })?;
+                    state.set_tensor(&format!("{name}/{key}"), tensor);
+                    tensors += 1;
+                }
+                other => {
+                    return Err(fault(format!("'{name}/{key}' is a {}", other.type_name())));
+                }
+            }
+        }
+        if tensors > 0 || step.is_some() {
+            steps.insert(name.to_owned(), step);
+            report.loaded.push(name.to_owned());
+        }
+    }
+    state.set_value("optimizer", optimizer.name())?;
+    state.set_value("groups", ours_saved)?;
+    state.set_value("steps", steps)?;
+    state.set_value("frozen", template.value::<Vec<String>>("frozen")?)?;
+    optimizer.load_state_dict(state)?;
+    report.loaded.sort();
+    Ok(report)
+}
+
+/// An optimizer as Python's `optimizer.load_state_dict()` takes it. `names` says in which order Python's gets the
+/// parameters of each group, as for [`load_optimizer`].
+///
+/// # Errors
+/// A parameter that is not among the names.
+pub fn optimizer_value(optimizer: &Optimizer, names: &[&str]) -> Result<Value> {
+    let template = optimizer.state_dict()?;
+    let groups: Vec<SavedGroup> = template.value("groups")?;
+    let (mut states, mut saved_groups, mut all) = (Dict::new(), vec![], vec![]);
+    for group in &groups {
+        let members = ordered(group.parameters.clone(), names)?;
+        // Python numbers the parameters of all groups in their order.
+        let numbers: Vec<_> = (all.len()..all.len() + members.len()).collect();
+        saved_groups.push(group_value(optimizer.name(), group, &numbers));
+        all.extend(members);
+    }
+    let steps: BTreeMap<String, Option<i64>> = template.value("steps")?;
+    for (index, name) in all.iter().enumerate() {
+        let Some(step) = steps.get(name) else { continue };
+        let mut parts = Dict::new();
+        if let Some(step) = step {
+            // Python's steps are tensors of float32.
+            parts.insert("step", Value::tensor(&Tensor::from(*step as f64).to_kind(Kind::Float))?);
+        }
+        let prefix = format!("{name}/");
+        for (key, tensor) in template.tensors() {
+            if let Some(key) = key.strip_prefix(&prefix) {
+                parts.insert(key, Value::tensor(tensor)?);
+            }
+        }
+        states.push(index as i64, parts);
+    }
+    let mut saved = Dict::new();
+    saved.insert("state", states);
+    saved.insert("param_groups", Value::list(saved_groups));
+    Ok(saved.into())
+}
+
+/// A group's parameters in Python's order.
+fn ordered(members: Vec<String>, names: &[&str]) -> Result<Vec<String>> {
+    if names.is_empty() {
+        return Ok(in_order(members));
+    }
+    let places: HashMap<_, _> =
+        names.iter().enumerate().map(|(place, name)| (*name, place)).collect();
+    let placed = members.into_iter().map(|name| match places.get(name.as_str()) {
+        Some(place) => Ok((*place, name)),
+        None => Err(fault(format!("parameter '{name}' is not among the names"))),
+    });
+    let mut placed = placed.collect::<Result<Vec<_>>>()?;
+    placed.sort_unstable();
+    Ok(placed.into_iter().map(|(_, name)| name).collect())
+}
+
+fn fault(why: impl fmt::Display) -> Error {
+    Error::State(format!("the optimizer's state: {why}"))
+}
+
+fn saved_groups(saved: &Value) -> Result<Vec<&Dict>> {
+    let groups = saved.require("param_groups")?.as_slice();
+    let groups = groups.ok_or_else(|| fault("param_groups is no list"))?;
+    let dict = |group| Value::as_dict(group).ok_or_else(|| fault("a group is no dict"));
+    groups.iter().map(dict).collect()
+}
+
+/// Our groups in the order of Python's.
+fn matched(saved: &[&Dict], ours: Vec<Group>) -> Result<Vec<Group>> {
+    if saved.len() != ours.len() {
+        return Err(fault(format!(
+            "it has {} groups, and here there are {}",
+            saved.len(),
+            ours.len()
+        )));
+    }
+    let names: Vec<_> =
+        saved.iter().map(|group| group.get("name").and_then(Value::as_str)).collect();
+    let mut sorted: Vec<_> = names.iter().flatten().copied().collect();
+    let mut known: Vec<_> = ours.iter().map(Group::name).collect();
+    sorted.sort_unstable();
+    known.sort_unstable();
+    if sorted != known {
+        return Ok(ours);
+    }
+    let find =
+        |name: &Option<&str>| ours.iter().find(|group| Some(&*group.name()) == *name).cloned();
+    names.iter().map(|name| find(name).ok_or_else(|| fault("two groups of one name"))).collect()
+}
+
+/// Names of parameters by Python's numbers.
+struct Numbers(BTreeMap<i64, String>);
+
+impl Numbers {
+    fn of(saved: &[&Dict], ours: &[Group], names: &[&str]) -> Result<Self> {
+        let mut by_number = BTreeMap::new();
+        for (dict, group) in saved.iter().zip(ours) {
+            let numbers = dict.get("params").and_then(Value::as_slice);
+            let numbers = numbers.ok_or_else(|| fault("a group has no params"))?;
+            let of_python: Option<Vec<String>> =
+                dict.get("param_names").and_then(Value::as_slice).and_then(|names| {
+                    names.iter().map(|name| name.as_str().map(str::to_owned)).collect()
+                });
+            let names = match of_python.filter(|_| names.is_empty()) {
+                Some(names) => names,
+                None => ordered(group.parameters()?, names)?,
+            };
+            if names.len() != numbers.len() {
+                return Err(fault(format!(
+                    "group '{}' has {} parameters there and {} here",
+                    group.name(),
+                    numbers.len(),
+                    names.len()
+                )));
+            }
+            for (number, name) in numbers.iter().zip(names) {
+                let number = number.as_i64().ok_or_else(|| fault("params are no numbers"))?;
+                if by_number.insert(number, name).is_some() {
+                    return Err(fault(format!("parameter {number} is in two groups")));
+                }
+            }
+        }
+        Ok(Self(by_number))
+    }
+
+    fn name(&self, number: i64) -> Result<&str> {
+        let name = self.0.get(&number).map(String::as_str);
+        name.ok_or_else(|| fault(format!("parameter {number} is in no group")))
+    }
+}
+
+/// Both groups have the same parameters.
+fn check_members(dict: &Dict, form: &SavedGroup, names: &Numbers) -> Result<()> {
+    let numbers = dict.get("params").and_then(Value::as_slice).unwrap_or_default();
+    let mut theirs = vec![];
+    for number in numbers {
+        theirs.push(names.name(number.as_i64().unwrap_or(-1))?);
+    }
+    let only_there = theirs.iter().find(|name| !form.parameters.iter().any(|own| own == **name));
+    let only_here = form.parameters.iter().find(|name| !theirs.contains(&name.as_str()));
+    let group = &form.name;
+    match (only_there, only_here) {
+        (Some(name), _) => Err(fault(format!("'{name}' is in group '{group}' there and not here"))),
+        (_, Some(name)) => Err(fault(format!("'{name}' is in group '{group}' here and not there"))),
+        (None, None) => Ok(()),
+    }
+}
+
+/// Python's value of one of our options.
+fn option_of(dict: &Dict, option: &str) -> Result<Option<f64>, String> {
+    let value = match option {
+        "beta1" | "beta2" => {
+            let betas = dict.get("betas").and_then(Value::as_slice);
+            betas.and_then(|betas| betas.get(usize::from(option == "beta2")))
+        }
+        option => dict.get(option),
+    };
+    match value {
+        None => Ok(None),
+        Some(Value::Bool(bool)) => Ok(Some(f64::from(u8::from(*bool)))),
+        Some(value @ (Value::Float(_) | Value::Int(_))) => Ok(value.as_f64()),
+        // Learning rates may be tensors.
+        Some(Value::Tensor(stored)) if stored.numel() == 1 => {
+            let number = stored.tensor().map_err(|error| error.to_string())?;
+            f64::try_from(number.detach().reshape([])).map(Some).map_err(|error| error.to_string())
+        }
+        Some(other) => Err(format!("it is a {}", other.type_name())),
+    }
+}
+
+/// Options that are not ours must not change what a step does.
+fn check_rest(
+    dict: &Dict,
+    form: &SavedGroup,
+    optimizer: &str,
+    report: &mut LoadedOptimizer,
+) -> Result<()> {
+    for (option, value) in dict.iter() {
+        let option = option.as_str().unwrap_or_default();
+        let is_ours = form.options.contains_key(option) || option == "betas";
+        if is_ours || matches!(option, "params" | "param_names" | "name") {
+            continue;
+        }
+        let off = matches!(value, Value::None | Value::Bool(false));
+        if option == "decoupled_weight_decay" && off == (optimizer == "AdamW") {
+            let theirs = if off { "Adam" } else { "AdamW" };
+            return Err(fault(format!("it is of {theirs}, and this is {optimizer}")));
+        }
+        if !off && !WITHOUT_EFFECT.contains(&option) {
+            return Err(fault(format!(
+                "group '{}' has {option} = {value}, which {optimizer} does not have here",
+                form.name
+            )));
+        }
+        if !off {
+            report.ignored.push(format!("{}.{option}", form.name));
+        }
+    }
+    Ok(())
+}
+
+/// A step count: PyTorch's is a tensor since 1.12 and was a number before.
+fn step_of(name: &str, value: &Value) -> Result<i64> {
+    let number = match value {
+        Value::Tensor(stored) if stored.numel() == 1 => {
+            let number = stored.tensor()?.detach().reshape([]);
+            f64::try_from(number).map_err(|error| Error::libtorch("reading a step", error))?
+        }
+        other => other.as_f64().unwrap_or(f64::NAN),
+    };
+    match number >= 0. && number.fract() == 0. && number < (1u64 << 53) as f64 {
+        true => Ok(number as i64),
+        false => Err(fault(format!("the step of '{name}' is {value}"))),
+    }
+}
+
+/// A group as Python has it, with all options that its optimizer looks for.
+fn group_value(optimizer: &str, group: &SavedGroup, numbers: &[usize]) -> Value {
+    let mut dict = Dict::new();
+    for (option, value) in &group.options {
+        match option.as_str() {
+            "beta1" => {
+                let beta2 = group.options.get("beta2").copied().unwrap_or(0.999);
+                dict.insert("betas", Value::tuple([*value, beta2]));
+            }
+            "beta2" => {}
+            "nesterov" | "amsgrad" | "centered" => dict.insert(option, *value != 0.),
+            _ => dict.insert(option, *value),
+        }
+    }
+    for option in ["maximize", "differentiable"] {
+        dict.insert(option, false);
+    }
+    dict.insert("foreach", Value::None);
+    if optimizer != "RMSprop" {
+        dict.insert("fused", Value::None);
+    }
+    if optimizer != "SGD" {
+        dict.insert("capturable", false);
+    }
+    if optimizer.starts_with("Adam") {
+        dict.insert("decoupled_weight_decay", optimizer == "AdamW");
+    }
+    dict.insert("params", Value::list(numbers.iter().map(|number| *number as i64)));
+    dict.into()
+}

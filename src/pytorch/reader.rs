@@ -1,0 +1,147 @@
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::freeze::freeze;
+use super::legacy;
+use super::machine::Machine;
+use super::source::{Input, Source};
+use super::storage::Place;
+use super::value::Value;
+use super::zip::Archive;
+use crate::error::{Error, Result};
+
+/// How a file is read.
+///
+/// ```
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("model.pt");
+/// # tch_ignite::pytorch::write(&path, &3.into())?;
+/// use tch_ignite::pytorch::Reader;
+/// // Classes that a checkpoint is known to hold come out as `Value::Object`; none of their code is run.
+/// let value = Reader::new().allow("argparse.Namespace").read(&path)?;
+/// # Ok::<(), anyhow::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Reader {
+    allowed: BTreeSet<String>,
+}
+
+impl Reader {
+    /// Reads what `torch.load(weights_only=True)` reads.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Reads objects of this class, by its full name, too: as [`Value::Object`], which says what the file
+    /// holds of it. Nothing is executed, whatever the name.
+    pub fn allow(mut self, class: &str) -> Self {
+        self.allowed.insert(class.into());
+        self
+    }
+
+    /// Reads a file. Its tensors are read when they are asked for: see [`StoredTensor`](super::StoredTensor).
+    ///
+    /// # Errors
+    /// The file cannot be read, is no file of `torch.save`, is damaged, or uses names that are no plain data:
+    /// these are listed.
+    pub fn read(&self, path: impl AsRef<Path>) -> Result<Value> {
+        let path = path.as_ref();
+        let source =
+            Source::open(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        self.value(source).map_err(|why| Error::State(format!("{}: {why}", path.display())))
+    }
+
+    /// Reads a file that is in memory.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_bytes(&self, bytes: Vec<u8>) -> Result<Value> {
+        self.value(Source::Memory(bytes)).map_err(Error::State)
+    }
+
+    fn value(&self, source: Source) -> Result<Value, String> {
+        let mut begin = vec![0; source.length().min(512) as usize];
+        source.read_at(&mut begin, 0).map_err(|error| error.to_string())?;
+        let source = Arc::new(source);
+        if legacy::begins_like_one(&begin) {
+            return legacy::read(&source, &self.allowed);
+        }
+        if begin.starts_with(b"PK") {
+            return self.archive(&source);
+        }
+        Err(match &begin[..] {
+            [] => "the file is empty".into(),
+            [_, _, _, _, _, _, _, _, b'{', ..] => {
+                "it is a safetensors file: read it with checkpoint::load_weights".into()
+            }
+            _ if begin.get(257..262) == Some(b"ustar") => {
+                "it is a tar archive, which torch wrote before 0.1.10; torch.load(weights_only=True) refuses it too"
+                    .into()
+            }
+            _ => "it is no file of torch.save".to_owned(),
+        })
+    }
+
+    fn archive(&self, source: &Arc<Source>) -> Result<Value, String> {
+        let archive = Archive::open(source)?;
+        if archive.has("constants.pkl") {
+            return Err("it is a TorchScript module: load it with tch::CModule".into());
+        }
+        let pickle = archive.get("data.pkl")?;
+        check(source, pickle.begin, pickle.length, pickle.crc)
+            .map_err(|why| format!("data.pkl: {why}"))?;
+        let mut input = Input::new(source, pickle.begin, pickle.begin + pickle.length);
+        let mut made = Machine::new(&mut input, &self.allowed).run()?;
+        let little = match archive.has("byteorder") {
+            false => true,
+            true => {
+                let entry = archive.get("byteorder")?;
+                let mut name = [0; 6];
+                let name =
+                    name.get_mut(..entry.length as usize).ok_or("its byteorder is damaged")?;
+                source.read_at(name, entry.begin).map_err(|error| error.to_string())?;
+                match &*name {
+                    b"little" => true,
+                    b"big" => false,
+                    _ => return Err("its byteorder is damaged".into()),
+                }
+            }
+        };
+        for referred in &made.storages {
+            let (key, storage) = (&referred.key, &referred.storage);
+            let entry = archive.get(&format!("data/{key}"))?;
+            if entry.length != storage.length {
+                let (claimed, there) = (storage.length, entry.length);
+                return Err(format!("storage '{key}' should have {claimed} bytes and has {there}"));
+            }
+            storage.put_at(Place {
+                source: source.clone(),
+                begin: entry.begin,
+                crc: entry.crc,
+                swapped: little == cfg!(target_endian = "big"),
+            });
+        }
+        freeze(&mut made)
+    }
+}
+
+/// Compares the checksum of a part of the file.
+fn check(source: &Source, begin: u64, length: u64, expected: Option<u32>) -> Result<(), String> {
+    let Some(expected) = expected else { return Ok(()) };
+    let (mut crc, mut at) = (crc32fast::Hasher::new(), begin);
+    let mut chunk = vec![0; length.min(1 << 16) as usize];
+    while at < begin + length {
+        let length = (begin + length - at).min(chunk.len() as u64);
+        let chunk = &mut chunk[..length as usize];
+        source.read_at(chunk, at).map_err(|error| error.to_string())?;
+        crc.update(chunk);
+        at += length;
+    }
+    match crc.finalize() {
+        crc if crc == expected => Ok(()),
+        crc => Err(format!(
+            "its checksum is {crc:08x} and should be {expected:08x}: the file is damaged"
+        )),
+    }
+}

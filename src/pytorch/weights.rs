@@ -1,0 +1,407 @@
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use tch::Tensor;
+use tch::nn::VarStore;
+
+use super::names::Names;
+use super::reader::Reader;
+use super::tensor::StoredTensor;
+use super::value::{Dict, Value};
+use super::writer::write;
+use crate::bridge::TensorId;
+use crate::error::{Error, Result};
+
+/// Tensors by name, as a module's `state_dict()` has them.
+///
+/// ```
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("model.pt");
+/// # let (weight, bias) = (tch::Tensor::zeros([3, 2], tch::kind::FLOAT_CPU), tch::Tensor::zeros([3], tch::kind::FLOAT_CPU));
+/// # let mut state = pytorch::Dict::ordered();
+/// # state.insert("module.fc.weight", pytorch::Value::tensor(&weight)?);
+/// # state.insert("module.fc.bias", pytorch::Value::tensor(&bias)?);
+/// # let mut file = pytorch::Dict::new();
+/// # file.insert("state_dict", state);
+/// # pytorch::write(&path, &file.into())?;
+/// use tch::{Device, nn};
+/// use tch_ignite::pytorch::{self, Names, Weights};
+/// let vs = nn::VarStore::new(Device::Cpu);
+/// let fc = nn::linear(vs.root() / "fc", 2, 3, Default::default());
+/// // A training checkpoint of DataParallel: torch.save({"state_dict": model.state_dict(), …})
+/// let checkpoint = pytorch::read(&path)?;
+/// let weights = Weights::of(checkpoint.require("state_dict")?)?;
+/// let loaded = weights.rename(&Names::new().strip_prefix("module."))?.load(&vs)?;
+/// assert_eq!(loaded.loaded, ["fc.bias", "fc.weight"]);
+/// # Ok::<(), anyhow::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Weights {
+    /// In the order of the file.
+    tensors: Vec<(String, Arc<StoredTensor>)>,
+    /// Places in `tensors`.
+    places: HashMap<String, usize>,
+    /// Names that [`rename`](Self::rename) left out.
+    skipped: Vec<String>,
+}
+
+/// What was loaded into a store, and what was not. Displayed, it is a line or a few.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Loaded {
+    /// Variables of the store that were loaded, in the order of their names.
+    pub loaded: Vec<String>,
+    /// Variables of the store that the file does not have: they are as they were.
+    pub missing: Vec<String>,
+    /// Tensors of the file that have no place in the store.
+    pub unexpected: Vec<String>,
+    /// Variables whose shapes differ: their names, and how.
+    pub mismatched: Vec<(String, String)>,
+    /// Tensors of the file that the mapping of names left out.
+    pub skipped: Vec<String>,
+    /// What the names in the file begin with that the store's do not, if that is why they do not fit.
+    hint: Option<String>,
+}
+
+/// Counters of batch norm, which tch's does not have: no fault if they have no place.
+const COUNTER: &str = "num_batches_tracked";
+
+impl Weights {
+    /// The tensors of a dict whose values are all tensors.
+    ///
+    /// # Errors
+    /// No dict; a value that is no tensor or a name that is no text, by name. The text says which of its parts
+    /// look like a module's state.
+    pub fn of(value: &Value) -> Result<Self> {
+        let Some(dict) = value.as_dict() else {
+            return Err(Error::State(format!("a {} is no state_dict()", value.type_name())));
+        };
+        let mut tensors = Vec::with_capacity(dict.len());
+        for (name, value) in dict.iter() {
+            match (name, value) {
+                (Value::Str(name), Value::Tensor(tensor)) => {
+                    tensors.push((name.to_string(), tensor.clone()));
+                }
+                (name, other) => {
+                    let parts: Vec<_> = dict.iter().filter(|(_, part)| is_state(part)).collect();
+                    let parts: Vec<_> = parts.iter().map(|(key, _)| key.to_string()).collect();
+                    let hint = match &parts[..] {
+                        [] => String::new(),
+                        parts => format!("; weights are in {}", parts.join(", ")),
+                    };
+                    let what = other.type_name();
+                    return Err(Error::State(format!("{name} is a {what} and no tensor{hint}")));
+                }
+            }
+        }
+        Ok(Self::new(tensors, vec![]))
+    }
+
+    fn new(tensors: Vec<(String, Arc<StoredTensor>)>, skipped: Vec<String>) -> Self {
+        let names = tensors.iter().enumerate();
+        let places = names.map(|(place, (name, _))| (name.clone(), place)).collect();
+        Self { tensors, places, skipped }
+    }
+
+    /// Reads a file that holds a module's state and nothing else: `torch.save(model.state_dict(), path)`.
+    ///
+    /// # Errors
+    /// As [`Reader::read`] and [`of`](Self::of).
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let value = Reader::new().read(path)?;
+        Self::of(&value).map_err(|error| Error::State(format!("{}: {error}", path.display())))
+    }
+
+    /// The variables of a store, parameters and buffers, in PyTorch's usual [order](Self::names); shared, not copied.
+    ///
+    /// # Errors
+    /// A variable that cannot be saved, by name.
+    pub fn of_store(vs: &VarStore) -> Result<Self> {
+        let variables = vs.variables();
+        let mut tensors = Vec::with_capacity(variables.len());
+        for name in names_of_store(vs, &variables) {
+            let Some(variable) = variables.get(&name) else { continue };
+            // state_dict() has tensors without their gradients' history.
+            let stored = variable
+                .f_detach()
+                .map_err(|error| Error::libtorch("saving a variable", error))
+                .and_then(|variable| StoredTensor::new(&variable))
+                .map_err(|error| Error::State(format!("variable '{name}': {error}")))?;
+            tensors.push((name, Arc::new(stored)));
+        }
+        Ok(Self::new(tensors, vec![]))
+    }
+
+    /// Gives the tensors other names.
+    ///
+    /// # Errors
+    /// Two of them would have the same.
+    pub fn rename(self, names: &Names) -> Result<Self> {
+        let (mut tensors, mut skipped) = (Vec::with_capacity(self.tensors.len()), self.skipped);
+        let mut before: HashMap<String, String> = HashMap::new();
+        for (name, tensor) in self.tensors {
+            let Some(new) = names.apply(&name) else {
+                skipped.push(name);
+                continue;
+            };
+            if let Some(other) = before.insert(new.clone(), name.clone()) {
+                return Err(Error::invalid(format!(
+                    "'{other}' and '{name}' would both be named '{new}'"
+                )));
+            }
+            tensors.push((new, tensor));
+        }
+        Ok(Self::new(tensors, skipped))
+    }
+
+    /// The tensors in the order of the file.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), &**tensor))
+    }
+
+    /// The names in the order of the file: for a `state_dict()` that of the modules and of their parameters, by
+    /// which PyTorch's optimizers number them. Those of a store are in the order in which the modules were made, and
+    /// in each with biases behind other parameters, and buffers behind both: the order of PyTorch's own modules.
+    pub fn names(&self) -> Vec<&str> {
+        self.tensors.iter().map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// The tensor of that name.
+    pub fn get(&self, name: &str) -> Option<&StoredTensor> {
+        self.stored(name).map(|tensor| &**tensor)
+    }
+
+    fn stored(&self, name: &str) -> Option<&Arc<StoredTensor>> {
+        self.places.get(name).and_then(|place| self.tensors.get(*place)).map(|(_, tensor)| tensor)
+    }
+
+    /// What [`load`](Self::load) would do; nothing is read.
+    pub fn compare(&self, vs: &VarStore) -> Loaded {
+        let variables: BTreeMap<String, Tensor> = vs.variables().into_iter().collect();
+        let mut found = Loaded { skipped: self.skipped.clone(), ..Loaded::default() };
+        for (name, variable) in &variables {
+            match self.stored(name) {
+                None => found.missing.push(name.clone()),
+                Some(stored) if stored.shape == variable.size() => found.loaded.push(name.clone()),
+                Some(stored) => found.mismatched.push((
+                    name.clone(),
+                    format!("{:?} here and {:?} in the file", variable.size(), stored.shape),
+                )),
+            }
+        }
+        let names = self.tensors.iter().map(|(name, _)| name);
+        found.unexpected = names.filter(|name| !variables.contains_key(*name)).cloned().collect();
+        found.hint = hint(&found.missing, &found.unexpected);
+        found
+    }
+
+    /// Loads all variables of a store. Values are converted to the store's types, as in PyTorch; types and
+    /// devices of the store stay as they are. Where the types are the same, a file is read straight into the
+    /// store's memory.
+    ///
+    /// `num_batches_tracked`, which tch's batch norm does not have, may have no place: it is listed as unexpected.
+    ///
+    /// # Errors
+    /// Names or shapes that do not fit, all of them listed: nothing is changed then. If the file cannot be read to
+    /// its end, or a checksum is wrong, the error says so and the store holds a part of it.
+    pub fn load(&self, vs: &VarStore) -> Result<Loaded> {
+        let found = self.compare(vs);
+        match found.fits() {
+            true => self.copied(vs, found),
+            false => Err(Error::State(found.to_string())),
+        }
+    }
+
+    /// Loads what fits by name and shape and leaves the rest as it is; what was left is told.
+    ///
+    /// # Errors
+    /// Nothing fits; the file cannot be read.
+    pub fn load_partial(&self, vs: &VarStore) -> Result<Loaded> {
+        let found = self.compare(vs);
+        match found.loaded.is_empty() && !found.missing.is_empty() {
+            true => Err(Error::State(found.to_string())),
+            false => self.copied(vs, found),
+        }
+    }
+
+    fn copied(&self, vs: &VarStore, found: Loaded) -> Result<Loaded> {
+        let mut variables = vs.variables();
+        for name in &found.loaded {
+            if let (Some(stored), Some(variable)) = (self.stored(name), variables.get_mut(name)) {
+                tch::no_grad(|| stored.copied(variable)).map_err(|why| {
+                    Error::State(format!(
+                        "'{name}' cannot be read: {why}. The store now holds a part of the file"
+                    ))
+                })?;
+            }
+        }
+        Ok(found)
+    }
+
+    /// The tensors as the value of a module's `state_dict()`.
+    pub fn to_value(&self) -> Value {
+        let mut dict = Dict::ordered();
+        for (name, tensor) in &self.tensors {
+            dict.push(name.as_str(), Value::Tensor(tensor.clone()));
+        }
+        dict.into()
+    }
+}
+
+impl fmt::Debug for Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.tensors.iter().map(|(name, tensor)| (name, tensor))).finish()
+    }
+}
+
+/// Names of all variables: parameters in [PyTorch's order](in_order), and buffers behind those of their module.
+fn names_of_store(vs: &VarStore, variables: &HashMap<String, Tensor>) -> Vec<String> {
+    let names: HashMap<_, _> =
+        variables.iter().map(|(name, tensor)| (TensorId::of(tensor), name)).collect();
+    let made = vs.trainable_variables();
+    let made = made.iter().filter_map(|tensor| names.get(&TensorId::of(tensor)));
+    let mut names: Vec<String> = made.map(|name| (*name).clone()).collect();
+    let known: BTreeSet<_> = names.iter().cloned().collect();
+    let mut rest: Vec<_> =
+        variables.keys().filter(|name| !known.contains(*name)).cloned().collect();
+    rest.sort();
+    names = in_order(names);
+    for buffer in rest {
+        let behind = names.iter().rposition(|name| module_of(name) == module_of(&buffer));
+        names.insert(behind.map_or(names.len(), |place| place + 1), buffer);
+    }
+    names
+}
+
+fn module_of(name: &str) -> &str {
+    name.rsplit_once('.').map_or("", |(module, _)| module)
+}
+
+/// Names in PyTorch's order, from the order in which a store got them: tch makes a layer's bias first, PyTorch last.
+pub(super) fn in_order(names: Vec<String>) -> Vec<String> {
+    let mut modules: HashMap<String, usize> = HashMap::new();
+    for name in &names {
+        let next = modules.len();
+        modules.entry(module_of(name).to_owned()).or_insert(next);
+    }
+    let mut names = names;
+    names.sort_by_key(|name| {
+        let module = module_of(name);
+        let is_bias = name[module.len()..].trim_start_matches('.').starts_with("bias");
+        (modules.get(module).copied(), is_bias)
+    });
+    names
+}
+
+/// Whether a value is a dict of tensors.
+fn is_state(value: &Value) -> bool {
+    value.as_dict().is_some_and(|dict| {
+        !dict.is_empty()
+            && dict.iter().all(|(key, value)| key.as_str().is_some() && value.as_tensor().is_some())
+    })
+}
+
+/// The beginning that would make most missing names those of unexpected tensors, or the other way round.
+fn hint(missing: &[String], unexpected: &[String]) -> Option<String> {
+    let beginnings = |long: &[String], short: &[String]| {
+        let short: BTreeSet<_> = short.iter().collect();
+        let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+        for name in long {
+            for (at, _) in name.match_indices('.') {
+                if short.contains(&name[at + 1..].to_owned()) {
+                    *counts.entry(name[..=at].to_owned()).or_default() += 1;
+                }
+            }
+        }
+        counts
+            .into_iter()
+            .max_by_key(|(_, count)| *count)
+            .filter(|(_, count)| 2 * count > short.len())
+    };
+    if let Some((prefix, _)) = beginnings(unexpected, missing) {
+        return Some(format!(
+            "the file's names begin with '{prefix}': try Names::new().strip_prefix({prefix:?})"
+        ));
+    }
+    let (prefix, _) = beginnings(missing, unexpected)?;
+    Some(format!(
+        "the store's names begin with '{prefix}': try Names::new().add_prefix({prefix:?})"
+    ))
+}
+
+impl Loaded {
+    /// Whether everything has its place: nothing is missing, and nothing but counters of batch norm is left over.
+    pub fn fits(&self) -> bool {
+        self.missing.is_empty() && self.mismatched.is_empty() && self.faults().next().is_none()
+    }
+
+    /// Unexpected tensors that are a fault.
+    fn faults(&self) -> impl Iterator<Item = &String> {
+        let is_counter = |name: &str| name.rsplit('.').next() == Some(COUNTER);
+        self.unexpected.iter().filter(move |name| !is_counter(name))
+    }
+}
+
+/// How many names a line lists.
+const MAX_LISTED: usize = 10;
+
+impl fmt::Display for Loaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all =
+            self.loaded.len() + self.missing.len() + self.mismatched.len() + self.unexpected.len();
+        let faults: Vec<_> = self.faults().cloned().collect();
+        let misfits = self.missing.len() + self.mismatched.len() + faults.len();
+        match misfits {
+            0 => write!(f, "{} variables loaded", self.loaded.len())?,
+            misfits => write!(f, "{misfits} of {all} do not fit")?,
+        }
+        let listed = |f: &mut fmt::Formatter<'_>, what: &str, names: &[String]| {
+            if names.is_empty() {
+                return Ok(());
+            }
+            let more = names.len().saturating_sub(MAX_LISTED);
+            let shown = names[..names.len() - more].join(", ");
+            write!(f, "\n  {what}: {shown}")?;
+            if more > 0 { write!(f, " and {more} more") } else { Ok(()) }
+        };
+        let shapes: Vec<_> =
+            self.mismatched.iter().map(|(name, how)| format!("{name} is {how}")).collect();
+        listed(f, "not in the file", &self.missing)?;
+        listed(f, "of another shape", &shapes)?;
+        listed(
+            f,
+            "without a place in the store",
+            if misfits == 0 { &self.unexpected } else { &faults },
+        )?;
+        listed(f, "left out by the mapping of names", &self.skipped)?;
+        match &self.hint {
+            Some(hint) => write!(f, "\n  {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Loads all variables of a store from a file of `torch.save(model.state_dict(), path)`: see [`Weights::load`],
+/// which takes the weights of a larger checkpoint, and other names.
+///
+/// # Errors
+/// As [`Weights::read`] and [`Weights::load`].
+pub fn load_weights(vs: &VarStore, path: impl AsRef<Path>, names: &Names) -> Result<Loaded> {
+    let path = path.as_ref();
+    let weights = Weights::read(path)?;
+    weights
+        .rename(names)
+        .and_then(|weights| weights.load(vs))
+        .map_err(|error| Error::State(format!("{}: {error}", path.display())))
+}
+
+/// Writes the variables of a store, parameters and buffers, for `model.load_state_dict(torch.load(path))`.
+///
+/// # Errors
+/// As [`write`] and [`Weights::rename`].
+pub fn save_weights(vs: &VarStore, path: impl AsRef<Path>, names: &Names) -> Result<()> {
+    write(path, &Weights::of_store(vs)?.rename(names)?.to_value())
+}
