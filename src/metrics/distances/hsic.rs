@@ -7,8 +7,9 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 /// How much x and y depend on each other: ignite's `HSIC`, the mean over batches of the unbiased
 /// Hilbert-Schmidt independence criterion (Song and others, 2012) with Gaussian kernels.
 ///
-/// x and y are (N, …) with the same N, and are flattened. Batches of fewer than 4 samples do not count unless
-/// [`ignore_invalid_batch`](Of::ignore_invalid_batch) is off. `update` makes N × N kernels; no host sync.
+/// x and y are (N, …) with the same N, and are flattened. Batches of fewer than 4 samples are left out, or are an
+/// error with [`ignore_invalid_batch(false)`](Of::ignore_invalid_batch). `update` makes N × N kernels; no host
+/// sync.
 ///
 /// ```
 /// use tch::{Kind, Device, Tensor};
