@@ -30,7 +30,7 @@ pub struct MetricsLambda<'a, O> {
     node: Rc<Node<'a, O>>,
     /// Each metric of the expression once, in the order in which the expression names them.
     leaves: Vec<Rc<Leaf<'a, O>>>,
-    /// The identity of this handle, to which [`Leaf::user`] refers.
+    /// The identity of this handle; a leaf notes with it which handle updates its metric.
     user: Rc<()>,
 }
 

@@ -102,8 +102,8 @@ pub struct Of<M, F> {
     pub(super) metric: M,
     parts: F,
     sums: Accumulator,
-    /// Whether a [`Contribution::wrong`] condition held on a device other than the CPU, where reading it would be a
-    /// host sync; `None` before the first such condition. Once true, the value is NaN.
+    /// Whether a condition that makes the value wrong held on a device other than the CPU, where reading it would
+    /// be a host sync; `None` before the first such condition. Once true, the value is NaN.
     spoiled: Option<Tensor>,
     validated: bool,
 }
