@@ -52,7 +52,7 @@ pub trait Source<B> {
     /// Checks the source's arguments; the engine calls this when a run begins.
     ///
     /// # Errors
-    /// What is wrong with the arguments.
+    /// Wrong arguments; the error names the first.
     fn validate(&self) -> Result<()> {
         Ok(())
     }

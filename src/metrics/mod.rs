@@ -40,8 +40,8 @@
 //! | other metrics | [`MetricsLambda`], [`MetricGroup`] |
 //! | your own | [`Pairwise`], [`Metric`] |
 //!
-//! What the elements of a batch must be (0 or 1, say) is checked in `update` on the CPU. On other devices that check
-//! would wait for the device; there the value is NaN from then on, until the next reset.
+//! Conditions on the elements of a batch (0 or 1, say) are checked in `update` on the CPU. On other devices that
+//! check would wait for the device; there the value is NaN from then on, until the next reset.
 
 mod accumulator;
 mod average;
@@ -125,7 +125,7 @@ pub trait Metric<O> {
     /// Checks the arguments; called when the metric is attached.
     ///
     /// # Errors
-    /// What is wrong with the arguments.
+    /// Wrong arguments; the error names the first.
     fn validate(&self) -> Result<()> {
         Ok(())
     }

@@ -76,7 +76,7 @@ pub trait Pairwise {
     /// Checks the arguments; called when the metric is attached, and before the first update.
     ///
     /// # Errors
-    /// What is wrong with the arguments.
+    /// Wrong arguments; the error names the first.
     fn validate(&self) -> Result<()> {
         Ok(())
     }

@@ -82,7 +82,7 @@ pub trait Schedule: Send {
     /// Checks the arguments. Schedulers call this before the first event.
     ///
     /// # Errors
-    /// What is wrong with the arguments.
+    /// Wrong arguments; the error names the first.
     fn validate(&self) -> Result<()>;
 
     /// Returns after how many events the schedule ends, and why; `None` for one that goes on for ever. May cost
@@ -99,7 +99,7 @@ pub trait Schedule: Send {
 
     /// Checks before a run of `events` events that the schedule comes to its [length](Self::length) within it, does
     /// not [end](Self::end) before, and has a finite value at each event. Computes the values of all events, up to
-    /// ten millions.
+    /// ten million.
     ///
     /// ```
     /// use tch_ignite::schedule::{CosineAnnealing, Schedule};
