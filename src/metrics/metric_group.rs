@@ -31,7 +31,7 @@ impl<O> Default for MetricGroup<'_, O> {
 }
 
 impl<'a, O> MetricGroup<'a, O> {
-    /// An empty group.
+    /// Makes an empty group.
     pub fn new() -> Self {
         Self { metrics: vec![] }
     }

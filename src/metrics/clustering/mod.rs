@@ -34,9 +34,9 @@ struct Clusters {
     features: Tensor,
     /// (N, K), 1 where a sample belongs to a cluster.
     members: Tensor,
-    /// (K,)
+    /// Number of samples in each cluster: (K,).
     sizes: Tensor,
-    /// (K, D)
+    /// Mean of each cluster: (K, D).
     centroids: Tensor,
 }
 

@@ -13,7 +13,7 @@ pub enum Smooth {
     /// No smoothing: the score is 0.
     #[default]
     NoSmooth,
-    /// Counts 0.1 of them.
+    /// Counts 0.1 matches for each n that has none.
     Smooth1,
     /// Adds 1 to numerator and denominator for n of 2 and more; no denominator is less than 1.
     NltkSmooth2,

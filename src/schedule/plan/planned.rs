@@ -78,7 +78,7 @@ impl PlannedSchedule {
             event: Clock::Iteration,
             longer: Longer::Refuse,
         };
-        // TOML has no null.
+        // TOML has no null, so arguments that are not set are left out.
         let template = template.into_iter().filter(|(_, value)| !value.is_null()).collect();
         Ok(Self { place, template })
     }
