@@ -19,9 +19,9 @@ use crate::state::StateDict;
 /// * On events before the step (`STARTED`, `EPOCH_STARTED`, `GET_BATCH_STARTED`, `GET_BATCH_COMPLETED`,
 ///   `ITERATION_STARTED`) the value is written right before it is used.
 /// * On events after the step ([`OPTIMIZER_STEPPED`](crate::engine::OPTIMIZER_STEPPED), `ITERATION_COMPLETED`,
-/// `EPOCH_COMPLETED` and the others, events of the user's own too) value 0 is written when a run begins, at
-/// `STARTED`, if the scheduler has written nothing yet. Each event then writes the value of the update that
-/// follows, as `scheduler.step()` of torch and accelerate does. See [`write_at_start`](Self::write_at_start).
+///   `EPOCH_COMPLETED` and the others, events of the user's own too) value 0 is written when a run begins, at
+///   `STARTED`, if the scheduler has written nothing yet. Each event then writes the value of the update that
+///   follows, as `scheduler.step()` of torch and accelerate does. See [`write_at_start`](Self::write_at_start).
 ///
 /// Two schedulers of one engine that drive the same knob are refused, because only the last to write would count:
 /// join the schedules with [`Schedule::then`], multiply them with [`ChainedScheduler`](super::ChainedScheduler), or
