@@ -6,12 +6,12 @@ use serde_json::{Map, Value};
 use super::SamplePosition;
 use crate::error::{Error, Result};
 
-/// The batch size of a [`Loader`](super::Loader) or [`DataLoader`](super::DataLoader): a handle,
-/// whose clones share it, so that it can be changed while the engine has the loader.
+/// A shared handle to the batch size of a [`Loader`](super::Loader) or [`DataLoader`](super::DataLoader). Clones
+/// share the size, so that it can be changed while the engine holds the loader.
 #[derive(Debug, Clone)]
 pub struct BatchSize {
     size: Arc<AtomicU64>,
-    /// What it was made with.
+    /// The size given at construction. A position names its batch size only where it differs from this one.
     made: u64,
     samples: u64,
     drop_last: bool,
@@ -32,17 +32,17 @@ impl BatchSize {
         self.drop_last = on;
     }
 
-    /// Of a pass of this many samples. Shares the size.
+    /// Sets the number of samples in a pass. Clones share the batch size, not this number.
     pub(super) fn set_samples(&mut self, samples: u64) {
         self.samples = samples;
     }
 
-    /// Samples in a batch.
+    /// Returns the number of samples in a batch.
     pub fn get(&self) -> u64 {
         self.size.load(Ordering::Relaxed)
     }
 
-    /// Changes it, from the next batch on.
+    /// Changes the batch size of the loader and its clones, from the next batch on.
     ///
     /// # Errors
     /// A batch size of 0.
@@ -54,17 +54,17 @@ impl BatchSize {
         Ok(())
     }
 
-    /// Samples in a pass.
+    /// Returns the number of samples in a pass.
     pub fn samples(&self) -> u64 {
         self.samples
     }
 
-    /// Batches in a pass.
+    /// Returns the number of batches in a pass.
     pub fn batches(&self) -> u64 {
         self.batches_from(0)
     }
 
-    /// Batches of a pass from this sample on.
+    /// Returns the number of batches in a pass from sample `first` on.
     pub(super) fn batches_from(&self, first: u64) -> u64 {
         let samples = self.samples.saturating_sub(first);
         match self.drop_last {
@@ -73,18 +73,18 @@ impl BatchSize {
         }
     }
 
-    /// The place after so many samples.
+    /// Returns the position after `samples` samples of a pass.
     pub(super) fn place(&self, samples: u64) -> SamplePosition {
         SamplePosition { samples, batch_size: Some(self.get()).filter(|size| *size != self.made) }
     }
 
-    /// Makes the batch size that of a place; gives its samples.
+    /// Sets the batch size that a position names, if it names one, and returns the position's count of samples.
     pub(super) fn restore(&self, place: &SamplePosition) -> Result<u64> {
         place.batch_size.map_or(Ok(()), |size| self.set(size))?;
         Ok(place.samples)
     }
 
-    /// See [`Source::settings`](super::Source::settings).
+    /// The settings of a loader that come from its batch size; see [`Source::settings`](super::Source::settings).
     pub(super) fn settings(&self) -> Map<String, Value> {
         Map::from_iter([
             ("batch_size".to_owned(), self.made.into()),
@@ -93,13 +93,14 @@ impl BatchSize {
         ])
     }
 
-    /// Samples in the batch of (at most) `size` that begins with sample `first`; 0 where there is none.
+    /// Returns the number of samples in the batch of (at most) `size` that begins with sample `first`; 0 where no
+    /// batch begins there.
     pub(super) fn batch_at(&self, first: u64, size: u64) -> u64 {
         let len = size.min(self.samples.saturating_sub(first));
         if self.drop_last && len < size { 0 } else { len }
     }
 
-    /// That there is a batch at all.
+    /// Checks that a pass has at least one batch.
     pub(super) fn validate(&self) -> anyhow::Result<()> {
         anyhow::ensure!(self.samples > 0, "the sampler gives no samples");
         anyhow::ensure!(

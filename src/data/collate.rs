@@ -3,8 +3,8 @@ use tch::Tensor;
 
 /// Samples that can be put together into a batch: PyTorch's `default_collate`.
 ///
-/// Tensors of one shape are stacked, numbers become a tensor of their own kind, tuples are collated
-/// part by part, texts become a list.
+/// Tensors of one shape are stacked along a new first dimension, numbers become a tensor (N,) of their own kind,
+/// tuples are collated part by part, strings become a list.
 ///
 /// ```
 /// use tch_ignite::data::Collate;
@@ -14,10 +14,13 @@ use tch::Tensor;
 /// # anyhow::Ok(())
 /// ```
 pub trait Collate: Sized {
-    /// What a batch is.
+    /// The type of a batch.
     type Batch;
 
-    /// The batch of these samples, of which there is at least one.
+    /// Makes a batch of these samples, of which there is at least one.
+    ///
+    /// # Errors
+    /// Samples that do not fit together, for instance tensors of different shapes.
     fn collate(samples: Vec<Self>) -> Result<Self::Batch>;
 }
 

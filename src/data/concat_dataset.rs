@@ -3,7 +3,7 @@ use anyhow::Result;
 use super::dataset::out_of_range;
 use super::{Dataset, SplitMix64};
 
-/// Datasets one after the other: PyTorch's `ConcatDataset`. Of different types, as
+/// Datasets one after the other: PyTorch's `ConcatDataset`. Datasets of different types can be joined as
 /// `Box<dyn Dataset<Item = …>>`.
 ///
 /// ```
@@ -15,12 +15,12 @@ use super::{Dataset, SplitMix64};
 #[derive(Debug, Clone)]
 pub struct ConcatDataset<D> {
     datasets: Vec<D>,
-    /// Samples up to and with each dataset.
+    /// For each dataset, the number of samples in it and in those before it.
     ends: Vec<usize>,
 }
 
 impl<D: Dataset> ConcatDataset<D> {
-    /// Of these, in that order.
+    /// Joins the datasets in this order.
     pub fn new(datasets: impl Into<Vec<D>>) -> Self {
         let datasets = datasets.into();
         let end = |end: &mut usize, dataset: &D| {

@@ -15,14 +15,12 @@ use super::{
 };
 use crate::error::Result;
 
-/// Batches of a [`Dataset`], read sample by sample, by worker threads if you like: PyTorch's
-/// `DataLoader`.
+/// Batches of a [`Dataset`], read sample by sample, on worker threads if wanted: PyTorch's `DataLoader`.
 ///
-/// What comes, and in which order, is a function of seeds and pass alone: not of the number of workers,
-/// not of where a run was continued. Any position is reached without reading what lies before it.
+/// The samples and their order depend on the seeds and the pass alone, not on the number of workers or on where a run
+/// was continued. The loader reaches any position without reading the samples before it.
 ///
-/// For tensors in memory that need nothing done sample by sample, a [`Loader`](super::Loader) is some 5
-/// times as fast.
+/// For tensors in memory that need no work sample by sample, a [`Loader`](super::Loader) is about 5 times as fast.
 ///
 /// ```
 /// use tch::{Device, Kind, Tensor};
@@ -47,20 +45,20 @@ use crate::error::Result;
 /// ```
 ///
 /// # Errors and panics
-/// An error or a panic of the dataset ends the run with an error that names the sample's index, at the
-/// batch it belongs to; see [`skip_errors`](Self::skip_errors) for another way. The loader can be used
+/// An error or a panic of the dataset ends the run at the batch that the sample belongs to, with an error that names
+/// the sample's index; [`skip_errors`](Self::skip_errors) leaves such samples out instead. The loader can be used
 /// again afterwards.
 ///
 /// # Threads
-/// Workers live as long as a run, and end with it: what runs waits for the samples being read. They make
-/// batches without gradients, and each with one thread of libtorch's.
+/// Workers live as long as a run. The end of a run waits for the samples that are being read. Workers make batches
+/// without gradients, and each worker uses one libtorch thread.
 pub struct DataLoader<D: Dataset, B> {
     fetcher: Fetcher<D, B>,
     len: usize,
     batch_size: BatchSize,
-    /// None: in order.
+    /// `None` for samples in order.
     sampler: Option<Arc<dyn Sampler>>,
-    /// Of the samples' random numbers: given, or that of the order.
+    /// Seed of the random numbers that the dataset gets; `None` for the seed of [`shuffle`](Self::shuffle).
     seed: Option<u64>,
     shuffle_seed: u64,
     num_workers: usize,
@@ -78,11 +76,11 @@ struct Skipped {
 }
 
 impl<D: Dataset + 'static, B> DataLoader<D, B> {
-    /// Batches of `batch_size` samples, in order, the last one possibly smaller, put together as their
-    /// type says ([`Collate`]).
+    /// Makes batches of `batch_size` samples, in order, the last one possibly smaller. The sample type's [`Collate`]
+    /// puts them together.
     ///
     /// # Errors
-    /// Batch size 0, no samples.
+    /// A batch size of 0, or a dataset without samples.
     pub fn new(dataset: D, batch_size: usize) -> Result<Self>
     where
         D::Item: Collate<Batch = B>,
@@ -90,7 +88,8 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
         Self::with_collate(dataset, batch_size, D::Item::collate)
     }
 
-    /// The same, put together by a function of your own: of at least one sample, in order.
+    /// Makes a loader like [`new`](Self::new) whose batches are put together by `collate`. The function gets at
+    /// least one sample, in order.
     ///
     /// ```
     /// # use tch::{Device, Kind, Tensor};
@@ -103,7 +102,7 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
     /// ```
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// Those of [`new`](Self::new).
     pub fn with_collate(
         dataset: D,
         batch_size: usize,
@@ -131,14 +130,14 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
         })
     }
 
-    /// Shuffles each pass anew, by this seed: a [`RandomSampler`].
+    /// Shuffles each pass anew with a [`RandomSampler`] of this seed.
     pub fn shuffle(mut self, seed: u64) -> Self {
         self.shuffle_seed = seed;
         let sampler = RandomSampler::new(self.len, seed);
         self.sampler(sampler)
     }
 
-    /// Takes the samples that this one names, in its order.
+    /// Takes the samples that `sampler` names, in its order.
     pub fn sampler(mut self, sampler: impl Sampler + 'static) -> Self {
         self.batch_size.set_samples(sampler.num_samples() as u64);
         self.fetcher.repeats = sampler.repeats();
@@ -146,34 +145,35 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
         self
     }
 
-    /// The seed of the random numbers that the dataset gets; that of [`shuffle`](Self::shuffle), or 0,
-    /// where it is not given.
+    /// Sets the seed of the random numbers that the dataset gets. The default is the seed of
+    /// [`shuffle`](Self::shuffle), or 0 without it.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = Some(seed);
         self
     }
 
-    /// Leaves out the last batch of a pass where it is smaller.
+    /// Leaves out the last batch of a pass where it is smaller than the others.
     pub fn drop_last(mut self, on: bool) -> Self {
         self.batch_size.drop_last(on);
         self
     }
 
-    /// Makes batches in this many threads, ahead of their use; with 0, which it is at first, when they
-    /// are asked for.
+    /// Makes batches ahead of their use on this many threads. With 0, the default, each batch is made when the engine
+    /// asks for it.
     pub fn num_workers(mut self, threads: usize) -> Self {
         self.num_workers = threads;
         self
     }
 
-    /// Batches begun or ready, for each worker; 2 at first. So many batches are in memory.
+    /// Sets how many batches each worker may have begun or ready, 2 by default. Workers times this many batches are
+    /// in memory.
     pub fn prefetch_factor(mut self, batches: usize) -> Self {
         self.prefetch_factor = batches;
         self
     }
 
-    /// Gives batches on this device. The copy is made when a batch is asked for, and waits for the device
-    /// unless memory is [pinned](Self::pin_memory).
+    /// Gives batches on this device. The copy is made when the engine asks for a batch, and waits for the device
+    /// unless the batch is in [pinned memory](Self::pin_memory).
     pub fn to_device(mut self, device: Device) -> Self
     where
         B: Transfer,
@@ -182,8 +182,8 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
         self
     }
 
-    /// Puts batches into pinned memory, where the workers are, so that the copy to a CUDA device does not
-    /// hold up the program. Without CUDA it changes nothing.
+    /// Makes the workers put batches into pinned memory, so that the copy to a CUDA device does not block the
+    /// program. Without CUDA this changes nothing.
     pub fn pin_memory(mut self, on: bool) -> Self
     where
         B: Transfer,
@@ -192,35 +192,35 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
         self
     }
 
-    /// Leaves out samples that cannot be read: their batches are smaller. [`skipped`](Self::skipped)
-    /// counts them. A batch without any sample is an error all the same, and so is a panic.
+    /// Leaves out samples that cannot be read, so that their batches are smaller; [`skipped`](Self::skipped) counts
+    /// them. A batch without any sample is still an error, and so is a panic.
     pub fn skip_errors(mut self, on: bool) -> Self {
         self.fetcher.skip_errors = on;
         self
     }
 
-    /// Samples left out of the batches that this loader and its clones gave.
+    /// Returns how many samples were left out of the batches that this loader and its clones gave.
     pub fn skipped(&self) -> u64 {
         self.skipped.count.load(Ordering::Relaxed)
     }
 
-    /// Index and error of the sample that was left out last.
+    /// Returns the index and the error of the sample that was left out last.
     pub fn last_skipped(&self) -> Option<String> {
         self.skipped.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Batches in a pass.
+    /// Returns the number of batches in a pass.
     pub fn batches(&self) -> u64 {
         self.batch_size.batches()
     }
 
-    /// Samples in a batch.
+    /// Returns the number of samples in a batch.
     pub fn batch_size(&self) -> u64 {
         self.batch_size.get()
     }
 
-    /// Changes the batch size of this loader and its clones, from the next batch on; what workers have
-    /// made ahead is made anew. See [`BatchSizeScheduler`](crate::schedule::BatchSizeScheduler).
+    /// Changes the batch size of this loader and its clones, from the next batch on. Batches that the workers made
+    /// ahead are made again. See [`BatchSizeScheduler`](crate::schedule::BatchSizeScheduler).
     ///
     /// # Errors
     /// A batch size of 0.
@@ -228,14 +228,14 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
         self.batch_size.set(samples)
     }
 
-    /// Samples in a pass.
+    /// Returns the number of samples in a pass.
     pub fn samples(&self) -> u64 {
         self.batch_size.samples()
     }
 }
 
 impl<D: Dataset, B> Clone for DataLoader<D, B> {
-    /// Shares the dataset, the batch size and the count of what was skipped.
+    /// Clones share the dataset, the batch size and the count of skipped samples.
     fn clone(&self) -> Self {
         Self {
             fetcher: self.fetcher.clone(),
@@ -268,20 +268,21 @@ impl<D: Dataset, B> From<&DataLoader<D, B>> for BatchSize {
 struct Cursor<D: Dataset, B> {
     loader: DataLoader<D, B>,
     plan: Option<Arc<Plan>>,
-    /// The first sample of the next batch, and of the last one.
+    /// First samples of the next batch and of the last one.
     next: u64,
     last: u64,
-    /// The last one could not be made.
+    /// Set while a batch is made, and left set where that fails: the failed batch is then fetched again.
     failed: bool,
     last_samples: u64,
     /// Started with the first batch.
     workers: Option<Workers<Fetched<B>>>,
-    /// The batch size of what they are at; None where that is not what comes next.
+    /// Batch size the workers prefetch with; `None` if they must restart.
     under_way: Option<u64>,
 }
 
 impl<D: Dataset + 'static, B: Send + 'static> Cursor<D, B> {
-    /// The batch of `len` samples (`size` where there are enough) that comes next.
+    /// Makes the next batch, of `len` samples; `size` is the batch size, which is larger where too few samples are
+    /// left.
     fn fetch(&mut self, size: u64, len: u64) -> AnyResult<B> {
         if self.plan.is_none() {
             self.seek(0, 0)?;

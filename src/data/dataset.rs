@@ -6,8 +6,8 @@ use super::SplitMix64;
 
 /// Samples that are read one by one, by index: PyTorch's map-style `Dataset`.
 ///
-/// Worker threads share it, so it is `Sync`; a tensor alone is not: see
-/// [`TensorDataset`](super::TensorDataset). A closure with a length is one too: [`from_fn`].
+/// Worker threads share a dataset, so it is `Sync`. A tensor alone is not; [`TensorDataset`](super::TensorDataset)
+/// wraps tensors for sharing. [`from_fn`] makes a dataset of a length and a closure.
 ///
 /// ```
 /// use std::path::PathBuf;
@@ -30,25 +30,29 @@ use super::SplitMix64;
 /// }
 /// ```
 pub trait Dataset: Send + Sync {
-    /// What a sample is.
+    /// The type of a sample.
     type Item;
 
-    /// Samples there are.
+    /// Returns the number of samples.
     fn len(&self) -> usize;
 
-    /// Whether there are none.
+    /// Returns whether the dataset has no samples.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Sample `index`, below [`len`](Self::len).
+    /// Reads sample `index`, which is below [`len`](Self::len).
     ///
-    /// `rng` belongs to this sample in this pass: what is drawn from it does not depend on which thread
-    /// asks, nor on what was read before, so that a run that is continued sees the same. libtorch's own
-    /// random functions (`Tensor::rand`) have one state for all threads, and no such order.
+    /// `rng` belongs to this sample in this pass. The numbers drawn from it do not depend on the thread or on the
+    /// samples read before, so that a run which is continued draws the same ones. libtorch's own random functions
+    /// (`Tensor::rand`) share one state among all threads, and give no such guarantee.
+    ///
+    /// # Errors
+    /// A sample that cannot be read. The error ends the run, unless the loader
+    /// [skips errors](super::DataLoader::skip_errors).
     fn get(&self, index: usize, rng: &mut SplitMix64) -> Result<Self::Item>;
 
-    /// Each sample changed by `map`, when it is read: where augmentation goes.
+    /// Changes each sample with `map` when it is read. Augmentation belongs here.
     ///
     /// ```
     /// use tch_ignite::data::{Dataset, SplitMix64, from_fn};
@@ -66,7 +70,7 @@ pub trait Dataset: Send + Sync {
     }
 }
 
-/// A closure as a [`Dataset`] of `len` samples.
+/// Makes a [`Dataset`] of `len` samples of a closure.
 ///
 /// ```
 /// use tch_ignite::data::{Dataset, SplitMix64, from_fn};
@@ -81,7 +85,7 @@ where
     FromFn { len, get }
 }
 
-/// See [`from_fn`].
+/// The dataset that [`from_fn`] makes.
 #[derive(Debug, Clone)]
 pub struct FromFn<F> {
     len: usize,
@@ -103,7 +107,7 @@ where
     }
 }
 
-/// See [`Dataset::map`].
+/// The dataset that [`Dataset::map`] makes.
 #[derive(Debug, Clone)]
 pub struct Map<D, F> {
     dataset: D,

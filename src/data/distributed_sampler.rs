@@ -1,15 +1,16 @@
 use super::{Sampler, permutation};
 use crate::error::{Error, Result};
 
-/// The share of the samples that one of several processes has: PyTorch's `DistributedSampler`.
+/// One process's share of the samples: PyTorch's `DistributedSampler`.
 ///
-/// Of the order of a pass, shuffled or not, rank `r` of `n` takes the places `r`, `r + n`, `r + 2n`, …. So that all
-/// have as many, the order is padded with samples from its beginning, or cut ([`drop_last`](Self::drop_last)). The
-/// order is a function of seed and pass alone, so that the ranks agree without a message, and passes differ without
-/// torch's `set_epoch`. The first batches of all ranks, joined, are the beginning of that order: with the same number of
-/// samples over all ranks in a batch, any number of ranks sees the same samples in the same step.
+/// Rank `r` of `n` takes the places `r`, `r + n`, `r + 2n`, … of a pass's order, shuffled or not. All ranks get the
+/// same number of samples: the order is padded with samples from its beginning, or cut
+/// ([`drop_last`](Self::drop_last)). The order depends on seed and pass alone, so that ranks agree without a
+/// message, and passes differ without torch's `set_epoch`. The first batches of all ranks together are the
+/// beginning of that order: where all ranks together have the same number of samples in a batch, each step sees the
+/// same samples with any number of ranks.
 ///
-/// A pass costs the order of all samples, 8 bytes each; any position in it is reached at no cost.
+/// A pass computes the order of all samples, 8 bytes each; any position in the pass is then reached at no cost.
 ///
 /// ```
 /// use tch_ignite::data::{DistributedSampler, Sampler};
@@ -29,17 +30,17 @@ pub struct DistributedSampler {
     rest: Rest,
 }
 
-/// What becomes of samples that cannot be divided.
+/// How samples that cannot be divided among the ranks are treated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Rest {
     Padded,
     Dropped,
-    /// Some ranks have one more.
+    /// The first ranks have one sample more than the others.
     Uneven,
 }
 
 impl DistributedSampler {
-    /// The share of `rank` among `world_size` processes, of data with `len` samples, in order and padded.
+    /// Makes the share of `rank` among `world_size` processes, of data with `len` samples, in order and padded.
     ///
     /// # Errors
     /// No samples, no processes, a rank that is not below their number.
@@ -63,7 +64,7 @@ impl DistributedSampler {
         Ok(Self { len, rank, world_size, seed: None, rest: Rest::Padded })
     }
 
-    /// The share of this process of the group.
+    /// Makes the share of this process in its group.
     ///
     /// # Errors
     /// No samples.
@@ -72,7 +73,7 @@ impl DistributedSampler {
         Self::new(len, pg.rank(), pg.world_size())
     }
 
-    /// Shuffles each pass anew. The seed must be the same on all ranks.
+    /// Shuffles each pass anew. All ranks must be given the same seed.
     pub fn shuffle(mut self, seed: u64) -> Self {
         self.seed = Some(seed);
         self
@@ -81,17 +82,17 @@ impl DistributedSampler {
     /// Leaves out the last samples of the order where they cannot be divided, instead of padding.
     ///
     /// # Errors
-    /// Fewer samples than ranks: nothing would be left.
+    /// Fewer samples than ranks: no rank would have a sample.
     pub fn drop_last(self, on: bool) -> Result<Self> {
         self.with(if on { Rest::Dropped } else { Rest::Padded })
     }
 
-    /// Neither pads nor leaves out: each sample comes once, so that a metric over all ranks is that of one process. The
-    /// first ranks may have a sample more than the others, so that this is for evaluation; training waits for a gradient of
-    /// every rank.
+    /// Neither pads nor leaves out samples: each one comes once, so that a metric over all ranks equals that of one
+    /// process. The first ranks may have one sample more than the others, so use this for evaluation only; in
+    /// training each step waits for a gradient of every rank.
     ///
     /// # Errors
-    /// Fewer samples than ranks: some would have none.
+    /// Fewer samples than ranks: some ranks would have none.
     pub fn uneven(self, on: bool) -> Result<Self> {
         self.with(if on { Rest::Uneven } else { Rest::Padded })
     }
@@ -133,7 +134,8 @@ impl Sampler for DistributedSampler {
 mod tests {
     use super::*;
 
-    /// By hand, by the rule of torch's `DistributedSampler(shuffle=False)`: pad with the beginning, or cut, then every n-th.
+    /// The expected values were found by hand with the rule of torch's `DistributedSampler(shuffle=False)`: pad
+    /// with the beginning, or cut, then take every n-th.
     #[test]
     fn the_shares_are_torchs() -> anyhow::Result<()> {
         let shares = |len, world, drop_last| -> anyhow::Result<Vec<Vec<usize>>> {
@@ -145,7 +147,7 @@ mod tests {
         assert_eq!(shares(10, 4, false)?, [[0, 4, 8], [1, 5, 9], [2, 6, 0], [3, 7, 1]]);
         assert_eq!(shares(10, 4, true)?, [[0, 4], [1, 5], [2, 6], [3, 7]]);
         assert_eq!(shares(8, 4, true)?, [[0, 4], [1, 5], [2, 6], [3, 7]]);
-        // Padding that goes round more than once.
+        // The padding goes round more than once.
         assert_eq!(shares(2, 5, false)?, [[0], [1], [0], [1], [0]]);
         assert_eq!(shares(7, 1, false)?, [[0, 1, 2, 3, 4, 5, 6]]);
         Ok(())

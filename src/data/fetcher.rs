@@ -10,14 +10,14 @@ use crate::guard::guarded;
 
 pub(super) type CollateFn<T, B> = dyn Fn(Vec<T>) -> Result<B> + Send + Sync;
 
-/// Part of a pass, in batches.
+/// The order of a pass, from which workers and consumer find the samples of a batch.
 pub(super) struct Plan {
     pub(super) pass: u64,
-    /// None: in order.
+    /// `None` for samples in order.
     pub(super) order: Option<Arc<[usize]>>,
 }
 
-/// A batch, and what was left out of it.
+/// A batch, with the number of samples in it and of those left out.
 pub(super) struct Fetched<B> {
     pub(super) batch: B,
     pub(super) samples: u64,
@@ -25,12 +25,12 @@ pub(super) struct Fetched<B> {
     pub(super) last_skipped: Option<String>,
 }
 
-/// Makes batches out of samples, on any thread.
+/// Makes batches of samples, on any thread.
 pub(super) struct Fetcher<D: Dataset, B> {
     pub(super) dataset: Arc<D>,
     pub(super) collate: Arc<CollateFn<D::Item, B>>,
     pub(super) pin: Option<fn(B) -> Result<B>>,
-    /// Of the samples' random numbers.
+    /// Seed of the samples' random numbers.
     pub(super) seed: u64,
     pub(super) repeats: bool,
     pub(super) skip_errors: bool,
@@ -43,10 +43,10 @@ impl<D: Dataset, B> Clone for Fetcher<D, B> {
 }
 
 impl<D: Dataset, B> Fetcher<D, B> {
-    /// The batch of these positions of the pass; `None` where it was `cancelled` on the way.
+    /// Makes the batch of these positions of the pass; `None` where it was `cancelled` on the way.
     ///
-    /// Without gradients, and libtorch's operations on this thread alone: many threads with many threads
-    /// each would get into each other's way, and so a batch is the same on whichever thread it is made.
+    /// The batch is made without gradients, and libtorch works on this thread alone: several workers with several
+    /// libtorch threads each would compete for the cores, and with one each a batch is the same on any thread.
     pub(super) fn fetch(
         &self,
         plan: &Plan,

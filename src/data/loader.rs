@@ -14,13 +14,13 @@ use crate::error::{Error, Result};
 /// A batch of the [`Loader`]: inputs and targets, samples along the first dimension.
 pub type Batch = (Tensor, Tensor);
 
-/// Batches of inputs and targets that lie in memory: the fast path. For data that does not, or that is
-/// changed sample by sample, see [`DataLoader`](super::DataLoader).
+/// Batches of inputs and targets in memory: the fast path. Data that is not in memory, or is changed sample by
+/// sample, needs a [`DataLoader`](super::DataLoader).
 ///
-/// Shuffled orders are a function of seed and pass, so a run can be continued anywhere at no cost.
-/// A batch costs one gather of inputs and one of targets (without shuffling: two views, no copy), and
-/// a copy to the device where that is another one than the data's. A pass of a shuffled loader costs
-/// 8 bytes a sample (16 with [`normalize`](Self::normalize)).
+/// A shuffled order depends on seed and pass alone, so a run can be continued anywhere at no cost. A batch costs
+/// one gather of the inputs and one of the targets (without shuffling two views and no copy), and a copy to the
+/// device where the data is on another one. A pass of a shuffled loader costs 8 bytes a sample (16 with
+/// [`normalize`](Self::normalize)).
 ///
 /// ```
 /// use tch::{Kind, Tensor};
@@ -36,14 +36,14 @@ pub struct Loader {
     targets: Tensor,
     len: usize,
     batch_size: BatchSize,
-    /// None: in order.
+    /// `None` for samples in order.
     sampler: Option<Arc<dyn Sampler>>,
     normalize: Option<Normalize>,
     device: Device,
 }
 
 impl Clone for Loader {
-    /// Shares the data and the batch size.
+    /// Clones share the data and the batch size.
     fn clone(&self) -> Self {
         Self {
             inputs: self.inputs.shallow_clone(),
@@ -70,11 +70,11 @@ impl fmt::Debug for Loader {
 }
 
 impl Loader {
-    /// Batches of `batch_size` along the first dimension of both tensors, in order, the last one
-    /// possibly smaller, on the device of `inputs`. Shares the tensors, copies nothing.
+    /// Makes batches of `batch_size` samples along the first dimension of both tensors, in order, the last one
+    /// possibly smaller, on the device of `inputs`. The loader shares the tensors and copies nothing.
     ///
     /// # Errors
-    /// Batch size 0, tensors without a first dimension or of different lengths, no samples.
+    /// A batch size of 0, tensors without a first dimension or of different lengths, or no samples.
     pub fn new(inputs: &Tensor, targets: &Tensor, batch_size: usize) -> Result<Self> {
         let len = common_len(inputs, targets)?;
         Ok(Self {
@@ -88,32 +88,31 @@ impl Loader {
         })
     }
 
-    /// Shuffles each pass anew, by this seed: a [`RandomSampler`].
+    /// Shuffles each pass anew with a [`RandomSampler`] of this seed.
     pub fn shuffle(self, seed: u64) -> Self {
         let sampler = RandomSampler::new(self.len, seed);
         self.sampler(sampler)
     }
 
-    /// Takes the samples that this one names, in its order.
+    /// Takes the samples that `sampler` names, in its order.
     pub fn sampler(mut self, sampler: impl Sampler + 'static) -> Self {
         self.batch_size.set_samples(sampler.num_samples() as u64);
         self.sampler = Some(Arc::new(sampler));
         self
     }
 
-    /// Leaves out the last batch of a pass where it is smaller.
+    /// Leaves out the last batch of a pass where it is smaller than the others.
     pub fn drop_last(mut self, on: bool) -> Self {
         self.batch_size.drop_last(on);
         self
     }
 
-    /// Keeps inputs as the bytes they are, and gives batches of `(x / 255 - mean) / std` in float:
-    /// torchvision's `ToTensor` and `Normalize`. One value each for all, or one for each channel
-    /// (dimension 1).
+    /// Keeps the inputs as bytes, and gives batches of `(x / 255 - mean) / std` in f32: torchvision's `ToTensor` and
+    /// `Normalize`. `mean` and `std` have one value for all, or one for each channel (dimension 1).
     ///
-    /// On the CPU one pass over the bytes, with the values of libtorch's operations bit for bit. On
-    /// another device the bytes are moved, a quarter of the floats, and libtorch's operations follow
-    /// there. Inputs that are not contiguous are copied once, here.
+    /// On the CPU this takes one pass over the bytes, and the values equal those of libtorch's operations bit for
+    /// bit. For another device the bytes are moved (a quarter of the size in f32), and libtorch's operations run
+    /// there. This method copies inputs that are not contiguous.
     ///
     /// ```
     /// # use tch::{Device, Kind, Tensor};
@@ -125,7 +124,8 @@ impl Loader {
     /// ```
     ///
     /// # Errors
-    /// Inputs that are not uint8, numbers of values that do not fit, a std that is not above 0.
+    /// Inputs that are not uint8, numbers of values that do not fit, a mean that is not finite, or a std that is
+    /// not above 0 and finite.
     pub fn normalize(mut self, mean: &[f64], std: &[f64]) -> Result<Self> {
         let kind = self.inputs.kind();
         if kind != Kind::Uint8 {
@@ -139,29 +139,32 @@ impl Loader {
         Ok(self)
     }
 
-    /// Gives batches on this device.
+    /// Gives batches on this device. The copy of a batch waits for the device.
     pub fn to_device(mut self, device: Device) -> Self {
         self.device = device;
         self
     }
 
-    /// Batches in a pass.
+    /// Returns the number of batches in a pass.
     pub fn batches(&self) -> u64 {
         self.batch_size.batches()
     }
 
-    /// Samples in a batch.
+    /// Returns the number of samples in a batch.
     pub fn batch_size(&self) -> u64 {
         self.batch_size.get()
     }
 
     /// Changes the batch size of this loader and its clones, from the next batch on; see
     /// [`BatchSizeScheduler`](crate::schedule::BatchSizeScheduler).
+    ///
+    /// # Errors
+    /// A batch size of 0.
     pub fn set_batch_size(&self, samples: u64) -> Result<()> {
         self.batch_size.set(samples)
     }
 
-    /// Samples in a pass.
+    /// Returns the number of samples in a pass.
     pub fn samples(&self) -> u64 {
         self.batch_size.samples()
     }
@@ -173,20 +176,20 @@ impl From<&Loader> for BatchSize {
     }
 }
 
-/// The order of a pass, on each tensor's device.
+/// The order of a pass, on the device of each tensor.
 struct Order {
     pass: u64,
     for_inputs: Tensor,
     for_targets: Tensor,
-    /// For the kernel.
+    /// The same order for the kernel that normalises; empty where nothing is normalised.
     rows: Vec<i64>,
 }
 
 struct Cursor {
     loader: Loader,
-    /// None where batches come in order.
+    /// `None` where batches come in order, and before the first `seek`.
     order: Option<Order>,
-    /// The first sample of the next batch, and of the last one.
+    /// First samples of the next batch and of the last one.
     next: u64,
     last: u64,
     last_samples: u64,

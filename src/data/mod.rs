@@ -1,4 +1,4 @@
-//! Where batches come from.
+//! Sources of batches.
 //!
 //! [`Engine::run`](crate::engine::Engine::run) takes one of these:
 //!
@@ -6,11 +6,11 @@
 //! |---|---|
 //! | tensors in memory; images as bytes, normalised on the fly | [`Loader`]: whole batches at a time, by far the fastest |
 //! | samples read from files, computed, augmented one by one; batches of your own type | [`DataLoader`] over a [`Dataset`], with worker threads |
-//! | few batches that are there already | a vector or slice of them |
+//! | few batches that exist already | a vector or slice of them |
 //! | iterators, streams, no data, anything of your own | [`restartable`], [`one_shot`], [`no_data`], [`source`] |
 //!
-//! Both loaders take a [`Sampler`]. Their orders, and the random numbers of augmentation, are arithmetic
-//! on seed, pass and index, so that a run that is continued anywhere sees what it would have seen.
+//! Both loaders take a [`Sampler`]. They compute orders, and the random numbers of augmentation, from seed, pass and
+//! index alone, so that a run that is continued anywhere sees the batches it would have seen.
 
 mod batch_size;
 mod collate;
@@ -47,98 +47,108 @@ pub use tensor_dataset::TensorDataset;
 pub use transfer::Transfer;
 pub use weighted_random_sampler::WeightedRandomSampler;
 
-/// A cursor over batches. One walk over the data is a pass; the engine starts the next one when a
-/// pass is exhausted.
+/// A cursor over batches. One walk over the data is a pass; the engine starts the next pass when one is exhausted.
 pub trait Source<B> {
-    /// What is wrong with it, if anything; asked when a run begins.
+    /// Checks the source's arguments; the engine calls this when a run begins.
+    ///
+    /// # Errors
+    /// Wrong arguments; the error names the first.
     fn validate(&self) -> Result<()> {
         Ok(())
     }
 
-    /// Batches in a pass, where that is known.
+    /// Returns the number of batches in a pass, where it is known.
     fn batches(&self) -> Option<u64>;
 
-    /// Goes to batch `batch` of pass `pass`, both from 0. The order of a pass is a function of its
-    /// number, so that a run can be continued anywhere.
+    /// Goes to batch `batch` of pass `pass`, both counted from 0. The order of a pass must depend on its number
+    /// alone, so that a run can be continued anywhere.
+    ///
+    /// # Errors
+    /// A position that the source cannot reach.
     fn seek(&mut self, pass: u64, batch: u64) -> Result<()>;
 
-    /// The next batch of this pass; `None` when it is exhausted.
+    /// Returns the next batch of this pass; `None` when the pass is exhausted.
+    ///
+    /// # Errors
+    /// A batch that cannot be read or made. The error ends the run.
     fn next(&mut self) -> Option<Result<B>>;
 
-    /// Samples in the batch that [`next`](Self::next) gave last, where that is known.
+    /// Returns the number of samples in the batch that [`next`](Self::next) gave last, where it is known.
     fn samples(&self) -> Option<u64> {
         None
     }
 
-    /// Batches from the next one to the end of the pass, where that is known. Where it is not, the engine
-    /// takes [`batches`](Self::batches) without those that were fetched.
+    /// Returns the number of batches from the next one to the end of the pass, where it is known. Where it is not,
+    /// the engine subtracts the batches it has fetched from [`batches`](Self::batches).
     fn batches_left(&self) -> Option<u64> {
         None
     }
 
-    /// Whether [`seek`](Self::seek) may draw the order of a pass from libtorch's default random number
-    /// generators, as `tch::data::Iter2::shuffle` does. The engine then keeps the state of the generators
-    /// from before each pass, and in checkpoints, so that a run which goes on in the middle of a pass has
-    /// the rest of the same pass. That costs a copy of 5 KB for each pass; answer false where `seek`
-    /// draws nothing.
+    /// Returns whether [`seek`](Self::seek) may draw the order of a pass from libtorch's default random number
+    /// generators, as `tch::data::Iter2::shuffle` does. The engine then keeps the generators' state from before
+    /// each pass, in checkpoints too, so that a run which goes on in the middle of a pass gets the rest of the same
+    /// pass. That costs a copy of 5 KB for each pass; return false where `seek` draws nothing.
     fn is_random(&self) -> bool {
         true
     }
 
-    /// Where the batch that comes next begins, or with `again` the one that [`next`](Self::next) gave
-    /// last; `None` where that is only counted in batches.
+    /// Returns where the next batch begins, or with `again` where the batch that [`next`](Self::next) gave last
+    /// begins; `None` where the source counts batches only.
     fn sample_position(&self, again: bool) -> Option<SamplePosition> {
         let _ = again;
         None
     }
 
-    /// Goes to where [`sample_position`](Self::sample_position) was in pass `pass`, also in another process and with
-    /// another batch size; false where it cannot, and [`seek`](Self::seek) is to be used.
+    /// Goes to a position in pass `pass` that [`sample_position`](Self::sample_position) gave, perhaps in another
+    /// process and with another batch size. Returns false where the source cannot; the engine then calls
+    /// [`seek`](Self::seek).
+    ///
+    /// # Errors
+    /// A position that the source cannot reach.
     fn seek_samples(&mut self, pass: u64, place: &SamplePosition) -> Result<bool> {
         let _ = (pass, place);
         Ok(false)
     }
 
-    /// What the program chose, as far as a change of it should be told when a run is resumed.
+    /// Returns the settings that a checkpoint keeps, so that a resumed run can warn about those that have changed.
     fn settings(&self) -> serde_json::Map<String, serde_json::Value> {
         serde_json::Map::new()
     }
 
-    /// Whether batches are fetched at all: false for [`no_data`], where the engine fires no
-    /// `GET_BATCH` events.
+    /// Returns whether batches are fetched at all: false for [`no_data`], where the engine fires no `GET_BATCH`
+    /// events.
     fn fetches(&self) -> bool {
         true
     }
 }
 
-/// A place in a pass that does not depend on the batch size.
+/// A position in a pass that does not depend on the batch size.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SamplePosition {
-    /// Samples of the pass before it.
+    /// Number of samples of the pass before this position.
     pub samples: u64,
-    /// The batch size, where it is not the one that the source was made with.
+    /// The batch size at this position; `None` where it is the one that the source was made with.
     pub batch_size: Option<u64>,
 }
 
-/// What can be given to [`Engine::run`](crate::engine::Engine::run).
+/// Types that can be given to [`Engine::run`](crate::engine::Engine::run).
 pub trait IntoSource<'a, B> {
-    /// The cursor over it.
+    /// Makes the cursor over the batches.
     fn into_source(self) -> Box<dyn Source<B> + 'a>;
 }
 
-/// A [`Source`] of your own, as something to run on.
+/// Makes a [`Source`] of your own into data to run on.
 pub fn source<'a, B, S: Source<B> + 'a>(source: S) -> Custom<'a, B> {
     Custom(Box::new(source))
 }
 
-/// Data made anew for each pass: `make` returns an iterator. The engine finds its length when the
-/// first pass is exhausted.
+/// Data made anew for each pass: `make` returns an iterator. The engine learns the length when the first pass is
+/// exhausted.
 ///
-/// A run that goes on in the middle of a pass calls `make` again and passes over what was used. An order
-/// that `make` draws from libtorch's random numbers, as `m.train_iter(64).shuffle()` of tch does, is
-/// then the same again: the state of the generators from before the pass is in the checkpoint. An order
-/// from elsewhere (another crate's generator, a set of files that changes) has to be made a function of
-/// the pass by `make` itself.
+/// A run that goes on in the middle of a pass calls `make` again and skips the batches that were used. The engine
+/// restores libtorch's random numbers from before the pass first, so that an order drawn from them, as by
+/// `m.train_iter(64).shuffle()` of tch, is the same again. Where the order comes from elsewhere (another crate's
+/// generator, a set of files that changes), `make` itself has to make it a function of the pass.
 ///
 /// ```
 /// # use tch_ignite::engine::{Engine, Until};
@@ -153,9 +163,9 @@ pub fn restartable<'a, I: Iterator + 'a>(make: impl FnMut() -> I + 'a) -> Custom
     source(Restartable { make, current: None })
 }
 
-/// Data that can be walked once, such as a stream; it may be infinite, with
-/// [`Until::epoch_length`](crate::engine::Until::epoch_length). A run that is resumed in another process
-/// expects the same items from the first one on, and passes over those that were used.
+/// Data that can be walked once, such as a stream. It may be infinite, with
+/// [`Until::epoch_length`](crate::engine::Until::epoch_length). A run that is resumed in another process must be
+/// given the same items from the first one on; the engine skips those that were used.
 pub fn one_shot<'a, I>(batches: I) -> Custom<'a, I::Item>
 where
     I: IntoIterator,
@@ -164,13 +174,13 @@ where
     source(OneShot(batches.into_iter()))
 }
 
-/// No data: the step gets a default batch, and
-/// [`Until::epoch_length`](crate::engine::Until::epoch_length) says how long an epoch is.
+/// No data: the step gets a default batch, and [`Until::epoch_length`](crate::engine::Until::epoch_length) sets how
+/// long an epoch is.
 pub fn no_data<'a, B: Default + 'a>() -> Custom<'a, B> {
     source(NoData)
 }
 
-/// See [`source`].
+/// Data made by [`source`], [`restartable`], [`one_shot`] or [`no_data`].
 pub struct Custom<'a, B>(Box<dyn Source<B> + 'a>);
 
 impl<'a, B> IntoSource<'a, B> for Custom<'a, B> {
@@ -266,7 +276,7 @@ impl<I: Iterator> Source<I::Item> for OneShot<I> {
     }
 }
 
-/// The number of samples in both.
+/// Returns the number of samples, along the first dimension of both tensors.
 fn common_len(inputs: &Tensor, targets: &Tensor) -> crate::error::Result<usize> {
     let (x, y) = (inputs.size(), targets.size());
     let (Some(&samples), Some(&labels)) = (x.first(), y.first()) else {

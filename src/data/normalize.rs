@@ -5,18 +5,18 @@ use tch::{Device, Kind, TchError, Tensor};
 use crate::bridge::{Rows, normalize_rows};
 use crate::error::{Error, Result};
 
-/// `(x / 255 - mean) / std` in float, channel by channel, of images kept as bytes.
+/// Computes `(x / 255 - mean) / std` in f32, channel by channel, for images kept as bytes.
 #[derive(Debug)]
 pub(super) struct Normalize {
-    /// What each byte becomes: 256 values a channel.
+    /// The normalised value of each byte: 256 values a channel.
     tables: Arc<[f32]>,
-    /// Shaped to go with a batch.
+    /// `mean` and `std` have shape (1, C, 1, …), with as many dimensions as a batch, and C = 1 for one value for all.
     mean: Tensor,
     std: Tensor,
 }
 
 impl Normalize {
-    /// For images of this shape, samples first.
+    /// Makes the tables for images of this shape, samples first.
     pub(super) fn new(shape: &[i64], mean: &[f64], std: &[f64]) -> Result<Self> {
         if mean.is_empty() || mean.len() != std.len() {
             return Err(Error::invalid(format!(
@@ -44,7 +44,7 @@ impl Normalize {
             let (mean, std) = (column(mean)?, column(std)?);
             let bytes = Tensor::f_arange(256, (Kind::Float, Device::Cpu))?;
             let tables = apply(&bytes.f_expand([channels, 256], false)?, &mean, &std)?;
-            // Broadcasts over the batch's first dimension, and over those after the channels.
+            // Mean and std are broadcast over the batch's first dimension, and over those after the channels.
             let mut beside = vec![1; shape.len()];
             if let Some(dimension) = beside.get_mut(1) {
                 *dimension = channels;
@@ -57,26 +57,26 @@ impl Normalize {
         Ok(Self { tables, mean, std })
     }
 
-    /// Rows of contiguous bytes on the CPU, in one pass over them.
+    /// Normalises rows of contiguous bytes on the CPU, in one pass over them.
     pub(super) fn rows(&self, data: &Tensor, rows: Rows<'_>) -> Result<Tensor> {
         normalize_rows(data, rows, &self.tables)
             .map_err(|message| Error::libtorch("normalize", message))
     }
 
-    /// The same for batches on this device.
+    /// Returns a copy whose tensors are on `device`, for batches there.
     pub(super) fn on(&self, device: Device) -> Result<Self, TchError> {
         let (mean, std) = (self.mean.f_to_device(device)?, self.std.f_to_device(device)?);
         Ok(Self { tables: self.tables.clone(), mean, std })
     }
 
-    /// A batch of bytes, with libtorch's operations.
+    /// Normalises a batch of bytes with libtorch's operations.
     pub(super) fn batch(&self, bytes: &Tensor) -> Result<Tensor, TchError> {
         apply(&bytes.f_to_kind(Kind::Float)?, &self.mean, &self.std)
     }
 }
 
 impl Clone for Normalize {
-    /// Shares everything.
+    /// Clones share the tables and tensors.
     fn clone(&self) -> Self {
         let (mean, std) = (self.mean.shallow_clone(), self.std.shallow_clone());
         Self { tables: self.tables.clone(), mean, std }

@@ -1,22 +1,23 @@
 //! Orders as arithmetic on a seed, so that any position can be reached again.
 
-/// Steele, Lea and Flood's SplitMix64 (OOPSLA 2014): a 64-bit generator with one word of state,
-/// whose sequence never changes between versions of this crate.
+/// Steele, Lea and Flood's SplitMix64 (OOPSLA 2014): a 64-bit generator with one word of state. Its sequence never
+/// changes between versions of this crate.
 #[derive(Debug, Clone)]
 pub struct SplitMix64(u64);
 
 impl SplitMix64 {
-    /// The sequence of a seed.
+    /// Starts the sequence of a seed.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// The sequence that belongs to these numbers, in this order; neighbours share nothing.
+    /// Starts the sequence that belongs to these numbers in this order. Sequences of neighbouring numbers are
+    /// unrelated.
     pub fn keyed<const N: usize>(numbers: [u64; N]) -> Self {
         Self(numbers.into_iter().fold(0, |key, number| Self(key ^ number).next_u64()))
     }
 
-    /// The next 64 bits.
+    /// Draws the next 64 bits.
     pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
@@ -25,13 +26,13 @@ impl SplitMix64 {
         z ^ (z >> 31)
     }
 
-    /// A number from 0 to below 1, one of 2^53.
+    /// Draws a number in [0, 1), one of 2^53.
     pub fn uniform(&mut self) -> f64 {
         (self.next_u64() >> 11) as f64 * (0.5f64).powi(53)
     }
 
-    /// A number below `bound`, without bias (Lemire 2019, <https://arxiv.org/abs/1805.10941>); 0 for
-    /// a bound of 0.
+    /// Draws a number below `bound`, without bias (Lemire 2019, <https://arxiv.org/abs/1805.10941>); 0 for a bound
+    /// of 0.
     pub fn below(&mut self, bound: u64) -> u64 {
         loop {
             let product = u128::from(self.next_u64()) * u128::from(bound);
@@ -43,9 +44,10 @@ impl SplitMix64 {
     }
 }
 
-/// The numbers from 0 to `len`, shuffled (Fisher and Yates): a function of seed and pass alone.
+/// Returns the numbers from 0 to `len - 1`, shuffled (Fisher and Yates); the result depends on `len`, seed and pass
+/// alone.
 pub fn permutation(len: usize, seed: u64, pass: u64) -> Vec<i64> {
-    // Seed and pass go through the generator once, so that neighbours share nothing.
+    // Seed and pass go through the generator once, so that neighbouring seeds or passes give unrelated orders.
     let mut rng = SplitMix64::new(SplitMix64::new(seed).next_u64() ^ pass);
     let mut order: Vec<i64> = (0..len as i64).collect();
     for i in (1..len).rev() {
@@ -81,7 +83,7 @@ mod tests {
         let numbers: Vec<f64> = (0..100_000).map(|_| rng.uniform()).collect();
         assert!(numbers.iter().all(|x| (0. ..1.).contains(x)));
         let mean = numbers.iter().sum::<f64>() / 1e5;
-        // Standard deviation of the mean: 0.0009.
+        // The standard deviation of the mean is 0.0009.
         assert!((mean - 0.5).abs() < 0.004, "{mean}");
     }
 
@@ -106,7 +108,7 @@ mod tests {
                 counts[place][value as usize] += 1;
             }
         }
-        // 2,000 expected, standard deviation 40.
+        // 2,000 are expected, with a standard deviation of 40.
         assert!(counts.iter().flatten().all(|n| (1800..2200).contains(n)), "{counts:?}");
     }
 }

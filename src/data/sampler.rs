@@ -3,9 +3,9 @@ use serde_json::Value;
 use super::permutation;
 use crate::error::{Error, Result};
 
-/// Which samples of the data a pass has, and in which order: PyTorch's `Sampler`.
+/// Chooses the samples of a pass and their order: PyTorch's `Sampler`.
 ///
-/// The order is a function of the pass's number, so that a run can be continued anywhere.
+/// The order depends on the pass's number alone, so that a run can be continued anywhere.
 ///
 /// ```
 /// use tch_ignite::data::Sampler;
@@ -23,26 +23,29 @@ use crate::error::{Error, Result};
 /// # anyhow::Ok(())
 /// ```
 pub trait Sampler: Send + Sync {
-    /// Samples in a pass, the same in all of them.
+    /// Returns the number of samples in a pass, the same in all passes.
     fn num_samples(&self) -> usize;
 
-    /// The indices of pass `pass` (from 0), [`num_samples`](Self::num_samples) of them. Asked once a
-    /// pass; positions within it are then reached at no cost.
+    /// Returns the indices of pass `pass` (counted from 0), [`num_samples`](Self::num_samples) of them. The loader
+    /// asks once a pass; positions within the pass are then reached at no cost.
+    ///
+    /// # Errors
+    /// An order that cannot be made.
     fn order(&self, pass: u64) -> anyhow::Result<Vec<usize>>;
 
-    /// The seed of the order, where it has one: told where a resumed run has another.
+    /// Returns the seed of the order, where it has one. A resumed run with another seed is warned about.
     fn seed(&self) -> Option<u64> {
         None
     }
 
-    /// Whether an index may come more than once in a pass. Random numbers of a sample then depend on
-    /// its position in the pass too, so that it is not augmented the same way each time.
+    /// Returns whether an index may come more than once in a pass. The random numbers of a sample then depend on its
+    /// position in the pass too, so that it is not augmented the same way each time.
     fn repeats(&self) -> bool {
         false
     }
 }
 
-/// The order of a pass of `samples`, checked, of data with `len`.
+/// Asks the sampler for a pass of `samples` samples, and checks the indices against data with `len` samples.
 pub(super) fn order_of(
     sampler: &dyn Sampler,
     pass: u64,
@@ -63,7 +66,7 @@ pub(super) fn order_of(
     Ok(order)
 }
 
-/// A setting of the loader that has it.
+/// Returns the order's seed as a setting of the loader.
 pub(super) fn seed_of(sampler: Option<&dyn Sampler>) -> Option<(String, Value)> {
     Some(("seed of the order".into(), sampler?.seed()?.into()))
 }
@@ -75,7 +78,7 @@ pub struct SequentialSampler {
 }
 
 impl SequentialSampler {
-    /// Of data with `len` samples.
+    /// Makes a sampler for data with `len` samples.
     pub fn new(len: usize) -> Self {
         Self { len }
     }
@@ -91,7 +94,7 @@ impl Sampler for SequentialSampler {
     }
 }
 
-/// All samples, shuffled anew in each pass: [`permutation`] of seed and pass.
+/// All samples, shuffled anew in each pass by [`permutation`] of seed and pass.
 #[derive(Debug, Clone)]
 pub struct RandomSampler {
     len: usize,
@@ -99,7 +102,7 @@ pub struct RandomSampler {
 }
 
 impl RandomSampler {
-    /// Of data with `len` samples.
+    /// Makes a sampler for data with `len` samples.
     pub fn new(len: usize, seed: u64) -> Self {
         Self { len, seed }
     }
@@ -120,7 +123,7 @@ impl Sampler for RandomSampler {
     }
 }
 
-/// Some samples, shuffled anew in each pass; without shuffling, see [`Subset`](super::Subset).
+/// Some samples, shuffled anew in each pass. [`Subset`](super::Subset) chooses samples without shuffling.
 ///
 /// ```
 /// use tch_ignite::data::{Sampler, SubsetRandomSampler};
@@ -136,10 +139,10 @@ pub struct SubsetRandomSampler {
 }
 
 impl SubsetRandomSampler {
-    /// Of these indices.
+    /// Makes a sampler of these indices.
     ///
     /// # Errors
-    /// No indices.
+    /// An empty list of indices.
     pub fn new(indices: impl Into<Vec<usize>>, seed: u64) -> Result<Self> {
         let indices = indices.into();
         if indices.is_empty() {

@@ -22,7 +22,7 @@ pub struct Subset<D> {
 }
 
 impl<D: Dataset> Subset<D> {
-    /// Those at `indices`, in that order.
+    /// Chooses the samples at `indices`, in that order.
     ///
     /// # Errors
     /// An index that the dataset does not have.
@@ -51,8 +51,8 @@ impl<D: Dataset> Dataset for Subset<D> {
     }
 }
 
-/// Parts of these lengths, of a shuffled dataset, without overlap: PyTorch's `random_split`. Always the
-/// same for the same seed.
+/// Splits a dataset at random into parts of these lengths, without overlap: PyTorch's `random_split`. The same seed
+/// always gives the same parts.
 ///
 /// ```
 /// use tch_ignite::data::{Dataset, from_fn, random_split};
@@ -63,7 +63,7 @@ impl<D: Dataset> Dataset for Subset<D> {
 /// ```
 ///
 /// # Errors
-/// Lengths that do not sum up to that of the dataset.
+/// Lengths whose sum is not the number of samples.
 pub fn random_split<D: Dataset, const N: usize>(
     dataset: D,
     lengths: [usize; N],

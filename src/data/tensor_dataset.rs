@@ -8,9 +8,9 @@ use crate::error::Error;
 
 /// Inputs and targets in memory, sample by sample: PyTorch's `TensorDataset`.
 ///
-/// For samples that are changed one by one, with [`map`](Dataset::map); a
-/// [`Loader`](super::Loader) over the same tensors gathers whole batches and is some 5 times as fast.
-/// A sample is a pair of views: what writes into it writes into the data.
+/// Use this for samples that [`map`](Dataset::map) changes one by one; a [`Loader`](super::Loader) over the same
+/// tensors gathers whole batches and is about 5 times as fast. A sample is a pair of views, so writing into it
+/// changes the data.
 ///
 /// ```
 /// use tch::{Device, Kind, Tensor};
@@ -30,10 +30,10 @@ pub struct TensorDataset {
 }
 
 impl TensorDataset {
-    /// Samples along the first dimension of both. Shares the tensors, copies nothing.
+    /// Takes samples along the first dimension of both tensors. The dataset shares the tensors and copies nothing.
     ///
     /// # Errors
-    /// Tensors without a first dimension or of different lengths.
+    /// Tensors without a first dimension, or of different lengths.
     pub fn new(inputs: &Tensor, targets: &Tensor) -> crate::error::Result<Self> {
         let len = super::common_len(inputs, targets)?;
         let share = |tensor| {

@@ -5,14 +5,17 @@ use crate::bridge;
 
 /// Batches that can be moved to a device.
 ///
-/// For tensors, tuples and lists of them, and texts, which stay where they are; write it for a batch
-/// type of your own by calling it on its tensors.
+/// Implemented for tensors, for lists and tuples of batches, and for strings, which stay where they are. Implement it
+/// for a batch type of your own by calling it on the type's tensors.
 pub trait Transfer: Sized {
-    /// On this device: shares what is there already. With `non_blocking`, from pinned memory, the copy
-    /// to a CUDA device goes on while the program does, in the order of its stream.
+    /// Moves the batch to `device`; tensors that are there already are shared. With `non_blocking`, a copy from
+    /// pinned memory to a CUDA device runs beside the program, in the order of its stream.
+    ///
+    /// # Errors
+    /// A copy that libtorch cannot make, for instance to a device that does not exist.
     fn transfer(self, device: Device, non_blocking: bool) -> Result<Self>;
 
-    /// In pinned memory, from which copies to a CUDA device need not wait: one more copy on the CPU.
+    /// Copies the batch into pinned memory, from which copies to a CUDA device need not wait.
     ///
     /// # Errors
     /// There is no CUDA.

@@ -1,9 +1,9 @@
 use super::{Sampler, SplitMix64};
 use crate::error::{Error, Result};
 
-/// Draws samples with replacement, each as often as its weight says: for classes that are rare.
+/// Draws samples with replacement, each as often as its weight says; use it for rare classes.
 ///
-/// Each draw is a search among the sums of the weights: O(log n).
+/// Each draw is a binary search in the sums of the weights: O(log n).
 ///
 /// ```
 /// use tch_ignite::data::{Sampler, WeightedRandomSampler};
@@ -17,17 +17,17 @@ use crate::error::{Error, Result};
 /// ```
 #[derive(Debug, Clone)]
 pub struct WeightedRandomSampler {
-    /// Sum of the weights up to and with each index.
+    /// For each index, the sum of the weights up to and including its own.
     sums: Vec<f64>,
     num_samples: usize,
     seed: u64,
 }
 
 impl WeightedRandomSampler {
-    /// `num_samples` draws a pass. The weights need not sum up to 1.
+    /// Makes a sampler of `num_samples` draws a pass. The weights need not sum up to 1.
     ///
     /// # Errors
-    /// A negative or non-finite weight, no weight above 0, a sum beyond f64, `num_samples` 0.
+    /// A negative or non-finite weight, no weight above 0, a sum beyond f64, or `num_samples` of 0.
     pub fn new(weights: &[f64], num_samples: usize, seed: u64) -> Result<Self> {
         let bad = weights.iter().enumerate().find(|(_, w)| !(w.is_finite() && **w >= 0.));
         if let Some((index, weight)) = bad {
@@ -62,7 +62,7 @@ impl Sampler for WeightedRandomSampler {
     fn order(&self, pass: u64) -> anyhow::Result<Vec<usize>> {
         let mut rng = SplitMix64::keyed([self.seed, pass]);
         let total = self.sums.last().copied().unwrap_or(0.);
-        // Where rounding gives the total itself: the last index with a weight.
+        // The last index with a weight takes draws that rounding made equal to the total.
         let last = self.sums.partition_point(|sum| *sum < total);
         let draw = || {
             let place = rng.uniform() * total;

@@ -10,7 +10,7 @@ use super::BatchSize;
 use super::fetcher::Plan;
 use crate::guard::guarded;
 
-/// The batches of a plan, from sample `first` on.
+/// The batches of a pass, from sample `first` on.
 pub(super) struct Work {
     pub(super) plan: Arc<Plan>,
     pub(super) first: u64,
@@ -19,7 +19,7 @@ pub(super) struct Work {
 }
 
 impl Work {
-    /// The positions of its batch `number`.
+    /// Returns the positions of batch `number` of this work; `None` past the end.
     fn batch(&self, number: u64) -> Option<Range<usize>> {
         let first = self.first.saturating_add(number.saturating_mul(self.batch_size));
         let len = self.bounds.batch_at(first, self.batch_size);
@@ -32,8 +32,8 @@ type Make<T> = dyn Fn(&Plan, Range<usize>, &dyn Fn() -> bool) -> Result<Option<T
 
 /// Threads that make batches ahead of their use, and hand them out in order.
 ///
-/// Batches are numbered; a thread takes the next number while there is room, so that at most `ahead`
-/// are made or ready. What belongs to work that was given up is thrown away.
+/// Batches are numbered. A thread takes the next number while there is room, so that at most `ahead` batches are
+/// being made or ready. Batches of work that was given up are thrown away.
 pub(super) struct Workers<T> {
     shared: Arc<Shared<T>>,
     threads: Vec<JoinHandle<()>>,
@@ -41,20 +41,20 @@ pub(super) struct Workers<T> {
 
 struct Shared<T> {
     queue: Mutex<Queue<T>>,
-    /// There is room for another batch, or other work, or nothing more to do.
+    /// Signals that there is room for another batch, that the work has changed, or that the queue is closed.
     room: Condvar,
-    /// A batch is ready.
+    /// Signals that the batch that comes next is ready.
     ready: Condvar,
-    /// Counts the works begun: threads look at it between samples.
+    /// Number of works begun. A thread compares it between samples, and drops a batch of older work.
     generation: AtomicU64,
     ahead: usize,
 }
 
 struct Queue<T> {
     work: Option<Arc<Work>>,
-    /// Number of the batch to be handed out next; `made` begins with it.
+    /// Number of the batch to be handed out next, which is the first in `made`.
     next: u64,
-    /// Those begun; `None` until ready.
+    /// The batches begun, in order; `None` until one is ready.
     made: VecDeque<Option<Result<T>>>,
     closed: bool,
 }
@@ -67,7 +67,7 @@ struct Job {
 }
 
 impl<T: Send + 'static> Workers<T> {
-    /// So many threads, which have at most `ahead` batches begun or ready.
+    /// Starts `count` threads, which have at most `ahead` batches begun or ready.
     pub(super) fn spawn(count: usize, ahead: usize, make: Arc<Make<T>>) -> Result<Self> {
         let queue = Queue { work: None, next: 0, made: VecDeque::new(), closed: false };
         let shared = Arc::new(Shared {
@@ -77,7 +77,7 @@ impl<T: Send + 'static> Workers<T> {
             generation: AtomicU64::new(0),
             ahead,
         });
-        // Threads that could be started end when this is dropped on error.
+        // On error this value is dropped, which ends the threads that were started.
         let mut workers = Self { shared, threads: Vec::new() };
         for number in 0..count {
             let (shared, make) = (workers.shared.clone(), make.clone());
@@ -92,7 +92,7 @@ impl<T: Send + 'static> Workers<T> {
 }
 
 impl<T> Workers<T> {
-    /// Gives up what is under way, and begins this.
+    /// Gives up the batches under way, and begins `work`.
     pub(super) fn begin(&self, work: Option<Work>) {
         let mut queue = self.shared.lock();
         self.shared.generation.fetch_add(1, Ordering::Relaxed);
@@ -101,11 +101,11 @@ impl<T> Workers<T> {
         let old = std::mem::take(&mut queue.made);
         drop(queue);
         self.shared.room.notify_all();
-        // The user's batches, which are not dropped under the lock.
+        // The user's batches are dropped after the lock is released, because their `drop` may be slow or panic.
         drop(old);
     }
 
-    /// The next batch, waiting for it; `None` where there is no further one.
+    /// Waits for the next batch and returns it; `None` where the work has no further batch.
     pub(super) fn next(&self) -> Option<Result<T>> {
         let mut queue = self.shared.lock();
         loop {
@@ -123,12 +123,12 @@ impl<T> Workers<T> {
 }
 
 impl<T> Drop for Workers<T> {
-    /// Waits for the samples being read.
+    /// Waits for the samples that are being read.
     fn drop(&mut self) {
         self.shared.lock().closed = true;
         self.begin(None);
         for thread in self.threads.drain(..) {
-            // It ends without a panic: all code that is not ours is guarded.
+            // The thread ends without a panic, because all code of the user's is guarded.
             let _ = thread.join();
         }
     }
@@ -143,7 +143,7 @@ impl<T> Shared<T> {
         while let Some(job) = self.take() {
             let cancelled = || self.generation.load(Ordering::Relaxed) != job.generation;
             let made = guarded(|| make(&job.work.plan, job.positions.clone(), &cancelled));
-            // The user's types, whose drop may panic.
+            // The user's types may panic when they are dropped.
             if let Some(unwanted) = made.transpose().and_then(|made| self.finish(&job, made)) {
                 let _ = guarded(|| {
                     drop(unwanted);
@@ -153,7 +153,7 @@ impl<T> Shared<T> {
         }
     }
 
-    /// The next batch to make, once there is room; `None` at the end.
+    /// Waits for room and takes the next batch to make; `None` when the queue is closed.
     fn take(&self) -> Option<Job> {
         let mut queue = self.lock();
         loop {
@@ -173,7 +173,7 @@ impl<T> Shared<T> {
         }
     }
 
-    /// Puts it into its place, or gives it back where nobody wants it any more.
+    /// Puts a batch into its place in the queue, or returns it where the work has been given up.
     fn finish(&self, job: &Job, made: Result<T>) -> Option<Result<T>> {
         let mut queue = self.lock();
         if self.generation.load(Ordering::Relaxed) != job.generation {

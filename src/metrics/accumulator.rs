@@ -4,48 +4,52 @@ use tch::{TchError, Tensor};
 /// How several processes, or several batches, join a part of a metric's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reduce {
-    /// The sum.
+    /// Adds the tensors.
     Sum,
-    /// The mean: what does not add up, such as a running average.
+    /// Takes the mean over processes, for values that do not add up, such as a running average. The batches of one
+    /// process are added.
     Mean,
-    /// The larger, element by element.
+    /// Takes the larger, element by element.
     Max,
-    /// The smaller, element by element.
+    /// Takes the smaller, element by element.
     Min,
-    /// One after the other, along the first dimension.
+    /// Puts one after the other along the first dimension, in the order of batches and ranks.
     Concat,
 }
 
 /// A part of a metric's accumulated state.
 #[derive(Debug)]
 pub struct Accumulated {
-    /// Its name, unique within the metric.
+    /// The part's name, unique within the metric.
     pub name: String,
-    /// What was accumulated, on the device where it is.
+    /// The accumulated tensor, on the device that accumulates it.
     pub value: Tensor,
-    /// How processes join it.
+    /// How processes join the part.
     pub reduce: Reduce,
 }
 
 impl Accumulated {
-    /// A part.
+    /// Makes a part of a state.
     pub fn new(name: impl Into<String>, value: Tensor, reduce: Reduce) -> Self {
         Self { name: name.into(), value, reduce }
     }
 
-    /// The part of that name, or an error that says that it is missing.
+    /// Finds a part by its name; the tensor is shared.
+    ///
+    /// # Errors
+    /// A state without a part of that name.
     pub fn find(state: &[Self], name: &str) -> anyhow::Result<Tensor> {
         let part = state.iter().find(|part| part.name == name);
         let part = part.ok_or_else(|| anyhow::anyhow!("'{name}' is missing in the state"))?;
         Ok(part.value.shallow_clone())
     }
 
-    /// The same part; the tensor is shared.
+    /// Returns the same part; the tensor is shared.
     pub(super) fn share(&self) -> Self {
         Self::new(self.name.clone(), self.value.shallow_clone(), self.reduce)
     }
 
-    /// The parts under `prefix/`, with the rest of their names.
+    /// Returns the parts whose names begin with `prefix/`, named by the rest.
     pub(super) fn within(state: &[Self], prefix: &str) -> Vec<Self> {
         let part = |part: &Self| {
             let name = part.name.strip_prefix(prefix)?.strip_prefix('/')?.to_owned();
@@ -55,13 +59,13 @@ impl Accumulated {
     }
 }
 
-/// The name under which the number of samples is listed.
+/// The name of the part that holds the number of samples.
 const SAMPLES: &str = "samples";
 
 /// Tensors that are added up, or gathered, batch by batch.
 pub(super) struct Accumulator {
     parts: &'static [(&'static str, Reduce)],
-    /// For each part what it is, in several tensors only while it is gathered.
+    /// The tensors of each part: one, or one for each batch where they are gathered. Empty before the first batch.
     held: Vec<Vec<Tensor>>,
     samples: u64,
 }
@@ -80,7 +84,7 @@ impl Accumulator {
         self.samples
     }
 
-    /// Takes in one tensor for each part.
+    /// Adds one tensor for each part, in the order of the parts.
     pub(super) fn add(&mut self, batch: Vec<Tensor>, samples: u64) -> anyhow::Result<()> {
         debug_assert_eq!(batch.len(), self.parts.len());
         if self.held.is_empty() {
@@ -89,11 +93,11 @@ impl Accumulator {
             for (held, part) in self.held.iter_mut().zip(&batch) {
                 let device = part.device();
                 if held.last().is_some_and(|held| held.device() != device) {
-                    // Loaded from a checkpoint.
+                    // A state loaded from a checkpoint is on the CPU; it moves to the device of the batch.
                     *held = held.iter().map(|t| t.f_to_device(device)).collect::<Result<_, _>>()?;
                 }
             }
-            // All or nothing: an error leaves the sums as they were.
+            // The sums change only after all have been computed, so that an error leaves them as they were.
             let mut joined = Vec::with_capacity(batch.len());
             for ((held, part), (name, reduce)) in self.held.iter().zip(&batch).zip(self.parts) {
                 joined.push(match (held.last(), reduce) {
@@ -118,7 +122,7 @@ impl Accumulator {
         Ok(())
     }
 
-    /// One tensor for each part; empty before the first batch.
+    /// Returns one tensor for each part; empty before the first batch. Gathered batches are copied into one tensor.
     pub(super) fn tensors(&self) -> Result<Vec<Tensor>, TchError> {
         let joined = |held: &Vec<Tensor>| match held.as_slice() {
             [one] => Ok(one.shallow_clone()),
@@ -139,8 +143,8 @@ impl Accumulator {
         Ok(tensors.map(part).chain([samples]).collect())
     }
 
-    /// Nothing is changed on error. What comes from a checkpoint is on the CPU; it moves with the next
-    /// batch.
+    /// Takes over a state; on error nothing is changed. Tensors from a checkpoint are on the CPU, and move to the
+    /// device of the next batch.
     pub(super) fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
         if state.is_empty() {
             self.reset();
@@ -160,7 +164,7 @@ impl Accumulator {
     }
 }
 
-/// Gathered batches must fit together.
+/// Checks that a gathered batch has the type of those before it, and their shape but for the first dimension.
 fn check_alike(name: &str, stored: &Tensor, new: &Tensor) -> anyhow::Result<()> {
     anyhow::ensure!(
         stored.kind() == new.kind(),

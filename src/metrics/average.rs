@@ -7,7 +7,7 @@ use crate::metrics::MetricValue;
 
 const PARTS: Parts = &[("sum", Reduce::Sum)];
 
-/// What an average sums: a value, made comparable, and of how many samples it is.
+/// Turns a value into the tensor that an average sums, in the accumulator's type, and the number of samples in it.
 fn batch(value: MetricValue) -> anyhow::Result<(Tensor, u64)> {
     let tensor = double(&value.tensor()?.f_detach()?)?;
     let samples = if tensor.dim() > 1 { tensor.size()[0] } else { 1 };
@@ -23,7 +23,7 @@ macro_rules! average {
         }
 
         impl<O: ToValue> $name<fn(&O) -> MetricValue> {
-            /// Of the output itself.
+            /// Averages the step's output itself.
             pub fn new() -> Self {
                 Self { value: O::to_value, sum: Accumulator::new(PARTS) }
             }
@@ -36,7 +36,7 @@ macro_rules! average {
         }
 
         impl<F> $name<F> {
-            /// Of a value in the output: a number or a tensor.
+            /// Averages a value that `value` takes out of the output: a number or a tensor.
             pub fn of<O, V: Into<MetricValue>>(value: F) -> Self
             where
                 F: Fn(&O) -> V,
@@ -93,9 +93,9 @@ average!(
     |mean| Ok(mean.shallow_clone()),
     /// The mean of numbers or tensors: ignite's `Average`.
     ///
-    /// A tensor of two or more dimensions (N, …) is N samples, and the value has the shape of one of
-    /// them. Others are one sample each, element by element. All must have the same shape but for N.
-    /// Summed in f64 on the device; no host sync.
+    /// A tensor of two or more dimensions (N, …) counts as N samples, and the mean has the shape of one of them.
+    /// Other values count as one sample each, averaged element by element. All must have the same shape but for N.
+    /// The sum is kept in f64 on the device; no host sync.
     ///
     /// ```
     /// use tch::Tensor;
@@ -112,10 +112,10 @@ average!(
     "GeometricAverage",
     |value| value.f_log(),
     |mean| mean.f_exp(),
-    /// The geometric mean of numbers or tensors, the exponential of their mean logarithm: ignite's
+    /// The geometric mean of numbers or tensors, which is the exponential of their mean logarithm: ignite's
     /// `GeometricAverage`.
     ///
-    /// Values must be positive; shapes as for [`Average`]. Summed in f64 on the device; no host sync.
+    /// Values must be positive; shapes are those of [`Average`]. The sum is kept in f64 on the device; no host sync.
     ///
     /// ```
     /// use tch_ignite::metrics::{GeometricAverage, Metric};

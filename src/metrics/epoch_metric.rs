@@ -6,9 +6,9 @@ use crate::metrics::MetricValue;
 
 /// A function of all predictions and targets since the last reset: ignite's `EpochMetric`.
 ///
-/// `y_pred` and `y` are (N,) or (N, C) each, of the same type and columns in every batch; one column
-/// (N, 1) is given to the function as (N,). Keeps a copy of everything on the device. Neither update
-/// nor compute wait for it, unless the function does.
+/// `y_pred` and `y` are each (N,) or (N, C), of the same type and number of columns in every batch; the function
+/// gets one column (N, 1) as (N,). The metric keeps a copy of everything on the device. Neither `update` nor
+/// `compute` waits for the device, unless the function does.
 ///
 /// ```
 /// use tch::Tensor;
@@ -25,7 +25,7 @@ pub struct EpochMetric<C> {
 }
 
 impl<C: Fn(&Tensor, &Tensor) -> anyhow::Result<MetricValue>> EpochMetric<C> {
-    /// `compute(y_pred, y)` gives the value; `parts` takes both out of the output.
+    /// Makes the metric: `compute(y_pred, y)` gives the value, and `parts` takes `y_pred` and `y` out of the output.
     pub fn of<O, F>(compute: C, parts: F) -> Of<Self, F>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),

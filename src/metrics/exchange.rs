@@ -1,11 +1,11 @@
-//! States of metrics as messages between processes, and how those of all are joined.
+//! States of metrics as messages between processes, and how the states of all ranks are joined.
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::{Accumulated, Reduce};
 
-/// The types that travel; their places are their numbers.
+/// The types that can be sent; a message names a type by its index in this list.
 const KINDS: [Kind; 10] = [
     Kind::Double,
     Kind::Int64,
@@ -27,7 +27,8 @@ struct Part {
     reduce: Reduce,
 }
 
-/// The states of several metrics as one message: what they are as JSON with its length, and the bytes. Waits for devices.
+/// Writes the states of several metrics as one message: the length of a JSON header, the header, and the bytes of all
+/// tensors. Waits for the devices.
 pub(crate) fn write(states: &[Vec<Accumulated>]) -> anyhow::Result<Vec<u8>> {
     let mut bytes = vec![];
     let mut part = |part: &Accumulated| {
@@ -57,7 +58,7 @@ pub(crate) fn write(states: &[Vec<Accumulated>]) -> anyhow::Result<Vec<u8>> {
     Ok(message)
 }
 
-/// What [`write`] made a message of, on the CPU.
+/// Reads a message that [`write`] made; the tensors are on the CPU.
 pub(crate) fn read(message: &[u8]) -> anyhow::Result<Vec<Vec<Accumulated>>> {
     let short = || anyhow::anyhow!("a message of another rank is too short");
     let (length, rest) = message.split_first_chunk::<8>().ok_or_else(short)?;
@@ -80,11 +81,11 @@ pub(crate) fn read(message: &[u8]) -> anyhow::Result<Vec<Vec<Accumulated>>> {
     Ok(states)
 }
 
-/// The state of one metric over all ranks, in their order, so that all get the same bits. A rank adds nothing to a part
-/// that it does not list: it had no sample of it.
+/// Joins the state of one metric over all ranks, in their order, so that all ranks get the same bits. A rank adds
+/// nothing to a part that it does not list, because it had no sample for it.
 ///
 /// # Errors
-/// Parts that do not fit together, by name.
+/// Parts that do not fit together; the error names the first.
 pub(crate) fn join(ranks: &[&Vec<Accumulated>]) -> anyhow::Result<Vec<Accumulated>> {
     let mut joined: Vec<Accumulated> = vec![];
     for part in ranks.iter().copied().flatten() {
@@ -107,8 +108,8 @@ pub(crate) fn join(ranks: &[&Vec<Accumulated>]) -> anyhow::Result<Vec<Accumulate
     Ok(joined)
 }
 
-/// What a rank keeps of a state of all that another one keeps whole: parts that add nothing to that one's, and those
-/// that are the same everywhere.
+/// Makes the state that a rank keeps where the main rank keeps the joined one: sums become 0 and lists become
+/// empty, so that no sample counts twice. Other parts stay, because they are the same on all ranks.
 pub(crate) fn nothing_of(state: &[Accumulated]) -> anyhow::Result<Vec<Accumulated>> {
     let part = |part: &Accumulated| {
         let value = match part.reduce {

@@ -5,11 +5,12 @@ use tch::Tensor;
 use super::{Accumulated, Metric, Reduce, Usage};
 use crate::metrics::MetricValue;
 
-/// How many samples (tokens, images, …) a second are worked through: ignite's `Frequency`, which
-/// rounds down to a whole number.
+/// How many samples (tokens, images, …) are processed a second: ignite's `Frequency`, without its rounding down to a
+/// whole number.
 ///
-/// Counted from the last reset, at each iteration of an epoch unless attached with another
-/// [`Usage`]. Several processes: of all together. Reads the clock; no host sync.
+/// The time counts from the last reset. The value is computed at each iteration and starts anew with each epoch,
+/// unless the metric is attached with another [`Usage`]. With several processes it is the rate of all of them
+/// together. `update` reads the clock; no host sync.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -28,7 +29,7 @@ pub struct Frequency<F> {
 }
 
 impl<F> Frequency<F> {
-    /// `count` says how many an iteration worked through.
+    /// Makes the metric; `count` returns how many samples an iteration processed.
     pub fn of<O>(count: F) -> Self
     where
         F: Fn(&O) -> f64,
@@ -73,7 +74,7 @@ impl<O, F: Fn(&O) -> f64> Metric<O> for Frequency<F> {
         let number =
             |name| Accumulated::find(state, name)?.f_double_value(&[]).map_err(anyhow::Error::from);
         let (total, seconds) = (number("total")?, number("seconds")?);
-        // In another process the time goes on from there; in this one it never stopped.
+        // Without a value (in another process) the clock goes on from the saved time; with one it has never stopped.
         if self.seconds.is_none() {
             let before = Duration::try_from_secs_f64(seconds)?;
             self.since = self.since.checked_sub(before).unwrap_or(self.since);

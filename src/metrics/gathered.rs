@@ -1,4 +1,4 @@
-//! What metrics share that need all samples at once.
+//! The state of metrics that need all samples at once.
 
 use tch::{TchError, Tensor};
 
@@ -6,7 +6,7 @@ use super::{Contribution, Parts, Reduce};
 
 pub(super) const PARTS: Parts = &[("predictions", Reduce::Concat), ("targets", Reduce::Concat)];
 
-/// Keeps a batch, (N,), (N, 1) or (N, C) each.
+/// Makes a contribution that keeps a copy of a batch; `y_pred` and `y` are (N,), (N, 1) or (N, C) each.
 pub(super) fn gather(y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution> {
     for (name, tensor) in [("Predictions", y_pred), ("Targets", y)] {
         anyhow::ensure!(
@@ -25,7 +25,7 @@ pub(super) fn gather(y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution
     Ok(Contribution::new([kept(y_pred)?, kept(y)?], samples as u64))
 }
 
-/// A copy, which nobody else writes into; one column is no dimension.
+/// Copies a tensor, because the step may write into its own. One column, (N, 1), becomes (N,).
 fn kept(tensor: &Tensor) -> Result<Tensor, TchError> {
     let tensor = if tensor.size().get(1) == Some(&1) {
         tensor.f_squeeze_dim(1)?

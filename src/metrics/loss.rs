@@ -4,8 +4,8 @@ use super::to_value::Scalar;
 use super::{Contribution, Of, Pairwise, Parts, Reduce};
 use crate::metrics::MetricValue;
 
-/// The mean loss over samples: ignite's `Loss`. Each batch counts by its size, the first dimension of
-/// the targets. Summed in f64 on the device; no host sync.
+/// The mean loss over samples: ignite's `Loss`. Each batch counts by its size, which is the first dimension of
+/// the targets. The sum is kept in f64 on the device; no host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -25,7 +25,8 @@ pub struct Loss<L> {
 }
 
 impl<L: Fn(&Tensor, &Tensor) -> Tensor> Loss<L> {
-    /// `loss(y_pred, y)` gives the mean over the batch; `parts` takes both out of the output.
+    /// Makes the metric: `loss(y_pred, y)` gives the mean over the batch, a tensor of one element; `parts` takes
+    /// `y_pred` and `y` out of the output.
     pub fn of<O, F>(loss: L, parts: F) -> Of<Self, F>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),

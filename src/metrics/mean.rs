@@ -4,11 +4,11 @@ use super::to_value::Scalar;
 use super::{Accumulated, Metric, Reduce, ToValue};
 use crate::metrics::MetricValue;
 
-/// The mean of a single value over iterations, each counting the same. [`Average`](super::Average) takes
-/// tensors of any shape.
+/// The mean of a single value over iterations, where each iteration counts the same. [`Average`](super::Average)
+/// takes tensors of any shape.
 ///
-/// The value is a number or a tensor with one element; tensors are summed in f64 on their device
-/// (three small kernels an iteration, no host sync).
+/// The value is a number or a tensor with one element. Tensors are summed in f64 on their device (three small kernels
+/// an iteration, no host sync).
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -26,7 +26,7 @@ pub struct Mean<F> {
 }
 
 impl<O: ToValue> Mean<fn(&O) -> MetricValue> {
-    /// Of the output itself.
+    /// Averages the step's output itself.
     pub fn new() -> Self {
         Self { value: O::to_value, sum: None, count: 0 }
     }
@@ -39,7 +39,7 @@ impl<O: ToValue> Default for Mean<fn(&O) -> MetricValue> {
 }
 
 impl<F> Mean<F> {
-    /// Of a value in the output: a number, or a tensor with one element.
+    /// Averages a value that `value` takes out of the output: a number, or a tensor with one element.
     pub fn of<O, V: Into<MetricValue>>(value: F) -> Self
     where
         F: Fn(&O) -> V,

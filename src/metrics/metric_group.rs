@@ -4,8 +4,8 @@ use super::{Accumulated, Metric};
 use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
 
-/// Several metrics attached as one: ignite's `MetricGroup`. In `state.metrics` each is under
-/// `group/name`. Two of one name are refused.
+/// Several metrics attached as one: ignite's `MetricGroup`. Their values are in `state.metrics` under `group/name`.
+/// Two metrics of one name are refused.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -31,7 +31,7 @@ impl<O> Default for MetricGroup<'_, O> {
 }
 
 impl<'a, O> MetricGroup<'a, O> {
-    /// An empty group.
+    /// Makes an empty group.
     pub fn new() -> Self {
         Self { metrics: vec![] }
     }
@@ -103,12 +103,13 @@ impl<O> Metric<O> for MetricGroup<'_, O> {
     }
 }
 
-/// What the parts of a metric begin with. Without slashes, so that those of `a` and `a/b` are told apart.
+/// Returns the prefix of a metric's parts in the state. It has no slashes, so that the parts of `a` and `a/b` are
+/// told apart.
 fn prefix(name: &str) -> String {
     name.replace('%', "%25").replace('/', "%2F")
 }
 
-/// Values are kept under `group/name/part`: no two may meet there.
+/// Checks that no two values of the group meet under one `group/name/part`.
 fn check_distinct(
     name: &str,
     value: &MetricValue,

@@ -11,12 +11,11 @@ use crate::metrics::MetricValue;
 /// A metric to compute with: ignite's `MetricsLambda`, and the handle that [`Metric::shared`] gives.
 ///
 /// `+ - * / %` with numbers and other handles, and the methods below, make metrics whose value is
-/// computed from those of others, as tensors and without a host sync. Clones share the metric.
+/// computed from the values of others, as tensors and without a host sync. Clones share the metric.
 ///
-/// A metric that occurs several times, in one expression or in several that are attached to the same
-/// engine, is updated once: by the first that is attached, with its [`Usage`]. All must be attached
-/// to one engine. Two of them called by hand do not update it twice either.
-///
+/// A metric that occurs several times, in one expression or in several attached ones, is updated once: the first of
+/// the living handles that is reset or updated, with its own [`Usage`], does so for all of them. All of them must
+/// be attached to one engine. Handles that are called by hand follow the same rule.
 /// ```
 /// use tch::Tensor;
 /// use tch_ignite::metrics::{Metric, Precision, Recall, pair};
@@ -29,15 +28,15 @@ use crate::metrics::MetricValue;
 /// ```
 pub struct MetricsLambda<'a, O> {
     node: Rc<Node<'a, O>>,
-    /// Each metric in it once.
+    /// Each metric of the expression once, in the order in which the expression names them.
     leaves: Vec<Rc<Leaf<'a, O>>>,
-    /// Tells handles apart that were attached by themselves.
+    /// The identity of this handle; a leaf notes with it which handle updates its metric.
     user: Rc<()>,
 }
 
 struct Leaf<'a, O> {
     metric: RefCell<Box<dyn Metric<O> + 'a>>,
-    /// Whose calls count.
+    /// The handle whose resets and updates count for the metric.
     user: RefCell<Weak<()>>,
 }
 
@@ -47,7 +46,7 @@ enum Node<'a, O> {
     Metric(Rc<Leaf<'a, O>>),
     Number(f64),
     Apply(Function<'a>, Vec<Rc<Node<'a, O>>>),
-    /// Wrong arguments.
+    /// An expression with wrong arguments; attaching it is an error with this text.
     Refused(String),
 }
 
@@ -75,14 +74,14 @@ impl<O> Node<'_, O> {
 }
 
 impl<'a, O> MetricsLambda<'a, O> {
-    /// What [`Metric::shared`] does.
+    /// Makes a handle of a metric, as [`Metric::shared`] does.
     pub fn of(metric: impl Metric<O> + 'a) -> Self {
         let metric = RefCell::new(Box::new(metric) as Box<dyn Metric<O> + 'a>);
         let leaf = Rc::new(Leaf { metric, user: RefCell::default() });
         Self::from_node(Node::Metric(leaf.clone()), vec![leaf])
     }
 
-    /// A function of the values of others, in this order.
+    /// Makes a metric of a function of the values of others, in this order.
     ///
     /// ```
     /// use tch::Tensor;
@@ -109,7 +108,7 @@ impl<'a, O> MetricsLambda<'a, O> {
         Self::from_node(Node::Apply(Box::new(function), nodes), leaves)
     }
 
-    /// Attaching it is an error.
+    /// Makes a handle that cannot be attached, for this reason.
     pub(super) fn refused(reason: impl Into<String>) -> Self {
         Self::from_node(Node::Refused(reason.into()), vec![])
     }
@@ -118,7 +117,7 @@ impl<'a, O> MetricsLambda<'a, O> {
         Self { node: Rc::new(node), leaves, user: Rc::default() }
     }
 
-    /// A function of the value.
+    /// Applies a function to the value.
     pub fn apply(self, function: impl Fn(&Tensor) -> anyhow::Result<Tensor> + 'a) -> Self {
         Self::new(move |values| function(&values[0]), [self])
     }
@@ -131,32 +130,32 @@ impl<'a, O> MetricsLambda<'a, O> {
         Self::new(move |values| Ok(function(&values[0], &values[1])?), [self, other.into()])
     }
 
-    /// The mean of all elements.
+    /// Takes the mean of all elements.
     pub fn mean(self) -> Self {
         self.apply(|value| Ok(value.f_mean(super::to_value::accumulator_kind(value.device()))?))
     }
 
-    /// The sum of all elements.
+    /// Takes the sum of all elements.
     pub fn sum(self) -> Self {
         self.apply(|value| Ok(value.f_sum(None)?))
     }
 
-    /// Element, or row, number `index` along the first dimension; from the end where it is negative.
+    /// Takes element, or row, number `index` along the first dimension; a negative one counts from the end.
     pub fn index(self, index: i64) -> Self {
         self.apply(move |value| Ok(value.f_select(0, index)?))
     }
 
-    /// To this power, element by element.
+    /// Raises the value to a power, element by element.
     pub fn pow(self, exponent: impl Into<Self>) -> Self {
         self.with(exponent, |a, b| a.f_pow(b))
     }
 
-    /// Divided and rounded down, element by element: Python's `//`.
+    /// Divides and rounds down, element by element: Python's `//`.
     pub fn floor_divide(self, other: impl Into<Self>) -> Self {
         self.with(other, |a, b| a.f_floor_divide(b))
     }
 
-    /// The metrics that this handle updates: those that no living handle did before.
+    /// Returns the metrics that this handle updates: those that no other living handle has claimed.
     fn mine(&self) -> impl Iterator<Item = &Leaf<'a, O>> {
         self.leaves.iter().map(|leaf| &**leaf).filter(|leaf| {
             let mut user = leaf.user.borrow_mut();
@@ -168,7 +167,7 @@ impl<'a, O> MetricsLambda<'a, O> {
     }
 }
 
-/// Shares the metric.
+/// Clones share the metric.
 impl<O> Clone for MetricsLambda<'_, O> {
     fn clone(&self) -> Self {
         Self { node: self.node.clone(), leaves: self.leaves.clone(), user: Rc::default() }
@@ -207,7 +206,7 @@ impl<O> Metric<O> for MetricsLambda<'_, O> {
         }
     }
 
-    /// That of the first metric in it.
+    /// Returns the usage of the first metric in the expression.
     fn usage(&self) -> Usage {
         self.leaves.first().map_or(Usage::EpochWise, |leaf| leaf.metric.borrow().usage())
     }
@@ -246,7 +245,8 @@ impl<O> Metric<O> for MetricsLambda<'_, O> {
     }
 }
 
-/// Notes whose calls count for a metric: another handle might come first when a run goes on.
+/// The name of a part which notes that this handle updates the metric; another handle might come first when a run
+/// goes on.
 fn updates_it(index: usize) -> String {
     format!("{index} is updated by this")
 }

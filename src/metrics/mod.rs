@@ -1,6 +1,6 @@
-//! Metrics: accumulated where the outputs live, read when somebody asks.
+//! Metrics: accumulated on the device of the outputs, read when somebody asks.
 //!
-//! A metric takes what it needs out of the step's output by a closure, so that one which cannot read
+//! A metric takes what it needs out of the step's output with a closure, so that a metric which cannot read
 //! the output does not compile. [`pair`] is that closure for steps that return `(y_pred, y)`:
 //!
 //! ```
@@ -25,23 +25,23 @@
 //! ```
 //!
 //! Sums are kept in f64 on the device of the predictions (f32 on devices that have no f64), counts in
-//! i64. Unless its documentation says otherwise, a metric neither waits for the device in `update` nor
+//! i64. Unless its documentation says otherwise, a metric waits for the device neither in `update` nor
 //! in `compute`: the value is a tensor that is read when somebody asks. An empty batch counts nothing.
 //!
-//! | of | see |
+//! | for | see |
 //! |---|---|
 //! | classes and labels | [`Accuracy`], [`Precision`], [`Recall`], [`Fbeta`], [`ConfusionMatrix`] and what [derives from it](SharedConfusionMatrix) (IoU, Dice, …), [`MultiLabelConfusionMatrix`], [`ClassificationReport`], [`TopKCategoricalAccuracy`], [`MatthewsCorrCoef`], [`CohenKappa`] |
 //! | scores of classes | [`RocAuc`], [`RocCurve`], [`AveragePrecision`], [`PrecisionRecallCurve`], [`MeanAveragePrecision`] |
 //! | distances | [`Loss`], [`MeanAbsoluteError`], [`MeanSquaredError`], [`RootMeanSquaredError`], [`MeanPairwiseDistance`], [`CosineSimilarity`] |
 //! | distributions | [`Entropy`], [`KLDivergence`], [`JSDivergence`], [`MutualInformation`], [`MaximumMeanDiscrepancy`], [`HSIC`] |
 //! | images | [`PSNR`], [`SSIM`] |
-//! | one number, text, recommendations, clusters, generated pictures, groups of people | [`regression`], [`nlp`], [`rec_sys`], [`clustering`], [`gan`], [`fairness`] |
+//! | numbers, text, recommendations, clusters, generated pictures, groups of people | [`regression`], [`nlp`], [`rec_sys`], [`clustering`], [`gan`], [`fairness`] |
 //! | anything | [`Mean`], [`Average`], [`GeometricAverage`], [`RunningAverage`], [`Frequency`], [`EpochMetric`], [`VariableAccumulation`] |
 //! | other metrics | [`MetricsLambda`], [`MetricGroup`] |
 //! | your own | [`Pairwise`], [`Metric`] |
 //!
-//! What the values must be (0 or 1, say) is checked in `update` on the CPU. On other devices that would
-//! wait for the device; there the value is NaN from then on, until the next reset.
+//! Conditions on the elements of a batch (0 or 1, say) are checked in `update` on the CPU. On other devices that
+//! check would wait for the device; there the value is NaN from then on, until the next reset.
 
 mod accumulator;
 mod average;
@@ -87,38 +87,50 @@ pub use variable_accumulation::VariableAccumulation;
 
 use crate::error::Result;
 
-/// Something computed from the outputs of a step. Attach it with
+/// A value that is computed from the outputs of a step. Attach it with
 /// [`Engine::metric`](crate::engine::Engine::metric).
 ///
-/// Metrics of predictions and targets are easier made by [`Pairwise`].
+/// [`Pairwise`] is the easier way to write a metric of predictions and targets.
 pub trait Metric<O> {
-    /// Forgets everything.
+    /// Forgets everything that was accumulated.
     fn reset(&mut self);
 
-    /// Takes in the output of one iteration. Called without gradients.
+    /// Takes in the output of one iteration. The engine calls this without gradients.
+    ///
+    /// # Errors
+    /// An output that the metric cannot take, for instance tensors of wrong shapes.
     fn update(&mut self, output: &O) -> anyhow::Result<()>;
 
-    /// Takes in the output of every iteration for a metric within this one, where the usage calls
-    /// [`update`](Self::update) less often. Nothing, but for [`RunningAverage::of_metric`] and what holds one.
+    /// Takes in the output of an iteration at which the usage does not call [`update`](Self::update), for a metric
+    /// within this one. It does nothing but in [`RunningAverage::of_metric`] and metrics that hold one.
+    ///
+    /// # Errors
+    /// Those of [`update`](Self::update).
     fn observe(&mut self, _output: &O) -> anyhow::Result<()> {
         Ok(())
     }
 
-    /// The value over all since the last reset; a tensor where reading it would wait for a device.
+    /// Computes the value over everything since the last reset. It is a tensor where reading it would wait for a
+    /// device.
+    ///
+    /// # Errors
+    /// A metric that needs at least one sample and has none, or a computation that fails.
     fn compute(&self) -> anyhow::Result<MetricValue>;
 
-    /// When the engine resets, updates and computes it, unless told otherwise.
+    /// Returns when the engine resets, updates and computes the metric, unless it is attached with another usage.
     fn usage(&self) -> Usage {
         Usage::EpochWise
     }
 
-    /// What is wrong with its arguments, if anything; asked when it is attached.
+    /// Checks the arguments; called when the metric is attached.
+    ///
+    /// # Errors
+    /// Wrong arguments; the error names the first.
     fn validate(&self) -> Result<()> {
         Ok(())
     }
 
-    /// Makes a handle that can be used several times, in [arithmetic](MetricsLambda) too, and is
-    /// updated once.
+    /// Makes a handle that can be used several times, in [arithmetic](MetricsLambda) too; the metric is updated once.
     fn shared<'a>(self) -> MetricsLambda<'a, O>
     where
         Self: Sized + 'a,
@@ -126,17 +138,20 @@ pub trait Metric<O> {
         MetricsLambda::of(self)
     }
 
-    /// What has been accumulated since the last reset, each part with how several processes join it.
-    /// Nothing where there is nothing yet, and for metrics of your own that do not say: their value is that
-    /// of each process alone. Shares the tensors; those gathered batch by batch are joined, a copy.
+    /// Returns what has been accumulated since the last reset, each part with how several processes join it; empty
+    /// before the first update. The default is always empty: such a metric has each process's own value, and starts
+    /// anew in a resumed run. Tensors are shared; samples gathered batch by batch are copied into one tensor.
+    ///
+    /// # Errors
+    /// Tensors that cannot be put together.
     fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
         Ok(vec![])
     }
 
-    /// Goes on from what [`state`](Self::state) gave, or from what processes joined.
+    /// Takes over what [`state`](Self::state) gave, or what processes joined, and goes on from there.
     ///
     /// # Errors
-    /// Parts that are missing, or that this metric does not know: the text names the first.
+    /// Parts that are missing, or that this metric does not know; the error names the first.
     fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
         match state.first() {
             Some(part) => anyhow::bail!("this metric keeps no '{}'", part.name),

@@ -8,35 +8,34 @@ use crate::metrics::MetricValue;
 /// The parts of a metric's state: names, and how batches and processes join them.
 pub type Parts = &'static [(&'static str, Reduce)];
 
-/// What a batch adds to a metric.
+/// The parts that a batch adds to a metric.
 #[derive(Debug, Default)]
 pub struct Contribution {
-    /// A tensor for each of the metric's parts, in their order. They must not share memory with what
-    /// the step returned.
+    /// A tensor for each of the metric's parts, in their order. They must not share memory with the step's output.
     pub parts: Vec<Tensor>,
-    /// How many samples they stand for; with 0 nothing is added.
+    /// How many samples the batch counts as; with 0 nothing is added.
     pub samples: u64,
-    /// Conditions that make the value wrong, each a boolean tensor of one element, and what to say.
+    /// Conditions that make the value wrong, each a boolean tensor of one element, with the text of the error.
     pub wrong: Vec<(Tensor, String)>,
 }
 
 impl Contribution {
-    /// These parts, of so many samples.
+    /// Makes a contribution of these parts, which stand for `samples` samples.
     pub fn new(parts: impl Into<Vec<Tensor>>, samples: u64) -> Self {
         Self { parts: parts.into(), samples, wrong: vec![] }
     }
 
-    /// Says what makes the value wrong.
+    /// Sets the conditions that make the value wrong.
     pub fn wrong(mut self, conditions: Vec<(Tensor, String)>) -> Self {
         self.wrong = conditions;
         self
     }
 }
 
-/// A metric of predictions and targets: what each batch adds, and the value of the sums.
+/// A metric of predictions and targets: the parts that each batch adds, and the value of their sums.
 ///
-/// What the sums are kept in, empty batches, state, and where `y_pred` and `y` come from is done by
-/// [`Of`], which makes a [`Metric`] of it:
+/// [`Of`] makes a [`Metric`] of it. It takes `y_pred` and `y` out of the output, keeps the sums, leaves out empty
+/// batches, and saves the state:
 ///
 /// ```
 /// use tch::{Kind, Tensor};
@@ -68,39 +67,49 @@ impl Contribution {
 /// # anyhow::Ok(())
 /// ```
 pub trait Pairwise {
-    /// Its name in errors.
+    /// The metric's name in errors.
     const NAME: &'static str;
 
-    /// What is accumulated, and how batches (and processes) join it.
+    /// Returns the parts that are accumulated, and how batches (and processes) join them.
     fn parts(&self) -> Parts;
 
-    /// What is wrong with its arguments, if anything.
+    /// Checks the arguments; called when the metric is attached, and before the first update.
+    ///
+    /// # Errors
+    /// Wrong arguments; the error names the first.
     fn validate(&self) -> Result<()> {
         Ok(())
     }
 
-    /// Forgets what it noted of earlier batches; the sums are reset without it.
+    /// Forgets what the metric noted of earlier batches. [`Of`] resets the sums.
     fn reset(&mut self) {}
 
-    /// What a batch adds. Both tensors are detached. Not called for empty batches.
+    /// Returns the parts that a batch adds. Both tensors are detached. Empty batches are left out before.
+    ///
+    /// # Errors
+    /// A batch that the metric cannot take, for instance tensors of wrong shapes.
     fn batch(&mut self, y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution>;
 
-    /// The value of the sums, over at least one sample.
+    /// Computes the value from the accumulated parts, over at least one sample.
+    ///
+    /// # Errors
+    /// A computation that fails.
     fn value(&self, parts: &[Tensor], samples: f64) -> anyhow::Result<MetricValue>;
 }
 
-/// A [`Pairwise`] metric of the `y_pred` and `y` in an output.
+/// The metric that a [`Pairwise`] makes of the `y_pred` and `y` in an output.
 pub struct Of<M, F> {
     pub(super) metric: M,
     parts: F,
     sums: Accumulator,
-    /// True once a value was wrong, on devices where that is not looked at.
+    /// Whether a condition that makes the value wrong held on a device other than the CPU, where reading it would
+    /// be a host sync; `None` before the first such condition. Once true, the value is NaN.
     spoiled: Option<Tensor>,
     validated: bool,
 }
 
 impl<M: Pairwise, F> Of<M, F> {
-    /// `parts` takes `y_pred` and `y` out of the output.
+    /// Makes the metric; `parts` takes `y_pred` and `y` out of the output.
     pub fn new<O>(metric: M, parts: F) -> Self
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
@@ -109,14 +118,15 @@ impl<M: Pairwise, F> Of<M, F> {
         Self { metric, parts, sums, spoiled: None, validated: false }
     }
 
-    /// Changes an argument.
+    /// Changes an argument of the metric, and starts anew.
     pub(super) fn with(mut self, change: impl FnOnce(&mut M)) -> Self {
         change(&mut self.metric);
         self.sums = Accumulator::new(self.metric.parts());
         self
     }
 
-    /// The reason of the first condition that holds; on other devices than the CPU it is noted.
+    /// Fails with the text of the first condition that holds; conditions on devices other than the CPU are only
+    /// noted.
     fn check(&mut self, conditions: Vec<(Tensor, String)>) -> anyhow::Result<()> {
         for (condition, reason) in conditions {
             if condition.device() == Device::Cpu {
@@ -180,7 +190,7 @@ where
 
     fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
         let mut state = self.sums.state()?;
-        // Every process lists the same parts.
+        // Every process must list the same parts, so this one is listed even if no condition was noted.
         if let Some(part) = state.first() {
             let spoiled = match &self.spoiled {
                 Some(spoiled) => spoiled.f_to_kind(Kind::Int64)?,
@@ -201,7 +211,7 @@ where
     }
 }
 
-/// The name under which it is listed that a value was wrong.
+/// The name of the part that notes whether a condition held.
 const SPOILED: &str = "spoiled";
 
 fn nan_where(spoiled: &Tensor, value: MetricValue) -> Result<MetricValue, tch::TchError> {
@@ -222,16 +232,16 @@ fn nan_where(spoiled: &Tensor, value: MetricValue) -> Result<MetricValue, tch::T
     })
 }
 
-/// Takes `y_pred` and `y` out of an output that is just these two.
+/// Takes `y_pred` and `y` out of an output that is a pair of them.
 pub fn pair(output: &(Tensor, Tensor)) -> (&Tensor, &Tensor) {
     (&output.0, &output.1)
 }
 
-/// Constructors of metrics without required arguments.
+/// Makes the constructor of a metric without required arguments.
 macro_rules! of_pair {
     ($metric:ident) => {
         impl $metric {
-            /// `parts` takes `y_pred` and `y` out of the output.
+            /// Makes the metric; `parts` takes `y_pred` and `y` out of the output.
             pub fn of<O, F>(parts: F) -> $crate::metrics::Of<Self, F>
             where
                 F: for<'o> Fn(&'o O) -> (&'o tch::Tensor, &'o tch::Tensor),

@@ -8,7 +8,7 @@ use crate::metrics::MetricValue;
 /// `v = v * alpha + (1 - alpha) * new`, starting with the first value, kept in f64 on the device of
 /// the value (four small kernels an iteration, no host sync until somebody reads it).
 ///
-/// The value is a number, or a tensor with one element. `alpha` is checked when it is attached.
+/// The value is a number, or a tensor with one element. `alpha` is checked when the metric is attached.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -26,7 +26,7 @@ pub struct RunningAverage<F> {
 }
 
 impl<O: ToValue> RunningAverage<fn(&O) -> MetricValue> {
-    /// Of the output itself.
+    /// Averages the step's output itself.
     pub fn new() -> Self {
         Self { value: O::to_value, alpha: 0.98, average: None }
     }
@@ -39,7 +39,7 @@ impl<O: ToValue> Default for RunningAverage<fn(&O) -> MetricValue> {
 }
 
 impl<F> RunningAverage<F> {
-    /// Of a value in the output: a number, or a tensor with one element.
+    /// Averages a value that `value` takes out of the output: a number, or a tensor with one element.
     pub fn of<O, V: Into<MetricValue>>(value: F) -> Self
     where
         F: Fn(&O) -> V,
@@ -47,27 +47,27 @@ impl<F> RunningAverage<F> {
         Self { value, alpha: 0.98, average: None }
     }
 
-    /// The weight of the past, 0.98 unless given; in (0, 1].
+    /// Sets the weight of the past, 0.98 unless given; in (0, 1].
     pub fn alpha(mut self, alpha: f64) -> Self {
         self.alpha = alpha;
         self
     }
 }
 
-/// Where [`RunningAverage::of_metric`] takes its values from.
+/// The metric that [`RunningAverage::of_metric`] takes its values from.
 pub struct OfMetric<M> {
     metric: M,
-    /// The metric has taken in something since it was read.
+    /// Set once the metric has taken in an output since its value was last read.
     observed: bool,
 }
 
 impl<M> RunningAverage<OfMetric<M>> {
-    /// Of a metric, which is updated at every iteration, and read and reset when the average is updated:
-    /// at each iteration, so that its values are those of single batches, or with
-    /// [`Usage::RunningEpochWise`] at the end of each epoch, so that they are those of epochs. ignite's
-    /// `src`; unlike there the metric need not be attached, and is not attached twice by accident.
+    /// Averages the values of a metric. The metric is updated at every iteration, and read and reset when the
+    /// average is updated: at each iteration, so that its values are those of single batches, or with
+    /// [`Usage::RunningEpochWise`] at the end of each epoch, so that its values are those of epochs. This is
+    /// ignite's `src`, but the metric need not be attached by itself, and cannot be attached twice by accident.
     ///
-    /// With [`Usage::BatchFiltered`] it takes in only the batches that pass.
+    /// With [`Usage::BatchFiltered`] the metric takes in only the batches that pass the filter.
     ///
     /// ```
     /// use tch::Tensor;
@@ -127,10 +127,10 @@ impl<F> RunningAverage<F> {
     }
 }
 
-/// The name of the average in the list of the state.
+/// The name of the part that holds the average.
 const AVERAGE: &str = "average";
 
-/// Before the parts of the metric within, in the list of the state.
+/// The prefix of the parts of the metric within.
 const METRIC: &str = "metric";
 
 impl<O, V: Into<MetricValue>, F: Fn(&O) -> V> Metric<O> for RunningAverage<F> {
@@ -177,7 +177,7 @@ impl<O, M: Metric<O>> Metric<O> for RunningAverage<OfMetric<M>> {
         Ok(())
     }
 
-    /// Without anything observed, `output` alone counts.
+    /// Takes the value of the outputs observed so far, or of `output` alone where none was observed.
     fn update(&mut self, output: &O) -> anyhow::Result<()> {
         if !self.value.observed {
             self.observe(output)?;

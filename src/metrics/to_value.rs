@@ -3,10 +3,10 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use crate::metrics::MetricValue;
 
-/// Outputs that are a value themselves, for [`Mean::new`](super::Mean::new) and
-/// [`RunningAverage::new`](super::RunningAverage::new).
+/// Outputs that are a value themselves, for the `new` of [`Mean`](super::Mean), [`Average`](super::Average),
+/// [`GeometricAverage`](super::GeometricAverage) and [`RunningAverage`](super::RunningAverage).
 pub trait ToValue {
-    /// The value; a tensor is shared, not copied.
+    /// Returns the value; a tensor is shared, not copied.
     fn to_value(&self) -> MetricValue;
 }
 
@@ -16,7 +16,7 @@ impl ToValue for Tensor {
     }
 }
 
-/// The value itself, shared.
+/// Returns the value itself; tensors are shared.
 impl ToValue for MetricValue {
     fn to_value(&self) -> MetricValue {
         self.share()
@@ -29,7 +29,7 @@ impl ToValue for f64 {
     }
 }
 
-/// The accumulator's type: f64, or f32 on devices that have no f64.
+/// Returns the type to accumulate in: f64, or f32 on devices that have no f64.
 pub(super) fn accumulator_kind(device: Device) -> Kind {
     match device {
         Device::Mps => Kind::Float,
@@ -55,7 +55,7 @@ impl Scalar {
             tensor.size()
         );
         let kind = accumulator_kind(tensor.device());
-        // Kept apart from the step's tensor, which somebody may change in place.
+        // A copy, because somebody may change the step's tensor in place.
         Ok(Self::Tensor(tensor.f_detach()?.f_reshape([0i64; 0])?.f_to_dtype(kind, false, true)?))
     }
 
@@ -98,7 +98,7 @@ impl Scalar {
         }
     }
 
-    /// For a state: a number has no dimensions there, and a tensor has one.
+    /// Returns the value for a state: a number becomes a tensor without dimensions, a tensor has shape (1,).
     pub(super) fn saved(&self) -> Result<Tensor, TchError> {
         match self {
             Self::Number(value) => Ok(Tensor::from(*value)),
@@ -106,7 +106,7 @@ impl Scalar {
         }
     }
 
-    /// Back from [`saved`](Self::saved). Waits for the device where that is a number.
+    /// Reads what [`saved`](Self::saved) gave. Waits for the device where that is a number.
     pub(super) fn loaded(saved: &Tensor) -> anyhow::Result<Self> {
         match saved.dim() {
             0 => Ok(Self::Number(saved.f_double_value(&[])?)),
@@ -115,12 +115,12 @@ impl Scalar {
     }
 }
 
-/// In the accumulator's type, without the graph.
+/// Converts to the accumulator's type; a tensor of that type is shared.
 pub(super) fn double(tensor: &Tensor) -> Result<Tensor, TchError> {
     tensor.f_to_kind(accumulator_kind(tensor.device()))
 }
 
-/// The elements on the host: a host sync.
+/// Copies the elements to the CPU, which takes a host sync.
 pub(super) fn host<T: Element + Default + Clone>(tensor: &Tensor) -> Result<Vec<T>, TchError> {
     let tensor = tensor.f_to_device(Device::Cpu)?.f_to_kind(T::KIND)?.f_contiguous()?;
     let mut elements = vec![T::default(); tensor.numel()];

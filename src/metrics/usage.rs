@@ -5,24 +5,24 @@ use crate::event_filter::FilteredEvent;
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Usage {
-    /// Over the iterations of each epoch, computed at its end.
+    /// Reset at the start of each epoch, updated at each iteration, computed at the end of the epoch.
     EpochWise,
-    /// Over all epochs of a run, by the output at the end of each;
-    /// [`RunningAverage::of_metric`](super::RunningAverage::of_metric) by its metric over each.
+    /// Reset at the start of a run, updated with the last output of each epoch and computed there.
+    /// [`RunningAverage::of_metric`](super::RunningAverage::of_metric) takes the value of its metric over each epoch.
     RunningEpochWise,
-    /// Of each iteration alone.
+    /// Reset, updated and computed at each iteration.
     BatchWise,
-    /// Over all iterations of a run, computed at each.
+    /// Reset at the start of a run, updated and computed at each iteration.
     RunningBatchWise,
-    /// Over the iterations of each epoch, computed at each.
+    /// Reset at the start of each epoch, updated and computed at each iteration.
     SingleEpochRunningBatchWise,
-    /// Over those iterations of each epoch that pass the filter, computed at its end. The event must
-    /// be [`Event::IterationCompleted`], as in `Event::IterationCompleted.every(10)`.
+    /// Reset at the start of each epoch, updated at the iterations that pass the filter, computed at the end of the
+    /// epoch. The event must be [`Event::IterationCompleted`], as in `Event::IterationCompleted.every(10)`.
     BatchFiltered(FilteredEvent),
 }
 
 impl Usage {
-    /// The events to reset, update and compute at.
+    /// Returns the events at which the metric is reset, updated and computed.
     pub(crate) fn events(&self) -> (Event, Event, Event) {
         use Event::*;
         match self {

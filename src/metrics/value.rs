@@ -2,12 +2,12 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-/// What a metric computes.
+/// The value of a metric.
 #[derive(Debug)]
 pub enum MetricValue {
     /// A number.
     Number(f64),
-    /// A tensor of any shape and numeric type, on any device, that nobody has read yet.
+    /// A tensor of any shape and numeric type, on any device. It has not been read, so it costs no host sync yet.
     Tensor(Tensor),
     /// Several values, each with its name, in order.
     Named(Vec<(String, MetricValue)>),
@@ -26,7 +26,7 @@ impl From<Tensor> for MetricValue {
 }
 
 impl MetricValue {
-    /// The same value; a tensor is shared, not copied.
+    /// Returns the same value; a tensor is shared, not copied.
     pub fn share(&self) -> Self {
         match self {
             Self::Number(value) => Self::Number(*value),
@@ -37,10 +37,10 @@ impl MetricValue {
         }
     }
 
-    /// The value as a number. Waits for the device where it is a tensor: a host sync on CUDA.
+    /// Returns the value as a number. Waits for the device where the value is a tensor: a host sync on CUDA.
     ///
     /// # Errors
-    /// A tensor that has not exactly one element, or several values.
+    /// A tensor that has not exactly one element, or several named values.
     pub fn read(&self) -> Result<f64> {
         match self {
             Self::Number(value) => Ok(*value),
@@ -56,11 +56,11 @@ impl MetricValue {
         }
     }
 
-    /// The value as a tensor, on the device where it is; a number as a tensor without dimensions, in
+    /// Returns the value as a tensor, on the device where it is; a number becomes a tensor without dimensions, in
     /// f64 on the CPU. No host sync.
     ///
     /// # Errors
-    /// Several values.
+    /// Several named values.
     pub fn tensor(&self) -> Result<Tensor> {
         match self {
             Self::Number(value) => Ok(Tensor::from(*value)),
@@ -69,8 +69,8 @@ impl MetricValue {
         }
     }
 
-    /// All numbers, each with its name, as loggers show them: a number under `name`, the elements of
-    /// a tensor under `name/0`, `name/1` or `name/0/1`, named values under `name/part`. One host sync
+    /// Returns all numbers, each with its name, as loggers show them: a number under `name`, the elements of
+    /// a tensor under `name/0`, `name/1` or `name/0/1`, named values under `name/part`. Takes one host sync
     /// for each tensor.
     ///
     /// ```
@@ -81,6 +81,9 @@ impl MetricValue {
     /// assert_eq!(recall.flatten("val/recall")?, numbers);
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
+    ///
+    /// # Errors
+    /// A tensor that libtorch cannot copy to the CPU.
     pub fn flatten(&self, name: &str) -> Result<Vec<(String, f64)>> {
         match self {
             Self::Number(value) => Ok(vec![(name.to_owned(), *value)]),
@@ -110,7 +113,7 @@ impl MetricValue {
     }
 }
 
-/// The elements, in f64, in order of memory of a contiguous tensor.
+/// Reads the elements in f64, in the order of a contiguous tensor.
 fn numbers(tensor: &Tensor) -> std::result::Result<Vec<f64>, tch::TchError> {
     let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
     let mut numbers = vec![0.; tensor.numel()];
@@ -118,7 +121,7 @@ fn numbers(tensor: &Tensor) -> std::result::Result<Vec<f64>, tch::TchError> {
     Ok(numbers)
 }
 
-/// The indices of element `i`, each after a slash.
+/// Returns the indices of element `i`, each after a slash.
 fn place(i: usize, shape: &[i64]) -> String {
     let mut rest = i as i64;
     let mut indices: Vec<_> = shape

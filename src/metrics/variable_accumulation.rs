@@ -4,12 +4,12 @@ use super::to_value::double;
 use super::{Accumulated, Metric, Reduce};
 use crate::metrics::MetricValue;
 
-/// Joins a value of each iteration to those before, by a function of yours: ignite's
-/// `VariableAccumulation`. In `state.metrics` there are `name/accumulator` and `name/num_examples`.
+/// Joins a value of each iteration to those before it with a function of yours: ignite's `VariableAccumulation`. The
+/// values are in `state.metrics` under `name/accumulator` and `name/num_examples`.
 ///
-/// Begins with a scalar 0. A tensor of two or more dimensions (N, …) counts as N examples, anything else
-/// as one. In f64 on the device of the value; no host sync unless the function makes one. Processes add
-/// their results.
+/// The accumulator begins as a scalar 0. A tensor of two or more dimensions (N, …) counts as N examples, anything
+/// else as one. The values are in f64 on their device; no host sync unless the function makes one. Several
+/// processes add their results.
 ///
 /// ```
 /// use tch::Tensor;
@@ -31,8 +31,8 @@ pub struct VariableAccumulation<P, F> {
 }
 
 impl<P: Fn(&Tensor, &Tensor) -> anyhow::Result<Tensor>, F> VariableAccumulation<P, F> {
-    /// `op(accumulator, value)` gives the next accumulator; `value` takes a number or tensor out of the
-    /// output.
+    /// Makes the metric: `op(accumulator, value)` gives the next accumulator; `value` takes a number or tensor out
+    /// of the output.
     pub fn of<O, V: Into<MetricValue>>(op: P, value: F) -> Self
     where
         F: Fn(&O) -> V,

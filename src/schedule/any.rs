@@ -5,7 +5,7 @@ use super::*;
 
 macro_rules! any_schedule {
     ($($schedule:ident)* ; chainable: $($chainable:ident)* ; no file: $($closure:ident)*) => {
-        /// Any schedule of this crate, as one type: what compositions hold and files contain.
+        /// Any schedule of this crate, as one type, which compositions hold and files contain.
         ///
         /// In files, `type` is the class and the other keys are its arguments:
         ///
@@ -51,7 +51,7 @@ macro_rules! any_schedule {
                 }
             }
 
-            /// The class, as in files.
+            /// Returns the name of the class, as in files.
             pub fn class(&self) -> &'static str {
                 match self {
                     $(Self::$schedule(_) => stringify!($schedule),)*
@@ -60,12 +60,12 @@ macro_rules! any_schedule {
                 }
             }
 
-            /// What [`from_arguments`](Self::from_arguments) knows.
+            /// The classes that [`from_arguments`](Self::from_arguments) knows.
             pub(super) const CLASSES: &[&str] =
                 &[$(stringify!($schedule),)* $(stringify!($chainable),)*];
 
-            /// The class with these arguments; an error has the path to what is wrong, which the
-            /// derived `Deserialize` of a tagged enum loses. `None` for an unknown class.
+            /// Makes a schedule of this class with these arguments. An error has the path to the wrong argument,
+            /// which the derived `Deserialize` of a tagged enum loses. `None` for an unknown class.
             pub(super) fn from_arguments(
                 class: &str,
                 arguments: Value,
@@ -82,7 +82,7 @@ macro_rules! any_schedule {
                 })
             }
 
-            /// As torch computes it from the value before, where torch does.
+            /// Returns the schedule as a recurrence, if torch computes each of its values from the one before.
             pub(super) fn recurrence(&self) -> Option<&dyn Recurrence> {
                 match self {
                     $(Self::$chainable(schedule) => Some(schedule),)*

@@ -12,8 +12,8 @@ use crate::state::StateDict;
 /// Drives the batch size of a [`Loader`](crate::data::Loader) or [`DataLoader`](crate::data::DataLoader):
 /// ignite's `BatchSizeScheduler`.
 ///
-/// At the start of each epoch, unless told otherwise, the loader gets the schedule's value, rounded,
-/// and `state.epoch_length` becomes its new number of batches, so that an epoch stays one pass over
+/// At the start of each epoch, unless [`on`](Self::on) says otherwise, the loader gets the schedule's value, rounded,
+/// and `state.epoch_length` becomes the loader's new number of batches, so that an epoch stays one pass over
 /// the data. (In ignite the length stays, and epochs drift from passes.)
 ///
 /// ```
@@ -37,27 +37,27 @@ use crate::state::StateDict;
 pub struct BatchSizeScheduler<S> {
     batch_size: BatchSize,
     schedule: S,
-    /// The batch size before the first event.
+    /// The batch size when this scheduler was made; going to a position before the first event sets it again.
     first: u64,
     events_done: u64,
     events: Events,
 }
 
 impl<S: Schedule> BatchSizeScheduler<S> {
-    /// Of this loader (`&loader`) and its clones.
+    /// Makes a scheduler for this loader (`&loader`) and its clones.
     pub fn new(loader: impl Into<BatchSize>, schedule: S) -> Self {
         let (batch_size, events) = (loader.into(), Event::EpochStarted.into());
         let first = batch_size.get();
         Self { batch_size, schedule, first, events_done: 0, events }
     }
 
-    /// The position, with the schedule's arguments.
+    /// Returns the position, with the schedule's arguments.
     pub fn state_dict(&self) -> Map<String, Value> {
         self.schedule.save(self.events_done)
     }
 
-    /// Goes to a saved position; the loader gets the batch size of the last event before it, or the one it
-    /// had when this was made.
+    /// Goes to a saved position. The loader gets the batch size of the last event before it, or, where there is
+    /// none, the size that it had when the scheduler was made.
     ///
     /// # Errors
     /// A missing key, or a state of a schedule with other arguments; nothing is changed then.
@@ -84,9 +84,9 @@ impl<S: Schedule> BatchSizeScheduler<S> {
         self.batch_size.set(size as u64)
     }
 
-    /// Acts on these events. Where all of them are fired after the step, value 0 is set when the run begins, as told at
-    /// [`ParamScheduler`](super::ParamScheduler). The epoch length is adapted where epochs begin and end; a change within
-    /// an epoch leaves its length as it is.
+    /// Acts on these events. Where all of them are fired after the step, value 0 is set when the run begins, as
+    /// described at [`ParamScheduler`](super::ParamScheduler). The epoch length is adapted at the start and end of
+    /// epochs only; a change within an epoch leaves its length as it is.
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self

@@ -4,11 +4,11 @@ use super::recurrence::{Recurrence, Walk, recurrent};
 use super::{AnySchedule, Schedule};
 use crate::error::{Error, Result};
 
-/// Several of torch's schedules on one value, each changing what the one before left: torch's
+/// Several of torch's schedules on one value, each of which changes the value that the one before it left: torch's
 /// `ChainedScheduler`.
 ///
-/// For schedules that torch computes from the value before: `StepLR`, `MultiStepLR`, `ConstantLR`,
-/// `LinearLR`, `ExponentialLR`, `PolynomialLR`, `CosineAnnealingLR`, `MultiplicativeLR`; all with the
+/// It takes schedules that torch computes from the value before: `StepLR`, `MultiStepLR`, `ConstantLR`,
+/// `LinearLR`, `ExponentialLR`, `PolynomialLR`, `CosineAnnealingLR`, `MultiplicativeLR`. All must have the
 /// same base.
 ///
 /// ```
@@ -28,7 +28,7 @@ pub struct ChainedScheduler {
 }
 
 impl ChainedScheduler {
-    /// In this order at every event.
+    /// Makes a schedule that applies these in this order at every event.
     pub fn new<S: Into<AnySchedule>>(schedules: impl IntoIterator<Item = S>) -> Self {
         let schedules = schedules.into_iter().map(Into::into).collect();
         Self { schedules, walk: Walk::default() }

@@ -3,7 +3,7 @@
 use super::Schedule;
 use crate::error::{Error, Result};
 
-/// Checks that there is a value for the first event, after all arguments were checked one by one.
+/// Checks that there is a value for the first event; called after all arguments were checked one by one.
 pub(super) fn starts<S: Schedule + ?Sized>(schedule: &S) -> Result<()> {
     let value = schedule.at(0);
     if value.is_finite() {

@@ -5,7 +5,7 @@ use super::{AnySchedule, Schedule};
 use crate::error::{Error, Result};
 
 /// Schedules one after the other, each from its own event 0: ignite's `ConcatScheduler`, torch's
-/// `SequentialLR`. The last goes on for ever. Made by [`Schedule::then`] too.
+/// `SequentialLR`. The last one goes on for ever. [`Schedule::then`] makes one of two schedules.
 ///
 /// ```
 /// use tch_ignite::schedule::{CosineAnnealing, LinearCyclical, Schedule};
@@ -23,7 +23,8 @@ pub struct Concat {
 pub type SequentialLR = Concat;
 
 impl Concat {
-    /// The first for `durations[0]` events, and so on; one duration less than schedules.
+    /// Makes a schedule of several. The first is used for `durations[0]` events, and so on; there is one duration
+    /// fewer than schedules.
     pub fn new<S: Into<AnySchedule>>(
         schedules: impl IntoIterator<Item = S>,
         durations: impl IntoIterator<Item = u64>,
@@ -34,7 +35,7 @@ impl Concat {
         }
     }
 
-    /// The next schedule starts at each milestone, as torch's `SequentialLR` counts.
+    /// Makes a schedule of several, the next of which starts at each milestone, as torch's `SequentialLR` counts.
     pub fn sequential<S: Into<AnySchedule>>(
         schedules: impl IntoIterator<Item = S>,
         milestones: impl IntoIterator<Item = u64>,
@@ -81,7 +82,7 @@ impl Schedule for Concat {
     }
 
     fn end(&self) -> Option<(u64, String)> {
-        // A part that ends before its time, or the last.
+        // The whole ends where one of its schedules ends before its time, or where the last one ends.
         let mut first = 0u64;
         for (index, schedule) in self.schedules.iter().enumerate() {
             let duration = self.durations.get(index);

@@ -33,19 +33,20 @@ pub(super) fn five() -> u64 {
 }
 
 impl ConstantLR {
-    /// A third of `base` for 5 events, unless told otherwise.
+    /// Makes a schedule of a third of `base` for 5 events; [`factor`](Self::factor) and
+    /// [`total_iters`](Self::total_iters) change that.
     pub fn new(base: f64) -> Self {
         Self { base, factor: third(), total_iters: five(), walk: Walk::default() }
     }
 
-    /// The factor at the start, above 0 and at most 1.
+    /// Sets the factor at the start, above 0 and at most 1.
     pub fn factor(mut self, factor: f64) -> Self {
         self.walk = Walk::default();
         self.factor = factor;
         self
     }
 
-    /// How many events the factor holds.
+    /// Sets for how many events the factor holds.
     pub fn total_iters(mut self, events: u64) -> Self {
         self.walk = Walk::default();
         self.total_iters = events;
@@ -59,7 +60,7 @@ impl ConstantLR {
             self.factor > 0. && self.factor <= 1.,
             "above 0 and at most 1",
         )?;
-        // Its inverse brings the base back.
+        // Event `total_iters` multiplies by the inverse of the factor, which must be finite.
         finite(&[("base", self.base), ("1 / factor", 1. / self.factor)])
     }
 }

@@ -43,7 +43,7 @@ pub struct CosineAnnealing {
 pub type CosineAnnealingScheduler = ParamScheduler<CosineAnnealing>;
 
 impl CosineAnnealing {
-    /// Cycles of `cycle_size` events (at least 2).
+    /// Makes a schedule with cycles of `cycle_size` events (at least 2).
     pub fn new(start_value: f64, end_value: f64, cycle_size: u64) -> Self {
         Self {
             start_value,

@@ -7,7 +7,7 @@ use super::check::{finite, positive};
 use super::recurrence::{Recurrence, Walk, recurrent};
 use crate::error::Result;
 
-/// From `base` to `eta_min` along half a cosine wave in `t_max` events, and back in the next `t_max`:
+/// Goes from `base` to `eta_min` along half a cosine wave in `t_max` events, and back in the next `t_max`:
 /// torch's `CosineAnnealingLR` (Loshchilov and Hutter 2016, <https://arxiv.org/abs/1608.03983>,
 /// without the restarts).
 ///
@@ -30,12 +30,12 @@ pub struct CosineAnnealingLR {
 }
 
 impl CosineAnnealingLR {
-    /// From `base` to 0 in `t_max` events.
+    /// Makes a schedule from `base` to 0 in `t_max` events.
     pub fn new(base: f64, t_max: u64) -> Self {
         Self { base, t_max, eta_min: 0., walk: Walk::default() }
     }
 
-    /// The lowest value, 0 unless given.
+    /// Sets the lowest value, 0 unless given.
     pub fn eta_min(mut self, value: f64) -> Self {
         self.walk = Walk::default();
         self.eta_min = value;
@@ -55,7 +55,7 @@ impl Recurrence for CosineAnnealingLR {
 
     fn next(&self, event: u64, previous: f64) -> f64 {
         let (t, e) = (self.t_max as f64, event as f64);
-        // The step away from the lowest point, where the quotient below is 0 / 0.
+        // At the step away from the lowest point the quotient below is 0 / 0, so torch adds a difference there.
         if event > self.t_max && (event - 1 - self.t_max).is_multiple_of(2 * self.t_max) {
             return previous + (self.base - self.eta_min) * (1. - (PI / t).cos()) / 2.;
         }

@@ -7,8 +7,8 @@ use super::Schedule;
 use super::check::{finite, positive, starts};
 use crate::error::Result;
 
-/// Half a cosine wave from `base` to `eta_min`, again and again, each `t_mult` times as long as the
-/// last: torch's `CosineAnnealingWarmRestarts`, SGDR (<https://arxiv.org/abs/1608.03983>).
+/// Half a cosine wave from `base` to `eta_min`, again and again, each wave `t_mult` times as long as the
+/// one before: torch's `CosineAnnealingWarmRestarts`, SGDR (<https://arxiv.org/abs/1608.03983>).
 ///
 /// ```
 /// use tch_ignite::schedule::{CosineAnnealingWarmRestarts, Schedule};
@@ -25,12 +25,12 @@ pub struct CosineAnnealingWarmRestarts {
     t_mult: u64,
     #[serde(default)]
     eta_min: f64,
-    /// First event and length of the wave last asked for.
+    /// First event and length of the wave that was last asked for, so that walking forward costs O(1).
     #[serde(skip)]
     wave: Cell<Option<(u64, u64)>>,
 }
 
-// The cache is no part of the value.
+// Two schedules are equal whatever their caches hold.
 impl PartialEq for CosineAnnealingWarmRestarts {
     fn eq(&self, other: &Self) -> bool {
         (self.base, self.t_0, self.t_mult, self.eta_min)
@@ -43,19 +43,19 @@ fn one() -> u64 {
 }
 
 impl CosineAnnealingWarmRestarts {
-    /// From `base` to 0; the first wave has `t_0` events.
+    /// Makes a schedule from `base` to 0 whose first wave has `t_0` events.
     pub fn new(base: f64, t_0: u64) -> Self {
         Self { base, t_0, t_mult: 1, eta_min: 0., wave: Cell::new(None) }
     }
 
-    /// How many times as long each wave is as the last, 1 unless given.
+    /// Sets how many times as long each wave is as the one before, 1 unless given.
     pub fn t_mult(mut self, factor: u64) -> Self {
         self.wave = Cell::new(None);
         self.t_mult = factor;
         self
     }
 
-    /// The lowest value, 0 unless given.
+    /// Sets the lowest value, 0 unless given.
     pub fn eta_min(mut self, value: f64) -> Self {
         self.wave = Cell::new(None);
         self.eta_min = value;

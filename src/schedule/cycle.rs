@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use super::read;
 use crate::error::{Error, Result};
 
-/// The arguments that cyclical schedules share, as methods of each.
+/// Makes the methods that set the arguments of a cyclical schedule.
 macro_rules! cyclical_arguments {
     ($schedule:ident) => {
         impl $schedule {
@@ -32,7 +32,8 @@ macro_rules! cyclical_arguments {
                 self
             }
 
-            /// Events from the end of a cycle back to the start value, linearly; 0 for a jump.
+            /// Sets in how many events the value goes from the end of a cycle back to the start value, linearly; 0
+            /// for a jump.
             pub fn warmup_duration(mut self, events: u64) -> Self {
                 self.last = LastCycle::default();
                 self.warmup_duration = events;
@@ -55,15 +56,15 @@ macro_rules! cyclical_arguments {
 }
 pub(super) use cyclical_arguments;
 
-/// To go through cycles one by one takes a nanosecond or two each.
+/// The most cycles that `load` walks through; each takes one or two nanoseconds.
 const MAX_LOADED_CYCLE: u64 = 100_000_000;
 
-/// Default of the multipliers.
+/// The default of the multipliers.
 pub(super) fn one() -> f64 {
     1.
 }
 
-/// Arguments common to cyclical schedules.
+/// The arguments that cyclical schedules share.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Cycles {
     pub(super) start_value: f64,
@@ -88,17 +89,17 @@ pub(super) struct Cycle {
 
 /// A point of a cycle, in the terms of ignite's formulas.
 pub(super) enum Point {
-    /// `progress` from 0 to 1 between `start` and `end`.
+    /// A point at `progress`, from 0 to 1, between `start` and `end`.
     Cycle { start: f64, end: f64, progress: f64 },
-    /// On the way back to `start`, after the cycle.
+    /// A value on the way back to `start`, after the cycle.
     Warmup(f64),
 }
 
-/// The cycle last asked for, so that walking forward costs O(1).
+/// The cycle that was last asked for, so that walking forward costs O(1).
 #[derive(Debug, Clone, Default)]
 pub(super) struct LastCycle(Cell<Option<Cycle>>);
 
-// The cache is no part of the value.
+// Two schedules are equal whatever their caches hold.
 impl PartialEq for LastCycle {
     fn eq(&self, _: &Self) -> bool {
         true
@@ -110,12 +111,12 @@ impl Cycle {
         self.size.saturating_add(self.warmup)
     }
 
-    /// `None` where the next cycle would have no events.
+    /// Returns the next cycle; `None` where it would have no events.
     fn next(&self, cycles: &Cycles) -> Option<Self> {
         let next = Self {
             first: self.first.saturating_add(self.len()),
             number: self.number + 1,
-            // Python's int(): towards zero.
+            // ignite's `int()` rounds towards zero, and so does `as`.
             size: (self.size as f64 * cycles.cycle_mult) as u64,
             warmup: (self.warmup as f64 * cycles.cycle_mult) as u64,
             start: self.start * cycles.start_value_mult,
@@ -137,7 +138,7 @@ impl Cycles {
         }
     }
 
-    /// All cycles are alike, so that a cycle's place follows by division.
+    /// Returns whether all cycles are alike, so that the cycle of an event is found by division.
     fn uniform(&self) -> bool {
         self.cycle_mult == 1. && self.start_value_mult == 1. && self.end_value_mult == 1.
     }
@@ -168,11 +169,11 @@ impl Cycles {
         Some(cycle)
     }
 
-    /// `None` past the end.
+    /// Returns the point of an event; `None` past the end.
     pub(super) fn point(&self, event: u64, last: &LastCycle) -> Option<Point> {
         let cycle = self.cycle_of(event, last)?;
         let index = event - cycle.first;
-        // The start value moves when the cycle proper is over, before the warm-up.
+        // The start value changes when the cycle is over, before the warm-up.
         let start =
             if index < cycle.size { cycle.start } else { cycle.start * self.start_value_mult };
         if index > cycle.size {
@@ -226,8 +227,8 @@ impl Cycles {
         Some((cycle.first + cycle.len(), why))
     }
 
-    /// ignite's `state_dict` of a cyclical scheduler. There the cycle turns over at the start of the
-    /// event that follows, so a full cycle is still the old one.
+    /// Writes ignite's `state_dict` of a cyclical scheduler. In ignite the next cycle begins at the start of the
+    /// event that follows, so after the last event of a cycle the state is still that of the old cycle.
     pub(super) fn save(&self, events: u64, last: &LastCycle) -> Map<String, Value> {
         let mut state = Map::new();
         let Some(cycle) = self.cycle_of(events.saturating_sub(1), last) else {

@@ -5,7 +5,7 @@ use super::check::{finite, starts, within};
 use super::cycle::one;
 use crate::error::Result;
 
-/// Up and down between two values in straight lines: torch's `CyclicLR` (Smith 2015,
+/// Goes up and down between two values in straight lines: torch's `CyclicLR` (Smith 2015,
 /// <https://arxiv.org/abs/1506.01186>).
 ///
 /// ```
@@ -28,7 +28,7 @@ pub struct CyclicLR {
     mode: CyclicMode,
     #[serde(default = "one")]
     gamma: f64,
-    /// Measured from `max_lr` downwards, as torch does with momentum.
+    /// Whether the cycle is measured from `max_lr` downwards, as torch does with momentum.
     #[serde(default)]
     inverse: bool,
 }
@@ -38,12 +38,12 @@ pub struct CyclicLR {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum CyclicMode {
-    /// Not at all.
+    /// The cycles keep their height.
     #[default]
     Triangular,
-    /// By half with each cycle.
+    /// The height is halved with each cycle.
     Triangular2,
-    /// By `gamma` with each event.
+    /// The height is multiplied by `gamma` with each event.
     ExpRange,
 }
 
@@ -52,7 +52,8 @@ fn step_size() -> f64 {
 }
 
 impl CyclicLR {
-    /// Between `base_lr` and `max_lr`, 2000 events each way unless told otherwise.
+    /// Makes a schedule between `base_lr` and `max_lr`, with 2000 events each way unless
+    /// [`step_size_up`](Self::step_size_up) is given.
     pub fn new(base_lr: f64, max_lr: f64) -> Self {
         Self {
             base_lr,
@@ -65,31 +66,31 @@ impl CyclicLR {
         }
     }
 
-    /// Events from `base_lr` to `max_lr`.
+    /// Sets the number of events from `base_lr` to `max_lr`.
     pub fn step_size_up(mut self, events: f64) -> Self {
         self.step_size_up = events;
         self
     }
 
-    /// Events back, as many as up unless given.
+    /// Sets the number of events back to `base_lr`, as many as up unless given.
     pub fn step_size_down(mut self, events: f64) -> Self {
         self.step_size_down = Some(events);
         self
     }
 
-    /// How the cycles shrink.
+    /// Sets how the cycles shrink.
     pub fn mode(mut self, mode: CyclicMode) -> Self {
         self.mode = mode;
         self
     }
 
-    /// The factor of each event in mode [`ExpRange`](CyclicMode::ExpRange).
+    /// Sets the factor of each event in mode [`ExpRange`](CyclicMode::ExpRange), 1 unless given.
     pub fn gamma(mut self, gamma: f64) -> Self {
         self.gamma = gamma;
         self
     }
 
-    /// The schedule of the momentum that goes with it, from `max_momentum` to `base_momentum` and back
+    /// Makes the schedule of the momentum that goes with this one, from `max_momentum` to `base_momentum` and back
     /// (torch's `cycle_momentum`).
     pub fn momentum(&self, base_momentum: f64, max_momentum: f64) -> Self {
         Self {
@@ -122,7 +123,7 @@ impl Schedule for CyclicLR {
         let (up, down) = (self.step_size_up, self.step_size_down.unwrap_or(self.step_size_up));
         within("step_size_up", up, up > 0. && up.is_finite(), "positive and finite")?;
         within("step_size_down", down, down > 0. && down.is_finite(), "positive and finite")?;
-        // The place in a cycle is computed with both, so neither may vanish beside the other.
+        // The point in a cycle is computed from both lengths, so neither may vanish beside the other.
         let (total, share) = (up + down, up / (up + down));
         let computes = total.is_finite() && 1. / total < 1e6 && share > 0. && share < 1.;
         within("step_size_up", up, computes, &format!("comparable with step_size_down ({down})"))?;

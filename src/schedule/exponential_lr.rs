@@ -22,7 +22,7 @@ pub struct ExponentialLR {
 }
 
 impl ExponentialLR {
-    /// From `base`, by the factor `gamma` an event.
+    /// Makes a schedule that starts at `base` and is multiplied by `gamma` at every event.
     pub fn new(base: f64, gamma: f64) -> Self {
         Self { base, gamma, walk: Walk::default() }
     }

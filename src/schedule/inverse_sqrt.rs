@@ -4,7 +4,7 @@ use super::Schedule;
 use super::check::{finite, positive, starts};
 use crate::error::Result;
 
-/// A linear rise to `peak` in `warmup` events, then `peak * sqrt(warmup / event)`: fairseq's
+/// Rises linearly to `peak` in `warmup` events, then falls as `peak * sqrt(warmup / event)`: fairseq's
 /// `inverse_sqrt`.
 ///
 /// ```
@@ -20,7 +20,7 @@ pub struct InverseSqrt {
 }
 
 impl InverseSqrt {
-    /// The peak is at event `warmup`.
+    /// Makes a schedule whose peak is at event `warmup`.
     pub fn new(peak: f64, warmup: u64) -> Self {
         Self { peak, warmup }
     }

@@ -8,7 +8,7 @@ use crate::error::Result;
 
 type Factor = Arc<dyn Fn(u64) -> f64 + Send + Sync>;
 
-/// `base` times a function of the event: torch's `LambdaLR`. Cannot be written to a file.
+/// `base` times a function of the event: torch's `LambdaLR`. It cannot be written to a file.
 ///
 /// ```
 /// use tch_ignite::schedule::{LambdaLR, Schedule};
@@ -22,7 +22,7 @@ pub struct LambdaLR {
 }
 
 impl LambdaLR {
-    /// `base * factor(event)`.
+    /// Makes a schedule of `base * factor(event)`.
     pub fn new(base: f64, factor: impl Fn(u64) -> f64 + Send + Sync + 'static) -> Self {
         Self { base, factor: Arc::new(factor) }
     }
@@ -40,7 +40,7 @@ impl Schedule for LambdaLR {
 }
 
 impl PartialEq for LambdaLR {
-    /// Equal if it is the same function.
+    /// Two are equal if they have the same base and are clones of one function.
     fn eq(&self, other: &Self) -> bool {
         self.base == other.base && Arc::ptr_eq(&self.factor, &other.factor)
     }
@@ -52,7 +52,7 @@ impl fmt::Debug for LambdaLR {
     }
 }
 
-/// Multiplies the value at each event by a function of it: torch's `MultiplicativeLR`. Cannot be
+/// Multiplies the value at each event by a function of the event: torch's `MultiplicativeLR`. It cannot be
 /// written to a file.
 ///
 /// ```
@@ -68,7 +68,7 @@ pub struct MultiplicativeLR {
 }
 
 impl MultiplicativeLR {
-    /// `base` at event 0, then the last value times `factor(event)`.
+    /// Makes a schedule that is `base` at event 0, and then the value before times `factor(event)`.
     pub fn new(base: f64, factor: impl Fn(u64) -> f64 + Send + Sync + 'static) -> Self {
         Self { base, factor: Arc::new(factor), walk: Walk::default() }
     }
@@ -88,11 +88,11 @@ impl Recurrence for MultiplicativeLR {
     }
 }
 
-// A function cannot be written down.
+// A function cannot be written down, so there are no arguments.
 recurrent!(MultiplicativeLR, |_| None);
 
 impl PartialEq for MultiplicativeLR {
-    /// Equal if it is the same function.
+    /// Two are equal if they have the same base and are clones of one function.
     fn eq(&self, other: &Self) -> bool {
         self.base == other.base && Arc::ptr_eq(&self.factor, &other.factor)
     }

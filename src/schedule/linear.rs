@@ -6,10 +6,10 @@ use super::cycle::{Cycles, LastCycle, Point, cyclical_arguments, one};
 use super::{ParamScheduler, Schedule};
 use crate::error::{Error, Result};
 
-/// Linear there and back within each cycle: ignite's `LinearCyclicalScheduler`.
+/// Straight lines to `end_value` and back in each cycle: ignite's `LinearCyclicalScheduler`.
 ///
-/// From `start_value` to `end_value` in the first half of the cycle and back in the second; only
-/// there, if [`monotonic`](Self::monotonic).
+/// The value goes from `start_value` to `end_value` in the first half of the cycle and back in the second. With
+/// [`monotonic`](Self::monotonic) it goes to `end_value` in the whole cycle.
 ///
 /// ```
 /// use tch_ignite::schedule::{LinearCyclical, Schedule};
@@ -40,7 +40,7 @@ pub struct LinearCyclical {
 pub type LinearCyclicalScheduler = ParamScheduler<LinearCyclical>;
 
 impl LinearCyclical {
-    /// Cycles of `cycle_size` events (at least 2).
+    /// Makes a schedule with cycles of `cycle_size` events (at least 2).
     pub fn new(start_value: f64, end_value: f64, cycle_size: u64) -> Self {
         Self {
             start_value,
@@ -55,7 +55,7 @@ impl LinearCyclical {
         }
     }
 
-    /// Only from start to end, and at once back to the start: a saw-tooth.
+    /// Goes from start to end only, and at once back to the start: a saw-tooth.
     pub fn monotonic(mut self, on: bool) -> Self {
         self.monotonic = on;
         self

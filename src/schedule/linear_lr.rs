@@ -7,7 +7,7 @@ use super::cycle::one;
 use super::recurrence::{Recurrence, Walk, recurrent};
 use crate::error::Result;
 
-/// From `base * start_factor` to `base * end_factor` in `total_iters` events: torch's `LinearLR`.
+/// Goes from `base * start_factor` to `base * end_factor` in `total_iters` events: torch's `LinearLR`.
 ///
 /// ```
 /// use tch_ignite::schedule::{LinearLR, Schedule};
@@ -29,7 +29,7 @@ pub struct LinearLR {
 }
 
 impl LinearLR {
-    /// From a third of `base` to `base` in 5 events, unless told otherwise.
+    /// Makes a schedule from a third of `base` to `base` in 5 events; the methods below change that.
     pub fn new(base: f64) -> Self {
         Self {
             base,
@@ -40,21 +40,21 @@ impl LinearLR {
         }
     }
 
-    /// The factor at the start, above 0 and at most 1.
+    /// Sets the factor at the start, above 0 and at most 1.
     pub fn start_factor(mut self, factor: f64) -> Self {
         self.walk = Walk::default();
         self.start_factor = factor;
         self
     }
 
-    /// The factor at the end, from 0 to 1.
+    /// Sets the factor at the end, from 0 to 1.
     pub fn end_factor(mut self, factor: f64) -> Self {
         self.walk = Walk::default();
         self.end_factor = factor;
         self
     }
 
-    /// How many events it takes.
+    /// Sets how many events the change takes.
     pub fn total_iters(mut self, events: u64) -> Self {
         self.walk = Walk::default();
         self.total_iters = events;
@@ -66,7 +66,7 @@ impl LinearLR {
         within("start_factor", start, start > 0. && start <= 1., "above 0 and at most 1")?;
         within("end_factor", end, (0. ..=1.).contains(&end), "from 0 to 1")?;
         positive("total_iters", self.total_iters)?;
-        // The first step is made by a factor relative to it.
+        // The first step multiplies by a factor relative to `start_factor`, so its inverse must be finite.
         finite(&[("base", self.base), ("1 / start_factor", 1. / start)])
     }
 }

@@ -1,8 +1,8 @@
 //! Schedules: pure functions from an event number to a value, and the handler that applies them.
 //!
 //! A [`Schedule`] knows nothing of optimizers or engines: `at(i)` is the value of event `i`, from 0.
-//! [`ParamScheduler`] is a name, a [`Knob`](crate::optim::Knob) and a schedule, and a handler of the
-//! engine. The numbers are ignite's, bit for bit.
+//! [`ParamScheduler`] joins a name, a [`Knob`](crate::optim::Knob) and a schedule, and is a handler of the
+//! engine. The values equal ignite's bit for bit.
 
 mod any;
 mod batch_size;
@@ -74,35 +74,41 @@ use crate::state::StateDict;
 
 /// A pure function from the number of an event, from 0, to a value.
 pub trait Schedule: Send {
-    /// The value of event `event`; NaN where the schedule has [ended](Self::end).
+    /// Returns the value of event `event`; NaN where the schedule has [ended](Self::end).
     ///
-    /// A run of calls with growing `event` costs O(1) each; going back may cost a walk from 0.
+    /// Calls with growing `event` cost O(1) each; going back may cost a walk from event 0.
     fn at(&self, event: u64) -> f64;
 
-    /// What is wrong with the arguments, if anything. Schedulers ask before the first event.
+    /// Checks the arguments. Schedulers call this before the first event.
+    ///
+    /// # Errors
+    /// Wrong arguments; the error names the first.
     fn validate(&self) -> Result<()>;
 
-    /// After how many events the schedule ends, and why; `None` for one that goes on for ever. May cost
+    /// Returns after how many events the schedule ends, and why; `None` for one that goes on for ever. May cost
     /// a walk to the end.
     fn end(&self) -> Option<(u64, String)> {
         None
     }
 
-    /// How many events it takes until all that the schedule describes has happened (one cycle, the last
+    /// Returns how many events it takes until all that the schedule describes has happened (one cycle, the last
     /// milestone, a warm-up); `None` where it describes no end.
     fn length(&self) -> Option<u64> {
         None
     }
 
-    /// Checks that the schedule has come to its [length](Self::length) after `events` events, has not
-    /// [ended](Self::end) before, and has a finite value at each of them: before a run that long. Asks for the values of
-    /// all events, up to ten millions.
+    /// Checks before a run of `events` events that the schedule comes to its [length](Self::length) within it, does
+    /// not [end](Self::end) before, and has a finite value at each event. Computes the values of all events, up to
+    /// ten million.
     ///
     /// ```
     /// use tch_ignite::schedule::{CosineAnnealing, Schedule};
     /// let schedule = CosineAnnealing::new(1.0, 0.0, 1000);
     /// assert!(schedule.fits(1000).is_ok() && schedule.fits(999).is_err());
     /// ```
+    ///
+    /// # Errors
+    /// Wrong arguments, or the first of these that does not hold.
     fn fits(&self, events: u64) -> Result<()> {
         self.validate()?;
         let wrong = too_long(self, events).or_else(|| too_short(self, events));
@@ -112,20 +118,20 @@ pub trait Schedule: Send {
         }
     }
 
-    /// The schedule with its arguments, where it can be written down: kept with the position, so that
-    /// a state is only loaded into the schedule it is of.
+    /// Returns the schedule with its arguments as JSON, where it can be written down. They are saved with the
+    /// position, so that a state is loaded only into the schedule that it was saved from.
     fn arguments(&self) -> Option<Value> {
         None
     }
 
-    /// The position after `events` events, in ignite's terms where the schedule has them.
+    /// Writes the position after `events` events, in ignite's terms where ignite has the schedule.
     fn save(&self, events: u64) -> Map<String, Value> {
         let position = [("event_index".to_owned(), events.into())];
         let arguments = self.arguments().map(|arguments| ("schedule".to_owned(), arguments));
         position.into_iter().chain(arguments).collect()
     }
 
-    /// The number of events that [`save`](Self::save) was given.
+    /// Reads the number of events that [`save`](Self::save) was given.
     ///
     /// # Errors
     /// A missing key, or the state of a schedule with other arguments.
@@ -142,7 +148,7 @@ pub trait Schedule: Send {
         Ok(events)
     }
 
-    /// The first `events` values with their event numbers, without any training.
+    /// Returns the first `events` values with their event numbers, without any training.
     ///
     /// ```
     /// use tch_ignite::schedule::{CosineAnnealing, Schedule};
@@ -151,12 +157,15 @@ pub trait Schedule: Send {
     /// assert_eq!(values[2].1, 0.5);
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
+    ///
+    /// # Errors
+    /// Wrong arguments, or a schedule that ends before.
     fn simulate_values(&self, events: u64) -> Result<Vec<(u64, f64)>> {
         self.validate()?;
         (0..events).map(|event| Ok((event, value(self, event)?))).collect()
     }
 
-    /// This schedule for `after` events, then another from its own event 0.
+    /// Uses this schedule for `after` events, then another from its own event 0.
     fn then(self, next: impl Into<AnySchedule>, after: u64) -> Concat
     where
         Self: Into<AnySchedule> + Sized,
@@ -164,7 +173,7 @@ pub trait Schedule: Send {
         Concat::new([self.into(), next.into()], [after])
     }
 
-    /// All values times a factor.
+    /// Multiplies all values by a factor.
     fn scale(self, factor: f64) -> Scaled
     where
         Self: Into<AnySchedule> + Sized,
@@ -172,7 +181,7 @@ pub trait Schedule: Send {
         Scaled::new(self, factor)
     }
 
-    /// Without the first `events` events.
+    /// Leaves out the first `events` events.
     fn skip(self, events: u64) -> Skipped
     where
         Self: Into<AnySchedule> + Sized,
@@ -180,7 +189,8 @@ pub trait Schedule: Send {
         Skipped::new(self, events)
     }
 
-    /// A line from `start` up to the first value of this schedule, which is event `events - 1`.
+    /// Puts a line before this schedule, from `start` to the schedule's first value, which is then at event `events
+    /// - 1`.
     ///
     /// ```
     /// use tch_ignite::schedule::{CosineAnnealing, Schedule};
@@ -240,7 +250,7 @@ fn too_short<S: Schedule + ?Sized>(schedule: &S, events: u64) -> Option<String> 
     Some(format!("ends after {end} events ({why}), but the run has {events}"))
 }
 
-/// Puts the position of a schedule into a checkpoint: how many of its events are done, with its arguments.
+/// Puts the position of a schedule into a checkpoint: how many of its events are done, and its arguments.
 fn save_position<S: Schedule + ?Sized>(
     schedule: &S,
     events: u64,
@@ -250,8 +260,9 @@ fn save_position<S: Schedule + ?Sized>(
     state.set_value(ARGUMENTS, schedule.arguments())
 }
 
-/// Reads how many events are done; where the arguments are not those of the schedule that the state is of,
-/// that is an error with `strict`, and a line without. `None` for a state without [`save_position`].
+/// Reads the position that [`save_position`] wrote: how many events are done. Where the state has other arguments
+/// than the schedule, that is an error with `strict`, and without it a text that describes the change. `None` for a
+/// state without such a position.
 fn load_position<S: Schedule + ?Sized>(
     schedule: &S,
     state: &StateDict,
@@ -287,12 +298,12 @@ fn not_finite<S: Schedule + ?Sized>(schedule: &S, events: u64) -> Option<String>
 /// How many events [`Schedule::fits`] looks at.
 const MOST_CHECKED: u64 = 10_000_000;
 
-/// [`Schedule::arguments`] of what serde can write.
+/// Writes a schedule as JSON, for [`Schedule::arguments`].
 fn written<S: serde::Serialize>(schedule: &S) -> Option<Value> {
     serde_json::to_value(schedule).ok()
 }
 
-/// The value of an event, or why there is none.
+/// Returns the value of an event; an error where the schedule has ended before.
 fn value<S: Schedule + ?Sized>(schedule: &S, event: u64) -> Result<f64> {
     let value = schedule.at(event);
     if value.is_nan()

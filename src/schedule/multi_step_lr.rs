@@ -26,13 +26,13 @@ pub struct MultiStepLR {
 }
 
 impl MultiStepLR {
-    /// From `base`, with steps at these events.
+    /// Makes a schedule that starts at `base` and steps at these events.
     pub fn new(base: f64, milestones: impl IntoIterator<Item = u64>) -> Self {
         let milestones = milestones.into_iter().collect();
         Self { base, milestones, gamma: gamma(), walk: Walk::default() }
     }
 
-    /// The factor of each milestone, 0.1 unless given.
+    /// Sets the factor of each milestone, 0.1 unless given.
     pub fn gamma(mut self, gamma: f64) -> Self {
         self.walk = Walk::default();
         self.gamma = gamma;

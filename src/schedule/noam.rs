@@ -23,12 +23,12 @@ pub struct Noam {
 }
 
 impl Noam {
-    /// For a model of width `d_model`; the peak is the event number `warmup`, from 1.
+    /// Makes a schedule for a model of width `d_model`; the peak is the event number `warmup`, counted from 1.
     pub fn new(d_model: u64, warmup: u64) -> Self {
         Self { d_model, warmup, factor: 1. }
     }
 
-    /// A factor for all values, 1 unless given.
+    /// Sets a factor for all values, 1 unless given.
     pub fn factor(mut self, factor: f64) -> Self {
         self.factor = factor;
         self

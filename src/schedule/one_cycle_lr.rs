@@ -7,11 +7,12 @@ use super::{ParamScheduler, Schedule};
 use crate::error::Result;
 use crate::optim::Group;
 
-/// One cycle over the whole run: up to `max_lr`, down far below the start: torch's `OneCycleLR`
+/// One cycle over the whole run, up to `max_lr` and down far below the start: torch's `OneCycleLR`
 /// (Smith and Topin 2017, <https://arxiv.org/abs/1708.07120>).
 ///
-/// Ends after `total_steps` events. [`momentum`](Self::momentum) is the schedule of the momentum that
-/// goes with it, and [`one_cycle`] drives both in one line.
+/// The schedule ends after `total_steps` events, or one later where torch has a value for that one too.
+/// [`momentum`](Self::momentum) makes the schedule of the momentum that goes with it, and [`one_cycle`] drives both
+/// in one line.
 ///
 /// ```
 /// use tch_ignite::schedule::{OneCycleLR, Schedule};
@@ -36,8 +37,7 @@ pub struct OneCycleLR {
     three_phase: bool,
 }
 
-/// The momentum of a one-cycle run: high where the learning rate is low. Made by
-/// [`OneCycleLR::momentum`].
+/// The momentum of a one-cycle run, which is high where the learning rate is low. [`OneCycleLR::momentum`] makes it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OneCycleMomentum {
@@ -52,7 +52,7 @@ pub struct OneCycleMomentum {
     three_phase: bool,
 }
 
-/// The shape of the way between two values.
+/// The shape of the curve between two values.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -85,7 +85,7 @@ impl Anneal {
     }
 }
 
-/// Where the phases of a run end.
+/// The phases of a run, which learning rate and momentum share.
 #[derive(Clone, Copy)]
 struct Phases {
     total: u64,
@@ -95,7 +95,7 @@ struct Phases {
 }
 
 impl Phases {
-    /// The phase of an event, and where it begins and ends.
+    /// Returns the phase of an event, and where the phase begins and ends.
     fn phase(self, event: f64) -> (usize, f64, f64) {
         let total = self.total as f64;
         let rise = self.pct_start * total;
@@ -107,7 +107,7 @@ impl Phases {
         (phase, start, ends[phase])
     }
 
-    /// The value where `values` are those at the ends of the phases, the start first.
+    /// Returns the value of an event, where `values` are the start value and the values at the ends of the phases.
     fn at(self, event: u64, values: [f64; 4]) -> f64 {
         let event = event as f64;
         let (phase, start, end) = self.phase(event);
@@ -119,13 +119,14 @@ impl Phases {
         positive("total_steps", self.total)?;
         let share = self.pct_start;
         within("pct_start", share, (0. ..=1.).contains(&share), "from 0 to 1")?;
-        // As torch, which counts from the start value to the highest one.
+        // As in torch the rise takes `pct_start * total_steps - 1` events; 0 of them would divide 0 by 0.
         let rises = share * self.total as f64 - 1. != 0.;
         let bounds = "other than 1 / total_steps, with which the value would rise within 0 events";
         within("pct_start", share, rises, bounds)
     }
 
-    /// torch reads one value past the end, if there is one.
+    /// Returns how many events have a value. As in torch there is one past `total_steps`, unless the last phase is
+    /// empty.
     fn events(self) -> u64 {
         let (_, start, end) = self.phase(self.total as f64);
         self.total.saturating_add(u64::from(start != end))
@@ -137,7 +138,7 @@ impl Phases {
 }
 
 impl OneCycleLR {
-    /// Up to `max_lr` in the first 30 % of `total_steps` events, unless told otherwise.
+    /// Makes a schedule up to `max_lr` in the first 30 % of `total_steps` events; the methods below change that.
     pub fn new(max_lr: f64, total_steps: u64) -> Self {
         Self {
             max_lr,
@@ -150,37 +151,37 @@ impl OneCycleLR {
         }
     }
 
-    /// The share of the run in which the value rises, 0.3 unless given.
+    /// Sets the share of the run in which the value rises, 0.3 unless given.
     pub fn pct_start(mut self, share: f64) -> Self {
         self.pct_start = share;
         self
     }
 
-    /// The shape of the ways, cosine unless given.
+    /// Sets the shape of the curves, cosine unless given.
     pub fn anneal_strategy(mut self, anneal: Anneal) -> Self {
         self.anneal_strategy = anneal;
         self
     }
 
-    /// The start is `max_lr / div_factor`; 25 unless given.
+    /// Sets the start to `max_lr / factor`; 25 unless given.
     pub fn div_factor(mut self, factor: f64) -> Self {
         self.div_factor = factor;
         self
     }
 
-    /// The end is the start divided by this; 10,000 unless given.
+    /// Sets the end to the start divided by `factor`; 10,000 unless given.
     pub fn final_div_factor(mut self, factor: f64) -> Self {
         self.final_div_factor = factor;
         self
     }
 
-    /// Back down to the start as fast as up, and then to the end.
+    /// Goes back down to the start as fast as up, and then to the end.
     pub fn three_phase(mut self, on: bool) -> Self {
         self.three_phase = on;
         self
     }
 
-    /// The momentum that goes with it; torch's defaults are 0.85 and 0.95.
+    /// Makes the schedule of the momentum that goes with this one; torch's defaults are 0.85 and 0.95.
     pub fn momentum(&self, base_momentum: f64, max_momentum: f64) -> OneCycleMomentum {
         OneCycleMomentum {
             base_momentum,
@@ -277,8 +278,8 @@ impl Schedule for OneCycleMomentum {
     }
 }
 
-/// Learning rate and momentum of a group in one cycle, with torch's 0.85 to 0.95 for the momentum
-/// (`beta1` for Adam and AdamW): attach both.
+/// Makes schedulers of a group's learning rate and momentum (`beta1` for Adam and AdamW) in one cycle; attach both.
+/// The momentum goes between torch's 0.85 and 0.95.
 ///
 /// ```
 /// # use tch::{Device, nn};
@@ -293,6 +294,9 @@ impl Schedule for OneCycleMomentum {
 /// trainer.attach(lr).attach(momentum);
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
+///
+/// # Errors
+/// A group without a learning rate, or without `beta1` and `momentum`.
 pub fn one_cycle(group: &Group, schedule: OneCycleLR) -> Result<[ParamScheduler; 2]> {
     let momentum = schedule.momentum(0.85, 0.95);
     let hyper = if group.get("beta1").is_ok() { "beta1" } else { "momentum" };

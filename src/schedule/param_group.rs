@@ -9,7 +9,7 @@ use crate::event_filter::Events;
 use crate::optim::Knob;
 use crate::state::StateDict;
 
-/// Several schedulers as one handler, one after the other at each event: ignite's
+/// Several schedulers as one handler, which calls them one after the other at each event: ignite's
 /// `ParamGroupScheduler`.
 ///
 /// ```
@@ -33,13 +33,13 @@ use crate::state::StateDict;
 pub struct ParamGroupScheduler<S> {
     schedulers: Vec<ParamScheduler<S>>,
     events: Events,
-    /// As the user wishes; by the events where that is `None`.
+    /// The user's choice; `None` leaves it to the events.
     write_at_start: Option<bool>,
 }
 
 impl<S: Schedule> ParamGroupScheduler<S> {
-    /// In this order at every event, [`Event::IterationStarted`] unless told otherwise; the events of
-    /// the single schedulers are not used.
+    /// Makes a handler that calls the schedulers in this order at every event, [`Event::IterationStarted`] unless
+    /// [`on`](Self::on) says otherwise. The events of the single schedulers are not used.
     pub fn new(schedulers: impl IntoIterator<Item = ParamScheduler<S>>) -> Self {
         Self {
             schedulers: schedulers.into_iter().collect(),
@@ -48,13 +48,13 @@ impl<S: Schedule> ParamGroupScheduler<S> {
         }
     }
 
-    /// Acts on these events. Update k uses value k of each, as told at [`ParamScheduler`].
+    /// Acts on these events. Update k uses value k of each schedule, as described at [`ParamScheduler`].
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self
     }
 
-    /// See [`ParamScheduler::write_at_start`].
+    /// Sets for all schedulers what [`ParamScheduler::write_at_start`] sets for one.
     pub fn write_at_start(mut self, on: bool) -> Self {
         self.write_at_start = Some(on);
         self
@@ -64,12 +64,15 @@ impl<S: Schedule> ParamGroupScheduler<S> {
         self.write_at_start.unwrap_or_else(|| self.events.are_after_step())
     }
 
-    /// Writes the next value of each: one event, without an engine.
+    /// Writes the next value of each scheduler: one event, without an engine.
+    ///
+    /// # Errors
+    /// Those of [`ParamScheduler::advance`]; the schedulers before the failing one have written.
     pub fn advance(&mut self) -> Result<()> {
         self.schedulers.iter_mut().try_for_each(|scheduler| scheduler.advance().map(drop))
     }
 
-    /// The state of each with its name, under `schedulers`, as in ignite.
+    /// Returns the state of each scheduler with its name, under `schedulers`, as in ignite.
     pub fn state_dict(&self) -> Map<String, Value> {
         let states = self.schedulers.iter().map(|s| json!([s.name(), s.state_dict()]));
         Map::from_iter([("schedulers".to_owned(), states.collect())])
@@ -78,8 +81,8 @@ impl<S: Schedule> ParamGroupScheduler<S> {
     /// Goes to a saved position.
     ///
     /// # Errors
-    /// Another number of schedulers, other names, or a state that one of them refuses; those before
-    /// it have gone to their positions then.
+    /// Another number of schedulers, other names, or a state that a scheduler refuses; the schedulers before
+    /// that one have gone to their positions then.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
         let states = self.states(state)?;
         let mut pairs = self.schedulers.iter_mut().zip(&states);

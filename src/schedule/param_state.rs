@@ -1,4 +1,4 @@
-//! ignite's state-parameter schedules: their first value is that of event 1.
+//! ignite's state-parameter schedules. ignite counts their events from 1, so the first value is that of event 1.
 
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +21,7 @@ pub struct ExpState {
     gamma: f64,
 }
 
-/// `initial_value * gamma ^ (n / step_size)`, rounded down, at the n-th event, from 1: ignite's
+/// `initial_value * gamma ^ (n / step_size)`, with the exponent rounded down, at the n-th event, from 1: ignite's
 /// `StepStateScheduler`.
 ///
 /// ```
@@ -37,7 +37,7 @@ pub struct StepState {
     step_size: u64,
 }
 
-/// `initial_value * gamma ^ (milestones at or before n)` at the n-th event, from 1: ignite's
+/// `initial_value * gamma ^ (number of milestones at or before n)` at the n-th event, from 1: ignite's
 /// `MultiStepStateScheduler`.
 ///
 /// ```
@@ -54,21 +54,22 @@ pub struct MultiStepState {
 }
 
 impl ExpState {
-    /// From `initial_value`, by the factor `gamma` an event.
+    /// Makes a schedule that multiplies `initial_value` by `gamma` at every event.
     pub fn new(initial_value: f64, gamma: f64) -> Self {
         Self { initial_value, gamma }
     }
 }
 
 impl StepState {
-    /// From `initial_value`, by the factor `gamma` every `step_size` events.
+    /// Makes a schedule that multiplies `initial_value` by `gamma` every `step_size` events.
     pub fn new(initial_value: f64, gamma: f64, step_size: u64) -> Self {
         Self { initial_value, gamma, step_size }
     }
 }
 
 impl MultiStepState {
-    /// From `initial_value`, by the factor `gamma` at each milestone, in order.
+    /// Makes a schedule that multiplies `initial_value` by `gamma` at each milestone; milestones are in increasing
+    /// order.
     pub fn new(initial_value: f64, gamma: f64, milestones: impl IntoIterator<Item = u64>) -> Self {
         Self { initial_value, gamma, milestones: milestones.into_iter().collect() }
     }
@@ -136,14 +137,14 @@ impl Schedule for MultiStepState {
     }
 }
 
-/// ignite's `PiecewiseLinearStateScheduler`: a [`PiecewiseLinear`] that begins with event 1.
+/// Makes ignite's `PiecewiseLinearStateScheduler`: a [`PiecewiseLinear`] that begins with event 1.
 pub fn piecewise_linear_state(milestones_values: impl IntoIterator<Item = (i64, f64)>) -> Skipped {
     PiecewiseLinear::new(milestones_values).skip(1)
 }
 
 impl<S: Schedule> ParamScheduler<S> {
-    /// A scheduler of a knob of your own after each step, as ignite's state schedulers are attached:
-    /// [`new`](Self::new) on [`Event::IterationCompleted`]. It writes nothing before the first event.
+    /// Makes a scheduler of a knob of your own that writes after each step, as ignite's state schedulers are
+    /// attached: [`new`](Self::new) on [`Event::IterationCompleted`]. It writes nothing before the first event.
     pub fn state(name: impl Into<String>, knob: Knob, schedule: S) -> Self {
         Self::new(name, knob, schedule).on(Event::IterationCompleted).write_at_start(false)
     }

@@ -4,8 +4,8 @@ use super::check::{finite, starts};
 use super::{ParamScheduler, Schedule};
 use crate::error::{Error, Result};
 
-/// Straight lines between milestones: ignite's `PiecewiseLinear`. The first value before the first
-/// milestone, the last from the last on; two values at one event are a jump.
+/// Straight lines between milestones: ignite's `PiecewiseLinear`. Before the first milestone the value is the first
+/// one, from the last milestone on it is the last one; two values at one event are a jump.
 ///
 /// ```
 /// use tch_ignite::schedule::{PiecewiseLinear, Schedule};
@@ -22,7 +22,7 @@ pub struct PiecewiseLinear {
 pub type PiecewiseLinearScheduler = ParamScheduler<PiecewiseLinear>;
 
 impl PiecewiseLinear {
-    /// Through these (event, value) points, the events not decreasing; they may begin before event 0.
+    /// Makes a schedule through these (event, value) points. Events must not decrease; they may begin before event 0.
     pub fn new(milestones_values: impl IntoIterator<Item = (i64, f64)>) -> Self {
         Self { milestones_values: milestones_values.into_iter().collect() }
     }
@@ -32,7 +32,7 @@ impl Schedule for PiecewiseLinear {
     fn at(&self, event: u64) -> f64 {
         let points = &self.milestones_values;
         let event = i64::try_from(event).unwrap_or(i64::MAX);
-        // The last of those at or before the event.
+        // `after` is the first milestone past the event, so the one before it is the last at or before the event.
         let after = points.partition_point(|(milestone, _)| *milestone <= event);
         let (before, after) = (after.checked_sub(1).and_then(|i| points.get(i)), points.get(after));
         match (before, after) {

@@ -12,14 +12,15 @@ use crate::state::{StateDict, json_floats};
 /// Lowers a value when a metric has stopped getting better: ignite's `ReduceLROnPlateauScheduler`,
 /// torch's `ReduceLROnPlateau`, on any knob.
 ///
-/// At the end of each epoch it reads the metric from `engine.state.metrics` (attach it after what
-/// computes it; a host sync where the value is on a GPU). After `patience` epochs without a better
-/// one, the knob is multiplied by `factor`, in each group it turns, down to `min_value`, if that
+/// At the end of each epoch it reads the metric from `engine.state.metrics`, so attach it after the handler that
+/// computes the metric; reading is a host sync where the value is on a GPU. After more than `patience` epochs
+/// without a better value, the knob is multiplied by `factor`, in each group it turns, down to `min_value`, if that
 /// changes it by more than `eps`. A metric that is NaN is never better.
 ///
-/// A [`ParamScheduler`](super::ParamScheduler) may drive the same knob, before or after it: the two multiply, as torch's
-/// schedulers do. From a reduction on, every value of the schedule is written times the reductions so far, until this
-/// handler is dropped. So a warm-up before a plateau is a schedule that ends with the warm-up, and this, on one knob:
+/// A [`ParamScheduler`](super::ParamScheduler) may drive the same knob, before or after this one: the two multiply,
+/// as torch's schedulers do. From a reduction on, every value of the schedule is multiplied by the reductions so
+/// far, until this handler is dropped. So a warm-up before a plateau is a schedule that ends with the warm-up, and
+/// this handler, on one knob:
 ///
 /// ```
 /// # use tch::{Device, nn};
@@ -75,47 +76,53 @@ pub struct ReduceLROnPlateauScheduler {
     save_history: bool,
     events: Events,
     state: Progress,
-    /// One for each knob.
+    /// The factor on the values of schedules, one for each knob; it holds as long as this handler lives.
     reductions: Vec<Reduction>,
 }
 
-/// Which way a metric gets better.
+/// The direction in which a metric gets better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Min,
     Max,
 }
 
-/// What "better by `threshold`" means.
+/// How [`threshold`](ReduceLROnPlateauScheduler::threshold) is measured.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum ThresholdMode {
-    /// By that share of the best value.
+    /// As a share of the best value.
     #[default]
     Rel,
-    /// By that much.
+    /// As a difference from the best value.
     Abs,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Progress {
-    /// None before the first metric that was better than infinity.
+    /// `None` before the first metric that was better than infinity.
     best: Option<f64>,
     num_bad_epochs: u64,
     cooldown_counter: u64,
     event_index: u64,
-    /// The product of the reductions so far, for each knob; empty in the states of older versions.
+    /// The product of the reductions so far, for each knob; empty in states of older versions.
     #[serde(default)]
     reductions: Vec<f64>,
 }
 
 impl ReduceLROnPlateauScheduler {
-    /// For a metric that is better when smaller.
+    /// Makes a scheduler for a metric that is better when smaller.
+    ///
+    /// # Errors
+    /// A knob of an optimizer that is in use, so that its groups cannot be read.
     pub fn min(name: impl Into<String>, knob: Knob, metric: impl Into<String>) -> Result<Self> {
         Self::new(name.into(), knob, metric.into(), Mode::Min)
     }
 
-    /// For a metric that is better when larger.
+    /// Makes a scheduler for a metric that is better when larger.
+    ///
+    /// # Errors
+    /// Those of [`min`](Self::min).
     pub fn max(name: impl Into<String>, knob: Knob, metric: impl Into<String>) -> Result<Self> {
         Self::new(name.into(), knob, metric.into(), Mode::Max)
     }
@@ -149,37 +156,37 @@ impl ReduceLROnPlateauScheduler {
         })
     }
 
-    /// What the value is multiplied by, below 1; 0.1 unless given.
+    /// Sets the factor that the value is multiplied by, below 1; 0.1 unless given.
     pub fn factor(mut self, factor: f64) -> Self {
         self.factor = factor;
         self
     }
 
-    /// How many epochs without a better metric are allowed, 10 unless given.
+    /// Sets how many epochs without a better metric are allowed, 10 unless given.
     pub fn patience(mut self, epochs: u64) -> Self {
         self.patience = epochs;
         self
     }
 
-    /// By how much a metric has to be better, 1e-4 unless given.
+    /// Sets by how much a metric has to be better, 1e-4 of the best value unless given.
     pub fn threshold(mut self, threshold: f64, mode: ThresholdMode) -> Self {
         (self.threshold, self.threshold_mode) = (threshold, mode);
         self
     }
 
-    /// How many epochs after a reduction are not counted, 0 unless given.
+    /// Sets how many epochs after a reduction are not counted, 0 unless given.
     pub fn cooldown(mut self, epochs: u64) -> Self {
         self.cooldown = epochs;
         self
     }
 
-    /// The lowest value, of all groups or of each; 0 unless given.
+    /// Sets the lowest value, one for all groups or one for each; 0 unless given.
     pub fn min_value(mut self, values: impl IntoIterator<Item = f64>) -> Self {
         self.min_values = values.into_iter().collect();
         self
     }
 
-    /// Smaller changes are not made, 1e-8 unless given.
+    /// Sets the change of the value that a reduction must exceed to be made, 1e-8 unless given.
     pub fn eps(mut self, eps: f64) -> Self {
         self.eps = eps;
         self
@@ -211,7 +218,7 @@ impl ReduceLROnPlateauScheduler {
     }
 
     fn is_better(&self, metric: f64) -> bool {
-        // As torch starts: an infinite metric is not better than none.
+        // As in torch, an infinite metric is not better than none.
         let worst = if self.mode == Mode::Min { f64::INFINITY } else { f64::NEG_INFINITY };
         let best = self.state.best.unwrap_or(worst);
         let threshold = self.threshold;
@@ -224,6 +231,9 @@ impl ReduceLROnPlateauScheduler {
     }
 
     /// Takes in one value of the metric, without an engine.
+    ///
+    /// # Errors
+    /// Wrong arguments, or a value that the knob refuses.
     pub fn advance(&mut self, metric: f64) -> Result<()> {
         self.check()?;
         if self.is_better(metric) {
@@ -254,7 +264,7 @@ impl ReduceLROnPlateauScheduler {
         Ok(())
     }
 
-    /// Best metric, bad epochs, cool-down and position.
+    /// Returns the best metric, the number of bad epochs, the cool-down, the position and the reductions.
     pub fn state_dict(&self) -> Map<String, Value> {
         let reductions = self.reductions.iter().map(Reduction::get).collect();
         match json_floats::to_value(&Progress { reductions, ..self.state.clone() }) {
@@ -300,7 +310,7 @@ impl<C, B, O> Handler<C, B, O> for ReduceLROnPlateauScheduler {
 
     fn save_state(&self) -> Result<Option<StateDict>> {
         let mut state = self.state_dict().into();
-        // A knob that is no optimizer's is the only one.
+        // A knob that belongs to no optimizer is the only knob, so its value has no clash of names in the state.
         self.knobs.iter().try_for_each(|knob| knob.save_value(&mut state))?;
         Ok(Some(state))
     }

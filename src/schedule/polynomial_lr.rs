@@ -7,7 +7,7 @@ use super::cycle::one;
 use super::recurrence::{Recurrence, Walk, recurrent};
 use crate::error::Result;
 
-/// `base * (1 - event / total_iters) ^ power`, 0 from `total_iters` on: torch's `PolynomialLR`.
+/// `base * (1 - event / total_iters) ^ power`, and 0 from `total_iters` on: torch's `PolynomialLR`.
 ///
 /// ```
 /// use tch_ignite::schedule::{PolynomialLR, Schedule};
@@ -27,19 +27,19 @@ pub struct PolynomialLR {
 }
 
 impl PolynomialLR {
-    /// From `base` to 0 in 5 events, linearly, unless told otherwise.
+    /// Makes a schedule from `base` to 0 in 5 events, linearly; the methods below change that.
     pub fn new(base: f64) -> Self {
         Self { base, total_iters: five(), power: 1., walk: Walk::default() }
     }
 
-    /// How many events it takes.
+    /// Sets how many events the fall takes.
     pub fn total_iters(mut self, events: u64) -> Self {
         self.walk = Walk::default();
         self.total_iters = events;
         self
     }
 
-    /// The power, 1 unless given.
+    /// Sets the power, 1 unless given.
     pub fn power(mut self, power: f64) -> Self {
         self.walk = Walk::default();
         self.power = power;

@@ -1,31 +1,31 @@
-//! Schedules whose value follows from the one before, as torch computes them.
+//! Schedules whose value follows from the value before, as torch computes them.
 
 use std::cell::Cell;
 
-/// torch's chainable form: each value is made from the last.
+/// A schedule in torch's chainable form: each value is made from the one before.
 pub(super) trait Recurrence {
-    /// The value that the factors apply to.
+    /// Returns the value that the factors apply to.
     fn base(&self) -> f64;
 
-    /// The value of event 0, after others were applied to the base.
+    /// Returns the value of event 0; `previous` is the base after the schedules chained before this one.
     fn start(&self, previous: f64) -> f64 {
         previous
     }
 
-    /// The value of `event`, from 1, after `previous`.
+    /// Returns the value of `event`, from 1, made from `previous`.
     fn next(&self, event: u64, previous: f64) -> f64;
 
-    /// [`Schedule::length`](super::Schedule::length).
+    /// Returns the [`Schedule::length`](super::Schedule::length).
     fn span(&self) -> Option<u64> {
         None
     }
 }
 
-/// The value last asked for, so that walking forward costs O(1). Going back walks from the start.
+/// The value that was last asked for, so that walking forward costs O(1). Going back walks from the start.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Walk(Cell<Option<(u64, f64)>>);
 
-// The cache is no part of the value.
+// Two schedules are equal whatever their caches hold.
 impl PartialEq for Walk {
     fn eq(&self, _: &Self) -> bool {
         true
@@ -47,7 +47,7 @@ impl Walk {
     }
 }
 
-/// `Schedule::at` of a recurrence with a field `walk`.
+/// Implements [`Schedule`](super::Schedule) for a [`Recurrence`] with a field `walk` and a method `check`.
 macro_rules! recurrent {
     ($schedule:ident) => {
         recurrent!($schedule, |schedule| super::written(schedule));

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// How long a run is, as far as that is known: turns epochs and shares of it into numbers of events.
+/// How long a run is, as far as that is known. It turns epochs and shares of the run into numbers of events.
 ///
 /// ```
 /// use tch_ignite::schedule::RunLength;
@@ -18,47 +18,47 @@ use crate::error::{Error, Result};
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
-/// The default knows nothing.
+/// In the default nothing is known.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RunLength {
     epoch_length: Option<u64>,
     iterations: Option<u64>,
-    /// Batches that share an update, where more than one does.
+    /// Number of batches that share an update, where more than one does.
     accumulate: Option<u64>,
 }
 
 impl RunLength {
-    /// A run of `epochs` epochs with `epoch_length` iterations each.
+    /// Makes the length of a run of `epochs` epochs with `epoch_length` iterations each.
     pub const fn new(epoch_length: u64, epochs: u64) -> Self {
         let iterations = Some(epoch_length.saturating_mul(epochs));
         Self { epoch_length: Some(epoch_length), iterations, accumulate: None }
     }
 
-    /// A run of this many iterations.
+    /// Makes the length of a run of this many iterations.
     pub const fn of_iterations(iterations: u64) -> Self {
         Self { epoch_length: None, iterations: Some(iterations), accumulate: None }
     }
 
-    /// With epochs of this many iterations.
+    /// Sets the number of iterations in an epoch.
     pub const fn epoch_length(mut self, iterations: u64) -> Self {
         self.epoch_length = Some(iterations);
         self
     }
 
-    /// With one update for every `steps` batches, as by [`Accumulation`](crate::Accumulation): the last window of an
-    /// epoch may be shorter, and so may the last of the run.
+    /// Sets how many batches share an update, as by [`Accumulation`](crate::Accumulation). The last window of an
+    /// epoch may be shorter, and so may the last one of the run.
     pub const fn accumulate(mut self, steps: u64) -> Self {
         self.accumulate = Some(steps);
         self
     }
 
-    /// The iterations of the whole run.
+    /// Returns the iterations of the whole run.
     pub fn iterations(&self) -> Option<u64> {
         self.iterations
     }
 
-    /// The updates of the optimizer in the whole run: as many as iterations without [`accumulate`](Self::accumulate).
-    /// With it, unknown where the length of an epoch is.
+    /// Returns the updates of the optimizer in the whole run: as many as iterations without
+    /// [`accumulate`](Self::accumulate). With it, they are unknown where the length of an epoch is.
     pub fn updates(&self) -> Option<u64> {
         let (iterations, steps) = (self.iterations?, self.steps());
         match self.epoch_length {
@@ -74,28 +74,37 @@ impl RunLength {
         self.accumulate.unwrap_or(1).max(1)
     }
 
-    /// Updates in an epoch.
+    /// Returns the updates in an epoch.
     fn epoch_updates(&self) -> Option<u64> {
         Some(self.epoch_length?.div_ceil(self.steps()))
     }
 
-    /// The iterations of so many epochs, rounded down.
+    /// Returns the iterations in so many epochs, rounded down.
+    ///
+    /// # Errors
+    /// A number that is negative or not finite, or a run whose epoch length is not known.
     pub fn epochs(&self, epochs: f64) -> Result<u64> {
         Length::of(epochs, Unit::Epochs)?.events(self, Clock::Iteration)
     }
 
-    /// The iterations of a share of the run, rounded down.
+    /// Returns the iterations in a share of the run, rounded down.
+    ///
+    /// # Errors
+    /// A share that is negative or not finite, or a run whose length is not known.
     pub fn fraction(&self, share: f64) -> Result<u64> {
         Length::of(share, Unit::Runs)?.events(self, Clock::Iteration)
     }
 
-    /// The iterations of a length as in files: `"2ep"`, `"500it"`, `"100up"` (updates), `"0.3run"`, `"30%"`, or several of
-    /// them with `+` and `-` between; rounded down.
+    /// Returns the iterations in a length as in files: `"2ep"`, `"500it"`, `"100up"` (updates), `"0.3run"`,
+    /// `"30%"`, or several of them with `+` and `-` between; rounded down.
+    ///
+    /// # Errors
+    /// A text that is no length, a negative result, or a length that needs something unknown about the run.
     pub fn length(&self, text: &str) -> Result<u64> {
         text.parse::<Length>()?.events(self, Clock::Iteration)
     }
 
-    /// Events of the whole run.
+    /// Returns how many events the whole run has on this clock.
     pub(super) fn events(&self, clock: Clock) -> Option<u64> {
         match clock {
             Clock::Iteration => self.iterations,
@@ -104,7 +113,7 @@ impl RunLength {
         }
     }
 
-    /// Iterations before the first that uses the value of this event.
+    /// Returns how many iterations come before the first one that uses the value of this event.
     pub(super) fn before(&self, event: u64, clock: Clock) -> Option<u64> {
         match (clock, self.epoch_length, self.epoch_updates()) {
             (Clock::Iteration, ..) => Some(event),
@@ -133,7 +142,7 @@ impl RunLength {
     }
 }
 
-/// What a schedule counts.
+/// The events that a schedule counts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Clock {
@@ -181,7 +190,7 @@ impl Length {
         Err(Error::invalid(format!("a length should be finite and not negative, but given {text}")))
     }
 
-    /// Of a run, on a clock; rounded down.
+    /// Returns the events of this length in a run, on a clock; rounded down.
     pub(super) fn events(&self, run: &RunLength, clock: Clock) -> Result<u64> {
         let known = |value: Option<u64>, what: &str| {
             value.map(|value| value as f64).ok_or_else(|| {
@@ -193,7 +202,7 @@ impl Length {
         };
         let epoch_length = || known(run.epoch_length, "the number of iterations in an epoch");
         let epoch_updates = || known(run.epoch_updates(), "the number of iterations in an epoch");
-        // Batches without a window of their own are updates too.
+        // Without accumulation each batch is an update.
         let one_each = run.steps() == 1;
         let mut sum = 0.;
         for (number, unit) in &self.terms {
@@ -210,7 +219,7 @@ impl Length {
                 (Unit::Epochs, Clock::Update) => number * epoch_updates()?,
                 (Unit::Iterations, Clock::Epoch) => number / epoch_length()?,
                 (Unit::Updates, Clock::Epoch) => number / epoch_updates()?,
-                // Windows end with the epoch.
+                // Windows end with the epoch, so whole epochs are counted first.
                 (Unit::Iterations, Clock::Update) => {
                     let (length, updates) = (epoch_length()?, epoch_updates()?);
                     (number / length).floor() * updates + number % length / run.steps() as f64
@@ -223,7 +232,7 @@ impl Length {
                 (Unit::Runs, _) => number * known(run.events(clock), "the length of the run")?,
             };
         }
-        // A share that is whole, but for rounding, stays whole: 29 % of 100.
+        // A share that would be whole but for rounding stays whole: 29 % of 100.
         let whole = (sum + 1e-6).floor();
         if whole < 0. {
             let plural = clock.plural();

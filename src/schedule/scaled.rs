@@ -1,4 +1,4 @@
-//! Schedules made from others.
+//! Schedules made from other schedules.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,7 +6,7 @@ use super::check::{finite, starts};
 use super::{AnySchedule, Schedule};
 use crate::error::Result;
 
-/// Another schedule's values times a factor. Made by [`Schedule::scale`].
+/// Another schedule's values times a factor. [`Schedule::scale`] makes it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scaled {
@@ -15,7 +15,7 @@ pub struct Scaled {
 }
 
 impl Scaled {
-    /// `factor * schedule.at(event)`.
+    /// Makes a schedule of `factor * schedule.at(event)`.
     pub fn new(schedule: impl Into<AnySchedule>, factor: f64) -> Self {
         Self { schedule: Box::new(schedule.into()), factor }
     }
@@ -45,7 +45,7 @@ impl Schedule for Scaled {
     }
 }
 
-/// Another schedule without its first events. Made by [`Schedule::skip`].
+/// Another schedule without its first events. [`Schedule::skip`] makes it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Skipped {
@@ -54,7 +54,7 @@ pub struct Skipped {
 }
 
 impl Skipped {
-    /// `schedule.at(event + events)`.
+    /// Makes a schedule of `schedule.at(event + events)`.
     pub fn new(schedule: impl Into<AnySchedule>, events: u64) -> Self {
         Self { schedule: Box::new(schedule.into()), events }
     }

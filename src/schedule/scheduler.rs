@@ -10,22 +10,22 @@ use crate::state::StateDict;
 
 /// Drives a knob by a schedule: a handler of the engine.
 ///
-/// At each of its events ([`Event::IterationStarted`] unless told otherwise) it writes the next value
-/// of the schedule; the first is that of event 0, and is what the first step sees. Nothing is written
-/// at construction. Costs one call of the schedule and one of [`Knob::set`].
+/// At each of its events ([`Event::IterationStarted`] unless [`on`](Self::on) says otherwise) it writes the next
+/// value of the schedule. The first is that of event 0, and is what the first step sees. Nothing is written at
+/// construction. An event costs one call of the schedule and one of [`Knob::set`].
 ///
-/// Update k uses value k, whichever event it counts:
+/// Update k uses value k, whichever event the scheduler counts:
 ///
 /// * On events before the step (`STARTED`, `EPOCH_STARTED`, `GET_BATCH_STARTED`, `GET_BATCH_COMPLETED`,
 ///   `ITERATION_STARTED`) the value is written right before it is used.
 /// * On events after the step ([`OPTIMIZER_STEPPED`](crate::engine::OPTIMIZER_STEPPED), `ITERATION_COMPLETED`,
-///   `EPOCH_COMPLETED` and the others, events of the user's own too) value 0 is written when a run begins, at `STARTED`,
-///   if the scheduler has written nothing yet, and each event writes the value of what follows: torch's and accelerate's
-///   `scheduler.step()`. See [`write_at_start`](Self::write_at_start).
+///   `EPOCH_COMPLETED` and the others, events of the user's own too) value 0 is written when a run begins, at
+///   `STARTED`, if the scheduler has written nothing yet. Each event then writes the value of the update that
+///   follows, as `scheduler.step()` of torch and accelerate does. See [`write_at_start`](Self::write_at_start).
 ///
-/// Two schedulers of one engine that drive the same knob are refused, because only the last to write would count: join
-/// the schedules with [`Schedule::then`], multiply them with [`ChainedScheduler`](super::ChainedScheduler), or give both
-/// filtered events (`Event::IterationStarted.before(100)`). A
+/// Two schedulers of one engine that drive the same knob are refused, because only the last to write would count:
+/// join the schedules with [`Schedule::then`], multiply them with [`ChainedScheduler`](super::ChainedScheduler), or
+/// give both filtered events (`Event::IterationStarted.before(100)`). A
 /// [`ReduceLROnPlateauScheduler`](super::ReduceLROnPlateauScheduler) multiplies the values of the schedule instead.
 ///
 /// ```
@@ -56,13 +56,13 @@ pub struct ParamScheduler<S = Box<dyn Schedule>> {
     events_done: u64,
     save_history: bool,
     event: Events,
-    /// As the user wishes; by the events where that is `None`.
+    /// The user's choice; `None` leaves it to the events.
     write_at_start: Option<bool>,
     validated: bool,
 }
 
 impl<S: Schedule> ParamScheduler<S> {
-    /// A scheduler under a name of its own (`"lr (fc)"`), which is also its key in the history.
+    /// Makes a scheduler under a name of its own (`"lr (fc)"`), which is also its key in the history.
     pub fn new(name: impl Into<String>, knob: Knob, schedule: S) -> Self {
         Self {
             name: name.into(),
@@ -76,8 +76,8 @@ impl<S: Schedule> ParamScheduler<S> {
         }
     }
 
-    /// Appends each value to `engine.state.param_history` under the scheduler's name, one entry an
-    /// event with a value for each group: 32 bytes and more an event.
+    /// Appends each value to `engine.state.param_history` under the scheduler's name, one entry for each
+    /// event with a value for each group. An entry takes 32 bytes or more.
     pub fn save_history(mut self, on: bool) -> Self {
         self.save_history = on;
         self
@@ -89,10 +89,10 @@ impl<S: Schedule> ParamScheduler<S> {
         self
     }
 
-    /// Whether value 0 is written at [`Event::Started`] of the first run, so that the events write the values from 1
-    /// on: true unless given where all events are fired after the step, else false. False for events of your own that
-    /// you fire before the step, and for what ignite does: there the first update after which the event is fired is
-    /// made with whatever value the knob had.
+    /// Sets whether value 0 is written at [`Event::Started`] of the first run, so that the events write the values
+    /// from 1 on. The default is true where all events are fired after the step, and false otherwise. Choose false
+    /// for events of your own that you fire before the step, and to do what ignite does: there the first update
+    /// before the event is made with whatever value the knob had.
     pub fn write_at_start(mut self, on: bool) -> Self {
         self.write_at_start = Some(on);
         self
@@ -102,19 +102,26 @@ impl<S: Schedule> ParamScheduler<S> {
         self.write_at_start.unwrap_or_else(|| self.event.are_after_step())
     }
 
-    /// The scheduler's name.
+    /// Returns the scheduler's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The schedule's value for the event to come: what the next call will write.
+    /// Returns the schedule's value for the event to come. The next call writes it, times the reductions of a
+    /// plateau.
+    ///
+    /// # Errors
+    /// Wrong arguments, or a schedule that has ended.
     pub fn get_param(&self) -> Result<f64> {
         self.schedule.validate()?;
         value(&self.schedule, self.events_done)
     }
 
-    /// Writes the next value into the knob, times what a plateau has reduced it by, and returns it: one event, without
-    /// an engine.
+    /// Writes the next value into the knob, times the reductions of a plateau, and returns what was written: one
+    /// event, without an engine.
+    ///
+    /// # Errors
+    /// Wrong arguments, a schedule that has ended, or a value that the knob refuses; the position stays then.
     pub fn advance(&mut self) -> Result<f64> {
         if !self.validated {
             self.schedule.validate()?;
@@ -125,7 +132,7 @@ impl<S: Schedule> ParamScheduler<S> {
         Ok(value)
     }
 
-    /// Does one event of an engine. `at_start`: value 0 is written at [`Event::Started`].
+    /// Handles one event of an engine. With `at_start`, value 0 is written at [`Event::Started`].
     pub(super) fn handle<C, B, O>(
         &mut self,
         event: Event,
@@ -150,7 +157,7 @@ impl<S: Schedule> ParamScheduler<S> {
         &self.knob
     }
 
-    /// The position, in ignite's terms where ignite has the schedule.
+    /// Returns the position, in ignite's terms where ignite has the schedule.
     pub fn state_dict(&self) -> Map<String, Value> {
         let mut state = self.schedule.save(self.events_done);
         state.insert("param_name".into(), self.knob.name().into());
@@ -159,7 +166,7 @@ impl<S: Schedule> ParamScheduler<S> {
         state
     }
 
-    /// Goes to a saved position. Nothing is changed on error.
+    /// Goes to a saved position. On error nothing is changed.
     ///
     /// # Errors
     /// A missing key, or a state of a scheduler with other arguments or on another parameter.
@@ -188,15 +195,15 @@ impl<S: Schedule> ParamScheduler<S> {
         Ok(())
     }
 
-    /// Adds what a checkpoint has besides [`state_dict`](Self::state_dict): the position, and the value of a
-    /// knob that is no optimizer's, which may only change with the next event.
+    /// Adds to a checkpoint what [`state_dict`](Self::state_dict) does not have: the position in events, and the
+    /// value of a knob that belongs to no optimizer, because the schedule may only change it with the next event.
     pub(super) fn save_besides(&self, state: &mut StateDict) -> Result<()> {
         save_position(&self.schedule, self.events_done, state)?;
         self.knob.save_value(state)
     }
 
-    /// Goes to what [`state_dict`](Self::state_dict) and [`save_besides`](Self::save_besides) gave. Without
-    /// `strict` the schedule may have other arguments, which are told.
+    /// Goes to the state that [`state_dict`](Self::state_dict) and [`save_besides`](Self::save_besides) gave. Without
+    /// `strict` the schedule may have other arguments; the returned text then says which.
     pub(super) fn load_both(
         &mut self,
         values: &Map<String, Value>,
@@ -262,24 +269,26 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamScheduler<S> {
     }
 }
 
-/// Whether an event writes a value, for a scheduler that writes value 0 at [`Event::Started`]. Moves the position where
-/// an event counts without a value.
+/// Returns whether an event writes a value, for a scheduler that writes value 0 at [`Event::Started`]. Moves the
+/// position where an event counts but writes nothing.
 pub(super) fn is_due<S: Schedule>(schedule: &S, event: Event, events_done: &mut u64) -> bool {
     match (event, *events_done) {
         (Event::Started, 0) => return true,
         (Event::Started, _) => return false,
-        // Attached within a run, after value 0 was due: it goes on with the value of the next update.
+        // The scheduler was attached within a run, after value 0 was due, so it goes on with the value of the next
+        // update.
         (_, 0) => *events_done = 1,
         _ => {}
     }
-    // The value after the last one would be for an update that is not made. If it is made, the next event is an error.
+    // The value after the last one would be for an update that is not made. If it is made, the next event is an
+    // error.
     let next = *events_done;
     let ended = schedule.at(next).is_nan() && schedule.end().is_some_and(|(end, _)| end == next);
     *events_done += u64::from(ended);
     !ended
 }
 
-/// The events of a scheduler, with the one at which value 0 is written.
+/// Returns the events of a scheduler, with `STARTED` where value 0 is written there.
 pub(super) fn with_start(events: &Events, at_start: bool) -> Events {
     if at_start { Event::Started | events.clone() } else { events.clone() }
 }

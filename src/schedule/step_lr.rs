@@ -28,12 +28,12 @@ pub(super) fn gamma() -> f64 {
 }
 
 impl StepLR {
-    /// From `base`, in steps of `step_size` events.
+    /// Makes a schedule that starts at `base` and steps every `step_size` events.
     pub fn new(base: f64, step_size: u64) -> Self {
         Self { base, step_size, gamma: gamma(), walk: Walk::default() }
     }
 
-    /// The factor of each step, 0.1 unless given.
+    /// Sets the factor of each step, 0.1 unless given.
     pub fn gamma(mut self, gamma: f64) -> Self {
         self.walk = Walk::default();
         self.gamma = gamma;

@@ -1,10 +1,10 @@
 use super::{AnySchedule, PiecewiseLinear, Schedule};
 use crate::error::{Error, Result};
 
-/// A warm-up before a schedule: ignite's function of that name, for one parameter group.
+/// Puts a warm-up before a schedule: ignite's function of that name, for one parameter group.
 ///
-/// A line from `warmup_start_value` at event 0 to `warmup_end_value` at event `warmup_duration - 1`,
-/// then the schedule. Where that begins with the end value, it is not given twice; torch's schedules
+/// The result is a line from `warmup_start_value` at event 0 to `warmup_end_value` at event `warmup_duration - 1`,
+/// then the schedule. Where the schedule begins with the end value, that value is not given twice; torch's schedules
 /// go on with their second value after it. [`Schedule::warmup`] ends the line at the schedule's own
 /// first value.
 ///
@@ -28,7 +28,7 @@ pub fn create_lr_scheduler_with_warmup(
     let first = schedule.at(0);
     let mut line = vec![(0, start), (last, end)];
     let rest = if is_torchs(&schedule) {
-        // Its first value is the end of the line, or follows it.
+        // The first value of torch's schedule is the end of the line, or follows it.
         if first != end {
             line.push((duration, first));
         }
@@ -48,7 +48,7 @@ pub fn create_lr_scheduler_with_warmup(
     Ok(line.then(rest, events).into())
 }
 
-/// Whether ignite gets it from torch.optim.lr_scheduler.
+/// Returns whether ignite gets the schedule from `torch.optim.lr_scheduler`.
 fn is_torchs(schedule: &AnySchedule) -> bool {
     use AnySchedule::*;
     schedule.recurrence().is_some()

@@ -6,7 +6,7 @@ use super::Schedule;
 use super::check::{finite, starts};
 use crate::error::Result;
 
-/// Up to `peak` in a line, there for a while, then down to `end`: warm-up–stable–decay
+/// Rises to `peak` in a line, stays there for a while, then falls to `end`: warm-up–stable–decay
 /// (<https://arxiv.org/abs/2404.06395>). `end` holds from then on.
 ///
 /// ```
@@ -34,34 +34,34 @@ pub struct WarmupStableDecay {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Decay {
-    /// In a straight line.
+    /// The value falls in a straight line.
     #[default]
     Linear,
-    /// Along half a cosine wave.
+    /// The value falls along half a cosine wave.
     Cosine,
-    /// By `1 - sqrt(progress)` (<https://arxiv.org/abs/2405.18392>).
+    /// The value falls by `1 - sqrt(progress)` (<https://arxiv.org/abs/2405.18392>).
     OneMinusSqrt,
 }
 
 impl WarmupStableDecay {
-    /// This many events of each.
+    /// Makes a schedule with this many events of warm-up, of `peak`, and of decay.
     pub fn new(peak: f64, warmup: u64, stable: u64, decay: u64) -> Self {
         Self { peak, warmup, stable, decay, start: 0., end: 0., shape: Decay::default() }
     }
 
-    /// The value at event 0, 0 unless given.
+    /// Sets the value at event 0, 0 unless given.
     pub fn start(mut self, value: f64) -> Self {
         self.start = value;
         self
     }
 
-    /// The value at the end, 0 unless given.
+    /// Sets the value at the end, 0 unless given.
     pub fn end(mut self, value: f64) -> Self {
         self.end = value;
         self
     }
 
-    /// How it falls, in a line unless given.
+    /// Sets how the value falls, in a line unless given.
     pub fn shape(mut self, shape: Decay) -> Self {
         self.shape = shape;
         self

@@ -7,14 +7,13 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// The share of right predictions: ignite's `Accuracy`.
 ///
-/// * classes: `y_pred` of shape (N, C, …), scores or probabilities of floating point; `y` of shape
-///   (N, …), class numbers
-/// * binary: `y_pred` and `y` of the same shape (N, …), or `y_pred` with one column (N, 1, …); both
-///   0 or 1
-/// * [`is_multilabel`](Of::is_multilabel): both of shape (N, C, …), 0 or 1; a sample is right if all
-///   its labels are
+/// The shapes of `y_pred` and `y` tell what they are:
 ///
-/// Right answers are counted in i64 on the device (a few small kernels an iteration); no host sync.
+/// * classes: `y_pred` of shape (N, C, …), scores or probabilities; `y` of shape (N, …), class numbers
+/// * binary: `y_pred` and `y` of the same shape (N, …), or `y_pred` with one column (N, 1, …); both 0 or 1
+/// * [`is_multilabel`](Of::is_multilabel): both of shape (N, C, …), 0 or 1; a sample is right if all its labels are
+///
+/// Right predictions are counted in i64 on the device (a few small kernels an iteration); no host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -36,7 +35,7 @@ pub struct Accuracy {
 of_pair!(Accuracy);
 
 impl<F> Of<Accuracy, F> {
-    /// Counts a sample as right if all its labels are.
+    /// Treats each sample as a set of labels, which is right if all its labels are.
     pub fn is_multilabel(self, on: bool) -> Self {
         self.with(|accuracy| accuracy.labels.multilabel = on)
     }

@@ -7,9 +7,9 @@ use crate::metrics::{Contribution, Pairwise, Parts};
 
 /// The area under the precision-recall curve as Σ (Rₙ − Rₙ₋₁) Pₙ: ignite's `AveragePrecision`.
 ///
-/// `y_pred` are scores, `y` is 0 or 1, both (N,), or (N, C) for the mean over labels. 0 where there is
-/// no positive, NaN where a score is NaN. Keeps everything on the device and sorts it in compute; no
-/// host sync.
+/// `y_pred` are scores, `y` is 0 or 1, both (N,), or (N, C) for the mean over labels. The value is 0 where there is
+/// no positive, and NaN where a score is NaN. The metric keeps all samples on the device and sorts them in
+/// `compute`; no host sync.
 ///
 /// ```
 /// use tch::Tensor;

@@ -9,9 +9,9 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts};
 
 /// Precision, recall and F-score of each class and their means: ignite's `ClassificationReport`.
 ///
-/// Shapes as for [`Accuracy`](super::Accuracy). In `state.metrics` under `name/0/precision`,
-/// `name/0/recall`, `name/0/f1-score`, … (with [`labels`](Of::labels) these instead of numbers) and
-/// `name/macro avg/precision`, …. Counted in i64 on the device; no host sync.
+/// Shapes are those of [`Accuracy`](super::Accuracy). The values are in `state.metrics` under `name/0/precision`,
+/// `name/0/recall`, `name/0/f1-score`, … (with the names of [`labels`](Of::labels) instead of numbers) and
+/// `name/macro avg/precision`, …. Predictions are counted in i64 on the device; no host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -41,17 +41,17 @@ impl Default for ClassificationReport {
 of_pair!(ClassificationReport);
 
 impl<F> Of<ClassificationReport, F> {
-    /// How much more recall counts than precision in the F-score, 1 unless given.
+    /// Sets how many times as much recall counts as precision in the F-score; 1 unless given.
     pub fn beta(self, beta: f64) -> Self {
         self.with(|report| report.beta = beta)
     }
 
-    /// `y_pred` and `y` are both (N, C, …), 0 or 1 for each label.
+    /// Takes `y_pred` and `y` that are both (N, C, …), 0 or 1 for each label.
     pub fn is_multilabel(self, on: bool) -> Self {
         self.with(|report| report.counts.labels.multilabel = on)
     }
 
-    /// The names of the classes, in order; their numbers unless given. There must be one for each.
+    /// Names the classes, in order, one name for each class; their numbers are the names unless given.
     pub fn labels(self, labels: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.with(|report| report.labels = labels.into_iter().map(Into::into).collect())
     }
@@ -76,7 +76,7 @@ impl Pairwise for ClassificationReport {
     }
 
     fn value(&self, parts: &[Tensor], _samples: f64) -> anyhow::Result<MetricValue> {
-        // Binary data has one rate, of class 1, as in ignite.
+        // Binary data has one row, that of class 1, as in ignite.
         let precision = self.counts.rate(parts, counts::Share::Predicted)?.f_reshape([-1])?;
         let recall = self.counts.rate(parts, counts::Share::Actual)?.f_reshape([-1])?;
         let rates = [

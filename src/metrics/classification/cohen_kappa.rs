@@ -6,20 +6,20 @@ use crate::error::Result;
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
-/// How much a disagreement of [`CohenKappa`] counts by the distance of the two classes.
+/// How much a disagreement counts in [`CohenKappa`], by the distance between the two class numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KappaWeights {
-    /// In proportion to it.
+    /// In proportion to the distance.
     Linear,
-    /// In proportion to its square.
+    /// In proportion to the square of the distance.
     Quadratic,
 }
 
-/// How far two ratings agree beyond chance: ignite's `CohenKappa`.
+/// The agreement of two ratings beyond chance: ignite's `CohenKappa`.
 ///
-/// `y_pred` and `y` are (N,) or (N, 1), class numbers from 0. With [`num_classes`](Of::num_classes)
-/// they are counted on the device without a host sync; otherwise all are kept on the device, and
-/// compute takes one host sync.
+/// `y_pred` and `y` are (N,) or (N, 1), class numbers from 0. With [`num_classes`](Of::num_classes) the metric counts
+/// them on the device without a host sync; otherwise it keeps all of them on the device, and `compute` takes one host
+/// sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -38,12 +38,12 @@ pub struct CohenKappa {
 of_pair!(CohenKappa);
 
 impl<F> Of<CohenKappa, F> {
-    /// Disagreements by distance; all the same unless given.
+    /// Weighs disagreements by distance; without weights all of them count the same.
     pub fn weights(self, weights: impl Into<Option<KappaWeights>>) -> Self {
         self.with(|kappa| kappa.weights = weights.into())
     }
 
-    /// How many classes there are, at least 2. Labels of `y` outside of them are left out.
+    /// Sets the number of classes, at least 2. Samples with a class number outside of these are left out.
     pub fn num_classes(self, num_classes: impl Into<Option<i64>>) -> Self {
         self.with(|kappa| kappa.num_classes = num_classes.into())
     }
@@ -58,12 +58,12 @@ impl CohenKappa {
         let by_chance = share(&rows.f_outer(&columns)?)?;
         let weights = self.disagreement(&matrix)?;
         let disagreement = |of: &Tensor| share(&of.f_mul(&weights)?.f_sum(None)?);
-        // 1 - d / d_chance, as ignite computes it: its denominator is at least 1e-9.
+        // ignite computes 1 - d / d_chance in this form, with a denominator of at least 1e-9.
         let (observed, chance) = (disagreement(&matrix)?, disagreement(&by_chance)?);
         chance.f_sub(&observed)?.f_div(&chance.f_clamp_min(1e-9)?)
     }
 
-    /// How much each cell counts.
+    /// Returns the weight of each cell of the matrix, by the distance of its two classes.
     fn disagreement(&self, matrix: &Tensor) -> Result<Tensor, TchError> {
         let classes = matrix.size()[0];
         let numbers = Tensor::f_arange(classes, (matrix.kind(), matrix.device()))?;

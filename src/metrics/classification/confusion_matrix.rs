@@ -6,24 +6,24 @@ use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
-/// What the counts of a [`ConfusionMatrix`] are divided by.
+/// How the counts of a [`ConfusionMatrix`] are normalised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MatrixAverage {
-    /// The number of samples.
+    /// Divides all counts by the number of samples.
     Samples,
-    /// Each row by its sum: how the samples of a class were predicted.
+    /// Divides each row by its sum: how the samples of a class were predicted.
     Recall,
-    /// Each column by its sum: what the predictions of a class really were.
+    /// Divides each column by its sum: which classes the predictions of a class really were.
     Precision,
 }
 
 /// How often class i (row) was predicted as class j (column): ignite's `ConfusionMatrix`.
 ///
-/// `y_pred` of shape (N, C, …), scores or probabilities; `y` of shape (N, …), class numbers. Those
-/// outside of [0, C) are left out, which makes -1, or 255, a label to ignore. The value is a C × C
-/// matrix, i64, or f64 with an [`average`](Of::average). Counted on the device; no host sync.
+/// `y_pred` of shape (N, C, …), scores or probabilities; `y` of shape (N, …), class numbers. Samples with a class
+/// number outside of [0, C) are left out, so that -1, or 255, is a label to ignore. The value is a C × C matrix,
+/// i64, or f64 with an [`average`](Of::average). The counts are kept on the device; no host sync.
 ///
-/// [`shared`](Of::shared) gives what derives from it: IoU, Dice coefficient, accuracy, ….
+/// [`shared`](Of::shared) gives the metrics that derive from the matrix: IoU, Dice coefficient, accuracy, ….
 ///
 /// ```
 /// use tch::Tensor;
@@ -41,7 +41,7 @@ pub struct ConfusionMatrix {
 }
 
 impl ConfusionMatrix {
-    /// Of so many classes, at least 2; `parts` takes `y_pred` and `y` out of the output.
+    /// Makes a matrix of `num_classes` classes, at least 2; `parts` takes `y_pred` and `y` out of the output.
     pub fn of<O, F>(num_classes: i64, parts: F) -> Of<Self, F>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
@@ -51,7 +51,7 @@ impl ConfusionMatrix {
 }
 
 impl<F> Of<ConfusionMatrix, F> {
-    /// Divides the counts.
+    /// Divides the counts by the number of samples, or by the sums of rows or columns.
     pub fn average(self, average: impl Into<Option<MatrixAverage>>) -> Self {
         self.with(|matrix| matrix.average = average.into())
     }
@@ -66,7 +66,8 @@ pub(super) fn check_classes(num_classes: i64) -> Result<()> {
     }
 }
 
-/// The matrix of class numbers; those of `y` outside of the classes are left out.
+/// Counts class numbers into a matrix (classes, classes), i64. Samples with a number outside of the classes in `y` or
+/// `y_pred` are left out. No host sync.
 pub(super) fn count(y_pred: &Tensor, y: &Tensor, classes: i64) -> Result<Tensor, TchError> {
     let (y_pred, y) = (y_pred.f_to_kind(Kind::Int64)?, y.f_to_kind(Kind::Int64)?);
     let outside = |numbers: &Tensor| numbers.f_lt(0)?.f_logical_or(&numbers.f_ge(classes)?);

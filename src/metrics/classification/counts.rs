@@ -4,17 +4,17 @@ use super::labels::{Case, Labels, both_binary, occurrences, rows};
 use super::{accumulator_kind, double};
 use crate::metrics::{Contribution, Reduce};
 
-/// What a rate of each class is made to: the `average` of ignite's `Precision` and `Recall`.
+/// How the rates of the classes are combined: the `average` of ignite's `Precision` and `Recall`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Averaging {
-    /// Of each class; of class 1 alone where the data is binary.
+    /// A vector with the rate of each class; for binary data the rate of class 1 alone.
     #[default]
     False,
-    /// Of each class; of both classes where the data is binary.
+    /// A vector with the rate of each class, also for binary data.
     None,
     /// The mean over classes.
     Macro,
-    /// Of all classes together.
+    /// One rate, of the counts of all classes together.
     Micro,
     /// The mean over classes, each weighted by how often it occurs in `y`.
     Weighted,
@@ -22,26 +22,26 @@ pub enum Averaging {
     Samples,
 }
 
-/// `true` is [`Macro`](Averaging::Macro), as in ignite.
+/// As in ignite, `true` is [`Macro`](Averaging::Macro) and `false` is [`False`](Averaging::False).
 impl From<bool> for Averaging {
     fn from(on: bool) -> Self {
         if on { Self::Macro } else { Self::False }
     }
 }
 
-/// ignite's eps of these denominators.
+/// ignite's epsilon in the denominators of these rates.
 const EPS: f64 = 1e-20;
 
-/// Which positives a rate is a share of.
+/// The denominator of a rate: predicted positives (precision) or actual positives (recall).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Share {
     Predicted,
     Actual,
 }
 
-/// Counts of true positives, predicted and actual ones, of each class in i64, (C,), or (1, 2) where
-/// the data is binary. With
-/// [`Averaging::Samples`] the first is the sum of the samples' rates.
+/// Counts the true positives, the predicted positives and the actual positives of each class in i64: (C,), or (1,
+/// 2) where the data is binary. With [`Averaging::Samples`] the first part is the sum of the samples' rates, and
+/// the other two are the number of samples.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     pub(super) averaging: Averaging,
@@ -68,7 +68,7 @@ impl Counts {
             Case::Binary => {
                 let wrong = both_binary(y_pred, y)?;
                 let counts = by_class(&y_pred.f_reshape_as(y)?, y, classes)?;
-                // As rows, which tells them from those of two classes.
+                // The shape (1, 2) tells binary counts from the counts of two classes.
                 let rows = counts.iter().map(|count| count.f_unsqueeze(0));
                 (rows.collect::<Result<_, _>>()?, wrong)
             }
@@ -91,7 +91,7 @@ impl Counts {
         Ok(Contribution::new(parts, samples).wrong(wrong))
     }
 
-    /// The share of true positives in the others.
+    /// Divides the true positives by the predicted or actual positives, and averages as asked.
     pub(super) fn rate(&self, parts: &[Tensor], of: Share) -> anyhow::Result<Tensor> {
         let [true_positives, predicted, actual] = parts else { anyhow::bail!("three counts") };
         let all = if of == Share::Predicted { predicted } else { actual };
@@ -110,7 +110,7 @@ impl Counts {
                 let weighted = share(true_positives, all)?.f_mul(&weights)?.f_sum(None)?;
                 weighted.f_div(&weights.f_sum(None)?.f_add_scalar(EPS)?)?
             }
-            // Rows of samples, in the place of both counts.
+            // Both counts hold the number of samples here.
             Averaging::Samples => double(true_positives)?.f_div(&double(all)?)?,
         })
     }
@@ -118,7 +118,7 @@ impl Counts {
 
 fn by_class(y_pred: &Tensor, y: &Tensor, classes: i64) -> Result<Vec<Tensor>, TchError> {
     let (y_pred, y) = (y_pred.f_to_kind(Kind::Int64)?, y.f_to_kind(Kind::Int64)?);
-    // A wrong one is not counted: it is put outside of the classes.
+    // Wrong predictions are moved outside of the classes, so that they are not counted.
     let right = y.f_masked_fill(&y_pred.f_ne_tensor(&y)?, classes)?;
     Ok(vec![
         occurrences(&right, classes)?,

@@ -5,11 +5,11 @@ use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts};
 
-/// The weighted harmonic mean of precision and recall, (1 + β²) p r / (β² p + r + 1e-15): ignite's
-/// `Fbeta`. Recall counts β times as much as precision.
+/// The weighted harmonic mean of precision and recall, (1 + β²) p r / (β² p + r + 1e-15): ignite's `Fbeta`. Recall
+/// counts β times as much as precision.
 ///
-/// Shapes as for [`Accuracy`](super::Accuracy). The mean over classes, or, with
-/// [`average(false)`](Of::average), a vector with one element for each class. Counted in i64 on the
+/// Shapes are those of [`Accuracy`](super::Accuracy). The value is the mean over classes, or, with
+/// [`average(false)`](Of::average), a vector with one element for each class. Predictions are counted in i64 on the
 /// device; no host sync.
 ///
 /// ```
@@ -29,7 +29,7 @@ pub struct Fbeta {
 }
 
 impl Fbeta {
-    /// `beta` is above 0; `parts` takes `y_pred` and `y` out of the output.
+    /// Makes the metric; `beta` is above 0, and `parts` takes `y_pred` and `y` out of the output.
     pub fn of<O, F>(beta: f64, parts: F) -> Of<Self, F>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
@@ -39,18 +39,18 @@ impl Fbeta {
 }
 
 impl<F> Of<Fbeta, F> {
-    /// Whether the mean over classes is taken; it is unless this says not.
+    /// Whether the value is the mean over classes (the default) or a vector.
     pub fn average(self, on: bool) -> Self {
         self.with(|fbeta| fbeta.average = on)
     }
 
-    /// `y_pred` and `y` are both (N, C, …), 0 or 1 for each label.
+    /// Takes `y_pred` and `y` that are both (N, C, …), 0 or 1 for each label.
     pub fn is_multilabel(self, on: bool) -> Self {
         self.with(|fbeta| fbeta.counts.labels.multilabel = on)
     }
 }
 
-/// Of each class.
+/// Computes the F-score of each class.
 pub(super) fn fbeta(beta: f64, precision: &Tensor, recall: &Tensor) -> Result<Tensor, TchError> {
     let square = beta * beta;
     let below = precision.f_mul_scalar(square)?.f_add(recall)?.f_add_scalar(1e-15)?;

@@ -1,6 +1,6 @@
 use tch::{Kind, TchError, Tensor};
 
-/// What `y_pred` and `y` stand for, by their shapes.
+/// The kinds of data that `y_pred` and `y` can be, told by their shapes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Case {
     Binary,
@@ -8,7 +8,7 @@ pub(super) enum Case {
     Multilabel,
 }
 
-/// Tells what the batches stand for, which must stay the same.
+/// Tells what the batches are, and checks that this stays the same until the next reset.
 #[derive(Debug, Default)]
 pub(super) struct Labels {
     pub(super) multilabel: bool,
@@ -20,14 +20,14 @@ impl Labels {
         self.seen = None;
     }
 
-    /// The case, and of how many classes; 2 where it is binary.
+    /// Returns the case and the number of classes, which is 2 where the data is binary.
     pub(super) fn case(&mut self, y_pred: &Tensor, y: &Tensor) -> anyhow::Result<(Case, i64)> {
         let (pred, shape) = (y_pred.size(), y.size());
         let (case, classes) = match (pred.as_slice(), shape.as_slice()) {
             ([n, 1, rest @ ..], [m, others @ ..])
                 if n == m && rest == others && pred.len() > shape.len() && !self.multilabel =>
             {
-                // One column is no choice between classes.
+                // One column is no choice between classes, so the data is binary.
                 (Case::Binary, 2)
             }
             ([n, classes, rest @ ..], [m, others @ ..])
@@ -59,13 +59,13 @@ impl Labels {
     }
 }
 
-/// What is wrong where labels must be 0 or 1.
+/// Returns the conditions that an element of `y` or `y_pred` is neither 0 nor 1, with what to say then.
 pub(super) fn both_binary(y_pred: &Tensor, y: &Tensor) -> Result<Vec<(Tensor, String)>, TchError> {
     let wrong = [not_binary("y", y)?, not_binary("y_pred", y_pred)?];
     Ok(wrong.into_iter().flatten().collect())
 }
 
-/// Whether anything but 0 and 1 is in it.
+/// Returns the condition that an element is neither 0 nor 1, with what to say then; `None` for booleans.
 pub(super) fn not_binary(
     name: &str,
     tensor: &Tensor,
@@ -77,13 +77,14 @@ pub(super) fn not_binary(
     Ok(Some((other, format!("For binary cases, {name} must be comprised of 0's and 1's."))))
 }
 
-/// Labels of a sample, or of a place in it, as a row: (N, C, …) to (N·…, C).
+/// Makes the labels of each sample, or of each place in a sample, one row: (N, C, …) to (N·…, C).
 pub(super) fn rows(tensor: &Tensor) -> Result<Tensor, TchError> {
     let classes = tensor.size().get(1).copied().unwrap_or(1);
     tensor.f_movedim_int(1, -1)?.f_reshape([-1, classes])
 }
 
-/// How often each of `classes` numbers occurs; others are not counted. In i64, without a host sync.
+/// Counts how often each number below `classes` occurs; others are not counted. The counts are (classes,), i64; no
+/// host sync.
 pub(super) fn occurrences(numbers: &Tensor, classes: i64) -> Result<Tensor, TchError> {
     let numbers = numbers.f_reshape([-1])?.f_to_kind(Kind::Int64)?;
     let outside = numbers.f_lt(0)?.f_logical_or(&numbers.f_ge(classes)?)?;

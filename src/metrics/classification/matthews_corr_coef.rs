@@ -4,11 +4,11 @@ use super::{gathered, host, of_pair};
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts};
 
-/// Matthews' correlation of predicted and actual classes, in [-1, 1]: ignite's `MatthewsCorrCoef`,
-/// with the formula of Gorodkin for several classes.
+/// Matthews' correlation of predicted and actual classes, in [-1, 1]: ignite's `MatthewsCorrCoef`, with Gorodkin's
+/// formula for several classes.
 ///
-/// Each of `y_pred` and `y` is (N,), class numbers, or (N, C), scores. 0 where either has but one
-/// class. Keeps the class numbers on the device; compute takes one host sync.
+/// `y_pred` and `y` are each (N,), class numbers, or (N, C), scores. The value is 0 where one of them has a single
+/// class. The metric keeps the class numbers on the device; `compute` takes one host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -23,7 +23,7 @@ pub struct MatthewsCorrCoef;
 
 of_pair!(MatthewsCorrCoef);
 
-/// Class numbers, of scores too.
+/// Returns class numbers: scores (N, C) become the numbers of their largest, others are taken as they are.
 fn numbers(tensor: &Tensor) -> Result<Tensor, TchError> {
     match tensor.size().as_slice() {
         [_, classes] if *classes > 1 => tensor.f_argmax(1, false),

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts};
 
-/// What [`MeanAveragePrecision`] makes of the classes.
+/// How [`MeanAveragePrecision`] combines the classes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ClassMean {
     /// The mean over classes.
@@ -16,16 +16,16 @@ pub enum ClassMean {
     Micro,
     /// The mean over classes, each weighted by how often it occurs in `y`.
     Weighted,
-    /// Each class by itself.
+    /// A vector with one value for each class.
     None,
 }
 
 /// The average precision over classes: ignite's `MeanAveragePrecision`.
 ///
-/// `y_pred` are scores of floating point; shapes are those of [`Accuracy`](super::Accuracy), where
-/// binary and multilabel scores need not be 0 or 1. A class without positives counts 0. Keeps
-/// everything on the device and sorts it in compute; no host sync, but with
-/// [`rec_thresholds`](Of::rec_thresholds), which compute copies to the device.
+/// `y_pred` are scores of floating point. Shapes are those of [`Accuracy`](super::Accuracy), but binary and
+/// multilabel scores need not be 0 or 1. A class without positives counts as 0. The metric keeps all samples on the
+/// device and sorts them in `compute`, without a host sync; only with [`rec_thresholds`](Of::rec_thresholds)
+/// `compute` copies the thresholds to the device.
 ///
 /// ```
 /// use tch::Tensor;
@@ -46,17 +46,17 @@ pub struct MeanAveragePrecision {
 of_pair!(MeanAveragePrecision);
 
 impl<F> Of<MeanAveragePrecision, F> {
-    /// `y_pred` and `y` are both (N, C, …), `y` 0 or 1 for each label.
+    /// Takes `y_pred` and `y` that are both (N, C, …), `y` 0 or 1 for each label.
     pub fn is_multilabel(self, on: bool) -> Self {
         self.with(|metric| metric.labels.multilabel = on)
     }
 
-    /// What is made of the classes; the mean unless given.
+    /// Sets how the classes are combined; the default is their mean.
     pub fn class_mean(self, class_mean: ClassMean) -> Self {
         self.with(|metric| metric.class_mean = class_mean)
     }
 
-    /// Recalls in [0, 1] at which the precision is taken; those of the data unless given.
+    /// Takes the precision at these recalls in [0, 1] instead of at those of the data.
     pub fn rec_thresholds(self, thresholds: impl Into<Vec<f64>>) -> Self {
         self.with(|metric| {
             metric.rec_thresholds = thresholds.into();
@@ -124,7 +124,7 @@ impl Pairwise for MeanAveragePrecision {
 
     fn value(&self, parts: &[Tensor], _samples: f64) -> anyhow::Result<MetricValue> {
         let (mut scores, mut y) = ranking::class_rows(&parts[0], &parts[1])?;
-        // One column was gathered as none: binary.
+        // A binary metric keeps one column, which `gather` stores as (N,).
         if parts[0].dim() == 1 {
             return Ok(self.by_class(&scores, &y)?.f_squeeze_dim(0)?.into());
         }

@@ -9,9 +9,9 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// A confusion matrix of each label: ignite's `MultiLabelConfusionMatrix`.
 ///
-/// `y_pred` and `y` are of the same shape (N, C, …), integers 0 or 1. The value is of shape (C, 2, 2),
-/// for each label `[[true negatives, false positives], [false negatives, true positives]]`, i64, or
-/// f64 where it is [`normalized`](Of::normalized). Counted on the device; no host sync.
+/// `y_pred` and `y` are of the same shape (N, C, …), integers 0 or 1. The value is of shape (C, 2, 2), for each label
+/// `[[true negatives, false positives], [false negatives, true positives]]`, in i64, or in f64 where it is
+/// [`normalized`](Of::normalized). The counts are kept on the device; no host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -30,7 +30,7 @@ pub struct MultiLabelConfusionMatrix {
 }
 
 impl MultiLabelConfusionMatrix {
-    /// Of so many labels, at least 2; `parts` takes `y_pred` and `y` out of the output.
+    /// Makes the matrices of `num_classes` labels, at least 2; `parts` takes `y_pred` and `y` out of the output.
     pub fn of<O, F>(num_classes: i64, parts: F) -> Of<Self, F>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),

@@ -5,11 +5,11 @@ use super::of_pair;
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts};
 
-/// How many of a class are right, of all that were predicted: ignite's `Precision`,
+/// The share of right predictions among all predictions of a class: ignite's `Precision`,
 /// true positives / predicted (+ 1e-20).
 ///
-/// Shapes as for [`Accuracy`](super::Accuracy). The value is a vector with one element for each
-/// class, or a number: see [`average`](Of::average). Counted in i64 on the device; no host sync.
+/// Shapes are those of [`Accuracy`](super::Accuracy). The value is a vector with one element for each class, or a
+/// number: see [`average`](Of::average). Predictions are counted in i64 on the device; no host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -28,12 +28,12 @@ pub struct Precision {
 of_pair!(Precision);
 
 impl<F> Of<Precision, F> {
-    /// What the rates of the classes are made to; each by itself unless given.
+    /// Sets how the rates of the classes are combined; the default is [`Averaging::False`].
     pub fn average(self, average: impl Into<Averaging>) -> Self {
         self.with(|metric| metric.counts.averaging = average.into())
     }
 
-    /// `y_pred` and `y` are both (N, C, …), 0 or 1 for each label.
+    /// Takes `y_pred` and `y` that are both (N, C, …), 0 or 1 for each label.
     pub fn is_multilabel(self, on: bool) -> Self {
         self.with(|metric| metric.counts.labels.multilabel = on)
     }

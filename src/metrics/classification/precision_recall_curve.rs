@@ -7,9 +7,9 @@ use crate::metrics::{Contribution, Pairwise, Parts};
 
 /// Precision and recall at every threshold: ignite's `PrecisionRecallCurve`, as scikit-learn draws it.
 ///
-/// `y_pred` are scores, `y` is 0 or 1, both (N,). The value has the vectors `precision`, `recall` (they
-/// end with 1 and 0) and `thresholds`, from the lowest score, in f64 on the CPU. Keeps everything on
-/// the device and sorts it in compute; one host sync there.
+/// `y_pred` are scores, `y` is 0 or 1, both (N,). The value has the vectors `precision`, `recall` (they end with 1
+/// and 0) and `thresholds`, from the lowest score, in f64 on the CPU. The metric keeps all samples on the device
+/// and sorts them in `compute`, which takes one host sync.
 ///
 /// ```
 /// use tch::Tensor;

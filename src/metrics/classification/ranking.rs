@@ -1,10 +1,11 @@
-//! Scores in order, and how many positives there are above each.
+//! Curves and areas from sorted scores and the number of positives above each score.
 
 use tch::{TchError, Tensor};
 
 use super::{double, host};
 
-/// Rows of scores and of 0/1 labels, one for each class: (N,) or (N, C) to (C, N).
+/// Makes rows of scores and of 0/1 labels in the accumulator's type, one row for each class: (N,) or (N, C) to (C,
+/// N).
 pub(super) fn class_rows(scores: &Tensor, y: &Tensor) -> anyhow::Result<(Tensor, Tensor)> {
     anyhow::ensure!(
         scores.size() == y.size(),
@@ -21,26 +22,26 @@ pub(super) fn class_rows(scores: &Tensor, y: &Tensor) -> anyhow::Result<(Tensor,
     Ok((rows(&double(scores)?)?, rows(&double(y)?)?))
 }
 
-/// How many of a sorted row are smaller than each value, or, with `right`, not larger.
+/// Counts for each value the elements of its sorted row that are smaller, or, with `right`, not larger.
 fn searchsorted(sorted: &Tensor, values: &Tensor, right: bool) -> Result<Tensor, TchError> {
     let side = if right { "right" } else { "left" };
     values.f_searchsorted::<Tensor>(sorted, false, right, side, None)
 }
 
-/// Ranks within each row, from 1, ties sharing their mean.
+/// Ranks the elements of each row, from 1; ties share their mean rank.
 pub(in crate::metrics) fn ranks(rows: &Tensor) -> Result<Tensor, TchError> {
     let (sorted, _) = rows.f_sort(-1, false)?;
     let (below, up_to) = (searchsorted(&sorted, rows, false)?, searchsorted(&sorted, rows, true)?);
     double(&below.f_add(&up_to)?)?.f_add_scalar(1.)?.f_div_scalar(2.)
 }
 
-/// NaN in the rows where a score is NaN.
+/// Sets the values of rows with a NaN score to NaN.
 fn nan_with(scores: &Tensor, values: Tensor) -> Result<Tensor, TchError> {
     values.f_masked_fill(&scores.f_isnan()?.f_any_dim(-1, false)?, f64::NAN)
 }
 
-/// The area under the ROC curve of each row: the chance that a positive has a higher score than a
-/// negative, ties counting half. NaN where there is but one class.
+/// Computes the area under the ROC curve of each row: the chance that a positive has a higher score than a negative,
+/// where ties count half. NaN for rows with a single class.
 pub(super) fn roc_auc(scores: &Tensor, y: &Tensor) -> Result<Tensor, TchError> {
     let sum = |values: &Tensor| values.f_sum_dim_intlist(-1i64, false, None);
     let positives = sum(y)?;
@@ -50,8 +51,8 @@ pub(super) fn roc_auc(scores: &Tensor, y: &Tensor) -> Result<Tensor, TchError> {
     nan_with(scores, above.f_div(&positives.f_mul(&negatives)?)?)
 }
 
-/// Scores of each row in descending order: precision and recall of predicting all with at least that
-/// score, and the labels. Recall is 1 in rows without positives.
+/// The scores of each row in descending order: precision and recall of predicting all samples with at least that
+/// score, and the labels in that order. Recall is 1 in rows without positives.
 struct Descending {
     precision: Tensor,
     recall: Tensor,
@@ -62,7 +63,7 @@ struct Descending {
 fn descending(scores: &Tensor, y: &Tensor) -> Result<Descending, TchError> {
     let (sorted, order) = scores.f_neg()?.f_sort(-1, false)?;
     let y = y.f_gather(-1, &order, false)?;
-    // Where the group of equal scores ends, counted from 1.
+    // The end of each group of equal scores, counted from 1.
     let end = searchsorted(&sorted, &sorted, true)?;
     let found = y.f_cumsum(-1, None)?.f_gather(-1, &end.f_sub_scalar(1)?, false)?;
     let positives = y.f_sum_dim_intlist(-1i64, true, None)?;
@@ -70,15 +71,15 @@ fn descending(scores: &Tensor, y: &Tensor) -> Result<Descending, TchError> {
     Ok(Descending { precision: found.f_div(&double(&end)?)?, recall, y, positives })
 }
 
-/// The mean precision over positives, of each row: Σ (Rₙ − Rₙ₋₁) Pₙ. 0 where there is no positive.
+/// Computes the average precision of each row, Σ (Rₙ − Rₙ₋₁) Pₙ; 0 for rows without positives.
 pub(super) fn average_precision(scores: &Tensor, y: &Tensor) -> Result<Tensor, TchError> {
     let Descending { precision, y, positives, .. } = descending(scores, y)?;
     let sum = precision.f_mul(&y)?.f_sum_dim_intlist(-1i64, true, None)?;
     nan_with(scores, sum.f_div(&positives.f_clamp_min(1.)?)?.f_squeeze_dim(-1)?)
 }
 
-/// The same at these recalls, which ascend: Σ (tₙ − tₙ₋₁) P(first score with recall of at least tₙ),
-/// which is 0 where there is none.
+/// Computes the average precision of each row at these recalls, which ascend: Σ (tₙ − tₙ₋₁) Pₙ. Pₙ is the precision
+/// at the first score with a recall of at least tₙ, or 0 where there is none.
 pub(super) fn average_precision_at(
     scores: &Tensor,
     y: &Tensor,
@@ -96,7 +97,7 @@ pub(super) fn average_precision_at(
     nan_with(scores, sum.f_sum_dim_intlist(-1i64, false, None)?)
 }
 
-/// How many negatives and positives have at least each distinct score, from the highest.
+/// For each distinct score, from the highest, the numbers of negatives and positives with at least that score.
 #[derive(Debug, Default)]
 pub(super) struct Curve {
     pub(super) false_positives: Vec<f64>,
@@ -104,7 +105,7 @@ pub(super) struct Curve {
     pub(super) thresholds: Vec<f64>,
 }
 
-/// One host sync.
+/// Makes the curve of scores and labels, (N,) or (N, 1) each. Takes one host sync.
 pub(super) fn curve(scores: &Tensor, y: &Tensor) -> anyhow::Result<Curve> {
     let (scores, y) = class_rows(scores, y)?;
     anyhow::ensure!(scores.size()[0] == 1, "y_pred and y must be (N,) or (N, 1): binary");

@@ -5,11 +5,10 @@ use super::of_pair;
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts};
 
-/// How many of a class were found, of all that there are: ignite's `Recall`,
-/// true positives / actual (+ 1e-20).
+/// The share of a class's samples that were found: ignite's `Recall`, true positives / actual (+ 1e-20).
 ///
-/// Shapes as for [`Accuracy`](super::Accuracy). The value is a vector with one element for each
-/// class, or a number: see [`average`](Of::average). Counted in i64 on the device; no host sync.
+/// Shapes are those of [`Accuracy`](super::Accuracy). The value is a vector with one element for each class, or a
+/// number: see [`average`](Of::average). Predictions are counted in i64 on the device; no host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -28,12 +27,12 @@ pub struct Recall {
 of_pair!(Recall);
 
 impl<F> Of<Recall, F> {
-    /// What the rates of the classes are made to; each by itself unless given.
+    /// Sets how the rates of the classes are combined; the default is [`Averaging::False`].
     pub fn average(self, average: impl Into<Averaging>) -> Self {
         self.with(|metric| metric.counts.averaging = average.into())
     }
 
-    /// `y_pred` and `y` are both (N, C, …), 0 or 1 for each label.
+    /// Takes `y_pred` and `y` that are both (N, C, …), 0 or 1 for each label.
     pub fn is_multilabel(self, on: bool) -> Self {
         self.with(|metric| metric.counts.labels.multilabel = on)
     }

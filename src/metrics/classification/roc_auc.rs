@@ -7,9 +7,9 @@ use crate::metrics::{Contribution, Pairwise, Parts};
 
 /// The area under the ROC curve: ignite's `ROC_AUC`.
 ///
-/// `y_pred` are scores, `y` is 0 or 1, both (N,), or (N, C) for the mean over labels. Computed from
-/// ranks, ties counting half. NaN where there is but one class, or a score is NaN. Keeps everything on
-/// the device and sorts it in compute; no host sync.
+/// `y_pred` are scores, `y` is 0 or 1, both (N,), or (N, C) for the mean over labels. The area is computed from
+/// ranks, where ties count half. It is NaN where there is a single class, or where a score is NaN. The metric keeps
+/// all samples on the device and sorts them in `compute`; no host sync.
 ///
 /// ```
 /// use tch::Tensor;

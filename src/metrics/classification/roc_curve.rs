@@ -7,10 +7,10 @@ use crate::metrics::{Contribution, Pairwise, Parts};
 
 /// The ROC curve: ignite's `RocCurve`, as scikit-learn draws it.
 ///
-/// `y_pred` are scores, `y` is 0 or 1, both (N,). The value has the vectors `fpr`, `tpr` (false and
-/// true positive rates) and `thresholds`, from the highest score, in f64 on the CPU; points on a
-/// straight line between their neighbours are left out. Keeps everything on the device and sorts it in
-/// compute; one host sync there.
+/// `y_pred` are scores, `y` is 0 or 1, both (N,). The value has the vectors `fpr`, `tpr` (false and true positive
+/// rates) and `thresholds`, from the highest score, in f64 on the CPU. Points on a straight line between their
+/// neighbours are left out. The metric keeps all samples on the device and sorts them in `compute`, which takes one
+/// host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -57,7 +57,7 @@ impl Pairwise for RocCurve {
     }
 }
 
-/// Whether the counts do not go on in a straight line at `i`; ends count as bends.
+/// Returns whether the counts leave a straight line at `i`; both ends count as bends.
 fn bends(counts: &[f64], i: usize) -> bool {
     match (i.checked_sub(1).map(|before| counts[before]), counts.get(i + 1)) {
         (Some(before), Some(after)) => after - 2. * counts[i] + before != 0.,

@@ -7,9 +7,10 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// How often each class, or label, is predicted: ignite's `SelectionRate`, of `ignite.metrics.fairness`.
 ///
-/// A vector: of binary predictions the share of 0 and of 1, of classes that of each, of labels (with
-/// [`is_multilabel`](Of::is_multilabel)) how often each is set. Shapes as for [`Accuracy`](super::Accuracy);
-/// of `y` only the shape counts. No host sync.
+/// The value is a vector: for binary predictions the shares of 0 and 1, for classes the share of each, for labels
+/// (with [`is_multilabel`](Of::is_multilabel)) how often each is set. Shapes are those of
+/// [`Accuracy`](super::Accuracy). The elements of `y` do not matter, except that binary and multilabel ones must be
+/// 0 or 1. No host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -28,7 +29,7 @@ pub struct SelectionRate {
 of_pair!(SelectionRate);
 
 impl<F> Of<SelectionRate, F> {
-    /// Counts how often each label is set.
+    /// Counts how often each label is set, for `y_pred` and `y` of shape (N, C, …).
     pub fn is_multilabel(self, on: bool) -> Self {
         self.with(|rate| rate.labels.multilabel = on)
     }

@@ -6,7 +6,8 @@ use crate::metrics::{MetricsLambda, Of};
 
 /// A confusion matrix that several metrics derive from; it is updated once.
 ///
-/// Each method gives a metric to attach, or to compute with. All are f64, without a host sync.
+/// Each method gives a metric to attach, or to compute with. The derived values are f64, without a host sync;
+/// [`matrix`](Self::matrix) keeps its own type.
 ///
 /// ```
 /// use tch::Tensor;
@@ -32,7 +33,7 @@ pub struct SharedConfusionMatrix<'a, O> {
 }
 
 impl<F> Of<ConfusionMatrix, F> {
-    /// A handle to derive other metrics from.
+    /// Makes a handle to derive other metrics from.
     pub fn shared<'a, O: 'a>(self) -> SharedConfusionMatrix<'a, O>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor) + 'a,
@@ -42,7 +43,7 @@ impl<F> Of<ConfusionMatrix, F> {
     }
 }
 
-/// The diagonal, and the sums of rows and columns.
+/// The diagonal of the matrix, and the sums of its rows and columns.
 struct Sums {
     right: Tensor,
     actual: Tensor,
@@ -58,13 +59,13 @@ fn sums(matrix: &Tensor) -> Result<Sums, TchError> {
     })
 }
 
-/// ignite's eps of these denominators.
+/// Divides with ignite's epsilon in these denominators.
 fn share(part: &Tensor, whole: &Tensor) -> Result<Tensor, TchError> {
     part.f_div(&whole.f_add_scalar(1e-15)?)
 }
 
 impl<'a, O> SharedConfusionMatrix<'a, O> {
-    /// The matrix itself.
+    /// Returns the matrix itself, as a metric.
     pub fn matrix(&self) -> MetricsLambda<'a, O> {
         self.matrix.clone()
     }
@@ -73,7 +74,7 @@ impl<'a, O> SharedConfusionMatrix<'a, O> {
         self.matrix().apply(move |matrix| Ok(rates(&sums(matrix)?)?))
     }
 
-    /// Of each class but one.
+    /// Derives a vector of rates; with `ignore_index` that class is left out of it.
     fn without(
         &self,
         ignore_index: Option<i64>,
@@ -93,9 +94,8 @@ impl<'a, O> SharedConfusionMatrix<'a, O> {
         })
     }
 
-    /// Intersection over union of each class: ignite's `IoU`. With `ignore_index` that class is left
-    /// out of the vector. The matrix must have no average, or
-    /// [`Samples`](MatrixAverage::Samples).
+    /// Intersection over union of each class: ignite's `IoU`. With `ignore_index` that class is left out of the
+    /// vector. The matrix must have no average, or [`Samples`](MatrixAverage::Samples).
     #[doc(alias = "IoU")]
     pub fn iou(&self, ignore_index: impl Into<Option<i64>>) -> MetricsLambda<'a, O> {
         if !matches!(self.average, None | Some(MatrixAverage::Samples)) {
@@ -115,13 +115,13 @@ impl<'a, O> SharedConfusionMatrix<'a, O> {
         self.iou(ignore_index).mean()
     }
 
-    /// Another name of [`iou`](Self::iou): ignite's `JaccardIndex`.
+    /// ignite's `JaccardIndex`, which is [`iou`](Self::iou).
     #[doc(alias = "JaccardIndex")]
     pub fn jaccard_index(&self, ignore_index: impl Into<Option<i64>>) -> MetricsLambda<'a, O> {
         self.iou(ignore_index)
     }
 
-    /// Twice the intersection over the sum of both sizes, of each class: ignite's `DiceCoefficient`.
+    /// Twice the intersection over the sum of both sizes, for each class: ignite's `DiceCoefficient`.
     /// With `ignore_index` that class is left out of the vector.
     #[doc(alias = "DiceCoefficient")]
     pub fn dice_coefficient(&self, ignore_index: impl Into<Option<i64>>) -> MetricsLambda<'a, O> {
@@ -136,14 +136,14 @@ impl<'a, O> SharedConfusionMatrix<'a, O> {
         self.derived(|sums| share(&sums.right.f_sum(None)?, &sums.actual.f_sum(None)?))
     }
 
-    /// The precision of each class, or their mean: ignite's `cmPrecision`.
+    /// The precision of each class, or their mean with `average`: ignite's `cmPrecision`.
     #[doc(alias = "cmPrecision")]
     pub fn precision(&self, average: bool) -> MetricsLambda<'a, O> {
         let precision = self.derived(|sums| share(&sums.right, &sums.predicted));
         if average { precision.mean() } else { precision }
     }
 
-    /// The recall of each class, or their mean: ignite's `cmRecall`.
+    /// The recall of each class, or their mean with `average`: ignite's `cmRecall`.
     #[doc(alias = "cmRecall")]
     pub fn recall(&self, average: bool) -> MetricsLambda<'a, O> {
         let recall = self.derived(|sums| share(&sums.right, &sums.actual));

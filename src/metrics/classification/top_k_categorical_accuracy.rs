@@ -8,8 +8,8 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 /// How often the right class is among the `k` with the highest scores: ignite's
 /// `TopKCategoricalAccuracy`.
 ///
-/// `y_pred` of shape (N, C), scores or probabilities; `y` of shape (N), class numbers. Counted in i64
-/// on the device; no host sync.
+/// `y_pred` of shape (N, C), scores or probabilities; `y` of shape (N,), class numbers. Right predictions are
+/// counted in i64 on the device; no host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -26,7 +26,7 @@ pub struct TopKCategoricalAccuracy {
 }
 
 impl TopKCategoricalAccuracy {
-    /// Among so many, at least 1; `parts` takes `y_pred` and `y` out of the output.
+    /// Makes the metric for the `k` highest scores, at least 1; `parts` takes `y_pred` and `y` out of the output.
     pub fn of<O, F>(k: i64, parts: F) -> Of<Self, F>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),

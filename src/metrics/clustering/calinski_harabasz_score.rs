@@ -4,11 +4,12 @@ use super::{Clusters, check, gathered, of_pair};
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts};
 
-/// The spread between clusters over that within: ignite's `CalinskiHarabaszScore`, scikit-learn's formula;
-/// higher is better. 1 where there is no spread within.
+/// The spread between clusters over the spread within them: ignite's `CalinskiHarabaszScore`, scikit-learn's formula;
+/// higher is better. The value is 1 where there is no spread within clusters.
 ///
-/// `y_pred` are features, (N, D); `y` are the numbers of their clusters, (N,). NaN where there is but one
-/// cluster, or each sample is its own. Keeps everything on the device; one host sync in compute.
+/// `y_pred` are features, (N, D); `y` are the numbers of their clusters, (N,). The value is NaN where there is a
+/// single cluster, or each sample is a cluster. The metric keeps all samples on the device; `compute` takes one
+/// host sync.
 ///
 /// ```
 /// use tch::Tensor;

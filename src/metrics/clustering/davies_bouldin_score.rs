@@ -7,8 +7,9 @@ use crate::metrics::{Contribution, Pairwise, Parts};
 /// How much the clusters overlap: ignite's `DaviesBouldinScore`, the mean over clusters of the worst ratio
 /// of both spreads to the distance of both centroids; lower is better.
 ///
-/// `y_pred` are features, (N, D); `y` are the numbers of their clusters, (N,). NaN where there is but one
-/// cluster, or each sample is its own. Keeps everything on the device; one host sync in compute.
+/// `y_pred` are features, (N, D); `y` are the numbers of their clusters, (N,). The value is NaN where there is a
+/// single cluster, or each sample is a cluster. The metric keeps all samples on the device; `compute` takes one
+/// host sync.
 ///
 /// ```
 /// use tch::Tensor;

@@ -14,7 +14,7 @@ use super::gathered;
 use super::pairwise::of_pair;
 use super::to_value::{double, host};
 
-/// Features (N, D) and labels (N,).
+/// Checks that features are (N, D) and labels (N,).
 fn check(features: &Tensor, labels: &Tensor) -> anyhow::Result<()> {
     let shape = features.size();
     anyhow::ensure!(
@@ -29,22 +29,22 @@ fn check(features: &Tensor, labels: &Tensor) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Samples by their clusters.
+/// The samples with their clusters, N samples of D features in K clusters.
 struct Clusters {
     features: Tensor,
-    /// (N, K), 1 where a sample belongs.
+    /// (N, K), 1 where a sample belongs to a cluster.
     members: Tensor,
-    /// (K,)
+    /// Number of samples in each cluster: (K,).
     sizes: Tensor,
-    /// (K, D)
+    /// Mean of each cluster: (K, D).
     centroids: Tensor,
 }
 
 impl Clusters {
-    /// None where there is but one cluster, or each sample is its own. One host sync.
+    /// Finds the clusters; `None` where there is a single one, or each sample is a cluster. Takes one host sync.
     fn of(features: &Tensor, labels: &Tensor) -> Result<Option<Self>, TchError> {
         let features = double(features)?;
-        // One column was gathered as none.
+        // `gather` stores features of one column as (N,).
         let features = if features.dim() == 1 { features.f_unsqueeze(1)? } else { features };
         let mut numbers = host::<i64>(labels)?;
         numbers.sort_unstable();
@@ -61,12 +61,12 @@ impl Clusters {
         Ok(Some(clusters))
     }
 
-    /// The mean of rows (N, D) over each cluster: (K, D).
+    /// Returns the mean of rows (N, D) over each cluster: (K, D).
     fn mean_of(&self, rows: &Tensor) -> Result<Tensor, TchError> {
         self.members.f_transpose(0, 1)?.f_matmul(rows)?.f_div(&self.sizes.f_unsqueeze(1)?)
     }
 
-    /// How far each sample is from its centroid: (N, D).
+    /// Returns the difference of each sample from its centroid: (N, D).
     fn deviations(&self) -> Result<Tensor, TchError> {
         self.features.f_sub(&self.members.f_matmul(&self.centroids)?)
     }

@@ -7,9 +7,9 @@ use crate::metrics::{Contribution, Pairwise, Parts};
 /// How much closer samples are to their own cluster than to the next: ignite's `SilhouetteScore` with
 /// Euclidean distances, the mean of (b − a) / max(a, b); in [-1, 1], higher is better.
 ///
-/// `y_pred` are features, (N, D); `y` are the numbers of their clusters, (N,). NaN where there is but one
-/// cluster, or each sample is its own. Keeps everything on the device; compute takes one host sync and N × N
-/// distances.
+/// `y_pred` are features, (N, D); `y` are the numbers of their clusters, (N,). The value is NaN where there is a
+/// single cluster, or each sample is a cluster. The metric keeps all samples on the device; `compute` takes one
+/// host sync and memory for N × N distances.
 ///
 /// ```
 /// use tch::Tensor;
@@ -52,7 +52,7 @@ impl Pairwise for SilhouetteScore {
         let others = sums.f_div(&sizes)?.f_masked_fill(&own, f64::INFINITY)?;
         let next = others.f_amin(1i64, false)?;
         let score = next.f_sub(&within)?.f_div(&within.f_maximum(&next)?)?;
-        // A sample alone in its cluster counts 0.
+        // A sample that is alone in its cluster counts as 0.
         let alone = own_size.f_le(1.)?;
         Ok(score.f_masked_fill(&alone, 0.)?.f_mean(None)?.into())
     }

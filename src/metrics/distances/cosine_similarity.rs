@@ -6,7 +6,7 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// The mean cosine of the angle between y_pred and y over samples: ignite's `CosineSimilarity`.
 ///
-/// Both (N, …), flattened to (N, D). No host sync.
+/// `y_pred` and `y` have the same shape (N, …), and are flattened to (N, D). No host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -31,7 +31,7 @@ impl Default for CosineSimilarity {
 of_pair!(CosineSimilarity);
 
 impl<F> Of<CosineSimilarity, F> {
-    /// The least length of a vector to divide by, 1e-8 unless given.
+    /// Sets the least length of a vector to divide by, 1e-8 unless given.
     pub fn eps(self, eps: f64) -> Self {
         self.with(|metric| metric.eps = eps)
     }

@@ -6,8 +6,7 @@ use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// The mean entropy of softmax(y_pred), in nats: ignite's `Entropy`.
 ///
-/// `y_pred` are logits, (N, C) or (N, C, …); every place counts as a sample. `y` is not looked at. No host
-/// sync.
+/// `y_pred` are logits, (N, C) or (N, C, …); every place counts as a sample. The metric ignores `y`. No host sync.
 ///
 /// ```
 /// use tch::Tensor;

@@ -7,8 +7,9 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 /// How much x and y depend on each other: ignite's `HSIC`, the mean over batches of the unbiased
 /// Hilbert-Schmidt independence criterion (Song and others, 2012) with Gaussian kernels.
 ///
-/// Both (N, …) with the same N, flattened. Batches of fewer than 4 samples do not count unless told
-/// otherwise. Takes N × N kernels; no host sync.
+/// x and y are (N, …) with the same N, and are flattened. Batches of fewer than 4 samples are left out, or are an
+/// error with [`ignore_invalid_batch(false)`](Of::ignore_invalid_batch). `update` makes N × N kernels; no host
+/// sync.
 ///
 /// ```
 /// use tch::{Kind, Device, Tensor};
@@ -35,17 +36,17 @@ impl Default for HSIC {
 of_pair!(HSIC);
 
 impl<F> Of<HSIC, F> {
-    /// The width of the kernel of x; unless given, its square is the median squared distance.
+    /// Sets the width of the kernel of x; unless given, the square of the width is the median squared distance.
     pub fn sigma_x(self, sigma: impl Into<Option<f64>>) -> Self {
         self.with(|metric| metric.sigma_x = sigma.into())
     }
 
-    /// The width of the kernel of y; unless given, its square is the median squared distance.
+    /// Sets the width of the kernel of y; unless given, the square of the width is the median squared distance.
     pub fn sigma_y(self, sigma: impl Into<Option<f64>>) -> Self {
         self.with(|metric| metric.sigma_y = sigma.into())
     }
 
-    /// Whether batches of fewer than 4 samples are left out, rather than an error.
+    /// Whether batches of fewer than 4 samples are left out (the default) or an error.
     pub fn ignore_invalid_batch(self, on: bool) -> Self {
         self.with(|metric| metric.ignore_invalid_batch = on)
     }
@@ -79,7 +80,7 @@ impl Pairwise for HSIC {
         let second = k.f_sum(None)?.f_mul(&l.f_sum(None)?)?.f_div_scalar((n - 1.) * (n - 2.))?;
         let third = both.f_sum(None)?.f_mul_scalar(2. / (n - 2.))?;
         let hsic = both.f_trace()?.f_add(&second)?.f_sub(&third)?.f_div_scalar(n * (n - 3.))?;
-        // Batches count alike.
+        // Each batch counts as one sample, whatever its size.
         Ok(Contribution::new([hsic.f_clamp_min(0.)?], 1))
     }
 
@@ -88,7 +89,7 @@ impl Pairwise for HSIC {
     }
 }
 
-/// The kernel of all pairs, 0 for a sample with itself.
+/// Computes the kernel of all pairs of samples, with 0 for a sample and itself.
 fn kernel(samples: &Tensor, sigma: Option<f64>) -> Result<Tensor, TchError> {
     let samples = double(samples)?.f_flatten(1, -1)?;
     let distances = squared_distances(&samples, &samples)?;

@@ -7,7 +7,7 @@ use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 /// The mean Jensen-Shannon divergence of softmax(y_pred) and softmax(y), half the sum of the divergences
 /// of both from their mean, in nats: ignite's `JSDivergence`.
 ///
-/// Both are logits of the same shape, (N, C) or (N, C, …); every place counts as a sample. No host sync.
+/// `y_pred` and `y` are logits of the same shape, (N, C) or (N, C, …); every place counts as a sample. No host sync.
 ///
 /// ```
 /// use tch::Tensor;

@@ -7,7 +7,7 @@ use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 /// The mean Kullback-Leibler divergence of softmax(y_pred) from softmax(y), Σ p ln(p / q) with p of y, in
 /// nats: ignite's `KLDivergence`.
 ///
-/// Both are logits of the same shape, (N, C) or (N, C, …); every place counts as a sample. No host sync.
+/// `y_pred` and `y` are logits of the same shape, (N, C) or (N, C, …); every place counts as a sample. No host sync.
 ///
 /// ```
 /// use tch::Tensor;

@@ -4,11 +4,11 @@ use super::{alike, of_pair, same_shape, squared_distances};
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
-/// How far the distributions of x and y are apart, by a Gaussian kernel: ignite's `MaximumMeanDiscrepancy`,
+/// The distance between the distributions of x and y by a Gaussian kernel: ignite's `MaximumMeanDiscrepancy`,
 /// the square root of the mean over batches of E k(x, x') + E k(y, y') − 2 E k(x, y).
 ///
-/// Both (N, …) of the same shape, flattened to (N, D), with N of at least 2. Takes N × N kernels; no host
-/// sync.
+/// x and y are (N, …) of the same shape with N of at least 2, and are flattened to (N, D). `update` makes N × N
+/// kernels; no host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -33,7 +33,7 @@ impl Default for MaximumMeanDiscrepancy {
 of_pair!(MaximumMeanDiscrepancy);
 
 impl<F> Of<MaximumMeanDiscrepancy, F> {
-    /// The variance of the kernel, 1 unless given.
+    /// Sets the variance of the kernel, 1 unless given.
     pub fn var(self, var: f64) -> Self {
         self.with(|metric| metric.var = var)
     }
@@ -56,7 +56,7 @@ impl Pairwise for MaximumMeanDiscrepancy {
         };
         let among = |a: &Tensor| kernels(a, a)?.f_sub_scalar(n)?.f_div_scalar(n * (n - 1.));
         let parts = [among(&x)?, among(&y)?, kernels(&x, &y)?.f_div_scalar(n * n)?];
-        // Batches count alike.
+        // Each batch counts as one sample, whatever its size.
         Ok(Contribution::new(parts, 1))
     }
 

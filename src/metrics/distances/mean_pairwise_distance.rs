@@ -7,7 +7,7 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 /// The mean p-norm of y_pred − y + eps over samples: ignite's `MeanPairwiseDistance`, torch's
 /// `pairwise_distance`.
 ///
-/// Both (N, D). No host sync.
+/// `y_pred` and `y` are (N, D). No host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -33,12 +33,12 @@ impl Default for MeanPairwiseDistance {
 of_pair!(MeanPairwiseDistance);
 
 impl<F> Of<MeanPairwiseDistance, F> {
-    /// The degree of the norm, 2 unless given.
+    /// Sets the degree of the norm, 2 unless given.
     pub fn p(self, p: f64) -> Self {
         self.with(|metric| metric.p = p)
     }
 
-    /// What is added to each difference, 1e-6 unless given.
+    /// Sets the number that is added to each difference, 1e-6 unless given.
     pub fn eps(self, eps: f64) -> Self {
         self.with(|metric| metric.eps = eps)
     }

@@ -6,8 +6,8 @@ use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// The sum of (y_pred − y)² over the number of samples: ignite's `MeanSquaredError`.
 ///
-/// Both of the same number of elements, any shape (N, …). As in ignite the sum is divided by N, not by the
-/// number of elements. Three small kernels an iteration, no host sync.
+/// `y_pred` and `y` have the same number of elements, in any shape (N, …). As in ignite the sum is divided by N,
+/// not by the number of elements. `update` takes three small kernels and no host sync.
 ///
 /// ```
 /// use tch::Tensor;

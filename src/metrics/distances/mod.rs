@@ -1,4 +1,4 @@
-//! Distances of predictions from targets.
+//! Metrics that measure how far predictions are from targets.
 
 mod cosine_similarity;
 mod entropy;
@@ -33,7 +33,7 @@ use tch::{TchError, Tensor};
 use super::pairwise::of_pair;
 use super::to_value::{accumulator_kind, double};
 
-/// Both in the accumulator's type, `y` in the shape of `y_pred`, and the number of samples.
+/// Returns both in the accumulator's type and in the shape of `y_pred`, and the number of samples.
 fn alike(y_pred: &Tensor, y: &Tensor) -> anyhow::Result<(Tensor, Tensor, u64)> {
     anyhow::ensure!(
         y_pred.numel() == y.numel(),
@@ -45,7 +45,7 @@ fn alike(y_pred: &Tensor, y: &Tensor) -> anyhow::Result<(Tensor, Tensor, u64)> {
     Ok((double(y_pred)?, double(&y.f_reshape_as(y_pred)?)?, samples))
 }
 
-/// The same shape, of at least so many dimensions.
+/// Checks that both have the same shape, of at least `dimensions` dimensions.
 fn same_shape(y_pred: &Tensor, y: &Tensor, dimensions: usize) -> anyhow::Result<()> {
     anyhow::ensure!(
         y_pred.size() == y.size() && y.dim() >= dimensions,
@@ -66,7 +66,7 @@ fn same_kind(y_pred: &Tensor, y: &Tensor) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Logits as rows, (N, C, …) to (N·…, C), in the accumulator's type.
+/// Makes logits rows, (N, C, …) to (N·…, C), in the accumulator's type.
 fn logits(tensor: &Tensor) -> anyhow::Result<Tensor> {
     let shape = tensor.size();
     anyhow::ensure!(
@@ -80,7 +80,7 @@ fn rows(tensor: &Tensor, classes: i64) -> Result<Tensor, TchError> {
     tensor.f_movedim_int(1, -1)?.f_reshape([-1, classes])
 }
 
-/// |a|² + |b|² − 2 a·b of all pairs of rows.
+/// Computes |a|² + |b|² − 2 a·b for all pairs of rows: (N, D) and (M, D) to (N, M).
 fn squared_distances(a: &Tensor, b: &Tensor) -> Result<Tensor, TchError> {
     let squares = |rows: &Tensor| rows.f_square()?.f_sum_dim_intlist(1i64, true, None);
     let products = a.f_matmul(&b.f_transpose(0, 1)?)?.f_mul_scalar(2.)?;

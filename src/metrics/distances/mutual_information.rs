@@ -4,11 +4,10 @@ use super::{logits, of_pair};
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
-/// How much a prediction tells of which sample it is, in nats: ignite's `MutualInformation`, the entropy
-/// of the mean prediction less the mean entropy of predictions.
+/// How much a prediction tells about which sample it belongs to, in nats: ignite's `MutualInformation`, the entropy
+/// of the mean prediction minus the mean entropy of the predictions.
 ///
-/// `y_pred` are logits, (N, C) or (N, C, …); every place counts as a sample. `y` is not looked at. No host
-/// sync.
+/// `y_pred` are logits, (N, C) or (N, C, …); every place counts as a sample. The metric ignores `y`. No host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -43,7 +42,7 @@ impl Pairwise for MutualInformation {
 
     fn value(&self, parts: &[Tensor], samples: f64) -> anyhow::Result<MetricValue> {
         let marginal = parts[1].f_div_scalar(samples)?;
-        // 0 · ln 0 is 0.
+        // `xlogy` makes 0 · ln 0 equal 0.
         let of_mean = marginal.f_xlogy(&marginal)?.f_sum(None)?.f_neg()?;
         let mean = parts[0].f_div_scalar(samples)?;
         Ok(of_mean.f_sub(&mean)?.f_clamp_min(0.)?.into())

@@ -8,7 +8,7 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 /// The mean peak signal-to-noise ratio over samples, 10 log₁₀(data_range² / (mse + 1e-10)), in decibels:
 /// ignite's `PSNR`.
 ///
-/// Both of the same shape (N, …) and type. No host sync.
+/// `y_pred` and `y` have the same shape (N, …) and type. No host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -25,8 +25,8 @@ pub struct PSNR {
 }
 
 impl PSNR {
-    /// `data_range` is the largest value less the smallest: 1 for images in [0, 1], 255 for bytes.
-    /// `parts` takes `y_pred` and `y` out of the output.
+    /// Makes the metric. `data_range` is the largest possible value minus the smallest: 1 for images in [0, 1], 255
+    /// for bytes. `parts` takes `y_pred` and `y` out of the output.
     pub fn of<O, F>(data_range: f64, parts: F) -> Of<Self, F>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),

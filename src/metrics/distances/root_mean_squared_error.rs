@@ -6,7 +6,7 @@ use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// The square root of [`MeanSquaredError`](super::MeanSquaredError): ignite's `RootMeanSquaredError`.
 ///
-/// Both of the same number of elements, any shape (N, …). No host sync.
+/// `y_pred` and `y` have the same number of elements, in any shape (N, …). No host sync.
 ///
 /// ```
 /// use tch::Tensor;

@@ -7,9 +7,9 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// The mean structural similarity of images: ignite's `SSIM`.
 ///
-/// Both of the same shape, (N, C, H, W), or (N, C, D, H, W) with [`ndims(3)`](Of::ndims), and type. The window
-/// is slid in the type of the images (f32 for integers), over images reflected at their borders, which must
-/// be larger than half of it. One grouped convolution of five images an iteration, no host sync.
+/// `y_pred` and `y` have the same type and shape: (N, C, H, W), or (N, C, D, H, W) with [`ndims(3)`](Of::ndims). The
+/// window is slid in the type of the images (f32 for integers), over images that are reflected at their borders and
+/// must be larger than half of the window. `update` makes one grouped convolution of five images; no host sync.
 ///
 /// ```
 /// use tch::{Device, Kind, Tensor};
@@ -32,8 +32,8 @@ pub struct SSIM {
 }
 
 impl SSIM {
-    /// `data_range` is the largest value less the smallest: 1 for images in [0, 1], 255 for bytes.
-    /// `parts` takes `y_pred` and `y` out of the output.
+    /// Makes the metric. `data_range` is the largest possible value minus the smallest: 1 for images in [0, 1], 255
+    /// for bytes. `parts` takes `y_pred` and `y` out of the output.
     pub fn of<O, F>(data_range: f64, parts: F) -> Of<Self, F>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
@@ -54,7 +54,8 @@ impl SSIM {
         (0..self.ndims).map(|d| self.kernel_size[d % self.kernel_size.len()]).collect()
     }
 
-    /// The window, the product of one for each dimension. Made on the device: a copy would wait for it.
+    /// Makes the window, the product of one window for each dimension. It is computed on the device, because a copy
+    /// would wait for the device.
     fn kernel(&self, device: Device) -> Result<Tensor, TchError> {
         let options = (accumulator_kind(device), device);
         let mut kernel = Tensor::f_ones([] as [i64; 0], options)?;
@@ -62,7 +63,7 @@ impl SSIM {
             let places = Tensor::f_arange(size, options)?.f_sub_scalar((size - 1) as f64 / 2.)?;
             let one = match self.gaussian {
                 true => gaussian(&places, self.sigma[dimension % self.sigma.len()])?,
-                // 0.2 at up to five places in the middle.
+                // The window is 0.2 at up to five places in the middle.
                 false => double(&places.f_abs()?.f_le(2.)?)?.f_div_scalar(5.)?,
             };
             kernel = kernel.f_unsqueeze(-1)?.f_mul(&one)?;
@@ -70,7 +71,7 @@ impl SSIM {
         Ok(kernel)
     }
 
-    /// Of the means of x, y, x², y² and x·y in the window.
+    /// Computes the similarity from the window's means of x, y, x², y² and x·y.
     fn similarity(&self, [x, y, xx, yy, xy]: [Tensor; 5]) -> Result<Tensor, TchError> {
         let (c1, c2) = ((self.k1 * self.data_range).powi(2), (self.k2 * self.data_range).powi(2));
         let (x_square, y_square, product) = (x.f_square()?, y.f_square()?, x.f_mul(&y)?);
@@ -84,32 +85,33 @@ impl SSIM {
 }
 
 impl<F> Of<SSIM, F> {
-    /// The size of the window, one for all dimensions or one for each, odd; 11 unless given.
+    /// Sets the size of the window, one for all dimensions or one for each, odd; 11 unless given.
     pub fn kernel_size(self, sizes: impl Into<Vec<i64>>) -> Self {
         self.with(|ssim| ssim.kernel_size = sizes.into())
     }
 
-    /// The width of the Gaussian window, one for all dimensions or one for each; 1.5 unless given.
+    /// Sets the width of the Gaussian window, one for all dimensions or one for each; 1.5 unless given.
     pub fn sigma(self, sigma: impl Into<Vec<f64>>) -> Self {
         self.with(|ssim| ssim.sigma = sigma.into())
     }
 
-    /// The first constant, 0.01 unless given.
+    /// Sets the first constant, 0.01 unless given.
     pub fn k1(self, k1: f64) -> Self {
         self.with(|ssim| ssim.k1 = k1)
     }
 
-    /// The second constant, 0.03 unless given.
+    /// Sets the second constant, 0.03 unless given.
     pub fn k2(self, k2: f64) -> Self {
         self.with(|ssim| ssim.k2 = k2)
     }
 
-    /// A Gaussian window, or (as in ignite) one of 0.2 at up to five places in the middle.
+    /// Whether the window is Gaussian (the default) or, as ignite's other one, 0.2 at up to five places in the
+    /// middle.
     pub fn gaussian(self, on: bool) -> Self {
         self.with(|ssim| ssim.gaussian = on)
     }
 
-    /// Of images (2) or volumes (3).
+    /// Takes images (2, the default) or volumes (3).
     pub fn ndims(self, ndims: usize) -> Self {
         self.with(|ssim| ssim.ndims = ndims)
     }
@@ -167,7 +169,7 @@ impl Pairwise for SSIM {
         let kernel = self.kernel(y.device())?.f_to_kind(kind)?;
         let window: Vec<_> = [channels, 1].into_iter().chain(kernel.size()).collect();
         let kernel = kernel.f_expand(&window, false)?;
-        // The last dimension comes first.
+        // `pad` takes the borders of the last dimension first.
         let borders = self.sizes().into_iter().rev().flat_map(|size| [(size - 1) / 2; 2]);
         let borders: Vec<_> = borders.collect();
         let pad = |images: &Tensor| images.f_to_kind(kind)?.f_pad(&borders, "reflect", None);

@@ -1,6 +1,6 @@
-//! How much a metric differs between groups of samples: ignite's `ignite.metrics.fairness`.
+//! Differences of a metric between groups of samples: ignite's `ignite.metrics.fairness`.
 //!
-//! Groups are told by a third tensor in the output, (N,) of whole numbers.
+//! A third tensor in the output, (N,) of whole numbers, tells the group of each sample.
 
 mod subgroup_difference;
 mod subgroup_metric;

@@ -7,13 +7,13 @@ use crate::metrics::{Accumulated, Accuracy, Metric, Usage, pair};
 
 /// The largest difference of a metric between two groups of samples: ignite's `SubgroupDifference`.
 ///
-/// Of a vector, the largest of its elements' differences. An error where fewer than two groups have
-/// samples. Update costs what that of [`SubgroupMetric`] does.
+/// For a metric whose value is a vector, this is the largest difference of an element. Computing is an error where
+/// fewer than two groups have samples. `update` costs the same as that of [`SubgroupMetric`].
 pub struct SubgroupDifference<M, F>(SubgroupMetric<M, F>);
 
 impl<M, F> SubgroupDifference<M, F> {
-    /// `metric` makes one for each of the groups; `parts` takes `y_pred`, `y` and the groups out of the
-    /// output.
+    /// Makes the metric: `metric` makes a metric for each of the groups, and `parts` takes `y_pred`, `y` and the
+    /// groups out of the output.
     pub fn of<O>(groups: impl IntoIterator<Item = i64>, metric: impl Fn() -> M, parts: F) -> Self
     where
         M: Metric<(Tensor, Tensor)>,
@@ -79,7 +79,7 @@ macro_rules! difference {
         pub struct $name;
 
         impl $name {
-            /// `parts` takes `y_pred`, `y` and the groups out of the output.
+            /// Makes the metric for these groups; `parts` takes `y_pred`, `y` and the groups out of the output.
             pub fn of<O, F>(
                 groups: impl IntoIterator<Item = i64>,
                 parts: F,
@@ -90,7 +90,7 @@ macro_rules! difference {
                 SubgroupDifference::of(groups, || $metric::of(pair), parts)
             }
 
-            /// The same of labels, (N, C, …) each: ignite's `is_multilabel=True`.
+            /// Makes the metric for labels, where `y_pred` and `y` are both (N, C, …): ignite's `is_multilabel=True`.
             pub fn multilabel<O, F>(
                 groups: impl IntoIterator<Item = i64>,
                 parts: F,

@@ -4,13 +4,13 @@ use crate::error::Result;
 use crate::metrics::MetricValue;
 use crate::metrics::{Accumulated, Metric, Usage};
 
-/// `y_pred`, `y` and the group of each sample, in an output.
+/// The `y_pred`, the `y` and the group of each sample, (N,), in an output.
 pub type Grouped<'o> = (&'o Tensor, &'o Tensor, &'o Tensor);
 
-/// A metric of each group of samples: ignite's `SubgroupMetric`. In `state.metrics` each is under
-/// `name/group`; groups without samples are left out, and samples of other groups.
+/// A metric for each group of samples: ignite's `SubgroupMetric`. The values are in `state.metrics` under
+/// `name/group`; groups without samples are left out, and so are samples of other groups.
 ///
-/// Update picks the samples of each group: a host sync for each where they are on a GPU.
+/// `update` picks the samples of each group, which takes a host sync for each group where they are on a GPU.
 ///
 /// ```
 /// use tch::Tensor;
@@ -34,13 +34,13 @@ pub struct SubgroupMetric<M, F> {
 struct Group<M> {
     label: i64,
     metric: M,
-    /// It had samples since the last reset.
+    /// Set once the group has had samples since the last reset.
     seen: bool,
 }
 
 impl<M, F> SubgroupMetric<M, F> {
-    /// `metric` makes one for each of the groups; `parts` takes `y_pred`, `y` and the groups out of the
-    /// output.
+    /// Makes the metric: `metric` makes a metric for each of the groups, and `parts` takes `y_pred`, `y` and the
+    /// groups out of the output.
     pub fn of<O>(groups: impl IntoIterator<Item = i64>, metric: impl Fn() -> M, parts: F) -> Self
     where
         M: Metric<(Tensor, Tensor)>,
@@ -52,7 +52,7 @@ impl<M, F> SubgroupMetric<M, F> {
 }
 
 impl<M: Metric<(Tensor, Tensor)>, F> SubgroupMetric<M, F> {
-    /// Of the groups that had samples.
+    /// Computes the values of the groups that have had samples since the last reset.
     pub(super) fn values(&self) -> anyhow::Result<Vec<(String, MetricValue)>> {
         let seen = self.groups.iter().filter(|group| group.seen);
         seen.map(|group| Ok((group.label.to_string(), group.metric.compute()?))).collect()
@@ -60,7 +60,7 @@ impl<M: Metric<(Tensor, Tensor)>, F> SubgroupMetric<M, F> {
 }
 
 impl<M, F> SubgroupMetric<M, F> {
-    /// Hands each group its samples, where it has some.
+    /// Hands each group its samples, if it has any in this output.
     fn take_in<O>(
         &mut self,
         output: &O,

@@ -7,13 +7,12 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// The Fréchet inception distance of generated from real samples: ignite's `FID`.
 ///
-/// |µ₁ − µ₂|² + tr(Σ₁ + Σ₂ − 2 √(Σ₁ Σ₂)), of the means and covariances of features
-/// (Heusel et al., 2017). Of the same number of samples each, at least two: NaN of one, and where a feature
-/// is not finite.
+/// |µ₁ − µ₂|² + tr(Σ₁ + Σ₂ − 2 √(Σ₁ Σ₂)), with the means and covariances of features (Heusel et al., 2017). Both sets
+/// need the same number of samples, at least two: the value is NaN for one sample, and where a feature is not finite.
 ///
-/// Sums in f64 on the device, of num_features² numbers. Compute finds the eigenvalues of two matrices of
-/// that size on the CPU: a host sync, and seconds for 2048 features. ignite takes scipy's `sqrtm`; both
-/// agree to the root of the rounding errors where a covariance is singular, and to rounding elsewhere.
+/// The metric keeps sums of num_features² numbers in f64 on the device. `compute` finds the eigenvalues of two
+/// matrices of that size on the CPU: a host sync, and seconds for 2048 features. ignite takes scipy's `sqrtm`. Both
+/// agree up to rounding, but where a covariance is singular only up to the square root of the rounding errors.
 ///
 /// ```
 /// use tch::Tensor;
@@ -31,8 +30,8 @@ pub struct FID<E> {
 }
 
 impl<E: Fn(&Tensor) -> anyhow::Result<Tensor>> FID<E> {
-    /// `feature_extractor` gives (N, num_features) of a batch of samples, without gradients; `parts` takes
-    /// real and generated samples out of the output, in whichever order.
+    /// Makes the metric: `feature_extractor` turns a batch of samples into features (N, num_features), and runs
+    /// without gradients. `parts` takes real and generated samples out of the output, in either order.
     pub fn of<O, F>(num_features: i64, feature_extractor: E, parts: F) -> Of<Self, F>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
@@ -88,7 +87,7 @@ impl<E: Fn(&Tensor) -> anyhow::Result<Tensor>> Pairwise for FID<E> {
     }
 }
 
-/// Sum, and sum of the outer products, of rows.
+/// Returns the sum of the rows, and the sum of their outer products.
 fn sums(features: &Tensor) -> Result<(Tensor, Tensor), TchError> {
     let sigma = features.f_transpose(0, 1)?.f_matmul(features)?;
     Ok((features.f_sum_dim_intlist(0i64, false, None)?, sigma))
@@ -99,7 +98,7 @@ fn covariance(total: &Tensor, sigma: &Tensor, samples: f64) -> Result<Tensor, Tc
     sigma.f_sub(&outer)?.f_div_scalar(samples - 1.)
 }
 
-/// tr √(A B) of covariances: A B has the eigenvalues of √A B √A, which is symmetric.
+/// Computes tr √(A B) of covariances: A B has the eigenvalues of √A B √A, which is symmetric.
 fn trace_of_root(a: &Tensor, b: &Tensor) -> Result<f64, TchError> {
     let (values, vectors) = a.f_linalg_eigh("L")?;
     let roots = values.f_clamp_min(0.)?.f_sqrt()?;

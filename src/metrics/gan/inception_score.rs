@@ -5,13 +5,14 @@ use crate::error::Result;
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
-/// ignite's `_eps`, so that log 0 is none.
+/// ignite's `_eps`, which keeps log 0 finite.
 const EPS: f64 = 1e-16;
 
 /// The inception score of generated samples: ignite's `InceptionScore`.
 ///
-/// exp of the mean KL divergence between the class probabilities of each sample and their mean (Salimans et
-/// al., 2016): from 1 to the number of classes, better when larger. Sums in f64 on the device; no host sync.
+/// The value is exp of the mean KL divergence between the class probabilities of each sample and their mean
+/// (Salimans et al., 2016): from 1 to the number of classes, higher is better. The sums are kept in f64 on the
+/// device; no host sync.
 ///
 /// ```
 /// use tch::{Kind, Tensor};
@@ -28,8 +29,8 @@ pub struct InceptionScore<E> {
 }
 
 impl<E: Fn(&Tensor) -> anyhow::Result<Tensor>> InceptionScore<E> {
-    /// `feature_extractor` gives probabilities (N, num_features) of a batch of samples, without gradients:
-    /// after softmax. `samples` takes the batch out of the output.
+    /// Makes the metric: `feature_extractor` turns a batch of samples into class probabilities (N, num_features),
+    /// after softmax, and runs without gradients. `samples` takes the batch out of the output.
     pub fn of<O, F>(
         num_features: i64,
         feature_extractor: E,

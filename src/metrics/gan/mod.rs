@@ -1,8 +1,8 @@
 //! Metrics of generated samples: ignite's `ignite.metrics.gan`.
 //!
-//! Both look at features, which a closure of yours extracts: a network such as Inception, or the identity
-//! (`|x| Ok(x.shallow_clone())`) where the step gives features already. Values are comparable only between
-//! the same extractor's.
+//! Both metrics look at features that a closure of yours extracts: a network such as Inception, or the identity
+//! (`|x| Ok(x.shallow_clone())`) where the step gives features already. Values are comparable only if the extractor
+//! is the same.
 
 mod fid;
 mod inception_score;
@@ -24,7 +24,7 @@ fn check_num_features(num_features: i64) -> Result<()> {
     }
 }
 
-/// What the extractor gives, (N, num_features) in the accumulator's type.
+/// Extracts features without gradients, and returns them, (N, num_features), in the accumulator's type.
 fn extract(
     extractor: &impl Fn(&Tensor) -> anyhow::Result<Tensor>,
     num_features: i64,

@@ -7,27 +7,27 @@ use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
 use crate::metrics::{Accumulated, Metric};
 
-/// What [`Bleu`] does with n-grams that do not occur.
+/// How [`Bleu`] treats n-grams that do not occur.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Smooth {
-    /// Nothing: the score is 0.
+    /// No smoothing: the score is 0.
     #[default]
     NoSmooth,
-    /// Counts 0.1 of them.
+    /// Counts 0.1 matches for each n that has none.
     Smooth1,
-    /// Adds 1 above and below, for n of 2 and more; nothing is divided by less than 1.
+    /// Adds 1 to numerator and denominator for n of 2 and more; no denominator is less than 1.
     NltkSmooth2,
-    /// Adds 1 above and below, for n of 2 and more.
+    /// Adds 1 to numerator and denominator for n of 2 and more.
     Smooth2,
 }
 
-/// What [`Bleu`] averages.
+/// How [`Bleu`] averages over sentences.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BleuAverage {
-    /// The scores of sentences.
+    /// Takes the mean of the sentences' scores.
     #[default]
     Macro,
-    /// Nothing: counts are summed over sentences, and scored once.
+    /// Sums the counts over sentences, and scores the sums once.
     Micro,
 }
 
@@ -35,7 +35,7 @@ pub enum BleuAverage {
 /// the clipped precisions of 1 to n tokens, times the penalty of being too short (Papineni and others,
 /// 2002), in [0, 1].
 ///
-/// Tokens are of any type that can be hashed. In f64, where ignite rounds to float32 without
+/// Tokens are of any type that can be hashed. The score is computed in f64, where ignite rounds to float32 without
 /// smoothing.
 ///
 /// ```
@@ -52,12 +52,12 @@ pub struct Bleu<F> {
     ngram: usize,
     smooth: Smooth,
     average: BleuAverage,
-    /// Of the sentences' scores, and their number.
+    /// The sum of the sentences' scores, and the number of sentences.
     scores: [f64; 2],
     counts: Counts,
 }
 
-/// Matches and n-grams for each n, and the lengths of candidates and closest references.
+/// Matches and n-grams of the candidates for each n, and the lengths of candidates and closest references.
 #[derive(Debug, Clone, Default)]
 struct Counts {
     matches: Vec<f64>,
@@ -66,7 +66,7 @@ struct Counts {
 }
 
 impl<F> Bleu<F> {
-    /// `tokens` takes the candidates, and for each a list of references, out of the output.
+    /// Makes the metric; `tokens` takes the candidates, and for each a list of references, out of the output.
     pub fn of<O, T>(tokens: F) -> Self
     where
         F: for<'o> Fn(&'o O) -> (&'o [Vec<T>], &'o [Vec<Vec<T>>]),
@@ -75,19 +75,19 @@ impl<F> Bleu<F> {
         Self { tokens, ngram: 4, smooth, average, scores: [0.; 2], counts: Counts::default() }
     }
 
-    /// The longest run of tokens that is looked at, 4 unless given.
+    /// Sets the longest run of tokens that is looked at, 4 unless given.
     pub fn ngram(mut self, ngram: usize) -> Self {
         self.ngram = ngram;
         self
     }
 
-    /// What is done with n-grams that do not occur.
+    /// Sets how n-grams that do not occur are treated; no smoothing unless given.
     pub fn smooth(mut self, smooth: Smooth) -> Self {
         self.smooth = smooth;
         self
     }
 
-    /// What is averaged.
+    /// Sets how sentences are averaged; the mean of their scores unless given.
     pub fn average(mut self, average: BleuAverage) -> Self {
         self.average = average;
         self

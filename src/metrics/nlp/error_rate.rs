@@ -2,7 +2,7 @@ use super::{listed, unlisted};
 use crate::metrics::MetricValue;
 use crate::metrics::{Accumulated, Metric};
 
-/// The least number of insertions, deletions and replacements: Levenshtein's distance.
+/// Counts the least number of insertions, deletions and replacements that turn `a` into `b`: Levenshtein's distance.
 fn edit_distance<T: PartialEq>(a: &[T], b: &[T]) -> usize {
     let mut row: Vec<_> = (0..=b.len()).collect();
     for (i, x) in a.iter().enumerate() {
@@ -22,12 +22,12 @@ macro_rules! error_rate {
         $(#[$doc])*
         pub struct $name<F> {
             texts: F,
-            /// Errors, units of the references, and pairs.
+            /// Edits, units (characters or words) of the references, and pairs of texts.
             sums: Vec<f64>,
         }
 
         impl<F> $name<F> {
-            /// `texts` takes the predicted texts and as many references out of the output.
+            /// Makes the metric; `texts` takes the predicted texts and as many references out of the output.
             pub fn of<O, S: AsRef<str>>(texts: F) -> Self
             where
                 F: for<'o> Fn(&'o O) -> (&'o [S], &'o [S]),
@@ -98,8 +98,8 @@ error_rate!(
     CharacterErrorRate,
     "CharacterErrorRate",
     characters,
-    /// Edits that make the predicted text the reference, over the characters of the references:
-    /// ignite's `CharacterErrorRate`. 1 where the references are empty and there are errors.
+    /// The number of edits that make the predicted text the reference, over the characters of the references:
+    /// ignite's `CharacterErrorRate`. The value is 1 where the references are empty and there are edits.
     ///
     /// ```
     /// use tch_ignite::metrics::{Metric, nlp::CharacterErrorRate};
@@ -115,8 +115,8 @@ error_rate!(
     WordErrorRate,
     "WordErrorRate",
     words,
-    /// Edits that make the predicted words those of the reference, over the words of the references.
-    /// Words are what white space separates. 1 where the references are empty and there are errors.
+    /// The number of edits that make the predicted words those of the reference, over the words of the references.
+    /// White space separates words. The value is 1 where the references are empty and there are edits.
     ///
     /// ```
     /// use tch_ignite::metrics::{Metric, nlp::WordErrorRate};

@@ -1,4 +1,4 @@
-//! Metrics of text: ignite's `ignite.metrics.nlp`. All but [`Perplexity`] count on the host.
+//! Metrics of text: ignite's `ignite.metrics.nlp`. All but [`Perplexity`] count on the CPU.
 
 mod bleu;
 mod error_rate;
@@ -17,12 +17,12 @@ use super::pairwise::of_pair;
 use super::to_value::{double, host};
 use super::{Accumulated, Reduce};
 
-/// Sums on the host, listed as one part.
+/// Lists sums on the CPU as one part of a state.
 fn listed(name: &str, sums: &[f64]) -> anyhow::Result<Vec<Accumulated>> {
     Ok(vec![Accumulated::new(name, Tensor::f_from_slice(sums)?, Reduce::Sum)])
 }
 
-/// What [`listed`] gave; zeros of nothing.
+/// Reads the sums that [`listed`] gave; an empty state gives zeros.
 fn unlisted(name: &str, state: &[Accumulated], length: usize) -> anyhow::Result<Vec<f64>> {
     if state.is_empty() {
         return Ok(vec![0.; length]);

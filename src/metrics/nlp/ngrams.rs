@@ -1,7 +1,7 @@
 use std::collections::HashMap;
 use std::hash::Hash;
 
-/// How often each run of `n` tokens occurs.
+/// Counts how often each run of `n` tokens occurs.
 pub(super) fn ngrams<T: Eq + Hash>(tokens: &[T], n: usize) -> HashMap<&[T], u64> {
     let mut counts = HashMap::new();
     for ngram in tokens.windows(n) {
@@ -10,13 +10,13 @@ pub(super) fn ngrams<T: Eq + Hash>(tokens: &[T], n: usize) -> HashMap<&[T], u64>
     counts
 }
 
-/// How many there are in both, and how many in the first.
+/// Counts the n-grams that `a` has in common with `b`, and all n-grams of `a`.
 pub(super) fn common<T: Eq + Hash>(a: &HashMap<&[T], u64>, b: &HashMap<&[T], u64>) -> (u64, u64) {
     let both = a.iter().map(|(ngram, count)| (*count).min(b.get(ngram).copied().unwrap_or(0)));
     (both.sum(), a.values().sum())
 }
 
-/// The length of the longest common subsequence.
+/// Returns the length of the longest common subsequence.
 pub(super) fn lcs<T: Eq>(a: &[T], b: &[T]) -> u64 {
     let mut row = vec![0; b.len() + 1];
     for x in a {

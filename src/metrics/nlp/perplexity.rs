@@ -7,7 +7,7 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 /// The exponential of the mean negative log-likelihood of a token: ignite's `Perplexity`.
 ///
 /// `y_pred` are logits, (N, C, …); `y` are class numbers, (N, …). Tokens that are `ignore_index` do not
-/// count; NaN where all are. No host sync.
+/// count; the value is NaN where no token counts. No host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -32,7 +32,7 @@ impl Default for Perplexity {
 of_pair!(Perplexity);
 
 impl<F> Of<Perplexity, F> {
-    /// The class number that marks what does not count, -100 unless given.
+    /// Sets the class number of tokens that do not count, -100 unless given.
     pub fn ignore_index(self, ignore_index: i64) -> Self {
         self.with(|metric| metric.ignore_index = ignore_index)
     }
@@ -58,7 +58,7 @@ impl Pairwise for Perplexity {
         let outside = y.f_lt(0)?.f_logical_or(&y.f_ge(pred[1])?)?;
         let wrong = outside.f_logical_and(&counted)?.f_any()?;
         let reason = format!("y has a class outside of [0, {})", pred[1]);
-        // What does not count is looked up as class 0.
+        // Tokens that do not count are looked up as class 0, and masked below.
         let classes = y.f_to_kind(Kind::Int64)?.f_masked_fill(&outside, 0)?.f_unsqueeze(1)?;
         let log = double(y_pred)?
             .f_log_softmax(1, None)?

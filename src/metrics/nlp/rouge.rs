@@ -6,28 +6,28 @@ use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
 use crate::metrics::{Accumulated, Metric};
 
-/// What [`Rouge`] compares.
+/// How [`Rouge`] compares a summary with a reference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RougeVariant {
-    /// Runs of so many tokens.
+    /// Compares runs of so many tokens.
     N(usize),
-    /// The longest common subsequence.
+    /// Compares by the longest common subsequence.
     L,
 }
 
-/// What [`Rouge`] does with several references.
+/// How [`Rouge`] treats several references.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum MultiRef {
-    /// Adds up the counts.
+    /// Adds up the counts of all references.
     #[default]
     Average,
-    /// Takes the one with the highest recall.
+    /// Takes the reference with the highest recall.
     Best,
 }
 
-/// How much of a summary and its references is common: ignite's `Rouge` (Lin, 2004).
+/// How much a summary and its references have in common: ignite's `Rouge` (Lin, 2004).
 ///
-/// The value has for each variant the mean over summaries of precision, recall and F-measure, as
+/// For each variant the value has the means over summaries of precision, recall and F-measure, as
 /// `Rouge-1-P`, `Rouge-1-R`, `Rouge-1-F`, …, `Rouge-L-F`. Tokens are of any type that can be hashed.
 ///
 /// ```
@@ -47,12 +47,12 @@ pub struct Rouge<F> {
     variants: Vec<RougeVariant>,
     multiref: MultiRef,
     alpha: f64,
-    /// Precision, recall and F of each variant, then the number of summaries.
+    /// For each variant the sums of precision, recall and F, then the number of summaries.
     sums: Vec<f64>,
 }
 
 impl<F> Rouge<F> {
-    /// `tokens` takes the summaries, and for each a list of references, out of the output.
+    /// Makes the metric; `tokens` takes the summaries, and for each a list of references, out of the output.
     pub fn of<O, T>(tokens: F) -> Self
     where
         F: for<'o> Fn(&'o O) -> (&'o [Vec<T>], &'o [Vec<Vec<T>>]),
@@ -67,34 +67,34 @@ impl<F> Rouge<F> {
         ])
     }
 
-    /// What is compared; runs of 1, 2 and 4 tokens and the longest common subsequence unless given.
+    /// Sets the variants; runs of 1, 2 and 4 tokens and the longest common subsequence unless given.
     pub fn variants(mut self, variants: impl Into<Vec<RougeVariant>>) -> Self {
         self.variants = variants.into();
         self.sums = vec![0.; 3 * self.variants.len() + 1];
         self
     }
 
-    /// What is done with several references.
+    /// Sets how several references are treated; their counts are added unless given.
     pub fn multiref(mut self, multiref: MultiRef) -> Self {
         self.multiref = multiref;
         self
     }
 
-    /// The weight of recall against precision in F = p r / ((1 − α) p + α r), in [0, 1]; 0, which
-    /// makes F the recall, unless given.
+    /// Sets the weight of recall against precision in F = p r / ((1 − α) p + α r), in [0, 1]. The default is 0, which
+    /// makes F the recall.
     pub fn alpha(mut self, alpha: f64) -> Self {
         self.alpha = alpha;
         self
     }
 
-    /// Precision and recall against all references.
+    /// Computes precision and recall of a candidate against all references.
     fn rates<T: Eq + Hash>(
         &self,
         variant: RougeVariant,
         candidate: &[T],
         references: &[Vec<T>],
     ) -> (f64, f64) {
-        // In common, of the candidate, of the reference.
+        // Three counts for each reference: in common, of the candidate, of the reference.
         let counts = references.iter().map(|reference| match variant {
             RougeVariant::N(n) => {
                 let (a, b) = (ngrams(candidate, n), ngrams(reference, n));

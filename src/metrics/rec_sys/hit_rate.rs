@@ -7,9 +7,9 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// The share of users with a relevant item among the `k` with the highest scores: ignite's `HitRate`.
 ///
-/// `y_pred` are scores, (N, items); `y` of the same shape is above 0 where an item is relevant. The value is
-/// a vector, one element for each `k`. Users without a relevant item do not count unless told otherwise;
-/// NaN where none counts. No host sync.
+/// `y_pred` are scores, (N, items); `y` of the same shape is above 0 where an item is relevant. The value is a vector
+/// with one element for each `k`. Users without a relevant item do not count unless
+/// [`ignore_zero_hits`](Of::ignore_zero_hits) is off; the value is NaN where no user counts. No host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -27,8 +27,8 @@ pub struct HitRate {
 }
 
 impl HitRate {
-    /// Of the `k` items with the highest scores, for each `k`; in ascending order whatever is given.
-    /// `parts` takes `y_pred` and `y` out of the output.
+    /// Makes the metric for the `k` items with the highest scores, for each `k` in `top_k`; the value has them in
+    /// ascending order. `parts` takes `y_pred` and `y` out of the output.
     pub fn of<O, F>(top_k: impl Into<Vec<i64>>, parts: F) -> Of<Self, F>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
@@ -40,7 +40,7 @@ impl HitRate {
 }
 
 impl<F> Of<HitRate, F> {
-    /// Whether users without a relevant item are left out; they are unless this says not.
+    /// Whether users without a relevant item are left out, which is the default.
     pub fn ignore_zero_hits(self, on: bool) -> Self {
         self.with(|metric| metric.ignore_zero_hits = on)
     }

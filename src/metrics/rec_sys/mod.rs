@@ -21,7 +21,7 @@ fn check_top_k(top_k: &[i64]) -> Result<()> {
     }
 }
 
-/// Both (N, items), with at least so many items.
+/// Checks that both are (N, items), with at least `items` items.
 fn check(y_pred: &Tensor, y: &Tensor, items: i64) -> anyhow::Result<()> {
     let shape = y_pred.size();
     anyhow::ensure!(

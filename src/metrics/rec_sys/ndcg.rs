@@ -7,10 +7,10 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// Normalised discounted cumulative gain of the `k` items with the highest scores: ignite's `NDCG`.
 ///
-/// `y_pred` are scores, (N, items); `y` of the same shape are relevances. The value is a vector, one element
+/// `y_pred` are scores, (N, items); `y` of the same shape are relevances. The value is a vector with one element
 /// for each `k`: the mean over users of DCG / ideal DCG, with DCG = Σ gain / log₂(rank + 1). Users without a
-/// relevant item do not count unless told otherwise; NaN where none counts. Ties keep their order. No host
-/// sync.
+/// relevant item do not count unless [`ignore_zero_hits`](Of::ignore_zero_hits) is off; the value is NaN where no
+/// user counts. Ties keep their order. No host sync.
 ///
 /// ```
 /// use tch::Tensor;
@@ -31,8 +31,8 @@ pub struct NDCG {
 }
 
 impl NDCG {
-    /// Of the `k` items with the highest scores, for each `k`; in ascending order whatever is given.
-    /// `parts` takes `y_pred` and `y` out of the output.
+    /// Makes the metric for the `k` items with the highest scores, for each `k` in `top_k`; the value has them in
+    /// ascending order. `parts` takes `y_pred` and `y` out of the output.
     pub fn of<O, F>(top_k: impl Into<Vec<i64>>, parts: F) -> Of<Self, F>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
@@ -46,35 +46,35 @@ impl NDCG {
     }
 }
 
-/// What a relevance is worth to [`NDCG`].
+/// How [`NDCG`] turns a relevance into a gain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Gain {
-    /// 2 to its power, less 1.
+    /// 2 to the power of the relevance, minus 1.
     #[default]
     ExpRank,
-    /// Itself.
+    /// The relevance itself.
     LinearRank,
 }
 
 impl<F> Of<NDCG, F> {
-    /// Whether users without a relevant item are left out; they are unless this says not.
+    /// Whether users without a relevant item are left out, which is the default.
     pub fn ignore_zero_hits(self, on: bool) -> Self {
         self.with(|metric| metric.ignore_zero_hits = on)
     }
 
-    /// The least relevance that counts, 1 unless given.
+    /// Sets the least relevance that counts, 1 unless given.
     pub fn relevance_threshold(self, threshold: f64) -> Self {
         self.with(|metric| metric.relevance_threshold = threshold)
     }
 
-    /// What a relevance is worth.
+    /// Sets how a relevance becomes a gain; [`Gain::ExpRank`] unless given.
     pub fn gain_function(self, gain: Gain) -> Self {
         self.with(|metric| metric.gain = gain)
     }
 }
 
 impl NDCG {
-    /// The gain of the first 1, 2, … ranks of each row.
+    /// Computes the discounted cumulative gain of the first 1, 2, … ranks of each row: (N, ranks).
     fn dcg(&self, relevances: &Tensor, ranks: i64) -> Result<Tensor, TchError> {
         let relevances = relevances.f_narrow(-1, 0, ranks)?;
         let gains = match self.gain {
@@ -113,7 +113,7 @@ impl Pairwise for NDCG {
         let (ideal, _) = y.f_sort(-1, true)?;
         let ranked = y.f_gather(-1, &order, false)?;
         let (dcg, ideal) = (self.dcg(&ranked, kept)?, self.dcg(&ideal, kept)?);
-        // Of the first k, for each rank k.
+        // Column k − 1 holds the share for the first k ranks.
         let share = dcg.f_div(&ideal)?.f_masked_fill(&ideal.f_le(0.)?, 0.)?;
         let share = share.f_masked_fill(&counted.f_logical_not()?.f_unsqueeze(1)?, 0.)?;
         let sums = share.f_sum_dim_intlist(0i64, false, None)?;

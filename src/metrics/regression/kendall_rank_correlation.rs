@@ -6,8 +6,8 @@ use crate::metrics::{Contribution, Of, Pairwise, Parts};
 
 /// Kendall's τ, how many pairs of samples y_pred and y order alike: ignite's `KendallRankCorrelation`.
 ///
-/// `y_pred` and `y` are of floating point, (N,) or (N, 1). Keeps everything on the device; compute takes one host sync and sorts on
-/// the host, O(N log N). NaN where all values are equal.
+/// `y_pred` and `y` are of floating point, (N,) or (N, 1). The metric keeps all samples on the device; `compute`
+/// takes one host sync and sorts on the CPU, O(N log N). The value is NaN where all values are equal.
 ///
 /// ```
 /// use tch::Tensor;
@@ -25,18 +25,18 @@ pub struct KendallRankCorrelation {
 
 of_pair!(KendallRankCorrelation);
 
-/// What [`KendallRankCorrelation`] is divided by.
+/// The denominator of [`KendallRankCorrelation`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KendallVariant {
-    /// τ-b: the geometric mean of how many pairs are no ties in `y_pred`, and in `y`.
+    /// τ-b: the geometric mean of the numbers of pairs that are no ties in `y_pred`, and in `y`.
     #[default]
     B,
-    /// τ-c: the most there could be, by the smaller number of distinct values.
+    /// τ-c: the largest possible number of pairs, by the smaller number of distinct values.
     C,
 }
 
 impl<F> Of<KendallRankCorrelation, F> {
-    /// τ-b unless given.
+    /// Sets the variant, τ-b unless given.
     pub fn variant(self, variant: KendallVariant) -> Self {
         self.with(|metric| metric.variant = variant)
     }
@@ -65,7 +65,7 @@ impl Pairwise for KendallRankCorrelation {
     }
 }
 
-/// Knight's method: sort by one, then count the exchanges that sort by the other.
+/// Computes τ with Knight's method: sorts by one value, then counts the exchanges that sort by the other.
 fn tau(pairs: &mut [(f64, f64)], variant: KendallVariant) -> f64 {
     let n = pairs.len() as f64;
     let all = n * (n - 1.) / 2.;
@@ -85,14 +85,14 @@ fn tau(pairs: &mut [(f64, f64)], variant: KendallVariant) -> f64 {
     }
 }
 
-/// How many pairs of neighbours' groups are equal, and how many groups there are.
+/// Counts the pairs of equal elements and the groups of equal elements in a sorted list.
 fn ties<T>(sorted: &[T], equal: impl Fn(&T, &T) -> bool) -> (f64, usize) {
     let groups = sorted.chunk_by(equal).map(|group| group.len() as f64);
     let sizes: Vec<_> = groups.collect();
     (sizes.iter().map(|size| size * (size - 1.) / 2.).sum(), sizes.len())
 }
 
-/// Sorts, and counts the pairs that were in the wrong order.
+/// Sorts the values, and counts the pairs that were in the wrong order.
 fn exchanges(values: &mut [f64]) -> f64 {
     if values.len() < 2 {
         return 0.;

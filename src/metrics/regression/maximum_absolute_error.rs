@@ -4,7 +4,7 @@ use super::{columns, of_pair};
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
-/// The largest |y_pred − y|: ignite's `MaximumAbsoluteError`. NaN where one is NaN.
+/// The largest |y_pred − y|: ignite's `MaximumAbsoluteError`. It is NaN where an element is NaN.
 ///
 /// `y_pred` and `y` are of floating point, (N,) or (N, 1). No host sync.
 ///

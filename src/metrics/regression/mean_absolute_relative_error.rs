@@ -6,7 +6,7 @@ use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// The mean of |y_pred − y| / |y|: ignite's `MeanAbsoluteRelativeError`.
 ///
-/// `y_pred` and `y` are of floating point, (N,) or (N, 1). `y` must not be 0. No host sync.
+/// `y_pred` and `y` are of floating point, (N,) or (N, 1). Elements of `y` must not be 0. No host sync.
 ///
 /// ```
 /// use tch::Tensor;

@@ -6,7 +6,7 @@ use crate::metrics::{Contribution, Pairwise, Parts};
 
 /// The median of |y − y_pred| / |y − ȳ|: ignite's `MedianRelativeAbsoluteError`.
 ///
-/// `y_pred` and `y` are of floating point, (N,) or (N, 1). Keeps everything on the device; no host sync.
+/// `y_pred` and `y` are of floating point, (N,) or (N, 1). The metric keeps all samples on the device; no host sync.
 ///
 /// ```
 /// use tch::Tensor;

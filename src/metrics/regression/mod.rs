@@ -1,4 +1,4 @@
-//! Metrics of one predicted number: ignite's `ignite.metrics.regression`.
+//! Metrics of one predicted number a sample: ignite's `ignite.metrics.regression`.
 //!
 //! All take `y_pred` and `y` of floating point, (N,) or (N, 1).
 
@@ -47,7 +47,7 @@ use super::gathered;
 use super::pairwise::of_pair;
 use super::to_value::{double, host};
 
-/// Both as (N,) in the accumulator's type, and N.
+/// Returns both as (N,) in the accumulator's type, and N.
 fn columns(y_pred: &Tensor, y: &Tensor) -> anyhow::Result<(Tensor, Tensor, u64)> {
     for (name, tensor) in [("y_pred", y_pred), ("y", y)] {
         let shape = tensor.size();
@@ -71,12 +71,12 @@ fn columns(y_pred: &Tensor, y: &Tensor) -> anyhow::Result<(Tensor, Tensor, u64)>
     Ok((column(y_pred)?, column(y)?, y.size()[0] as u64))
 }
 
-/// What is wrong where `y` is divided by.
+/// Returns the condition that an element of `y`, which is divided by, is 0.
 fn no_zeros(y: &Tensor) -> Result<Vec<(Tensor, String)>, TchError> {
     Ok(vec![(y.f_eq(0.)?.f_any()?, "The ground truth has 0.".into())])
 }
 
-/// The median; the mean of the two in the middle where the number is even.
+/// Returns the median of (N,): for even N the mean of the two elements in the middle.
 fn median(values: &Tensor) -> Result<Tensor, TchError> {
     let n = values.size()[0];
     let at = |k: i64| Ok::<_, TchError>(values.f_kthvalue(k, 0, false)?.0);

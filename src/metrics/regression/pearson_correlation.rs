@@ -31,7 +31,7 @@ impl Default for PearsonCorrelation {
 of_pair!(PearsonCorrelation);
 
 impl<F> Of<PearsonCorrelation, F> {
-    /// The least product of standard deviations to divide by, 1e-8 unless given.
+    /// Sets the least product of standard deviations to divide by, 1e-8 unless given.
     pub fn eps(self, eps: f64) -> Self {
         self.with(|metric| metric.eps = eps)
     }

@@ -4,10 +4,10 @@ use super::{columns, gathered, of_pair, ranks};
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts};
 
-/// Pearson's correlation of the ranks of y_pred and y, ties sharing their mean rank: ignite's
-/// `SpearmanRankCorrelation`. NaN where all values are equal.
+/// Pearson's correlation of the ranks of y_pred and y, where ties share their mean rank: ignite's
+/// `SpearmanRankCorrelation`. It is NaN where all values are equal.
 ///
-/// `y_pred` and `y` are of floating point, (N,) or (N, 1). Keeps everything on the device; no host sync.
+/// `y_pred` and `y` are of floating point, (N,) or (N, 1). The metric keeps all samples on the device; no host sync.
 ///
 /// ```
 /// use tch::Tensor;

@@ -1,4 +1,4 @@
-//! Sets of schedules with what each drives, from files.
+//! Plans: sets of schedules, and the hyper-parameter that each drives, from files.
 
 mod planned;
 mod template;
@@ -15,10 +15,10 @@ use crate::error::{Error, Result};
 use crate::optim::{Knob, Optimizer};
 use template::{at, read};
 
-/// Schedules with the hyper-parameter and the parameter group that each drives, as in a file.
+/// Schedules, each with the hyper-parameter and the parameter group that it drives, as in a file.
 ///
-/// A file is JSON or TOML. `type` is the class and the other keys are its arguments, as
-/// [`AnySchedule`] has them:
+/// A file is JSON or TOML. `type` is the class and the other keys are its arguments, as in
+/// [`AnySchedule`]:
 ///
 /// ```
 /// # use tch::{Device, nn};
@@ -63,14 +63,14 @@ use template::{at, read};
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
-/// Lengths are whole numbers of events, or texts: `"2ep"` epochs, `"500it"` iterations, `"100up"` updates, `"0.3run"` or
-/// `"30%"` of the run, or several with `+` and `-` between (`"1run - 500it"`). They become numbers, rounded
-/// down, when the run is known.
+/// Lengths are whole numbers of events, or strings: `"2ep"` epochs, `"500it"` iterations, `"100up"` updates,
+/// `"0.3run"` or `"30%"` of the run, or several with `+` and `-` between (`"1run - 500it"`). They become numbers,
+/// rounded down, when the run is known.
 ///
-/// Errors have the path to what is wrong (`schedule[1].cycle_size: …`). Refused are, when it is read:
-/// unknown keys and classes, wrong types and values, two entries that drive the same; when it is bound:
-/// groups and hyper-parameters that the optimizer does not have, a schedule that ends before the run,
-/// and one that is [longer](Schedule::length) than the run, unless the entry has `longer = "warn"`.
+/// Errors have the path to what is wrong (`schedule[1].cycle_size: …`). Reading a plan refuses unknown keys and
+/// classes, wrong types and values, and two entries that drive the same value. Binding it refuses groups and
+/// hyper-parameters that the optimizer does not have, a schedule that ends before the run, and one that is
+/// [longer](Schedule::length) than the run, unless the entry has `longer = "warn"`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct SchedulePlan {
     #[serde(rename = "schedule")]
@@ -78,10 +78,10 @@ pub struct SchedulePlan {
 }
 
 impl SchedulePlan {
-    /// A plan made in code.
+    /// Makes a plan in code.
     ///
     /// # Errors
-    /// Two entries that drive the same, or have the same name.
+    /// Two entries that drive the same hyper-parameter of the same group, or have the same name.
     pub fn new(entries: impl IntoIterator<Item = PlannedSchedule>) -> Result<Self> {
         let entries: Vec<PlannedSchedule> = entries.into_iter().collect();
         for (index, entry) in entries.iter().enumerate() {
@@ -113,6 +113,9 @@ impl SchedulePlan {
     }
 
     /// Reads a file: `.json`, or `.toml` with the feature `toml` (on by default).
+    ///
+    /// # Errors
+    /// A file that cannot be read, another extension, or a plan that [`from_json`](Self::from_json) would refuse.
     pub fn from_path(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path)
@@ -129,11 +132,18 @@ impl SchedulePlan {
     }
 
     /// Reads JSON: `{"schedule": [{"group": "base", "type": "StepLR", …}, …]}`.
+    ///
+    /// # Errors
+    /// Text that is not JSON, unknown keys or classes, wrong types or values, or entries that [`new`](Self::new)
+    /// refuses.
     pub fn from_json(text: &str) -> Result<Self> {
         Self::from_value(serde_json::from_str(text).map_err(|error| at("JSON", error))?)
     }
 
     /// Reads TOML: `[[schedule]]` with the keys of an entry, for each.
+    ///
+    /// # Errors
+    /// Text that is not TOML, and what [`from_json`](Self::from_json) refuses.
     #[cfg(feature = "toml")]
     pub fn from_toml(text: &str) -> Result<Self> {
         let value =
@@ -155,42 +165,51 @@ impl SchedulePlan {
         Self::new(entries?)
     }
 
-    /// As [`from_json`](Self::from_json) reads it.
+    /// Writes JSON that [`from_json`](Self::from_json) reads.
+    ///
+    /// # Errors
+    /// A plan that cannot be written as JSON.
     pub fn to_json(&self) -> Result<String> {
         serde_json::to_string_pretty(self)
             .map_err(|error| Error::invalid(format!("the plan cannot be JSON: {error}")))
     }
 
-    /// As [`from_toml`](Self::from_toml) reads it.
+    /// Writes TOML that [`from_toml`](Self::from_toml) reads.
+    ///
+    /// # Errors
+    /// A plan that cannot be written as TOML.
     #[cfg(feature = "toml")]
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self)
             .map_err(|error| Error::invalid(format!("the plan cannot be TOML: {error}")))
     }
 
-    /// Schedules longer than the run are cut off with a warning, instead of refused.
+    /// Cuts off schedules that are longer than the run, with a warning, instead of refusing them.
     pub fn allow_longer(mut self) -> Self {
         self.entries = self.entries.into_iter().map(PlannedSchedule::allow_longer).collect();
         self
     }
 
-    /// The entries, in the order of the file.
+    /// Returns the entries, in the order of the file.
     pub fn entries(&self) -> &[PlannedSchedule] {
         &self.entries
     }
 
-    /// The schedules for a run, in the order of [`entries`](Self::entries). What depends on something
-    /// that is not known of the run is not checked.
+    /// Makes the schedules for a run, in the order of [`entries`](Self::entries). Where something about the run is
+    /// not known, checks that depend on it are left out.
     ///
     /// # Errors
-    /// A length that cannot be turned into events, a value that is impossible in this run, a schedule
+    /// A length that cannot be turned into events, a value that is impossible in this run, or a schedule
     /// that ends before the run or is longer.
     pub fn resolve(&self, run: RunLength) -> Result<Vec<AnySchedule>> {
         Ok(self.checked(run)?.0)
     }
 
-    /// Checks the plan against a run, as [`resolve`](Self::resolve) does; returns warnings, for
+    /// Checks the plan against a run, as [`resolve`](Self::resolve) does, and returns the warnings of
     /// entries with `longer = "warn"`.
+    ///
+    /// # Errors
+    /// Those of [`resolve`](Self::resolve).
     pub fn check(&self, run: RunLength) -> Result<Vec<String>> {
         Ok(self.checked(run)?.1)
     }
@@ -206,9 +225,9 @@ impl SchedulePlan {
         Ok((schedules, warnings))
     }
 
-    /// The values of each entry over a run with their iterations, from 1 as in a history, without any
-    /// training. Entries that count epochs or updates of several batches have two for each, at its first and its last
-    /// iteration.
+    /// Returns the values of each entry over a run with their iterations, counted from 1 as in a history, without
+    /// any training. Entries that count epochs, or updates of several batches, have two values for each, at its
+    /// first and its last iteration.
     ///
     /// # Errors
     /// Those of [`resolve`](Self::resolve), and a run whose length is not known.
@@ -220,7 +239,7 @@ impl SchedulePlan {
         values.collect()
     }
 
-    /// The handlers for an optimizer and a run: attach each to the trainer.
+    /// Makes the handlers for an optimizer and a run; attach each to the trainer.
     ///
     /// # Errors
     /// Those of [`resolve`](Self::resolve), and groups or hyper-parameters that the optimizer does not
@@ -232,8 +251,11 @@ impl SchedulePlan {
         })
     }
 
-    /// Like [`bind`](Self::bind), where `knob(param, group)` finds what an entry drives: in one of
-    /// several optimizers, or something of your own.
+    /// Makes handlers as [`bind`](Self::bind) does, but `knob(param, group)` finds the knob that an entry drives:
+    /// in one of several optimizers, or a knob of your own.
+    ///
+    /// # Errors
+    /// Those of [`resolve`](Self::resolve) and of `knob`.
     pub fn bind_with(
         &self,
         run: RunLength,
@@ -264,7 +286,7 @@ impl<'de> Deserialize<'de> for SchedulePlan {
     }
 }
 
-/// The path of an entry.
+/// Returns the path of an entry in the file.
 fn place(index: usize) -> String {
     format!("schedule[{index}]")
 }

@@ -33,7 +33,7 @@ struct Place {
     longer: Longer,
 }
 
-/// What to do with a schedule that is longer than the run.
+/// How a schedule that is longer than the run is treated.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Longer {
@@ -57,7 +57,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 }
 
 impl PlannedSchedule {
-    /// A schedule of this hyper-parameter, in one group or in all, on every iteration.
+    /// Makes an entry: a schedule of this hyper-parameter, in one group or in all, on every iteration.
     ///
     /// # Errors
     /// A schedule with wrong arguments, or one that no file can hold.
@@ -78,31 +78,32 @@ impl PlannedSchedule {
             event: Clock::Iteration,
             longer: Longer::Refuse,
         };
-        // TOML has no null.
+        // TOML has no null, so arguments that are not set are left out.
         let template = template.into_iter().filter(|(_, value)| !value.is_null()).collect();
         Ok(Self { place, template })
     }
 
-    /// Under this name instead of `"<param> (<group>)"`.
+    /// Sets the name, which is `"<param> (<group>)"` unless given.
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.place.name = Some(name.into());
         self
     }
 
-    /// One event of the schedule an epoch, instead of one an iteration.
+    /// Makes each epoch one event of the schedule, instead of each iteration.
     pub fn each_epoch(mut self) -> Self {
         self.place.event = Clock::Epoch;
         self
     }
 
-    /// One event of the schedule an update of the optimizer, instead of one an iteration: the engine has to fire
-    /// [`OPTIMIZER_STEPPED`], as that of [`create_supervised_trainer`](crate::supervised::create_supervised_trainer) does.
+    /// Makes each update of the optimizer one event of the schedule, instead of each iteration. The engine has to
+    /// fire [`OPTIMIZER_STEPPED`], as the one of
+    /// [`create_supervised_trainer`](crate::supervised::create_supervised_trainer) does.
     pub fn each_update(mut self) -> Self {
         self.place.event = Clock::Update;
         self
     }
 
-    /// A schedule longer than the run is cut off with a warning, instead of refused.
+    /// Cuts off a schedule that is longer than the run, with a warning, instead of refusing it.
     pub fn allow_longer(mut self) -> Self {
         self.place.longer = Longer::Warn;
         self
@@ -115,7 +116,7 @@ impl PlannedSchedule {
         Ok(Self { place, template })
     }
 
-    /// Its name, which is also its key in the history.
+    /// Returns the entry's name, which is also its key in the history.
     pub fn name(&self) -> String {
         match (&self.place.name, &self.place.group) {
             (Some(name), _) => name.clone(),
@@ -124,17 +125,18 @@ impl PlannedSchedule {
         }
     }
 
-    /// The group it drives; `None` for all.
+    /// Returns the group that the schedule drives; `None` for all groups.
     pub fn group(&self) -> Option<&str> {
         self.place.group.as_deref()
     }
 
-    /// The hyper-parameter it drives.
+    /// Returns the hyper-parameter that the schedule drives.
     pub fn param(&self) -> &str {
         &self.place.param
     }
 
-    /// The event it counts: [`Event::IterationStarted`], [`OPTIMIZER_STEPPED`] or [`Event::EpochStarted`].
+    /// Returns the event that the schedule counts: [`Event::IterationStarted`], [`OPTIMIZER_STEPPED`] or
+    /// [`Event::EpochStarted`].
     pub fn event(&self) -> Event {
         match self.place.event {
             Clock::Iteration => Event::IterationStarted,
@@ -143,7 +145,7 @@ impl PlannedSchedule {
         }
     }
 
-    /// How many of its events a run has, where that is known.
+    /// Returns how many events of the schedule a run has, where that is known.
     pub fn events(&self, run: RunLength) -> Option<u64> {
         run.events(self.place.event)
     }
@@ -174,7 +176,8 @@ impl PlannedSchedule {
         Reader::of(run, self.place.event).schedule(path, &mut self.template.clone())
     }
 
-    /// What is longer than the run, if that is allowed here.
+    /// Checks that the schedule fits the run. Returns a warning where the schedule is longer and the entry allows
+    /// that.
     pub(super) fn check(
         &self,
         path: &str,

@@ -1,4 +1,4 @@
-//! Classes and arguments as files have them, with lengths that only a run makes numbers.
+//! Classes and arguments as files have them; lengths become numbers when the run is known.
 
 use serde_json::{Map, Value};
 
@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::schedule::run_length::{Clock, Length};
 use crate::schedule::{AnySchedule, RunLength, Schedule};
 
-/// Arguments that count events; those of `milestones_values` are the first of each pair.
+/// Arguments that count events; in `milestones_values` the first of each pair does too.
 const LENGTHS: [&str; 15] = [
     "T_0",
     "T_max",
@@ -28,12 +28,12 @@ const LENGTHS: [&str; 15] = [
 /// Arguments that are schedules.
 const NESTED: [&str; 2] = ["schedule", "schedules"];
 
-/// An error at a place of the file.
+/// Makes an error for a place in the file.
 pub(super) fn at(path: &str, text: impl std::fmt::Display) -> Error {
     Error::invalid(if path.is_empty() { text.to_string() } else { format!("{path}: {text}") })
 }
 
-/// The value that a part of a file stands for, or the path to what is wrong.
+/// Reads a part of a file as a value; an error has the path to what is wrong.
 pub(super) fn read<T: serde::de::DeserializeOwned>(path: &str, value: Value) -> Result<T> {
     serde_path_to_error::deserialize(value).map_err(|error| misfit(path, error))
 }
@@ -51,7 +51,7 @@ fn misfit(path: &str, error: serde_path_to_error::Error<serde_json::Error>) -> E
 pub(super) struct Reader {
     /// `None` to find only mistakes that do not depend on a run.
     run: Option<(RunLength, Clock)>,
-    /// Some lengths were made up, so that values say nothing.
+    /// Set where lengths were made up for want of a run, so that the arguments cannot be checked together.
     made_up: bool,
 }
 
@@ -64,7 +64,7 @@ impl Reader {
         Self { run: Some((run, clock)), made_up: false }
     }
 
-    /// The schedule, with the lengths in the template replaced by numbers.
+    /// Makes the schedule, and replaces the lengths in the template by numbers.
     pub(super) fn schedule(
         &mut self,
         path: &str,
@@ -151,7 +151,7 @@ fn classes() -> String {
     format!("there are: {}", AnySchedule::CLASSES.join(", "))
 }
 
-/// At the argument that the error is about, if it names one.
+/// Puts an error at the argument that it is about, if it names one.
 fn refused(path: &str, template: &Map<String, Value>, error: &Error) -> Error {
     let text = error.to_string();
     let name = text.strip_prefix("Argument ").and_then(|rest| rest.split(' ').next());
@@ -168,7 +168,7 @@ fn refused(path: &str, template: &Map<String, Value>, error: &Error) -> Error {
 mod tests {
     use super::*;
 
-    /// What serde says of a class with one argument.
+    /// Returns what serde says about a class with one argument of type string.
     fn said(class: &str, argument: &str) -> Option<String> {
         let arguments = Map::from_iter([(argument.to_owned(), "text".into())]);
         let error = AnySchedule::from_arguments(class, arguments.into())?.err()?;
