@@ -1,4 +1,4 @@
-//! An engine that is one of several processes': what they agree on, and metrics of all.
+//! An engine as one of several processes: how the ranks agree on stops, and how their metrics are joined.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -16,18 +16,18 @@ use crate::state::tree::{from_parts, to_parts};
 
 #[cfg(feature = "distributed")]
 type Group = crate::distributed::ProcessGroup;
-/// There is none without the feature.
+/// Without the feature there is no group, and no value of this type.
 #[cfg(not(feature = "distributed"))]
 type Group = std::convert::Infallible;
 
-/// How often ranks look at each other unless told otherwise, in iterations.
+/// How often the ranks exchange their requests by default, in iterations.
 pub(super) const PERIOD: u64 = 10;
 
-/// The other processes of an engine; there is at least one.
+/// The group of processes that an engine belongs to; it has at least two ranks.
 #[derive(Clone)]
 pub(super) struct Peers {
     group: Group,
-    /// The ranks have different numbers of batches: they only meet where epochs begin and end.
+    /// Whether ranks may have different numbers of batches. They then meet only where epochs begin and end.
     pub(super) uneven: bool,
 }
 
@@ -51,7 +51,8 @@ impl Peers {
         match self.group {}
     }
 
-    /// The messages of all ranks. All must name the same occasion; the error says what each names.
+    /// Sends a message to all ranks and returns the messages of all, by rank. Every rank must name the same occasion;
+    /// the error says what each of them named.
     fn exchange(&self, occasion: &str, message: &[u8]) -> Result<Vec<Vec<u8>>> {
         #[cfg(feature = "distributed")]
         return self.group.control().exchange(occasion, message);
@@ -67,41 +68,45 @@ impl Peers {
     }
 }
 
-/// Who calls a handler, and has its state, in an engine of several processes
+/// Which ranks call a handler and keep its state, in an engine of several processes
 /// ([`Handler::ranks`](super::Handler::ranks)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ranks {
-    /// All.
+    /// All ranks call the handler, and each keeps its own state.
     All,
-    /// The main one alone: what writes files, or draws.
+    /// Only the main rank calls the handler and keeps its state: for handlers that write files, draw or send.
     Main,
-    /// All call it, because they give something to what the main one does; the state is the main one's.
+    /// All ranks call the handler, because it exchanges something with the others; the checkpoint holds the main rank's
+    /// state.
     MainWithAll,
 }
 
-/// The part of a checkpoint that has what is each rank's own.
+/// The part of a checkpoint with the states that differ between ranks.
 pub(super) const RANKS: &str = "ranks";
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
-    /// Makes this engine one of those of all processes of a group, which run it in step: all call `run` with data of as
-    /// many batches, and the same budget.
+    /// Makes this engine one of a group's, with an engine in every process. The engines run in step: all processes call
+    /// `run` with the same budget and with data of equally many batches.
     ///
-    /// * **Metrics** are joined before they are computed, exactly, in one exchange for all of them: sums are added up,
-    ///   lists put together. Their values are those of one process with all data, the same bits on all ranks, and there
-    ///   before the handlers of the event are called. Metrics that have a value in each iteration (running averages)
-    ///   get one in the first iteration of an epoch, in every tenth after it, and at its end.
-    /// * **Stops** (`terminate`, `interrupt`, a signal, limits of time and samples, all that handlers ask for) are decided
-    ///   together: what one rank asks for all do, at the same event: in those iterations, or where an epoch begins or ends.
-    /// * **Lengths** of epochs and budgets are compared where they begin; ranks that differ get an error that names both.
-    /// * **What writes or draws** ([`Checkpoint`](crate::checkpoint::Checkpoint), progress bars, handlers of loggers,
-    ///   [`on_main`](Self::on_main)) does so on rank 0.
-    /// * **A checkpoint** has what is needed of all ranks, and all resume the same one. The random numbers of each rank go on,
-    ///   and gradients that wait for the end of a window; with another number of ranks those of ranks that are new do not.
+    /// * **Metrics** are joined exactly before they are computed, in one exchange for all of them: sums are added up,
+    ///   lists concatenated. The values are those of one process with all data, are bitwise equal on all ranks, and are
+    ///   there before the handlers of the event are called. Metrics that have a value in each iteration (running
+    ///   averages) get one in the first iteration of an epoch, in every tenth after it, and at the end of the epoch.
+    /// * **Stops** (`terminate`, `interrupt`, a signal, limits of time and samples, and all other requests of handlers)
+    ///   are decided together: what one rank asks for all ranks do, at the same event. The ranks compare requests in
+    ///   the iterations named above, and where an epoch begins or ends.
+    /// * **Lengths** of epochs, and budgets, are compared when an epoch or a run begins. Where ranks differ, all get an
+    ///   error that names both values.
+    /// * **Handlers that write or draw** ([`Checkpoint`](crate::checkpoint::Checkpoint), progress bars, handlers of
+    ///   loggers, [`on_main`](Self::on_main)) do so on rank 0 only.
+    /// * **A checkpoint** holds the state of all ranks, and all ranks resume from the same one. It restores the random
+    ///   numbers of each rank, and gradients that wait for the end of an accumulation window. With a larger number of
+    ///   ranks the new ones start without these.
     ///
-    /// An evaluator that is attached by [`Evaluate`](crate::handlers::Evaluate) belongs to the group of its trainer, and
-    /// may have uneven batches. Each exchange takes about 0.3 ms between two processes of one machine, and waits for the
-    /// device where a metric is on one; [`agree_every`](Self::agree_every) says how often. In a group of one nothing of all
-    /// this happens.
+    /// An evaluator that is attached by [`Evaluate`](crate::handlers::Evaluate) joins the group of its trainer, and may
+    /// have uneven batches. Each exchange takes about 0.3 ms between two processes of one machine, and waits for the
+    /// device where a metric is on one; [`agree_every`](Self::agree_every) sets how often the ranks exchange. In a
+    /// group of one process this method changes nothing.
     ///
     /// ```
     /// use tch_ignite::distributed::ProcessGroup;
@@ -123,8 +128,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self
     }
 
-    /// Ranks may have different numbers of batches, as an evaluator's may whose samples are not padded. They then only meet
-    /// where epochs begin and end; stops wait for that. After [`distributed`](Self::distributed).
+    /// Allows ranks to have different numbers of batches, as evaluators have whose samples are not padded. The ranks
+    /// then meet only where epochs begin and end, and stops wait until then. Call this after
+    /// [`distributed`](Self::distributed).
     #[cfg(feature = "distributed")]
     pub fn uneven_batches(&mut self, on: bool) -> &mut Self {
         if let Some(peers) = &mut self.peers {
@@ -133,8 +139,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self
     }
 
-    /// How often, in iterations, ranks compare what was asked for and join metrics that have a value in each iteration: 10
-    /// unless given. With 1 both happen in each iteration, as in ignite.
+    /// Sets how often, in iterations, ranks compare requests and join metrics that have a value in each iteration; the
+    /// default is 10. With 1 both happen in each iteration, as in ignite. 0 counts as 1.
     #[cfg(feature = "distributed")]
     pub fn agree_every(&mut self, iterations: u64) -> &mut Self {
         self.agree_every = iterations.max(1);
@@ -146,7 +152,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.rank() == 0
     }
 
-    /// How many processes there are: 1 for an engine without a group.
+    /// The number of processes: 1 for an engine without a group.
     pub(super) fn ranks(&self) -> u64 {
         self.peers.as_ref().map_or(1, |peers| peers.ranks() as u64)
     }
@@ -155,8 +161,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.peers.as_ref().map_or(0, Peers::rank)
     }
 
-    /// Like [`on`](Self::on), on the main process only: for what writes files or prints. The handler must not do anything
-    /// that waits for the other ranks.
+    /// Like [`on`](Self::on), but calls the handler on the main process only, as a handler that writes files or prints
+    /// needs. The handler must not do anything that waits for the other ranks.
     #[track_caller]
     pub fn on_main<F>(&mut self, events: impl Into<Events>, mut handler: F) -> &mut Self
     where
@@ -168,7 +174,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         })
     }
 
-    /// Makes an evaluator part of its trainer's group.
+    /// Adds an evaluator to its trainer's group, if the evaluator has no group yet.
     pub(crate) fn follow<C2, B2, O2>(&mut self, trainer: &Engine<'_, C2, B2, O2>) {
         if self.peers.is_none() {
             let uneven = |peers| Peers { uneven: true, ..peers };
@@ -176,17 +182,17 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
     }
 
-    /// Whether metrics are computed here, and not by their handlers.
+    /// Whether the engine computes the metrics (jointly for all ranks), instead of their handlers.
     pub(crate) fn joins_metrics(&self) -> bool {
         self.peers.is_some()
     }
 
-    /// Where the run is, the same words on all ranks.
+    /// Names the point of the run at which ranks meet. The words are the same on all ranks.
     fn occasion(&self, what: &str) -> String {
         format!("{what}, epoch {}, iteration {}", self.state.epoch, self.state.iteration)
     }
 
-    /// Compares where this run begins and how far it goes.
+    /// Checks that all ranks begin at the same position and with the same budget.
     pub(super) fn agree_on_start(&self) -> Result<()> {
         let Some(peers) = &self.peers else { return Ok(()) };
         let shown = |n: Option<u64>| n.map_or_else(|| "no".to_owned(), |n| n.to_string());
@@ -209,8 +215,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
     }
 
-    /// Makes what handlers of the event asked for, on any rank, what is asked for on all; false where the ranks do not meet
-    /// at this event.
+    /// Exchanges the requests that handlers of the event made, and makes what any rank asked for a request of all.
+    /// Returns false where the ranks do not meet at this event.
     pub(super) fn agree(&mut self, event: Event) -> Result<bool> {
         let Some(peers) = &self.peers else { return Ok(true) };
         if !self.meets_at(event, peers) {
@@ -233,11 +239,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(true)
     }
 
-    /// RankMetric and computes the metrics that have a value at this event, before its handlers are called.
+    /// Joins and computes the metrics that have a value at this event, before the event's handlers are called.
     pub(super) fn join_metrics(&mut self, event: Event) -> Result<()> {
         let joined = self.joined_metrics(event);
         if joined.is_err() {
-            // Their handlers are not called for this event.
+            // The event is not fired after an error, so the metrics' handlers will not use up their updates.
             self.living_metrics()
                 .iter()
                 .for_each(|metric| metric.borrow_mut().discard_pending_update());
@@ -285,23 +291,25 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
+    /// The metrics whose handlers are still attached.
     fn living_metrics(&self) -> Vec<Rc<RefCell<dyn RankMetric<O> + 'a>>> {
         self.metrics.iter().filter_map(|metric| metric.upgrade()).collect()
     }
 
-    /// The others, if they can be counted on: not after an error.
+    /// The peers, unless this rank failed: after an error they may not be in the exchange.
     fn others(&self) -> Option<&Peers> {
         self.peers.as_ref().filter(|_| self.exception.is_none())
     }
 
-    /// What the main process decides, on all; without a group what this one does.
+    /// The main process's answer to a question, on all ranks; without a group, this process's.
     pub(crate) fn as_main(&self, what: &str, yes: bool) -> Result<bool> {
         let Some(peers) = self.others() else { return Ok(yes) };
         let all = peers.exchange(&self.occasion(what), &[u8::from(yes)])?;
         Ok(all.first().is_some_and(|main| main == &[1]))
     }
 
-    /// The state with what is needed of all ranks, which all call this. Only that of the main one is whole.
+    /// The state of all ranks, in one checkpoint. All ranks must call this; only the main rank's result is complete,
+    /// the others get an empty one.
     pub(crate) fn checkpoint_of_all(&self, cx: &C, caller: Option<StateDict>) -> Result<StateDict> {
         let Some(peers) = self.others() else { return self.checkpoint_within(cx, caller) };
         let metrics = self.living_metrics();
@@ -324,7 +332,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             exchange::join(&states).map_err(|error| of_metric(&*metrics[index].borrow(), &error))
         };
         let joined = (0..metrics.len()).map(of_all).collect::<Result<Vec<_>>>()?;
-        // The metrics themselves go on with their own.
+        // Only the checkpoint gets the joined states: each metric keeps its own.
         for (metric, joined) in metrics.iter().zip(joined) {
             metric.borrow_mut().save_as(Some(joined));
         }
@@ -336,7 +344,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(saved)
     }
 
-    /// On other ranks than the main one, after the state of all was loaded.
+    /// Clears, on ranks other than the main one, what would be counted twice after the joined state was loaded on all.
     pub(super) fn clear_shared_metrics(&mut self) -> Result<()> {
         if self.is_main() {
             return Ok(());
@@ -351,7 +359,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 }
 
 impl Peers {
-    /// The lists of all ranks.
+    /// Exchanges lists of metric states; returns the lists of all ranks, by rank.
     fn share(
         &self,
         occasion: &str,
@@ -368,7 +376,7 @@ fn of_metric<O>(metric: &dyn RankMetric<O>, error: &anyhow::Error) -> Error {
     Error::State(format!("metric '{}': {error:#}", metric.name()))
 }
 
-/// The value of the joined state, on the devices of this rank's own.
+/// The metric's value over all ranks, computed on the devices of this rank's own state.
 fn value_of_all<O>(
     metric: &mut dyn RankMetric<O>,
     event: Event,
@@ -384,7 +392,7 @@ fn value_of_all<O>(
     guarded_within(|| metric.value_of(event, &joined, own))
 }
 
-/// A state among those of metrics: its values, and its tensors.
+/// Packs a state in the form of a metric's: its values as JSON bytes, then its tensors.
 fn sent(state: &StateDict) -> Result<Vec<Accumulated>> {
     let failed = |error: &dyn std::fmt::Display| Error::State(format!("a rank's state: {error}"));
     let (values, tensors) = to_parts(state).map_err(|error| failed(&error))?;
@@ -394,7 +402,7 @@ fn sent(state: &StateDict) -> Result<Vec<Accumulated>> {
     Ok(std::iter::once(part(String::new(), values)).chain(tensors).collect())
 }
 
-/// What [`sent`] sent.
+/// Unpacks a state that [`sent`] packed.
 fn received(state: Vec<Accumulated>) -> Result<StateDict> {
     let failed = |error: &dyn std::fmt::Display| Error::State(format!("a rank's state: {error}"));
     let mut parts = state.into_iter();
@@ -405,7 +413,7 @@ fn received(state: Vec<Accumulated>) -> Result<StateDict> {
 }
 
 impl Position {
-    /// In words, whether a run begins anew or goes on.
+    /// Says in words whether a run begins anew or goes on.
     fn start(&self) -> &'static str {
         if self.is_at_start() { "its start" } else { "where it was left" }
     }

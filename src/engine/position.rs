@@ -1,4 +1,4 @@
-//! Where the loop of an engine is: what a checkpoint holds of it, and what this process knows besides.
+//! The position of an engine's loop: the part that a checkpoint holds, and what only this process knows.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use super::{Event, Until};
 use crate::data::{SamplePosition, Source};
 use crate::state::StateDict;
 
-/// What comes next.
+/// What the loop does next.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Phase {
     #[default]
@@ -28,12 +28,12 @@ pub(super) enum Phase {
     EpochEnded,
     Terminate,
     Completed,
-    /// COMPLETED was fired.
+    /// COMPLETED was fired (or left out); nothing follows.
     Ended,
 }
 
 impl Phase {
-    /// Whether a batch is under way, which has to be fetched again elsewhere.
+    /// Whether a batch is under way, which another process has to fetch again.
     pub(super) fn has_batch(self) -> bool {
         matches!(self, Self::BatchFetched | Self::Step)
     }
@@ -44,34 +44,34 @@ impl Phase {
         !matches!(self, Started | NextEpoch | EpochEnded | Terminate | Completed | Ended)
     }
 
-    /// Whether the run has ended, but for its last events.
+    /// Whether the run has ended, except for its last events.
     pub(super) fn is_end(self) -> bool {
         matches!(self, Self::Terminate | Self::Completed | Self::Ended)
     }
 }
 
-/// How the last run was left.
+/// How the last run ended.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum PreviousRun {
-    /// There was none.
+    /// There was no run, or it was reset.
     #[default]
     Nothing,
-    /// Finished, or ended by `terminate` or a limit.
+    /// The run finished, or was ended by `terminate` or a limit.
     Ended,
-    /// Suspended by `interrupt`, with its data.
+    /// The run was suspended by `interrupt`, and keeps its data.
     Suspended,
-    /// By an error.
+    /// The run ended with an error.
     Failed,
-    /// Position set by `load_state_dict` (ignite's format: epoch and iteration only).
+    /// The position was set by `load_state_dict` (ignite's format: epoch and iteration only).
     Loaded,
-    /// Position set by `restore`, from a checkpoint.
+    /// The position was set by `restore`, from a checkpoint.
     Restored,
 }
 
 /// Where to position the data before this run's first fetch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum DataStart {
-    /// At the start.
+    /// At the start of the first pass.
     Start,
     /// At the start of the pass after `Cursor::pass`.
     NextPass,
@@ -81,43 +81,43 @@ pub(super) enum DataStart {
     AtCursor,
 }
 
-/// Where the loop is. A checkpoint holds it as it is.
+/// The position of the loop, in the form in which a checkpoint holds it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct Cursor {
     pub(super) phase: Phase,
     /// Iterations begun in this epoch.
     pub(super) counter: u64,
-    /// Number of the walk over the data, from 0, and batches fetched in it.
+    /// Number of the pass over the data, from 0, and number of batches fetched in that pass.
     pub(super) pass: u64,
     pub(super) fetched: u64,
-    /// The data was restarted and has given nothing since.
+    /// The data was restarted and has given no batch since.
     pub(super) restarted: bool,
-    /// The data gave nothing in a whole epoch.
+    /// The data gave no batch in a whole epoch.
     pub(super) exhausted: bool,
-    /// The run ends before its budget in epochs is used up.
+    /// The run ends before its budget is used up, so the result is `Stop::Terminated`.
     pub(super) ended_early: bool,
-    /// The phase that would have followed where the run was ended early. After a limit a restored run
-    /// goes on there.
+    /// The phase that would have followed where the run was ended early. A run that is restored after a limit goes on
+    /// there.
     pub(super) ended_at: Option<Phase>,
-    /// Who ended the run by `terminate`, and where; `None` where a limit or a budget did.
+    /// Who ended the run by `terminate`, and at which event; `None` where a limit or a budget ended it.
     pub(super) terminated_by: Option<String>,
     /// Set where the data gave the epoch its length, not the program.
     pub(super) length: Option<DataLength>,
-    /// The handler of the last event from which on its handlers are to be called when a suspended run
-    /// goes on.
+    /// The first handler of the last event that is to be called when a suspended run goes on; `None` where all were
+    /// called.
     pub(super) again: Option<String>,
 }
 
-/// An epoch length that is one pass over the data.
+/// The epoch length, where it is one pass over the data.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(super) struct DataLength {
     /// The length of whole epochs.
     pub(super) pass: u64,
-    /// The length of this epoch: another one where the data changed within it. The program has set the
-    /// length where `state.epoch_length` is not this.
+    /// The length of this epoch, which differs from `pass` where the data changed within the epoch. Where
+    /// `state.epoch_length` has another value, the program has set it.
     pub(super) epoch: u64,
-    /// Batches that all passes had so far, where only walking over them tells; `None` where they
-    /// differed, or the data knows.
+    /// Number of batches that every pass had so far, where only walking over the data tells; `None` where passes
+    /// differed, or the data knows its length.
     pub(super) walked: Option<u64>,
 }
 
@@ -130,7 +130,7 @@ impl Cursor {
         }
     }
 
-    /// Whether the last batch that was fetched is needed again where a run goes on from a checkpoint.
+    /// Whether a run that goes on from a checkpoint has to fetch the last batch again.
     pub(super) fn needs_batch(&self) -> bool {
         match self.ended_at {
             Some(phase) if self.phase.is_end() => phase.has_batch(),
@@ -139,19 +139,19 @@ impl Cursor {
     }
 }
 
-/// What the data said when a run left it.
+/// What the data said about itself when the last run ended, or when the restored state was saved.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct LastData {
-    /// The place in the pass in samples, where the data counts them; otherwise `Cursor::fetched` tells.
+    /// The position in the pass in samples, where the data counts samples; otherwise `Cursor::fetched` is the position.
     pub(super) place: Option<SamplePosition>,
-    /// Batches in a pass.
+    /// Number of batches in a pass, if known.
     pub(super) batches: Option<u64>,
     /// The settings of the data, to warn about changes.
     pub(super) settings: Map<String, Value>,
 }
 
 impl LastData {
-    /// The place is before the last batch with `again`, else after it.
+    /// Asks the data. The position is before the last batch if `again` is true, otherwise after it.
     pub(super) fn of<B>(data: &(dyn Source<B> + '_), again: bool) -> Self {
         Self {
             place: data.sample_position(again),
@@ -161,33 +161,33 @@ impl LastData {
     }
 }
 
-/// Where the loop is, beyond what `State` shows.
+/// The position of the loop, and what `State` does not show of the run.
 #[derive(Debug)]
 pub(super) struct Position {
     pub(super) cursor: Cursor,
     pub(super) previous: PreviousRun,
-    /// The run had a budget in epochs or iterations.
+    /// Whether the run, or the state that was loaded, has a budget in epochs or iterations.
     pub(super) budgeted: bool,
-    /// `None` once the data has been positioned.
+    /// Where to position the data; `None` once that was done.
     pub(super) data_start: Option<DataStart>,
-    /// The batch under way has yet to be fetched again.
+    /// The batch under way has to be fetched again before the run goes on.
     pub(super) refetch: bool,
-    /// What the data said when the last run left it, or the restored state was saved.
+    /// What the data said when the last run ended, or when the restored state was saved.
     pub(super) last_data: LastData,
-    /// The random number generators as they were before the pass under way was begun, where the data
-    /// may draw its order from them.
+    /// States of the random number generators from before the pass under way began, where the data may draw its order
+    /// from them.
     pub(super) before_pass: Option<StateDict>,
     /// The data gives batches by events; false without data.
     pub(super) fetches: bool,
-    /// The data is not known to be what the epoch length was taken from.
+    /// Whether the data may differ from the data that the epoch length was taken from.
     pub(super) other_data: bool,
-    /// The batch that the data was sent to in mid pass by this run; there may be fewer.
+    /// The batch of the pass that this run positioned the data at, if in mid pass; the pass may have fewer batches.
     pub(super) skipped_to: Option<u64>,
-    /// Some rank has reached a limit of samples or time.
+    /// Whether some rank has reached a limit of samples or time.
     pub(super) limit: bool,
     /// COMPLETED is being fired.
     pub(super) completing: bool,
-    /// The signal that the run is interrupted for, if any.
+    /// The signal that caused the interrupt, if any.
     pub(super) signal: Option<i32>,
     /// The last event that was fired.
     pub(super) event: Event,
@@ -196,10 +196,10 @@ pub(super) struct Position {
     pub(super) run_start: Option<Instant>,
     /// When this run began the epoch, or went on in it.
     pub(super) epoch_start: Option<Instant>,
-    /// How long earlier runs of this process were in this epoch.
+    /// Time that earlier runs of this process spent in this epoch.
     pub(super) epoch_before: Duration,
     pub(super) warnings: Vec<String>,
-    /// Warnings for the next run.
+    /// Warnings for the summary of the next run.
     pub(super) notes: Vec<String>,
 }
 
@@ -251,14 +251,14 @@ impl Position {
             None => self.last_data.clone(),
         };
         if self.last_data.place.is_some() {
-            // The data has not been put there yet.
+            // The data has not been moved to this position yet, so it still counts.
             last_data.place.clone_from(&self.last_data.place);
         }
         if self.refetch {
-            // Counted as fetched: it is, but for an error.
+            // The batch was counted out to be fetched again; in a checkpoint it counts as fetched.
             cursor.fetched += 1;
         }
-        // In the same process the data is where it is.
+        // `None` means that the data of this process is positioned already; another process goes to the cursor.
         SavedPosition {
             cursor,
             data_start: self.data_start.unwrap_or(DataStart::AtCursor),
@@ -283,7 +283,7 @@ impl Position {
         }
     }
 
-    /// What the user has to know of a restored run that `terminate` ended.
+    /// A text for the user about a restored run that `terminate` ended; `None` after other runs.
     pub(super) fn ended_for_good(&self, requests: &Requests) -> Option<String> {
         let by = match &self.cursor.terminated_by {
             Some(by) if self.cursor.phase.is_end() => by.clone(),
@@ -295,29 +295,30 @@ impl Position {
         ))
     }
 
+    /// Who asked to terminate, in words.
     pub(super) fn terminator(&self, requests: &Requests) -> String {
         requests.terminated_by.clone().unwrap_or_else(|| format!("terminate() at {}", self.event))
     }
 
-    /// Goes on with what follows, though `terminate` ended the run.
+    /// Lets a run that `terminate` ended go on with what would have followed.
     pub(super) fn forget_terminate(&mut self) {
         self.cursor.terminated_by = None;
     }
 
-    /// The data was replaced within the run.
+    /// Notes that the data was replaced within the run.
     pub(super) fn replace_data(&mut self, fetches: bool) {
         (self.fetches, self.refetch, self.skipped_to) = (fetches, false, None);
         self.last_data.place = None;
-        // The place that `load_state_dict` asks for is one in any data.
+        // `AtIteration` (set by `load_state_dict`) stays: it is a position in any data.
         self.data_start = self.data_start.filter(|entry| *entry == DataStart::AtIteration);
     }
 
-    /// Adds a warning for the next run.
+    /// Adds a warning for the summary of the next run.
     pub(super) fn note(&mut self, text: String) {
         self.notes.push(text);
     }
 
-    /// Counts this run out of the time in the epoch that is under way.
+    /// Adds the time that this run spent in the epoch under way to `epoch_before`.
     pub(super) fn pause_epoch(&mut self) {
         if let Some(start) = self.epoch_start.take() {
             self.epoch_before += start.elapsed();
@@ -325,7 +326,7 @@ impl Position {
     }
 }
 
-/// A [`Position`] for another process.
+/// The part of a [`Position`] that another process needs.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct SavedPosition {
     pub(super) cursor: Cursor,
@@ -333,6 +334,7 @@ pub(super) struct SavedPosition {
     pub(super) last_data: LastData,
 }
 
+/// All counts, to check their range when a state is loaded.
 impl SavedPosition {
     pub(super) fn counts(&self) -> impl Iterator<Item = u64> {
         let Cursor { counter, pass, fetched, length, .. } = self.cursor;
@@ -341,7 +343,7 @@ impl SavedPosition {
         [counter, pass, fetched].into_iter().chain(samples).chain(length.into_iter().flatten())
     }
 
-    /// Counts the samples of all ranks, which are the same with any number of them.
+    /// Turns this rank's count of samples into the count of all ranks, which holds for any number of ranks.
     pub(super) fn to_global(mut self, ranks: u64) -> Self {
         if let Some(place) = &mut self.last_data.place {
             place.samples = place.samples.saturating_mul(ranks);
@@ -349,7 +351,7 @@ impl SavedPosition {
         self
     }
 
-    /// The other way round. Where the ranks cannot share the samples, a few come again.
+    /// Turns the count of all ranks into this rank's. A remainder is dropped, so that a few samples may come again.
     pub(super) fn to_local(mut self, ranks: u64) -> Self {
         if let Some(place) = &mut self.last_data.place {
             place.samples /= ranks;

@@ -8,11 +8,11 @@ use super::{Event, HandlerId};
 
 /// Where the time of an engine's runs goes: ignite's `BasicTimeProfiler` and `HandlersTimeProfiler`.
 ///
-/// Made by [`Engine::profile`](super::Engine::profile); clones share one record. Shown, it is two
-/// tables: the loop (fetching of data, steps, handlers by event), and each handler.
+/// [`Engine::profile`](super::Engine::profile) makes a profile; clones share one record. `Display` writes two tables:
+/// one of the loop (fetching of data, steps, handlers by event), and one of each handler.
 ///
-/// What runs on a GPU is only in the times as far as somebody waited for it: the first that waits
-/// has it all. Handlers of events that are fired within a step, or within a handler, count there too.
+/// Work on a GPU is measured only where something waits for it: the first call that waits gets all of that time. The
+/// time of handlers of events that are fired within a step or a handler counts for that step or handler, too.
 #[derive(Debug, Clone, Default)]
 pub struct Profile {
     record: Rc<RefCell<Record>>,
@@ -26,28 +26,28 @@ struct Record {
     handlers: HashMap<(HandlerId, Event), (String, Stats)>,
 }
 
-/// The times of something that was called again and again.
+/// Statistics of the times of repeated calls.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ProfileRow {
-    /// What: `"data"`, `"step"`, `"handlers"`, or a handler's name.
+    /// What was called: `"data"`, `"step"`, `"handlers"`, or a handler's name.
     pub name: String,
     /// The event, for handlers.
     pub event: Option<Event>,
-    /// How often it was called.
+    /// Number of calls.
     pub count: u64,
-    /// All calls peers.
+    /// Total time of all calls.
     pub total: Duration,
-    /// The shortest call, and which it was, from 1.
+    /// Time of the shortest call, and its number, from 1.
     pub min: (Duration, u64),
-    /// The longest call, and which it was, from 1.
+    /// Time of the longest call, and its number, from 1.
     pub max: (Duration, u64),
-    /// The mean of a call.
+    /// Mean time of a call.
     pub mean: Duration,
-    /// The standard deviation.
+    /// Standard deviation of the times (with Bessel's correction).
     pub std: Duration,
 }
 
-/// In seconds; mean and variance by Welford's method.
+/// Running statistics, in seconds. Mean and variance are updated by Welford's method.
 #[derive(Debug, Clone, Default)]
 struct Stats {
     count: u64,
@@ -126,7 +126,7 @@ impl Profile {
         *self.record.borrow_mut() = Record::default();
     }
 
-    /// The loop: `"data"`, `"step"`, and `"handlers"` of each event that has some.
+    /// Rows for the loop: `"data"`, `"step"`, and `"handlers"` for each event that has some.
     pub fn basic(&self) -> Vec<ProfileRow> {
         let record = self.record.borrow();
         let mut rows = vec![record.data.row("data", None), record.steps.row("step", None)];
@@ -134,7 +134,7 @@ impl Profile {
         rows
     }
 
-    /// Each handler at each of its events, the most expensive first.
+    /// Rows for each handler at each of its events, sorted by total time, largest first.
     pub fn handlers(&self) -> Vec<ProfileRow> {
         let record = self.record.borrow();
         let rows = record.handlers.iter();
@@ -145,7 +145,7 @@ impl Profile {
     }
 }
 
-/// Four digits that count, of the unit that fits.
+/// Formats a time with up to four significant digits, in the unit that fits.
 fn short(time: Duration) -> String {
     let seconds = time.as_secs_f64();
     match seconds {
@@ -185,7 +185,7 @@ fn table(f: &mut fmt::Formatter<'_>, title: &str, rows: &[ProfileRow]) -> fmt::R
     Ok(())
 }
 
-/// Two tables, for people.
+/// Writes the two tables.
 impl fmt::Display for Profile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         table(f, "loop", &self.basic())?;

@@ -45,8 +45,8 @@ impl Requests {
         .map(u8::from)
     }
 
-    /// Asks for what `asked` says by the places in [`to_bytes`](Self::to_bytes); `skip_batch` stays this
-    /// rank's own.
+    /// Sets the requests that ranks share: `asked` gets the index of a request in [`to_bytes`](Self::to_bytes).
+    /// `skip_batch` is left as this rank has it.
     pub(super) fn set_shared(&mut self, asked: impl Fn(usize) -> bool) {
         self.terminate = asked(0);
         self.skip_completed = asked(1);
@@ -60,12 +60,12 @@ impl Requests {
         }
     }
 
-    /// What `any` has to be, after the flags were loaded.
+    /// Computes the value for `any` from the other flags.
     pub(super) fn is_any(&self) -> bool {
         self.ends() || self.terminate_epoch || self.skip_batch || self.interrupt
     }
 
-    /// The requests that a run which has ended still has to follow.
+    /// The requests that still count after the run has ended.
     pub(super) fn after_the_end(&self) -> Self {
         Self { skip_completed: self.skip_completed, ..Self::default() }
     }

@@ -18,28 +18,29 @@ pub struct State<B, O> {
     pub epoch: u64,
     /// Iterations in an epoch; `None` until it is known.
     pub epoch_length: Option<u64>,
-    /// The budget in epochs, if that is what the run has.
+    /// Budget in epochs, if the run has one.
     pub max_epochs: Option<u64>,
-    /// The budget in iterations, if that is what the run has.
+    /// Budget in iterations, if the run has one.
     pub max_iters: Option<u64>,
     /// The batch, from [`Event::GetBatchCompleted`](super::Event::GetBatchCompleted) until the step
     /// takes it. Handlers may replace it.
     pub batch: Option<B>,
-    /// What the step returned, until the batch of the next iteration was fetched: where there is none it
-    /// stays the last output.
+    /// Output of the last step. It is dropped once the batch of the next iteration was fetched, so the last output of a
+    /// run stays.
     pub output: Option<O>,
     /// The latest value of each metric.
     pub metrics: Metrics,
-    /// What schedulers with `save_history` wrote: for each event, a value for each group.
+    /// Values that schedulers with `save_history` recorded: for each name a list of rows, and in each row a value for
+    /// each parameter group.
     pub param_history: BTreeMap<String, Vec<Vec<f64>>>,
     /// Samples fetched in this call of `run`, where the data source counts them. A run that is resumed from a
     /// checkpoint counts on, unless that reached the limit of the call that wrote it.
     pub samples: u64,
-    /// How long the last epoch of this call of `run` took, its handlers included; the time between two
-    /// calls does not count.
+    /// Duration of the last epoch of this call of `run`, with its handlers. The time between two calls of `run` does
+    /// not count.
     pub epoch_time: Duration,
-    /// How long this call of `run` took, set where it ends: before `TERMINATE`, `COMPLETED`, `INTERRUPT` and
-    /// `EXCEPTION_RAISED`, and after them.
+    /// Duration of this call of `run`. It is set before `TERMINATE`, `COMPLETED`, `INTERRUPT` and `EXCEPTION_RAISED`
+    /// are fired, and again when the call returns.
     pub run_time: Duration,
 }
 
@@ -63,7 +64,7 @@ impl<B, O> Default for State<B, O> {
 }
 
 impl<B, O> State<B, O> {
-    /// How often the event came so far, for those with a number: the iteration, or the epoch.
+    /// The current number of an event that filters count: the iteration, or the epoch; `None` for other events.
     ///
     /// ```
     /// use tch_ignite::engine::{Event, State};
@@ -80,7 +81,7 @@ impl<B, O> State<B, O> {
         }
     }
 
-    /// Appends to the history of a parameter, one value for each group.
+    /// Appends a row to the history of a parameter: one value for each group.
     pub fn record_param(&mut self, name: &str, values: Vec<f64>) {
         match self.param_history.get_mut(name) {
             Some(history) => history.push(values),
@@ -90,6 +91,7 @@ impl<B, O> State<B, O> {
         }
     }
 
+    /// ignite's state dict: `epoch_length`, `iteration`, and `max_iters` or `max_epochs`.
     pub(super) fn save(&self) -> Map<String, Value> {
         let mut state = Map::new();
         state.insert("epoch_length".into(), self.epoch_length.into());
@@ -101,6 +103,11 @@ impl<B, O> State<B, O> {
         state
     }
 
+    /// Loads ignite's state dict.
+    ///
+    /// # Errors
+    /// Refuses a state without exactly one of `iteration` and `epoch` and one of the two budgets, values that are no
+    /// counts, and a budget smaller than the position.
     pub(super) fn load(&mut self, saved: &Map<String, Value>) -> Result<()> {
         let number = |key: &str| -> Result<Option<u64>> {
             match saved.get(key) {
@@ -152,7 +159,7 @@ impl<B, O> State<B, O> {
     }
 }
 
-/// A budget may not be smaller than what is done already.
+/// Refuses a budget of 0, or one smaller than what is done already.
 pub(super) fn check_budget(
     max_epochs: Option<u64>,
     max_iters: Option<u64>,
@@ -178,7 +185,7 @@ pub(super) fn check_budget(
     Ok(())
 }
 
-/// Values of metrics by name. Values that live on a device are read when asked for, not before.
+/// Values of metrics by name. A value on a device is copied to the host when it is read, not before.
 ///
 /// A value with named parts is kept part by part, under `name/part`.
 #[derive(Debug, Default)]
@@ -187,7 +194,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Sets a value; one with named parts part by part, under `name/part`.
+    /// Sets a value. A value with named parts is set part by part, under `name/part`.
     pub fn set(&mut self, name: &str, value: impl Into<MetricValue>) {
         match (value.into(), self.values.get_mut(name)) {
             (MetricValue::Named(parts), _) => {
@@ -202,11 +209,11 @@ impl Metrics {
         }
     }
 
-    /// The value of that name as a number. Waits for the device where it lives there.
+    /// Returns a value as a number. Waits for the device if the value is on one.
     ///
     /// # Errors
-    /// No such metric, or none yet: the text lists those there are. A value that is no single number:
-    /// see [`tensor`](Self::tensor).
+    /// Refused where no metric of this name has a value yet (the text lists those that have one), and where the value
+    /// is a tensor of several elements: see [`tensor`](Self::tensor).
     pub fn get(&self, name: &str) -> Result<f64> {
         self.known(name)?.read().map_err(|error| match error {
             Error::InvalidArgument(text) => Error::invalid(format!("metric '{name}': {text}")),
@@ -214,11 +221,10 @@ impl Metrics {
         })
     }
 
-    /// The value of that name as a tensor, where it is; a number as a tensor without dimensions. No
-    /// host sync.
+    /// Returns a value as a tensor, on the value's device; a number becomes a tensor without dimensions. No host sync.
     ///
     /// # Errors
-    /// No such metric, or none yet: the text lists those there are.
+    /// Refused where no metric of this name has a value yet; the text lists those that have one.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         self.known(name)?.tensor()
     }
@@ -232,12 +238,12 @@ impl Metrics {
         })
     }
 
-    /// The value of that name, unread, if there is one.
+    /// Returns a value without reading it from its device.
     pub fn value(&self, name: &str) -> Option<&MetricValue> {
         self.values.get(name)
     }
 
-    /// Removes a value; true if there was one.
+    /// Removes a value. Returns whether there was one.
     pub fn remove(&mut self, name: &str) -> bool {
         self.values.remove(name).is_some()
     }
@@ -252,7 +258,7 @@ impl Metrics {
         self.values.contains_key(name)
     }
 
-    /// All values, by name, unread.
+    /// All values, in the order of their names, without reading them from their devices.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &MetricValue)> {
         self.values.iter().map(|(name, value)| (name.as_str(), value))
     }

@@ -7,26 +7,28 @@ use std::time::Duration;
 pub enum Stop {
     /// The budget is used up.
     Completed,
-    /// Left early: by `terminate`, or in mid epoch by a limit of iterations, samples or time.
+    /// The run was left early: by `terminate`, or in mid epoch by a limit of iterations, samples or
+    /// time.
     Terminated,
-    /// Suspended by `interrupt`; the next `run` continues.
+    /// The run was suspended by `interrupt`; the next `run` continues.
     Interrupted,
-    /// The same, because the process got the signal of this number.
+    /// The run was suspended because the process got the signal of this number; the next `run`
+    /// continues.
     Signal(i32),
 }
 
 /// What a call of [`Engine::run`](super::Engine::run) did.
 #[derive(Debug, Clone)]
 pub struct Summary {
-    /// How it ended.
+    /// Why the call returned.
     pub stop: Stop,
     /// `state.epoch` at the end.
     pub epochs: u64,
     /// `state.iteration` at the end.
     pub iterations: u64,
-    /// How long this call took.
+    /// Duration of this call.
     pub elapsed: Duration,
-    /// What looked wrong without being an error.
+    /// Warnings about things that looked wrong without being errors.
     pub warnings: Vec<String>,
 }
 

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::guard::guarded;
 use crate::state::StateDict;
 
-/// Where an engine stands and what belongs to it, while it runs something else.
+/// The run of an engine that is set aside while a trial run uses the engine.
 struct SuspendedRun<'a, B, O> {
     state: State<B, O>,
     position: Position,
@@ -21,25 +21,26 @@ struct SuspendedRun<'a, B, O> {
     profile: Option<Profile>,
     firings: Vec<u64>,
     registrations: (u64, u64),
-    /// The states of the handlers that a trial run calls, by name.
+    /// States of the handlers that the trial run calls, by name.
     handlers: StateDict,
-    /// What is tracked by name, and the context.
+    /// Copies of the states of the tracked parts, in the order of `track`, and of the context.
     parts: Vec<StateDict>,
     context: Option<StateDict>,
     generators: StateDict,
 }
 
 thread_local! {
-    /// Trial runs that are under way on this thread.
+    /// Number of trial runs under way on this thread.
     static TRIALS: Cell<u32> = const { Cell::new(0) };
 }
 
-/// Whether a trial run is under way on this thread: of this engine, or of one that runs this one.
+/// Whether a trial run is under way on this thread: one of this engine, or of an engine that runs this one.
 #[inline]
 pub(super) fn in_trial() -> bool {
     TRIALS.get() > 0
 }
 
+/// Counts a trial run as under way until it is dropped.
 struct Trial;
 
 impl Trial {
@@ -56,18 +57,18 @@ impl Drop for Trial {
 }
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
-    /// Runs something on this engine and leaves no trace of it, also after an error or a panic. The engine is
-    /// as if it had never run meanwhile, but with its handlers; those whose
-    /// [`runs_in_trials`](super::Handler::runs_in_trials) is false are not called, nor are those of engines
-    /// that run within it. Afterwards the engine stands where it stood, with its data; handlers, tracked
-    /// parts, the context (where it is tracked) and libtorch's generators have their states again, and
-    /// handlers that were added or removed meanwhile are not, or are again, there.
+    /// Runs `call` on this engine and leaves no trace of it, also after an error or a panic. For `call` the engine
+    /// looks as if it had never run, but has its handlers. Handlers whose
+    /// [`runs_in_trials`](super::Handler::runs_in_trials) is false are not called, and neither are such handlers of
+    /// engines that run within the trial. Afterwards the engine is at its old position, with its data; handlers,
+    /// tracked parts, the context (where it is tracked) and libtorch's generators have their old states, and handlers
+    /// that `call` added or removed are gone or back.
     ///
-    /// Costs a copy of these states in the computer's memory.
+    /// Costs a copy of these states in host memory.
     ///
     /// # Errors
-    /// The engine is running; a state that cannot be saved, before anything runs; what `call` returns, or
-    /// its panic; a state that cannot be restored.
+    /// Refused while the engine is running, and where a state cannot be saved (nothing runs then). Otherwise the error
+    /// is the one that `call` returns, its panic, or that of a state that cannot be restored.
     pub(crate) fn trial<T>(
         &mut self,
         cx: &mut C,
@@ -86,7 +87,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
     }
 
-    /// Nothing is changed on error.
+    /// Sets the current run aside. Nothing is changed on error.
     fn suspend(&mut self, cx: &C) -> Result<SuspendedRun<'a, B, O>> {
         if self.running {
             return Err(Error::invalid("the engine is running already"));
@@ -119,7 +120,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         })
     }
 
-    /// Puts back all it can before it tells of an error.
+    /// Brings the run back. It puts back all it can before it returns an error.
     fn resume_suspended(
         &mut self,
         cx: &mut C,

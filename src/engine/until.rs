@@ -4,9 +4,9 @@ use crate::error::{Error, Result};
 
 /// How far a run goes, and how long its epochs are.
 ///
-/// Several limits may be given; the first that is reached ends the run. Epochs and iterations exclude
-/// each other, as in ignite. `Until::default()` takes what is left of the budget of an earlier run or
-/// a loaded state, and one epoch where there is none.
+/// Several limits may be given; the run ends at the first that is reached. Limits in epochs and in iterations exclude
+/// each other, as in ignite. `Until::default()` uses the remaining budget of an earlier run or a loaded state, or one
+/// epoch where there is none.
 ///
 /// ```
 /// use std::time::Duration;
@@ -25,53 +25,57 @@ pub struct Until {
 }
 
 impl Until {
-    /// This many epochs in all, those of an earlier part of the run included.
+    /// A budget of this many epochs in total, including those of an earlier part of the run.
     pub fn epochs(epochs: u64) -> Self {
         Self { max_epochs: Some(epochs), ..Self::default() }
     }
 
-    /// This many iterations in all, those of an earlier part of the run included.
+    /// A budget of this many iterations in total, including those of an earlier part of the run.
     pub fn iterations(iterations: u64) -> Self {
         Self { max_iters: Some(iterations), ..Self::default() }
     }
 
-    /// This many samples in this call of `run`, rounded up to whole batches. A run that is resumed from a
-    /// checkpoint of the middle of such a call has what is left of them, one from its end as many again. The data source has to
-    /// know its samples ([`Source::samples`](crate::data::Source::samples)); the loader does.
+    /// A budget of this many samples in this call of `run`, rounded up to whole batches. A run that is resumed from a
+    /// checkpoint written in mid call has the rest of them; one that is resumed from a checkpoint written after the
+    /// limit was reached has all of them again. The data source has to count its samples
+    /// ([`Source::samples`](crate::data::Source::samples)), as the loader does.
     pub fn samples(samples: u64) -> Self {
         Self::default().or_samples(samples)
     }
 
-    /// This long, from this call of `run`; looked at after each iteration.
+    /// A budget of time from the start of this call of `run`. The run checks it after each iteration and between
+    /// epochs.
     pub fn time(time: Duration) -> Self {
         Self::default().or_time(time)
     }
 
-    /// Also ends after this many iterations in all.
+    /// Also ends the run after this many iterations in total.
     pub fn or_iterations(mut self, iterations: u64) -> Self {
         self.max_iters = Some(iterations);
         self
     }
 
-    /// Also ends after this many samples of this call of `run`.
+    /// Also ends the run after this many samples of this call of `run`.
     pub fn or_samples(mut self, samples: u64) -> Self {
         self.max_samples = Some(samples);
         self
     }
 
-    /// Also ends after this time.
+    /// Also ends the run after this time.
     pub fn or_time(mut self, time: Duration) -> Self {
         self.max_time = Some(time);
         self
     }
 
-    /// Iterations in an epoch, where it is not the length of the data. The data goes on where it
-    /// stopped in the next epoch, and restarts when it is exhausted.
+    /// Sets the number of iterations in an epoch, where that is not the length of the data. The data goes on in the
+    /// next epoch where it stopped, and restarts when it is exhausted.
     pub fn epoch_length(mut self, iterations: u64) -> Self {
         self.epoch_length = Some(iterations);
         self
     }
 
+    /// # Errors
+    /// Refuses two budgets that exclude each other, and a budget of 0.
     pub(super) fn validate(&self) -> Result<()> {
         if self.max_epochs.is_some() && self.max_iters.is_some() {
             return Err(Error::invalid(
@@ -92,7 +96,7 @@ impl Until {
         Ok(())
     }
 
-    /// Ends by samples or time only, in as many epochs as that takes.
+    /// Whether only samples or time limit the run, with as many epochs as that takes.
     pub(super) fn open_ended(&self) -> bool {
         (self.max_samples.is_some() || self.max_time.is_some())
             && self.max_epochs.is_none()
