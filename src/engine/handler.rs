@@ -10,76 +10,90 @@ use crate::guard::guarded_drop;
 use crate::optim::Knob;
 use crate::state::StateDict;
 
-/// Something with state that is called at events: what the built-in handlers are, and what your own
-/// may be where a closure is not enough.
+/// A handler with a name and a state that is called at events. All built-in handlers are of this kind; implement it for
+/// your own where a closure is not enough.
 pub trait Handler<C, B, O> {
-    /// The name that errors show.
+    /// The name that errors show, and under which checkpoints keep the state.
     fn name(&self) -> String;
 
-    /// When to call it.
+    /// The events at which the engine calls the handler.
     fn events(&self) -> Events;
 
-    /// What is wrong with its arguments, if anything; asked when it is attached.
+    /// Checks the handler's arguments. The engine calls this when the handler is attached.
+    ///
+    /// # Errors
+    /// The arguments are wrong.
     fn validate(&self) -> Result<()> {
         Ok(())
     }
 
-    /// The knobs whose values it sets, whatever they were: a second handler that sets one of them is refused.
+    /// The knobs whose values this handler sets, without regard to their old values. A second handler that drives one
+    /// of them is refused.
     fn drives(&self) -> Vec<Knob> {
         vec![]
     }
 
-    /// Its place among the handlers of an event; those of one place are called as they were attached.
+    /// The handler's place among the handlers of an event. Handlers of equal priority are called in the order in which
+    /// they were attached.
     fn priority(&self) -> Priority {
         Priority::Normal
     }
 
-    /// Which processes call it, where there are several.
+    /// The ranks that call the handler, in an engine of several processes.
     fn ranks(&self) -> Ranks {
         Ranks::All
     }
 
-    /// Whether a trial run calls it, such as that of [`LrFinder`](crate::handlers::LrFinder), which leaves no
-    /// trace. Unless told otherwise it does where all processes call it ([`Ranks::All`]): a handler of the
-    /// main one alone writes, draws or sends. Its state is put back afterwards, as far as
-    /// [`save_state`](Self::save_state) has it.
+    /// Whether a trial run, such as that of [`LrFinder`](crate::handlers::LrFinder), calls the handler. A trial run
+    /// must leave no trace. By default it calls the handlers that all ranks call ([`Ranks::All`]), because a handler of
+    /// the main rank writes, draws or sends. Afterwards the engine restores the state that
+    /// [`save_state`](Self::save_state) gave before.
     fn runs_in_trials(&self) -> bool {
         self.ranks() == Ranks::All
     }
 
-    /// What it needs to go on in another process; `None` where that is nothing.
+    /// The state that the handler needs to go on in another process; `None` where it needs none.
+    ///
+    /// # Errors
+    /// The state cannot be saved.
     fn save_state(&self) -> Result<Option<StateDict>> {
         Ok(None)
     }
 
-    /// Goes to what [`save_state`](Self::save_state) gave.
+    /// Loads a state that [`save_state`](Self::save_state) gave.
+    ///
+    /// # Errors
+    /// The state does not fit, or the handler keeps none.
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         let _ = state;
         Err(Error::State(format!("handler '{}' keeps no state", self.name())))
     }
 
-    /// Goes to as much as possible of what [`save_state`](Self::save_state) gave, and says what is different
-    /// now, a line for each: where a run is resumed without `strict`. Unless told otherwise all of it has to
-    /// fit.
+    /// Loads as much as possible of a state that [`save_state`](Self::save_state) gave, and returns a line for each
+    /// difference. The engine calls this instead of [`load_state`](Self::load_state) where a run is resumed without
+    /// `strict`. By default all of the state has to fit.
     ///
     /// # Errors
-    /// Nothing of it fits.
+    /// No part of the state fits.
     fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
         self.load_state(state).map(|()| vec![])
     }
 
-    /// Names that no other handler of the engine may have, such as `"metric 'loss'"`: each would write over the
-    /// other's values.
+    /// Names that no other handler of the engine may have, such as `"metric 'loss'"`: two handlers of that name would
+    /// overwrite each other's values.
     fn unique_names(&self) -> Vec<String> {
         vec![]
     }
 
-    /// The logs that it writes to, which go back with the engine when a run is resumed.
+    /// The logs that the handler writes to. They are rewound with the engine when a run is resumed.
     fn logs(&self) -> Vec<Box<dyn Log>> {
         vec![]
     }
 
-    /// Called at each of its events.
+    /// Handles an event. The engine calls this at each of the handler's events.
+    ///
+    /// # Errors
+    /// An error ends the run, with the handler's name and the event.
     fn call(
         &mut self,
         event: Event,
@@ -88,22 +102,23 @@ pub trait Handler<C, B, O> {
     ) -> anyhow::Result<()>;
 }
 
-/// When a handler is called among those of the same event.
+/// When a handler is called among the handlers of the same event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Priority {
     /// Before closures and most handlers.
     First,
-    /// In the order of registration: closures, and handlers that do not say otherwise.
+    /// In the order of registration. Closures have this priority, and handlers by default.
     Normal,
-    /// After all others: what reads what they did.
+    /// After all of these: for handlers that read what others did.
     Last,
-    /// After those too: what saves what they did. A checkpoint has no place between two handlers of an event.
+    /// After all others: for handlers that save what the others did. A checkpoint must not fall between two handlers of
+    /// an event.
     Save,
 }
 
 pub(super) const PRIORITIES: usize = 4;
 
-/// A handler that you keep a hold of: attach a clone and read the other.
+/// A shared handler: attach a clone, and read the handler through the other.
 #[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
     fn name(&self) -> String {
@@ -111,7 +126,7 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
     }
 
     fn events(&self) -> Events {
-        // Without events it is refused.
+        // A handler without events is refused.
         self.try_borrow().map_or_else(|_| Events(vec![]), |h| h.events())
     }
 
@@ -174,7 +189,7 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
     }
 }
 
-/// Names a registered handler, for its removal.
+/// Identifies a registered handler, to remove it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct HandlerId(u64);
 
@@ -186,12 +201,12 @@ pub(super) enum Callable<'a, C, B, O> {
     Object(Box<dyn Handler<C, B, O> + 'a>),
 }
 
-/// What a handler says of itself when it is attached.
+/// What the engine asks a handler when it is attached.
 pub(super) struct Subscription {
     pub(super) name: String,
     pub(super) events: Events,
     pub(super) priority: Priority,
-    /// The name it gave itself, and whether it had a state then; unless it is a closure.
+    /// The handler's own name, and whether it had a state when it was attached; `None` for a closure.
     pub(super) object: Option<(String, bool)>,
     pub(super) unique_names: Vec<String>,
     pub(super) drives: Vec<Knob>,
@@ -226,15 +241,16 @@ struct Slot<'a, C, B, O> {
     callable: Option<Callable<'a, C, B, O>>,
     object: Option<(String, bool)>,
     unique_names: Vec<String>,
-    /// The events it is called at, once for each of its entries.
+    /// The events at which the handler is called, once for each of its registrations.
     events: Vec<EventIndex>,
-    /// The number of the removal that removed it.
+    /// The number of the removal that removed the handler; `None` while it is attached.
     removed: Option<u64>,
 }
 
+/// A handler's place in the list of an event.
 struct Registration {
     slot: usize,
-    /// None where it always passes.
+    /// `None` where the handler is called at every occurrence.
     filter: Option<FilteredEvent>,
 }
 
@@ -243,7 +259,7 @@ struct CustomEvent {
     firings: u64,
 }
 
-/// Which lists of handlers an event has.
+/// The index of an event's lists of handlers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct EventIndex(usize);
 
@@ -253,28 +269,28 @@ impl EventIndex {
     }
 }
 
-/// All handlers of an engine, by event, in order of registration.
+/// All handlers of an engine: by event, then by priority, in order of registration.
 pub(super) struct Handlers<'a, C, B, O> {
     slots: Vec<Slot<'a, C, B, O>>,
     lists: Vec<Lists>,
     custom: Vec<CustomEvent>,
     next_id: u64,
     removals: u64,
-    /// Slots that were removed while events were being fired, and are still called by these.
+    /// Slots of removed handlers that firings under way may still call.
     leaving: Vec<usize>,
-    /// Slots that are empty because their handlers are gone.
+    /// Number of slots whose handlers are gone.
     vacant: usize,
-    /// Firings under way.
+    /// Number of firings under way, one within the other.
     depth: u32,
-    /// A trial run is under way, after which removed handlers are there again.
+    /// Whether a trial run is under way, after which removed handlers come back.
     held: bool,
 }
 
-/// The handlers of an event.
+/// The handlers of an event, by priority.
 #[derive(Default)]
 struct Lists {
     by_priority: [Vec<Registration>; PRIORITIES],
-    /// Entries of handlers that were not removed.
+    /// Number of registrations of handlers that were not removed.
     live: usize,
 }
 
@@ -311,7 +327,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         }
     }
 
-    /// The event itself, or the one in its place for engines without it.
+    /// The event itself, or the alternative to it where this engine does not know the event.
     fn known<'e>(&self, mut event: &'e FilteredEvent) -> &'e FilteredEvent {
         while let Some(other) = &event.or
             && self.index(event.event).is_err()
@@ -322,7 +338,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
     }
 
     /// # Errors
-    /// Events or filters that are refused. Nothing is registered then.
+    /// The events, filters, names or knobs are refused. Nothing is registered then.
     pub(super) fn add(
         &mut self,
         subscription: Subscription,
@@ -360,7 +376,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         Ok(id)
     }
 
-    /// Refuses a handler that sets a knob which another one sets.
+    /// Refuses a handler that drives a knob which another one drives.
     fn check_knobs(&self, name: &str, knobs: &[Knob]) -> Result<()> {
         if knobs.is_empty() {
             return Ok(());
@@ -381,13 +397,14 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
     /// The slot of a handler that was not removed.
     fn slot(&self, id: HandlerId) -> Option<usize> {
-        // Slots are in the order of their numbers.
+        // Slots are sorted by id.
         let slot = self.slots.binary_search_by_key(&id.0, |slot| slot.id.0).ok()?;
         self.slots[slot].removed.is_none().then_some(slot)
     }
 
     /// # Errors
-    /// There is no such handler. It panicked when it was dropped; it is removed then, too.
+    /// There is no such handler. A panic while the handler is dropped is an error too; the handler is removed all the
+    /// same.
     pub(super) fn remove(&mut self, id: HandlerId) -> Result<()> {
         let Some(slot) = self.slot(id) else {
             return Err(Error::invalid("this handler is not registered, or was removed already"));
@@ -401,7 +418,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         })
     }
 
-    /// Counts the entries of a handler that is, or is no more, there.
+    /// Counts the registrations of a handler in or out.
     fn count_live(&mut self, slot: usize, is_there: bool) {
         for index in &self.slots[slot].events {
             let live = &mut self.lists[index.0].live;
@@ -413,10 +430,11 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.slot(id).is_some()
     }
 
-    /// Drops removed handlers as soon as no firing is under way: those that have begun still call them.
+    /// Drops removed handlers once no firing is under way, because firings that began before the removal still call
+    /// them.
     ///
     /// # Errors
-    /// The first that panicked when it was dropped.
+    /// The first handler that panicked when it was dropped.
     fn purge(&mut self) -> Result<(), HandlerPanicked> {
         if self.depth > 0 || self.held || self.leaving.is_empty() {
             return Ok(());
@@ -431,17 +449,17 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             });
             result = result.and(dropped);
         }
-        // Seldom, so that the removal of many handlers takes as long as their number, not its square.
+        // Compacting only when half of the slots are empty keeps the cost of many removals linear.
         if 2 * self.vacant > self.slots.len() {
             self.close_ranks();
         }
         result
     }
 
-    /// Takes out slots that are empty.
+    /// Removes empty slots, and renumbers the others.
     fn close_ranks(&mut self) {
         self.vacant = 0;
-        // Where each slot goes.
+        // The new index of each slot.
         let mut kept = 0;
         let places: Vec<_> = self
             .slots
@@ -464,16 +482,17 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.slots.retain(|slot| slot.removed.is_none());
     }
 
-    /// Keeps handlers that are removed from now on, until [`release`](Self::release) gets what this returns.
+    /// Keeps handlers that are removed from now on, until [`release`](Self::release) gets the value that this returns.
     pub(super) fn hold(&mut self) -> (u64, u64) {
         self.held = true;
         (self.next_id, self.removals)
     }
 
-    /// Goes back to the handlers that there were: without those added since, with those removed since.
+    /// Goes back to the handlers at the time of [`hold`](Self::hold): removes handlers that were added since, and
+    /// brings back those that were removed.
     ///
     /// # Errors
-    /// The first that panicked when it was dropped.
+    /// The first handler that panicked when it was dropped.
     pub(super) fn release(
         &mut self,
         (next_id, removals): (u64, u64),
@@ -500,7 +519,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.lists[index.0].live == 0
     }
 
-    /// Counts a firing of a custom event.
+    /// Counts a firing of a custom event, and returns the new count; 0 for a built-in event.
     pub(super) fn count_firing(&mut self, index: EventIndex) -> u64 {
         match index.0.checked_sub(BUILT_IN).and_then(|custom| self.custom.get_mut(custom)) {
             Some(custom) => {
@@ -511,41 +530,44 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         }
     }
 
-    /// How often each custom event was fired; they count from 0 again.
+    /// Returns how often each custom event was fired, and sets the counts to 0.
     pub(super) fn take_firings(&mut self) -> Vec<u64> {
         self.custom.iter_mut().map(|custom| std::mem::take(&mut custom.firings)).collect()
     }
 
-    /// Custom events count their firings from 0 again.
+    /// Sets the firing counts of custom events to 0.
     pub(super) fn reset_firings(&mut self) {
         self.custom.iter_mut().for_each(|custom| custom.firings = 0);
     }
 
     pub(super) fn put_back_firings(&mut self, firings: &[u64]) {
+        /// Undoes [`take_firings`](Self::take_firings).
         for (custom, firings) in self.custom.iter_mut().zip(firings) {
             custom.firings = *firings;
         }
     }
 
     pub(super) fn firings_under_way(&self) -> u32 {
+        /// Number of firings under way, one within the other.
         self.depth
     }
 
     pub(super) fn begin(&mut self) -> u64 {
+        /// Begins a firing, and returns the number of removals so far.
         self.depth += 1;
         self.removals
     }
 
     /// # Errors
-    /// A handler that was removed meanwhile panicked when it was dropped.
+    /// A handler that was removed during the firing panicked when it was dropped.
     #[inline]
     pub(super) fn end(&mut self) -> Result<(), HandlerPanicked> {
         self.depth -= 1;
         self.purge()
     }
 
-    /// Takes out the handler at `position` of the event's list of that priority, if it is to run in a
-    /// firing that began after `removals`; `None` at the end of the list.
+    /// Takes out the handler at `position` in the event's list of this priority, if it is to run in a firing that began
+    /// after `removals` removals. The inner `None` means that it is not to run; the outer one that the list ends here.
     #[inline]
     pub(super) fn take(
         &mut self,
@@ -569,17 +591,17 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
                 }
             }
         }
-        // A handler that is running already, further out, is not entered again.
+        // A handler that is already running further out is not entered again.
         Some(Ok(slot.callable.take().map(|callable| RunningHandler { slot: index, callable })))
     }
 
     #[inline]
     pub(super) fn put_back(&mut self, taken: RunningHandler<'a, C, B, O>) {
-        // Slots only go when no firing is under way.
+        // The index still holds: slots are only removed when no firing is under way.
         self.slots[taken.slot].callable = Some(taken.callable);
     }
 
-    /// All handlers that are no closures, with names of which no two are equal.
+    /// All handlers that are not closures, with distinct names.
     pub(super) fn objects(&self) -> Vec<NamedHandler<'_, 'a, C, B, O>> {
         let mut names = Names::default();
         let mut objects = vec![];
@@ -598,7 +620,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         objects
     }
 
-    /// The name, as [`objects`](Self::objects) gives it, of the object at a place in the lists of an event.
+    /// The name of the handler object at a place in an event's lists, as in [`objects`](Self::objects).
     pub(super) fn object_at(
         &self,
         index: EventIndex,
@@ -608,7 +630,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.object_names().find_map(|(at, name)| (at == slot).then_some(name))
     }
 
-    /// The place in the lists of an event of the object of that name.
+    /// The place in an event's lists of the handler object of this name.
     pub(super) fn place_of(&self, index: EventIndex, name: &str) -> Option<(usize, usize)> {
         let (slot, _) = self.object_names().find(|(_, known)| known == name)?;
         self.lists[index.0].by_priority.iter().enumerate().find_map(|(priority, list)| {
@@ -616,7 +638,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         })
     }
 
-    /// The slots of all objects, with their names.
+    /// The slots of all handler objects, with their distinct names.
     fn object_names(&self) -> impl Iterator<Item = (usize, String)> {
         let mut names = Names::default();
         let slots = self.slots.iter().enumerate().filter(|(_, slot)| slot.removed.is_none());
@@ -626,7 +648,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         })
     }
 
-    /// All objects, to be changed; without those that are running.
+    /// All handler objects that are not running, with their distinct names.
     pub(super) fn objects_mut(
         &mut self,
     ) -> impl Iterator<Item = (String, &mut (dyn Handler<C, B, O> + 'a))> {
@@ -641,11 +663,12 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         })
     }
 
-    /// Custom events and how often they were fired.
+    /// The custom events, and how often each was fired.
     pub(super) fn firings(&self) -> impl Iterator<Item = (&str, u64)> {
         self.custom.iter().map(|custom| (custom.name, custom.firings))
     }
 
+    /// Sets the count of a custom event; false where it is not registered.
     pub(super) fn set_firings(&mut self, name: &str, firings: u64) -> bool {
         let custom = self.custom.iter_mut().find(|custom| custom.name == name);
         custom.map(|custom| custom.firings = firings).is_some()
@@ -660,7 +683,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
     }
 }
 
-/// Names as they come, the second of a kind with a number.
+/// Makes names distinct: the second of a name gets ` #2`, and so on.
 #[derive(Default)]
 pub(super) struct Names(HashSet<String>);
 
@@ -679,18 +702,19 @@ impl Names {
 /// `None` for a handler that is not to run.
 type MaybeRunning<'a, C, B, O> = Result<Option<RunningHandler<'a, C, B, O>>, HandlerPanicked>;
 
-/// A handler by its name; `None` while it is running.
+/// A handler object with its distinct name; `handler` is `None` while the handler is running.
 pub(super) struct NamedHandler<'s, 'a, C, B, O> {
     pub(super) name: String,
     pub(super) handler: Option<&'s (dyn Handler<C, B, O> + 'a)>,
-    /// When it was attached.
+    /// Whether the handler had a state when it was attached.
     pub(super) had_state: bool,
 }
 
-/// The filter of a handler panicked, or its `drop`.
+/// A handler whose filter or `drop` panicked.
 pub(super) struct HandlerPanicked {
     pub(super) name: String,
     pub(super) source: anyhow::Error,
+/// A handler that was taken out of its slot to run.
 }
 
 pub(super) struct RunningHandler<'a, C, B, O> {

@@ -8,38 +8,40 @@ use super::handler::Names;
 use crate::error::{Error, Result};
 use crate::state::StateDict;
 
-/// Something outside of the engine that grows while it runs, such as the file of a logger, and goes back with it.
+/// An output outside of the engine that grows during a run, such as the file of a logger, and is rewound when a run is
+/// resumed.
 ///
 /// A handler names its logs by [`Handler::logs`](super::Handler::logs). Before a checkpoint is written the engine asks
-/// each for its place; when a run goes on from that checkpoint, the log goes back to that place, so that it has each
-/// step once. A checkpoint without the place of a log, or with that of a log that is not here, fits all the same.
+/// each log for its place; when a run goes on from that checkpoint, each log goes back to its place, so that it has
+/// every step once. A checkpoint that lacks the place of a log, or has the place of a log that is not here, fits all
+/// the same.
 pub trait Log {
-    /// What tells the log from others of the engine: the file or folder it writes to. Its last part is the log's name in
-    /// checkpoints.
+    /// The file or folder that the log writes to, which tells it from other logs of the engine. The last component is
+    /// the log's name in checkpoints.
     fn path(&self) -> PathBuf;
 
-    /// Puts all that was logged so far on the disk, and returns its place.
+    /// Writes everything that was logged so far to the disk, and returns the place of its end. Costs a sync.
     ///
     /// # Errors
-    /// The disk's.
+    /// The disk fails.
     fn commit(&self) -> Result<Value>;
 
-    /// Takes back what was logged after a place that [`commit`](Self::commit) returned, in this process or an earlier
-    /// one. Returns why nothing was taken back where the place is not of this log.
+    /// Removes what was logged after a place that [`commit`](Self::commit) returned, in this process or an earlier one.
+    /// Where the place does not belong to this log, nothing is removed and the reason is returned.
     ///
     /// # Errors
-    /// The disk's, or another process writes to the log.
+    /// The disk fails, or another process writes to the log.
     fn rewind(&self, place: &Value) -> Result<Option<String>>;
 }
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
-    /// All logs that handlers write to.
+    /// All logs that handlers write to, as often as handlers name them.
     pub(crate) fn logs(&self) -> Vec<Box<dyn Log>> {
         let handlers = self.handlers.objects().into_iter().filter_map(|object| object.handler);
         handlers.flat_map(|handler| handler.logs()).collect()
     }
 
-    /// The same, each once, by their names in checkpoints.
+    /// All logs, each once, by their names in checkpoints.
     fn named_logs(&self) -> BTreeMap<String, Box<dyn Log>> {
         let (mut paths, mut names) = (HashSet::new(), Names::default());
         let mut logs = BTreeMap::new();
@@ -53,7 +55,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         logs
     }
 
-    /// The places of all logs, after which nothing up to them can be lost; `None` where there is no log.
+    /// Commits all logs and returns their places; nothing up to these can be lost. `None` where there is no log.
     pub(super) fn commit_logs(&self) -> Result<Option<StateDict>> {
         let mut places = StateDict::new();
         for (name, log) in self.named_logs() {
@@ -62,7 +64,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok((!places.values.is_empty()).then_some(places))
     }
 
-    /// Takes back what was logged after a checkpoint, and tells which logs stay as they are.
+    /// Rewinds the logs to the places in a checkpoint. Returns a line for each log that could not be rewound.
     pub(super) fn rewind_logs(&self, places: &StateDict) -> Result<Vec<String>> {
         let mut left = vec![];
         for (name, log) in self.named_logs() {

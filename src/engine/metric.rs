@@ -1,4 +1,4 @@
-//! Metrics as handlers of an engine, and what an engine of several processes does with them.
+//! Metrics as handlers of an engine, and the joining of metrics in an engine of several processes.
 
 use super::{Engine, Event, Events, Handler};
 use crate::error::{Error, Result};
@@ -6,14 +6,14 @@ use crate::guard::guarded;
 use crate::metrics::{Accumulated, Metric, MetricValue, Reduce, Usage, exchange};
 use crate::state::StateDict;
 
-/// A metric as a handler.
+/// A handler that updates and computes a metric.
 pub(crate) struct MetricHandler<M> {
     name: String,
     metric: M,
     usage: Usage,
-    /// The output of the event that is about to be fired was taken in already.
+    /// `update_before` already consumed the output of the event about to be fired; `call` must not again.
     updated: bool,
-    /// The state of all ranks, which a checkpoint is to have instead of this rank's.
+    /// The joined state of all ranks, which a checkpoint saves instead of this rank's; set while a checkpoint is made.
     of_all: Option<Vec<Accumulated>>,
 }
 
@@ -23,25 +23,25 @@ impl<M> MetricHandler<M> {
     }
 }
 
-/// What an engine of several processes does with a metric, before the handlers of an event.
+/// A metric as an engine of several processes joins it, before the handlers of an event are called.
 pub(crate) trait RankMetric<O> {
-    /// The name of the value.
+    /// The name of the metric's value.
     fn name(&self) -> &str;
 
-    /// Whether it has a value at this event. All have one at the end of an epoch.
+    /// Whether the metric gets a value at this event. Every metric gets one at the end of an epoch.
     fn is_due(&self, event: Event) -> bool;
 
-    /// Takes in the output, if its time is this event.
+    /// Updates the metric with the output, if it is updated and computed at this same event.
     fn update_before(&mut self, event: Event, output: Option<&O>) -> anyhow::Result<()>;
 
-    /// The event at which it took in an output is not fired.
+    /// Forgets that [`update_before`](Self::update_before) consumed an output, because the event is not fired.
     fn discard_pending_update(&mut self);
 
-    /// What it has accumulated.
+    /// The state that the metric has accumulated on this rank.
     fn parts(&self) -> anyhow::Result<Vec<Accumulated>>;
 
-    /// The value of the state of all ranks, joined; `None` where nothing is accumulated and the event is not one of its
-    /// own. Its own state, given here, stays.
+    /// Computes the value from the joined state of all ranks, and puts back `own`, this rank's state. Returns `None`
+    /// where nothing is accumulated and the event is not one at which the metric is computed.
     fn value_of(
         &mut self,
         event: Event,
@@ -49,11 +49,11 @@ pub(crate) trait RankMetric<O> {
         own: &[Accumulated],
     ) -> anyhow::Result<Option<MetricValue>>;
 
-    /// What a checkpoint has of it from now on, instead of what it has accumulated.
+    /// Sets the state that a checkpoint saves instead of this rank's; `None` goes back to this rank's.
     fn save_as(&mut self, of_all: Option<Vec<Accumulated>>);
 
-    /// After a state that was that of all processes was loaded, on others than the main one: forgets what would be counted
-    /// twice. Averages are the same everywhere.
+    /// Clears the parts of the state that would be counted twice, on a rank other than the main one, after the joined
+    /// state was loaded on all ranks. Averages stay, because they are equal on all ranks.
     fn clear_shared_parts(&mut self) -> anyhow::Result<()>;
 }
 
@@ -103,7 +103,7 @@ impl<O, M: Metric<O>> RankMetric<O> for MetricHandler<M> {
         });
         let back = guarded(|| self.metric.load_state(own));
         if back.is_err() {
-            // With the state of all, the samples of the other ranks would be counted twice.
+            // Keeping the joined state would count the samples of the other ranks twice.
             self.metric.reset();
         }
         let value = value?;
@@ -134,7 +134,7 @@ impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
         let (reset, update, compute) = self.usage.events();
         match &self.usage {
             Usage::BatchFiltered(filtered) => reset | filtered.clone() | compute,
-            // A metric within may have to see every iteration.
+            // Metrics within a running average may have to see every iteration.
             Usage::RunningEpochWise => reset | Event::IterationCompleted | update,
             _ if update == compute => reset | update,
             _ => reset | update | compute,
@@ -174,7 +174,7 @@ impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
-        // How processes would join them does not matter here.
+        // How processes join the parts does not matter for loading.
         let part = |(name, value)| Accumulated::new(name, value, Reduce::Sum);
         let parts: Vec<_> = state.tensors.into_iter().map(part).collect();
         self.metric.reset();
@@ -200,7 +200,7 @@ impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
                 self.metric.observe(output)?;
             }
         }
-        // Where there are other processes the engine has joined and computed it.
+        // In a group of processes the engine has joined and computed the metric.
         if event == compute && !engine.joins_metrics() {
             let value = self.metric.compute()?;
             engine.state.metrics.set(&self.name, value);

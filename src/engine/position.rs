@@ -122,7 +122,8 @@ pub(super) struct DataLength {
 }
 
 impl Cursor {
-    /// The phase in which a run from a checkpoint goes on, if nothing but a limit ended the run.
+    /// The phase in which a run from a checkpoint goes on. After a limit it is the phase that would have followed; a
+    /// run that `terminate` ended stays ended.
     pub(super) fn resumes_at(&self) -> Phase {
         match self.ended_at {
             Some(phase) if self.phase.is_end() && self.terminated_by.is_none() => phase,
@@ -177,7 +178,7 @@ pub(super) struct Position {
     /// States of the random number generators from before the pass under way began, where the data may draw its order
     /// from them.
     pub(super) before_pass: Option<StateDict>,
-    /// The data gives batches by events; false without data.
+    /// Whether the data gives batches, with their events; false for an engine without data.
     pub(super) fetches: bool,
     /// Whether the data may differ from the data that the epoch length was taken from.
     pub(super) other_data: bool,

@@ -1,5 +1,5 @@
-//! The loop. [`Engine`] draws it; here it is a machine that can stop between any two events, so that
-//! `interrupt` can suspend it and the next run go on.
+//! The loop of [`Engine`], which documents it in a diagram. Here the loop is a state machine that can stop between any
+//! two events, so that `interrupt` can suspend a run and the next `run` can go on.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use crate::guard::{Entered, guarded_drop, guarded_within};
 /// How far a run goes, and where it begins.
 struct Plan {
     previous: PreviousRun,
-    /// The phase to go on in, where that is not the cursor's.
+    /// The phase in which the run begins, where it is not the cursor's.
     phase: Option<Phase>,
     max_epochs: Option<u64>,
     max_iters: Option<u64>,
@@ -24,24 +24,25 @@ struct Plan {
     length_by: LengthBy,
 }
 
-/// Who says how long an epoch is.
+/// Who determines the length of an epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LengthBy {
     Program,
     Data,
-    /// Whoever did in the run that is gone on with.
+    /// Whoever determined it in the run that goes on.
     State,
 }
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
-    /// Runs until the budget is used up or something stops it.
+    /// Runs until the budget is used up or something stops the run.
     ///
-    /// Goes on where an earlier run or a loaded state leaves something to do; starts at iteration 0
-    /// otherwise, or after [`reset`](Self::reset). What goes on is told at [`Engine`].
+    /// The run goes on where an earlier run or a loaded state left something to do. Otherwise, and after
+    /// [`reset`](Self::reset), it starts at iteration 0. The documentation of [`Engine`] says where it goes on after
+    /// which kind of end.
     ///
     /// # Errors
-    /// What the step, a handler or the data returned, or their panic, with who and when; registrations
-    /// that were refused; arguments that do not go together. After an error the engine can be run again.
+    /// Errors and panics of the step, a handler or the data, with the place and the iteration; registrations that were
+    /// refused; arguments that contradict each other or the state. After an error the engine can be run again.
     pub fn run(
         &mut self,
         cx: &mut C,
@@ -82,15 +83,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         })
     }
 
-    /// Forgets where the last run stopped, however that was: the next one starts anew. Handlers,
-    /// metrics and the history of parameters stay.
+    /// Forgets where the last run stopped, so that the next one starts anew. Handlers, metrics and the history of
+    /// parameters stay.
     ///
-    /// After a checkpoint that was loaded only in part it lets the engine run again, with what that
-    /// load left in models and optimizers; the next summary warns of it.
+    /// After a checkpoint that was loaded only in part, this lets the engine run again with the values that the load
+    /// left in models and optimizers; the summary of the next run warns of that.
     ///
     /// # Errors
-    /// The engine is running. The batch, the output or the data of the last run panicked when it was
-    /// dropped; all is forgotten then, too.
+    /// Refused while the engine is running. A panic while the batch, the output or the data of the last run is dropped
+    /// is an error, too; everything is forgotten all the same.
     pub fn reset(&mut self) -> Result<()> {
         if self.running {
             return Err(Error::invalid("reset() was called within a run; terminate() ends one"));
@@ -116,10 +117,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             .map_err(|panic| Error::invalid(format!("dropping what the last run left: {panic}")))
     }
 
-    /// Lets the next `run` go on where `terminate` (of early stopping, for example) had ended the run of a
-    /// checkpoint that was restored. Otherwise such a run stays ended: the next `run` fires what is left
-    /// of its events, does no iterations, and says so in the summary. Nothing changes after other
-    /// restores.
+    /// Lets the next `run` go on after the restored checkpoint of a run that `terminate` had ended (early stopping, for
+    /// example). Without this call such a run stays ended: the next `run` fires the remaining events, does no
+    /// iterations, and says so in the summary. After other restores this call changes nothing.
     ///
     /// ```
     /// use tch_ignite::engine::{Engine, Event, Until};
@@ -141,7 +141,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// ```
     ///
     /// # Errors
-    /// The engine is running.
+    /// Refused while the engine is running.
     pub fn resume_terminated(&mut self) -> Result<()> {
         if self.running {
             return Err(Error::invalid("resume_terminated() was called within a run"));
@@ -156,22 +156,23 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    /// Whether this engine is, or would be, run within another: as evaluators are.
+    /// Whether this engine runs, or would run, within another one, as evaluators do.
     pub(crate) fn is_nested(&self) -> bool {
         RUNNING.get() > u32::from(self.running)
     }
 
-    /// Whether the outermost run of this thread, this one where it is not nested, began at the start.
+    /// Whether the outermost run of this thread (this engine's, where it is not nested) began at iteration 0.
     pub(crate) fn began_anew(&self) -> bool {
         ANEW.get()
     }
 
-    /// Iterations begun in this epoch, from 1; those before a run goes on in mid epoch count.
+    /// Iterations begun in this epoch, from 1, including those before a run that went on in mid epoch.
     pub fn iteration_in_epoch(&self) -> u64 {
         self.position.cursor.counter
     }
 
-    /// Settles budget, epoch length and where to begin. Nothing is changed on error.
+    /// Settles the budget, the epoch length and the start of the run. Nothing is changed on error, except where the old
+    /// data panics when it is dropped.
     fn prepare(
         &mut self,
         data: impl IntoSource<'a, B>,
@@ -200,10 +201,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    /// Whether this many epochs or iterations were done.
+    /// Whether one of these budgets is used up.
     fn is_used_up(&self, max_epochs: Option<u64>, max_iters: Option<u64>) -> bool {
         max_epochs.is_some_and(|max| self.epochs_done() >= max)
             || max_iters.is_some_and(|max| self.state.iteration >= max)
+    /// Number of whole epochs that are done.
     }
 
     fn epochs_done(&self) -> u64 {
@@ -215,7 +217,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.state.epoch.saturating_sub(u64::from(phase.in_epoch()))
     }
 
-    /// What a run on this data is to do.
+    /// Works out what a run on this data has to do.
+    ///
+    /// # Errors
+    /// Refuses arguments that contradict each other or the state, and data without batches.
     fn plan(&self, source: &(dyn Source<B> + 'a), until: Until) -> Result<Plan> {
         let (state, position) = (&self.state, &self.position);
         let (mut max_epochs, mut max_iters) = (state.max_epochs, state.max_iters);
@@ -248,7 +253,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let mut phase = None;
         let at = position.cursor.phase;
         match previous {
-            // Only COMPLETED is missing, but for a budget that grew.
+            // Only COMPLETED is missing, unless the budget grew.
             PreviousRun::Failed if matches!(at, Phase::Completed | Phase::Ended) && !used_up => {
                 previous = PreviousRun::Ended;
             }
@@ -256,7 +261,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 if at.is_end() && !used_up && position.cursor.terminated_by.is_none() =>
             {
                 match position.cursor.ended_at {
-                    // A limit of the process that saved the state is none of this one.
+                    // The limit was one of the process that saved the state, and does not hold in this one.
                     Some(follows) => phase = Some(follows),
                     None => previous = PreviousRun::Ended,
                 }
@@ -303,7 +308,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(Plan { previous, phase, max_epochs, max_iters, epoch_length, length_by })
     }
 
-    /// Makes the plan of a run the engine's state.
+    /// Writes the plan of a run into the engine's state.
     fn apply(&mut self, plan: Plan, until: Until, start: Instant) {
         let (state, position) = (&mut self.state, &mut self.position);
         let was_restored = position.previous == PreviousRun::Restored;
@@ -352,7 +357,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         state.epoch_length = plan.epoch_length;
         (state.run_time, state.epoch_time) = (Duration::ZERO, Duration::ZERO);
         if plan.previous == PreviousRun::Restored {
-            // A limit of samples that was reached is none of this run.
+            // A limit of samples that was reached belonged to an earlier call of `run`; this one counts anew.
             if until.max_samples.is_some_and(|max| state.samples >= max) {
                 state.samples = 0;
             }
@@ -375,13 +380,13 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.exception = None;
     }
 
-    /// Asks the data something; a panic is an error of the data.
+    /// Asks the data something. A panic becomes an error of the data; `None` means that there is no data.
     fn ask_data<T>(&self, ask: impl FnOnce(&dyn Source<B>) -> T) -> Result<Option<T>> {
         let Some(data) = self.data.as_deref() else { return Ok(None) };
         guarded_within(|| Ok(Some(ask(data)))).map_err(|error| self.data_error(error))
     }
 
-    /// Puts data and counter to where this run begins.
+    /// Moves the data, and the counter of the epoch, to where this run begins.
     fn enter(&mut self) -> Result<()> {
         let Cursor { pass, fetched, .. } = self.position.cursor;
         match self.position.data_start {
@@ -409,8 +414,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    /// Goes to a place in a pass that another run began. What drew its order from libtorch's random
-    /// numbers draws the same order again; the numbers of the run itself go on where they are.
+    /// Goes to a position in a pass that another run began. Data that draws its order from libtorch's random numbers
+    /// draws the same order again; afterwards the generators are as they were before the call.
     fn begin_pass_again(&mut self, pass: u64, fetched: u64) -> Result<()> {
         let place = self.position.last_data.place.clone();
         let before_pass = self.position.before_pass.take();
@@ -439,7 +444,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    /// After a pass was begun in the middle without the random numbers that it was begun with before.
+    /// Warns where a pass was begun in the middle, and the random numbers that the data drew its order from are not
+    /// known.
     fn warn_if_order_was_drawn(&mut self) -> Result<()> {
         if let Some(before) = &self.position.before_pass
             && !same_generators(before, &generators()?)
@@ -451,13 +457,13 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    /// False where that is not possible.
+    /// Lets the data go to a position in samples. Returns false where the data or the position cannot do that.
     fn seek_samples(&mut self, pass: u64, place: Option<SamplePosition>) -> Result<bool> {
         let (Some(place), Some(data)) = (place, self.data.as_mut()) else { return Ok(false) };
         guarded_within(|| data.seek_samples(pass, &place)).map_err(|error| self.data_error(error))
     }
 
-    /// Goes past that many batches of data of unknown length.
+    /// Goes past this many batches by fetching them, for data of unknown length.
     fn walk(&mut self, batches: u64) -> Result<()> {
         self.seek(0, 0)?;
         for _ in 0..batches {
@@ -472,6 +478,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.let_go_of_batch()
     }
 
+    /// Moves the data to a batch of a pass. Notes the random numbers first, where the data may draw its order from
+    /// them.
     pub(super) fn seek(&mut self, pass: u64, batch: u64) -> Result<()> {
         self.position.cursor.pass = pass;
         self.position.cursor.fetched = batch;
@@ -486,8 +494,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
     }
 
-    /// Makes epochs passes over the data there is now, where data gave them their length: the epoch
-    /// under way ends with the pass, and the next are whole passes.
+    /// Adapts epochs to the data there is now, where the data gave them their length: the epoch under way ends with the
+    /// pass, and the next ones are whole passes.
     fn follow_data(&mut self) -> Result<()> {
         let Some(length) = self.data_length() else { return Ok(()) };
         let Some(batches) = self.ask_data(|data| data.batches())?.flatten() else { return Ok(()) };
@@ -510,7 +518,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let waits = matches!(cursor.phase, Phase::GetBatch | Phase::Fetch | Phase::RestartData);
         let lost = cursor.phase == Phase::BatchFetched && self.position.refetch;
         if cursor.counter > 0 && left == 0 && (waits || lost) {
-            // The pass was as good as done.
+            // All batches of the pass were used already, so the epoch ends here.
             cursor.phase = Phase::EpochCompleted;
             self.position.refetch = false;
         }
@@ -519,7 +527,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    /// The length of epochs, where the data gave it and nobody set another.
+    /// The epoch length that came from the data; `None` where the program gave or changed it.
     fn data_length(&self) -> Option<DataLength> {
         let length = self.position.cursor.length?;
         (self.state.epoch_length == Some(length.epoch)).then_some(length)
@@ -529,7 +537,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Error::Data { epoch: self.state.epoch, iteration: self.state.iteration, source }
     }
 
-    /// Drops the batch, if there is one.
+    /// Drops the batch, if there is one. A panic becomes an error.
     fn let_go_of_batch(&mut self) -> Result<()> {
         match self.state.batch.take() {
             Some(batch) => guarded_drop(batch)
@@ -538,7 +546,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
     }
 
-    /// Drops the output, if there is one.
+    /// Drops the output, if there is one. A panic becomes an error.
     fn let_go_of_output(&mut self) -> Result<()> {
         let (epoch, iteration) = (self.state.epoch, self.state.iteration);
         match self.state.output.take() {
@@ -558,10 +566,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
     }
 
-    /// Notes where the data is, before the last batch with `again`, and what it is like: for the next run.
+    /// Notes the position and the settings of the data for the next run. The position is before the last batch if
+    /// `again` is true.
     fn note_data(&mut self, again: bool) {
         let again = again && !self.position.refetch;
-        // An error of the data was told already, or will be when the data is used.
+        // An error of the data was reported already, or will be when the data is used.
         if let Ok(Some(noted)) = self.ask_data(|data| LastData::of(data, again)) {
             let place = match self.position.data_start {
                 None => noted.place,
@@ -587,13 +596,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         self.restore_random_numbers()?;
         if self.requests.any {
-            // Asked for before the state was saved.
+            // A restored state may hold requests that were made before it was saved.
             self.obey(self.position.event, cx)?;
         }
         loop {
-            // Each arm sets the phase to follow before it fires, so that an interrupt goes on there.
+            // Each arm sets the next phase before it fires its event, so that a run that is interrupted there goes on
+            // with what follows.
             let event = match self.position.cursor.phase {
-                // Some handlers of the event were not called when the run was suspended.
+                // The run was suspended before all handlers of this event were called.
                 phase if self.position.cursor.again.is_some() && phase != Phase::Completed => {
                     self.position.event
                 }
@@ -625,7 +635,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 }
                 Phase::GetBatch => {
                     if self.position.data_start.is_some() {
-                        // Not before: handlers of EPOCH_STARTED may change the batch size.
+                        // Not earlier, because handlers of EPOCH_STARTED may change the batch size.
                         self.enter()?;
                     }
                     self.let_go_of_batch()?;
@@ -638,7 +648,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 Phase::Fetch => match self.fetch()? {
                     true => {
                         self.position.cursor.phase = Phase::BatchFetched;
-                        // Not before: it is the last output where there is no further batch.
+                        // Not earlier, because this is the run's last output where no further batch comes.
                         self.let_go_of_output()?;
                         if !self.position.fetches {
                             continue;
@@ -750,7 +760,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 }
             }
             if !self.agree(event)? {
-                // What else is asked for waits until the ranks meet.
+                // Other requests wait until the ranks meet.
                 if std::mem::take(&mut self.requests.skip_batch) {
                     self.pass_over_batch(event)?;
                 }
@@ -767,8 +777,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.position.signal.take().map_or(Stop::Interrupted, Stop::Signal)
     }
 
-    /// Whether a handler of this event may be called again when a run that is suspended goes on: at events of the loop
-    /// itself, if the run is not to be left otherwise. The handlers of ranks would not come to the same place.
+    /// Whether a handler of this event may be called again when a suspended run goes on. That holds at events of the
+    /// loop itself, where nothing else ends the epoch or the run. It does not hold in a group of processes: the other
+    /// ranks would not stop at the same handler.
     pub(crate) fn may_repeat(&self, event: Event) -> bool {
         let of_loop = event.built_in().is_some()
             && !matches!(
@@ -791,12 +802,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.requests.interrupt && self.position.signal.is_some()
     }
 
-    /// Called by a handler that [may be repeated](Self::may_repeat), and has asked for an interrupt: the handlers after it
-    /// are not called; when the run goes on it is called again, and then those.
+    /// Stops after the handler that calls this, which [may be repeated](Self::may_repeat) and has asked for an
+    /// interrupt. The handlers after it are not called now; when the run goes on, this handler is called again, and
+    /// then those.
     pub(crate) fn repeat_from_here(&mut self) {
         self.requests.repeat = true;
     }
 
+    /// Calls the rest of an event's handlers when a suspended run goes on, from the named one on.
     fn fire_again(&mut self, event: Event, handler: &str, cx: &mut C) -> Result<()> {
         let index = self.handlers.index(event)?;
         match self.handlers.place_of(index, handler) {
@@ -820,10 +833,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.position.cursor.phase = Phase::EpochStarted;
     }
 
-    /// Fetches the batch that was under way when the state was saved. Where the data has become shorter
-    /// it is the first of the next pass.
+    /// Fetches the batch that was under way when the state was saved. Where the data has become shorter, this is the
+    /// first batch of the next pass.
     fn fetch_again(&mut self) -> Result<()> {
-        // It was counted.
+        // The samples of this batch were counted before the state was saved.
         let samples = self.state.samples;
         if !self.fetch()? {
             self.seek(self.position.cursor.pass + 1, 0)?;
@@ -836,7 +849,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    /// Whether there was a batch.
+    /// Fetches a batch. Returns false where the data is exhausted.
     fn fetch(&mut self) -> Result<bool> {
         let begun = self.clock();
         let Some(data) = self.data.as_mut() else {
@@ -895,13 +908,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
     }
 
-    /// Whether this run went into the pass under way at or behind its end, which then tells nothing of
+    /// Whether this run positioned the data at or behind the end of the pass under way, so that the pass does not tell
     /// its length.
     fn overshot(&self) -> bool {
         self.position.skipped_to == Some(self.position.cursor.fetched)
     }
 
-    /// Data of unknown length was exhausted for the first time: that is the length of an epoch.
+    /// Ends the epoch where data of unknown length is exhausted for the first time, and takes the number of batches as
+    /// the epoch length.
     fn end_first_pass(&mut self) -> Result<()> {
         let overshot = self.overshot();
         let cursor = &mut self.position.cursor;
@@ -928,8 +942,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    /// Data of unknown length is exhausted: whether that ends the epoch, because a pass has another
-    /// length than in the run that is gone on with.
+    /// Whether the end of a pass over data of unknown length ends the epoch. It does where the data was replaced since
+    /// the epoch length was found, and a pass has another length now.
     fn ends_with_pass(&mut self) -> bool {
         let overshot = self.overshot();
         let Some(length) = self.data_length() else { return false };
@@ -945,7 +959,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return false;
         }
         if !other_data {
-            // Passes differ from one to the next; epochs keep the length of the first, as in ignite.
+            // The passes of this data differ in length; epochs keep the length of the first pass, as in ignite.
             cursor.length = Some(DataLength { walked: None, ..length });
             return false;
         }
@@ -962,8 +976,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         ends
     }
 
-    /// Notes something that looks wrong without being an error, for the summary of the run that is under
-    /// way. The same text is noted once.
+    /// Adds a warning about something that looks wrong without being an error to the summary of the run under way. The
+    /// same text is added once.
     pub fn warn(&mut self, warning: impl Into<String>) {
         let warning = warning.into();
         if !self.position.warnings.contains(&warning) {
@@ -982,11 +996,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let warning = format!(
             "Data iterator can not provide data anymore but required total number of iterations to run is not reached. Current iteration: {iteration} vs Total iterations to run : {total}"
         );
-        // Noted once, not for each of many empty epochs.
+        // `warn` adds this text once, not for each of many empty epochs.
         self.warn(warning);
     }
 
-    /// Does what handlers of `event` asked for; true if the run is to be suspended.
+    /// Does what handlers of `event` asked for. Returns true if the run is to be suspended.
     fn obey(&mut self, event: Event, cx: &mut C) -> Result<bool> {
         if std::mem::take(&mut self.requests.terminate_epoch) && !self.requests.ends() {
             self.leave_epoch(event, cx)?;
@@ -1020,7 +1034,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 "skip_batch() was called at {event}; call it from a handler of GET_BATCH_COMPLETED"
             )));
         }
-        // Not after terminate_epoch, which has set another.
+        // `terminate_epoch` may have set another phase, which stays.
         if self.position.cursor.phase == Phase::BatchFetched {
             self.position.cursor.phase = Phase::GetBatch;
         }
@@ -1039,7 +1053,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 cursor.phase = if skip { Phase::EpochEnded } else { Phase::EpochCompleted };
                 self.seek(self.position.cursor.pass + 1, 0)?;
                 self.fire(Event::TerminateSingleEpoch, cx)?;
-                // It is left already.
+                // The epoch is left already, so a request from the handlers just called means nothing.
                 self.requests.terminate_epoch = false;
                 Ok(())
             }
@@ -1047,28 +1061,29 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn is_done(&self) -> bool {
-        // Not by iterations: epochs may differ in length. Without a limit of epochs, empty ones would
-        // follow for ever.
+        // A number of iterations cannot be compared, because epochs may differ in length. Where epochs are not limited,
+        // empty ones would follow for ever, so exhausted data ends the run.
         let exhausted = self.state.max_epochs.is_none() && self.position.cursor.exhausted;
         self.budget_done() || exhausted || self.limit_reached()
     }
 
-    /// Between epochs: whether the budget in epochs or iterations is used up.
+    /// Whether the budget in epochs or iterations is used up, between two epochs.
     fn budget_done(&self) -> bool {
         self.state.max_epochs.is_some_and(|max| self.state.epoch >= max)
             || self.state.max_iters.is_some_and(|max| self.state.iteration >= max)
     }
 
-    /// In mid epoch: epochs cannot be used up there.
+    /// Whether the run has to end in mid epoch. The budget in epochs cannot be used up there.
     fn budget_reached(&self) -> bool {
         self.state.max_iters.is_some_and(|max| self.state.iteration >= max) || self.limit_reached()
     }
 
     fn limit_reached(&self) -> bool {
-        // Clocks differ: ranks go by what they agreed on.
+        // The clocks of ranks differ, so ranks use the limit that they agreed on.
         if self.joins_metrics() { self.position.limit } else { self.limit_reached_here() }
     }
 
+    /// Whether this process has reached a limit of samples or time.
     pub(super) fn limit_reached_here(&self) -> bool {
         self.position.until.max_samples.is_some_and(|max| self.state.samples >= max)
             || self.position.deadline.is_some_and(|deadline| Instant::now() >= deadline)
@@ -1086,14 +1101,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
     }
 
-    /// Calls the handlers of `ExceptionRaised`, all of them, and leaves the engine ready to go on: with
-    /// the event or the batch that failed up to the step, else with what follows.
+    /// Calls all handlers of `ExceptionRaised`, and prepares the engine to go on: with the event or the batch that
+    /// failed, for an error before the step; otherwise with what follows. Returns the error, joined with the errors of
+    /// those handlers.
     fn fail(&mut self, error: Error, cx: &mut C) -> Error {
         let again = self.position.cursor.phase == Phase::BatchFetched;
         self.note_data(again);
         self.note_run_time();
         let position = &mut self.position;
-        // A batch that could not be fetched again has yet to be.
+        // A batch that has to be fetched again stays so.
         if !position.refetch {
             let cursor = &mut position.cursor;
             cursor.phase = match cursor.phase {
@@ -1101,7 +1117,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 Phase::EpochBegun => Phase::EpochStarted,
                 Phase::Fetch | Phase::RestartData => Phase::GetBatch,
                 Phase::BatchFetched => {
-                    // 0 where the data was replaced since.
+                    // `fetched` is 0 where the data was replaced since the batch was fetched.
                     cursor.fetched = cursor.fetched.saturating_sub(1);
                     Phase::GetBatch
                 }
@@ -1120,11 +1136,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 }
 
-/// What is other data than when the state was saved.
+/// Describes how the data differs from the data of the restored state.
 fn changes<B>(left: &LastData, data: &dyn Source<B>) -> Vec<String> {
     let mut changes = vec![];
     let (batches, settings) = (data.batches(), data.settings());
-    // The settings tell more, and the batch size may be restored later.
+    // The settings are more precise, and the batch size may be restored later.
     if batches != left.batches && (settings.is_empty() || left.settings.is_empty()) {
         let shown = |batches: Option<u64>| {
             batches.map_or_else(|| "an unknown number of".to_owned(), |n| n.to_string())
@@ -1143,7 +1159,7 @@ fn changes<B>(left: &LastData, data: &dyn Source<B>) -> Vec<String> {
     changes
 }
 
-/// Engines that are running on this thread, one within the other.
+/// Counts the engines that run on this thread, one within the other.
 struct Running;
 
 thread_local! {
