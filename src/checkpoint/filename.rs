@@ -3,7 +3,7 @@
 use super::folder::{LATEST, is_part};
 use crate::error::{Error, Result};
 
-/// What a name is made of.
+/// The values that a file name is made of.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Parts {
     pub(super) filename_prefix: String,
@@ -24,7 +24,8 @@ pub(super) struct Parts {
 /// ```
 ///
 /// # Errors
-/// Neither score nor step, so that all names would be equal; a name of a score without a score.
+/// Refuses a pattern with neither score nor step, because all names would be equal, and a name of a
+/// score without a score.
 pub fn setup_filename_pattern(
     with_prefix: bool,
     with_score: bool,
@@ -55,7 +56,7 @@ pub fn setup_filename_pattern(
 }
 
 impl Parts {
-    /// The default pattern for what there is.
+    /// The default pattern for the values that are there.
     pub(super) fn default_pattern(&self) -> Result<String> {
         setup_filename_pattern(
             !self.filename_prefix.is_empty(),
@@ -65,7 +66,10 @@ impl Parts {
         )
     }
 
-    /// The pattern with everything put in. What is not there reads `None`, as in ignite.
+    /// Fills the pattern. A value that is not there becomes `None`, as in ignite.
+    ///
+    /// # Errors
+    /// The pattern has an unknown key, or the name is not a plain file name.
     pub(super) fn filled(&self, pattern: &str) -> Result<String> {
         let mut name = String::new();
         let mut rest = pattern;
@@ -90,7 +94,7 @@ impl Parts {
     }
 }
 
-/// Whether it is a plain name, of a file in the folder.
+/// Refuses a name that is not a plain name of a file in the folder, or that has another use there.
 pub(super) fn check_name(name: &str) -> Result<()> {
     let plain = !name.is_empty() && !name.contains(['/', '\\', '\0']) && !name.starts_with('.');
     if plain && name != LATEST && !is_part(name) {

@@ -1,4 +1,4 @@
-//! The folder of a run's checkpoints: one run at a time, nothing half-written.
+//! The folder of a run's checkpoints. Only one run at a time may have it, and no file in it is half-written.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, TryLockError};
@@ -15,26 +15,27 @@ pub(super) use crate::fs::is_part;
 use crate::fs::{make_folder, open_file, write_atomically};
 
 const LOCK: &str = ".lock";
-/// Holds the name of the newest file, for people and scripts.
+/// The file with the name of the newest checkpoint, for people and scripts.
 pub(super) const LATEST: &str = "latest";
 /// A folder that no other process writes to. Handlers and loggers of one process share it.
 #[derive(Debug)]
 pub(crate) struct Folder {
     path: PathBuf,
-    /// When the newest file was written, so that the next is newer also where the clock was put back.
+    /// Time stamp of the newest file, so that the next one is newer even where the clock was set back.
     newest: Mutex<u64>,
-    /// Of which time the file is that `latest` names.
+    /// Time stamp of the file that `latest` names.
     latest: Mutex<u64>,
-    /// The files that handlers write in the runs that are under way: see [`Claim`].
+    /// Names of the files that handlers write in the runs under way: see [`Claim`].
     claimed: Mutex<HashSet<String>>,
-    /// Locked as long as it is open; the system unlocks it however the process ends.
+    /// The open lock file. The system releases the lock however the process ends.
     lock: File,
 }
 
+/// The folders that this process has open.
 static OPEN: LazyLock<Mutex<HashMap<PathBuf, Weak<Folder>>>> = LazyLock::new(Mutex::default);
 
 impl Folder {
-    /// Makes the folder if need be, locks it, and removes what a killed process left half-written.
+    /// Locks the folder, and removes what a killed process left half-written. With `create`, a missing folder is made.
     ///
     /// # Errors
     /// The folder cannot be made or written, or another process has it.
@@ -69,7 +70,7 @@ impl Folder {
         Ok(folder)
     }
 
-    /// Fails where the folder was removed, or another one has its name.
+    /// Refuses to go on where the folder was removed, or another folder has its name.
     pub(crate) fn check(&self) -> Result<()> {
         let path = self.file(LOCK);
         let gone = |text: &str| Error::Io {
@@ -98,14 +99,14 @@ impl Folder {
         names(&self.path).map_err(|source| Error::Io { path: self.path.clone(), source })
     }
 
-    /// The time for a file that is written now: later than that of any other.
+    /// The time stamp for a file that is written now: later than the stamp of any other file.
     pub(super) fn time(&self) -> u64 {
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         *newest = Stamp::now().written.max(newest.saturating_add(1));
         *newest
     }
 
-    /// Lets `latest` name this file, unless a newer one was written meanwhile by somebody else.
+    /// Writes the name of this file into `latest`, unless a newer file was written meanwhile by another handler.
     pub(super) fn set_latest(&self, name: &str, written: u64) -> Result<()> {
         let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
         if *latest > written {
@@ -125,7 +126,7 @@ impl Folder {
         (kept.name == name).then_some((kept, contents))
     }
 
-    /// Removes a file, if it is on the list of `owner`. What was put there by somebody else stays.
+    /// Removes a file, if its stamp says that it belongs to `owner`. Other files stay.
     pub(super) fn remove(&self, name: &str, owner: &Owner) -> Result<()> {
         if self.kept(name).is_none_or(|(kept, _)| kept.owner != *owner) {
             return Ok(());
@@ -139,10 +140,10 @@ impl Folder {
         }
     }
 
-    /// Lets one handler alone write files like this one, until the claim is dropped.
+    /// Reserves files with names like this one for one handler, until the claim is dropped.
     ///
     /// # Errors
-    /// Another one does.
+    /// Another handler has the claim.
     pub(super) fn claim(self: &Arc<Self>, file: String) -> Result<Claim> {
         let mut claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
         if !claimed.insert(file.clone()) {
@@ -161,7 +162,7 @@ impl Folder {
     }
 }
 
-/// The right of a handler to write files that are named like `file`, for as long as it lives.
+/// The right of a handler to write files that are named like `file`. It ends when the claim is dropped.
 #[derive(Debug)]
 pub(super) struct Claim {
     folder: Arc<Folder>,
@@ -175,31 +176,31 @@ impl Drop for Claim {
     }
 }
 
-/// Names the list that a file is on: that of a handler in a run.
+/// The handler and the run whose list a file is on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Owner {
     pub(super) run: u64,
     pub(super) of: String,
 }
 
-/// The stamp in each file that lets a later process put it on its list again, and remove it one day.
+/// The stamp in each file that lets a later process adopt the file again, and remove it when its turn comes.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct RetentionStamp {
     #[serde(flatten)]
     pub(super) owner: Owner,
-    /// The file's own name: copies under other names are somebody's.
+    /// The file's own name, so that copies under other names are left alone.
     pub(super) name: String,
     pub(super) score: Value,
 }
 
-/// The name in `latest`, if there is a file like that.
+/// The name in the file `latest`, if there is such a file.
 pub(super) fn latest(folder: &Path) -> Option<String> {
     let mut name = String::new();
     open_file(&folder.join(LATEST)).ok()?.take(1000).read_to_string(&mut name).ok()?;
     Some(name.trim().to_owned())
 }
 
-/// The names of all files in a folder.
+/// The names of all files in a folder, sorted.
 pub(super) fn names(folder: &Path) -> io::Result<Vec<String>> {
     let mut names = vec![];
     for entry in fs::read_dir(folder)? {
@@ -209,11 +210,11 @@ pub(super) fn names(folder: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-/// The largest time of its files.
+/// The latest time stamp of the files in a folder.
 fn newest(folder: &Path) -> io::Result<u64> {
     let names = names(folder)?;
     let written = |name: &String| Some(Contents::open(&folder.join(name)).ok()?.stamp.written);
-    // Beyond that it is no time, and none could follow.
+    // A larger number is not a time, and no later one could follow it.
     let sensible = |written: &u64| *written < u64::MAX / 2;
     Ok(names.iter().filter_map(written).filter(sensible).max().unwrap_or(0))
 }
@@ -223,7 +224,7 @@ fn lock(folder: &Path) -> Result<File> {
     let io = |source| Error::Io { path: path.clone(), source };
     let mut options = File::options();
     options.read(true).write(true).create(true).truncate(false);
-    // A link would let the number below be written into another file.
+    // Through a link the number below would be written into another file.
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::custom_flags(
         &mut options,
@@ -247,12 +248,12 @@ fn lock(folder: &Path) -> Result<File> {
         }
         Err(TryLockError::Error(source)) => return Err(io(source)),
     }
-    // For the message above only.
+    // The number of the process is only for the error message above.
     file.rewind().and_then(|()| write!(file, "{:<20}", std::process::id())).map_err(io)?;
     Ok(file)
 }
 
-/// Whether it is a plain file without other names.
+/// Whether the file is a plain file without other hard links.
 fn is_ours_alone(metadata: &fs::Metadata) -> bool {
     #[cfg(unix)]
     let one_name = std::os::unix::fs::MetadataExt::nlink(metadata) <= 1;

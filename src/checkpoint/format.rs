@@ -1,4 +1,4 @@
-//! One file: safetensors, with the values as JSON and a checksum in its metadata.
+//! The file format: safetensors, with the values as JSON and a checksum in the metadata.
 //!
 //! ```text
 //! 8 bytes    length of the header, little-endian
@@ -6,13 +6,13 @@
 //! tensors    without gaps, the widest types first, so that each is aligned
 //! ```
 //!
-//! The metadata holds `tch-ignite` (the version of this layout), `state` (the values and parts, as
-//! JSON), `written` (when, in nanoseconds since 1970), `kept` (on whose list it is, for the
-//! [`Checkpoint`](super::Checkpoint) that wrote it) and `crc32c`: the CRC-32C of header and tensors, with
-//! zeros in its own place. Files of weights alone have no version, state and time.
+//! The metadata holds `tch-ignite` (the version of this layout), `state` (the values and parts, as JSON), `written`
+//! (the time, in nanoseconds since 1970), `kept` (the stamp of the [`Checkpoint`](super::Checkpoint) that keeps the
+//! file on its list) and `crc32c` (the CRC-32C of header and tensors, computed with zeros in the place of its own
+//! digits). Files of weights alone have no version, state and time.
 //!
-//! A tensor that has several names in one part (tied weights) is written once. Each of its other names is a
-//! key of the metadata whose value is the name it is written under, as by Python's `safetensors.torch.save_model`.
+//! A tensor with several names in one part (tied weights) is written once. Each other name is a key of the metadata;
+//! its value is the name that the tensor is written under. Python's `safetensors.torch.save_model` does the same.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
@@ -31,21 +31,21 @@ use crate::state::Layout;
 use crate::state::StateDict;
 use crate::state::tree::{METADATA, Named, Tree, assembled, joined};
 
-/// The version that is written; what is read may not be newer.
+/// The version of the layout that is written. A file of a newer version is refused.
 const VERSION: u32 = 1;
-/// Reading a header takes up to five times its length. The reference implementation of safetensors allows
-/// 100 MB; the largest models have less than 10.
+/// Largest length of a header, in bytes. Parsing a header takes up to five times its length. The reference
+/// implementation of safetensors allows 100 MB; the headers of the largest models have less than 10 MB.
 const MAX_HEADER: u64 = 28_000_000;
-/// What a thread reads without looking up.
+/// Number of bytes that a thread reads before it takes the next piece.
 const PIECE: usize = 1 << 23;
-/// Hashed while it is in the cache.
+/// Number of bytes that are read and then hashed while they are in the cache.
 const CHUNK: usize = 1 << 18;
 const NO_CRC: &str = "00000000";
 
-/// What is noted of a file besides its content.
+/// What a file says about itself besides its content.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Stamp {
-    /// In nanoseconds since 1970.
+    /// Time of writing, in nanoseconds since 1970.
     pub(super) written: u64,
     pub(super) kept: Option<String>,
 }
@@ -64,8 +64,8 @@ impl Stamp {
     }
 }
 
-/// Writes a state. Dense, contiguous CPU tensors are written from where they lie; others are copied
-/// first, one at a time.
+/// Writes a state. Dense, contiguous CPU tensors are written from their own memory; others are copied first, one at a
+/// time.
 pub(super) fn write(
     file: &mut (impl Write + Seek),
     state: &StateDict,
@@ -80,7 +80,7 @@ pub(super) fn write(
     write_tensors(file, &named.tensors, &metadata)
 }
 
-/// Writes tensors alone, as other programs do.
+/// Writes only the tensors, as other programs do.
 pub(super) fn write_plain(
     file: &mut (impl Write + Seek),
     state: &StateDict,
@@ -92,14 +92,15 @@ pub(super) fn write_plain(
     let mut named = Named::default();
     named.add("", state);
     let mut metadata = stamp.texts();
-    // The same weights are the same bytes.
+    // Without a time, equal weights give equal bytes.
     metadata.remove("written");
-    // What Python's readers of PyTorch weights look for.
+    // Python's readers of PyTorch weights look for this key.
     metadata.insert("format".into(), "pt".into());
     metadata.extend(named.tied);
     write_tensors(file, &named.tensors, &metadata)
 }
 
+/// Writes the header and the tensors, then the checksum into the header.
 fn write_tensors(
     file: &mut (impl Write + Seek),
     tensors: &BTreeMap<String, &Tensor>,
@@ -148,7 +149,7 @@ fn write_tensors(
     Ok(())
 }
 
-/// A copy that can be written; `None` where the tensor itself can.
+/// A dense, contiguous CPU copy of the tensor; `None` where the tensor itself can be written.
 fn dense_on_cpu(tensor: &Tensor) -> Result<Option<Tensor>, tch::TchError> {
     if tensor.device() == Device::Cpu && !tensor.is_sparse() && tensor.is_contiguous() {
         return Ok(None);
@@ -174,27 +175,27 @@ fn checksum(text: &String) -> Result<u32, String> {
     }
 }
 
-/// Where the eight digits of the checksum are in the header that was just made. Its metadata comes
-/// first and its keys are sorted, so the first match is the place.
+/// The offset of the eight digits of the checksum in a header that this module made. The metadata comes first and its
+/// keys are sorted, so the first match is the right one.
 fn crc_place(header: &[u8]) -> Option<usize> {
     const KEY: &[u8] = br#""crc32c":""#;
     header.windows(KEY.len()).position(|window| window == KEY).map(|place| place + KEY.len())
 }
 
-/// What a file holds, before its tensors are read.
+/// An opened file whose header is read, and whose tensors are not.
 pub(super) struct Contents {
     file: File,
-    /// None where there are only tensors.
+    /// `None` where the file has only tensors.
     tree: Option<Tree>,
     entries: Vec<Entry>,
-    /// Other names of tensors, each with the name in `entries`.
+    /// Other names of tied tensors, each with the name in `entries`.
     tied: BTreeMap<String, String>,
-    /// The checksum of the header, and of all.
+    /// The checksum of the header, and the checksum that the whole file should have, if it says one.
     crc: (u32, Option<u32>),
-    /// Length of the file, and of the tensors in it.
+    /// Length of the file in bytes.
     length: u64,
     data: u64,
-    /// What it says of itself; written at 0 where it does not say.
+    /// The file's stamp; `written` is 0 where the file does not say it.
     pub(super) stamp: Stamp,
 }
 
@@ -226,7 +227,7 @@ impl Contents {
             digits.copy_from_slice(NO_CRC.as_bytes());
         }
         let crc = (crc32c::crc32c(&header), expected);
-        // The state is in the metadata once more, and takes its own memory.
+        // `metadata` holds the state as well, and parsing it takes more memory.
         drop(header);
         let tree = match &metadata.version {
             Some(version) => {
@@ -243,12 +244,12 @@ impl Contents {
         Ok(Self { file, tree, entries, tied, crc, length, data, stamp })
     }
 
-    /// Whether it is a checkpoint, not only tensors.
+    /// Whether the file is a checkpoint, and not only tensors.
     pub(super) fn has_state(&self) -> bool {
         self.tree.is_some()
     }
 
-    /// What each tensor is, by each of its names in the file.
+    /// The type and shape of each tensor, under each of its names in the file.
     pub(super) fn layouts(&self) -> impl Iterator<Item = (&str, Layout)> {
         let layout = |entry: &Entry| Layout { kind: entry.kind, shape: entry.shape.clone() };
         let by_name: HashMap<&str, &Entry> = match self.tied.is_empty() {
@@ -261,7 +262,7 @@ impl Contents {
         self.entries.iter().map(move |entry| (entry.name.as_str(), layout(entry))).chain(tied)
     }
 
-    /// Whether this is only another name of a tensor.
+    /// Whether this is only another name of a tied tensor.
     pub(super) fn is_tied(&self, name: &str) -> bool {
         self.tied.contains_key(name)
     }
@@ -270,7 +271,7 @@ impl Contents {
         self.tree.as_ref()?.parts.get(name)
     }
 
-    /// The names of its parts, and of those of one of them.
+    /// The names of the parts of the state, and of the parts of the part `of`.
     pub(super) fn parts(&self, of: &str) -> (Vec<&str>, Vec<&str>) {
         fn names(tree: Option<&Tree>) -> Vec<&str> {
             tree.into_iter().flat_map(|tree| tree.parts.keys()).map(String::as_str).collect()
@@ -278,8 +279,8 @@ impl Contents {
         (names(self.tree.as_ref()), names(self.part(of)))
     }
 
-    /// Epoch and iteration of the engine it is of, 0 where it says none, and whether that ran within
-    /// another.
+    /// Epoch and iteration of the engine that the checkpoint is of (0 where the file says none), and whether that
+    /// engine ran within another.
     pub(super) fn progress(&self) -> (u64, u64, bool) {
         let position = self.part("engine").and_then(|part| part.values.get("position"));
         let get = |key| position.and_then(|position| position.get(key));
@@ -288,8 +289,8 @@ impl Contents {
         (count("epoch"), count("iteration"), nested)
     }
 
-    /// Reads all tensors: into `places`, by their names in the file, where these are dense CPU tensors
-    /// of the same type and shape, else into new ones. On error those places hold garbage.
+    /// Reads all tensors. A tensor goes into the one of `places` that has its name in the file, if that is a dense CPU
+    /// tensor of the same type and shape; otherwise into a new one. On error these places hold garbage.
     pub(super) fn read(self, places: &mut BTreeMap<String, Tensor>) -> Result<StateDict, String> {
         let mut tensors = self.tensors(|_| true, places)?;
         let Some(tree) = &self.tree else {
@@ -302,7 +303,8 @@ impl Contents {
         }
     }
 
-    /// Reads one part alone, in the memory of its tensors; `None` where there is none of that name.
+    /// Reads one part only, in the memory of its tensors; `None` where the file has no part of this name. The whole
+    /// file is read once for the checksum.
     pub(super) fn read_part(self, name: &str) -> Result<Option<StateDict>, String> {
         let Some(part) = self.part(name) else { return Ok(None) };
         let mut wanted = BTreeSet::new();
@@ -311,7 +313,7 @@ impl Contents {
         assembled(part, name, &mut tensors).map(Some)
     }
 
-    /// Reads the tensors of these names in the file, as [`read`](Self::read) does, and hashes the others.
+    /// Reads the tensors with these names in the file as [`read`](Self::read) does, and hashes the others.
     pub(super) fn tensors(
         &self,
         wanted: impl Fn(&str) -> bool,
@@ -348,8 +350,8 @@ impl Contents {
         Ok(tensors)
     }
 
-    /// Reads and hashes, in a few threads: hashing would take half as long again as reading. Where no thread
-    /// can be started, this one does it all.
+    /// Reads and hashes the file in a few threads, because hashing in one thread would take half as long again as
+    /// reading. Where no thread can be started, this one does all the work.
     fn fill(&self, tensors: &mut BTreeMap<String, Tensor>) -> Result<(), String> {
         let begin = self.length - self.data;
         let mut places: BTreeMap<&str, &mut Tensor> =
@@ -419,7 +421,7 @@ impl Contents {
         }
     }
 
-    /// Reads everything once and compares the checksum.
+    /// Reads the whole file once and compares the checksum.
     pub(super) fn verify(&mut self) -> Result<(), String> {
         let mut buffer = vec![0; CHUNK.min(self.data as usize)];
         let (mut crc, mut left) = (self.crc.0, self.data);
@@ -433,18 +435,18 @@ impl Contents {
     }
 }
 
-/// A part of a tensor that is read at once.
+/// A piece of a tensor that is read at once.
 struct Piece<'t> {
     name: &'t str,
     is_bool: bool,
     offset: u64,
     len: usize,
-    /// `None` where the tensor is only hashed.
+    /// The memory to read into; `None` where the piece is only hashed.
     bytes: Option<&'t mut [u8]>,
 }
 
 impl Piece<'_> {
-    /// Reads the piece and returns its hash. Bytes that are not wanted go into a buffer of a chunk.
+    /// Reads the piece and returns its hash. Unwanted bytes go into a buffer of one chunk.
     fn read(&mut self, file: &File, unwanted: &mut Vec<u8>) -> Result<u32, String> {
         let (mut crc, mut done) = (0, 0);
         while done < self.len {
@@ -491,12 +493,12 @@ fn read_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()>
     Ok(())
 }
 
-/// Memory that is written already: variables may share theirs.
+/// Memory ranges that are filled already, because variables may share memory.
 #[derive(Default)]
 struct Ranges(BTreeMap<usize, usize>);
 
 impl Ranges {
-    /// Notes the bytes; false if some of them are noted.
+    /// Adds a range of bytes; false if it overlaps one that was added before.
     fn take(&mut self, bytes: &[u8]) -> bool {
         let range = bytes.as_ptr_range();
         let (start, end) = (range.start as usize, range.end as usize);
@@ -508,7 +510,7 @@ impl Ranges {
     }
 }
 
-/// The names in the file of all tensors of a part.
+/// Collects the names in the file of all tensors of a part.
 fn names_in_file(tree: &Tree, prefix: &str, names: &mut BTreeSet<String>) {
     names.extend(tree.tensors.iter().map(|name| tree.name_in_file(prefix, name)));
     for (name, part) in &tree.parts {
@@ -516,7 +518,7 @@ fn names_in_file(tree: &Tree, prefix: &str, names: &mut BTreeSet<String>) {
     }
 }
 
-/// Which texts of the metadata are other names of tensors.
+/// Finds the metadata texts that are other names of tensors.
 fn tied(texts: Vec<(String, String)>, entries: &[Entry]) -> BTreeMap<String, String> {
     if texts.is_empty() {
         return BTreeMap::new();

@@ -1,4 +1,4 @@
-//! The JSON at the beginning of a file, read without trust: memory is bounded, whatever it says.
+//! The JSON header of a file, parsed without trust: memory is bounded, whatever the header says.
 
 use std::fmt;
 
@@ -6,18 +6,18 @@ use serde::de::{self, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use tch::Kind;
 
-/// libtorch's own limit for most operations.
+/// Largest number of dimensions, which is libtorch's own limit for most operations.
 const MAX_DIMENSIONS: usize = 64;
-/// The memory that the state of a file may take besides the elements of its tensors.
+/// The memory that the state in a file may take, besides the elements of its tensors, in bytes.
 const MAX_MEMORY: usize = 130_000_000;
-/// The memory of a value, at most: its place in a list that grows or in half a node of a map, and its text.
+/// Upper bound of the memory of a value: its slot in a growing list or in half a map node, and its text.
 const VALUE: usize = 150;
-/// The memory of an object: a map has room for eleven from the first on.
+/// Memory of an object: a map allocates room for eleven entries at once.
 const OBJECT: usize = 900;
-/// The memory of a tensor: libtorch's objects, and its names.
+/// Memory of a tensor: libtorch's objects, and its names.
 const TENSOR: usize = 900;
 
-/// safetensors' names of the types that libtorch shares with it.
+/// safetensors' names of the types that both it and libtorch have.
 pub(super) const TYPES: [(&str, Kind); 10] = [
     ("F64", Kind::Double),
     ("I64", Kind::Int64),
@@ -31,7 +31,7 @@ pub(super) const TYPES: [(&str, Kind); 10] = [
     ("BOOL", Kind::Bool),
 ];
 
-/// A tensor: what it is, and where it lies after the header.
+/// A tensor in the file: its name, type and shape, and its offset after the header.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Entry {
     pub(super) name: String,
@@ -40,20 +40,20 @@ pub(super) struct Entry {
     pub(super) from: u64,
 }
 
-/// How many texts of the metadata that are not ours are kept: other programs write a few, and other names of
-/// tensors.
+/// How many unknown metadata texts are kept. Other programs write a few, and other names of tied tensors are among
+/// them.
 const MAX_TEXTS: usize = 1 << 16;
 
-/// What the metadata may hold that is of interest.
+/// The metadata that this crate uses.
 #[derive(Debug, Default)]
 pub(super) struct Metadata {
-    /// `tch-ignite`: the version of the layout.
+    /// Version of the layout, under the key `tch-ignite`.
     pub(super) version: Option<String>,
     pub(super) state: Option<String>,
     pub(super) crc32c: Option<String>,
     pub(super) written: Option<String>,
     pub(super) kept: Option<String>,
-    /// Texts that are not ours: other names of tensors may be among them.
+    /// Texts with other keys; names of tied tensors may be among them.
     pub(super) others: Vec<(String, String)>,
 }
 
@@ -71,8 +71,8 @@ struct Header {
     tensors: Vec<(String, Described)>,
 }
 
-/// Metadata, and tensors in the order of their places, checked against each other and the `data` bytes
-/// that follow.
+/// Parses a header. Returns the metadata, and the tensors in the order of their offsets, checked against each other and
+/// against the `data` bytes that follow the header.
 pub(super) fn parsed(header: &[u8], data: u64) -> Result<(Metadata, Vec<Entry>), String> {
     let Header { metadata, mut tensors } =
         serde_json::from_slice(header).map_err(|error| format!("its header: {error}"))?;
@@ -85,7 +85,7 @@ pub(super) fn parsed(header: &[u8], data: u64) -> Result<(Metadata, Vec<Entry>),
     for (name, Described { dtype: Type(kind), shape: Shape(shape), data_offsets }) in tensors {
         let (from, to) = data_offsets;
         let size = kind.elt_size_in_bytes() as u64;
-        // What is empty may have any other dimensions, but none that i64 cannot hold.
+        // An empty tensor may have any other dimensions, as long as their product fits.
         let len = shape.iter().try_fold(size, |len, dim| len.checked_mul(*dim as u64));
         if from != end || len.is_none_or(|len| from.checked_add(len) != Some(to)) {
             return Err(format!(
@@ -101,8 +101,8 @@ pub(super) fn parsed(header: &[u8], data: u64) -> Result<(Metadata, Vec<Entry>),
     Ok((metadata.unwrap_or_default(), entries))
 }
 
-/// Refuses a state that would take too much memory when it is read: its JSON, what that becomes, and so many
-/// tensors besides their elements.
+/// Refuses a state that would take too much memory: its JSON, the parsed values, and this many tensors without their
+/// elements.
 pub(super) fn check_memory(json: &str, tensors: usize) -> Result<(), String> {
     let (mut values, mut objects, mut in_text, mut escaped) = (0, 0, false, false);
     for byte in json.bytes() {
@@ -127,7 +127,7 @@ pub(super) fn check_memory(json: &str, tensors: usize) -> Result<(), String> {
     }
 }
 
-/// Cuts a text to the length that an error may have: a file can hold names of any length.
+/// Cuts a text to the length that an error may have, because a file can hold names of any length.
 pub(super) fn shortened(text: &str) -> String {
     match text.char_indices().nth(400) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -1,4 +1,4 @@
-//! Writing, in the training's thread or in one of its own.
+//! Writing checkpoints, in the training's thread or in one of its own.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,21 +10,22 @@ use super::{StateDict, format};
 use crate::error::{Error, Result};
 use crate::fs::write_atomically;
 
-/// What is to be done to a folder, in this order: the new file is safe before an old one goes.
+/// The changes to a folder for one checkpoint.
 pub(super) struct Job {
     pub(super) folder: Arc<Folder>,
     pub(super) state: StateDict,
-    /// Only the tensors, for other programs; `latest` does not name it.
+    /// Whether only the tensors are written, for other programs; `latest` does not name such a file.
     pub(super) plain: bool,
     pub(super) name: String,
     pub(super) stamp: Stamp,
     pub(super) remove: Vec<String>,
-    /// Only what carries its stamp is removed.
+    /// The owner of the files in `remove`: only files with its stamp are removed.
     pub(super) owner: Owner,
 }
 
 impl Job {
-    /// The new file is safe before `latest` and the old files are seen to; of those all are tried.
+    /// Writes the new file first, so that it is safe before `latest` and the old files are changed. All old files are
+    /// tried even if one cannot be removed.
     fn run(self) -> Result<()> {
         self.folder.check()?;
         write(&self.folder.file(&self.name), &self.state, self.plain, &self.stamp)?;
@@ -39,7 +40,7 @@ impl Job {
     }
 }
 
-/// Joins two results: the first error tells of the second too.
+/// Joins two results. If both are errors, the first tells of the second too.
 pub(super) fn both(first: Result<()>, second: Result<()>) -> Result<()> {
     match (first, second) {
         (Err(first), Err(second)) => Err(first.besides(second)),
@@ -54,14 +55,18 @@ pub(super) fn write(path: &Path, state: &StateDict, plain: bool, stamp: &Stamp) 
     })
 }
 
-/// Does one job at a time, in the background if asked to: with at most one copy of the state, and with
-/// errors that come out of the next job or the final wait.
+/// Does one job at a time, in the background if asked to. There is at most one copy of the state, and an error of a
+/// background job comes out of the next job or the final wait.
 #[derive(Debug, Default)]
 pub(super) struct Writer {
     running: Option<JoinHandle<Result<()>>>,
 }
 
 impl Writer {
+    /// Waits for the job under way, then does or starts this one.
+    ///
+    /// # Errors
+    /// This job, or the last one in the background, failed.
     pub(super) fn submit(&mut self, mut job: Job, background: bool) -> Result<()> {
         self.wait()?;
         if !background {
@@ -78,13 +83,13 @@ impl Writer {
             std::thread::Builder::new().name("checkpoint".into()).spawn(move || run(&theirs));
         match spawned {
             Ok(spawned) => self.running = Some(spawned),
-            // Where no thread can be started it is done here.
+            // Where no thread can be started, this thread does the job.
             Err(_) => return run(&job),
         }
         Ok(())
     }
 
-    /// Waits for the job under way.
+    /// Waits for the job under way, and returns its error.
     pub(super) fn wait(&mut self) -> Result<()> {
         match self.running.take().map(JoinHandle::join) {
             None => Ok(()),
@@ -97,7 +102,7 @@ impl Writer {
     }
 }
 
-/// A process that ends in order has its last checkpoint.
+/// Waits, so that a process that ends in order has its last checkpoint.
 impl Drop for Writer {
     fn drop(&mut self) {
         let _ = self.wait();

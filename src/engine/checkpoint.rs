@@ -1,4 +1,4 @@
-//! The state of an engine and of all that belongs to it.
+//! Saving and restoring the state of an engine and of everything that belongs to it.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,7 @@ use crate::event::BUILT_IN_EVENTS;
 use crate::guard::guarded_state;
 use crate::state::{IntoStateful, Saveable, StateDict, Stateful};
 
-/// What belongs to an engine by `track`.
+/// The parts that `track`, `track_context` and `track_output` add to the state of an engine.
 pub(super) struct Tracked<'a, C, O> {
     parts: Vec<(String, Box<dyn Stateful + 'a>)>,
     context: Option<ContextState<C>>,
@@ -34,7 +34,7 @@ struct ContextState<C> {
     load: fn(&mut C, StateDict) -> Result<()>,
     load_partially: fn(&mut C, StateDict) -> Result<Vec<String>>,
     differs_by_rank: fn(&C) -> bool,
-    /// A model may be part of it.
+    /// Whether a model may be part of the context.
     has_model: bool,
 }
 
@@ -44,7 +44,7 @@ impl<C, O> Default for Tracked<'_, C, O> {
     }
 }
 
-/// Parts that an engine's state always has.
+/// Names of the parts that the state of an engine may have besides tracked ones.
 const ENGINE: &str = "engine";
 pub(crate) const HANDLERS: &str = "handlers";
 const METRICS: &str = "metrics";
@@ -57,10 +57,10 @@ const LOGS: &str = "logs";
 const RESERVED: [&str; 10] =
     [ENGINE, HANDLERS, METRICS, PARAM_HISTORY, RNG, CONTEXT, OUTPUT, SETTINGS, LOGS, RANKS];
 
-/// Additions cannot overflow.
+/// Largest count that is accepted from a file, so that additions to it cannot overflow.
 const MAX_COUNT: u64 = 1 << 53;
 
-/// The part of the random numbers that those from before the pass under way are in.
+/// The part of the random numbers with the states from before the pass under way.
 const BEFORE_PASS: &str = "before_pass";
 
 const IN_PART: &str = "a checkpoint was loaded only in part: restore a whole one before running, or give models and optimizers their values anew and call reset()";
@@ -74,12 +74,12 @@ struct Values {
     max_epochs: Option<u64>,
     max_iters: Option<u64>,
     samples: u64,
-    /// It ran within another engine, such as an evaluator.
+    /// Whether the engine ran within another one, as evaluators do.
     nested: bool,
     position: SavedPosition,
-    /// What handlers asked for and the engine has not done yet.
+    /// Requests of handlers that the engine has not done yet.
     asked: Requests,
-    /// The last event, at which they did.
+    /// The last event, at which handlers made these requests.
     event: String,
     firings: BTreeMap<String, u64>,
 }
@@ -88,30 +88,30 @@ struct Values {
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct Restored {
-    /// What was restored, by name: tracked parts, the context, handlers, metrics, random numbers, the position.
+    /// Names of the restored parts: tracked parts, the context, handlers, metrics, random numbers, the position.
     pub parts: Vec<String>,
-    /// What a run may need and this engine's state does not have, because it is not tracked.
+    /// Parts that a run may need, but that this engine's state lacks because they are not tracked.
     pub untracked: Vec<&'static str>,
-    /// What the state had and the engine has not, or the other way round, or what did not fit; only
-    /// where it was not to be strict. The devices whose random numbers go on differently are here too.
+    /// Differences that were left out: parts that only the state or only the engine has, and parts that do not fit.
+    /// With `strict` these are errors, except devices whose random numbers were not saved or are not here, and logs
+    /// that could not be rewound.
     pub ignored: Vec<String>,
-    /// Settings of tracked parts that are not what they were, such as the learning rate an optimizer
-    /// was built with: those of the state are used. And, only where it was not to be strict, arguments of
-    /// handlers that are not what they were, such as a longer schedule: those of the handler are used.
+    /// Settings of tracked parts that differ from those in the state, such as the learning rate that an optimizer was
+    /// built with; the state's settings are used. Without `strict` also arguments of handlers that differ, such as a
+    /// longer schedule; the handler's arguments are used.
     pub changed: Vec<String>,
-    /// Who had ended the run for good when the state was saved (early stopping, for example), and how
-    /// to go on all the same; see [`Engine::resume_terminated`]. `None` where there is something left to
-    /// do. A limit of time or samples is none of the next process and is not told.
+    /// Who had ended the run for good when the state was saved (early stopping, for example), and how to go on all the
+    /// same; see [`Engine::resume_terminated`]. `None` where there is something left to do. A limit of time or samples
+    /// does not count, because it does not hold in the next process.
     pub ended: Option<String>,
 }
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Makes something part of this engine's state under a name: a model (`&VarStore`), an
-    /// [`Optimizer`](crate::optim::Optimizer), or what you implement
-    /// [`Stateful`] for. Handlers, metrics, the engine's position and libtorch's random number
-    /// generators are part of it anyway.
+    /// [`Optimizer`](crate::optim::Optimizer), or a type that you implement [`Stateful`] for. Handlers, metrics, the
+    /// engine's position and libtorch's random number generators are always part of the state.
     ///
-    /// A name that is taken or reserved is an error of the next `run`.
+    /// The next `run` returns an error where the name is taken or reserved.
     pub fn track(&mut self, name: impl Into<String>, part: impl IntoStateful<'a>) -> &mut Self {
         let name = name.into();
         let taken = self.tracked.parts.iter().any(|(other, _)| *other == name);
@@ -141,21 +141,21 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self
     }
 
-    /// The tracked context leaves model and optimizer to [`track`](Self::track).
+    /// Notes that the tracked context holds no model or optimizer: these are given to [`track`](Self::track).
     pub(crate) fn context_has_no_model(&mut self) {
         if let Some(context) = &mut self.tracked.context {
             context.has_model = false;
         }
     }
 
-    /// Whether what is trained may be part of this engine's state.
+    /// Whether the model or the optimizer may be part of this engine's state.
     pub(crate) fn tracks_a_model(&self) -> bool {
         let context = self.tracked.context.as_ref();
         !self.tracked.parts.is_empty() || context.is_some_and(|context| context.has_model)
     }
 
-    /// Makes the output of the last step part of this engine's state, so that handlers of events after
-    /// the step find it when a run goes on there. [`create_supervised_trainer`] does.
+    /// Makes the output of the last step part of this engine's state, so that handlers of events after the step find
+    /// the output when a run goes on there. [`create_supervised_trainer`] does this.
     ///
     /// [`create_supervised_trainer`]: crate::supervised::create_supervised_trainer
     pub fn track_output(&mut self) -> &mut Self
@@ -166,19 +166,22 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self
     }
 
-    /// The state of everything: position, budgets, data position, metrics, all handlers, what is
-    /// [tracked](Self::track), and the random number generators. Tensors are shared, not copied.
+    /// The state of the engine: position, budgets, position in the data, metrics, all handlers, everything
+    /// [tracked](Self::track), and the random number generators. Tensors are shared, not copied. Logs of handlers are
+    /// synced to the disk.
     ///
-    /// Within a run this is the state after the current event, if it is called by the last handler of
-    /// it: see [`Priority`](super::Priority).
+    /// Within a run this is the state after the current event, provided that the last handler of the event calls this:
+    /// see [`Priority`](super::Priority).
     ///
     /// # Errors
-    /// What cannot be saved, by name.
+    /// A part cannot be saved (the text names it), or the call comes from a step or from a handler of an event that is
+    /// fired within a step or another handler.
     pub fn checkpoint(&self, cx: &C) -> Result<StateDict> {
         self.checkpoint_within(cx, None)
     }
 
-    /// With the state of the handler that calls it, which cannot be asked.
+    /// Like [`checkpoint`](Self::checkpoint), for a handler: `caller` is the state of the running handler, which cannot
+    /// be asked for it.
     pub(crate) fn checkpoint_within(
         &self,
         cx: &C,
@@ -207,7 +210,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             settings.set_value(name, of_named(name, || Ok(part.settings()))?)?;
         }
         all.set_part(SETTINGS, settings);
-        // Last: what the checkpoint covers is on the disk before it can count.
+        // Logs come last, so that what the checkpoint covers is on the disk before the checkpoint can count.
         if self.is_main()
             && let Some(places) = self.commit_logs()?
         {
@@ -216,7 +219,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(all)
     }
 
-    /// What is this rank's own, under the names of the parts that are the main one's otherwise.
+    /// The parts that differ between ranks, under their usual names: random numbers, and parts whose `differs_by_rank`
+    /// is true.
     pub(super) fn rank_local_state(&self, cx: &C) -> Result<StateDict> {
         let mut own = StateDict::new();
         own.set_part(RNG, self.random_numbers()?);
@@ -233,8 +237,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(own)
     }
 
-    /// libtorch's random number generators as they are, and as they were before the pass under way where
-    /// the data may have drawn its order from them.
+    /// The states of libtorch's random number generators, and their states from before the pass under way where the
+    /// data may have drawn its order from them.
     fn random_numbers(&self) -> Result<StateDict> {
         let mut random = generators()?;
         if let Some(before) =
@@ -245,15 +249,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(random)
     }
 
-    /// Goes to a state; the next `run` goes on there, exactly as if there had been no break. The
-    /// tensors are taken over where that saves a copy.
+    /// Loads a state; the next `run` goes on there, exactly as if there had been no break. Tensors of the state are
+    /// taken over where that saves a copy.
     ///
-    /// With `strict`, everything has to be there on both sides; otherwise what is missing, unknown or
-    /// does not fit is left out, and told.
+    /// With `strict`, the state and the engine must have the same parts. Otherwise missing and unknown parts, and parts
+    /// that do not fit, are left out and reported.
     ///
     /// # Errors
-    /// What is missing, unknown or does not fit, by name. Parts before it are loaded then, so the
-    /// engine refuses to run until a restore succeeds.
+    /// A part is missing, unknown or does not fit (the text names it). Parts before it are loaded already, so the
+    /// engine refuses to run until a restore succeeds. Also refused within a run.
     pub fn restore(&mut self, cx: &mut C, state: StateDict, strict: bool) -> Result<Restored> {
         if self.running {
             return Err(Error::invalid("restore() was called within a run"));
@@ -274,6 +278,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         })
     }
 
+    /// The parts for [`Restored::untracked`].
     fn untracked(&self) -> Vec<&'static str> {
         let mut untracked = vec![];
         if !self.tracks_a_model() {
@@ -285,7 +290,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         untracked
     }
 
-    /// Lets the engine run though a checkpoint was loaded only in part; whether one was.
+    /// Lets the engine run though a checkpoint was loaded only in part. Returns whether one was.
     pub(super) fn forgive_part(&mut self) -> bool {
         let was_in_part = self.refused.as_deref() == Some(IN_PART);
         if was_in_part {
@@ -294,7 +299,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         was_in_part
     }
 
-    /// Because models may hold garbage.
+    /// Refuses to run until a restore succeeds, because models may hold garbage.
     pub(crate) fn refuse_until_restored(&mut self) {
         self.refused.get_or_insert(IN_PART.into());
     }
@@ -381,13 +386,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.position.before_pass = before_pass;
         self.random = again;
         if let Some(places) = places {
-            // Only now: nothing is taken back for a state that is refused.
+            // Rewinding comes last, so that nothing is removed for a state that is refused.
             report.restored.ignored.extend(self.rewind_logs(&places)?);
         }
         Ok(())
     }
 
-    /// Random numbers that were drawn between restoring and running do not count.
+    /// Sets the restored random numbers once more, because numbers that were drawn between restoring and running do not
+    /// count.
     pub(super) fn restore_random_numbers(&mut self) -> Result<()> {
         self.random.take().map_or(Ok(()), load_generators_strictly)
     }
@@ -405,7 +411,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok((parts, context.transpose()?))
     }
 
-    /// Puts back all it can before it tells of an error.
+    /// Loads the copies that [`tracked_copies`](Self::tracked_copies) made. Puts back all it can before it returns an
+    /// error.
     pub(super) fn load_tracked_copies(
         &mut self,
         cx: &mut C,
@@ -429,12 +436,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.save_handlers(&mut None)
     }
 
-    /// Nothing may be missing or unknown.
+    /// Loads the states of all handlers; none may be missing or unknown.
     fn load_handler_states(&mut self, states: StateDict) -> Result<()> {
         self.load_handlers(states, &mut Report::strict())
     }
 
-    /// What stays from one run of an evaluator to the next.
+    /// The state of an evaluator that lasts from one run to the next.
     pub(crate) fn lasting_state(&self) -> Result<StateDict> {
         let mut state = StateDict::new();
         state.set_part(HANDLERS, self.handler_states()?);
@@ -445,7 +452,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(state)
     }
 
-    /// What a run changes of an evaluator and of the process, as it is now: a copy.
+    /// A copy of everything that a run changes of an evaluator and of the process.
     pub(crate) fn moment(&self) -> Result<Moment> {
         Ok(Moment { lasting: self.lasting_state()?.copy()?, random: generators()? })
     }
@@ -456,7 +463,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         load_generators_strictly(moment.random)
     }
 
-    /// Nothing may be missing or unknown.
+    /// Loads a state that [`lasting_state`](Self::lasting_state) gave; no part may be missing or unknown.
     pub(crate) fn load_lasting_state(&mut self, mut state: StateDict) -> Result<()> {
         for (name, part) in &mut self.tracked.parts {
             let saved = state.take_part(name)?;
@@ -508,7 +515,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             if of_named(&name, || Ok(handler.ranks()))? != Ranks::All && !is_main {
                 continue;
             }
-            // Asked now, because it may have none at times.
+            // The handler is asked now, because handlers may have no state at times.
             if saved.is_some() || of_named(&name, || Ok(handler.save_state()?.is_some()))? {
                 let mut changed = vec![];
                 report.load_whole(&name, saved, |state| match strict {
@@ -528,7 +535,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         })
     }
 
-    /// The names of the parts that a state may have, and of those that it must have.
+    /// The names of the parts that a state may have, and of the parts that it must have.
     pub(crate) fn part_names(&self) -> (Vec<String>, Vec<String>) {
         let mut must: Vec<_> = self.tracked.parts.iter().map(|(name, _)| name.clone()).collect();
         must.extend(self.tracked.context.iter().map(|_| CONTEXT.to_owned()));
@@ -536,8 +543,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         (may.collect(), must)
     }
 
-    /// The names of the handlers that may have a state, and of those that had one when they were
-    /// attached.
+    /// The names of the handlers that may have a state, and of those that had one when they were attached.
     pub(crate) fn handler_names(&self) -> (Vec<String>, Vec<String>) {
         let objects = self.handlers.objects();
         let had = objects.iter().filter(|object| object.had_state).map(|object| &object.name);
@@ -629,7 +635,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     fn saved_history(&self) -> Result<StateDict> {
         let mut saved = StateDict::new();
         for (name, rows) in &self.state.param_history {
-            // A row has a value for each group; their number may grow.
+            // A row has a value for each parameter group, and groups may be added; so rows differ in length.
             let lens: Vec<i64> = rows.iter().map(|row| row.len() as i64).collect();
             let mut history = StateDict::new();
             let failed = |error| Error::libtorch("saving the history of a parameter", error);
@@ -660,7 +666,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    /// What is read in place, by name: whether its tensors are fixed, and its current state.
+    /// The current states of the tracked parts that are read in place, by name, with whether their tensors are fixed.
     pub(crate) fn tracked_states(&self) -> Result<Vec<(&str, bool, StateDict)>> {
         let state = |(name, part): &'_ (String, Box<dyn Stateful + 'a>)| {
             of_named(name, || Ok((part.has_fixed_tensors(), part.state_dict()?)))
@@ -678,7 +684,7 @@ pub(crate) struct Moment {
     random: StateDict,
 }
 
-/// Collects what was restored, and what does not fit, or makes that an error.
+/// Collects what was restored and what does not fit. With `strict`, what does not fit is an error.
 struct Report {
     strict: bool,
     restored: Restored,
@@ -689,6 +695,7 @@ impl Report {
         Self { strict: true, restored: Restored::default() }
     }
 
+    /// Notes a difference; with `strict` an error.
     fn note(&mut self, what: String) -> Result<()> {
         if self.strict {
             return Err(Error::State(what));
@@ -697,7 +704,7 @@ impl Report {
         Ok(())
     }
 
-    /// `load` gets whether all has to fit, and says what did not.
+    /// Loads a part. `load` gets whether all of the part has to fit, and returns a line for each difference.
     fn load(
         &mut self,
         name: &str,
@@ -719,6 +726,7 @@ impl Report {
         }
     }
 
+    /// Loads a part all of which has to fit.
     fn load_whole(
         &mut self,
         name: &str,
@@ -729,7 +737,7 @@ impl Report {
     }
 }
 
-/// Calls user code that saves or loads the part of that name; its panic comes out as an error, too.
+/// Calls user code that saves or loads the part of this name. A panic becomes an error, and errors name the part.
 fn of_named<T>(name: &str, call: impl FnOnce() -> Result<T>) -> Result<T> {
     guarded_state(call).map_err(|error| of_part(name, error))
 }
@@ -738,7 +746,7 @@ fn of_part(name: &str, error: Error) -> Error {
     Error::State(format!("{name}: {:#}", anyhow::Error::from(error)))
 }
 
-/// The devices with generators of their own, by the names of their states.
+/// The devices with generators of their own, by the names under which their states are saved.
 fn generator_devices() -> Vec<(String, Device)> {
     let mut devices = vec![("cpu".to_owned(), Device::Cpu)];
     if tch::Cuda::is_available() {
@@ -748,14 +756,14 @@ fn generator_devices() -> Vec<(String, Device)> {
     devices
 }
 
-/// The same tensors again.
+/// A state with the same tensors, not copied.
 fn shared(state: &StateDict) -> StateDict {
     let mut shared = StateDict::new();
     state.tensors().for_each(|(name, tensor)| shared.set_tensor(name, tensor.shallow_clone()));
     shared
 }
 
-/// Whether both are the same states of generators.
+/// Whether two sets of generator states are equal.
 pub(super) fn same_generators(a: &StateDict, b: &StateDict) -> bool {
     let same = |name: &str, tensor: &Tensor| {
         b.tensor(name).is_ok_and(|other| tensor.f_equal(other).unwrap_or(false))
@@ -763,11 +771,12 @@ pub(super) fn same_generators(a: &StateDict, b: &StateDict) -> bool {
     a.tensors().all(|(name, tensor)| same(name, tensor))
 }
 
-/// Goes to states that [`generators`] gave, in this process or another.
+/// Sets the generators to states that [`generators`] gave, in this process or another.
 pub(super) fn set_generators(states: &StateDict) -> Result<()> {
     load_generators_strictly(shared(states))
 }
 
+/// The states of the default generators of the CPU and of each CUDA device, by device; `u8` tensors on the CPU.
 pub(super) fn generators() -> Result<StateDict> {
     let mut states = StateDict::new();
     for (name, device) in generator_devices() {

@@ -1,4 +1,4 @@
-//! The engine: a step function over data, with events and handlers. ignite's `Engine`.
+//! The engine: it runs a step function over data, and calls handlers at events. ignite's `Engine`.
 
 mod checkpoint;
 mod handler;
@@ -47,7 +47,7 @@ use peers::Peers;
 use position::Position;
 use requests::Requests;
 
-/// An engine whose step updates parameters. The same type as [`Evaluator`]; names to read.
+/// An engine whose step updates parameters. It is the same type as [`Evaluator`]; the two names are for readers.
 pub type Trainer<'a, C, B = crate::data::Batch, O = tch::Tensor> = Engine<'a, C, B, O>;
 
 /// An engine whose step updates nothing.
@@ -57,11 +57,11 @@ pub type Evaluator<'a, C, B = crate::data::Batch, O = crate::prediction::Predict
 type StepFn<'a, C, B, O> =
     Box<dyn FnMut(&mut C, &mut Engine<'a, C, B, O>, B) -> anyhow::Result<O> + 'a>;
 
-/// Calls a step function for each batch, and handlers at events around it.
+/// Calls a step function for each batch of the data, and handlers at events around the step.
 ///
-/// `C` is your own context (the model, the optimizer, whatever the step needs), `B` a batch, `O` what
-/// the step returns. Step and handlers get the context and the engine itself, so that handlers can
-/// read `engine.state`, stop the run, add handlers or fire events.
+/// `C` is your own context (the model, the optimizer, whatever the step needs), `B` a batch, `O` the output of the
+/// step. The step and the handlers get the context and the engine itself, so handlers can read `engine.state`, stop the
+/// run, add handlers or fire events.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Event, Until};
@@ -80,8 +80,8 @@ type StepFn<'a, C, B, O> =
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
-/// A run, with every event in its place (`⏸`: here `terminate`, `terminate_epoch` and `interrupt`
-/// take effect, after all handlers of the event were called):
+/// The diagram shows a run with every event in its place. At `⏸` the engine does what `terminate`, `terminate_epoch`
+/// and `interrupt` asked for, after all handlers of the event were called:
 ///
 /// ```text
 /// STARTED ⏸
@@ -107,33 +107,32 @@ type StepFn<'a, C, B, O> =
 /// an error or panic:  EXCEPTION_RAISED, and `run` returns the error
 /// ```
 ///
-/// Without data ([`no_data`](crate::data::no_data)) there are no `GET_BATCH` events. The data goes on
-/// over epochs: it restarts when it is exhausted, not when an epoch ends.
+/// Without data ([`no_data`](crate::data::no_data)) there are no `GET_BATCH` events. Epochs do not restart the data: it
+/// restarts when it is exhausted.
 ///
-/// The next `run` goes on where the last one stopped, if that left something to do (or the budget is
-/// larger now), and starts anew otherwise, or after [`reset`](Engine::reset):
+/// The next `run` goes on where the last one stopped, if that left something to do or the budget is larger now.
+/// Otherwise, and after [`reset`](Engine::reset), it starts anew. It goes on:
 ///
-/// * after `interrupt`, and after an error, with what follows in the table above. An error up to
-///   `GET_BATCH_COMPLETED` repeats that event, or the fetching of the batch; one in an iteration
-///   gives up that iteration. No other event is repeated or left out.
-/// * after `terminate`, or when a limit in samples or time was reached, with `STARTED` and the next
-///   epoch; the data restarts.
-/// * after [`restore`](Engine::restore) or [`resume`](Engine::resume) with what follows the event at
-///   which the checkpoint was written. Limits of time and samples, and
-///   [`terminate_at_limit`](Engine::terminate_at_limit), were those of the process that wrote it: the rest
-///   of the budget goes on. A run that `terminate` had ended stays ended, and says so; see
-///   [`resume_terminated`](Engine::resume_terminated).
-/// * after [`load_state_dict`](Engine::load_state_dict), as ignite does, with `STARTED` and
-///   `EPOCH_STARTED` of the epoch that was under way, and its remaining batches.
+/// * after `interrupt`, and after an error, with what follows in the diagram above. After an error up to
+///   `GET_BATCH_COMPLETED` that event, or the fetching of the batch, is repeated; an error in an iteration gives up
+///   that iteration. No other event is repeated or left out.
+/// * after `terminate`, or after a limit in samples or time was reached, with `STARTED` and the next epoch; the data
+///   restarts.
+/// * after [`restore`](Engine::restore) or [`resume`](Engine::resume), with what follows the event at which the
+///   checkpoint was written. Limits of time and samples, and [`terminate_at_limit`](Engine::terminate_at_limit),
+///   belonged to the process that wrote the checkpoint, so the rest of the budget goes on. A run that `terminate` had
+///   ended stays ended, and the summary says so; see [`resume_terminated`](Engine::resume_terminated).
+/// * after [`load_state_dict`](Engine::load_state_dict), as in ignite, with `STARTED` and `EPOCH_STARTED` of the epoch
+///   that was under way, and the remaining batches of that epoch.
 ///
-/// Where the data gave epochs their length, and not [`Until::epoch_length`], an epoch is one pass over
-/// the data there is now: after a change of the batch size, the data or the number of processes the epoch
-/// under way ends with the pass, and the next are whole passes. Data of unknown length is found to have
-/// changed when its first pass ends.
+/// Where the data, and not [`Until::epoch_length`], gave epochs their length, an epoch is one pass over the current
+/// data. After a change of the batch size, the data or the number of processes the epoch under way ends with the pass,
+/// and the next epochs are whole passes. For data of unknown length the engine notices the change when the first pass
+/// ends.
 ///
-/// Costs per iteration, with no handlers: a few nanoseconds, no allocation, no lock, no host sync.
+/// An iteration without handlers costs a few nanoseconds, no allocation, no lock and no host sync.
 pub struct Engine<'a, C, B, O> {
-    /// Where the run stands.
+    /// The state of the run. Handlers may read and change it.
     pub state: State<B, O>,
     step: Option<StepFn<'a, C, B, O>>,
     handlers: Handlers<'a, C, B, O>,
@@ -142,16 +141,16 @@ pub struct Engine<'a, C, B, O> {
     requests: Requests,
     exception: Option<Error>,
     running: bool,
-    /// Why a registration was refused; `run` says so.
+    /// Why a registration was refused; the next `run` returns this.
     refused: Option<String>,
     tracked: Tracked<'a, C, O>,
-    /// Random numbers of a restored state, for the next run.
+    /// States of the random number generators from a restored checkpoint, to be set when the next run begins.
     random: Option<StateDict>,
     profile: Option<Profile>,
     peers: Option<Peers>,
     /// How often the ranks meet, in iterations.
     agree_every: u64,
-    /// Those that are attached.
+    /// The attached metrics; weak references, because the list of handlers owns them.
     metrics: Vec<Weak<RefCell<dyn RankMetric<O> + 'a>>>,
 }
 
@@ -180,10 +179,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
     }
 
-    /// Calls `handler(context, engine)` at these events, after the handlers registered before it.
-    /// What it borrows must be declared before the engine.
-    /// What is refused (an event that is not registered, `every(0)`) is returned by the next `run`;
-    /// [`add_event_handler`](Self::add_event_handler) returns it at once.
+    /// Calls `handler(context, engine)` at these events, after the handlers that were registered before. Values that
+    /// the handler borrows must be declared before the engine.
+    ///
+    /// The next `run` returns an error where the registration is refused (an event that is not registered, `every(0)`);
+    /// [`add_event_handler`](Self::add_event_handler) returns that error at once.
     #[track_caller]
     pub fn on<F>(&mut self, events: impl Into<Events>, handler: F) -> &mut Self
     where
@@ -193,14 +193,17 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.refuse(added)
     }
 
-    /// Attaches a handler of this crate, or a [`Handler`] of your own, at the events it names.
-    /// What is refused is returned by the next `run`.
+    /// Attaches a handler of this crate, or a [`Handler`] of your own, at the events that the handler names. The next
+    /// `run` returns an error where the handler is refused; [`add_handler`](Self::add_handler) returns it at once.
     pub fn attach(&mut self, handler: impl Handler<C, B, O> + 'a) -> &mut Self {
         let added = self.add_handler(handler);
         self.refuse(added)
     }
 
-    /// Like [`on`](Self::on), returning the handler's id, or at once what is wrong.
+    /// Registers a closure like [`on`](Self::on), and returns its id.
+    ///
+    /// # Errors
+    /// An event is not registered, or a filter is refused.
     #[track_caller]
     pub fn add_event_handler<F>(
         &mut self,
@@ -216,9 +219,13 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.handlers.add(subscription, Callable::Closure(Box::new(handler)))
     }
 
-    /// Like [`attach`](Self::attach), returning the handler's id, or at once what is wrong.
+    /// Attaches a handler like [`attach`](Self::attach), and returns its id.
+    ///
+    /// # Errors
+    /// Arguments or events of the handler are refused, another handler has one of its unique names or drives the same
+    /// knob, or its state cannot be saved.
     pub fn add_handler(&mut self, handler: impl Handler<C, B, O> + 'a) -> Result<HandlerId> {
-        // Everything that the handler says is asked first: what is refused leaves nothing behind.
+        // The engine asks the handler everything first, so that a refused handler leaves nothing behind.
         let described = guarded(|| Ok(Subscription::of(&handler)));
         let described = described.unwrap_or_else(|panic| {
             Err(Error::invalid(format!("a handler that was to be attached {panic}")))
@@ -226,14 +233,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.handlers.add(described?, Callable::Object(Box::new(handler)))
     }
 
-    /// Computes a metric, under this name in `state.metrics`: over each epoch, unless the metric has
-    /// another [`Usage`] of its own.
+    /// Computes a metric, and stores the value under this name in `state.metrics`. The metric is computed over each
+    /// epoch, unless it has another [`Usage`] of its own.
     pub fn metric(&mut self, name: impl Into<String>, metric: impl Metric<O> + 'a) -> &mut Self {
         let usage = metric.usage();
         self.metric_with(name, metric, usage)
     }
 
-    /// Computes a metric with a [`Usage`] of your choice.
+    /// Computes a metric with a [`Usage`] of your choice, and stores the value under this name in `state.metrics`.
     pub fn metric_with(
         &mut self,
         name: impl Into<String>,
@@ -253,7 +260,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self
     }
 
-    /// Removes a handler. A firing that is under way still calls it.
+    /// Removes a handler. A firing that is under way still calls the handler.
+    ///
+    /// # Errors
+    /// The handler is not registered, or it panicked when it was dropped.
     pub fn remove_event_handler(&mut self, id: HandlerId) -> Result<()> {
         self.handlers.remove(id)
     }
@@ -263,8 +273,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.handlers.contains(id)
     }
 
-    /// Makes events of your own known to this engine. Filters on them compare with the number of
-    /// times they were fired.
+    /// Registers events of your own with this engine. Filters on such an event compare with the number of times it was
+    /// fired.
+    ///
+    /// # Errors
+    /// An event is a built-in one.
     pub fn register_events(&mut self, events: impl IntoIterator<Item = Event>) -> Result<()> {
         events.into_iter().try_for_each(|event| self.handlers.register(event))
     }
@@ -274,7 +287,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.handlers.index(event).is_ok_and(|index| !self.handlers.is_empty(index))
     }
 
-    /// Calls the handlers of an event, now: from within the step or a handler, for events of your own.
+    /// Calls the handlers of an event at once. The step or a handler calls this for events of your own.
     ///
     /// ```
     /// use tch_ignite::engine::{Engine, Event, Until};
@@ -294,7 +307,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// ```
     ///
     /// # Errors
-    /// An event that is not registered, or the first error of a handler; later ones are not called.
+    /// The event is not registered, or a handler failed; the handlers after it are not called.
     pub fn fire_event(&mut self, event: Event, cx: &mut C) -> Result<()> {
         let index = self.handlers.index(event)?;
         let _entered = Entered::here();
@@ -313,7 +326,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.fire_from(event, index, (0, 0), cx)
     }
 
-    /// Calls the handlers of an event from this place on: its priority, and its place in the list of that.
+    /// Calls the handlers of an event from this place on: a priority, and a position in the list of that priority.
     fn fire_from(
         &mut self,
         event: Event,
@@ -345,7 +358,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             };
             if called.is_err() {
                 result = result.and(called);
-                // Nothing else tells them of the error.
+                // The other handlers are still called, because nothing else tells them of the error.
                 if event != Event::ExceptionRaised {
                     break;
                 }
@@ -366,7 +379,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         result
     }
 
-    /// The time, if somebody wants to know how long it takes from now.
+    /// The current time, if a profile is being recorded.
     #[inline]
     fn clock(&self) -> Option<Instant> {
         self.profile.is_some().then(Instant::now)
@@ -408,8 +421,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Error::Handler { handler, event, epoch, iteration, source }
     }
 
-    /// Ends the run after the handlers of the current event, with `TERMINATE` and `COMPLETED`, and
-    /// without `EPOCH_COMPLETED`.
+    /// Ends the run after the handlers of the current event, with `TERMINATE` and `COMPLETED`, and without
+    /// `EPOCH_COMPLETED`.
     pub fn terminate(&mut self) {
         self.requests.any = true;
         self.requests.terminate = true;
@@ -421,18 +434,18 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.requests.skip_completed = true;
     }
 
-    /// Ends the run like [`terminate`](Self::terminate), for a limit of this process, such as the time that a
-    /// job may take. A checkpoint does not hold that request: where it was written at the same event or at
-    /// the end of this run, the run that is resumed goes on with what would have followed. In the same
-    /// process the next `run` does as after `terminate`.
+    /// Ends the run like [`terminate`](Self::terminate), for a limit of this process, such as the time that a job may
+    /// take. A checkpoint does not hold that request: where it was written at the same event or at the end of this run,
+    /// the resumed run goes on with what would have followed. In the same process the next `run` does the same as after
+    /// `terminate`.
     pub fn terminate_at_limit(&mut self) {
         self.requests.any = true;
         self.requests.limit = true;
     }
 
-    /// Leaves the epoch after the handlers of the current event, with `TERMINATE_SINGLE_EPOCH` and
-    /// `EPOCH_COMPLETED`; the next one begins with the data restarted. An error from the handlers of
-    /// `STARTED` and `EPOCH_STARTED`; without effect from those of `EPOCH_COMPLETED`.
+    /// Leaves the epoch after the handlers of the current event, with `TERMINATE_SINGLE_EPOCH` and `EPOCH_COMPLETED`;
+    /// the next epoch begins with the data restarted. A call from a handler of `STARTED` or `EPOCH_STARTED` ends the
+    /// run with an error; a call from a handler of `EPOCH_COMPLETED` has no effect.
     pub fn terminate_epoch(&mut self) {
         self.requests.any = true;
         self.requests.terminate_epoch = true;
@@ -444,8 +457,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.requests.skip_epoch_completed = true;
     }
 
-    /// Suspends the run after the handlers of the current event, with `INTERRUPT`: `run` returns, and
-    /// the next `run` goes on with what follows, on the data of the suspended run.
+    /// Suspends the run after the handlers of the current event, with `INTERRUPT`: `run` returns, and the next `run`
+    /// goes on with what follows, on the data of the suspended run.
     pub fn interrupt(&mut self) {
         self.requests.any = true;
         self.requests.interrupt = true;
@@ -456,19 +469,19 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.position.signal = Some(signal);
     }
 
-    /// Passes over the batch that was fetched, from the handlers of `GET_BATCH_COMPLETED`: there is no
-    /// iteration with it, and the next one is fetched. An error from those of other events.
+    /// Skips the batch that was fetched: there is no iteration with it, and the next batch is fetched. Only handlers of
+    /// `GET_BATCH_COMPLETED` may call this; after a call from a handler of another event the run ends with an error.
     ///
-    /// The place in the data is not the number of iterations any more then: a run that goes on after
-    /// [`load_state_dict`](Self::load_state_dict) begins as many batches early as were passed over.
-    /// Checkpoints have the place itself.
+    /// The position in the data is then no longer the number of iterations: a run that goes on after
+    /// [`load_state_dict`](Self::load_state_dict) begins as many batches too early as were skipped. Checkpoints hold
+    /// the position itself.
     pub fn skip_batch(&mut self) {
         self.requests.any = true;
         self.requests.skip_batch = true;
     }
 
-    /// Measures where the time goes from now on, and gives the record. Costs two looks at the clock for
-    /// each step, fetch, event and handler: some 100 ns each.
+    /// Starts to measure where the time goes, and returns the record. Costs two readings of the clock for each step,
+    /// fetch, event and handler: some 100 ns each.
     ///
     /// ```
     /// use tch_ignite::engine::{Engine, Event, Until};
@@ -485,11 +498,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.profile.get_or_insert_default().clone()
     }
 
-    /// Replaces the data at once, within a run; `epoch_length` stays as it is.
+    /// Replaces the data at once, also within a run; `epoch_length` stays as it is.
     ///
     /// # Errors
-    /// Data that is refused, or has no batches; the old data stays then. The data could not go to its
-    /// start.
+    /// The data is refused or has no batches (the old data stays then), or it could not go to its start.
     pub fn set_data(&mut self, data: impl IntoSource<'a, B>) -> Result<()> {
         let _entered = Entered::here();
         let source = guarded_within(|| {
@@ -513,7 +525,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             .and(sought)
     }
 
-    /// What went wrong, for handlers of [`Event::ExceptionRaised`].
+    /// The error of the run, for handlers of [`Event::ExceptionRaised`].
     pub fn exception(&self) -> Option<&Error> {
         self.exception.as_ref()
     }
@@ -523,8 +535,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.state.save()
     }
 
-    /// Goes to a saved position. The next `run` continues there, in mid epoch too, with the batches
-    /// that an uninterrupted run would see. Nothing is changed on error.
+    /// Loads a position that [`state_dict`](Self::state_dict) saved. The next `run` continues there, in mid epoch too,
+    /// with the batches that an uninterrupted run would see. Nothing is changed on error.
+    ///
+    /// # Errors
+    /// Refused within a run, and for a state without exactly one of `iteration` and `epoch` and one of the two budgets,
+    /// or with a budget smaller than the position.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
         if self.running {
             return Err(Error::invalid("load_state_dict() was called within a run"));
