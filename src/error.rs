@@ -2,43 +2,43 @@ use std::path::PathBuf;
 
 use crate::event::Event;
 
-/// What can go wrong, with who, where and when.
+/// Errors of this crate. They say who failed, where and when.
 ///
-/// Step functions and handlers return [`anyhow::Result`], so that any error passes with `?`; the
-/// engine wraps what they return into [`Error::Step`] or [`Error::Handler`].
+/// Step functions and handlers return [`anyhow::Result`], so that any error passes with `?`. The engine wraps these
+/// errors into [`Error::Step`] or [`Error::Handler`].
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// An argument outside what is allowed. The text says which, what was given and what to do.
+    /// An argument is not allowed. The text says which argument, its value and what to do.
     #[error("{0}")]
     InvalidArgument(String),
 
-    /// No parameter group of that name or number.
+    /// There is no parameter group of this name or number.
     #[error("no parameter group {group}; this optimizer has: {}", available.join(", "))]
     UnknownGroup {
-        /// What was asked for.
+        /// The name or number that was asked for.
         group: String,
-        /// The groups there are.
+        /// The groups that exist.
         available: Vec<String>,
     },
 
     /// The optimizer has no hyper-parameter of that name.
     #[error("{optimizer} has no hyper-parameter '{name}'; it has: {}", available.join(", "))]
     UnknownHyperParameter {
-        /// What was asked for.
+        /// The hyper-parameter that was asked for.
         name: String,
         /// The optimizer, by its PyTorch name.
         optimizer: &'static str,
-        /// What it has.
+        /// The hyper-parameters that the optimizer has.
         available: Vec<&'static str>,
     },
 
     /// libtorch (or tch) refused an operation.
     #[error("{operation}: {message}")]
     Libtorch {
-        /// What was being done.
+        /// The operation that failed.
         operation: String,
-        /// libtorch's own words, without its C++ stack.
+        /// libtorch's message, without its C++ stack trace.
         message: String,
     },
 
@@ -49,14 +49,14 @@ pub enum Error {
         epoch: u64,
         /// Iteration, from 1.
         iteration: u64,
-        /// What the step returned.
+        /// The error that the step returned, or its panic.
         source: anyhow::Error,
     },
 
     /// A handler returned an error or panicked.
     #[error("handler {handler} of {event} failed at iteration {iteration} (epoch {epoch})")]
     Handler {
-        /// The handler's name: for a closure, where it was registered.
+        /// The handler's name; for a closure, the place where it was registered.
         handler: String,
         /// The event that was fired.
         event: Event,
@@ -64,7 +64,7 @@ pub enum Error {
         epoch: u64,
         /// Iteration, from 1 once running.
         iteration: u64,
-        /// What the handler returned.
+        /// The error that the handler returned, or its panic.
         source: anyhow::Error,
     },
 
@@ -75,11 +75,11 @@ pub enum Error {
         epoch: u64,
         /// The last iteration that had its batch.
         iteration: u64,
-        /// What the source returned.
+        /// The error that the source returned, or its panic.
         source: anyhow::Error,
     },
 
-    /// A saved state that does not fit. The text names the part.
+    /// A saved state does not fit or cannot be made. The text names the part.
     #[error("{0}")]
     State(String),
 
@@ -88,30 +88,30 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// The reason.
+        /// The error of the system.
         source: std::io::Error,
     },
 
-    /// Something between the processes of a [`ProcessGroup`](crate::distributed::ProcessGroup) went wrong. End the
-    /// process with a code other than 0.
+    /// An operation between the processes of a [`ProcessGroup`](crate::distributed::ProcessGroup) failed. End the
+    /// process with an exit code other than 0.
     #[cfg(feature = "distributed")]
     #[error("rank {rank}, {op}: {kind}: {message}{}", crate::failure_kind::unanswered(missing))]
     Distributed {
-        /// What it was.
+        /// The kind of failure.
         kind: crate::failure_kind::FailureKind,
-        /// The rank that says so: this process.
+        /// The rank that reports the failure: this process.
         rank: usize,
-        /// What was being done.
+        /// The operation that failed.
         op: String,
-        /// Other ranks that did not answer within 2 seconds of the failure, or did not join. A rank that was busy with
-        /// something else for so long is among them.
+        /// Other ranks that did not answer within 2 seconds of the failure, or did not join. They may have been busy
+        /// with something else for so long.
         missing: Vec<usize>,
-        /// libtorch's own words, or how the ranks differ.
+        /// libtorch's message, or how the ranks differ.
         message: String,
     },
 }
 
-/// A panic caught in a step or handler, as an error: its message.
+/// A panic caught in user code, as an error with the panic's message.
 #[derive(Debug, thiserror::Error)]
 #[error("panicked: {0}")]
 pub struct Panicked(pub String);
@@ -126,13 +126,13 @@ impl Error {
 
     pub(crate) fn libtorch(operation: impl Into<String>, message: impl ToString) -> Self {
         let message = message.to_string();
-        // What follows is a C++ stack trace.
+        // libtorch's C++ stack trace follows.
         let message =
             message.split("\nException raised from").next().unwrap_or_default().to_owned();
         Self::Libtorch { operation: operation.into(), message }
     }
 
-    /// This error, which also tells of another that came of it or beside it.
+    /// Returns this error, extended by the text of another that was caused by it or happened beside it.
     pub(crate) fn besides(mut self, other: Self) -> Self {
         let text = format!("(besides: {:#})", anyhow::Error::from(other));
         match &mut self {

@@ -4,8 +4,8 @@ use std::fmt;
 
 /// A point of a run at which handlers are called: ignite's `Events`.
 ///
-/// [`Engine`](crate::engine::Engine) draws the run with every event in its place. Each can be filtered, and
-/// several joined with `|`:
+/// [`Engine`](crate::engine::Engine) has a diagram of a run with every event in its place. Events can be filtered, and
+/// several can be joined with `|`:
 ///
 /// ```
 /// use tch_ignite::engine::Event;
@@ -23,7 +23,7 @@ pub enum Event {
     GetBatchStarted,
     /// A batch was fetched; it is in `engine.state.batch`.
     GetBatchCompleted,
-    /// Before the step. Schedulers act here.
+    /// Before the step. Schedulers act here by default.
     IterationStarted,
     /// After the step; its output is in `engine.state.output`.
     IterationCompleted,
@@ -31,13 +31,13 @@ pub enum Event {
     DataloaderStopIteration,
     /// A step, a handler or the data failed; see [`Engine::exception`](crate::engine::Engine::exception).
     ExceptionRaised,
-    /// An epoch was left by [`Engine::terminate_epoch`](crate::engine::Engine::terminate_epoch).
+    /// The epoch was left by [`Engine::terminate_epoch`](crate::engine::Engine::terminate_epoch).
     TerminateSingleEpoch,
     /// An epoch ended.
     EpochCompleted,
-    /// The run is left before its budget is used up within epochs.
+    /// The run ends early, or its budget in iterations, samples or time is used up in mid epoch.
     Terminate,
-    /// The run ended.
+    /// The run has ended.
     Completed,
     /// The run is suspended by [`Engine::interrupt`](crate::engine::Engine::interrupt).
     Interrupt,
@@ -45,23 +45,25 @@ pub enum Event {
     Custom(&'static str),
 }
 
-/// Fired by the trainer of [`create_supervised_trainer`](crate::supervised::create_supervised_trainer) after each step of
-/// the optimizer that was made: not within a window of accumulation, and not where a
-/// [`GradScaler`](crate::amp::GradScaler) skipped the step. A scheduler attached to it counts updates.
+/// Fired by the trainer of [`create_supervised_trainer`](crate::supervised::create_supervised_trainer) after each
+/// optimizer step that was made: not within an accumulation window, and not where a
+/// [`GradScaler`](crate::amp::GradScaler) skipped the step. A scheduler attached to this event counts updates.
 ///
-/// It is fired within the last iteration of a window, before `ITERATION_COMPLETED`; for a window that was cut short
-/// (the end of an epoch of unknown length, `terminate`, a budget that is used up, a lost batch) at the event that ends
-/// it. An engine with a step of its own registers it and fires it where it steps.
+/// The event is fired within the last iteration of a window, before `ITERATION_COMPLETED`. For a window that was cut
+/// short (by the end of an epoch of unknown length, `terminate`, a budget that is used up, a lost batch) it is fired at
+/// the event that ends the window. An engine with your own step has to register this event, and to fire it after its
+/// optimizer steps.
 ///
-/// With a `GradScaler` on CUDA, and only if something is attached, the trainer has to hear whether there
-/// was a step: a host sync.
+/// With a `GradScaler` on CUDA, and only if a handler is attached to this event, the trainer has to find out whether
+/// there was a step. That costs a host sync.
 pub const OPTIMIZER_STEPPED: Event = Event::custom("optimizer_stepped");
 
-/// Fired where [`OPTIMIZER_STEPPED`] is, and also where a [`GradScaler`](crate::amp::GradScaler) skipped the step: after
-/// each window of accumulation, without a host sync. Averages of the weights follow it.
+/// Fired after each accumulation window: like [`OPTIMIZER_STEPPED`], but also where a
+/// [`GradScaler`](crate::amp::GradScaler) skipped the step, and without a host sync. Averages of the weights are
+/// updated at this event.
 pub const WINDOW_COMPLETED: Event = Event::custom("window_completed");
 
-/// The events that come with the engine.
+/// All built-in events.
 pub(crate) const BUILT_IN_EVENTS: [Event; BUILT_IN] = {
     use Event::*;
     [
@@ -81,10 +83,10 @@ pub(crate) const BUILT_IN_EVENTS: [Event; BUILT_IN] = {
     ]
 };
 
-/// How many there are.
+/// Number of built-in events.
 pub(crate) const BUILT_IN: usize = 13;
 
-/// What a filter compares with.
+/// The number that filters on an event compare with.
 pub(crate) enum Count {
     Iteration,
     Epoch,
@@ -93,11 +95,13 @@ pub(crate) enum Count {
 }
 
 impl Event {
-    /// An event of your own. Register it with [`Engine::register_events`](crate::engine::Engine::register_events).
+    /// Makes an event of your own. Register it with
+    /// [`Engine::register_events`](crate::engine::Engine::register_events).
     pub const fn custom(name: &'static str) -> Self {
         Self::Custom(name)
     }
 
+    /// The index of a built-in event; `None` for a custom one.
     pub(crate) fn built_in(self) -> Option<usize> {
         Some(match self {
             Self::Started => 0,
@@ -117,8 +121,8 @@ impl Event {
         })
     }
 
-    /// Whether the engine fires it before the step, so that a value written at it is the one of that step. Events of
-    /// the user's own count as fired after it.
+    /// Whether the engine fires the event before the step, so that a value logged at the event belongs to that step.
+    /// Custom events count as fired after the step.
     pub(crate) fn is_before_step(self) -> bool {
         matches!(
             self,
@@ -145,7 +149,7 @@ impl Event {
     }
 }
 
-/// ignite's name of the event.
+/// Shows ignite's name of the event.
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -1,4 +1,4 @@
-//! Events that count only at some of their firings, and several events joined.
+//! Events with filters, and lists of events.
 
 use std::fmt;
 use std::ops::BitOr;
@@ -9,47 +9,48 @@ use crate::event::{Count, Event};
 use crate::guard::guarded_within;
 
 impl Event {
-    /// This event where the engine has it, else `other`.
+    /// This event where the engine has it, otherwise `other`.
     pub(crate) fn or(self, other: impl Into<FilteredEvent>) -> FilteredEvent {
         FilteredEvent { or: Some(Box::new(other.into())), ..self.into() }
     }
 
-    /// Every `n`-th time, by the number of the iteration, epoch or firing.
+    /// Passes every `n`-th time, by the number of the iteration, epoch or firing.
     pub fn every(self, n: u64) -> FilteredEvent {
         FilteredEvent::from(self).every(n)
     }
 
-    /// Once, at number `n`.
+    /// Passes once, at number `n`.
     pub fn once(self, n: u64) -> FilteredEvent {
         self.once_at([n])
     }
 
-    /// At each of these numbers.
+    /// Passes at each of these numbers.
     pub fn once_at(self, numbers: impl IntoIterator<Item = u64>) -> FilteredEvent {
         FilteredEvent::from(self).once_at(numbers)
     }
 
-    /// At numbers smaller than `n`.
+    /// Passes at numbers smaller than `n`.
     pub fn before(self, n: u64) -> FilteredEvent {
         FilteredEvent::from(self).before(n)
     }
 
-    /// At numbers greater than `n`.
+    /// Passes at numbers greater than `n`.
     pub fn after(self, n: u64) -> FilteredEvent {
         FilteredEvent::from(self).after(n)
     }
 
-    /// Where `passes` answers true for the number.
+    /// Passes where `passes` returns true for the number.
     pub fn filter(self, passes: impl Fn(u64) -> bool + Send + Sync + 'static) -> FilteredEvent {
         FilteredEvent::from(self).filter(passes)
     }
 }
 
-/// An [`Event`] that only counts at some of its firings.
+/// An [`Event`] with a filter, which decides at which of its firings the handler is called.
 ///
-/// What is compared is the iteration for iteration and batch events (at the batch events: the last
-/// one begun), the epoch for epoch events, started and completed, and for custom events how often
-/// the event was fired in this run, which starts again where iterations do. `every` goes with `before` and `after`, counting from `after + 1` then.
+/// The filter compares a number: for iteration and batch events the iteration (at batch events the last one that
+/// began); for epoch events, `Started` and `Completed` the epoch; for custom events the number of times that the event
+/// was fired in this run, which starts again where iterations do. `every` can be combined with `before` and `after`,
+/// and then counts from `after + 1`. Other combinations are refused when the handler is registered.
 #[derive(Clone)]
 pub struct FilteredEvent {
     pub(crate) event: Event,
@@ -58,7 +59,7 @@ pub struct FilteredEvent {
     before: Option<u64>,
     after: Option<u64>,
     passes: Option<Arc<dyn Fn(u64) -> bool + Send + Sync>>,
-    /// The event in its place for an engine that does not have it.
+    /// The alternative to this event, for an engine that does not know it.
     pub(crate) or: Option<Box<FilteredEvent>>,
 }
 
@@ -69,41 +70,44 @@ impl From<Event> for FilteredEvent {
 }
 
 impl FilteredEvent {
-    /// The event without the filter.
+    /// Returns the event without the filter.
     pub fn event(&self) -> Event {
         self.event
     }
 
-    /// Every `n`-th time, from the first where `after` is given.
+    /// Passes every `n`-th time; with `before` or `after` counted from the first number that passes these.
     pub fn every(mut self, n: u64) -> Self {
         self.every = Some(n);
         self
     }
 
-    /// At each of these numbers.
+    /// Passes at each of these numbers.
     pub fn once_at(mut self, numbers: impl IntoIterator<Item = u64>) -> Self {
         self.once = Some(numbers.into_iter().collect());
         self
     }
 
-    /// At numbers smaller than `n`.
+    /// Passes at numbers smaller than `n`.
     pub fn before(mut self, n: u64) -> Self {
         self.before = Some(n);
         self
     }
 
-    /// At numbers greater than `n`.
+    /// Passes at numbers greater than `n`.
     pub fn after(mut self, n: u64) -> Self {
         self.after = Some(n);
         self
     }
 
-    /// Where `passes` answers true for the number.
+    /// Passes where `passes` returns true for the number.
     pub fn filter(mut self, passes: impl Fn(u64) -> bool + Send + Sync + 'static) -> Self {
         self.passes = Some(Arc::new(passes));
         self
     }
 
+    /// # Errors
+    /// Refuses numbers that are 0, an empty list, combinations that make no sense, and filters on events without a
+    /// number.
     pub(crate) fn validate(&self) -> Result<()> {
         if self.every == Some(0) {
             return Err(Error::invalid(
@@ -133,6 +137,7 @@ impl FilteredEvent {
         Ok(())
     }
 
+    /// Whether the filter passes every firing.
     pub(crate) fn always(&self) -> bool {
         matches!(self.every, None | Some(1))
             && self.once.is_none()
@@ -141,6 +146,8 @@ impl FilteredEvent {
             && self.passes.is_none()
     }
 
+    /// Whether the filter passes a number.
+    ///
     /// # Errors
     /// The user's filter panicked.
     pub(crate) fn passes(&self, n: u64) -> anyhow::Result<bool> {
@@ -176,9 +183,9 @@ impl fmt::Debug for FilteredEvent {
     }
 }
 
-/// One or several events, each with its filter: ignite's `EventsList`. Made with `|`.
+/// One or several events, each with its filter: ignite's `EventsList`. Join events with `|`.
 ///
-/// A handler is registered once for each, in order, so it can be called several times at one event.
+/// A handler is registered once for each event of the list, in order, so it can be called several times at one event.
 #[derive(Debug, Clone)]
 pub struct Events(pub(crate) Vec<FilteredEvent>);
 
@@ -187,17 +194,17 @@ impl Events {
         Self(vec![])
     }
 
-    /// Whether the event is among them, with any filter.
+    /// Whether the list has this event, with any filter.
     pub(crate) fn names(&self, event: Event) -> bool {
         self.0.iter().any(|filtered| filtered.event == event)
     }
 
-    /// Whether all of them are fired after the step.
+    /// Whether all events of the list are fired after the step.
     pub(crate) fn are_after_step(&self) -> bool {
         self.0.iter().all(|filtered| !filtered.event.is_before_step())
     }
 
-    /// Whether each of them only counts at some of its firings.
+    /// Whether every event of the list has a filter that may hold it back.
     pub(crate) fn are_filtered(&self) -> bool {
         self.0.iter().all(|filtered| !filtered.always())
     }

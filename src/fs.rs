@@ -7,11 +7,11 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 
-/// In the names of files that are being written.
+/// Part of the names of files that are being written.
 const PART: &str = ".part-";
 
-/// Writes a file that is there whole or not at all: beside its place, then renamed. Makes the folders
-/// above it, and removes what killed processes left half-written in its folder.
+/// Writes a file that is either there as a whole or not at all: under another name, then synced and renamed. Makes
+/// missing folders, and removes what killed processes left half-written in the file's folder.
 pub(crate) fn write_atomically(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
@@ -29,21 +29,21 @@ pub(crate) fn write_atomically(
         file.flush()?;
         file.get_ref().sync_all()?;
         fs::rename(beside, path)?;
-        // The new name is only sure once the folder is on the disk too.
+        // The new name is only safe once the folder is on the disk too.
         path.parent().map_or(Ok(()), sync_folder)
     };
     let whole = whole();
     whole.map_err(|source| {
         if let Some(beside) = part {
-            // What is left of it is of no use; the first error is the one to tell.
+            // The rest of the file is useless, and the first error is the one to report.
             let _ = fs::remove_file(beside);
         }
         Error::Io { path: path.to_owned(), source }
     })
 }
 
-/// Opens a file for reading. What is no plain file is an error: a pipe would be waited for, and what the
-/// opening of a device does is not known.
+/// Opens a file for reading. Anything but a plain file is an error: opening a pipe would wait, and opening a device may
+/// have any effect.
 pub(crate) fn open_file(path: &Path) -> io::Result<File> {
     let plain = |metadata: fs::Metadata| match metadata.is_file() {
         true => Ok(()),
@@ -52,7 +52,7 @@ pub(crate) fn open_file(path: &Path) -> io::Result<File> {
     plain(fs::metadata(path)?)?;
     let mut options = File::options();
     options.read(true);
-    // It may be a pipe by now.
+    // The file may have been replaced by a pipe since the check.
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK);
     let file = options.open(path)?;
@@ -60,9 +60,10 @@ pub(crate) fn open_file(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// A new file beside `path`, locked as long as it is open, so that nobody takes it for a leftover.
+/// Makes a new file beside `path`, and locks it as long as it is open, so that no other process takes it for a
+/// leftover.
 fn create_part(path: &Path) -> io::Result<(PathBuf, File)> {
-    // Two writers of one path, in threads or processes, do not meet.
+    // The counter keeps two writers of one path apart, in threads or in processes.
     static WRITES: AtomicU64 = AtomicU64::new(0);
     loop {
         let number = WRITES.fetch_add(1, Ordering::Relaxed);
@@ -70,7 +71,7 @@ fn create_part(path: &Path) -> io::Result<(PathBuf, File)> {
         beside.push(format!("{PART}{}-{number}", std::process::id()));
         let beside = PathBuf::from(beside);
         let file = match File::create_new(&beside) {
-            // Another process had this number, or has it in another container.
+            // Another process used this number, or has the same process number in another container.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
             created => created?,
         };
@@ -82,7 +83,7 @@ fn create_part(path: &Path) -> io::Result<(PathBuf, File)> {
     }
 }
 
-/// Whether a file of that name was being written: it ends in `.part-<process>-<number>`.
+/// Whether a file of this name was being written: the name ends in `.part-<process>-<number>`.
 pub(crate) fn is_part(name: &str) -> bool {
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let numbers = name.rsplit_once(PART).and_then(|(_, numbers)| numbers.split_once('-'));
@@ -97,7 +98,7 @@ pub(crate) fn sweep_once(folder: &Path) {
     if !SWEPT.lock().unwrap_or_else(PoisonError::into_inner).insert(place) {
         return;
     }
-    // A leftover that stays does no harm.
+    // A leftover that cannot be removed does no harm.
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_name().to_str().is_some_and(is_part)
             && entry.file_type().is_ok_and(|kind| kind.is_file())
@@ -109,7 +110,7 @@ pub(crate) fn sweep_once(folder: &Path) {
     }
 }
 
-/// Makes a folder and those above it that are missing, as safely as a file is written.
+/// Makes a folder and its missing parents, and syncs them to the disk.
 pub(crate) fn make_folder(folder: &Path) -> io::Result<()> {
     if folder.as_os_str().is_empty() || folder.is_dir() {
         return Ok(());
@@ -117,7 +118,7 @@ pub(crate) fn make_folder(folder: &Path) -> io::Result<()> {
     let above = folder.parent();
     above.map_or(Ok(()), make_folder)?;
     match fs::create_dir(folder) {
-        // Somebody else was faster.
+        // Another process made the folder meanwhile.
         Err(_) if folder.is_dir() => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             Err(io::Error::from(io::ErrorKind::NotADirectory))
@@ -127,7 +128,7 @@ pub(crate) fn make_folder(folder: &Path) -> io::Result<()> {
     above.map_or(Ok(()), sync_folder)
 }
 
-/// Names of files in the folder are on the disk then.
+/// Syncs a folder, so that the names of its files are on the disk.
 pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     #[cfg(unix)]
     File::open(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })?.sync_all()?;

@@ -1,4 +1,4 @@
-//! Panics of user code come out as errors, and leave libtorch's settings of the thread as they were.
+//! Turns panics of user code into errors, and restores libtorch's settings of the thread after them.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -9,17 +9,17 @@ use crate::error::Panicked;
 use crate::error::{Error, Result};
 
 thread_local! {
-    /// The settings that a panic which is caught on this thread goes back to.
+    /// The settings that are restored after a panic on this thread.
     static ENTERED: Cell<Option<ThreadState>> = const { Cell::new(None) };
 }
 
-/// While it lives, a panic that is caught on this thread puts libtorch's settings of the thread
-/// (gradients, autocast) back to what they were when this was made. User code makes one by each of its
-/// calls into an engine; the engine itself changes no settings between these and the next user code, so
-/// nothing has to be noted for each step or handler.
+/// Notes libtorch's settings of the thread (gradients, autocast). While this value lives, a panic that is caught on
+/// this thread restores these settings. One is made at each call from user code into an engine. The engine itself
+/// changes no settings between such a call and the user code that it runs, so nothing has to be noted for each step or
+/// handler.
 pub(crate) struct Entered {
     before: Option<ThreadState>,
-    // The settings are those of one thread.
+    // Makes the type `!Send`, because the settings belong to one thread.
     of_thread: PhantomData<*const ()>,
 }
 
@@ -35,25 +35,25 @@ impl Drop for Entered {
     }
 }
 
-/// Runs user code; a panic comes out as an error.
+/// Runs user code; a panic becomes an error.
 pub(crate) fn guarded<T>(call: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let _entered = Entered::here();
     guarded_within(call)
 }
 
-/// Like [`guarded`], in code that an engine runs: [`Entered`] was made already.
+/// Runs user code like [`guarded`], within an engine, which has made an [`Entered`] already.
 #[inline]
 pub(crate) fn guarded_within<T>(call: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|payload| Err(caught(payload).into()))
 }
 
-/// Like [`guarded`], for code that returns this crate's errors.
+/// Runs code like [`guarded`] that returns this crate's errors.
 pub(crate) fn guarded_state<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
     let called = guarded(|| Ok(call()));
     called.unwrap_or_else(|panicked| Err(Error::State(panicked.to_string())))
 }
 
-/// Drops a value of the user's; its panic comes out as an error.
+/// Drops a user's value; a panic becomes an error.
 #[inline]
 pub(crate) fn guarded_drop<T>(value: T) -> anyhow::Result<()> {
     match std::mem::needs_drop::<T>() {
@@ -69,11 +69,11 @@ pub(crate) fn guarded_drop<T>(value: T) -> anyhow::Result<()> {
 fn caught(payload: Box<dyn std::any::Any + Send>) -> Panicked {
     let text = crate::panic::message(&*payload);
     if let Err(second) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
-        // What was thrown panics when it is dropped, and so may the next.
+        // The panic's payload panics when it is dropped, and that panic's payload may do the same.
         std::mem::forget(second);
     }
     if let Some(before) = ENTERED.get() {
-        // It sets what was set before on this thread; there is nobody else to tell of an error.
+        // Restoring settings that this thread had before should not fail, and nobody could be told of the error.
         let _ = before.put_back();
     }
     Panicked(text)

@@ -1,6 +1,6 @@
-//! Curves as SVG.
+//! Plots of curves as SVG.
 //!
-//! [`History::plot`](crate::handlers::History::plot) draws what was recorded; this is for curves of your own.
+//! [`History::plot`](crate::handlers::History::plot) plots what it recorded; use this module for your own curves.
 
 use std::io::Write;
 use std::ops::Range;
@@ -15,7 +15,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use crate::error::{Error, Result};
 use crate::fs::write_atomically;
 
-/// plotters places things on whole units; these are a quarter of a pixel.
+/// Number of units in a pixel. plotters places things on whole units, so this gives quarters of a pixel.
 const UNITS: i32 = 4;
 const WIDTH: i32 = 900 * UNITS;
 const PANEL: i32 = 260 * UNITS;
@@ -41,11 +41,11 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(125, 95, 60),
 ];
 
-/// More points of a curve than this cannot be told apart.
+/// Largest number of points that can be told apart in a curve.
 const MAX_POINTS: usize = 1000;
-/// Curves of few points show them.
+/// Curves of at most this many points show a dot at each.
 const MAX_DOTS: usize = 60;
-/// Values beyond this have differences that overflow: drawn as gaps.
+/// Larger values are drawn as gaps, because their differences could overflow.
 const LARGEST: f64 = 1e300;
 
 /// Curves that share a y axis.
@@ -59,19 +59,19 @@ pub struct Panel {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Curve {
     pub(crate) name: String,
-    /// (iteration, value).
+    /// Points: (iteration, value).
     pub(crate) points: Vec<(u64, f64)>,
 }
 
 impl Panel {
-    /// With a title above and the curves' names in a legend.
+    /// A panel with a title above the curves, and a legend of their names.
     pub fn new(title: impl Into<String>, curves: impl IntoIterator<Item = Curve>) -> Self {
         Self { title: title.into(), curves: curves.into_iter().collect() }
     }
 }
 
 impl Curve {
-    /// Through these (iteration, value). Curves of one name have the same colour in all panels.
+    /// A curve through these points (iteration, value). Curves of the same name have the same colour in all panels.
     pub fn new(name: impl Into<String>, points: impl IntoIterator<Item = (u64, f64)>) -> Self {
         Self { name: name.into(), points: points.into_iter().collect() }
     }
@@ -80,15 +80,18 @@ impl Curve {
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn<'a> = std::result::Result<(), DrawingAreaErrorKind<std::io::Error>>;
 
-/// Writes the panels as [`svg`] draws them. Makes the folders above; a file that was there is replaced
-/// when the new one is complete.
+/// Writes the plot that [`svg`] draws into a file. Makes missing folders. A file that exists is replaced when the new
+/// one is complete.
+///
+/// # Errors
+/// There is no panel, or the file cannot be written.
 pub fn write_svg(path: impl AsRef<Path>, panels: &[Panel]) -> Result<()> {
     let svg = svg(panels)?;
     write_atomically(path.as_ref(), |file| file.write_all(svg.as_bytes()))
 }
 
-/// The panels below each other, over one x axis of iterations. Values that are not finite are gaps; where
-/// there are many, those that show are drawn.
+/// Draws the panels below each other, over one x axis of iterations. Values that are not finite are gaps. Of a long
+/// curve only points that can be told apart are drawn; extreme values are kept.
 ///
 /// ```
 /// use tch_ignite::handlers::plot::{Curve, Panel, svg};
@@ -99,7 +102,7 @@ pub fn write_svg(path: impl AsRef<Path>, panels: &[Panel]) -> Result<()> {
 /// ```
 ///
 /// # Errors
-/// No panel.
+/// There is no panel.
 pub fn svg(panels: &[Panel]) -> Result<String> {
     let line = |curve: &Curve| Line {
         name: curve.name.clone(),
@@ -113,7 +116,7 @@ pub fn svg(panels: &[Panel]) -> Result<String> {
     svg_of(&panels.iter().map(sheet).collect::<Vec<_>>(), X::Iteration)
 }
 
-/// A panel over any x axis.
+/// A panel over any kind of x axis.
 pub(crate) struct Sheet {
     pub(crate) title: String,
     pub(crate) lines: Vec<Line>,
@@ -121,18 +124,18 @@ pub(crate) struct Sheet {
 
 pub(crate) struct Line {
     pub(crate) name: String,
-    /// (x, value).
+    /// Points: (x, value).
     pub(crate) points: Vec<(f64, f64)>,
-    /// A point to show.
+    /// A point to highlight.
     pub(crate) mark: Option<(f64, f64)>,
 }
 
-/// The x axis.
+/// The kind of the x axis.
 #[derive(Clone, Copy)]
 pub(crate) enum X {
     /// Iterations, from the one before the first.
     Iteration,
-    /// Learning rates on a logarithmic scale. Those that are not above 0 have no place there.
+    /// Learning rates on a logarithmic scale. Points whose rate is not above 0 are left out.
     LogLr,
 }
 
@@ -144,7 +147,7 @@ impl X {
         }
     }
 
-    /// Where on the axis a point is drawn.
+    /// The position on the axes at which a point is drawn.
     fn place(self, (x, y): (f64, f64)) -> (f64, f64) {
         match self {
             Self::Iteration => (x, y),
@@ -192,7 +195,7 @@ pub(crate) fn svg_of(sheets: &[Sheet], x: X) -> Result<String> {
 fn draw(sheets: &[Sheet], x: X, text: &mut String, height: i32) -> Drawn<'static> {
     let root = SVGBackend::with_string(text, (WIDTH as u32, height as u32)).into_drawing_area();
     root.fill(&WHITE)?;
-    // The same series has the same colour in all panels.
+    // The colour of a name is the same in all panels.
     let mut names: Vec<&str> = vec![];
     for line in sheets.iter().flat_map(|sheet| &sheet.lines) {
         if !names.contains(&line.name.as_str()) {
@@ -213,7 +216,7 @@ fn draw(sheets: &[Sheet], x: X, text: &mut String, height: i32) -> Drawn<'static
 }
 
 fn style(pixels: i32) -> TextStyle<'static> {
-    // plotters divides by 1.24 for SVG.
+    // plotters divides font sizes by 1.24 for SVG.
     TextStyle::from(("sans-serif", f64::from(pixels * UNITS) * 1.24).into_font()).color(&INK)
 }
 
@@ -267,7 +270,7 @@ fn draw_sheet(
             chart.draw_series(LineSeries::new(thinned(run), colour.stroke_width(thin)))?;
         }
     }
-    // Above all lines.
+    // Marks are drawn above all lines.
     let marks = sheet.lines.iter().filter_map(|line| line.mark);
     let marks = marks.map(|point| x.place(point)).filter(|(x, y)| is_drawn(*x) && is_drawn(*y));
     chart.draw_series(marks.map(|point| Circle::new(point, 5 * UNITS, MARK.filled())))?;
@@ -278,9 +281,9 @@ fn draw_sheet(
 struct Axis {
     range: Range<f64>,
     ticks: Vec<f64>,
-    /// Of all labels; 0 where each has its own.
+    /// Number of decimals of all labels; 0 where each label has as many as it needs.
     decimals: usize,
-    /// The places are logarithms.
+    /// Whether positions on the axis are logarithms.
     logarithmic: bool,
 }
 
@@ -295,7 +298,8 @@ impl Axis {
         Self { range: low..high, ticks, decimals, logarithmic: false }
     }
 
-    /// Labels at powers of ten, at most `count`; where they are few, at 2 and 5 between them as well.
+    /// An axis with labels at powers of ten, at most `count`; where these are fewer than three, also at 2 and 5 between
+    /// them.
     fn logarithmic((low, high): (f64, f64), count: usize) -> Self {
         let powers = (low.floor() as i32..=high.ceil() as i32).map(f64::from);
         let within = |tick: &f64| (low..=high).contains(tick);
@@ -319,7 +323,7 @@ impl Ranged for Axis {
     }
 
     fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
-        // Fine lines between the ticks are not wanted.
+        // Fine lines between the ticks are not drawn.
         if hint.weight().allow_light_points() { vec![] } else { self.ticks.clone() }
     }
 
@@ -338,12 +342,12 @@ impl ValueFormatter<f64> for Axis {
     }
 }
 
-/// Length of the piece of line in a legend.
+/// Length of the line sample in a legend.
 const SAMPLE: i32 = 22 * UNITS;
 
-/// Where the entries of the legend go: (x, row), the first row aligned to the right beside the title.
+/// Positions of the legend's entries: (x, row). The first row is aligned to the right, beside the title.
 fn legend(sheet: &Sheet) -> Vec<(i32, i32)> {
-    // Nothing measures fonts here: a little more than most letters take.
+    // No fonts are measured here; 0.6 em is a little more than most letters take.
     let text = |text: &str, pixels: f64| {
         (text.chars().count() as f64 * pixels * 0.6 * f64::from(UNITS)) as i32
     };
@@ -369,7 +373,7 @@ fn is_drawn(value: f64) -> bool {
     value.abs() < LARGEST
 }
 
-/// From the smallest to the largest value, with a margin that does not cross 0.
+/// The range from the smallest to the largest value, with a margin that does not cross 0.
 fn y_range(sheet: &Sheet) -> (f64, f64) {
     let values = sheet.lines.iter().flat_map(|line| &line.points).map(|(_, value)| *value);
     let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
@@ -400,7 +404,7 @@ fn ticks(low: f64, high: f64, count: f64, smallest: f64) -> Vec<f64> {
     (0..=(last - first) as u32).map(|n| (first + f64::from(n)) * step).collect()
 }
 
-/// A number with at most six digits that count, in scientific form where that is shorter to read.
+/// A number with at most six significant digits, in scientific notation where that is shorter.
 pub(crate) fn label(value: f64) -> String {
     if value != 0. && !(1e-3..1e5).contains(&value.abs()) {
         let text = format!("{value:.5e}");
@@ -423,7 +427,7 @@ fn runs(points: &[(f64, f64)]) -> Vec<Vec<(f64, f64)>> {
         .collect()
 }
 
-/// Smallest and largest of as many stretches as can be told apart, with both ends.
+/// Keeps the smallest and largest point of each of as many stretches as can be told apart, and both ends of the curve.
 fn thinned(run: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
     if run.len() <= MAX_POINTS {
         return run;

@@ -1,21 +1,21 @@
-//! What an evaluation step returns.
+//! The output of an evaluation step.
 
 use tch::Tensor;
 
 use crate::error::Result;
 use crate::state::{Saveable, StateDict};
 
-/// What an evaluation step returns.
+/// The output of an evaluation step.
 #[derive(Debug)]
 pub struct Prediction {
-    /// What the model gave, without gradients.
+    /// The output of the model, without gradients.
     pub y_pred: Tensor,
     /// The targets of the batch.
     pub y: Tensor,
 }
 
 impl Prediction {
-    /// Both, as metrics take them.
+    /// The pair `(y_pred, y)`, as metrics take it.
     pub fn parts(&self) -> (&Tensor, &Tensor) {
         (&self.y_pred, &self.y)
     }

@@ -192,7 +192,7 @@ pub(super) struct Contents {
     tied: BTreeMap<String, String>,
     /// The checksum of the header, and the checksum that the whole file should have, if it says one.
     crc: (u32, Option<u32>),
-    /// Length of the file in bytes.
+    /// Length of the file, then of the tensors in it, in bytes.
     length: u64,
     data: u64,
     /// The file's stamp; `written` is 0 where the file does not say it.

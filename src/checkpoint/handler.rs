@@ -20,18 +20,18 @@ use crate::state::IntoStateful;
 /// Which values of a metric are better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// Smaller ones, as of a loss.
+    /// Smaller values are better, as of a loss.
     Min,
-    /// Larger ones, as of an accuracy.
+    /// Larger values are better, as of an accuracy.
     Max,
 }
 
-/// What decides which files stay: the larger, the better. In file names a float has four decimals.
+/// The score that decides which files are kept: larger is better. File names show a float with four decimals.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Score {
     /// A whole number.
     Int(i64),
-    /// Any other; NaN is never kept.
+    /// Any other number. A file whose score is NaN is never kept.
     Float(f64),
 }
 
@@ -58,12 +58,12 @@ impl Score {
     fn negated(self) -> Self {
         match self {
             Self::Int(score) => Self::Int(score.saturating_neg()),
-            // Zero without a sign.
+            // Subtracting from 0 gives a zero without a sign.
             Self::Float(score) => Self::Float(0. - score),
         }
     }
 
-    /// JSON has no infinities.
+    /// The score as JSON; an infinity becomes a text, because JSON has none.
     fn saved(self) -> Value {
         match self {
             Self::Int(score) => score.into(),
@@ -84,7 +84,7 @@ impl Score {
     }
 }
 
-/// As ignite writes it.
+/// Shows the score as ignite writes it.
 impl fmt::Display for Score {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -96,26 +96,26 @@ impl fmt::Display for Score {
 
 type ScoreFn<B, O> = Box<dyn Fn(&State<B, O>) -> Result<Score>>;
 
-/// How the score is found; the step is taken where there is none.
+/// How the score is computed. Without one, the step is the score.
 struct Scoring<B, O> {
     name: Option<String>,
     of: ScoreFn<B, O>,
-    /// Smaller values of the metric are better: the score is its negative.
+    /// Whether smaller values of the metric are better, so that the score is its negative.
     negated: bool,
 }
 
-/// Writes checkpoints: ignite's `Checkpoint`, with everything in them.
+/// A handler that writes checkpoints of the engine's whole state: ignite's `Checkpoint`.
 ///
-/// A checkpoint is one safetensors file with all that [`Engine::checkpoint`] gives. It is written
-/// beside its place, synced, renamed, and the folder synced, before an old one is removed: whatever
-/// happens, a folder that had a whole checkpoint has one. One process at a time may have the folder.
+/// A checkpoint is one safetensors file with the result of [`Engine::checkpoint`]. The handler writes it under another
+/// name, syncs it, renames it and syncs the folder before it removes an old one; so whatever happens, a folder that had
+/// a whole checkpoint still has one. One process at a time may have the folder.
 ///
-/// Files of its run that a killed process left besides those on its list are taken onto it when a run goes
-/// on, and are counted. On an evaluator it goes on from one evaluation to the next; the trainer's
-/// [`resume`](Engine::resume) passes over its files.
+/// The handler keeps a list of its files. A process that is killed may leave files that the restored list lacks; when
+/// the run goes on, the handler adopts those that carry the stamp of its run. On an evaluator the list goes on from one
+/// evaluation to the next; the trainer's [`resume`](Engine::resume) ignores an evaluator's files.
 ///
-/// It acts after all other handlers of its events ([`Priority::Save`]), so that what it saves is the
-/// state after them. `latest` in the folder holds the name of the newest.
+/// The handler acts after all other handlers of its events ([`Priority::Save`]), so that the checkpoint holds the state
+/// after them. The file `latest` in the folder holds the name of the newest checkpoint.
 ///
 /// ```no_run
 /// # use tch::{Device, nn};
@@ -132,17 +132,18 @@ struct Scoring<B, O> {
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
-/// Costs a write of all tensors to the disk in the training's thread, or with
-/// [`background`](Self::background) a copy of them; nothing at other iterations.
+/// Costs a write of all tensors to the disk in the training's thread, or with [`background`](Self::background) a copy
+/// of them in host memory; other iterations cost nothing.
 pub struct Checkpoint<B, O> {
     folder: PathBuf,
     create_dir: bool,
     require_empty: bool,
     opened: Option<Arc<Folder>>,
-    /// Held from the first event of a run to its end.
+    /// Held from the first event of a run to its end, so that no other handler writes the same files.
     claim: Option<Claim>,
     events: Events,
     every: Option<Duration>,
+    /// When the last file was written, or the first run began.
     written: Option<Instant>,
     on_interrupt: bool,
     on_exception: bool,
@@ -153,30 +154,31 @@ pub struct Checkpoint<B, O> {
     score: Option<Scoring<B, O>>,
     greater_or_equal: bool,
     weights: Option<Box<dyn Stateful>>,
+    /// The files on the list, the one with the smallest score first.
     saved: Vec<Saved>,
-    /// Which run the files are of, told apart from others that had the folder.
+    /// Identifies the run that the files belong to, among the runs that used the folder.
     run: Option<u64>,
-    /// The list was loaded, and not yet compared with the folder.
+    /// Whether the list was loaded from a checkpoint and has yet to be compared with the folder.
     loaded: bool,
     background: bool,
     writer: Writer,
 }
 
-/// A file that is kept.
+/// A file on the list.
 #[derive(Debug, Clone, PartialEq)]
 struct Saved {
     priority: Score,
     name: String,
 }
 
-/// No write may be under way after these.
+/// Events that end a run. The handler waits for its writer at these.
 const ENDS: [Event; 4] =
     [Event::Terminate, Event::Completed, Event::ExceptionRaised, Event::Interrupt];
 const EXT: &str = "safetensors";
 
 impl<B, O> Checkpoint<B, O> {
-    /// Of everything, at the end of each epoch, into this folder, which is made where it is not there.
-    /// The newest is kept, unless told otherwise.
+    /// Writes the whole state into this folder at the end of each epoch, and keeps the newest file. A folder that is
+    /// missing is made.
     pub fn new(folder: impl Into<PathBuf>) -> Self {
         Self {
             folder: folder.into(),
@@ -204,33 +206,34 @@ impl<B, O> Checkpoint<B, O> {
         }
     }
 
-    /// Acts at these events.
+    /// Sets the events at which checkpoints are written.
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self
     }
 
-    /// At these events, but not before so much time has passed since the last one was written.
+    /// Writes only where at least this much time has passed since the last checkpoint, at the handler's events.
     pub fn every(mut self, time: Duration) -> Self {
         self.every = Some(time);
         self
     }
 
-    /// Whether one is written when the run is interrupted, as by default: `interrupted.safetensors`.
-    /// [`InterruptOn`](crate::handlers::InterruptOn) does that for signals.
+    /// Whether a checkpoint `interrupted.safetensors` is written when the run is interrupted; the default is true.
+    /// [`InterruptOn`](crate::handlers::InterruptOn) interrupts the run on signals.
     pub fn on_interrupt(mut self, on: bool) -> Self {
         self.on_interrupt = on;
         self
     }
 
-    /// Writes one also when the run fails, in a step, a handler or the data: `emergency.safetensors`.
-    /// The next run from it goes on after what failed.
+    /// Whether a checkpoint `emergency.safetensors` is written when the run fails in a step, a handler or the data; the
+    /// default is false. A run that is resumed from it goes on after what failed.
     pub fn on_exception(mut self, on: bool) -> Self {
         self.on_exception = on;
         self
     }
 
-    /// How many files are kept: those with the largest score, or the newest where there is none.
+    /// Sets how many files are kept: those with the largest score, or the newest where there is no score. The default
+    /// is 1.
     pub fn n_saved(mut self, files: usize) -> Self {
         self.n_saved = Some(files);
         self
@@ -242,8 +245,8 @@ impl<B, O> Checkpoint<B, O> {
         self
     }
 
-    /// Keeps the files of the best values of a metric. The metric must have a value at the events, and
-    /// NaN is never among the best. File names have the metric's own value.
+    /// Keeps the files of the best values of a metric. The metric must have a value at the handler's events; NaN is
+    /// never among the best. File names show the metric's own value.
     pub fn best(mut self, files: usize, metric: impl Into<String>, mode: Mode) -> Self {
         let metric = metric.into();
         let negated = mode == Mode::Min;
@@ -257,8 +260,7 @@ impl<B, O> Checkpoint<B, O> {
         self
     }
 
-    /// Keeps the files of the largest scores, by a function of the engine's state: ignite's
-    /// `score_function`.
+    /// Keeps the files of the largest scores, computed by a function of the engine's state: ignite's `score_function`.
     pub fn score_function<S: Into<Score>>(
         mut self,
         score: impl Fn(&State<B, O>) -> Result<S> + 'static,
@@ -268,7 +270,7 @@ impl<B, O> Checkpoint<B, O> {
         self
     }
 
-    /// The name of the score in file names; after [`score_function`](Self::score_function).
+    /// Sets the name of the score in file names. Call this after [`score_function`](Self::score_function).
     pub fn score_name(mut self, name: impl Into<String>) -> Self {
         if let Some(score) = &mut self.score {
             score.name = Some(name.into());
@@ -276,80 +278,82 @@ impl<B, O> Checkpoint<B, O> {
         self
     }
 
-    /// Also keeps a file whose score equals the smallest that is kept, instead of that one.
+    /// Whether a file whose score equals the smallest one on the list replaces that one; the default is false.
     pub fn greater_or_equal(mut self, on: bool) -> Self {
         self.greater_or_equal = on;
         self
     }
 
-    /// What file names begin with.
+    /// Sets a prefix for file names.
     pub fn filename_prefix(mut self, prefix: impl Into<String>) -> Self {
         self.parts.filename_prefix = prefix.into();
         self
     }
 
-    /// The name in file names: `"checkpoint"` unless given.
+    /// Sets the name in file names; the default is `"checkpoint"`.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.parts.name = name.into();
         self
     }
 
-    /// The extension of file names: `"safetensors"` unless given.
+    /// Sets the extension of file names; the default is `"safetensors"`.
     pub fn ext(mut self, ext: impl Into<String>) -> Self {
         self.parts.ext = ext.into();
         self
     }
 
-    /// How file names are made, such as `"{name}_{global_step}.{ext}"`; see
-    /// [`setup_filename_pattern`](super::setup_filename_pattern) for the default.
+    /// Sets the pattern of file names, such as `"{name}_{global_step}.{ext}"`; see
+    /// [`setup_filename_pattern`](super::setup_filename_pattern) for the default. A wrong pattern is refused when the
+    /// handler is attached.
     pub fn filename_pattern(mut self, pattern: impl Into<String>) -> Self {
         self.pattern = Some(pattern.into());
         self
     }
 
-    /// Puts a step into file names where a score is there too: the epoch for epoch events, else the
-    /// iteration. Without a score they have it anyway, the iteration unless told.
+    /// Puts a step into file names that have a score: the epoch if `event` is an epoch event, otherwise the iteration.
+    /// File names without a score always have a step, by default the iteration.
     pub fn global_step(mut self, event: Event) -> Self {
         self.global_step = Some(event);
         self
     }
 
-    /// Only the weights of a model, as a plain safetensors file with PyTorch's names: ignite's
-    /// `ModelCheckpoint`. Nothing can be resumed from these. The name in file names is `"model"` then,
-    /// unless given after.
+    /// Writes only the weights of a model, as a plain safetensors file with PyTorch's names: ignite's
+    /// `ModelCheckpoint`. A run cannot be resumed from such files. This sets the name in file names to `"model"`; call
+    /// [`name`](Self::name) afterwards for another.
     pub fn weights(mut self, model: impl IntoStateful<'static>) -> Self {
         self.weights = Some(model.into_stateful());
         self.name("model")
     }
 
-    /// Writes in a thread of its own, from a copy of all tensors: one copy at most, so training waits
-    /// where a checkpoint comes before the last is written. Errors come out at the next one, and the
-    /// run ends when the last is written.
+    /// Writes in a thread of its own, from a copy of all tensors in host memory. There is at most one copy, so training
+    /// waits where a checkpoint comes before the last one is written. An error comes out at the next checkpoint or at
+    /// the end of the run, which waits for the last one.
     pub fn background(mut self, on: bool) -> Self {
         self.background = on;
         self
     }
 
-    /// Whether the folder is made where it is not there, as by default.
+    /// Whether a missing folder is made; the default is true.
     pub fn create_dir(mut self, on: bool) -> Self {
         self.create_dir = on;
         self
     }
 
-    /// Whether files with the extension may not be in the folder when a run starts anew.
+    /// Whether a run that starts anew is refused where the folder has files with the handler's extension; the default
+    /// is false.
     pub fn require_empty(mut self, on: bool) -> Self {
         self.require_empty = on;
         self
     }
 
-    /// The file of the largest score, or the newest.
+    /// The file with the largest score, or the newest one where there is no score.
     pub fn last_checkpoint(&self) -> Option<PathBuf> {
         self.saved.last().map(|saved| self.folder.join(&saved.name))
     }
 
-    /// The files that are kept with their scores or steps, the smallest first; a metric of which smaller values
-    /// are better counts as negative. After resuming it is what was saved, until the run goes on: then files
-    /// that a kill left are on the list too.
+    /// The files on the list with their scores or steps, the smallest first. Where smaller values of a metric are
+    /// better, the score is the negative of the value. After a resume this is the saved list; when the run goes on,
+    /// files that a killed process left are added.
     pub fn saved(&self) -> impl Iterator<Item = (f64, &str)> {
         self.saved.iter().map(|saved| (saved.priority.as_f64(), saved.name.as_str()))
     }
@@ -363,7 +367,7 @@ impl<B, O> Checkpoint<B, O> {
         Ok(state)
     }
 
-    /// The folder, locked.
+    /// Opens and locks the folder, the first time.
     fn folder(&mut self) -> Result<Arc<Folder>> {
         if let Some(folder) = &self.opened {
             return Ok(folder.clone());
@@ -372,6 +376,7 @@ impl<B, O> Checkpoint<B, O> {
         Ok(self.opened.insert(folder).clone())
     }
 
+    /// Prepares the list for a run; `anew` empties it.
     fn begin(&mut self, anew: bool) -> Result<()> {
         let folder = self.folder()?;
         if anew {
@@ -396,7 +401,7 @@ impl<B, O> Checkpoint<B, O> {
         Ok(())
     }
 
-    /// What is written at this event, if anything.
+    /// The file to write at this event; `None` where its score is too small.
     fn choose(&self, state: &State<B, O>) -> Result<Option<Saved>> {
         let score = self.score.as_ref().map(|score| (score.of)(state)).transpose()?;
         let step = match self.global_step {
@@ -405,7 +410,7 @@ impl<B, O> Checkpoint<B, O> {
         };
         let priority = score.unwrap_or(Score::Int(step as i64));
         let value = priority.as_f64();
-        // There may be more than asked for, of a process that was killed.
+        // The list may be longer than `n_saved`, with files that a killed process left.
         let most = self.n_saved.unwrap_or(usize::MAX);
         let smallest = self.saved.len().checked_sub(most).and_then(|index| self.saved.get(index));
         let fits = match smallest {
@@ -432,7 +437,8 @@ impl<B, O> Checkpoint<B, O> {
         Ok(Some(Saved { priority, name: parts.filled(&pattern)? }))
     }
 
-    /// Puts a file on the list, and takes off those that it replaces, or that are too many.
+    /// Adds a file to the list, and takes those off that it replaces or that are too many. Returns the names of the
+    /// files to remove.
     fn keep(&mut self, new: &Saved) -> Vec<String> {
         let mut goes = vec![];
         self.saved.retain(|saved| {
@@ -456,7 +462,7 @@ impl<B, O> Checkpoint<B, O> {
         self.saved.insert(at, new);
     }
 
-    /// What tells its files from those of other handlers.
+    /// Distinguishes the handler's files from those of other handlers.
     fn identity(&self) -> String {
         let Parts { filename_prefix, name, ext, .. } = &self.parts;
         let score_name = self.score.as_ref().and_then(|score| score.name.as_deref());
@@ -468,7 +474,7 @@ impl<B, O> Checkpoint<B, O> {
         Owner { run, of: self.identity() }
     }
 
-    /// The name of a file, if all numbers were 0.
+    /// The name of a file in which all numbers are 0.
     fn sample(&self) -> Result<String> {
         let parts = Parts {
             score: self.score.as_ref().map(|_| "0".into()),
@@ -480,9 +486,9 @@ impl<B, O> Checkpoint<B, O> {
         parts.filled(&pattern)
     }
 
-    /// Makes the list that of the files there are and carry the stamp of this run: without those that are
-    /// gone, and with those that are whole and not on it. They were written, or would have been removed,
-    /// right before the process was killed, or after the checkpoint that the list is of.
+    /// Makes the list agree with the folder: files that are gone are taken off, and whole files with the stamp of this
+    /// run are added. Such files were written right before the process was killed, or were on the list but not on the
+    /// one in the restored checkpoint. A new file is read once to verify it.
     fn reconcile(&mut self) -> Result<()> {
         let folder = self.folder()?;
         let names = folder.names()?;
@@ -500,7 +506,8 @@ impl<B, O> Checkpoint<B, O> {
         Ok(())
     }
 
-    /// Whether something was worth it. The main one of several processes decides, and writes.
+    /// Writes a checkpoint if one is due and its score is good enough. Returns whether it did. The main rank decides
+    /// and writes.
     fn write<C>(&mut self, cx: &C, engine: &Engine<'_, C, B, O>, due: bool) -> Result<bool> {
         let chosen = if due && engine.is_main() { self.choose(&engine.state)? } else { None };
         if !engine.as_main("whether to write a checkpoint", chosen.is_some())? {
@@ -535,13 +542,13 @@ impl<B, O> Checkpoint<B, O> {
         }
     }
 
-    /// Besides the files that are counted. Weights alone are of no use there, and the name is another
-    /// handler's.
+    /// Writes a checkpoint that is not on the list. A handler of weights alone does not: a run could not be resumed
+    /// from them, and another handler may use the name.
     fn write_named<C>(&mut self, name: &str, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<()> {
         if self.weights.is_some() {
             return Ok(());
         }
-        // What went wrong in the background is told after this one is safe.
+        // An error of the background is returned only after this checkpoint is safe.
         let before = self.writer.wait();
         let written = self.contents(cx, engine).and_then(|state| {
             if !engine.is_main() {
@@ -604,7 +611,7 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         self.saved = saved
             .into_iter()
             .map(|(score, name)| {
-                // They are removed one day: nothing outside the folder may be named.
+                // Listed files are removed one day, so no name may lead out of the folder.
                 check_name(&name)?;
                 Ok(Saved { priority: Score::loaded(&score)?, name })
             })
@@ -612,7 +619,8 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         self.run = state.value("run")?;
         self.saved.sort_by(|a, b| a.priority.as_f64().total_cmp(&b.priority.as_f64()));
         self.written.get_or_insert_with(Instant::now);
-        // Only now known is the list; which rank is the main one, and locks the folder, the engine tells.
+        // The list is compared with the folder only when the run goes on: by then the engine knows whether this is the
+        // main rank, which locks the folder.
         self.loaded = true;
         Ok(())
     }
@@ -627,13 +635,13 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
             self.claim = Some(self.folder()?.claim(self.sample()?)?);
         }
         if self.loaded && engine.is_main() {
-            // The folder is locked from here on, not only at the first write.
+            // This locks the folder now, and not only at the first write.
             self.reconcile()?;
             self.loaded = false;
         }
         match event {
             Event::Started if engine.is_main() => {
-                // An engine within another starts again and again.
+                // An engine within another one starts again and again, so its list goes on.
                 let goes_on = engine.is_nested() && self.run.is_some();
                 self.begin(engine.state.iteration == 0 && !goes_on)?;
                 if self.weights.is_none() && !engine.tracks_a_model() && !engine.is_nested() {

@@ -14,23 +14,23 @@ use crate::error::{Error, Result};
 use crate::fs::open_file;
 use crate::state::{copy_variables, layout_misfits, variables_of};
 
-/// What [`Engine::resume`] found. Displayed, it is a line for each thing worth knowing.
+/// The result of [`Engine::resume`]. `Display` writes a line for each thing worth knowing.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Resumed {
-    /// The checkpoint.
+    /// The file of the checkpoint.
     pub path: PathBuf,
-    /// Epochs and iterations that were done in it.
+    /// The epoch of the checkpoint (`state.epoch`).
     pub epoch: u64,
-    /// See `epoch`.
+    /// The iteration of the checkpoint (`state.iteration`).
     pub iteration: u64,
-    /// Newer files that are broken or do not belong here, and why.
+    /// Newer files that are damaged or belong to another program, with the reason.
     pub skipped: Vec<(PathBuf, String)>,
-    /// What changed since, and what was left out.
+    /// What was restored, what has changed since, and what was left out.
     pub restored: Restored,
 }
 
-/// `Resumed` shows at most so many lines of a kind, because a file can hold any number of names.
+/// Largest number of lines of a kind that `Display` writes, because a file can hold any number of names.
 const LINES: usize = 20;
 
 impl fmt::Display for Resumed {
@@ -66,27 +66,30 @@ fn lines(
 }
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
-    /// Goes to the newest whole checkpoint in a folder; the next `run` goes on there. `None` where there
-    /// is none, nor anything that looks like one: the run starts from the beginning then.
+    /// Loads the newest whole checkpoint in a folder; the next `run` goes on there. Returns `None` where the folder has
+    /// no checkpoint and no file that looks like one; the run then starts from the beginning.
     ///
-    /// Files of engines that ran within others (evaluators) are passed over; those that have other parts
-    /// than this engine too, and told, where an older one fits. What changed in the data since is told by
-    /// the summary of the next run, which has it.
+    /// Files of engines that ran within others (evaluators) are ignored. Files with other parts than this engine's are
+    /// skipped and reported, where an older file fits. The summary of the next run reports changes of the data, because
+    /// only that run has the data.
     ///
-    /// Attach handlers and track models first, as when it was saved. Reads the file once, models
-    /// straight into their memory.
+    /// Attach handlers and track models first, as when the checkpoint was saved. The file is read once, and models are
+    /// read straight into their memory.
     ///
     /// # Errors
-    /// The folder cannot be read; there are checkpoints, but none that is whole; one that does not fit this engine, by the name of
-    /// what does not. The engine may hold parts of it then and refuses to run.
+    /// The folder cannot be read; no checkpoint in it is whole; or the newest one does not fit this engine (the text
+    /// names the part). The engine may then hold some of it, and refuses to run.
     pub fn resume(&mut self, cx: &mut C, folder: impl AsRef<Path>) -> Result<Option<Resumed>> {
         self.resume_with(cx, folder, true)
     }
 
-    /// Like [`resume`](Self::resume); where `strict` is false, what is missing, unknown or does not fit
-    /// is left out and told, and the rest is loaded: tensor by tensor of models and optimizers, so that a
-    /// network with another head keeps its body. A schedule with other arguments, such as a longer one, goes
-    /// on at its place, which is the number of its events that are done.
+    /// Loads a checkpoint like [`resume`](Self::resume). Where `strict` is false, missing and unknown parts, and parts
+    /// that do not fit, are left out and reported, and the rest is loaded: models and optimizers tensor by tensor, so
+    /// that a network with another head keeps its body. A schedule with other arguments, such as a longer one, goes on
+    /// at its position, which is the number of its events so far.
+    ///
+    /// # Errors
+    /// As [`resume`](Self::resume); without `strict` parts that do not fit are no error.
     pub fn resume_with(
         &mut self,
         cx: &mut C,
@@ -131,7 +134,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         )))
     }
 
-    /// Goes to the checkpoint in this file, like [`resume`](Self::resume).
+    /// Loads the checkpoint in this file, like [`resume_with`](Self::resume_with).
+    ///
+    /// # Errors
+    /// The file is damaged or no checkpoint, or does not fit this engine.
     pub fn load_checkpoint(
         &mut self,
         cx: &mut C,
@@ -144,7 +150,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.restore(cx, state, strict)
     }
 
-    /// Reads everything, models into their memory; the inner error is that the file is broken.
+    /// Reads the whole file, models into their memory. The inner error says that the file is damaged, the outer one
+    /// that it does not fit.
     fn read(
         &mut self,
         path: &Path,
@@ -181,7 +188,7 @@ struct Candidate {
     written: u64,
     epoch: u64,
     iteration: u64,
-    /// What it has that the engine has not, or the other way round.
+    /// A part that only the file or only the engine has.
     misfit: Option<String>,
 }
 
@@ -192,8 +199,8 @@ struct Found {
 }
 
 impl<C, B, O> Engine<'_, C, B, O> {
-    /// Files that are checkpoints of an engine like this by their headers, the last written first, and
-    /// those that should be checkpoints.
+    /// Finds the files that are checkpoints of an engine like this according to their headers, the newest first, and
+    /// damaged files that should be checkpoints.
     fn find(&self, folder: &Path) -> Result<Found> {
         let names = match folder::names(folder) {
             Ok(names) => names,
@@ -201,7 +208,7 @@ impl<C, B, O> Engine<'_, C, B, O> {
             Err(source) => return Err(Error::Io { path: folder.to_owned(), source }),
         };
         let mut found = Found::default();
-        // Extensions of checkpoints.
+        // Extensions that checkpoints have.
         let latest = folder::latest(folder).unwrap_or_default();
         let mut known: Vec<_> =
             ["a.safetensors", "a.pt", &latest].iter().filter_map(|n| extension(n)).collect();
@@ -214,7 +221,7 @@ impl<C, B, O> Engine<'_, C, B, O> {
                 Ok(contents) if contents.has_state() => {
                     known.extend(extension(name));
                     let (epoch, iteration, nested) = contents.progress();
-                    // An evaluator may keep its checkpoints in the trainer's folder.
+                    // An evaluator may write its checkpoints into the trainer's folder.
                     if nested == self.is_nested() {
                         let (written, misfit) = (contents.stamp.written, self.misfit(&contents));
                         let candidate = Candidate { path, written, epoch, iteration, misfit };
@@ -229,11 +236,12 @@ impl<C, B, O> Engine<'_, C, B, O> {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             extension(&name).is_some_and(|ext| known.contains(&ext)) || begins_like_one(path)
         });
-        // Not by iterations: an older run in the same folder may have had more.
+        // Files are not sorted by iterations, because an older run in the same folder may have had more.
         found.candidates.sort_by_key(|c| std::cmp::Reverse((c.written, c.iteration)));
         Ok(found)
     }
 
+    /// Describes a part or handler that only the checkpoint or only the engine has.
     fn misfit(&self, contents: &Contents) -> Option<String> {
         let (parts, handlers) = contents.parts(HANDLERS);
         let (ours, required) = self.part_names();
@@ -255,7 +263,7 @@ fn extension(name: &str) -> Option<String> {
     Some(Path::new(name).extension()?.to_str()?.to_owned())
 }
 
-/// Whether a file begins with a length and JSON.
+/// Whether a file begins with a plausible length and JSON, as safetensors files do.
 fn begins_like_one(path: &Path) -> bool {
     let mut begin = [0; 9];
     let read = open_file(path).and_then(|mut file| file.read_exact(&mut begin));
@@ -268,31 +276,31 @@ fn broken(path: &Path, why: &str) -> Error {
     Error::State(format!("{}: {}", path.display(), shortened(why)))
 }
 
-/// Writes the variables of a store, parameters and buffers, as a plain safetensors file with their
-/// names, which are PyTorch's; as safe as a checkpoint is written. A tensor with several names (tied weights)
-/// is written once, under the first of them in alphabetical order, and the metadata tells the others, as
-/// Python's `safetensors.torch.save_model` does; [`load_weights`] and its `load_model` find all.
+/// Writes the variables of a store, parameters and buffers, as a plain safetensors file under their PyTorch names. The
+/// file is written as safely as a checkpoint. A tensor with several names (tied weights) is written once, under the
+/// first name in alphabetical order, and the metadata lists the others, as Python's `safetensors.torch.save_model`
+/// does; [`load_weights`] and Python's `load_model` find all names.
 ///
 /// # Errors
-/// A type that safetensors does not have, or the disk's.
+/// A variable has a type that safetensors lacks, or the disk fails.
 pub fn save_weights(vs: &VarStore, path: impl AsRef<Path>) -> Result<()> {
     writer::write(path.as_ref(), &variables_of(&vs.variables_), true, &Stamp::now())
 }
 
-/// Reads the variables of a store from a safetensors file, of this crate or of Python. The store's
-/// types and devices stay as they are: what is saved must be of the same types. PyTorch's counters
-/// `num_batches_tracked`, which batch norm in tch does not have, are passed over.
+/// Reads the variables of a store from a safetensors file of this crate or of Python. The store's types and devices
+/// stay as they are, and the saved tensors must have the same types and shapes. PyTorch's counters
+/// `num_batches_tracked`, which batch norm in tch lacks, are ignored.
 ///
-/// The model alone comes out of a training checkpoint with [`load_part`].
+/// [`load_part`] loads the model from a training checkpoint.
 ///
 /// # Errors
-/// A file that is broken or a training checkpoint, names, shapes or types that are not the store's. Nothing
-/// is changed then.
+/// The file is damaged or is a training checkpoint, or its names, shapes or types differ from the store's. Nothing is
+/// changed then.
 pub fn load_weights(vs: &VarStore, path: impl AsRef<Path>) -> Result<()> {
     load_weights_with(vs, path, true).map(drop)
 }
 
-/// Like [`load_weights`]; where `strict` is false, names that only the store or only the file has are
+/// Reads variables like [`load_weights`]. Where `strict` is false, names that only the store or only the file has are
 /// allowed and returned, as PyTorch's `load_state_dict(strict=False)` does.
 ///
 /// ```
@@ -310,7 +318,7 @@ pub fn load_weights(vs: &VarStore, path: impl AsRef<Path>) -> Result<()> {
 /// ```
 ///
 /// # Errors
-/// As [`load_weights`], but for these names: a tensor of another shape or type is an error here too.
+/// As [`load_weights`], except for such names; a tensor of another shape or type is always an error.
 pub fn load_weights_with(
     vs: &VarStore,
     path: impl AsRef<Path>,
@@ -330,7 +338,7 @@ pub fn load_weights_with(
         ));
     }
     let ours = variables_of(&vs.variables_);
-    // A tensor's other name that the store does not have is no tensor that is left out.
+    // An other name of a tied tensor that the store does not have leaves no tensor out.
     let known = |name: &str| !contents.is_tied(name) || ours.tensors.contains_key(name);
     let saved: BTreeMap<&str, _> = contents.layouts().filter(|(name, _)| known(name)).collect();
     let mut keys = IncompatibleKeys::default();
@@ -343,7 +351,7 @@ pub fn load_weights_with(
             (false, _) => keys.unexpected.push(name),
         }
     }
-    // Only what the store has is kept in memory.
+    // Only tensors that the store has are kept in memory.
     let wanted = |name: &str| ours.tensors.contains_key(name);
     let tensors = contents.tensors(wanted, &mut BTreeMap::new()).map_err(failed)?;
     let state = StateDict { tensors, ..StateDict::default() };
@@ -351,18 +359,18 @@ pub fn load_weights_with(
     Ok(keys)
 }
 
-/// Names that [`load_weights_with`] found only on one side.
+/// The names that [`load_weights_with`] found only on one side.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct IncompatibleKeys {
-    /// Variables of the store that the file does not have: they keep their values.
+    /// Variables of the store that the file lacks; they keep their values.
     pub missing: Vec<String>,
-    /// Tensors of the file that the store does not have.
+    /// Tensors of the file that the store lacks.
     pub unexpected: Vec<String>,
 }
 
-/// Loads one tracked part out of a training checkpoint, into memory of its own before: the weights alone, for
-/// an evaluation or a fine-tuning.
+/// Loads one tracked part from a training checkpoint, for example the model's weights for an evaluation or fine-tuning.
+/// The part is first read into new memory.
 ///
 /// ```
 /// # use tch::{Device, nn};
@@ -381,7 +389,7 @@ pub struct IncompatibleKeys {
 /// ```
 ///
 /// # Errors
-/// A file that is broken or no checkpoint; one without such a part, with those it has; what does not fit.
+/// The file is damaged or no checkpoint, has no such part (the text lists its parts), or the part does not fit.
 pub fn load_part<'a>(
     part: impl IntoStateful<'a>,
     path: impl AsRef<Path>,
@@ -400,10 +408,10 @@ pub fn load_part<'a>(
     loaded.map_err(|error| broken(path, &format!("{name}: {error}")))
 }
 
-/// Reads a checkpoint into memory of its own.
+/// Reads a checkpoint into new CPU tensors.
 ///
 /// # Errors
-/// A file that cannot be read, is broken, or no checkpoint.
+/// The file cannot be read, is damaged or is no checkpoint.
 pub fn read_state(path: impl AsRef<Path>) -> Result<StateDict> {
     let path = path.as_ref();
     let contents = Contents::open(path).map_err(|why| broken(path, &why))?;
@@ -413,18 +421,18 @@ pub fn read_state(path: impl AsRef<Path>) -> Result<StateDict> {
     contents.read(&mut BTreeMap::<String, Tensor>::new()).map_err(|why| broken(path, &why))
 }
 
-/// Writes a state as a checkpoint: beside its place, synced, then renamed.
+/// Writes a state as a checkpoint file: under another name, synced, then renamed.
 ///
 /// # Errors
-/// What cannot be saved, by name, or the disk's.
+/// A tensor or value cannot be saved (the text names it), or the disk fails.
 pub fn write_state(path: impl AsRef<Path>, state: &StateDict) -> Result<()> {
     writer::write(path.as_ref(), state, false, &Stamp::now())
 }
 
-/// Whether a file is a whole checkpoint, by its checksum: reads it once.
+/// Checks the checksum of a checkpoint. Reads the whole file once.
 ///
 /// # Errors
-/// Why it is not.
+/// The file cannot be read, is damaged or is no checkpoint.
 pub fn verify(path: impl AsRef<Path>) -> Result<()> {
     let path = path.as_ref();
     let mut contents = Contents::open(path).map_err(|why| broken(path, &why))?;

@@ -540,20 +540,20 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.custom.iter_mut().for_each(|custom| custom.firings = 0);
     }
 
+    /// Undoes [`take_firings`](Self::take_firings).
     pub(super) fn put_back_firings(&mut self, firings: &[u64]) {
-        /// Undoes [`take_firings`](Self::take_firings).
         for (custom, firings) in self.custom.iter_mut().zip(firings) {
             custom.firings = *firings;
         }
     }
 
+    /// Number of firings under way, one within the other.
     pub(super) fn firings_under_way(&self) -> u32 {
-        /// Number of firings under way, one within the other.
         self.depth
     }
 
+    /// Begins a firing, and returns the number of removals so far.
     pub(super) fn begin(&mut self) -> u64 {
-        /// Begins a firing, and returns the number of removals so far.
         self.depth += 1;
         self.removals
     }
@@ -714,9 +714,9 @@ pub(super) struct NamedHandler<'s, 'a, C, B, O> {
 pub(super) struct HandlerPanicked {
     pub(super) name: String,
     pub(super) source: anyhow::Error,
-/// A handler that was taken out of its slot to run.
 }
 
+/// A handler that was taken out of its slot to run.
 pub(super) struct RunningHandler<'a, C, B, O> {
     slot: usize,
     pub(super) callable: Callable<'a, C, B, O>,

@@ -205,9 +205,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     fn is_used_up(&self, max_epochs: Option<u64>, max_iters: Option<u64>) -> bool {
         max_epochs.is_some_and(|max| self.epochs_done() >= max)
             || max_iters.is_some_and(|max| self.state.iteration >= max)
-    /// Number of whole epochs that are done.
     }
 
+    /// Number of whole epochs that are done.
     fn epochs_done(&self) -> u64 {
         let cursor = &self.position.cursor;
         let phase = match self.position.previous {

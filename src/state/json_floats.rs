@@ -1,5 +1,6 @@
-//! JSON values that keep every float: NaN and the infinities, which JSON does not have, become
-//! `{"$f64": "NaN"}`, `"Infinity"`, `"-Infinity"`, or the bits in hexadecimal for any other NaN.
+//! Conversion to JSON and back that keeps every float. NaN and the infinities, which JSON does not
+//! have, become `{"$f64": "NaN"}`, `"Infinity"`, `"-Infinity"`; any other NaN becomes its bits in
+//! hexadecimal.
 
 use serde::de::value::SeqDeserializer;
 use serde::de::{
@@ -14,12 +15,12 @@ const FLOAT: &str = "$f64";
 const NAMED: [(&str, f64); 3] =
     [("NaN", f64::NAN), ("Infinity", f64::INFINITY), ("-Infinity", f64::NEG_INFINITY)];
 
-/// As JSON.
+/// Turns a value into JSON.
 pub(crate) fn to_value(value: &(impl Serialize + ?Sized)) -> Result<Value, Error> {
     value.serialize(Exact)
 }
 
-/// Back from [`to_value`].
+/// Turns the result of [`to_value`] back into the value.
 pub(crate) fn from_value<'de, T: Deserialize<'de>>(value: &'de Value) -> Result<T, Error> {
     T::deserialize(Read(value))
 }
@@ -34,7 +35,7 @@ fn float(number: f64) -> Value {
     Value::Object(Map::from_iter([(FLOAT.to_owned(), text.into())]))
 }
 
-/// The float that an object stands for, if it does.
+/// The float that an object stands for, if it stands for one.
 fn float_of(object: &Map<String, Value>) -> Option<f64> {
     let text = object.get(FLOAT).filter(|_| object.len() == 1)?.as_str()?;
     match NAMED.iter().find(|(name, _)| *name == text) {
@@ -159,7 +160,7 @@ impl Serializer for Exact {
     }
 }
 
-/// A variant of an enum is an object with its name as the only key.
+/// Wraps a variant of an enum: an object with the variant's name as the only key.
 fn tagged(variant: Option<&'static str>, value: Value) -> Value {
     match variant {
         Some(variant) => Value::Object(Map::from_iter([(variant.to_owned(), value)])),
@@ -342,7 +343,7 @@ impl<'de> MapAccess<'de> for Entries<'de> {
     }
 }
 
-/// A key is a text also where it was a number.
+/// The key of a map. It is a text in JSON also where it was a number.
 struct Key<'de>(&'de str);
 
 macro_rules! keys {

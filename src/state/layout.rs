@@ -2,7 +2,7 @@ use std::fmt;
 
 use tch::Kind;
 
-/// A tensor of the file: what it is.
+/// The type and shape of a tensor.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Layout {
     pub(crate) kind: Kind,

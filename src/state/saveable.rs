@@ -3,19 +3,22 @@ use tch::Tensor;
 use super::StateDict;
 use crate::error::{Error, Result};
 
-/// A value that checkpoints can hold, such as the output of a step: see
+/// A value that a checkpoint can hold, such as the output of a step: see
 /// [`Engine::track_output`](crate::engine::Engine::track_output).
 ///
-/// For numbers, texts, tensors (without their graph), and options, lists and tuples of them; write it
-/// for a type of your own by putting its parts into a [`StateDict`].
+/// Numbers, texts, tensors (saved without their graph), and options, lists and tuples of these implement this trait.
+/// Implement it for your own type by putting the type's parts into a [`StateDict`].
 pub trait Saveable: Sized {
-    /// What it is made of.
-    fn to_state(&self) -> Result<StateDict>;
-
-    /// The same again.
+    /// Turns the value into a state.
     ///
     /// # Errors
-    /// What is missing or of another type, by name.
+    /// A part cannot be saved.
+    fn to_state(&self) -> Result<StateDict>;
+
+    /// Turns a state back into the value.
+    ///
+    /// # Errors
+    /// A part is missing or has another type; the text names it.
     fn from_state(state: StateDict) -> Result<Self>;
 }
 

@@ -10,10 +10,10 @@ use super::{json_floats, strides};
 use crate::bridge::TensorId;
 use crate::error::{Error, Result};
 
-/// What something needs to go on exactly: values, tensors, and the state of its parts, all by name.
+/// Everything that something needs to go on exactly: values, tensors, and the states of its parts, all by name.
 ///
-/// Numbers come back bit for bit, NaN and infinities too, which JSON does not have: they are objects
-/// such as `{"$f64": "NaN"}` there.
+/// Numbers are restored bit for bit. NaN and infinities, which JSON does not have, are written as objects such as
+/// `{"$f64": "NaN"}`.
 ///
 /// ```
 /// use tch::Tensor;
@@ -33,15 +33,15 @@ pub struct StateDict {
 }
 
 impl StateDict {
-    /// Nothing yet.
+    /// An empty state.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Sets a value: anything that serde can turn into JSON.
+    /// Sets a value of any type that serde can turn into JSON.
     ///
     /// # Errors
-    /// JSON cannot hold it, such as a map whose keys are neither texts nor numbers.
+    /// JSON cannot hold the value, for example a map whose keys are neither texts nor numbers.
     pub fn set_value(&mut self, name: &str, value: impl Serialize) -> Result<()> {
         let value = json_floats::to_value(&value)
             .map_err(|error| Error::State(format!("'{name}' cannot be saved: {error}")))?;
@@ -49,7 +49,7 @@ impl StateDict {
         Ok(())
     }
 
-    /// Sets a tensor. It is shared, not copied: it is read when the state is written.
+    /// Sets a tensor. The tensor is shared, not copied, and is read when the state is written.
     pub fn set_tensor(&mut self, name: &str, tensor: Tensor) {
         self.tensors.insert(name.into(), tensor);
     }
@@ -59,10 +59,10 @@ impl StateDict {
         self.parts.insert(name.into(), part);
     }
 
-    /// The value of that name.
+    /// Returns a value.
     ///
     /// # Errors
-    /// There is none, or one of another type.
+    /// There is no value of this name, or it has another type.
     pub fn value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         let value = self.values.get(name).ok_or_else(|| absent("value", name))?;
         json_floats::from_value(value).map_err(|error| {
@@ -70,46 +70,47 @@ impl StateDict {
         })
     }
 
-    /// The tensor of that name.
+    /// Returns a tensor.
     ///
     /// # Errors
-    /// There is none.
+    /// There is no tensor of this name.
     pub fn tensor(&self, name: &str) -> Result<&Tensor> {
         self.tensors.get(name).ok_or_else(|| absent("tensor", name))
     }
 
-    /// The state of the part of that name.
+    /// Returns the state of a part.
     ///
     /// # Errors
-    /// There is none.
+    /// There is no part of this name.
     pub fn part(&self, name: &str) -> Result<&StateDict> {
         self.parts.get(name).ok_or_else(|| absent("part", name))
     }
 
-    /// Takes the tensor of that name out, to keep it.
+    /// Takes a tensor out of the state.
     ///
     /// # Errors
-    /// There is none.
+    /// There is no tensor of this name.
     pub fn take_tensor(&mut self, name: &str) -> Result<Tensor> {
         self.tensors.remove(name).ok_or_else(|| absent("tensor", name))
     }
 
-    /// Takes the state of the part of that name out.
+    /// Takes the state of a part out of this state.
     ///
     /// # Errors
-    /// There is none.
+    /// There is no part of this name.
     pub fn take_part(&mut self, name: &str) -> Result<StateDict> {
         self.parts.remove(name).ok_or_else(|| absent("part", name))
     }
 
-    /// A copy with tensors of its own, dense and on the CPU: a snapshot that training does not change.
+    /// A copy whose tensors are dense, on the CPU and not shared: a snapshot that training does not change. Copying
+    /// from a device waits for it.
     ///
     /// # Errors
-    /// libtorch could not copy.
+    /// libtorch cannot copy a tensor.
     pub fn copy(&self) -> Result<Self> {
         let _guard = tch::no_grad_guard();
         let mut copy = Self { values: self.values.clone(), ..Self::default() };
-        // Names of one tensor stay names of one tensor.
+        // Tied names stay names of one tensor.
         let mut copied: HashMap<TensorId, Tensor> = HashMap::new();
         for (name, tensor) in &self.tensors {
             if let Some(own) = copied.get(&TensorId::of(tensor)) {
@@ -152,7 +153,7 @@ fn absent(what: &str, name: &str) -> Error {
     Error::State(format!("Required state attribute '{name}' is absent ({what})"))
 }
 
-/// A state of values only, as schedulers have.
+/// Makes a state of values only, as schedulers have.
 impl From<Map<String, Value>> for StateDict {
     fn from(values: Map<String, Value>) -> Self {
         Self { values, ..Self::default() }
@@ -177,47 +178,51 @@ impl fmt::Debug for StateDict {
 
 /// Something whose state can be saved and restored, bit for bit.
 ///
-/// [`Engine::track`](crate::engine::Engine::track) puts it into the checkpoints of an engine. Models
-/// ([`VarStore`](tch::nn::VarStore)) and [`Optimizer`](crate::optim::Optimizer) are such things; so is
-/// what you implement it for, shared as `Rc<RefCell<T>>` or `Arc<Mutex<T>>`.
+/// [`Engine::track`](crate::engine::Engine::track) adds the state to the checkpoints of an engine. Models
+/// ([`VarStore`](tch::nn::VarStore)) and [`Optimizer`](crate::optim::Optimizer) can be tracked, and so can your own
+/// types that implement this trait, shared as `Rc<RefCell<T>>` or `Arc<Mutex<T>>`.
 pub trait Stateful {
-    /// The state. Tensors are shared, not copied.
+    /// Returns the state. Tensors are shared, not copied.
+    ///
+    /// # Errors
+    /// A part of the state cannot be saved.
     fn state_dict(&self) -> Result<StateDict>;
 
-    /// Goes to a saved state, whose tensors may be kept: nobody else uses them.
+    /// Loads a saved state. The tensors of `state` may be kept, because nobody else uses them.
     ///
     /// # Errors
-    /// What is missing or does not fit, by name.
+    /// Something is missing or does not fit; the text names it.
     fn load_state_dict(&mut self, state: StateDict) -> Result<()>;
 
-    /// Goes to as much of a saved state as fits, and says what did not, a line for each: where a run is
-    /// resumed without `strict`. Unless told otherwise all of it has to fit.
+    /// Loads as much of a saved state as fits, and returns a line for each difference. The engine calls this instead of
+    /// [`load_state_dict`](Self::load_state_dict) where a run is resumed without `strict`. By default all of the state
+    /// has to fit.
     ///
     /// # Errors
-    /// Nothing of it fits; nothing is changed then.
+    /// No part of the state fits. Nothing is changed then.
     fn load_state_dict_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
         self.load_state_dict(state).map(|()| vec![])
     }
 
-    /// What the program chose, as far as a change of it should be told when a run is resumed.
+    /// Settings that the program chose, and whose changes are reported when a run is resumed.
     fn settings(&self) -> Map<String, Value> {
         Map::new()
     }
 
-    /// Whether a saved state must have exactly the tensors of this one, in name, type and shape, as
-    /// that of a model: checked before anything is loaded.
+    /// Whether a saved state must have exactly the tensors of this one, in name, type and shape, as the state of a
+    /// model must. The engine checks that before it loads anything.
     fn has_fixed_tensors(&self) -> bool {
         false
     }
 
-    /// Whether a checkpoint may be read straight into the tensors that [`state_dict`](Self::state_dict)
-    /// gives. On error they hold garbage then.
+    /// Whether a checkpoint may be read straight into the tensors that [`state_dict`](Self::state_dict) returns. On
+    /// error these hold garbage then.
     fn is_read_in_place(&self) -> bool {
         false
     }
 
-    /// Whether the state is now this process's own where several train together, as gradients are that have
-    /// not been exchanged. A checkpoint then has that of each; otherwise that of the main one is all there is.
+    /// Whether this process's state may differ from that of other ranks, as gradients do that have not been reduced
+    /// yet. A checkpoint then holds the state of each rank; otherwise only that of the main rank.
     fn differs_by_rank(&self) -> bool {
         false
     }

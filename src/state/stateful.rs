@@ -1,4 +1,4 @@
-//! What engines track: models, optimizers, and things of your own.
+//! Types that engines can track: models, optimizers, gradients, and your own types.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -14,10 +14,11 @@ use super::{StateDict, Stateful};
 use crate::bridge::{TensorId, bytes, set_gradient};
 use crate::error::{Error, Result};
 
-/// What [`Engine::track`](crate::engine::Engine::track) takes: `&VarStore`, `&Optimizer`, a
-/// [`GradScaler`](crate::amp::GradScaler), [`Gradients`], and `Rc<RefCell<T>>` or `Arc<Mutex<T>>` of a [`Stateful`] type.
+/// A value that [`Engine::track`](crate::engine::Engine::track) takes: `&VarStore`, `&Optimizer`, a
+/// [`GradScaler`](crate::amp::GradScaler), [`Gradients`], and `Rc<RefCell<T>>` or `Arc<Mutex<T>>` of a [`Stateful`]
+/// type.
 pub trait IntoStateful<'a> {
-    /// A handle to it.
+    /// Makes a handle to the tracked object.
     fn into_stateful(self) -> Box<dyn Stateful + 'a>;
 }
 
@@ -111,7 +112,7 @@ impl<T: Stateful> Stateful for Arc<Mutex<T>> {
     }
 }
 
-/// An error, not a deadlock, where the caller has the guard itself.
+/// Locks a mutex. Where the caller holds the lock itself, this is an error and not a deadlock.
 fn free<T>(part: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
     match part.try_lock() {
         Ok(guard) => Ok(guard),
@@ -150,15 +151,15 @@ impl Stateful for Model {
     }
 }
 
-/// The gradients of a model's parameters, to be tracked beside the model where checkpoints are written
-/// while gradients are accumulated over several batches. Elsewhere a step begins without any, and they
-/// need not be saved.
+/// The gradients of a model's parameters. Track them beside the model where checkpoints may be written while gradients
+/// are accumulated over several batches. Otherwise each step starts without gradients, and they need not be saved.
 ///
-/// Where several processes train together each one's are saved, and sent to all for that.
+/// Where several processes train together, a checkpoint holds the gradients of each rank, which are sent to all ranks
+/// for that.
 pub struct Gradients(Arc<Mutex<Variables>>);
 
 impl Gradients {
-    /// Of the parameters of this store.
+    /// The gradients of the parameters of this store.
     pub fn of(vs: &VarStore) -> Self {
         Self(vs.variables_.clone())
     }
@@ -182,7 +183,7 @@ impl Stateful for Gradients {
         Ok(state)
     }
 
-    /// Nothing is changed where they do not fit. Parameters without a saved gradient have none then.
+    /// Nothing is changed where the gradients do not fit. Parameters without a saved gradient have none afterwards.
     fn load_state_dict(&mut self, mut state: StateDict) -> Result<()> {
         let variables = variables_of(&self.0).tensors;
         for (name, gradient) in &state.tensors {
@@ -212,6 +213,7 @@ impl Stateful for Gradients {
     }
 }
 
+/// The variables of a store, by name; the tensors are shared.
 pub(crate) fn variables_of(variables: &Mutex<Variables>) -> StateDict {
     let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
     let mut state = StateDict::new();
@@ -221,7 +223,7 @@ pub(crate) fn variables_of(variables: &Mutex<Variables>) -> StateDict {
     state
 }
 
-/// Copies values into the variables, whose types stay. Nothing is changed on error.
+/// Copies values into the variables, whose types and devices stay. Nothing is changed on error.
 pub(crate) fn load_variables(variables: &Mutex<Variables>, state: &StateDict) -> Result<()> {
     match misfits(&variables_of(variables), state).into_values().next() {
         Some(misfit) => Err(Error::State(misfit)),
@@ -229,7 +231,7 @@ pub(crate) fn load_variables(variables: &Mutex<Variables>, state: &StateDict) ->
     }
 }
 
-/// Copies values that fit into the variables of their names.
+/// Copies values into the variables of the same names; other values are ignored.
 pub(crate) fn copy_variables(variables: &Mutex<Variables>, state: &StateDict) -> Result<()> {
     let ours = variables_of(variables);
     check_tied(&ours, state)?;
@@ -238,7 +240,7 @@ pub(crate) fn copy_variables(variables: &Mutex<Variables>, state: &StateDict) ->
         let Some(mut variable) = ours.tensors.get(name).map(Tensor::shallow_clone) else {
             continue;
         };
-        // It was read into its place already.
+        // A value that was read straight into the variable needs no copy.
         if TensorId::of(&variable) != TensorId::of(value) {
             variable
                 .f_copy_(value)
@@ -248,7 +250,7 @@ pub(crate) fn copy_variables(variables: &Mutex<Variables>, state: &StateDict) ->
     Ok(())
 }
 
-/// Refuses different values for two names of one variable, because only one of them could be loaded.
+/// Refuses different values for two names of one variable, because only one value could be loaded.
 fn check_tied(ours: &StateDict, state: &StateDict) -> Result<()> {
     let mut first_names: HashMap<TensorId, (&str, &Tensor)> = HashMap::new();
     for (name, value) in &state.tensors {
@@ -266,13 +268,13 @@ fn check_tied(ours: &StateDict, state: &StateDict) -> Result<()> {
 fn have_same_bits(a: &Tensor, b: &Tensor) -> bool {
     match (bytes(a), bytes(b)) {
         (Ok(a), Ok(b)) => a == b,
-        // They are on another device, or not dense.
+        // The tensors are on another device, or not dense.
         _ => a.f_equal(b).unwrap_or(false),
     }
 }
 
-/// Finds the tensors of `ours` and of a saved state that differ in name, type or shape, each with a
-/// sentence about it.
+/// Finds the tensors of `ours` and of a saved state that differ in name, type or shape. Returns a sentence about each,
+/// by name.
 pub(crate) fn misfits(ours: &StateDict, saved: &StateDict) -> BTreeMap<String, String> {
     let saved = saved.tensors.iter().map(|(name, tensor)| {
         (name.as_str(), Layout { kind: tensor.kind(), shape: tensor.size() })
@@ -280,13 +282,13 @@ pub(crate) fn misfits(ours: &StateDict, saved: &StateDict) -> BTreeMap<String, S
     layout_misfits(ours, &saved.collect())
 }
 
-/// [`misfits`] of tensors that are still in a file.
+/// [`misfits`] for tensors that are still in a file.
 pub(crate) fn layout_misfits(
     ours: &StateDict,
     saved: &BTreeMap<&str, Layout>,
 ) -> BTreeMap<String, String> {
     let mut misfits = BTreeMap::new();
-    // A variable with several names needs only one of them there.
+    // For a variable with several names, one of them in the saved state is enough.
     let named = ours.tensors.iter().filter(|(name, _)| saved.contains_key(name.as_str()));
     let found: HashSet<_> = named.map(|(_, tensor)| TensorId::of(tensor)).collect();
     for (name, tensor) in &ours.tensors {

@@ -1,9 +1,9 @@
-//! How tensors lie in memory: files hold them in the order of their dimensions, and note another one.
+//! Memory layouts of tensors. Files hold tensors in the order of their dimensions, and note the strides of others.
 
 use tch::{Device, Tensor};
 
-/// Of a tensor that is dense but not contiguous, such as one with channels last; `None` where there is
-/// nothing to note, or nothing that could be kept (gaps, overlaps).
+/// The strides of a tensor that is dense but not contiguous, such as one in channels-last format. `None` for a
+/// contiguous tensor, and for layouts that cannot be kept (gaps, overlaps).
 pub(crate) fn to_note(tensor: &Tensor) -> Option<Vec<i64>> {
     if !tensor.defined() || tensor.is_sparse() || tensor.is_contiguous() {
         return None;
@@ -12,7 +12,7 @@ pub(crate) fn to_note(tensor: &Tensor) -> Option<Vec<i64>> {
     are_dense(&tensor.size(), &strides).then_some(strides)
 }
 
-/// An uninitialised tensor on the CPU with the type, the shape, and where it is dense the strides.
+/// An uninitialised CPU tensor of the same type and shape, and with the same strides if `tensor` is dense.
 pub(crate) fn empty_like(tensor: &Tensor) -> Result<Tensor, tch::TchError> {
     let options = (tensor.f_kind()?, Device::Cpu);
     match to_note(tensor) {
@@ -21,7 +21,7 @@ pub(crate) fn empty_like(tensor: &Tensor) -> Result<Tensor, tch::TchError> {
     }
 }
 
-/// A copy with these strides.
+/// A CPU copy with these strides.
 pub(crate) fn with(tensor: &Tensor, strides: &[i64]) -> Result<Tensor, String> {
     if !are_dense(&tensor.size(), strides) {
         return Err(format!("it cannot lie in memory with strides {strides:?}"));
@@ -35,12 +35,12 @@ pub(crate) fn with(tensor: &Tensor, strides: &[i64]) -> Result<Tensor, String> {
     copied().map_err(|error| error.to_string())
 }
 
-/// Whether each element has a place of its own, without gaps.
+/// Whether each element has its own place in memory, without gaps.
 fn are_dense(shape: &[i64], strides: &[i64]) -> bool {
     if shape.len() != strides.len() || shape.contains(&0) || strides.iter().any(|s| *s < 0) {
         return false;
     }
-    // Those of size 1 do not count, but libtorch multiplies them.
+    // Strides of dimensions of size 1 do not matter, but libtorch multiplies them, so they must not be huge.
     let small = strides.iter().all(|stride| *stride <= 1 << 40);
     let mut dims: Vec<_> = strides.iter().zip(shape).filter(|(_, size)| **size > 1).collect();
     dims.sort();

@@ -1,4 +1,4 @@
-//! A state as values in one JSON tree, and a flat list of tensors under distinct names.
+//! A state as one JSON tree of values, and a flat list of tensors with distinct names.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -9,7 +9,7 @@ use tch::Tensor;
 use super::{StateDict, strides};
 use crate::bridge::TensorId;
 
-/// The one name that a tensor in a safetensors file cannot have.
+/// The only name that a tensor in a safetensors file cannot have.
 pub(crate) const METADATA: &str = "__metadata__";
 
 /// Values and parts of a [`StateDict`], and the names of its tensors.
@@ -20,10 +20,11 @@ pub(crate) struct Tree {
     pub(crate) values: Map<String, Value>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) tensors: Vec<String>,
-    /// Names in the file that are not [`joined`] ones, because these were taken.
+    /// Tensors whose name in the file is not the [`joined`] one, because that was taken.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) renamed: BTreeMap<String, String>,
-    /// Of tensors that are dense in memory, but not in the order of the file: channels last.
+    /// Strides of tensors that are dense in memory, but not in the order of their dimensions
+    /// (channels last).
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) strides: BTreeMap<String, Vec<i64>>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -36,7 +37,7 @@ impl Tree {
     }
 }
 
-/// The name of a tensor in the file: the names of its part and itself.
+/// The name of a tensor in the file: the name of its part and its own name.
 pub(crate) fn joined(prefix: &str, name: &str) -> String {
     if prefix.is_empty() { name.into() } else { format!("{prefix}/{name}") }
 }
@@ -45,12 +46,12 @@ pub(crate) fn joined(prefix: &str, name: &str) -> String {
 #[derive(Default)]
 pub(crate) struct Named<'s> {
     pub(crate) tensors: BTreeMap<String, &'s Tensor>,
-    /// Other names of some of them, each with the name that the tensor is written under.
+    /// Other names of tied tensors, each with the name that the tensor is written under.
     pub(crate) tied: BTreeMap<String, String>,
 }
 
 impl<'s> Named<'s> {
-    /// Adds a part, and tells by which names its tensors are in the file.
+    /// Adds the tensors of a part and of its parts, and returns their names.
     pub(crate) fn add(&mut self, prefix: &str, state: &'s StateDict) -> Tree {
         let mut tree = Tree { values: state.values.clone(), ..Tree::default() };
         let mut written: HashMap<TensorId, String> = HashMap::new();
@@ -84,13 +85,13 @@ impl<'s> Named<'s> {
     }
 }
 
-/// Whether a tensor's name can stand in the metadata without being taken for something else.
+/// Whether a tensor's name can be a key of the metadata without being taken for another key.
 pub(crate) fn can_be_key(name: &str) -> bool {
     const KEYS: [&str; 6] = ["crc32c", "format", "kept", "state", "tch-ignite", "written"];
     !KEYS.contains(&name) && !name.contains('"')
 }
 
-/// A state as values, in JSON, and a list of tensors: for what is sent and not written.
+/// Turns a state into JSON and a list of tensors, to be sent and not written.
 pub(crate) fn to_parts(state: &StateDict) -> serde_json::Result<(String, Vec<(String, &Tensor)>)> {
     let mut named = Named::default();
     let values = serde_json::to_string(&named.add("", state))?;
@@ -103,7 +104,7 @@ pub(crate) fn to_parts(state: &StateDict) -> serde_json::Result<(String, Vec<(St
     Ok((values, tensors.into_iter().collect()))
 }
 
-/// What [`to_parts`] took apart.
+/// Rebuilds a state from the result of [`to_parts`].
 pub(crate) fn from_parts(
     values: &str,
     tensors: impl IntoIterator<Item = (String, Tensor)>,
@@ -112,13 +113,14 @@ pub(crate) fn from_parts(
     assembled(&tree, "", &mut tensors.into_iter().collect())
 }
 
+/// Builds the state of a part from its tree. Takes its tensors out of `tensors`.
 pub(crate) fn assembled(
     tree: &Tree,
     prefix: &str,
     tensors: &mut BTreeMap<String, Tensor>,
 ) -> Result<StateDict, String> {
     let mut state = StateDict { values: tree.values.clone(), ..StateDict::default() };
-    // What lies in another order is a copy: one for all names of a tensor.
+    // A tensor in another order is copied, once for all of its names.
     let mut copies: HashMap<TensorId, Tensor> = HashMap::new();
     for name in &tree.tensors {
         let in_file = tree.name_in_file(prefix, name);
