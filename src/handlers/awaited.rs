@@ -4,11 +4,11 @@ use crate::engine::{Engine, Metrics};
 use crate::event::Event;
 use crate::metrics::MetricValue;
 
-/// Metrics that a handler looks for by name, and which of them have had a value.
+/// Metrics that a handler looks up by name, with whether each has had a value.
 #[derive(Debug, Default)]
 pub(crate) struct Awaited {
     names: Vec<(String, Cell<bool>)>,
-    /// The handler has looked for them in this run.
+    /// Whether the handler has looked the metrics up in this run.
     looked: Cell<bool>,
 }
 
@@ -17,7 +17,7 @@ impl Awaited {
         self.names.push((name, Cell::new(false)));
     }
 
-    /// The names and values of those that have one now.
+    /// The names and values of the metrics that have a value now.
     pub(crate) fn values<'s>(
         &'s self,
         metrics: &'s Metrics,
@@ -30,7 +30,7 @@ impl Awaited {
         })
     }
 
-    /// Warns of names that never had a value, when a run was not merely suspended.
+    /// Warns of metrics that never had a value, at the end of a run (not where it is suspended).
     pub(crate) fn warn_at_end<C, B, O>(
         &self,
         handler: &str,
@@ -45,7 +45,8 @@ impl Awaited {
     }
 }
 
-/// Warns that these metrics never had a value, and says which have one.
+/// Adds a warning that these metrics never had a value, with the names of the metrics that have
+/// one.
 pub(crate) fn warn_of_missing<C, B, O>(
     handler: &str,
     missing: &[&str],

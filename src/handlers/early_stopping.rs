@@ -7,14 +7,14 @@ use crate::event_filter::Events;
 use crate::schedule::ThresholdMode;
 use crate::state::StateDict;
 
-/// Ends the run when a score has stopped getting better: ignite's `EarlyStopping`, on the trainer.
+/// Ends the run when a score has stopped getting better: ignite's `EarlyStopping`. Attach it to the trainer.
 ///
-/// At the end of each epoch it reads the score (attach it after what computes it; a host sync where
-/// the value is on a GPU). A score is better if it passes the best one by more than the threshold.
-/// After `patience` scores in a row that are not, the run is terminated. NaN is never better. A run
-/// that starts anew counts from the beginning, one that goes on keeps its count.
+/// The handler reads the score at the end of each epoch, so attach it after the handler that computes the score.
+/// Reading a score on a GPU is a host sync. A score is better if it passes the best one by more than the threshold.
+/// After `patience` scores in a row that are not better, the run is terminated. NaN is never better. A run that starts
+/// anew counts from the beginning; a run that goes on keeps its count.
 ///
-/// Attach it at the events at which the score is new, and no others: an old score is not better.
+/// Attach it only at events at which the score is new, because an old score is not better.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -59,17 +59,17 @@ enum Score {
 type ScoreFn = Box<dyn Fn(&Metrics) -> anyhow::Result<f64>>;
 
 impl EarlyStopping {
-    /// On a metric that is better when smaller, such as `"val/loss"`.
+    /// Watches a metric that is better when smaller, such as `"val/loss"`.
     pub fn min(metric: impl Into<String>, patience: u64) -> Self {
         Self::new(Score::Metric(metric.into()), Mode::Min, patience)
     }
 
-    /// On a metric that is better when larger, such as `"val/accuracy"`.
+    /// Watches a metric that is better when larger, such as `"val/accuracy"`.
     pub fn max(metric: impl Into<String>, patience: u64) -> Self {
         Self::new(Score::Metric(metric.into()), Mode::Max, patience)
     }
 
-    /// On what `score` makes of the metrics, better when smaller.
+    /// Watches a score that `score` computes from the metrics, and that is better when smaller.
     ///
     /// ```
     /// use tch_ignite::handlers::EarlyStopping;
@@ -83,7 +83,7 @@ impl EarlyStopping {
         Self::new(Score::Of(Box::new(score)), Mode::Min, patience)
     }
 
-    /// On what `score` makes of the metrics, better when larger.
+    /// Watches a score that `score` computes from the metrics, and that is better when larger.
     pub fn max_of(
         score: impl Fn(&Metrics) -> anyhow::Result<f64> + 'static,
         patience: u64,
@@ -107,40 +107,40 @@ impl EarlyStopping {
         }
     }
 
-    /// By how much a score has to be better, not negative; any gain unless given. A share of the best
-    /// score is what PyTorch's plateau scheduler makes of it too, `best * (1 ± threshold)`: with
-    /// negative scores that is less than the best, so use [`ThresholdMode::Abs`] there.
+    /// Sets by how much a score has to be better; by default any gain counts. It must not be negative.
+    /// [`ThresholdMode::Rel`] compares with `best * (1 ± threshold)`, as PyTorch's plateau scheduler does. For negative
+    /// scores that is worse than the best one, so use [`ThresholdMode::Abs`] there.
     pub fn threshold(mut self, threshold: f64, mode: ThresholdMode) -> Self {
         (self.threshold, self.threshold_mode) = (threshold, mode);
         self
     }
 
-    /// Measures the gain from the last score that was better by the threshold. Otherwise small gains
-    /// move the best score on, without stopping the count.
+    /// Whether the gain is measured from the last score that was better by the threshold; the default is false.
+    /// Otherwise a smaller gain moves the best score, without resetting the count.
     pub fn cumulative_delta(mut self, on: bool) -> Self {
         self.cumulative_delta = on;
         self
     }
 
-    /// Does not end the run before this many scores were seen. They are counted.
+    /// Does not end the run before this many scores were seen. Scores before that are counted.
     pub fn min_evaluations(mut self, evaluations: u64) -> Self {
         self.min_evaluations = evaluations;
         self
     }
 
-    /// Looks at the score on these events instead of the end of each epoch, such as
-    /// `Event::EpochCompleted.every(5)` where that is when it is computed.
+    /// Reads the score at these events instead of the end of each epoch. Use for example
+    /// `Event::EpochCompleted.every(5)` where the score is computed every five epochs.
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self
     }
 
-    /// Scores in a row that were not better.
+    /// Number of scores in a row that were not better.
     pub fn counter(&self) -> u64 {
         self.counter
     }
 
-    /// The best score; with small gains it may be newer than the last that was better.
+    /// The best score. After small gains it may be newer than the last score that was better by the threshold.
     pub fn best_score(&self) -> Option<f64> {
         self.best
     }
@@ -167,10 +167,10 @@ impl EarlyStopping {
         }
     }
 
-    /// Takes in one score, without an engine; true if it is time to stop.
+    /// Takes in one score, without an engine. Returns true if it is time to stop.
     ///
     /// # Errors
-    /// A `patience` of 0, a `threshold` that is negative or not finite.
+    /// A `patience` of 0, or a `threshold` that is negative or not finite.
     pub fn advance(&mut self, score: f64) -> Result<bool> {
         self.check()?;
         self.evaluations += 1;
@@ -195,8 +195,8 @@ impl EarlyStopping {
         (self.counter, self.evaluations, self.best) = (0, 0, None);
     }
 
-    /// ignite's `counter`, `best_score` and `threshold_mode`, and `evaluations`. A score that is
-    /// infinite is saved as text, which JSON has no number for.
+    /// ignite's `counter`, `best_score` and `threshold_mode`, and the count of scores as `evaluations`. An infinite
+    /// score is saved as a text, because JSON has no number for it.
     pub fn state_dict(&self) -> Map<String, Value> {
         let best = match self.best {
             Some(best) if best.is_finite() => best.into(),
@@ -218,10 +218,10 @@ impl EarlyStopping {
         }
     }
 
-    /// Goes to a saved count. Nothing is changed on error.
+    /// Loads a saved count. Nothing is changed on error.
     ///
     /// # Errors
-    /// A missing key, or the state of a handler with another threshold mode.
+    /// A key is missing or has a wrong value, or the state belongs to a handler with another threshold mode.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
         let get = |key: &str| {
             state.get(key).ok_or_else(|| {
@@ -251,7 +251,7 @@ impl EarlyStopping {
                 self.threshold_mode_name()
             )));
         }
-        // ignite's states have no such count.
+        // ignite's states lack this count.
         let evaluations = match state.contains_key("evaluations") {
             true => count("evaluations")?,
             false => 0,

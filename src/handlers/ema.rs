@@ -13,19 +13,19 @@ use crate::event_filter::Events;
 use crate::optim::Knob;
 use crate::state::StateDict;
 
-/// An exponential moving average of a model's variables: ignite's `EMAHandler`. At each of its events
-/// `ema = ema * (1 - momentum) + model * momentum`, in one pass and in place.
+/// An exponential moving average of a model's variables: ignite's `EMAHandler`. At each of its events the handler
+/// computes `ema = ema * (1 - momentum) + model * momentum`, in one pass and in place.
 ///
-/// Unless told otherwise there is one update of the averages for each update of the optimizer, also with gradient
-/// accumulation: at [`WINDOW_COMPLETED`] of a trainer that has it (as that of
-/// [`create_supervised_trainer`](crate::supervised::create_supervised_trainer)), else at [`OPTIMIZER_STEPPED`] of one that has
-/// registered it before this is attached, else at [`Event::IterationCompleted`]. A step that a
-/// [`GradScaler`](crate::amp::GradScaler) skipped counts at `WINDOW_COMPLETED`, as in programs that call `update` after
-/// `scaler.step(optimizer)`: the momentum's warm-up goes on, and no host sync is needed. With
-/// `.on(OPTIMIZER_STEPPED)` it does not count.
+/// By default the averages are updated once for each update of the optimizer, also with gradient accumulation. The
+/// event is [`WINDOW_COMPLETED`] if the trainer has it, as the one of
+/// [`create_supervised_trainer`](crate::supervised::create_supervised_trainer); otherwise [`OPTIMIZER_STEPPED`] if the
+/// trainer has registered it before the handler is attached; otherwise [`Event::IterationCompleted`]. At
+/// `WINDOW_COMPLETED` a step that a [`GradScaler`](crate::amp::GradScaler) skipped counts too, as in programs that call
+/// `update` after `scaler.step(optimizer)`: the momentum's warm-up goes on, and no host sync is needed. With
+/// `.on(OPTIMIZER_STEPPED)` such a step does not count.
 ///
-/// A clone shares the averages: attach one and evaluate with the other. Averages are of the variables that
-/// the store has when this is made. No host sync.
+/// A clone shares the averages: attach one and evaluate with the other. The handler averages the variables that the
+/// store has when the handler is made. No host sync.
 ///
 /// ```
 /// use tch::{Device, Kind, nn};
@@ -57,9 +57,9 @@ pub struct EMAHandler {
 
 #[derive(Debug)]
 struct Momentum {
-    /// After the warm-up.
+    /// The momentum after the warm-up.
     target: f64,
-    /// What the next update uses, or the last one used.
+    /// The momentum of the last update; before the first update, `target`.
     current: f64,
     warmup: Warmup,
     updates: u64,
@@ -79,7 +79,7 @@ impl Momentum {
         Ok(Self { target, current, warmup, updates })
     }
 
-    /// That of the update to come, from 1.
+    /// Counts an update, and returns its momentum.
     fn next(&mut self) -> f64 {
         self.updates += 1;
         let index = (self.updates - 1) as f64;
@@ -114,8 +114,11 @@ fn check(momentum: f64) -> Result<()> {
 }
 
 impl EMAHandler {
-    /// Averages in which the new values have this weight, between 0 and 1 (ignite's default is 0.0002).
-    /// Starts with copies of the variables: as much memory again.
+    /// Makes averages in which the new values have the weight `momentum` (ignite's default is 0.0002). The averages
+    /// start as copies of the variables, and take as much memory.
+    ///
+    /// # Errors
+    /// The momentum is not above 0 and below 1.
     pub fn new(vs: &VarStore, momentum: f64) -> Result<Self> {
         check(momentum)?;
         let momentum =
@@ -130,7 +133,10 @@ impl EMAHandler {
         })
     }
 
-    /// Averages in which the old values have this weight, as most papers say it: `new(vs, 1 - decay)`.
+    /// Makes averages in which the old values have the weight `decay`, as most papers define it: `new(vs, 1 - decay)`.
+    ///
+    /// # Errors
+    /// The decay is not above 0 and below 1.
     pub fn decay(vs: &VarStore, decay: f64) -> Result<Self> {
         if !(0. < decay && decay < 1.) {
             return Err(Error::invalid(format!(
@@ -140,8 +146,11 @@ impl EMAHandler {
         Self::new(vs, 1. - decay)
     }
 
-    /// The momentum goes in a straight line from `momentum_warmup` (0 to 1), at the first update, to its
-    /// value, at update `warmup_iters`.
+    /// Lets the momentum go linearly from `momentum_warmup` (0 to 1) at the first update to its value at update
+    /// `warmup_iters`.
+    ///
+    /// # Errors
+    /// `momentum_warmup` is outside 0 to 1, or `warmup_iters` is 0.
     pub fn warmup(self, momentum_warmup: f64, warmup_iters: u64) -> Result<Self> {
         if !(0. ..=1.).contains(&momentum_warmup) {
             return Err(Error::invalid(format!(
@@ -156,49 +165,50 @@ impl EMAHandler {
         Ok(self)
     }
 
-    /// The decay of update n, from 0, is at most `(1 + n) / (10 + n)`, so that the first values are soon
+    /// Limits the decay of update n, counted from 0, to `(1 + n) / (10 + n)`, so that the first values are soon
     /// forgotten (TensorFlow's `num_updates`).
     pub fn warmup_by_count(self) -> Self {
         locked(&self.momentum).warmup = Warmup::Count;
         self
     }
 
-    /// What happens to buffers; [`Buffers::Copy`] unless given.
+    /// Sets how buffers are treated; the default is [`Buffers::Copy`].
     pub fn handle_buffers(mut self, buffers: Buffers) -> Self {
         self.buffers = buffers;
         self
     }
 
-    /// The name in errors and in the history; `"ema_momentum"` unless given.
+    /// Sets the name in errors and in the history; the default is `"ema_momentum"`.
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
         self
     }
 
-    /// Updates at these events instead of once for each update of the optimizer.
+    /// Updates the averages at these events, instead of once for each update of the optimizer.
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self
     }
 
-    /// Whether the momentum of each update goes to `engine.state.param_history`, under the handler's name.
+    /// Whether the momentum of each update is added to `engine.state.param_history`, under the handler's name; the
+    /// default is false.
     pub fn save_history(mut self, on: bool) -> Self {
         self.save_history = on;
         self
     }
 
-    /// The momentum of the last update; before the first, that after the warm-up.
+    /// The momentum of the last update; before the first update, the momentum after the warm-up.
     pub fn momentum(&self) -> f64 {
         locked(&self.momentum).current
     }
 
-    /// How many updates were made.
+    /// Number of updates so far.
     pub fn updates(&self) -> u64 {
         locked(&self.momentum).updates
     }
 
-    /// The momentum as something that a scheduler can drive. Setting it ends the warm-up. What is not
-    /// above 0 and below 1 is refused by the next update.
+    /// A knob through which a scheduler can drive the momentum. Setting the knob ends the warm-up. The next update
+    /// refuses a value that is not above 0 and below 1.
     pub fn knob(&self) -> Knob {
         let (get, set) = (self.momentum.clone(), self.momentum.clone());
         Knob::new(
@@ -212,7 +222,10 @@ impl EMAHandler {
         )
     }
 
-    /// One update, without an engine; returns its momentum.
+    /// Updates the averages once, without an engine, and returns the momentum used.
+    ///
+    /// # Errors
+    /// The momentum is not above 0 and below 1, or the averages are swapped in.
     pub fn update(&self) -> Result<f64> {
         let mut momentum = locked(&self.momentum);
         check(momentum.target)?;
@@ -224,21 +237,21 @@ impl EMAHandler {
         updated.map(|()| value)
     }
 
-    /// The averages by the names of the variables. They are the handler's own: copy them to keep values,
-    /// and copy into them to restore.
+    /// The averages, by the names of the variables. The tensors are the handler's own: copy them to keep their values,
+    /// and copy into them to restore values.
     pub fn averages(&self) -> Vec<(String, Tensor)> {
         self.shadow.averages()
     }
 
-    /// Gives the model the averages' values until the guard is dropped, for an evaluation.
+    /// Gives the model the values of the averages, for an evaluation, until the returned guard is dropped.
     ///
     /// # Errors
-    /// They are swapped in already.
+    /// The averages are swapped in already.
     pub fn swap(&self) -> Result<Swapped> {
         self.shadow.swap()
     }
 
-    /// Calls a handler with the averages swapped in: `ema.with_averages(Evaluate::each_epoch(…))`.
+    /// Wraps a handler so that it is called with the averages swapped in: `ema.with_averages(Evaluate::each_epoch(…))`.
     pub fn with_averages<H>(&self, handler: H) -> WithAverages<H> {
         WithAverages { shadow: self.shadow.clone(), handler }
     }
@@ -259,7 +272,7 @@ impl<C, B, O> Handler<C, B, O> for EMAHandler {
             let momentum = locked(&self.momentum);
             state.set_value("updates", momentum.updates)?;
             state.set_value("momentum", momentum.current)?;
-            // A knob may have changed these.
+            // A knob may have changed these since the handler was made.
             state.set_value("target", momentum.target)?;
             state.set_value("warmup", momentum.warmup)?;
         }
@@ -282,7 +295,7 @@ impl<C, B, O> Handler<C, B, O> for EMAHandler {
     }
 
     fn unique_names(&self) -> Vec<String> {
-        // The name is that of a history only where there is one.
+        // The name must be unique only where it names a history.
         if self.save_history { vec![format!("history of '{}'", self.name)] } else { vec![] }
     }
 

@@ -7,13 +7,13 @@ use crate::event::Event;
 use crate::event_filter::Events;
 use crate::state::{Saveable, StateDict};
 
-/// Keeps something of the output of each iteration, for the epoch: ignite's `EpochOutputStore`.
+/// Keeps a value from the output of each iteration until the epoch ends: ignite's `EpochOutputStore`.
 ///
-/// Clones share the list: attach one, read the other. Attach it before the handlers that read it at
-/// the end of the epoch; it is emptied when the next one begins. Tensors stay on their device; keep
-/// no more of an output than is needed, and nothing that has gradients
-/// ([`detach`](tch::Tensor::detach) it), or the epoch's graphs stay in memory. Checkpoints have the
-/// list after [`tracked`](Self::tracked); otherwise a run that is resumed in mid epoch has the rest.
+/// Clones share the list: attach one, read the other. Attach the store before the handlers that read it at the end of
+/// the epoch; the list is emptied when the next epoch begins. Tensors stay on their device. Keep no more of an output
+/// than you need, and [`detach`](tch::Tensor::detach) tensors with gradients: otherwise the graphs of the whole epoch
+/// stay in memory. Checkpoints hold the list after [`tracked`](Self::tracked); otherwise a run that is resumed in mid
+/// epoch has only the rest of the list.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -31,7 +31,7 @@ pub struct EpochOutputStore<T, F> {
     states: Option<States<T>>,
 }
 
-/// How the list goes into checkpoints.
+/// Functions that turn the list into a state and back.
 struct States<T> {
     save: fn(&Vec<T>) -> Result<StateDict>,
     load: fn(StateDict) -> Result<Vec<T>>,
@@ -46,7 +46,7 @@ impl<T> Clone for States<T> {
 impl<T> Copy for States<T> {}
 
 impl<T, F> EpochOutputStore<T, F> {
-    /// Keeps what `transform` makes of each output.
+    /// Keeps the value that `transform` returns for each output.
     pub fn of<O>(transform: F) -> Self
     where
         F: Fn(&O) -> T,
@@ -54,7 +54,7 @@ impl<T, F> EpochOutputStore<T, F> {
         Self { transform, data: Rc::default(), states: None }
     }
 
-    /// Puts the list into checkpoints.
+    /// Saves the list in checkpoints.
     pub fn tracked(mut self) -> Self
     where
         T: Saveable,
@@ -63,7 +63,8 @@ impl<T, F> EpochOutputStore<T, F> {
         self
     }
 
-    /// What was kept since the epoch began. Let go of it before the run goes on.
+    /// The values kept since the epoch began. Drop the borrow before the run goes on: the handler fails while it
+    /// exists.
     pub fn data(&self) -> Ref<'_, Vec<T>> {
         self.data.borrow()
     }
@@ -85,7 +86,8 @@ impl<C, B, O, T, F: Fn(&O) -> T> Handler<C, B, O> for EpochOutputStore<T, F> {
         Event::EpochStarted | Event::IterationCompleted
     }
 
-    /// A list that is not [tracked](EpochOutputStore::tracked) could not be put back.
+    /// A trial run calls this only if the list can be restored afterwards, which needs
+    /// [`tracked`](EpochOutputStore::tracked).
     fn runs_in_trials(&self) -> bool {
         self.states.is_some()
     }

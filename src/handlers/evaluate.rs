@@ -9,15 +9,15 @@ use crate::event::Event;
 use crate::event_filter::Events;
 use crate::state::StateDict;
 
-/// Runs an evaluator at events of the trainer; its metrics appear there under `"<name>/<metric>"`.
+/// Runs an evaluator at events of the trainer, and stores its metrics in the trainer's state under `"<name>/<metric>"`.
 ///
-/// The evaluator moves in here, so that nothing is circular. Both work on the same context. Warnings of its run are among
-/// those of the trainer's.
+/// The handler owns the evaluator. Trainer and evaluator work on the same context. Warnings of the evaluator's run are
+/// added to the trainer's.
 ///
-/// Where [`InterruptOn`](super::InterruptOn) listens to signals, one that comes during an evaluation stops it at its next
-/// batch, and the trainer with it; the run that goes on repeats the evaluation from its start, with the same random numbers,
-/// and then calls the handlers that come after it. Not so in a group of processes, and at events that are fired within a
-/// step: there the evaluation comes to its end first.
+/// Where [`InterruptOn`](super::InterruptOn) listens to signals, a signal during an evaluation stops the evaluation at
+/// its next batch, and the trainer with it. When the run goes on, the evaluation is repeated from its start with the
+/// same random numbers, and then the handlers after it are called. In a group of processes, and at events that are
+/// fired within a step, the evaluation runs to its end first.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -37,9 +37,9 @@ pub struct Evaluate<'e, C, B, O, D> {
     events: Events,
     evaluator: Engine<'e, C, B, O>,
     data: D,
-    /// Names of the values that the last evaluation left.
+    /// Names of the values that the last evaluation stored in the trainer's state.
     left: Vec<String>,
-    /// Whether a signal stops the evaluation that is under way.
+    /// Whether a signal stops the evaluation under way.
     stops: Rc<Cell<bool>>,
 }
 
@@ -47,17 +47,17 @@ pub struct Evaluate<'e, C, B, O, D> {
 enum Outcome {
     /// With its last event; perhaps a signal came meanwhile.
     Ended(Summary, Option<i32>),
-    /// By a signal. The evaluator is as it was before.
+    /// A signal stopped the evaluation. The evaluator has its earlier state again.
     Stopped(i32),
 }
 
 impl<'e, C, B, O, D: IntoSource<'e, B> + Clone> Evaluate<'e, C, B, O, D> {
-    /// At the end of each epoch of the trainer, over one pass of `data`.
+    /// Evaluates over one pass of `data` at the end of each epoch of the trainer.
     pub fn each_epoch(name: impl Into<String>, evaluator: Engine<'e, C, B, O>, data: D) -> Self {
         Self::on(Event::EpochCompleted, name, evaluator, data)
     }
 
-    /// At these events of the trainer, over one pass of `data`.
+    /// Evaluates over one pass of `data` at these events of the trainer.
     pub fn on(
         events: impl Into<Events>,
         name: impl Into<String>,
@@ -77,10 +77,10 @@ impl<'e, C, B, O, D: IntoSource<'e, B> + Clone> Evaluate<'e, C, B, O, D> {
         Self { name: name.into(), events: events.into(), evaluator, data, left: vec![], stops }
     }
 
-    /// Evaluates once, from the start. With `may_stop` a signal stops it.
+    /// Evaluates once, from the start. With `may_stop` a signal stops the evaluation.
     fn evaluate(&mut self, cx: &mut C, may_stop: bool) -> Result<Outcome> {
         let listens = may_stop && signals::is_listening();
-        // Without a way back the evaluation comes to its end.
+        // If the evaluator's state cannot be copied, the evaluation runs to its end.
         let mut before = listens.then(|| self.evaluator.moment().ok()).flatten();
         self.stops.set(before.is_some());
         self.evaluator.state.metrics.clear();
@@ -141,12 +141,12 @@ where
     ) -> anyhow::Result<()> {
         let may_stop = engine.may_repeat(event);
         if may_stop && engine.is_stopped_by_signal() {
-            // The signal came right before.
+            // The signal came just before this handler.
             engine.repeat_from_here();
             return Ok(());
         }
-        // Always from the start, also after a run that was left early, and with no value of an
-        // earlier run for what this one does not compute.
+        // Each evaluation starts anew, also after a run that was left early, and without values of an earlier run for
+        // metrics that this one does not compute.
         self.evaluator.reset()?;
         self.evaluator.follow(engine);
         let outcome = self.evaluate(cx, may_stop);

@@ -6,12 +6,12 @@ use crate::event::Event;
 use crate::event_filter::Events;
 use crate::optim::Parameters;
 
-/// Watches the Euclidean norm of all gradients together, as the metric `grad_norm`.
+/// Sets the metric `grad_norm` to the Euclidean norm of all gradients together.
 ///
-/// After each step, unless told otherwise: the gradients are those of the step, if it clears them at
-/// its beginning and not at its end. The value stays on the device until somebody reads it. Costs a
-/// small kernel for each parameter and two more, in f32 or better; no host sync. Where no parameter
-/// has a gradient there is no value.
+/// By default the norm is computed after each step. It is that of the step if the step clears the gradients at its
+/// beginning, and not at its end. The value stays on the device until it is read. Costs a small kernel for each
+/// parameter and two more, in f32 or better, and no host sync. Where no parameter has a gradient the metric has no
+/// value.
 ///
 /// ```
 /// # use tch::{Device, Kind, Tensor, nn};
@@ -35,7 +35,7 @@ pub struct GradNorm {
 }
 
 impl GradNorm {
-    /// Of all parameters of the store.
+    /// Measures the gradients of all parameters of the store.
     pub fn new(vs: &VarStore) -> Self {
         Self {
             name: "grad_norm".into(),
@@ -44,19 +44,19 @@ impl GradNorm {
         }
     }
 
-    /// Only of those whose name passes, such as `|name| name.starts_with("fc")`.
+    /// Measures only parameters whose name passes, such as `|name| name.starts_with("fc")`.
     pub fn whitelist(mut self, passes: impl Fn(&str) -> bool + 'static) -> Self {
         self.parameters.whitelist = Box::new(passes);
         self
     }
 
-    /// Another name for the metric.
+    /// Sets the name of the metric; the default is `"grad_norm"`.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
         self
     }
 
-    /// Looks on these events instead of each iteration.
+    /// Computes the norm at these events instead of each iteration.
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self
@@ -88,7 +88,7 @@ impl<C, B, O> Handler<C, B, O> for GradNorm {
             engine.state.metrics.remove(&self.name);
             return Ok(());
         }
-        // The first one's device has the sum.
+        // The sum is computed on the device of the first norm.
         let device = norms[0].device();
         let norms = norms.iter().map(|norm| norm.f_to_device(device));
         let norms = Tensor::f_stack(&norms.collect::<Result<Vec<_>, _>>()?, 0)?;

@@ -15,12 +15,12 @@ use crate::metrics::MetricValue;
 use crate::optim::Knob;
 use crate::state::StateDict;
 
-/// Tensors kept unread of one series, at most: what a sync is saved for.
+/// Largest number of tensors of a series that are kept unread, to save host syncs.
 const UNREAD: usize = 1024;
 
-/// Records knobs and metrics over a run, for a CSV file, a picture or code of your own.
+/// Records knobs and metrics over a run, for a CSV file, a plot or your own code.
 ///
-/// Clones share one record: attach one, read the other after the run, or during it.
+/// Clones share one record: attach one, and read the other during or after the run.
 ///
 /// ```
 /// # use tch::{Device, nn};
@@ -53,25 +53,25 @@ const UNREAD: usize = 1024;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
-/// Knobs and metrics are recorded after each step: knobs as the step used them, metrics as the
-/// handlers attached before this one left them, so attach it after the metrics. Epoch metrics are
-/// recorded once an epoch when all its handlers were called, wherever they are attached.
+/// Knobs and metrics are recorded after each step: knobs as the step used them, and metrics as the handlers attached
+/// before this one left them, so attach it after the metrics. Epoch metrics are recorded once an epoch, after all
+/// handlers of its end were called, wherever these are attached.
 ///
-/// A run that starts anew, or goes on from an earlier position, replaces what was recorded after it.
+/// A run that starts anew, or goes on from an earlier position, replaces what was recorded after that position.
 ///
-/// Costs per iteration: a read of each knob and a look-up of each metric, no host sync; 16 bytes, and
-/// 16 more for each value. Values on a device stay there unread until the end of the epoch, and are
-/// then read in one transfer a metric; at most 1024 of them, so very long epochs have some more
-/// transfers. A metric of your own must not change a tensor in place that it gave as its value.
+/// An iteration costs a read of each knob and a look-up of each metric, no host sync, and 16 bytes plus 16 for each
+/// value. Values on a device stay there unread until the end of the epoch, and are then read in one transfer for each
+/// metric. At most 1024 values of a metric are kept unread, so very long epochs have a few more transfers. A metric of
+/// your own must not change in place a tensor that it returned as its value.
 #[derive(Clone, Default)]
 pub struct History {
     sources: Vec<Source>,
     record: Arc<Mutex<Record>>,
-    /// (iteration, epoch) where an epoch ended whose metrics are still to be recorded.
+    /// The (iteration, epoch) at which an epoch ended whose metrics are still to be recorded.
     ended: Option<(u64, u64)>,
 }
 
-/// What goes into a column.
+/// Where the values of a column come from.
 #[derive(Clone)]
 struct Source {
     column: usize,
@@ -86,25 +86,25 @@ enum What {
 }
 
 impl History {
-    /// Records nothing yet.
+    /// A history that records nothing yet.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A series of this name with the knob's value in each iteration.
+    /// Adds a series of this name with the knob's value in each iteration.
     pub fn knob(self, name: impl Into<String>, knob: Knob) -> Self {
         self.with(name.into(), What::Knob(knob))
     }
 
-    /// A series with the metric's value after each iteration, for metrics that have one then, such as
+    /// Adds a series with the metric's value after each iteration, for metrics that have one then, such as
     /// [`RunningAverage`](crate::metrics::RunningAverage).
     pub fn metric(self, name: impl Into<String>) -> Self {
         let name = name.into();
         self.with(name.clone(), What::Metric(name))
     }
 
-    /// A series with the metric's value after each epoch, such as an evaluator's (`"val/accuracy"`).
-    /// It stands at the last iteration of the epoch.
+    /// Adds a series with the metric's value after each epoch, such as an evaluator's (`"val/accuracy"`). The value is
+    /// recorded at the last iteration of the epoch.
     pub fn epoch_metric(self, name: impl Into<String>) -> Self {
         let name = name.into();
         self.with(name.clone(), What::EpochMetric(name))
@@ -120,15 +120,15 @@ impl History {
         self
     }
 
-    /// Names of all series.
+    /// The names of all series.
     pub fn names(&self) -> Vec<String> {
         self.record().columns.iter().map(|column| column.name.clone()).collect()
     }
 
-    /// The values of a series with their iterations. Waits for the device where some are not read yet.
+    /// The values of a series with their iterations. Waits for the device if some values are not read yet.
     ///
     /// # Errors
-    /// No such series: the text lists those there are.
+    /// There is no such series (the text lists those there are), or a value cannot be read.
     pub fn series(&self, name: &str) -> Result<Vec<(u64, f64)>> {
         let mut record = self.record();
         record.read()?;
@@ -142,21 +142,23 @@ impl History {
         Ok(column.points.iter().map(|(row, value)| (record.rows[*row].iteration, *value)).collect())
     }
 
-    /// Writes all series as CSV: a row for each iteration with its number, its epoch and the values,
-    /// empty where a series has none. Makes the folders above; a file that was there is
-    /// replaced when the new one is complete.
+    /// Writes all series as CSV: a row for each iteration with its number, its epoch and the values; a cell is empty
+    /// where a series has no value. Makes missing folders. A file that exists is replaced when the new one is complete.
+    ///
+    /// # Errors
+    /// A value cannot be read, or the file cannot be written.
     pub fn write_csv(&self, path: impl AsRef<Path>) -> Result<()> {
         let mut record = self.record();
         record.read()?;
         write_atomically(path.as_ref(), |file| record.write(file))
     }
 
-    /// Draws series over the iterations as SVG, a panel for each title with the series named for it.
-    /// Values that are not finite are gaps; where there are many, those that show are drawn. The file
-    /// is written as by [`write_csv`](Self::write_csv).
+    /// Plots series over the iterations as SVG: a panel for each title, with the series named for it. Values that are
+    /// not finite are gaps. Of a long series only points that can be told apart are drawn. The file is written like
+    /// that of [`write_csv`](Self::write_csv).
     ///
     /// # Errors
-    /// No panel, or no such series; a file that cannot be written.
+    /// There is no panel, or no such series, or the file cannot be written.
     #[cfg(feature = "plots")]
     pub fn plot(&self, path: impl AsRef<Path>, panels: &[(&str, &[&str])]) -> Result<()> {
         use crate::plot::{Curve, Panel, write_svg};
@@ -172,11 +174,11 @@ impl History {
     }
 
     fn record(&self) -> MutexGuard<'_, Record> {
-        // Nothing in there is left half-changed by a panic.
+        // A panic leaves nothing in the record half-changed.
         self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Warns of metrics of which nothing was recorded, when a run was not merely suspended.
+    /// Warns of metrics without a recorded value, at the end of a run (not where it is suspended).
     fn warn_of_empty_series<C, B, O>(&self, event: Event, engine: &mut Engine<'_, C, B, O>) {
         let record = self.record();
         if record.rows.is_empty() || !matches!(event, Event::Terminate | Event::Completed) {
@@ -198,7 +200,7 @@ impl History {
     fn record_iteration<C, B, O>(&self, engine: &Engine<'_, C, B, O>) -> anyhow::Result<()> {
         let row = self.record().row(engine.state.iteration, engine.state.epoch);
         for source in &self.sources {
-            // Locked for each, because a knob may be user code.
+            // The record is locked for each value, because a knob may run user code.
             let value = match &source.what {
                 What::Knob(knob) => Some(knob.get()?.into()),
                 What::Metric(name) => shared(engine, name)?,
@@ -228,7 +230,7 @@ impl History {
     }
 }
 
-/// The metric's value, unread, if it has one.
+/// The metric's value without reading it from its device; `None` if the metric has no value.
 fn shared<C, B, O>(
     engine: &Engine<'_, C, B, O>,
     name: &str,
@@ -240,7 +242,7 @@ fn shared<C, B, O>(
                 "metric '{name}' must be a single value to be recorded, but has shape {:?}",
                 tensor.size()
             );
-            // Detached, so that no graph is kept alive.
+            // The value is detached, so that it keeps no graph alive.
             Some(tensor.f_detach()?.into())
         }
         value => value.map(MetricValue::share),
@@ -295,13 +297,13 @@ impl<C, B, O> Handler<C, B, O> for History {
                 self.ended = Some((engine.state.iteration, engine.state.epoch));
             }
             Event::ExceptionRaised => {
-                // Metrics of an epoch whose last handlers were not called may be of the one before.
+                // The last handlers of this epoch's end were not called, so metrics may be those of the epoch before.
                 if let Some(Error::Handler { event: Event::EpochCompleted, .. }) =
                     engine.exception()
                 {
                     self.ended = None;
                 }
-                // Nothing is read here: a device that failed would only fail again.
+                // Nothing is read from devices here: a device that failed would only fail again.
                 self.record_epoch(engine)?;
             }
             _ => {
@@ -322,7 +324,7 @@ impl fmt::Debug for History {
     }
 }
 
-/// What was recorded.
+/// The recorded rows and columns.
 #[derive(Default)]
 struct Record {
     rows: Vec<Row>,
@@ -337,14 +339,14 @@ struct Row {
 
 struct Column {
     name: String,
-    /// (index of the row, value), in order.
+    /// Points (index of the row, value), in order.
     points: Vec<(usize, f64)>,
-    /// (index of the point, its value).
+    /// Values that are not read yet: (index of the point, its value).
     unread: Vec<(usize, Tensor)>,
 }
 
 impl Record {
-    /// The index of this row, the last one or a new one.
+    /// The index of the row of this iteration: the last row, or a new one.
     fn row(&mut self, iteration: u64, epoch: u64) -> usize {
         let row = Row { iteration, epoch };
         if self.rows.last() != Some(&row) {
@@ -373,7 +375,7 @@ impl Record {
         self.columns.iter_mut().try_for_each(Column::read)
     }
 
-    /// Reads what is unread, and gives all.
+    /// Reads what is unread, and returns the whole record.
     fn save(&mut self) -> Result<StateDict> {
         self.read()?;
         let failed = |error| Error::libtorch("saving the history", error);
@@ -392,7 +394,7 @@ impl Record {
         Ok(state)
     }
 
-    /// Nothing is changed on error.
+    /// Loads a saved record. Nothing is changed on error.
     fn load(&mut self, state: &StateDict) -> Result<()> {
         let odd = || Error::State("the saved history is not what it should be".into());
         let integers = |tensor: &Tensor| Vec::<i64>::try_from(tensor).map_err(|_| odd());
@@ -423,7 +425,7 @@ impl Record {
         Ok(())
     }
 
-    /// Forgets what came after an iteration.
+    /// Removes what was recorded after an iteration.
     fn truncate(&mut self, iteration: u64) {
         let rows = self.rows.iter().take_while(|row| row.iteration <= iteration).count();
         self.rows.truncate(rows);
@@ -445,7 +447,7 @@ impl Record {
             write!(file, "\n{},{}", row.iteration, row.epoch)?;
             for points in &mut points {
                 match points.next_if(|(row, _)| *row == index) {
-                    // The shortest text that reads back as the same number.
+                    // `{:?}` writes the shortest text that reads back as the same number.
                     Some((_, value)) => write!(file, ",{value:?}")?,
                     None => write!(file, ",")?,
                 }
@@ -455,7 +457,7 @@ impl Record {
     }
 }
 
-/// As RFC 4180 has it.
+/// Quotes a name as RFC 4180 demands.
 fn quoted(name: &str) -> String {
     match name.contains([',', '"', '\r', '\n']) {
         true => format!("\"{}\"", name.replace('"', "\"\"")),
@@ -464,7 +466,7 @@ fn quoted(name: &str) -> String {
 }
 
 impl Column {
-    /// Reads what is unread. Kept for another try on error.
+    /// Reads the unread values. On error they are kept for another try.
     fn read(&mut self) -> Result<()> {
         let values = match &self.unread[..] {
             [] => return Ok(()),
@@ -479,13 +481,13 @@ impl Column {
     }
 }
 
-/// Fails where the tensors do not live on one device.
+/// Reads all values in one transfer. Fails where the tensors are not on one device.
 fn in_one_transfer(unread: &[(usize, Tensor)]) -> std::result::Result<Vec<f64>, tch::TchError> {
     let scalars: Vec<_> = unread
         .iter()
         .map(|(_, t)| t.f_reshape([0i64; 0]))
         .collect::<std::result::Result<_, _>>()?;
-    // f64 only on the CPU: some devices have none.
+    // The conversion to f64 is done on the CPU, because some devices lack f64.
     let all = Tensor::f_stack(&scalars, 0)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
     Vec::try_from(all)
 }

@@ -7,10 +7,10 @@ use crate::error::Result;
 use crate::event::Event;
 use crate::event_filter::Events;
 
-/// Suspends the run in good order when the process is asked to end, or after a time: the step is
-/// finished, [`Checkpoint`](crate::checkpoint::Checkpoint) writes what can be resumed, and `run`
-/// returns [`Stop::Signal`](crate::engine::Stop::Signal) or
-/// [`Stop::Interrupted`](crate::engine::Stop::Interrupted). A second signal ends the process at once.
+/// Suspends the run in good order when the process is asked to end, or after a time: the step is finished,
+/// [`Checkpoint`](crate::checkpoint::Checkpoint) writes a checkpoint that can be resumed, and `run` returns
+/// [`Stop::Signal`](crate::engine::Stop::Signal) or [`Stop::Interrupted`](crate::engine::Stop::Interrupted). A second
+/// signal ends the process at once.
 ///
 /// ```
 /// use std::time::Duration;
@@ -26,15 +26,15 @@ use crate::event_filter::Events;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
-/// Any number of engines may have one, one after the other, nested, or in several threads: a signal stops all that run, and
-/// the next run listens again. While none is there a signal ends the process at once.
+/// Any number of engines may have this handler: one after the other, nested, or in several threads. A signal stops all
+/// engines that run, and the next run listens again. While no such handler exists, a signal ends the process at once.
 ///
-/// An evaluation by [`Evaluate`](super::Evaluate) is stopped at its next batch: the trainer's checkpoint is then that of
-/// the moment before the evaluation, which the resumed run repeats from its start.
+/// An evaluation by [`Evaluate`](super::Evaluate) is stopped at its next batch. The trainer's checkpoint then holds the
+/// state before the evaluation, and the resumed run repeats the evaluation from its start.
 ///
-/// When `run` returns, the loggers that handlers write to are flushed, so that `std::process::exit` loses nothing.
+/// When `run` returns, the loggers that handlers write to are flushed, so `std::process::exit` loses nothing.
 ///
-/// Costs two loads of atomics an iteration, and a look at the clock where there is a time.
+/// Costs two atomic loads an iteration, and a reading of the clock where there is a time limit.
 pub struct InterruptOn {
     signals: Option<Listener>,
     after: Option<Duration>,
@@ -43,7 +43,7 @@ pub struct InterruptOn {
 
 struct Listener {
     signals: &'static Signals,
-    /// How many signals were noticed before this one listened.
+    /// Number of signals that were noticed before this listener began.
     since: u64,
 }
 
@@ -54,10 +54,10 @@ impl Drop for Listener {
 }
 
 impl InterruptOn {
-    /// On SIGTERM and SIGINT, from now on and until this is dropped.
+    /// Listens to SIGTERM and SIGINT, from now on and until this handler is dropped.
     ///
     /// # Errors
-    /// The system refuses to register them.
+    /// The system refuses to register the signal handlers.
     pub fn signals() -> Result<Self> {
         let signals = Signals::registered()?;
         signals.listen();
@@ -65,12 +65,12 @@ impl InterruptOn {
         Ok(Self { signals: Some(Listener { signals, since }), after: None, deadline: None })
     }
 
-    /// After this time of a call of `run`, and on no signal.
+    /// Suspends the run after this time of a call of `run`, and listens to no signal.
     pub fn time(after: Duration) -> Self {
         Self { signals: None, after: Some(after), deadline: None }
     }
 
-    /// Also after this time of a call of `run`.
+    /// Also suspends the run after this time of a call of `run`.
     pub fn after(mut self, time: Duration) -> Self {
         self.after = Some(time);
         self
@@ -108,7 +108,7 @@ impl<C, B, O> Handler<C, B, O> for InterruptOn {
         }
         if let Some(after) = self.after {
             let now = Instant::now();
-            // A run that goes on has no STARTED.
+            // A suspended run that goes on fires no STARTED.
             if event == Event::Started || self.deadline.is_none() {
                 self.deadline = now.checked_add(after);
             } else if self.deadline.is_some_and(|deadline| now >= deadline) {

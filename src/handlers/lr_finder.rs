@@ -17,8 +17,8 @@ use crate::event_filter::Events;
 use crate::metrics::MetricValue;
 use crate::optim::{Knob, Optimizer, OptimizerSnapshot, StoreSnapshot};
 
-/// Trains for some iterations with a growing learning rate, to see where the loss falls fastest:
-/// ignite's `FastaiLRFinder`.
+/// Trains for some iterations with a growing learning rate, to find where the loss falls fastest: ignite's
+/// `FastaiLRFinder`.
 ///
 /// ```
 /// # use tch::{Device, Kind, Reduction, Tensor, nn};
@@ -50,25 +50,25 @@ use crate::optim::{Knob, Optimizer, OptimizerSnapshot, StoreSnapshot};
 /// # Ok::<(), anyhow::Error>(())
 /// ```
 ///
-/// Iteration `i` trains with `start * (end / start)^((i - 1) / num_iter)`, or on a line with
-/// [`StepMode::Linear`], in each group from its own start to its own end. The last iteration is number
-/// `num_iter + 1`, with the end itself; it is left out where the run's budget has no room for it. The
-/// finder stops when the loss has diverged, which is what it is expected to do.
+/// Iteration `i` trains with `start * (end / start)^((i - 1) / num_iter)`, or with linear steps in
+/// [`StepMode::Linear`], in each group from the group's own start to its own end. The last iteration is number
+/// `num_iter + 1`, with the end itself; it is left out where the run's budget has no room for it. The finder stops when
+/// the loss has diverged, which is the expected end.
 ///
-/// The trainer's own handlers run too, those of evaluators within it as well. The finder writes the learning
-/// rate after them, so schedulers of the trainer do not interfere. Handlers that write, draw or send
+/// The trainer's own handlers run too, and so do those of its evaluators. The finder sets the learning rate after them,
+/// so the trainer's schedulers do not interfere. Handlers that write, draw or send
 /// ([`Checkpoint`](crate::checkpoint::Checkpoint), loggers, progress bars: those whose
 /// [`runs_in_trials`](Handler::runs_in_trials) is false) are not called.
 ///
-/// The search leaves no trace. Afterwards, also after an error, these are as they were, bit for bit: the
-/// optimizer's hyper-parameters and state, the variables of the store with their gradients, where the
-/// trainer stands, even in the middle of an interrupted run, its metrics and histories, the state of each
-/// handler, what is [tracked](Engine::track), the context where that is tracked, and libtorch's random
-/// numbers. Closures are called too, as they were attached with [`Engine::on`]: what they keep for
-/// themselves, write or print stays, and so does what a handler of your own does not save.
+/// The search leaves no trace. Afterwards, also after an error, all of this is bit for bit as before: the optimizer's
+/// hyper-parameters and state, the variables of the store with their gradients, the trainer's position (even in the
+/// middle of an interrupted run), its metrics and histories, the state of each handler, everything
+/// [tracked](Engine::track), the context where it is tracked, and libtorch's random numbers. Closures that were
+/// attached with [`Engine::on`] are called too: what they store, write or print stays, and so does state that a handler
+/// of your own does not save.
 ///
-/// Costs a copy of the variables and of the optimizer's state, on their device, another of what is tracked,
-/// in the computer's memory, and a host sync an iteration to read the loss.
+/// Costs a copy of the variables and of the optimizer's state on their device, a copy of everything tracked in host
+/// memory, and a host sync an iteration to read the loss.
 #[doc(alias = "FastaiLRFinder")]
 #[derive(Clone)]
 pub struct LrFinder {
@@ -87,10 +87,10 @@ pub struct LrFinder {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum StepMode {
-    /// By the same factor in each iteration.
+    /// Each iteration multiplies the learning rate by the same factor.
     #[default]
     Exp,
-    /// By the same difference.
+    /// Each iteration adds the same difference.
     Linear,
 }
 
@@ -130,57 +130,58 @@ impl LrFinder {
         }
     }
 
-    /// The learning rate of the first iteration, in all groups; unless given, each group's own.
+    /// Sets the learning rate of the first iteration, for all groups; the default is each group's own.
     pub fn start_lr(mut self, lr: f64) -> Self {
         self.start = Some(Values::All(lr));
         self
     }
 
-    /// The learning rate of the first iteration, for each group.
+    /// Sets the learning rate of the first iteration, for each group.
     pub fn start_lrs(mut self, lrs: impl IntoIterator<Item = f64>) -> Self {
         self.start = Some(Values::Each(lrs.into_iter().collect()));
         self
     }
 
-    /// The largest learning rate, in all groups: 10 unless given.
+    /// Sets the largest learning rate, for all groups; the default is 10.
     pub fn end_lr(mut self, lr: f64) -> Self {
         self.end = Values::All(lr);
         self
     }
 
-    /// The largest learning rate, for each group.
+    /// Sets the largest learning rate, for each group.
     pub fn end_lrs(mut self, lrs: impl IntoIterator<Item = f64>) -> Self {
         self.end = Values::Each(lrs.into_iter().collect());
         self
     }
 
-    /// Steps from the first learning rate to the largest. Goes over the data as often as that takes.
-    /// Unless given: as many as [`until`](Self::until) has iterations.
+    /// Sets the number of steps from the first learning rate to the largest. The finder goes over the data as often as
+    /// that takes. The default is the number of iterations of [`until`](Self::until).
     pub fn num_iter(mut self, iterations: u64) -> Self {
         self.num_iter = Some(iterations);
         self
     }
 
-    /// The run's budget, in epochs or iterations: one epoch unless given. `num_iter` extends it.
+    /// Sets the run's budget, in epochs or iterations; the default is one epoch. `num_iter` extends it.
     pub fn until(mut self, until: Until) -> Self {
         self.until = until;
         self
     }
 
-    /// How the learning rate grows: [`StepMode::Exp`] unless given.
+    /// Sets how the learning rate grows; the default is [`StepMode::Exp`].
     pub fn step_mode(mut self, mode: StepMode) -> Self {
         self.mode = mode;
         self
     }
 
-    /// Weight of a new loss in the smoothed one, in [0, 1): 0.05 unless given; 0 for no smoothing.
+    /// Sets the weight of a new loss in the smoothed one, in [0, 1); the default is 0.05, and 0 means no smoothing.
     pub fn smooth_f(mut self, weight: f64) -> Self {
         self.smooth_f = weight;
         self
     }
 
-    /// Stops when the smoothed loss is more than this many times the smallest so far: 5 unless given,
-    /// at least 1. Where the smallest is negative, it is its distance to zero that counts.
+    /// Stops when the smoothed loss is more than this many times the smallest one so far; the default is 5, and at
+    /// least 1 is needed. Where the smallest loss is negative, the limit is the smallest loss plus `times - 1` times
+    /// its distance to zero.
     pub fn diverge_th(mut self, times: f64) -> Self {
         self.diverge_th = times;
         self
@@ -192,12 +193,13 @@ impl LrFinder {
         self
     }
 
-    /// Runs `trainer` on `data` with growing learning rates, and brings everything back to where it
-    /// was. `loss` takes the loss out of what the step returns: a number, or a tensor with one element.
+    /// Runs `trainer` on `data` with growing learning rates, and restores everything afterwards. `loss` returns the
+    /// loss in the output of the step: a number, or a tensor with one element.
     ///
     /// # Errors
-    /// Wrong arguments, before anything runs; what [`Engine::run`] returns; a loss that is not one value; a
-    /// signal that came meanwhile ([`InterruptOn`](crate::handlers::InterruptOn)): the process is to end.
+    /// Wrong arguments are refused before anything runs. Errors of [`Engine::run`] are returned, and so are a loss that
+    /// is not one value, and a signal during the search ([`InterruptOn`](crate::handlers::InterruptOn)), after which
+    /// the process should end.
     pub fn run<'a, C, B, O, V: Into<MetricValue>>(
         &self,
         trainer: &mut Engine<'a, C, B, O>,
@@ -243,7 +245,7 @@ impl LrFinder {
         Ok(curve)
     }
 
-    /// Checks the arguments.
+    /// Checks the arguments, and makes the handler.
     fn search<F>(&self, loss: F) -> Result<Search<F>> {
         if !(0. ..1.).contains(&self.smooth_f) {
             return Err(Error::invalid(format!(
@@ -322,7 +324,7 @@ impl Saved {
         self.stores.iter().try_for_each(StoreSnapshot::clear_gradients)
     }
 
-    /// Restores all it can before it tells of an error.
+    /// Restores all it can before it returns an error.
     fn restore(self) -> Result<()> {
         let stores = self.stores.into_iter().map(StoreSnapshot::restore);
         let optimizers = self.optimizers.iter().map(|(optimizer, saved)| optimizer.restore(saved));
@@ -331,24 +333,25 @@ impl Saved {
     }
 }
 
-/// The handler that turns the learning rates and records.
+/// The handler that sets the learning rates and records the losses.
 struct Search<F> {
     knobs: Vec<Knob>,
-    /// From where to where, for each group.
+    /// First and last learning rate of each group.
     ranges: Vec<(f64, f64)>,
     mode: StepMode,
     num_iter: Option<u64>,
-    /// Steps from start to end, once the run's length is known.
+    /// Number of steps from first to last; set when the run's length is known.
     iterations: u64,
     smooth_f: f64,
     diverge_th: f64,
     loss: F,
-    /// Of this iteration.
+    /// The learning rates of this iteration.
     lr: Vec<f64>,
     best: Option<f64>,
     curve: LrCurve,
 }
 
+/// Sets the number of steps, and extends the run's budget for them.
 impl<F> Search<F> {
     fn plan<C, B, O>(&mut self, engine: &mut Engine<'_, C, B, O>) -> anyhow::Result<()> {
         let state = &mut engine.state;
@@ -370,9 +373,9 @@ impl<F> Search<F> {
         for (knob, (start, end)) in self.knobs.iter().zip(&self.ranges) {
             let lr = match self.mode {
                 StepMode::Exp => start * (end / start).powf(ratio),
-                // Rounding would miss it.
+                // Rounding would miss the end.
                 StepMode::Linear if ratio >= 1. => *end,
-                // In the order of ignite's operations.
+                // The order of the operations is ignite's, for equal rounding.
                 StepMode::Linear => start + (end - start) * step / self.iterations as f64,
             };
             knob.set(lr)?;
@@ -381,7 +384,7 @@ impl<F> Search<F> {
         Ok(())
     }
 
-    /// Whether to stop.
+    /// Records a loss. Returns whether to stop.
     fn record(&mut self, loss: f64) -> bool {
         let loss = match self.curve.loss.last() {
             Some(last) if self.smooth_f > 0. => self.smooth_f * loss + (1. - self.smooth_f) * last,
@@ -432,7 +435,7 @@ impl<C, B, O, V: Into<MetricValue>, F: Fn(&O) -> V> Handler<C, B, O> for Search<
     }
 }
 
-/// What an [`LrFinder`] saw: the smoothed loss over the learning rate.
+/// The result of an [`LrFinder`]: the smoothed loss over the learning rate.
 #[doc(alias = "get_results")]
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct LrCurve {
@@ -444,10 +447,10 @@ pub struct LrCurve {
 }
 
 impl LrCurve {
-    /// A curve from elsewhere: for each iteration the learning rates of all groups, and the loss.
+    /// Makes a curve from given values: for each iteration the learning rates of all groups, and the loss.
     ///
     /// # Errors
-    /// Not as many learning rates as losses, or not the same number of groups everywhere.
+    /// The numbers of learning rates and losses differ, or the number of groups is not the same everywhere.
     pub fn new(lr: Vec<Vec<f64>>, loss: Vec<f64>) -> Result<Self> {
         let groups = lr.first().map_or(0, Vec::len);
         if lr.len() != loss.len() || lr.iter().any(|lrs| lrs.len() != groups) {
@@ -461,7 +464,7 @@ impl LrCurve {
         Ok(Self { groups, lr, loss, ..Self::default() })
     }
 
-    /// For each iteration the learning rates it trained with, one for each group.
+    /// For each iteration the learning rates that it trained with, one for each group.
     pub fn lr(&self) -> &[Vec<f64>] {
         &self.lr
     }
@@ -476,26 +479,25 @@ impl LrCurve {
         self.diverged
     }
 
-    /// What looked wrong without being an error.
+    /// Warnings about things that looked wrong without being errors.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
-    /// The learning rates, one for each group, at which the loss fell fastest: of all points up to the
-    /// smallest loss, the one with the most negative central difference. Computed in f64; ignite
-    /// rounds the losses to f32 first, which can move it where the curve is nearly flat. What comes
-    /// after a loss that is not finite does not count.
+    /// The learning rates, one for each group, at which the loss fell fastest: of all points up to the smallest loss,
+    /// the one with the most negative central difference. Computed in f64; ignite rounds the losses to f32 first, which
+    /// can move the point where the curve is nearly flat. Points after a loss that is not finite do not count.
     ///
     /// # Errors
-    /// No run yet, or fewer than 3 points up to the smallest loss.
+    /// The curve is empty, or has fewer than 3 points up to the smallest loss.
     pub fn lr_suggestion(&self) -> Result<Vec<f64>> {
         Ok(self.lr[self.steepest()?].clone())
     }
 
-    /// Sets the suggestion in the optimizer's groups.
+    /// Sets the suggested learning rates in the optimizer's groups.
     ///
     /// # Errors
-    /// No suggestion, or an optimizer with another number of groups.
+    /// There is no suggestion, or the optimizer has another number of groups.
     pub fn apply_suggested_lr(&self, optimizer: &Optimizer) -> Result<()> {
         let suggestion = self.lr_suggestion()?;
         let groups = optimizer.groups()?;
@@ -526,12 +528,12 @@ impl LrCurve {
         })
     }
 
-    /// Draws the loss over the learning rate on a logarithmic scale as SVG, a curve for each group, and
-    /// marks the suggestion where there is one. A loss that has left the picture does not come back. A
-    /// file that was there is replaced when the new one is complete.
+    /// Plots the loss over the learning rate on a logarithmic scale as SVG, with a curve for each group, and marks the
+    /// suggestion if there is one. A curve ends where it leaves the plot upwards. A file that exists is replaced when
+    /// the new one is complete.
     ///
     /// # Errors
-    /// No run yet; a file that cannot be written.
+    /// The curve is empty, or the file cannot be written.
     #[cfg(feature = "plots")]
     pub fn plot(&self, path: impl AsRef<Path>) -> Result<()> {
         use crate::plot::{Line, Sheet, X, label, svg_of};
@@ -565,7 +567,7 @@ impl LrCurve {
 
 #[cfg(feature = "plots")]
 impl LrCurve {
-    /// Points of a group up to where the loss has risen far above what it fell from.
+    /// The points of a group up to where the loss has risen far above the largest loss before the minimum.
     fn visible(&self, group: usize) -> Vec<(f64, f64)> {
         let finite = self.loss.split(|loss| !loss.is_finite()).next().unwrap_or_default();
         let least = first_least(finite.iter().copied()).unwrap_or(0);
@@ -580,7 +582,7 @@ impl LrCurve {
                 && top > last
                 && loss > top
             {
-                // On a straight line of the picture.
+                // The curve is cut on the straight line between the two points of the plot.
                 let part = (top - last) / (loss - last);
                 points.push((last_lr * (lr / last_lr).powf(part), top));
                 break;
@@ -591,7 +593,7 @@ impl LrCurve {
     }
 }
 
-/// The index of the smallest value, the first of equals.
+/// The index of the smallest value; of equal values the first.
 fn first_least(values: impl Iterator<Item = f64>) -> Option<usize> {
     let least = values.enumerate().reduce(|a, b| if b.1 < a.1 { b } else { a });
     least.map(|(index, _)| index)
@@ -689,7 +691,7 @@ mod tests {
         assert_eq!(optimizer.knob("lr")?.get()?, 0.1);
         assert_eq!((trainer.state.iteration, trainer.state.max_epochs), (0, None));
 
-        // Its own handler is gone.
+        // The finder's own handler is gone.
         let mut lrs = vec![];
         trainer.run(&mut lrs, vec![1; 3], Until::epochs(1))?;
         assert_eq!(lrs, [0.1; 3]);

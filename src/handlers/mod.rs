@@ -16,7 +16,7 @@ pub use crate::plot;
 mod progress_bar;
 #[cfg(feature = "signals")]
 mod signals;
-/// Without the feature no signal is listened to.
+/// Without the feature `signals` no signal is listened to.
 #[cfg(not(feature = "signals"))]
 mod signals {
     pub(super) fn is_listening() -> bool {

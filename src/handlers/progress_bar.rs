@@ -10,22 +10,22 @@ use crate::event::Event;
 use crate::event_filter::Events;
 use crate::optim::Knob;
 
-/// How often the bar is drawn.
+/// Time between two drawings of the bar.
 const PERIOD: Duration = Duration::from_millis(100);
-/// How often there is a line within an epoch where there is no bar.
+/// Time between two lines within an epoch, where there is no bar.
 const LINE_PERIOD: Duration = Duration::from_secs(60);
 
-/// Shows how far the run is, on stderr: the epoch and its iterations, the rate, the time the epoch
-/// still takes, metrics and knobs.
+/// Shows the progress of a run on stderr: the epoch and its iterations, the rate, the remaining time of the epoch,
+/// metrics and knobs.
 ///
 /// ```text
-/// epoch 2/5 [==========>             ] 61/141  44.2 it/s, 0:01 left  loss 0.1514  lr (base) 4.5e-3
+/// epoch 2/5 [==========>             ] 61/141  44.2 it/s, 0:01 left  loss 0.1514  lr (base) 0.0045
 /// ```
 ///
-/// At the end of each epoch a line with the final values stays. They are read when all handlers of
-/// the epoch were called, so it may be attached before what computes them. Metrics without a value
-/// are left out. Where stderr is not a terminal there is no bar, only that line, and one a minute
-/// within an epoch. The bar of an evaluator is a [`child`](Self::child) of the trainer's.
+/// At the end of each epoch a line with the final values stays. The values are read after all handlers of the epoch's
+/// end were called, so the bar may be attached before handlers that compute them. Metrics without a value are left out.
+/// Where stderr is not a terminal there is no bar, but only that line, and a line a minute within an epoch. The bar of
+/// an evaluator is a [`child`](Self::child) of the trainer's.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Event, Until};
@@ -44,26 +44,26 @@ const LINE_PERIOD: Duration = Duration::from_secs(60);
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
-/// Costs a count an iteration. The clock is looked at, metrics are read (a host sync for those on
-/// CUDA) and the bar is drawn about ten times a second, and only where it is shown.
+/// An iteration costs a count. About ten times a second the clock is read, metrics are read (a host sync for those on
+/// CUDA) and the bar is drawn, and only where it is shown.
 #[derive(Debug, Clone)]
 pub struct ProgressBar {
-    /// All bars of a family.
+    /// The bars of a trainer and its evaluators.
     screens: MultiProgress,
     screen: indicatif::ProgressBar,
     /// Where lines go if there is no terminal.
     lines: Option<Lines>,
-    /// What is run, where it is no training.
+    /// Name of the evaluator; `None` for a trainer.
     name: Option<String>,
     values: Vec<(String, Value)>,
     stage: Stage,
     pace: Pace,
-    /// `"epoch 2/5"`
+    /// The text before the bar, such as `"epoch 2/5"`.
     title: String,
-    /// Iterations of the epoch that are done.
+    /// Number of iterations of the epoch that are done.
     done: u64,
-    /// Those before the first that was seen, which came some time after the epoch began where a run
-    /// goes on.
+    /// Number of iterations before the first that was seen; where a run goes on, that one came some time after the
+    /// epoch began.
     before: Option<u64>,
 }
 
@@ -82,18 +82,18 @@ enum Value {
     Knob(Knob),
 }
 
-/// What there is on the screen.
+/// What the screen shows.
 #[derive(Debug, Clone, Copy)]
 enum Stage {
-    /// Nothing: no epoch is under way.
+    /// Nothing, because no epoch is under way.
     Idle,
-    /// Nothing: it is hidden.
+    /// Nothing, because the bar is hidden.
     Hidden,
-    /// No terminal: lines of an epoch that began then.
+    /// Lines instead of a bar, for an epoch that began at this time.
     Lines(Instant),
-    /// The bar of an epoch that began then.
+    /// The bar of an epoch that began at this time.
     Running(Instant),
-    /// The bar of an epoch whose iterations took so long.
+    /// The bar of an epoch whose iterations took this long.
     Ended(Duration),
 }
 
@@ -113,7 +113,7 @@ impl ProgressBar {
 
     fn among(screens: MultiProgress, lines: Option<Lines>, name: Option<String>) -> Self {
         let screen = screens.add(indicatif::ProgressBar::no_length());
-        // Nothing to show before the first epoch.
+        // Nothing is shown before the first epoch.
         screen.finish_and_clear();
         Self {
             screens,
@@ -129,8 +129,8 @@ impl ProgressBar {
         }
     }
 
-    /// A bar below this one, for an evaluator of this name. It leaves no line, and there is nothing of
-    /// it where there is no terminal: what the evaluation gave is among the trainer's metrics.
+    /// A bar below this one, for an evaluator of this name. It leaves no line, and shows nothing where there is no
+    /// terminal, because the values of the evaluation are among the trainer's metrics.
     ///
     /// ```
     /// use tch_ignite::engine::{Engine, Until};
@@ -148,13 +148,13 @@ impl ProgressBar {
         Self::among(self.screens.clone(), None, Some(name.into()))
     }
 
-    /// Gives the lines to `log`, such as a logger's, instead of stderr, where there is no terminal.
+    /// Passes the lines to `log`, such as a logger's, instead of stderr, where there is no terminal.
     pub fn lines_to(mut self, log: impl Fn(&str) + Send + Sync + 'static) -> Self {
         self.lines = Some(Lines(Arc::new(log)));
         self
     }
 
-    /// Shows the metric of this name, once it has a value; if it never has one, the run's summary warns.
+    /// Shows the metric of this name once it has a value. If it never has one, the run's summary warns.
     pub fn metric(mut self, name: impl Into<String>) -> Self {
         self.values.push((name.into(), Value::Metric));
         self
@@ -166,20 +166,19 @@ impl ProgressBar {
         self
     }
 
-    /// Shows nothing, and gives no lines.
+    /// Shows no bar and writes no lines.
     pub fn hidden(mut self) -> Self {
         self.lines = None;
         self.with_draw_target(ProgressDrawTarget::hidden())
     }
 
-    /// Draws there instead of on stderr, also for the clones and children of this bar.
+    /// Draws to this target instead of stderr, also for the clones and children of this bar.
     pub fn with_draw_target(self, target: ProgressDrawTarget) -> Self {
         self.screens.set_draw_target(target);
         self
     }
 
-    /// Takes the bar off the screen while `print` prints, so that the two do not mix. Call it on a
-    /// clone of the bar that is attached.
+    /// Hides the bar while `print` prints, so that the two do not mix. Call this on a clone of the attached bar.
     pub fn suspend<R>(&self, print: impl FnOnce() -> R) -> R {
         self.screens.suspend(print)
     }
@@ -212,7 +211,7 @@ impl ProgressBar {
         self.draw(state)
     }
 
-    /// Changes what the bar shows, and does not draw it.
+    /// Changes the content of the bar without drawing it.
     fn show(&self, message: impl Into<String>) {
         drop(
             (self.screen.clone())
@@ -246,7 +245,7 @@ impl ProgressBar {
         }
     }
 
-    /// `"61/141"`
+    /// The iterations done, such as `"61/141"`.
     fn done_of<B, O>(&self, state: &State<B, O>) -> String {
         match state.epoch_length {
             Some(length) => format!("{}/{length}", self.done),
@@ -267,14 +266,14 @@ impl ProgressBar {
         }
         let done = self.done_of(state);
         let rate = self.rate_text(took, None);
-        // The line comes also where a device that failed cannot tell the values.
+        // The line is shown even if a failed device cannot give the values.
         let values = self.values_text(state);
         let text = values.as_deref().unwrap_or_default();
         let took = match took.as_secs() {
             ..60 => format!("{:.1} s", took.as_secs_f64()),
             _ => clock(took),
         };
-        // In this order the cursor is left on a line of its own.
+        // This order leaves the cursor on a line of its own.
         let line = format!("{}  {done} in {took}{rate}{text}", self.title);
         match self.screen.is_hidden() {
             true => self.say(&line),
@@ -286,7 +285,7 @@ impl ProgressBar {
         values.map(drop)
     }
 
-    /// How fast it is, and how long an epoch of this length still takes.
+    /// The rate, and the remaining time of an epoch of this length.
     fn rate_text(&self, took: Duration, length: Option<u64>) -> String {
         let seen = self.done.saturating_sub(self.before.unwrap_or(self.done));
         let each = took.as_secs_f64() / seen as f64;
@@ -346,7 +345,7 @@ impl<C, B, O> Handler<C, B, O> for ProgressBar {
             (Event::IterationCompleted, Stage::Hidden) => {}
             (Event::IterationCompleted, stage) => {
                 if let Stage::Idle = stage {
-                    // An interrupted run goes on.
+                    // An interrupted run goes on without EPOCH_STARTED.
                     self.begin(&engine.state)?;
                 }
                 self.done = engine.iteration_in_epoch();
@@ -356,7 +355,7 @@ impl<C, B, O> Handler<C, B, O> for ProgressBar {
                 }
             }
             (Event::EpochCompleted, Stage::Running(begun) | Stage::Lines(begun)) => {
-                // Without the handlers of this event that came before.
+                // The time of this event's handlers before this one does not count.
                 self.stage = Stage::Ended(begun.elapsed().min(engine.state.epoch_time));
                 if !self.screen.is_hidden() {
                     self.draw(&engine.state)?;
@@ -368,7 +367,7 @@ impl<C, B, O> Handler<C, B, O> for ProgressBar {
                 self.begin(&engine.state)?;
             }
             (Event::ExceptionRaised, _) => {
-                // What could not be read here comes from the error there is.
+                // A value that cannot be read here fails because of the error that is raised already.
                 let _ = self.end(&engine.state);
             }
             _ => self.end(&engine.state)?,
@@ -383,12 +382,12 @@ impl<C, B, O> Handler<C, B, O> for ProgressBar {
     }
 }
 
-/// Says when to draw, looking at the clock as seldom as that takes.
+/// Decides when to draw, with as few readings of the clock as possible.
 #[derive(Debug, Clone)]
 struct Pace {
     period: Duration,
     drawn: Instant,
-    /// Iterations from the last drawing to the next look at the clock, and from now.
+    /// Iterations from the last drawing to the next reading of the clock, and those left until then.
     next: u64,
     left: u64,
 }
@@ -408,7 +407,7 @@ impl Pace {
         let (seen, passed) = (self.next, now.saturating_duration_since(self.drawn));
         let is_due = passed >= self.period;
         let wait = if is_due { self.period } else { self.period - passed };
-        // No further ahead than was seen: the first iterations may be quick ones.
+        // Looks no further ahead than it has seen, because the first iterations may be quick ones.
         let ahead = wait.as_secs_f64() / passed.as_secs_f64() * seen as f64;
         self.left = (ahead as u64).clamp(1, seen);
         match is_due {
@@ -428,7 +427,7 @@ fn title<B, O>(state: &State<B, O>) -> String {
     }
 }
 
-/// `"0:07"`, `"1:02:03"`.
+/// A time such as `"0:07"` or `"1:02:03"`.
 fn clock(time: Duration) -> String {
     let seconds = time.as_secs();
     let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
@@ -438,7 +437,7 @@ fn clock(time: Duration) -> String {
     }
 }
 
-/// A number with so many digits that count.
+/// A number with this many significant digits.
 fn number(value: f64, digits: i32) -> String {
     let size = value.abs();
     let exponent = if size.is_normal() { size.log10().floor() as i32 } else { 0 };
@@ -477,7 +476,7 @@ mod tests {
         (screen, bar.with_draw_target(target))
     }
 
-    /// Times and rates replaced by `_`.
+    /// The lines, with times and rates replaced by `_`.
     fn without_times(screen: &InMemoryTerm) -> String {
         let contents = screen.contents();
         let word = |word: &str| match word {

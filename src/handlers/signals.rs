@@ -1,4 +1,4 @@
-//! Signals that ask the process to end, for all engines.
+//! Signals that ask the process to end, shared by all engines.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -9,15 +9,15 @@ use signal_hook::{flag, low_level};
 
 use crate::error::{Error, Result};
 
-/// The signals of this process. They are registered once, because what another handler of a signal replaced, the
-/// system's own way among them, never comes back.
+/// The signals of this process. The handlers are registered once and never removed, because a system's default action
+/// that was replaced cannot be brought back.
 pub(super) struct Signals {
-    /// The number of a signal that nobody has noticed yet, or 0.
+    /// Number of a signal that no engine has noticed yet, or 0.
     raised: Arc<AtomicUsize>,
-    /// The next signal ends the process: one came already, or nobody listens.
+    /// Whether the next signal ends the process, because one came already or nobody listens.
     is_last: Arc<AtomicBool>,
     listeners: Mutex<usize>,
-    /// How many were noticed, and the number of the last.
+    /// Count of noticed signals, and the number of the last one.
     noticed: AtomicU64,
     number: AtomicUsize,
 }
@@ -39,7 +39,7 @@ impl Signals {
         let (raised, is_last) = (Arc::default(), Arc::new(AtomicBool::new(true)));
         let mut ids = vec![];
         for signal in [SIGTERM, SIGINT] {
-            // In this order: a first signal sets both, a second finds the flag set and ends the process.
+            // The order matters: a first signal sets both flags; a second one finds `is_last` set and ends the process.
             let registered = flag::register_conditional_default(signal, Arc::clone(&is_last))
                 .map(|id| ids.push(id))
                 .and_then(|()| flag::register_usize(signal, Arc::clone(&raised), signal as usize))
@@ -58,16 +58,17 @@ impl Signals {
         Ok(SIGNALS.get_or_init(|| Self { raised, is_last, listeners, noticed, number }))
     }
 
-    /// Counts a listener more.
+    /// Counts one more listener.
     pub(super) fn listen(&self) {
         let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         *listeners += 1;
-        // A signal that came before, and stopped nobody, is not forgotten.
+        // A signal that came before and stopped no engine is not forgotten.
         if *listeners == 1 && self.raised.load(Ordering::Relaxed) == 0 {
             self.is_last.store(false, Ordering::Relaxed);
         }
     }
 
+    /// Counts one listener less.
     pub(super) fn listen_no_more(&self) {
         let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         *listeners -= 1;
@@ -76,8 +77,8 @@ impl Signals {
         }
     }
 
-    /// The number of a signal that came after the first `since`, and has not stopped an engine of this thread yet; it has
-    /// then.
+    /// Returns the number of a signal that came after the first `since`, and that has not stopped an engine of this
+    /// thread yet. The signal counts as obeyed on this thread from then on.
     pub(super) fn take(&self, since: u64) -> Option<i32> {
         if self.raised.load(Ordering::Relaxed) != 0 {
             let number = self.raised.swap(0, Ordering::Relaxed);
@@ -94,12 +95,12 @@ impl Signals {
         i32::try_from(self.number.load(Ordering::Relaxed)).ok()
     }
 
-    /// How many signals were noticed until now.
+    /// Count of noticed signals.
     pub(super) fn noticed(&self) -> u64 {
         self.noticed.load(Ordering::Acquire)
     }
 
-    /// The engines of a process that was stopped run again: the next signal is a first one.
+    /// Makes the next signal a first one again, when engines run again after a stop.
     pub(super) fn rearm(&self) {
         if self.is_last.load(Ordering::Relaxed) && self.raised.load(Ordering::Relaxed) == 0 {
             self.is_last.store(false, Ordering::Relaxed);
@@ -114,7 +115,7 @@ pub(super) fn is_listening() -> bool {
     })
 }
 
-/// The number of a signal that has not stopped an engine of this thread yet; it has then.
+/// Returns the number of a signal that has not stopped an engine of this thread yet, and counts it as obeyed.
 pub(super) fn take_signal() -> Option<i32> {
     SIGNALS.get()?.take(0)
 }

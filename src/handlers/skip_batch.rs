@@ -7,10 +7,10 @@ use crate::event::Event;
 use crate::event_filter::Events;
 use crate::state::StateDict;
 
-/// Passes over batches that are of no use: no step and no iteration for them.
+/// Skips batches: they get no step and no iteration.
 ///
-/// Clones share the count. Asked for each batch that is fetched; [`Engine::skip_batch`] has the fine
-/// print. Where a GPU has the batch, an answer from its values is a host sync: better ask the loader.
+/// `when` is called for each batch that is fetched; [`Engine::skip_batch`] documents the consequences. Clones share the
+/// count. Where the batch is on a GPU, looking at its values is a host sync: it is better to let the loader decide.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -29,7 +29,7 @@ pub struct SkipBatch<F> {
 }
 
 impl<F> SkipBatch<F> {
-    /// Passes over those that `when` says.
+    /// Skips the batches for which `when` returns true.
     pub fn when<B>(when: F) -> Self
     where
         F: Fn(&B) -> bool,
@@ -37,7 +37,7 @@ impl<F> SkipBatch<F> {
         Self { when, skipped: Rc::default() }
     }
 
-    /// How many were passed over.
+    /// Number of batches skipped so far.
     pub fn skipped(&self) -> u64 {
         self.skipped.get()
     }

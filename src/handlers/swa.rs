@@ -12,13 +12,13 @@ use crate::event::Event;
 use crate::event_filter::Events;
 use crate::state::StateDict;
 
-/// The plain average of a model's variables over its events, for stochastic weight averaging (Izmailov et
-/// al. 2018, <https://arxiv.org/abs/1803.05407>): torch's `AveragedModel`. At event n, from 0,
+/// The plain average of a model's variables over the handler's events, for stochastic weight averaging (Izmailov et al.
+/// 2018, <https://arxiv.org/abs/1803.05407>): torch's `AveragedModel`. At event n, counted from 0, the handler computes
 /// `average = average + (model - average) / (n + 1)`, in one pass and in place.
 ///
-/// At the end of each epoch unless told otherwise; begin late with
-/// `.on(Event::EpochCompleted.after(100))`. A clone shares the averages. The running averages of batch normalisation
-/// have to be computed anew for the averaged weights: [`update_bn`](super::update_bn). No host sync.
+/// The default event is the end of each epoch; begin late with `.on(Event::EpochCompleted.after(100))`. A clone shares
+/// the averages. The running averages of batch normalisation have to be computed anew for the averaged weights:
+/// [`update_bn`](super::update_bn). No host sync.
 ///
 /// ```
 /// use tch::{Device, nn};
@@ -43,7 +43,10 @@ pub struct SWAHandler {
 }
 
 impl SWAHandler {
-    /// Averages of the variables that the store has now: as much memory again.
+    /// Averages the variables that the store has now; the averages take as much memory as these.
+    ///
+    /// # Errors
+    /// libtorch cannot copy the variables.
     pub fn new(vs: &VarStore) -> Result<Self> {
         Ok(Self {
             shadow: WeightAverages::of(vs)?,
@@ -53,24 +56,27 @@ impl SWAHandler {
         })
     }
 
-    /// What happens to buffers; [`Buffers::Copy`] unless given.
+    /// Sets how buffers are treated; the default is [`Buffers::Copy`].
     pub fn handle_buffers(mut self, buffers: Buffers) -> Self {
         self.buffers = buffers;
         self
     }
 
-    /// Updates at these events instead of [`Event::EpochCompleted`].
+    /// Updates the averages at these events instead of [`Event::EpochCompleted`].
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self
     }
 
-    /// How many values each average is of.
+    /// Number of values that each average is of.
     pub fn n_averaged(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Takes the model's values into the averages, without an engine.
+    /// Adds the model's values to the averages, without an engine.
+    ///
+    /// # Errors
+    /// The averages are swapped in.
     pub fn update(&self) -> Result<()> {
         let count = self.n_averaged() + 1;
         let how = if count == 1 { Average::Copy } else { Average::Mean(count as f64) };
@@ -83,20 +89,20 @@ impl SWAHandler {
         Ok(())
     }
 
-    /// The averages by the names of the variables. They are the handler's own: copy them to keep values.
+    /// The averages, by the names of the variables. The tensors are the handler's own: copy them to keep their values.
     pub fn averages(&self) -> Vec<(String, Tensor)> {
         self.shadow.averages()
     }
 
-    /// Gives the model the averages' values until the guard is dropped, for an evaluation.
+    /// Gives the model the values of the averages, for an evaluation, until the returned guard is dropped.
     ///
     /// # Errors
-    /// They are swapped in already.
+    /// The averages are swapped in already.
     pub fn swap(&self) -> Result<Swapped> {
         self.shadow.swap()
     }
 
-    /// Calls a handler with the averages swapped in: `swa.with_averages(Evaluate::each_epoch(…))`.
+    /// Wraps a handler so that it is called with the averages swapped in: `swa.with_averages(Evaluate::each_epoch(…))`.
     pub fn with_averages<H>(&self, handler: H) -> WithAverages<H> {
         WithAverages { shadow: self.shadow.clone(), handler }
     }

@@ -10,15 +10,15 @@ use crate::metrics::MetricValue;
 use crate::prediction::Prediction;
 use crate::state::StateDict;
 
-/// Iterations between two looks at a device.
+/// Default number of iterations between two readings of a device's flag.
 const PERIOD: u64 = 100;
 
 /// Ends the run when an output holds a NaN or an infinity: ignite's `TerminateOnNan`.
 ///
-/// Numbers and tensors on the CPU are looked at in each iteration, and the run ends with the one that
-/// went wrong. A tensor on another device is not waited for: it is added to a flag there (three small
-/// kernels a tensor), which is read every 100 iterations ([`every`](Self::every)) and at the end of
-/// each epoch, so the run ends at most that much later. Each reading is a host sync.
+/// Numbers and CPU tensors are checked in each iteration, and the run ends with the iteration that went wrong. A tensor
+/// on another device is added to a flag there (three small kernels for each tensor). The flag is read every 100
+/// iterations ([`every`](Self::every)) and at the end of each epoch, so the run ends at most that much later. Each
+/// reading is a host sync.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Stop, Until};
@@ -32,20 +32,20 @@ const PERIOD: u64 = 100;
 pub struct TerminateOnNan<F> {
     numbers: F,
     every: u64,
-    /// On each device, zero or NaN.
+    /// A flag on each device: zero, or NaN once a value was not finite.
     flags: Vec<(Device, Tensor)>,
 }
 
-/// What numbers there are in an output, nested or not.
+/// Values whose numbers can be checked, nested or not.
 pub trait Numbers {
-    /// Shows each number and tensor to `see`; a tensor is shared, not copied.
+    /// Calls `see` with each number and tensor; tensors are shared, not copied.
     fn numbers(&self, see: &mut dyn FnMut(MetricValue));
 }
 
 type Output<O> = fn(&O, &mut dyn FnMut(MetricValue));
 
 impl<O: Numbers> TerminateOnNan<Output<O>> {
-    /// Looks at all numbers of the output.
+    /// Checks all numbers of the output.
     pub fn new() -> Self {
         Self { numbers: O::numbers, every: PERIOD, flags: vec![] }
     }
@@ -58,7 +58,7 @@ impl<O: Numbers> Default for TerminateOnNan<Output<O>> {
 }
 
 impl TerminateOnNan<()> {
-    /// Looks at what `part` takes out of the output.
+    /// Checks the part of the output that `part` returns.
     ///
     /// ```
     /// use tch_ignite::handlers::TerminateOnNan;
@@ -75,13 +75,13 @@ impl TerminateOnNan<()> {
 }
 
 impl<F> TerminateOnNan<F> {
-    /// Reads the flag of a device every so many iterations, 100 unless given.
+    /// Reads the flag of a device every so many iterations; the default is 100. 0 counts as 1.
     pub fn every(mut self, iterations: u64) -> Self {
         self.every = iterations.max(1);
         self
     }
 
-    /// False if `value` is known not to be finite; a tensor on a device goes into its flag.
+    /// Returns false if `value` is known not to be finite. A tensor on a device is added to the device's flag.
     fn take_in(&mut self, value: &MetricValue) -> anyhow::Result<bool> {
         let tensor = match value {
             MetricValue::Tensor(tensor) => tensor,
@@ -106,7 +106,7 @@ impl<F> TerminateOnNan<F> {
         if device == Device::Cpu {
             return Ok(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0);
         }
-        // Zero times a finite number is zero; times NaN or an infinity it is NaN, which stays.
+        // Zero times a finite number is zero; times NaN or an infinity it is NaN, which no addition removes.
         let zero_or_nan = tensor.f_detach()?.f_mul_scalar(0.)?.f_sum(Kind::Float)?;
         match self.flags.iter_mut().find(|(known, _)| *known == device) {
             Some((_, flag)) => drop(flag.f_add_(&zero_or_nan)?),
@@ -115,7 +115,7 @@ impl<F> TerminateOnNan<F> {
         Ok(true)
     }
 
-    /// Whether the flags say that all was finite; they begin anew. Waits for the devices.
+    /// Whether all values since the last reading were finite. Resets the flags. Waits for the devices.
     fn read_flags(&mut self) -> anyhow::Result<bool> {
         let mut finite = true;
         for (_, flag) in self.flags.drain(..) {
@@ -134,7 +134,7 @@ impl<C, B, O, F: Fn(&O, &mut dyn FnMut(MetricValue))> Handler<C, B, O> for Termi
         Event::Started | Event::IterationCompleted | Event::EpochCompleted
     }
 
-    /// What was not looked at yet. Waits for the devices.
+    /// Saves the sum of the flags that were not read yet. Waits for the devices.
     fn save_state(&self) -> Result<Option<StateDict>> {
         let flags = self.flags.iter().map(|(_, flag)| flag.f_to_device(Device::Cpu));
         let sum = flags.reduce(|a, b| a?.f_add(&b?)).transpose();
@@ -162,7 +162,7 @@ impl<C, B, O, F: Fn(&O, &mut dyn FnMut(MetricValue))> Handler<C, B, O> for Termi
     ) -> anyhow::Result<()> {
         let _guard = tch::no_grad_guard();
         if event == Event::Started {
-            // A flag of a run that failed.
+            // A run that failed may have left a flag.
             self.flags.clear();
         }
         let mut finite = true;
@@ -305,7 +305,7 @@ mod tests {
     #[test]
     fn a_flag_keeps_what_went_wrong() -> anyhow::Result<()> {
         let mut handler = TerminateOnNan::<Output<Tensor>>::new();
-        // As on a device.
+        // The flag is computed as on a device.
         let flag = |x: f64| (Tensor::from_slice(&[x, 1.]) * 0.).sum(Kind::Float);
         handler.flags.push((Device::Cpu, flag(1.) + flag(f64::NAN) + flag(2.)));
         assert!(!handler.read_flags()?);

@@ -6,15 +6,16 @@ use crate::event::Event;
 use crate::event_filter::Events;
 use crate::state::StateDict;
 
-/// How fast the run is: samples and iterations a second, and percentiles of the time of an iteration.
+/// Measures the speed of a run: samples and iterations a second, and percentiles of the time of an iteration.
 ///
-/// At the end of each epoch these metrics have the epoch's values: `throughput/samples_per_second`
-/// (where the data source counts samples), `throughput/iterations_per_second`, and
-/// `throughput/step_ms_p50`, `_p90` and `_p99` in milliseconds, 3 % exact. An iteration lasts from the
-/// end of the one before, so fetching and handlers are in it; work at the end of an epoch is not.
+/// At the end of each epoch these metrics get the values of the epoch: `throughput/samples_per_second` (where the data
+/// source counts samples), `throughput/iterations_per_second`, and `throughput/step_ms_p50`, `_p90` and `_p99` in
+/// milliseconds, to within 3 %. An iteration is measured from the end of the one before, so it includes fetching and
+/// handlers; work at the end of an epoch is not included.
 ///
-/// Costs a look at the clock an iteration, and 8 KB. On a GPU the iterations are as long as the host
-/// needs to hand them over, unless something waits in each; the rates of long epochs are right anyway.
+/// Costs a reading of the clock an iteration, and 8 KB of memory. On a GPU an iteration is as long as the host needs to
+/// launch its kernels, unless something waits for the device in each iteration; the rates of long epochs are right all
+/// the same.
 ///
 /// ```
 /// use std::{thread::sleep, time::Duration};
@@ -30,7 +31,7 @@ use crate::state::StateDict;
 #[derive(Debug, Clone)]
 pub struct Throughput {
     times: Percentiles,
-    /// Samples of the measured iterations, and what the engine had counted at the last one.
+    /// Number of samples of the measured iterations, and the engine's count of samples at the last one.
     samples: u64,
     counted: u64,
     elapsed: Duration,
@@ -120,7 +121,7 @@ impl<C, B, O> Handler<C, B, O> for Throughput {
             Event::IterationCompleted => {
                 let now = Instant::now();
                 let before = std::mem::replace(&mut self.counted, engine.state.samples);
-                // None after a pause, which is nobody's time, and where a run is resumed in mid epoch.
+                // `last` is `None` after a pause, whose time does not count, and where a run is resumed in mid epoch.
                 if let Some(last) = self.last.replace(now) {
                     let time = now - last;
                     self.elapsed += time;
@@ -135,10 +136,10 @@ impl<C, B, O> Handler<C, B, O> for Throughput {
     }
 }
 
-/// Bins for each doubling, so that one is 3 % wide.
+/// Base-2 logarithm of the number of bins for each doubling; a bin is then 3 % wide.
 const BITS: u32 = 5;
 
-/// Counts values in bins that are as wide as a share of the value.
+/// Counts values in bins whose width is proportional to the value.
 #[derive(Debug, Clone)]
 struct Percentiles {
     bins: Vec<u32>,
@@ -158,12 +159,12 @@ impl Percentiles {
     fn bin(value: u64) -> usize {
         let value = value.max(1);
         let exponent = value.ilog2();
-        // The bits that follow the first.
+        // The bits after the first one.
         let rest = (value << (63 - exponent) << 1) >> (64 - BITS);
         (exponent << BITS) as usize | rest as usize
     }
 
-    /// The middle of a bin.
+    /// The value in the middle of a bin.
     fn value(bin: usize) -> f64 {
         let (exponent, rest) = (bin >> BITS, bin & ((1 << BITS) - 1));
         let share = (rest as f64 + 0.5) / f64::from(1u32 << BITS);

@@ -7,12 +7,12 @@ use crate::event_filter::Events;
 
 /// Ends the run when this much time has passed since the handler was made: ignite's `TimeLimit`.
 ///
-/// For jobs that may only last so long: make it when the program begins. The limit of one call of
-/// `run` is [`Until::time`](crate::engine::Until::time). Costs a look at the clock at each of its
-/// events, each iteration unless told otherwise.
+/// Use it for jobs that may only take a limited time, and make it when the program begins. The limit of one call of
+/// `run` is [`Until::time`](crate::engine::Until::time). Costs a reading of the clock at each of its events, by default
+/// each iteration.
 ///
-/// The next process has a limit of its own: what it resumes from a checkpoint goes on with the rest of
-/// the budget, also where the checkpoint was written at the event that ended the run, or at its end.
+/// The next process has a limit of its own: a run that it resumes from a checkpoint goes on with the rest of the
+/// budget, also where the checkpoint was written at the event that ended the run, or at the end of the run.
 ///
 /// ```
 /// use std::time::Duration;
@@ -33,10 +33,10 @@ pub struct TimeLimit {
 }
 
 impl TimeLimit {
-    /// A limit that begins to count now.
+    /// A limit that is counted from now.
     ///
     /// # Errors
-    /// A limit of zero.
+    /// The limit is zero.
     pub fn new(limit: Duration) -> Result<Self> {
         if limit.is_zero() {
             return Err(Error::invalid(
@@ -46,7 +46,7 @@ impl TimeLimit {
         Ok(Self { begun: Instant::now(), limit, events: Event::IterationCompleted.into() })
     }
 
-    /// Looks at the clock on these events instead of each iteration.
+    /// Checks the clock at these events instead of each iteration.
     pub fn on(mut self, events: impl Into<Events>) -> Self {
         self.events = events.into();
         self

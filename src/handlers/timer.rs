@@ -6,11 +6,11 @@ use crate::event::Event;
 use crate::event_filter::Events;
 use crate::state::StateDict;
 
-/// A stopwatch, by hand or at events: ignite's `Timer`.
+/// A stopwatch that is controlled by method calls or by events: ignite's `Timer`.
 ///
-/// [`value`](Self::value) is the time it ran, pauses left out; per [`step`](Self::step) where it is
-/// an average. A resumed run goes on counting. Keep a hold of one that is attached with `Rc<RefCell<_>>`. What runs on a GPU is only
-/// in it as far as somebody waited for it.
+/// [`value`](Self::value) is the time that the timer ran, without pauses; a timer of the mean time divides it by the
+/// number of [`step`](Self::step)s. A resumed run goes on counting. To read an attached timer, share it as
+/// `Rc<RefCell<_>>`. Work on a GPU is measured only where something waits for it.
 ///
 /// ```
 /// use std::{cell::RefCell, rc::Rc, thread::sleep, time::Duration};
@@ -32,7 +32,7 @@ use crate::state::StateDict;
 #[derive(Debug, Clone)]
 pub struct Timer {
     average: bool,
-    /// Ran before `running`.
+    /// Time before `running`.
     total: Duration,
     running: Option<Instant>,
     steps: u64,
@@ -49,7 +49,7 @@ impl Default for Timer {
 }
 
 impl Timer {
-    /// A timer of the whole time, running from now.
+    /// A timer of the total time, running from now.
     pub fn new() -> Self {
         Self {
             average: false,
@@ -74,8 +74,7 @@ impl Timer {
         self
     }
 
-    /// Goes on at this event. Where nothing starts it before, it stands still from
-    /// [`Event::Started`].
+    /// Goes on at this event. Where no event starts the timer, it stands still from [`Event::Started`] until then.
     pub fn resume_on(mut self, event: Event) -> Self {
         self.resume = Some(event);
         self
@@ -115,7 +114,7 @@ impl Timer {
         self.steps += 1;
     }
 
-    /// How many steps were counted.
+    /// Number of steps counted.
     pub fn steps(&self) -> u64 {
         self.steps
     }
@@ -124,7 +123,7 @@ impl Timer {
         self.total.saturating_add(self.running.map_or(Duration::ZERO, |since| since.elapsed()))
     }
 
-    /// The time it ran, per step where it is an average (all of it before the first).
+    /// The time that the timer ran. A timer of the mean time divides it by the number of steps, by 1 before the first.
     pub fn value(&self) -> Duration {
         let total = self.total();
         match self.average {
@@ -150,7 +149,7 @@ impl<C, B, O> Handler<C, B, O> for Timer {
         events.into_iter().map(Into::into).collect()
     }
 
-    /// The time between saving and loading is nobody's.
+    /// The state is the time so far; the time between saving and loading does not count.
     fn save_state(&self) -> Result<Option<StateDict>> {
         let mut state = StateDict::new();
         state.set_value("total", self.total())?;

@@ -5,15 +5,15 @@ use crate::engine::{Engine, Handler};
 use crate::event::Event;
 use crate::event_filter::Events;
 
-/// Tells subscribers of the `tracing` crate how the run goes.
+/// Reports the progress of the run to subscribers of the `tracing` crate.
 ///
-/// Spans: `run` (with the engine's name), `epoch` in it, both at level INFO, and `iteration` in that at
-/// DEBUG, so that what steps and handlers emit has its place. Events: the end of an epoch with its
-/// time and its metrics, how the run ended, and errors. Attach it first: the spans begin and end where
-/// it is called.
+/// The spans are `run` (with the engine's name) and within it `epoch`, both at level INFO, and within that `iteration`
+/// at DEBUG, so events that steps and handlers emit appear in them. The handler emits an event at the end of an epoch
+/// with its time and metrics, at the end of the run, and for an error. Attach it first: spans begin and end where the
+/// handler is called.
 ///
-/// Costs nothing where it is not attached; without a subscriber, three comparisons an iteration.
-/// Metrics are read once an epoch where somebody listens at INFO: a host sync for those on a GPU.
+/// Without a subscriber, an iteration costs three comparisons. If a subscriber listens at INFO, metrics are read once
+/// an epoch: a host sync for those on a GPU.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Until};
@@ -26,24 +26,24 @@ use crate::event_filter::Events;
 #[derive(Debug)]
 pub struct Tracing {
     name: String,
-    /// From the outermost: run, epoch, iteration.
+    /// The entered spans, from the outermost: run, epoch, iteration.
     spans: Vec<EnteredSpan>,
 }
 
 impl Tracing {
-    /// Under this name of the engine.
+    /// Reports under this name of the engine.
     pub fn new(name: impl Into<String>) -> Self {
         Self { name: name.into(), spans: vec![] }
     }
 
-    /// Leaves the innermost spans until so many are left.
+    /// Leaves the innermost spans until this many are left.
     fn leave(&mut self, depth: usize) {
         while self.spans.len() > depth {
             self.spans.pop();
         }
     }
 
-    /// Enters what is not entered yet: a run that goes on may begin in mid epoch.
+    /// Enters the spans that are not entered yet: a run that goes on may begin in mid epoch.
     fn enter<C, B, O>(&mut self, depth: usize, engine: &Engine<'_, C, B, O>) {
         let state = &engine.state;
         while self.spans.len() < depth {
@@ -150,7 +150,7 @@ mod tests {
     use crate::engine::Until;
     use crate::metrics::Mean;
 
-    /// Writes down what it is told.
+    /// Records the spans and events that it gets.
     #[derive(Clone, Default)]
     struct Listener(Arc<Mutex<(Vec<&'static str>, Vec<String>)>>);
 

@@ -4,14 +4,15 @@ use crate::error::{Error, Result};
 use crate::guard::guarded;
 
 /// Computes the running averages of batch normalisation anew, as averages over all batches of the data: torch's
-/// `update_bn`. For weights that no training step has run with, such as those of
+/// `update_bn`. Use it for weights that no training step has run with, such as those of
 /// [`SWAHandler`](super::SWAHandler) and [`EMAHandler`](super::EMAHandler).
 ///
-/// `forward` calls the model in training mode, for each batch of one pass over the data, without gradients. Each layer
-/// gets the plain mean of the statistics of all its calls, whatever its momentum is. Layers that run in evaluation mode,
-/// or not at all, keep what they have. Returns the number of layers.
+/// `forward` calls the model in training mode, for each batch of one pass over the data; gradients are off. Each layer
+/// gets the plain mean of the statistics of all its calls, whatever its momentum is. Layers that run in evaluation
+/// mode, or not at all, keep their averages. Returns the number of layers that were updated.
 ///
-/// With the averages swapped in, their running averages are computed, and go back with them:
+/// With averaged weights swapped in, this computes the running averages for these weights, and they are swapped back
+/// together:
 ///
 /// ```
 /// use tch::nn::{self, ModuleT};
@@ -38,8 +39,8 @@ use crate::guard::guarded;
 /// Costs a pass over the data. No host sync.
 ///
 /// # Errors
-/// What the data or the model returned, or their panic; layers, all of which ran in evaluation mode. Then the running
-/// averages are as they were.
+/// The data or the model returned an error or panicked, or all layers ran in evaluation mode. The running averages are
+/// then as they were.
 pub fn update_bn<'a, B, R>(
     data: impl IntoSource<'a, B>,
     mut forward: impl FnMut(&B) -> R,

@@ -1,4 +1,4 @@
-//! Averages kept beside a store's variables.
+//! Averages of a store's variables, shared by the handlers for EMA and SWA.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,15 +15,15 @@ use crate::optim::Knob;
 use crate::state::{StateDict, misfits};
 use crate::variables::variables;
 
-/// What happens to buffers (variables that are not trained, such as batch-norm statistics).
+/// How buffers are treated: variables that are not trained, such as batch-norm statistics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Buffers {
-    /// They are copied: ignite's `"copy"`.
+    /// Buffers are copied: ignite's `"copy"`.
     #[default]
     Copy,
-    /// They are averaged like parameters; integers are copied: ignite's `"update"`.
+    /// Buffers are averaged like parameters, and integers are copied: ignite's `"update"`.
     Update,
-    /// They stay as they are, because the averaged model computes its own: ignite's `"ema_train"`.
+    /// Buffers stay as they are, because the averaged model computes its own: ignite's `"ema_train"`.
     Keep,
 }
 
@@ -42,7 +42,7 @@ impl std::str::FromStr for Buffers {
     }
 }
 
-/// An average of each variable of a store; clones share it.
+/// The averages of a store's variables; clones share them.
 #[derive(Clone)]
 pub(super) struct WeightAverages(Arc<Mutex<Lists>>);
 
@@ -54,7 +54,7 @@ struct Lists {
     swapped: bool,
 }
 
-/// A variable's average, under all names of the variable.
+/// A variable's average, with all names of the variable.
 struct Averaged {
     names: Vec<String>,
     average: Tensor,
@@ -127,10 +127,10 @@ impl WeightAverages {
         named
     }
 
-    /// The averages under the names of the variables.
+    /// The averages, by the names of the variables.
     ///
     /// # Errors
-    /// They are swapped in: the model would be saved with their values, and they with the model's.
+    /// The averages are swapped in, so that model and averages would be saved with each other's values.
     pub(super) fn save(&self) -> Result<StateDict> {
         if locked(&self.0).swapped {
             return Err(Error::State(
@@ -145,7 +145,7 @@ impl WeightAverages {
         Ok(state)
     }
 
-    /// Copies saved averages into ours. Nothing is changed where they do not fit.
+    /// Copies saved averages into these. Nothing is changed where they do not fit.
     pub(super) fn load(&self, state: &StateDict) -> Result<()> {
         match misfits(&self.save()?, state).into_values().next() {
             Some(misfit) => Err(Error::State(misfit)),
@@ -153,7 +153,7 @@ impl WeightAverages {
         }
     }
 
-    /// Copies those of the saved averages that fit, and says which do not; ours stay there.
+    /// Copies the saved averages that fit. Returns a line for each that does not; these averages keep their values.
     pub(super) fn load_partially(&self, mut state: StateDict) -> Result<Vec<String>> {
         let misfits = misfits(&self.save()?, &state);
         state.tensors.retain(|name, _| !misfits.contains_key(name));
@@ -190,9 +190,9 @@ impl fmt::Debug for WeightAverages {
     }
 }
 
-/// While it lives, the model's variables have the values of the averages and the other way round; when it
-/// is dropped, after an error or a panic too, both have their own again. One pass over both each time, in
-/// place: nothing is allocated on the CPU.
+/// While this guard lives, the model's variables have the values of the averages, and the averages those of the
+/// variables. When it is dropped, also after an error or a panic, the values are swapped back. Each swap is one pass
+/// over both, in place, without an allocation on the CPU.
 #[derive(Debug)]
 #[must_use = "the values go back when this is dropped"]
 pub struct Swapped(WeightAverages);
@@ -200,15 +200,15 @@ pub struct Swapped(WeightAverages);
 impl Drop for Swapped {
     fn drop(&mut self) {
         let mut lists = locked(&self.0.0);
-        // It worked the other way round on the same tensors, and there is nobody to tell.
+        // Swapping these tensors worked before, and nobody could be told of an error here.
         let _ = lists.swap(Average::SwapBack);
         lists.swapped = false;
     }
 }
 
-/// A handler that is called with the averages swapped in: an evaluation of the averaged model. Made by
+/// A handler that is called with the averages swapped in, such as an evaluation of the averaged model.
 /// [`EMAHandler::with_averages`](super::EMAHandler::with_averages) and
-/// [`SWAHandler::with_averages`](super::SWAHandler::with_averages).
+/// [`SWAHandler::with_averages`](super::SWAHandler::with_averages) make it.
 pub struct WithAverages<H> {
     pub(super) shadow: WeightAverages,
     pub(super) handler: H,
