@@ -45,7 +45,7 @@ pub struct Evaluate<'e, C, B, O, D> {
 
 /// How an evaluation ended.
 enum Outcome {
-    /// With its last event; perhaps a signal came meanwhile.
+    /// The evaluation ran to its end; a signal may have come meanwhile.
     Ended(Summary, Option<i32>),
     /// A signal stopped the evaluation. The evaluator has its earlier state again.
     Stopped(i32),

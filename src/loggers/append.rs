@@ -10,34 +10,35 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::fs::{make_folder, sweep_once, sync_folder, write_atomically};
 
-/// What is written is on disk at most this much later, if something else is written by then.
+/// Written bytes reach the file at most this much later, if something else is written by then.
 const PERIOD: Duration = Duration::from_secs(5);
-/// Bytes that are kept until they are written together.
+/// Number of bytes that are collected before they are written together.
 const BUFFER: usize = 1 << 16;
 
-/// A file that grows, buffered. Flushed at a period, on demand and when it is dropped.
+/// A buffered file that only grows. It is flushed every few seconds, on demand and when it is dropped.
 ///
-/// No other process may write to it meanwhile: the file is locked.
+/// The file is locked, so that no other process writes to it meanwhile.
 pub(super) struct AppendFile {
-    /// As the user named it.
+    /// The path as the user gave it.
     path: PathBuf,
-    /// Where the file is, whatever the working directory becomes.
+    /// The absolute path, which holds when the working directory changes.
     place: PathBuf,
     file: File,
-    /// What is not written yet. What a full disk refuses stays here.
+    /// Bytes that are not written yet. Bytes that a full disk refuses stay here.
     buffer: Vec<u8>,
-    /// Bytes in the file, of a device 0, and the buffer.
+    /// Number of bytes in the file (0 for a device) and the buffer.
     len: u64,
     flushed: Instant,
-    /// All of it is on the disk.
+    /// Whether all bytes are on the disk.
     synced: bool,
-    /// Its name is on the disk.
+    /// Whether the file's name is on the disk.
     is_named: bool,
+    /// Whether it is a plain file, and not a device or pipe.
     is_plain: bool,
 }
 
 impl AppendFile {
-    /// Opens the file for appending, and makes it and the folders above it where they are missing.
+    /// Opens the file for appending. Makes the file and missing folders.
     ///
     /// # Errors
     /// The file cannot be made or opened, or another process writes to it.
@@ -45,7 +46,7 @@ impl AppendFile {
         Self::open_with(path, OpenOptions::new().create(true))
     }
 
-    /// The same for a file that is not there yet; `None` where it is.
+    /// Makes a file like [`open`](Self::open); `None` if the file exists already.
     pub(super) fn create(path: &Path) -> Result<Option<Self>> {
         match Self::open_with(path, OpenOptions::new().create_new(true)) {
             Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
@@ -83,7 +84,7 @@ impl AppendFile {
         &self.place
     }
 
-    /// Bytes, those in the buffer included.
+    /// Number of bytes, including those in the buffer.
     pub(super) fn len(&self) -> u64 {
         self.len
     }
@@ -115,7 +116,7 @@ impl AppendFile {
         Ok(())
     }
 
-    /// Puts all of it on the disk.
+    /// Syncs all bytes to the disk.
     pub(super) fn sync(&mut self) -> Result<()> {
         self.flush()?;
         if self.synced || !self.is_plain {
@@ -128,7 +129,7 @@ impl AppendFile {
         Ok(())
     }
 
-    /// What is written to a file that was removed is lost.
+    /// Refuses to go on where the file was removed or replaced, because further bytes would be lost.
     fn check_place(&self) -> io::Result<()> {
         let gone = |text: &str| Err(io::Error::new(io::ErrorKind::NotFound, text.to_owned()));
         let there = match fs::metadata(&self.place) {
@@ -149,7 +150,7 @@ impl AppendFile {
         Ok(())
     }
 
-    /// Cuts the file.
+    /// Cuts the file to this length.
     pub(super) fn cut(&mut self, len: u64) -> Result<()> {
         self.flush()?;
         self.file.set_len(len).map_err(|error| self.error(error))?;
@@ -158,7 +159,7 @@ impl AppendFile {
         Ok(())
     }
 
-    /// The bytes from a place on.
+    /// Reads the bytes from this offset to the end.
     pub(super) fn tail(&mut self, from: u64) -> Result<Vec<u8>> {
         self.flush()?;
         let mut tail = vec![];
@@ -168,7 +169,7 @@ impl AppendFile {
         Ok(tail)
     }
 
-    /// Gives the file another name in its folder.
+    /// Renames the file within its folder.
     pub(super) fn rename(&mut self, name: &str) -> Result<()> {
         self.flush()?;
         let (path, place) = (self.path.with_file_name(name), self.place.with_file_name(name));
@@ -185,12 +186,12 @@ impl AppendFile {
 
 impl Drop for AppendFile {
     fn drop(&mut self) {
-        // There is nobody to tell.
+        // An error here could not be reported to anyone.
         let _ = self.write_buffer();
     }
 }
 
-/// Locks a log's file. The system unlocks it however the process ends.
+/// Locks the file of a log. The system releases the lock however the process ends.
 pub(super) fn lock(file: &File, path: &Path) -> Result<()> {
     match file.try_lock() {
         Ok(()) => Ok(()),
@@ -204,7 +205,7 @@ pub(super) fn lock(file: &File, path: &Path) -> Result<()> {
     }
 }
 
-/// How the lines of a file end.
+/// The line format of a file.
 pub(super) struct Lines {
     /// The first line, if the file has one.
     pub(super) header: &'static str,
@@ -212,26 +213,26 @@ pub(super) struct Lines {
     pub(super) quotes: bool,
 }
 
-/// A log of lines: whole ones only, each once.
+/// A file of whole lines, in which resumed runs do not repeat any.
 pub(super) struct LineLog {
     file: AppendFile,
     lines: &'static Lines,
     /// CRC-32C of all bytes.
     crc: u32,
-    /// Bytes that earlier processes left.
+    /// Number of bytes that earlier processes left.
     inherited: u64,
-    /// Whether they belong to this run is known.
+    /// Whether it is known if the inherited bytes belong to this run.
     settled: bool,
 }
 
-/// Clones of loggers, and loggers of the same path, share one.
+/// A log that is shared by clones of a logger, and by loggers of the same path.
 pub(super) type SharedLines = Arc<Mutex<LineLog>>;
 
 static OPEN: LazyLock<Mutex<HashMap<PathBuf, Weak<Mutex<LineLog>>>>> =
     LazyLock::new(Mutex::default);
 
 impl LineLog {
-    /// Opens the log, and makes it where there is none. A line that a killed process left unfinished is cut.
+    /// Opens the log, or makes it. A line that a killed process left unfinished is cut.
     ///
     /// # Errors
     /// The file cannot be made or opened, or another process writes to it.
@@ -266,7 +267,7 @@ impl LineLog {
     }
 
     pub(super) fn write(&mut self, line: &[u8]) -> Result<()> {
-        // A full disk leaves the line in the buffer.
+        // On a full disk the line stays in the buffer, so it counts.
         self.crc = crc32c::crc32c_append(self.crc, line);
         self.file.write(line)
     }
@@ -279,7 +280,7 @@ impl LineLog {
         self.file.place().to_owned()
     }
 
-    /// A run begins. If it does not go on with an earlier one, the lines of earlier processes become a file of their own.
+    /// Begins a run. If the run starts anew, the lines of earlier processes are moved to a file of their own.
     pub(super) fn begin(&mut self, anew: bool) -> Result<()> {
         let header = self.lines.header.as_bytes();
         if std::mem::replace(&mut self.settled, true)
@@ -308,13 +309,14 @@ impl LineLog {
         Ok(())
     }
 
-    /// Puts all lines on the disk, and returns how far they go.
+    /// Syncs all lines to the disk, and returns the place of their end.
     pub(super) fn commit(&mut self) -> Result<Value> {
         self.file.sync()?;
         Ok(json!({"bytes": self.file.len(), "crc32c": self.crc}))
     }
 
-    /// Cuts what came after a place that [`commit`](Self::commit) gave; the reason where it is of another file.
+    /// Cuts the lines after a place that [`commit`](Self::commit) returned. Returns the reason if the place belongs to
+    /// another file.
     pub(super) fn rewind(&mut self, place: &Value) -> Result<Option<String>> {
         let (Some(bytes), Some(crc)) = (place["bytes"].as_u64(), place["crc32c"].as_u64()) else {
             return Ok(Some("the checkpoint has no place in such a log".into()));
@@ -336,7 +338,7 @@ impl LineLog {
             )));
         }
         self.file.cut(bytes)?;
-        // The checksum is one of 32 bits.
+        // The checksum has 32 bits, because it equals `begin`.
         self.crc = crc as u32;
         self.inherited = bytes;
         Ok(None)
@@ -347,7 +349,7 @@ pub(super) fn locked<T>(log: &Mutex<T>) -> MutexGuard<'_, T> {
     log.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// `NAME.1`, or the first number that is free.
+/// The path with `.1` appended, or with the first free number.
 fn free_name(path: &Path) -> PathBuf {
     let mut number = 0u64;
     loop {
@@ -384,7 +386,7 @@ fn checksum(file: &File, len: u64) -> io::Result<u32> {
     Ok(crc)
 }
 
-/// Bytes up to the end of the last whole line.
+/// Number of bytes up to the end of the last whole line.
 fn whole_lines(file: &File, quotes: bool) -> io::Result<u64> {
     let (mut at, mut whole, mut quoted) = (0u64, 0, false);
     read_pieces(file, u64::MAX, |piece| {
@@ -400,7 +402,7 @@ fn whole_lines(file: &File, quotes: bool) -> io::Result<u64> {
     Ok(whole)
 }
 
-/// Seconds since 1970.
+/// The time in seconds since 1970.
 pub(super) fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0., |time| time.as_secs_f64())
 }

@@ -1,4 +1,4 @@
-//! Curves as SVG: the charts of the report.
+//! Curves as SVG, for the charts of the report.
 
 use std::fmt::{Result, Write};
 
@@ -11,13 +11,13 @@ const RIGHT: f64 = 14.;
 const TOP: f64 = 10.;
 const BOTTOM: f64 = 24.;
 
-/// Colours of the page that curves are told apart by; more curves share a rainbow.
+/// Number of distinct colours of the page; more curves share a rainbow.
 pub(super) const COLOURS: usize = 8;
-/// Pixels between points that are drawn, so that long curves stay small files.
+/// Smallest distance in pixels between drawn points, which keeps the files of long curves small.
 const PIXEL: f64 = 0.5;
-/// Lines of more points are drawn thinner.
+/// Lines of more points than this are drawn thinner.
 const DENSE: usize = 600;
-/// Positive values that differ by more are drawn on a logarithmic axis.
+/// Positive values whose ratio is larger are drawn on a logarithmic axis.
 const DECADES: f64 = 1000.;
 
 pub(super) fn escaped(text: &str) -> String {
@@ -25,7 +25,7 @@ pub(super) fn escaped(text: &str) -> String {
     text.replace('"', "&quot;")
 }
 
-/// A number with four digits that count.
+/// A number with four significant digits.
 pub(super) fn short(value: f64) -> String {
     let size = value.abs();
     match value {
@@ -52,12 +52,12 @@ pub(super) fn colour(index: usize, of: usize) -> String {
     }
 }
 
-/// From the smallest to the largest number, and where to put marks.
+/// An axis from the smallest to the largest value, with marks.
 struct Axis {
     low: f64,
     high: f64,
     is_log: bool,
-    /// Between marks; in decades on a logarithmic axis.
+    /// Distance between marks; in decades on a logarithmic axis.
     step: f64,
 }
 
@@ -78,7 +78,7 @@ impl Axis {
             true => (low - low.abs() * 0.1 - 1e-9, high + high.abs() * 0.1 + 1e-9),
             false => (low, high),
         };
-        // Halves: the difference of two numbers may be none.
+        // Halving first keeps the difference of two huge numbers finite.
         let rough = (high / 2. - low / 2.) / 3.;
         let power = 10f64.powf(rough.log10().floor());
         let step = [1., 2., 5., 10.].map(|m| m * power).into_iter().find(|step| *step >= rough);
@@ -97,7 +97,7 @@ impl Axis {
         marks.map(|mark| if self.is_log { 10f64.powf(mark) } else { mark })
     }
 
-    /// With as many decimals as tell two marks apart.
+    /// A label with as many decimals as are needed to tell two marks apart.
     fn label(&self, value: f64) -> String {
         let size = self.low.abs().max(self.high.abs());
         if self.is_log || !(1e-3..1e6).contains(&size) {
@@ -116,7 +116,7 @@ fn step_label(step: f64) -> String {
     }
 }
 
-/// Lines between the points that are numbers; red marks at the bottom where they are none.
+/// Draws lines between the finite points, and red marks at the bottom where a value is not finite.
 pub(super) fn draw(page: &mut String, curves: &[(&str, &Curve)]) -> Result {
     let points = || curves.iter().flat_map(|(_, curve)| &curve.points);
     let steps = Axis::of(points().map(|(step, _)| *step as f64), false);
@@ -177,7 +177,7 @@ pub(super) fn draw(page: &mut String, curves: &[(&str, &Curve)]) -> Result {
     writeln!(page, "</svg>")
 }
 
-/// Of the points that share a pixel the lowest and the highest, in their order.
+/// Draws only the lowest and the highest of the points that share a pixel, in their order.
 fn thinned_out(
     points: impl Iterator<Item = (f64, f64)>,
     mut draw: impl FnMut(f64, f64) -> Result,

@@ -9,12 +9,12 @@ use crate::error::Result;
 
 const LINES: Lines = Lines { header: "time,step,tag,value\n", quotes: true };
 
-/// Scalars as a table: a row each, `time,step,tag,value`, in the order they come.
+/// A logger that writes scalars as a table with a row for each, `time,step,tag,value`, in the order they come.
 ///
-/// `time` is in seconds since 1970. Rows are appended to a file that exists, so that a run that goes
-/// on has one table: when an engine is resumed, rows that came after its checkpoint are cut off, so that each step is there
-/// once. A run that starts anew leaves the rows of earlier processes in a file beside, `NAME.1` and so on. See
-/// [`loggers`](super) for when rows are on the disk. Tables of one path in a process are the same table.
+/// `time` is in seconds since 1970. Rows are appended to a file that exists, so that a run that goes on has one table:
+/// when an engine is resumed, rows from after its checkpoint are cut off, so that each step is there once. A run that
+/// starts anew moves the rows of earlier processes to another file, `NAME.1` and so on. See [`loggers`](super) for when
+/// rows are on the disk. Loggers of one path in a process share the table.
 ///
 /// ```
 /// use tch_ignite::loggers::{CsvLogger, Logger};
@@ -32,16 +32,16 @@ pub struct CsvLogger {
 }
 
 impl CsvLogger {
-    /// Opens the table, and makes it where there is none.
+    /// Opens the table, or makes it.
     ///
     /// # Errors
-    /// The file cannot be made or opened, or another process writes to it; the text has its path.
+    /// The file cannot be made or opened, or another process writes to it; the text has the path.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         LineLog::open(path.as_ref(), &LINES).map(|file| Self { file })
     }
 }
 
-/// As it is, or in quotes where a table would misread it.
+/// The text of a cell, in quotes where a table would misread it.
 fn cell(text: &str) -> String {
     match text.contains([',', '"', '\n', '\r']) {
         true => format!("\"{}\"", text.replace('"', "\"\"")),
@@ -120,7 +120,7 @@ mod tests {
         Ok(())
     }
 
-    /// The table's rows without times.
+    /// The rows of the table without times.
     fn rows(path: &Path) -> Vec<String> {
         let text = std::fs::read_to_string(path).unwrap();
         assert!(text.ends_with('\n'), "{text}");
@@ -132,7 +132,7 @@ mod tests {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("scalars.csv");
         let whole = "time,step,tag,value\n1.0,1,\"a\nb\",0.5\n";
-        // The last one ends with a line feed, between quotes.
+        // The last row ends with a line feed between quotes.
         for torn in ["", "2", "2.0,2,loss,0.", "2.0,2,\"a\n"] {
             std::fs::write(&path, format!("{whole}{torn}"))?;
             CsvLogger::open(&path)?.scalar("loss", 2., 2)?;

@@ -1,13 +1,13 @@
-/// Points kept of a curve, at most; even.
+/// Largest number of points kept of a curve; it must be even.
 const POINTS: usize = 4000;
 
-/// A curve that is thinned out by half whenever it is too long.
+/// A curve whose points are thinned out by half whenever there are too many.
 #[derive(Debug, Default)]
 pub(super) struct Curve {
     pub(super) points: Vec<(u64, f64)>,
-    /// Each point stands for so many values, the last of them.
+    /// Number of values that a point stands for. The point is the last of them.
     stride: u64,
-    /// Values since the last point that stays.
+    /// Number of values since the last point that stays.
     since: u64,
 }
 
@@ -18,7 +18,7 @@ impl Curve {
             self.since = 0;
         }
         let stride = self.stride.max(1);
-        // The latest value is always there.
+        // The latest value is always the last point.
         match self.since == 0 || self.points.is_empty() {
             true => self.points.push((step, value)),
             false => *self.points.last_mut().unwrap_or(&mut (0, 0.)) = (step, value),

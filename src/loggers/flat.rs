@@ -3,7 +3,8 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// Numbers, texts and switches of a configuration, with their places: `optimizer/lr`.
+/// Collects the numbers, texts and switches of a configuration, with their paths, such as
+/// `optimizer/lr`.
 pub(super) fn values(config: &impl Serialize) -> Result<Vec<(String, Value)>> {
     let mut found = vec![];
     flatten("", &to_json(config)?, &mut found);

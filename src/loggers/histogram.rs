@@ -2,29 +2,33 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 
-/// How many bins a histogram has.
+/// Number of bins of a histogram.
 const BINS: i64 = 64;
 
-/// How many values of a tensor lie where: 64 bins of equal width from the smallest to the largest.
+/// A histogram of a tensor's values: 64 bins of equal width from the smallest to the largest value.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Histogram {
-    /// The smallest value; 0 where there is none.
+    /// The smallest value; 0 if there is no value.
     pub min: f64,
-    /// The largest value; 0 where there is none.
+    /// The largest value; 0 if there is no value.
     pub max: f64,
-    /// How many values there are. NaN and infinities are left out.
+    /// Number of values. NaN and infinities are left out.
     pub count: u64,
-    /// Their sum.
+    /// The sum of the values.
     pub sum: f64,
-    /// The sum of their squares.
+    /// The sum of the squares of the values.
     pub sum_squares: f64,
-    /// The upper limit of each bin, and how many values are in it.
+    /// The upper limit of each bin, and the number of values in it.
     pub bins: Vec<(f64, f64)>,
 }
 
 impl Histogram {
-    /// Of all values of a tensor of any shape and numeric type. Counted and summed on its device, with
-    /// two host syncs; takes as much memory as the tensor once more.
+    /// Computes the histogram of all values of a tensor of any shape and real numeric type. The values are counted and
+    /// summed on the tensor's device, with two host syncs and as much additional memory as the tensor takes in f32 or
+    /// f64.
+    ///
+    /// # Errors
+    /// libtorch cannot compute it, for example for a complex tensor.
     pub fn of(tensor: &Tensor) -> Result<Self> {
         Self::measure(tensor).map_err(|error| Error::libtorch("making a histogram", error))
     }
@@ -51,7 +55,7 @@ impl Histogram {
         let (min, max) = (numbers[0], numbers[1]);
         let limit = |bin: usize| match max > min {
             true => min + (max - min) * (bin + 1) as f64 / BINS as f64,
-            // As libtorch does where all are equal.
+            // libtorch uses these limits where all values are equal.
             false => min - 1. + 2. * (bin + 1) as f64 / BINS as f64,
         };
         let bins = numbers[4..].iter().enumerate().map(|(bin, count)| (limit(bin), *count));

@@ -3,7 +3,7 @@ use tch::{Device, Kind, Tensor};
 use super::png;
 use crate::error::{Error, Result};
 
-/// A picture, as PNG.
+/// A picture in PNG format.
 #[derive(Debug, Clone)]
 pub struct Image {
     pub(super) width: u32,
@@ -20,11 +20,12 @@ fn libtorch(error: tch::TchError) -> Error {
 }
 
 impl Image {
-    /// A tensor of shape (H, W) or (C, H, W), C of 1 (grey), 3 (RGB) or 4 (RGBA): `u8`, or floating
-    /// point from 0 (black) to 1. What lies outside is cut off, and NaN is black. Waits for the device.
+    /// Makes a picture from a tensor of shape (H, W) or (C, H, W), with C of 1 (grey), 3 (RGB) or 4 (RGBA). The type is
+    /// `u8`, or floating point with values from 0 (black) to 1. Values outside are clamped, and NaN becomes black.
+    /// Waits for the device.
     ///
     /// # Errors
-    /// Another shape.
+    /// The tensor has another shape.
     pub fn from_tensor(pixels: &Tensor) -> Result<Self> {
         let shape = pixels.size();
         let (channels, height, width) = match shape[..] {
@@ -57,7 +58,8 @@ impl Image {
         Ok(Self { width, height, channels, png: png::encode(width, height, channels, &bytes) })
     }
 
-    /// Pictures of shape (N, C, H, W) side by side, so many in a row, as torchvision's `make_grid`.
+    /// Makes a picture of pictures of shape (N, C, H, W) side by side, `columns` in a row, as torchvision's `make_grid`
+    /// does. Waits for the device.
     ///
     /// ```
     /// use tch::{Device, Kind, Tensor};
@@ -69,7 +71,7 @@ impl Image {
     /// ```
     ///
     /// # Errors
-    /// Another shape, or no columns.
+    /// The tensor has another shape, or `columns` or N is 0.
     pub fn grid(pictures: &Tensor, columns: u32) -> Result<Self> {
         let &[count, channels, height, width] = pictures.size().as_slice() else {
             return Err(Error::invalid(format!(
@@ -99,17 +101,17 @@ impl Image {
         Self::from_tensor(&grid().map_err(libtorch)?)
     }
 
-    /// In pixels.
+    /// The width in pixels.
     pub fn width(&self) -> u32 {
         self.width
     }
 
-    /// In pixels.
+    /// The height in pixels.
     pub fn height(&self) -> u32 {
         self.height
     }
 
-    /// The PNG file.
+    /// The bytes of the PNG file.
     pub fn png(&self) -> &[u8] {
         &self.png
     }
@@ -123,7 +125,7 @@ mod tests {
     fn libtorch_reads_the_picture_back() -> anyhow::Result<()> {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("picture.png");
-        // More than one block of deflate.
+        // The picture needs more than one deflate block.
         let pixels = Tensor::randint(256, [3, 150, 200], (Kind::Uint8, Device::Cpu));
         std::fs::write(&path, Image::from_tensor(&pixels)?.png())?;
         assert_eq!(tch::vision::image::load(&path)?, pixels);

@@ -9,21 +9,22 @@ use crate::error::Result;
 
 const LINES: Lines = Lines { header: "", quotes: false };
 
-/// Scalars and texts as JSON, a line each: `{"step":3,"tag":"val/accuracy","time":…,"value":0.975}`.
+/// A logger that writes scalars and texts as JSON, one object a line:
+/// `{"step":3,"tag":"val/accuracy","time":…,"value":0.975}`.
 ///
-/// Texts have `text` instead of `value`. Numbers come back bit for bit; those that JSON does not have
-/// are the texts `"NaN"`, `"Infinity"` and `"-Infinity"`. Lines are appended and cut
-/// off as the rows of [`CsvLogger`](super::CsvLogger) are.
+/// Texts have `text` instead of `value`. Numbers are written so that they can be read back bit for bit; those that JSON
+/// does not have are the texts `"NaN"`, `"Infinity"` and `"-Infinity"`. Lines are appended and cut off like the rows of
+/// [`CsvLogger`](super::CsvLogger).
 #[derive(Clone)]
 pub struct JsonLinesLogger {
     file: SharedLines,
 }
 
 impl JsonLinesLogger {
-    /// Opens the file, and makes it where there is none.
+    /// Opens the file, or makes it.
     ///
     /// # Errors
-    /// The file cannot be made or opened, or another process writes to it; the text has its path.
+    /// The file cannot be made or opened, or another process writes to it; the text has the path.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         LineLog::open(path.as_ref(), &LINES).map(|file| Self { file })
     }
@@ -33,7 +34,7 @@ impl JsonLinesLogger {
     }
 }
 
-/// The number, or its name where JSON has none.
+/// The number as JSON, or its name where JSON has no such number.
 pub(super) fn number(value: f64) -> Value {
     match value {
         _ if value.is_finite() => value.into(),
@@ -43,7 +44,7 @@ pub(super) fn number(value: f64) -> Value {
     }
 }
 
-/// Tag, step and value of a line; None for a text, and for what is no whole line of ours.
+/// Tag, step and value of a line; `None` for a text, and for a line that is not whole or not of this logger.
 pub(super) fn scalar_of(line: &str) -> Option<(String, u64, f64)> {
     let line: Value = serde_json::from_str(line).ok()?;
     let value = match line["value"].as_str() {

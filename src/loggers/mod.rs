@@ -1,16 +1,15 @@
-//! Where the numbers and pictures of a run go, and the handlers that send them there.
+//! Loggers for the numbers and pictures of a run, and the handlers that log them.
 //!
-//! **Logs have no holes.** The handlers here flush their logger with each checkpoint of the engine and at every end of a
-//! run, before `run` returns, so that a program may call `std::process::exit` then. When a run is resumed, what its log has
-//! from after the checkpoint is taken back, so that each step is there once; a line that a killed process left unfinished
-//! is cut. What you log yourself, in a closure, is part of that where a clone of the logger is attached to the engine.
-//! Within a run, what is logged is on the disk some seconds later. Two processes cannot write to one log, and a log that
-//! is removed while a run writes to it is an error of that run.
+//! **Logs have no holes.** The handlers here flush their logger with each checkpoint of the engine and at every end of
+//! a run, before `run` returns, so that a program may then call `std::process::exit`. When a run is resumed, everything
+//! logged after the checkpoint is removed from the log, so that each step is there once; a line that a killed process
+//! left unfinished is cut. The same holds for what you log yourself in a closure, if a clone of the logger is attached
+//! to the engine. Within a run, logged values are on the disk some seconds later. Two processes cannot write to one
+//! log, and a log that is removed while a run writes to it is an error of that run.
 //!
-//! A [`RunFolder`] has everything of a run in one place: [`TensorBoard`]'s event file, a CSV table,
-//! JSON lines, and a report for the browser. Each exists alone too. `MLflowLogger` (feature `mlflow`)
-//! sends it to a server. What is logged is said by
-//! handlers, with ignite's names and tags:
+//! A [`RunFolder`] has everything of a run in one place: the event file of [`TensorBoard`], a CSV table, JSON lines,
+//! and a report for the browser. Each of these can be used alone, too. `MLflowLogger` (feature `mlflow`) sends values
+//! to a server. Handlers choose what is logged, with ignite's names and tags:
 //!
 //! | handler | tag |
 //! |---|---|
@@ -76,55 +75,75 @@ use crate::error::Result;
 use crate::event::Event;
 use crate::event_filter::Events;
 
-/// Takes what is logged. Those of this crate are cheap clones that share one file.
+/// A destination for logged values. The loggers of this crate are cheap clones that share one file.
 ///
-/// What a logger has no place for it leaves out.
+/// A logger ignores kinds of values that it has no place for. An error of a method ends the run.
 pub trait Logger {
-    /// A number at a step.
+    /// Logs a number at a step.
+    ///
+    /// # Errors
+    /// The number cannot be written.
     fn scalar(&self, tag: &str, value: f64, step: u64) -> Result<()>;
 
-    /// How many values of a tensor lie where.
+    /// Logs a histogram of a tensor's values at a step.
+    ///
+    /// # Errors
+    /// The histogram cannot be written.
     fn histogram(&self, _tag: &str, _values: &Histogram, _step: u64) -> Result<()> {
         Ok(())
     }
 
-    /// A text.
+    /// Logs a text at a step.
+    ///
+    /// # Errors
+    /// The text cannot be written.
     fn text(&self, _tag: &str, _text: &str, _step: u64) -> Result<()> {
         Ok(())
     }
 
-    /// A picture.
+    /// Logs a picture at a step.
+    ///
+    /// # Errors
+    /// The picture cannot be written.
     fn image(&self, _tag: &str, _image: &Image, _step: u64) -> Result<()> {
         Ok(())
     }
 
     /// Writes what is buffered.
+    ///
+    /// # Errors
+    /// The log cannot be written.
     fn flush(&self) -> Result<()> {
         Ok(())
     }
 
-    /// A run begins that will write to this: with `anew` from its start, otherwise it goes on with an earlier one.
+    /// Notes that a run begins that will write to this logger. With `anew` it starts from the beginning, otherwise it
+    /// goes on with an earlier run.
+    ///
+    /// # Errors
+    /// The log cannot be written.
     fn begin(&self, _anew: bool) -> Result<()> {
         Ok(())
     }
 
-    /// What of it goes back when a run is resumed from a checkpoint: see [`Log`].
+    /// The logs that are rewound when a run is resumed from a checkpoint: see [`Log`].
     fn logs(&self) -> Vec<Box<dyn Log>> {
         vec![]
     }
 }
 
-/// How a run may end.
+/// The events at which a run may end.
 const ENDS: [Event; 4] =
     [Event::Terminate, Event::Completed, Event::ExceptionRaised, Event::Interrupt];
 
-/// A handler's own events, and those at which its logger is told that the run begins, or ends.
+/// A handler's own events, and those at which its logger has to know that the run begins or ends.
 fn with_ends(own: &Events) -> Events {
     let missing = [Event::Started].into_iter().chain(ENDS).filter(|event| !own.names(*event));
     missing.fold(own.clone(), |events, event| events | event)
 }
 
-/// What each handler does that writes to a logger: `log` at its own events, in between what [`with_ends`] is for.
+/// The common part of all handlers that write to a logger: tells the logger of the beginning and the end of a run, and
+/// calls `log` at the handler's own events.
 fn attend<C, B, O>(
     logger: &dyn Logger,
     own: &Events,
@@ -144,11 +163,11 @@ fn attend<C, B, O>(
     Ok(())
 }
 
-/// A logger that is attached to an engine: for what a program logs itself, without one of the handlers.
+/// Makes a logger a handler, for programs that log values themselves.
 macro_rules! logger_as_handler {
     ($logger:ident, $name:literal) => {
-        /// Attached, it is flushed at each end of a run, and is part of the engine's checkpoints, as by the handlers that
-        /// write to it: for what you log yourself.
+        /// An attached logger is flushed at each end of a run and is part of the engine's checkpoints. Attach it if you
+        /// log values yourself; the handlers that write to it do the same.
         impl<C, B, O> crate::engine::Handler<C, B, O> for $logger {
             fn name(&self) -> String {
                 $name.into()
@@ -189,12 +208,12 @@ fn step_at<B, O>(event: Event, state: &State<B, O>) -> u64 {
     state.get_event_attrib_value(event).unwrap_or(state.iteration)
 }
 
-/// `tag/name`, or `name` where there is no tag.
+/// The tag `tag/name`, or `name` where `tag` is empty.
 fn tagged(tag: &str, name: &str) -> String {
     if tag.is_empty() { name.to_owned() } else { format!("{tag}/{name}") }
 }
 
-/// Events of the loggers' handlers, unless told otherwise.
+/// The default events of the loggers' handlers.
 fn each_epoch() -> Events {
     Event::EpochCompleted.into()
 }

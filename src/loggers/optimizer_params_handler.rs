@@ -4,10 +4,10 @@ use crate::event::Event;
 use crate::event_filter::Events;
 use crate::optim::Optimizer;
 
-/// Logs a hyper-parameter of each group, as `tag/lr/group_0`: ignite's `OptimizerParamsHandler`.
+/// Logs a hyper-parameter of each parameter group, as `tag/lr/group_0`: ignite's `OptimizerParamsHandler`.
 ///
-/// Costs a read of each group, no host sync. It acts after the other handlers of its events
-/// ([`Priority::Last`]): on [`Event::IterationStarted`] it logs what the step will use.
+/// Costs a read of each group, and no host sync. The handler acts after the other handlers of its events
+/// ([`Priority::Last`]): at [`Event::IterationStarted`] it logs the values that the step will use.
 ///
 /// ```
 /// # use tch::{Device, nn};
@@ -37,7 +37,7 @@ pub struct OptimizerParamsHandler {
 }
 
 impl OptimizerParamsHandler {
-    /// Logs the learning rates.
+    /// Logs the learning rates at these events.
     pub fn new<L: Logger + Clone + 'static>(
         logger: &L,
         tag: impl Into<String>,
@@ -60,7 +60,7 @@ impl OptimizerParamsHandler {
         self
     }
 
-    /// Tags with the names of the groups (`lr/fc`) instead of their numbers.
+    /// Uses the names of the groups in tags (`lr/fc`), instead of their numbers.
     pub fn by_name(mut self) -> Self {
         self.by_name = true;
         self

@@ -8,10 +8,10 @@ use crate::optim::Knob;
 
 /// Logs metrics, parts of the output and knobs, as `tag/name`: ignite's `OutputHandler`.
 ///
-/// It acts after the other handlers of its events ([`Priority::Last`]), so that it logs what they leave
-/// wherever it is attached. Metrics without a value are left out; one that never had any is a warning of the run's
-/// [`Summary`](crate::engine::Summary). Reading a metric is a host sync where it is on a GPU: log
-/// every so many iterations there.
+/// The handler acts after the other handlers of its events ([`Priority::Last`]), so it logs what they leave, wherever
+/// it is attached. Metrics without a value are left out; for one that never had a value there is a warning in the run's
+/// [`Summary`](crate::engine::Summary). Reading a metric is a host sync where it is on a GPU, so log only every so many
+/// iterations there.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Event, Until};
@@ -31,9 +31,8 @@ use crate::optim::Knob;
 /// # Ok::<(), anyhow::Error>(())
 /// ```
 ///
-/// The step is the epoch at epoch events, and the iteration at all others. To compare a metric of
-/// epochs with one of iterations in one picture, log it with
-/// `.global_step(|state| state.iteration)`.
+/// The step is the epoch at epoch events, and the iteration at all others. To compare a metric of epochs with one of
+/// iterations in one plot, log it with `.global_step(|state| state.iteration)`.
 pub struct OutputHandler<B, O> {
     logger: Box<dyn Logger>,
     tag: String,
@@ -53,7 +52,7 @@ enum Which {
 }
 
 impl<B, O> OutputHandler<B, O> {
-    /// Logs nothing yet, under this tag, at these events. Without a tag names stand alone.
+    /// A handler that logs nothing yet, under this tag, at these events. With an empty tag names stand alone.
     pub fn new<L: Logger + Clone + 'static>(
         logger: &L,
         tag: impl Into<String>,
@@ -70,7 +69,7 @@ impl<B, O> OutputHandler<B, O> {
         }
     }
 
-    /// At the end of each epoch.
+    /// A handler that logs at the end of each epoch.
     pub fn each_epoch<L: Logger + Clone + 'static>(logger: &L, tag: impl Into<String>) -> Self {
         Self::new(logger, tag, each_epoch())
     }
@@ -90,8 +89,7 @@ impl<B, O> OutputHandler<B, O> {
         self
     }
 
-    /// Logs a value of the output under this name. A tensor with several elements gives `name/0`,
-    /// `name/1`, and so on.
+    /// Logs a value of the output under this name. A tensor with several elements gives `name/0`, `name/1`, and so on.
     pub fn output<V: Into<MetricValue>>(
         mut self,
         name: impl Into<String>,
@@ -107,7 +105,7 @@ impl<B, O> OutputHandler<B, O> {
         self
     }
 
-    /// Logs under this step, such as that of another engine.
+    /// Logs under the step that `step` returns, such as that of another engine.
     pub fn global_step(mut self, step: impl Fn(&State<B, O>) -> u64 + 'static) -> Self {
         self.global_step = Some(Box::new(step));
         self

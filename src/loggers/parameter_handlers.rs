@@ -1,5 +1,4 @@
-//! The four handlers that look at the parameters of a model: norms and histograms, of weights and of
-//! gradients.
+//! The four handlers that log the parameters of a model: norms and histograms, of weights and of gradients.
 
 use tch::nn::VarStore;
 use tch::{Device, Tensor};
@@ -36,7 +35,7 @@ macro_rules! handler {
                 }
             }
 
-            /// Only those whose name passes, such as `|name| name.starts_with("fc")`.
+            /// Logs only parameters whose name passes, such as `|name| name.starts_with("fc")`.
             pub fn whitelist(mut self, passes: impl Fn(&str) -> bool + 'static) -> Self {
                 self.parameters.whitelist = Box::new(passes);
                 self
@@ -113,24 +112,24 @@ fn log_histograms(
 }
 
 handler! {
-    /// Logs the norm of each parameter, as `weights_norm/fc/weight`. One host sync for all.
+    /// Logs the norm of each parameter, as `weights_norm/fc/weight`. Costs one host sync for all.
     WeightsScalarHandler, "weights_norm", false, log_norms
 }
 
 handler! {
-    /// Logs the norm of each gradient there is, as `grads_norm/fc/weight`. One host sync for all.
+    /// Logs the norm of each gradient that exists, as `grads_norm/fc/weight`. Costs one host sync for all.
     ///
-    /// On [`Event::IterationCompleted`] they are those of the step before, if the step clears them
-    /// at its beginning.
+    /// At [`Event::IterationCompleted`] the gradients are those of the step just done, if the step clears them at its
+    /// beginning and not at its end.
     GradsScalarHandler, "grads_norm", true, log_norms
 }
 
 handler! {
-    /// Logs a [`Histogram`] of each parameter, as `weights/fc/weight`. Two host syncs for each.
+    /// Logs a [`Histogram`] of each parameter, as `weights/fc/weight`. Costs two host syncs for each.
     WeightsHistHandler, "weights", false, log_histograms
 }
 
 handler! {
-    /// Logs a [`Histogram`] of each gradient there is, as `grads/fc/weight`. Two host syncs for each.
+    /// Logs a [`Histogram`] of each gradient that exists, as `grads/fc/weight`. Costs two host syncs for each.
     GradsHistHandler, "grads", true, log_histograms
 }

@@ -1,8 +1,8 @@
-//! PNG without compression: pictures in logs are small, and a deflate of our own is not worth it.
+//! An encoder for PNG without compression: pictures in logs are small, so a deflate encoder of our own is not worth it.
 
-/// Polynomial of PNG's CRC, which is not the one of event files.
+/// Polynomial of PNG's CRC, which differs from the CRC of event files.
 const POLYNOMIAL: u32 = 0xedb8_8320;
-/// The longest run of bytes that an uncompressed deflate block holds.
+/// Largest number of bytes in an uncompressed deflate block.
 const BLOCK: usize = 65535;
 
 const CRCS: [u32; 256] = {
@@ -41,13 +41,13 @@ fn chunk(png: &mut Vec<u8>, kind: &[u8; 4], data: &[u8]) {
     png.extend(crc(&png[begin..]).to_be_bytes());
 }
 
-/// Pixels of 8 bits a channel, row by row, in 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 channels (RGBA).
+/// Encodes pixels of 8 bits a channel, row by row, with 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 channels (RGBA).
 pub(super) fn encode(width: u32, height: u32, channels: u8, pixels: &[u8]) -> Vec<u8> {
     let colour = [0, 4, 2, 6][usize::from(channels.clamp(1, 4)) - 1];
     let mut header = [width.to_be_bytes(), height.to_be_bytes()].concat();
     header.extend([8, colour, 0, 0, 0]);
 
-    // Each row begins with the number of its filter: none.
+    // Each row begins with the number of its filter; 0 means none.
     let row = width as usize * usize::from(channels);
     let rows: Vec<u8> = pixels.chunks(row.max(1)).flat_map(|row| [&[0], row].concat()).collect();
     let mut data = vec![0x78, 0x01];

@@ -1,4 +1,4 @@
-//! As much of protobuf's encoding as TensorBoard's messages need: there are five, and they are short.
+//! The part of protobuf's encoding that TensorBoard's messages need.
 
 /// A message that is being written. Fields are written in the order of the calls.
 #[derive(Debug, Clone, Default)]
@@ -63,7 +63,7 @@ impl Message {
         self.bytes(field, &value.0)
     }
 
-    /// Repeated doubles, packed.
+    /// Writes repeated doubles, packed.
     pub(super) fn doubles(self, field: u64, values: &[f64]) -> Self {
         let packed: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         self.bytes(field, &packed)
@@ -95,7 +95,7 @@ pub(super) mod reader {
         value
     }
 
-    /// All fields of a message, with their numbers.
+    /// Reads all fields of a message, with their numbers.
     pub fn fields(mut bytes: &[u8]) -> Vec<(u64, Field<'_>)> {
         let mut fields = vec![];
         while !bytes.is_empty() {
@@ -125,7 +125,7 @@ pub(super) mod reader {
         fields
     }
 
-    /// The fields of a message in a message.
+    /// Reads the fields of a message within a message.
     pub fn inner<'b>(fields: &[(u64, Field<'b>)], number: u64) -> Vec<(u64, Field<'b>)> {
         match fields.iter().find(|(n, _)| *n == number) {
             Some((_, Field::Bytes(bytes))) => self::fields(bytes),

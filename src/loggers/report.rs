@@ -1,4 +1,4 @@
-//! A page with everything in it: no scripts, no fonts and no pictures from elsewhere.
+//! The report: a page that needs no scripts, fonts or pictures from elsewhere.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -10,18 +10,18 @@ use super::curve::Curve;
 use super::flat;
 use super::run_folder::TAGS;
 
-/// What the page shows.
+/// The content of the page.
 pub(super) struct Report<'r> {
     pub(super) title: &'r str,
     pub(super) curves: &'r BTreeMap<String, Curve>,
-    /// There are tags besides those of the curves.
+    /// Whether there are more tags than `curves` holds.
     pub(super) has_more: bool,
     pub(super) config: &'r Value,
     pub(super) environment: &'r [(&'static str, String)],
     pub(super) times: &'r [(&'static str, String)],
 }
 
-/// Told apart also by those who see fewer colours (Okabe and Ito's, lighter on dark ground).
+/// The colours can also be told apart with colour blindness (Okabe and Ito's, lighter on dark ground).
 const STYLE: &str = "
 :root{color-scheme:light dark;--text:#1c2024;--faint:#667;--line:#dde1e6;--ground:#fff;--card:#f7f8fa;--bad:#c81e1e;--light:42%;
 --c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#cc79a7;--c4:#56b4e9;--c5:#e69f00;--c6:#555;--c7:#9a9200}
@@ -48,12 +48,12 @@ summary{cursor:pointer;font-size:.85rem;color:var(--faint);margin-top:.35rem}
 .columns{display:flex;flex-wrap:wrap;gap:0 4rem}
 ";
 
-/// Tags of these have a group's name behind them.
+/// Hyper-parameters, whose tags end in a group's name.
 const HYPER_PARAMETERS: [&str; 8] =
     ["lr", "momentum", "dampening", "weight_decay", "beta1", "beta2", "eps", "alpha"];
 
-/// The chart that a tag belongs to: `training/loss` and `val/loss` share one, so do `lr/base` and
-/// `lr/fc`, and the elements of a tensor.
+/// The chart that a tag belongs to. `training/loss` and `val/loss` share one, and so do `lr/base` and `lr/fc`, and the
+/// elements of a tensor.
 fn chart(tag: &str) -> &str {
     let Some((folder, name)) = tag.rsplit_once('/') else { return tag };
     let last = folder.rsplit('/').next().unwrap_or(folder);
@@ -63,7 +63,7 @@ fn chart(tag: &str) -> &str {
     }
 }
 
-/// Losses come first, hyper-parameters last.
+/// The place of a chart: losses come first, hyper-parameters last.
 fn rank(chart: &str) -> u8 {
     let last = chart.rsplit('/').next().unwrap_or(chart);
     match HYPER_PARAMETERS.iter().any(|name| last.split(' ').next() == Some(name)) {
@@ -72,7 +72,7 @@ fn rank(chart: &str) -> u8 {
     }
 }
 
-/// Curves that end at about the same step; those of epochs would be a dot beside those of iterations.
+/// Groups curves that end at about the same step. A curve over epochs would be a dot beside one over iterations.
 fn of_one_length<'c>(mut curves: Vec<(&'c str, &'c Curve)>) -> Vec<Vec<(&'c str, &'c Curve)>> {
     let last = |curve: &Curve| curve.points.last().map_or(0, |(step, _)| *step);
     curves.sort_by_key(|(_, curve)| std::cmp::Reverse(last(curve)));
@@ -84,7 +84,7 @@ fn of_one_length<'c>(mut curves: Vec<(&'c str, &'c Curve)>) -> Vec<Vec<(&'c str,
     charts
 }
 
-/// `recall/2` before `recall/10`.
+/// Compares tags so that `recall/2` comes before `recall/10`.
 fn by_number(a: &str, b: &str) -> std::cmp::Ordering {
     let key = |tag: &str| {
         let name = tag.trim_end_matches(|c: char| c.is_ascii_digit());
@@ -93,7 +93,7 @@ fn by_number(a: &str, b: &str) -> std::cmp::Ordering {
     key(a).cmp(&key(b))
 }
 
-/// What the curves are, and their numbers.
+/// Writes the legend of the curves, with their last, lowest and highest values.
 fn key(page: &mut String, curves: &[(&str, &Curve)]) -> std::fmt::Result {
     let is_long = curves.len() > COLOURS;
     if is_long {
@@ -148,7 +148,7 @@ fn body(page: &mut String, report: &Report<'_>) -> std::fmt::Result {
     let title = escaped(report.title);
     writeln!(page, "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">")?;
     writeln!(page, "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">")?;
-    // Else browsers ask for one.
+    // Without this line browsers ask the server for an icon.
     writeln!(page, "<link rel=\"icon\" href=\"data:,\">")?;
     writeln!(page, "<title>{title}</title><style>{STYLE}</style></head><body>\n<h1>{title}</h1>")?;
     if !report.times.is_empty() {
@@ -185,7 +185,7 @@ fn body(page: &mut String, report: &Report<'_>) -> std::fmt::Result {
         )?;
     }
     writeln!(page, "<div class=\"columns\">")?;
-    // It is JSON already.
+    // The configuration is JSON already, so this cannot fail.
     let config = flat::values(report.config).unwrap_or_default().into_iter();
     let config: Vec<_> = config
         .map(|(name, value)| match value {
@@ -200,7 +200,7 @@ fn body(page: &mut String, report: &Report<'_>) -> std::fmt::Result {
 
 pub(super) fn html(report: &Report<'_>) -> String {
     let mut page = String::new();
-    // A String takes everything.
+    // Writing into a String cannot fail.
     let _ = body(&mut page, report);
     page
 }

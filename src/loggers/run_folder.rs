@@ -22,13 +22,13 @@ use crate::event::Event;
 use crate::event_filter::Events;
 use crate::fs::{open_file, write_atomically};
 
-/// So many tags are in the report: a file can hold any number.
+/// Largest number of tags in the report, because a file can hold any number.
 pub(super) const TAGS: usize = 1000;
 
-/// The report is written anew at the end of an epoch when it is this old.
+/// The report is written again at the end of an epoch when it is at least this old.
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// All that a run leaves behind, in one folder: a logger for other handlers, and a handler itself.
+/// Everything that a run logs, in one folder: a logger for other handlers, and a handler itself.
 ///
 /// | file | what |
 /// |---|---|
@@ -37,14 +37,15 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// | `config.json` | what [`config`](Self::config) was given |
 /// | `report.html` | curves, configuration, environment and times, for any browser, without network |
 ///
-/// Clones share the files. Attached, it keeps the times of the epochs, flushes all files at their
-/// end, and writes the report: at the end of the run, however it ends, and at the end of epochs, every
-/// ten seconds at most. Files are appended to where the folder has them, so that a run that goes on
-/// has one record and one report, with each step once: see [`loggers`](super). A run that starts anew leaves the tables of
-/// earlier processes beside, as `scalars.csv.1` and so on, and its report shows itself alone. One process at a time may have
-/// the folder; [`Checkpoint`](crate::checkpoint::Checkpoint) may write to it too.
+/// Clones share the files. The attached handler records the times of epochs, flushes all files at the end of each
+/// epoch, and writes the report: at the end of the run, however it ends, and at the end of epochs, at most every ten
+/// seconds. Files that exist in the folder are appended to, so a run that goes on has one record and one report, with
+/// each step once: see [`loggers`](super). A run that starts anew moves the tables of earlier processes to other files,
+/// `scalars.csv.1` and so on, and its report shows only itself. One process at a time may have the folder;
+/// [`Checkpoint`](crate::checkpoint::Checkpoint) may write to it too.
 ///
-/// Memory: 16 bytes a scalar, up to 4000 for each tag and 1000 tags; the report says where there are more.
+/// The memory is 16 bytes a scalar, for up to 4000 points for each tag and 1000 tags; the report says when there are
+/// more.
 ///
 /// [`loggers`](super) shows it at work.
 #[derive(Clone)]
@@ -61,7 +62,7 @@ pub struct RunFolder {
 #[derive(Default)]
 struct Record {
     curves: BTreeMap<String, Curve>,
-    /// There are more tags than the report shows.
+    /// Whether there are more tags than the report shows.
     has_more: bool,
     config: Value,
     times: Times,
@@ -77,10 +78,10 @@ struct Times {
 }
 
 impl RunFolder {
-    /// Opens the folder, and makes it where there is none.
+    /// Opens the folder, or makes it.
     ///
     /// # Errors
-    /// It cannot be made, or not be written to, or another process has it; the text has the path.
+    /// The folder cannot be made or written, or another process has it; the text has the path.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
         let folder = Folder::open(&path, true)?;
@@ -99,21 +100,21 @@ impl RunFolder {
         })
     }
 
-    /// The folder.
+    /// The path of the folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its event file, for what is TensorBoard's alone.
+    /// The logger of the event file, for values that only TensorBoard shows.
     pub fn tensorboard(&self) -> &TensorBoard {
         &self.board
     }
 
-    /// Keeps the configuration of the run: in `config.json`, in the report, and as hyper-parameters for
-    /// TensorBoard, nested ones as `optimizer/lr`.
+    /// Stores the configuration of the run in `config.json`, in the report, and as hyper-parameters for TensorBoard,
+    /// nested ones as `optimizer/lr`.
     ///
     /// # Errors
-    /// It cannot be written as JSON, or the file cannot be written.
+    /// The configuration cannot be written as JSON, or the file cannot be written.
     pub fn config(&self, config: &impl Serialize) -> Result<()> {
         let value = flat::to_json(config)?;
         self.folder.check()?;
@@ -135,7 +136,10 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Writes `report.html` as of now, whole or not at all.
+    /// Writes `report.html` for the current state. The file is replaced as a whole.
+    ///
+    /// # Errors
+    /// The file cannot be written, or the folder was removed or replaced.
     pub fn write_report(&self) -> Result<()> {
         self.folder.check()?;
         let html = {
@@ -154,7 +158,7 @@ impl RunFolder {
         write_atomically(&self.path.join("report.html"), |file| file.write_all(html.as_bytes()))
     }
 
-    /// Takes the curves from the file.
+    /// Reads the curves from the JSON lines again.
     fn record_anew(&self) -> Result<()> {
         let Record { curves, has_more, .. } = recorded(&self.json)?;
         let mut record = self.record();
@@ -167,7 +171,7 @@ impl RunFolder {
     }
 }
 
-/// The curves of the scalars in a file of JSON lines. Longer lines hold texts, or nothing of ours.
+/// The curves of the scalars in a file of JSON lines. Lines longer than the limit hold texts, or nothing of this crate.
 fn recorded(json: &JsonLinesLogger) -> Result<Record> {
     const LONGEST: u64 = 10_000;
     let path = json.path();
@@ -187,7 +191,7 @@ fn recorded(json: &JsonLinesLogger) -> Result<Record> {
     Ok(record)
 }
 
-/// The JSON lines of a run folder, with the curves of its report.
+/// The JSON lines of a run folder as a log; rewinding it updates the curves of the report.
 struct Curves(RunFolder);
 
 impl Log for Curves {
@@ -237,7 +241,7 @@ impl Times {
         if event == Event::Started {
             *self = Self::default();
         }
-        // A run that is resumed has no STARTED.
+        // A run that is resumed fires no STARTED.
         self.begun.get_or_insert_with(Instant::now);
         self.iterations = state.iteration;
         match event {
@@ -423,7 +427,7 @@ mod tests {
         for tag in 0..300_000 {
             lines += &format!("{{\"step\":1,\"tag\":\"{tag:06}\",\"time\":1.5,\"value\":0.5}}\n");
         }
-        // Nor does a line without an end take more than others.
+        // A line without an end takes no more memory than others.
         lines += &"x".repeat(1_000_000);
         fs::write(folder.path().join("scalars.jsonl"), lines)?;
         let run = RunFolder::create(folder.path())?;

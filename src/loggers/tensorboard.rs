@@ -13,17 +13,18 @@ use crate::engine::Log;
 use crate::error::{Error, Result};
 use crate::fs::make_folder;
 
-/// Writes an event file that TensorBoard shows: `tensorboard --logdir FOLDER`.
+/// A logger that writes an event file for TensorBoard: `tensorboard --logdir FOLDER`.
 ///
-/// Clones share one file, and so do writers of the same folder in one process. See [`loggers`](super) for when it is on
-/// the disk. Costs per scalar: some 100 bytes, no system call for most.
+/// Clones share one file, and so do loggers of the same folder in one process. See [`loggers`](super) for when values
+/// are on the disk. A scalar costs some 100 bytes, and usually no system call.
 ///
-/// Each process has a file of its own in the folder. When an engine is resumed, the files of earlier processes are cut
-/// where its checkpoint was, those from after it are removed, and the new file begins with TensorBoard's mark of a restart
-/// (`SessionLog.START`), by which a server that is running forgets the rest. The same mark, at step 0, lets a run that
-/// starts anew in a folder with other runs hide these; give each run a folder of its own to compare them.
+/// Each process writes its own file in the folder. When an engine is resumed, the files of earlier processes are cut
+/// where the checkpoint was written, and files from after it are removed. The new file begins with TensorBoard's mark
+/// of a restart (`SessionLog.START`), which makes a running server forget the later steps. In a folder with other runs,
+/// a run that starts anew writes the same mark at step 0, which hides these runs; give each run a folder of its own to
+/// compare them.
 ///
-/// TensorBoard keeps scalars in f32.
+/// TensorBoard stores scalars in f32.
 ///
 /// ```
 /// use tch::{Device, Kind, Tensor};
@@ -44,22 +45,22 @@ pub struct TensorBoard {
     board: Arc<Mutex<Board>>,
 }
 
-/// The event files of a run in a folder, of which the last is open.
+/// The event files of a run in a folder. The last one is open.
 struct Board {
-    /// As the user named it.
+    /// The path as the user gave it.
     folder: PathBuf,
-    /// Where it is.
+    /// The absolute path.
     place: PathBuf,
     file: AppendFile,
-    /// Bytes of the version record, which every event file begins with.
+    /// Length of the version record, which every event file begins with.
     head: u64,
-    /// What tells the files of this run from those of others: the number of its first file.
+    /// Identifies the files of this run: the numbers in the name of its first file.
     chain: String,
     /// The files of earlier processes of this run, with their lengths.
     earlier: BTreeMap<String, u64>,
     /// The largest step of all events.
     last_step: Option<u64>,
-    /// Which run the file is of is known.
+    /// Whether it is known which run the file belongs to.
     settled: bool,
 }
 
@@ -130,12 +131,12 @@ mod field {
     pub const START_TIME: u64 = 5;
 }
 
-/// `crc32c`, turned and shifted as TFRecord files have it, so that sums of sums are none.
+/// The masked CRC-32C of TFRecord files, rotated and shifted so that the CRC of data that holds CRCs is sound.
 fn masked_crc(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
-/// A record of a TFRecord file.
+/// Encodes a record of a TFRecord file.
 fn record(data: &[u8]) -> Vec<u8> {
     let length = (data.len() as u64).to_le_bytes();
     let mut record = length.to_vec();
@@ -151,7 +152,7 @@ fn plugin(name: &str, content: Message) -> Message {
     Message::new().message(field::METADATA_PLUGIN_DATA, data)
 }
 
-/// The numbers in the name of an event file of this crate: seconds, process, and number in the process.
+/// The numbers in the name of an event file of this crate: seconds, process, and number within the process.
 fn numbers(name: &str) -> Option<[&str; 3]> {
     let mut parts = name.strip_prefix(PREFIX)?.split('.');
     let numbers = [parts.next()?, parts.next()?, parts.next()?];
@@ -165,7 +166,7 @@ fn numbers(name: &str) -> Option<[&str; 3]> {
 /// The seconds in the name of any event file.
 fn seconds(name: &str) -> Option<u64> {
     let seconds = name.strip_prefix(PREFIX)?.split('.').next()?.parse().ok()?;
-    // Beyond that it is no time, and no name could follow.
+    // A larger number is not a time, and no later name could follow it.
     (seconds < 9_999_999_999).then_some(seconds)
 }
 
@@ -180,7 +181,7 @@ fn event_files(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The mark of a restart: events of this step and of later ones do not count.
+/// The mark of a restart: events of this step and later ones no longer count.
 fn restart(step: u64) -> Vec<u8> {
     let start = Message::new().uint(field::SESSION_STATUS, field::SESSION_START);
     let event = Message::new().double(field::EVENT_WALL_TIME, now()).uint(field::EVENT_STEP, step);
@@ -191,7 +192,7 @@ impl Board {
     fn create(folder: &Path, place: PathBuf) -> Result<Self> {
         static FILES: AtomicU64 = AtomicU64::new(0);
         let begun = now();
-        // TensorBoard takes the files of a folder in the order of their names.
+        // TensorBoard reads the files of a folder in the order of their names.
         let newest = event_files(&place)?.iter().filter_map(|name| seconds(name)).max();
         let time = (begun as u64).max(newest.map_or(0, |newest| newest + 1));
         let (file, chain) = loop {
@@ -228,7 +229,7 @@ impl Board {
         let own = self.name();
         let others = event_files(&self.place)?;
         if others.iter().any(|name| *name != own && numbers(name).is_some()) {
-            // Before what was logged until now.
+            // The mark goes before the events that were logged until now.
             let tail = self.file.tail(self.head)?;
             self.file.cut(self.head)?;
             self.file.write(&restart(0))?;
@@ -253,7 +254,7 @@ impl Board {
         let mut kept = BTreeMap::new();
         for (name, bytes) in files {
             match bytes.as_u64() {
-                // They are cut: nothing outside the folder may be named.
+                // Listed files are cut, so no name may lead out of the folder.
                 Some(bytes) if numbers(name).is_some() => kept.insert(name.clone(), bytes),
                 _ => return of_others(),
             };
@@ -276,7 +277,7 @@ impl Board {
             .filter(|name| numbers(name).is_some() && name.ends_with(&suffix))
             .filter(|name| *name != own && !kept.contains_key(name))
             .collect();
-        // All are locked before any is changed.
+        // All files are locked before any is changed.
         let mut cuts = vec![];
         for (name, bytes) in kept.iter().filter(|(name, _)| **name != own) {
             cuts.push((path(name), Some(*bytes)));
@@ -300,7 +301,7 @@ impl Board {
         match kept.remove(&own) {
             Some(bytes) => self.file.cut(bytes)?,
             None => {
-                // What this process logged before is in the files of the run it goes on with.
+                // The events that this process logged before belong to the part of the run that is repeated.
                 self.file.cut(self.head)?;
                 let newest = kept.keys().filter_map(|name| seconds(name)).max();
                 let time = (now() as u64).max(newest.map_or(0, |newest| newest + 1));
@@ -318,11 +319,11 @@ impl Board {
 }
 
 impl TensorBoard {
-    /// A new event file in this folder, which is made where it is missing; where this process writes to the folder already,
-    /// the file that is open.
+    /// Makes an event file in this folder, and the folder where it is missing. Where this process writes to the folder
+    /// already, the open file is shared.
     ///
     /// # Errors
-    /// The file cannot be made; the text has its path.
+    /// The folder or file cannot be made; the text has the path.
     pub fn create(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let io = |source| Error::Io { path: folder.to_owned(), source };
@@ -349,8 +350,11 @@ impl TensorBoard {
         board.write(event.message(field::EVENT_SUMMARY, summary))
     }
 
-    /// What TensorBoard's HPARAMS page compares runs by: the hyper-parameters of this one, and the
-    /// tags of the metrics to show beside them, which are logged as scalars.
+    /// Writes the values by which TensorBoard's HPARAMS page compares runs: the hyper-parameters of this run, and the
+    /// tags of the metrics to show beside them, which have to be logged as scalars.
+    ///
+    /// # Errors
+    /// The file cannot be written.
     pub fn hparams<'p>(
         &self,
         parameters: impl IntoIterator<Item = (&'p str, HyperParameter)>,
@@ -360,7 +364,7 @@ impl TensorBoard {
         let mut experiment = Message::new().double(field::EXPERIMENT_TIME, begun);
         let mut session = Message::new();
         for (name, parameter) in parameters {
-            // DataType of HParamInfo, and google.protobuf.Value.
+            // The field numbers are those of HParamInfo's DataType and of google.protobuf.Value.
             let (kind, value) = match parameter {
                 HyperParameter::Text(text) => (1, Message::new().string(3, &text)),
                 HyperParameter::Switch(on) => (2, Message::new().uint(4, on.into())),
@@ -406,7 +410,7 @@ impl Logger for TensorBoard {
         self.value(tag, step, |message| message.message(field::VALUE_HISTO, histo))
     }
 
-    /// Shown as Markdown, under PyTorch's tag `TAG/text_summary`.
+    /// TensorBoard shows the text as Markdown, under PyTorch's tag `TAG/text_summary`.
     fn text(&self, tag: &str, text: &str, step: u64) -> Result<()> {
         let dim = Message::new().uint(field::DIM_SIZE, 1);
         let tensor = Message::new()
@@ -469,7 +473,7 @@ mod tests {
     use super::super::protobuf::reader::{Field, fields, inner};
     use super::*;
 
-    /// The records of an event file, or of all of a folder; their sums are checked.
+    /// Reads the records of an event file, or of all files of a folder, and checks their CRCs.
     fn records(path: &Path) -> Result<Vec<Vec<u8>>> {
         let mut records = vec![];
         let files = match path.is_dir() {
@@ -495,7 +499,7 @@ mod tests {
 
     #[test]
     fn the_sum_is_tensorflows() {
-        // RFC 3720, B.4, and TensorFlow's mask.
+        // The values are from RFC 3720, B.4, with TensorFlow's mask.
         assert_eq!(crc32c::crc32c(&[0; 32]), 0x8a91_36aa);
         assert_eq!(
             masked_crc(&[0; 32]),
@@ -503,7 +507,7 @@ mod tests {
         );
     }
 
-    /// Steps of all events but those that a mark of a restart takes back.
+    /// The steps of all events, except those that a mark of a restart takes back.
     fn steps(folder: &Path) -> Result<Vec<u64>> {
         let mut files = event_files(folder)?;
         files.sort();
@@ -532,7 +536,7 @@ mod tests {
         let log = |board: &TensorBoard, mut steps: std::ops::RangeInclusive<u64>| {
             steps.try_for_each(|step| board.scalar("loss", 0., step))
         };
-        // A process that was killed before its first checkpoint.
+        // This process was killed before its first checkpoint.
         log(&TensorBoard::create(folder.path())?, 1..=3)?;
         let first = TensorBoard::create(folder.path())?;
         first.text("note", "before the run", 0)?;
@@ -543,7 +547,7 @@ mod tests {
         drop(first);
         assert_eq!(steps(folder.path())?, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
 
-        // One that was killed before its next.
+        // This process was killed before its next checkpoint.
         let second = TensorBoard::create(folder.path())?;
         second.text("note", "before the run", 0)?;
         ensure!(second.rewind(&at_five)?.is_none());
@@ -555,7 +559,7 @@ mod tests {
         log(&third, 6..=7)?;
         let at_seven = third.commit()?;
         log(&third, 8..=8)?;
-        // In the same process, back and forth.
+        // The same process goes back and forth.
         ensure!(third.rewind(&at_seven)?.is_none());
         log(&third, 8..=9)?;
         third.flush()?;
@@ -563,7 +567,7 @@ mod tests {
         ensure!(third.rewind(&at_five)?.is_none());
         third.flush()?;
         assert_eq!(steps(folder.path())?, [0, 1, 2, 3, 4, 5]);
-        // The checkpoint is of later than all there is.
+        // The checkpoint is later than all events.
         ensure!(third.rewind(&at_seven)?.is_some());
 
         let elsewhere = tempfile::tempdir()?;
@@ -640,7 +644,7 @@ assert experiment.metric_infos[0].name.tag == "training/loss"
 print("read")
 "#;
 
-    /// With `TENSORBOARD_PYTHON`, or `python3`, where that has TensorBoard.
+    /// Runs `TENSORBOARD_PYTHON`, or `python3`, if that has TensorBoard.
     #[test]
     fn tensorboards_own_reader_agrees() -> Result<()> {
         let folder = tempfile::tempdir()?;
@@ -648,7 +652,7 @@ print("read")
         let python = std::env::var("TENSORBOARD_PYTHON").unwrap_or_else(|_| "python3".into());
         let has = Command::new(&python).args(["-c", "import tensorboard"]).output();
         if !has.is_ok_and(|output| output.status.success()) {
-            // Not captured by the test runner.
+            // Written this way, the text is not captured by the test runner.
             let _ = writeln!(
                 std::io::stderr(),
                 "SKIPPED: {python} has no tensorboard (pip install tensorboard)"

@@ -7,7 +7,7 @@ use super::rest::Client;
 use super::{MLflowLogger, Run, now};
 use crate::error::{Error, Result};
 
-/// What an MLflow run is called and where it belongs; made by [`MLflowLogger::builder`].
+/// The settings of an MLflow run that is to be started. [`MLflowLogger::builder`] makes it.
 pub struct MLflowBuilder {
     tracking_uri: String,
     experiment: String,
@@ -29,40 +29,41 @@ impl MLflowBuilder {
         }
     }
 
-    /// The experiment that the run belongs to; it is made where there is none. `Default` unless given.
+    /// Sets the experiment that the run belongs to; the default is `Default`. An experiment that does not exist is
+    /// created.
     pub fn experiment(mut self, name: impl Into<String>) -> Self {
         self.experiment = name.into();
         self
     }
 
-    /// The name of the run; the server invents one unless given.
+    /// Sets the name of the run. By default the server invents one.
     pub fn run_name(mut self, name: impl Into<String>) -> Self {
         self.run_name = Some(name.into());
         self
     }
 
-    /// Goes on with a run of the server, after a restart say, instead of starting one.
+    /// Goes on with an existing run of the server, for example after a restart, instead of starting a new one.
     pub fn run_id(mut self, id: impl Into<String>) -> Self {
         self.run_id = Some(id.into());
         self
     }
 
-    /// A tag of the run.
+    /// Adds a tag to the run.
     pub fn tag(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.tags.push((name.into(), value.into()));
         self
     }
 
-    /// A header of every request, such as `("Authorization", "Bearer …")`.
+    /// Adds a header to every request, such as `("Authorization", "Bearer …")`.
     pub fn header(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.headers.push((name.into(), value.into()));
         self
     }
 
-    /// Starts the run: two or three requests, ten seconds each at most.
+    /// Starts the run: two or three requests, of ten seconds at most each.
     ///
     /// # Errors
-    /// The address is none, the server does not answer, or refuses; the text has address and reason.
+    /// The address is not valid, or the server does not answer or refuses; the text has address and reason.
     pub fn start(self) -> Result<MLflowLogger> {
         let client = Client::new(&self.tracking_uri, self.headers)?;
         let failed = |failure: super::rest::Failure| {

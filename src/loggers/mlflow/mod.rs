@@ -1,4 +1,4 @@
-//! Runs in an MLflow server, through its REST interface.
+//! A logger for an MLflow server, through the server's REST interface.
 
 mod builder;
 mod queue;
@@ -20,29 +20,28 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event_filter::Events;
 
-/// How long the end of a run waits for what is not sent yet.
+/// How long the end of a run waits for values that are not sent yet.
 const AT_THE_END: Duration = Duration::from_secs(10);
 
-/// Sends metrics, parameters, tags and files to an MLflow server: ignite's `MLflowLogger`, with its
-/// names (`training loss`, `lr group_0`: a space where other loggers have a slash).
+/// Sends metrics, parameters, tags and files to an MLflow server: ignite's `MLflowLogger`, with its names (`training
+/// loss`, `lr group_0`: a space where other loggers have a slash).
 ///
-/// A thread of its own talks to the server, so that logging costs a push onto a queue; values are sent
-/// together, once a second or when there are a thousand. **The network never stops or delays a run.**
-/// What cannot be sent is tried again, every ten seconds at last; meanwhile the queue keeps 10,000 values
-/// and 64 MiB of files, and what comes then, or is refused by the server, is dropped and counted.
-/// [`close`](Self::close) says what was lost. Attached to an engine, this waits at the end of each run, ten seconds at most, for what is not
-/// sent yet, and what was lost is among the [`warnings`](crate::engine::Summary::warnings) of the run. Only the
-/// start needs the server.
+/// A thread of its own talks to the server, so logging costs a push onto a queue. Values are sent together, once a
+/// second or when there are a thousand. **The network never stops or delays a run.** Values that cannot be sent are
+/// tried again, in the end every ten seconds. Meanwhile the queue keeps 10,000 values and 64 MiB of files; further
+/// values, and values that the server refuses, are dropped and counted. [`close`](Self::close) says what was lost. If
+/// the logger is attached to an engine, each end of a run waits at most ten seconds for values that are not sent yet,
+/// and losses are among the [`warnings`](crate::engine::Summary::warnings) of the run. Only the start needs the server.
 ///
-/// A checkpoint says which run it belongs to: [`resume`](crate::engine::Engine::resume) tells if another one is logged to,
-/// and that steps which are done again are there twice, because MLflow takes nothing back.
+/// A checkpoint notes the MLflow run. [`resume`](crate::engine::Engine::resume) reports if another run is logged to
+/// now, and that repeated steps are there twice, because MLflow cannot remove values.
 ///
-/// When it is closed, or the last clone is dropped, the run is marked as finished; as failed if the last
-/// run of the engine it is attached to ended in an error, or the thread is panicking.
+/// When the logger is closed, or the last clone is dropped, the run is marked as finished. It is marked as failed if
+/// the last run of the engine it is attached to ended in an error, or the thread is panicking.
 ///
-/// Histograms have no place in MLflow and are left out. Pictures and texts become artifacts
-/// (`images/TAG/STEP.png`, `texts/TAG/STEP.txt`), if the server takes artifacts itself, as
-/// `mlflow server` does unless told otherwise.
+/// MLflow has no place for histograms, so they are left out. Pictures and texts become artifacts
+/// (`images/TAG/STEP.png`, `texts/TAG/STEP.txt`), if the server takes artifacts itself, as `mlflow server` does by
+/// default.
 ///
 /// ```no_run
 /// use tch_ignite::engine::{Engine, Event, Until};
@@ -61,7 +60,7 @@ const AT_THE_END: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct MLflowLogger(Arc<Run>);
 
-/// The run, until the last clone is dropped.
+/// The MLflow run. It ends when the last clone of the logger is dropped.
 struct Run {
     id: String,
     queue: Arc<Queue>,
@@ -72,22 +71,22 @@ impl MLflowLogger {
     /// Starts a run in the experiment `Default` of this server.
     ///
     /// # Errors
-    /// The address is none, or there is no MLflow server; the text has both address and reason.
+    /// The address is not valid, or no MLflow server answers; the text has address and reason.
     pub fn new(tracking_uri: impl Into<String>) -> Result<Self> {
         Self::builder(tracking_uri).start()
     }
 
-    /// Says more about the run before it starts.
+    /// Makes a builder, with settings for the run.
     pub fn builder(tracking_uri: impl Into<String>) -> MLflowBuilder {
         MLflowBuilder::new(tracking_uri.into())
     }
 
-    /// The run's id at the server.
+    /// The id of the run at the server.
     pub fn run_id(&self) -> &str {
         &self.0.id
     }
 
-    /// Logs a parameter of the run. MLflow keeps the first value of each.
+    /// Logs a parameter of the run. MLflow keeps the first value of each parameter.
     pub fn log_param(&self, name: &str, value: impl ToString) {
         let value = value.to_string();
         self.push_named(name, value.len(), 6000, |name| Item::Param(name, value));
@@ -96,7 +95,7 @@ impl MLflowLogger {
     /// Logs all values of a configuration as parameters, nested ones as `optimizer/lr`.
     ///
     /// # Errors
-    /// It cannot be written as JSON.
+    /// The configuration cannot be written as JSON.
     pub fn config(&self, config: &impl Serialize) -> Result<()> {
         for (name, value) in flat::values(config)? {
             match value {
@@ -113,10 +112,10 @@ impl MLflowLogger {
         self.push_named(name, value.len(), 8000, |name| Item::Tag(name, value));
     }
 
-    /// Keeps a file with the run, under this path. The bytes wait in memory until they are sent.
+    /// Stores a file with the run, under this path. The bytes are kept in memory until they are sent.
     ///
     /// # Errors
-    /// The path is none: empty parts, `..`, or other characters than letters, digits and `_-. /`.
+    /// The path is not valid: it has empty parts, `..`, or characters other than letters, digits and `_-. /`.
     pub fn log_artifact(&self, path: &str, bytes: impl Into<Vec<u8>>) -> Result<()> {
         let part = |part: &str| !part.is_empty() && part != "." && part != "..";
         if !path.split('/').all(part) || !path.chars().all(|c| is_allowed(c) && c != ':') {
@@ -128,11 +127,11 @@ impl MLflowLogger {
         Ok(())
     }
 
-    /// Sends what is left, for ten seconds at most, and marks the run as finished. What is logged
-    /// afterwards is lost.
+    /// Sends what is left, for ten seconds at most, and marks the run as finished. Values that are logged afterwards
+    /// are lost.
     ///
     /// # Errors
-    /// Something was lost: how many values, and the last reason.
+    /// Values were lost; the text says how many, and the last reason.
     pub fn close(&self) -> Result<()> {
         self.0.end();
         match self.0.queue.trouble() {
@@ -153,12 +152,12 @@ impl MLflowLogger {
     }
 }
 
-/// In names.
+/// Whether MLflow allows the character in names.
 fn is_allowed(c: char) -> bool {
     c.is_alphanumeric() || "_-. :/".contains(c)
 }
 
-/// A tag as a part of a path.
+/// The tag as a part of a path, with other characters replaced by `_`.
 fn path_of(tag: &str) -> String {
     let parts = tag.split('/').filter(|part| !matches!(*part, "" | "." | ".."));
     let allowed = |c| if is_allowed(c) && c != ':' { c } else { '_' };
@@ -166,7 +165,7 @@ fn path_of(tag: &str) -> String {
     parts.join("/")
 }
 
-/// Milliseconds since 1970.
+/// The time in milliseconds since 1970.
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
 }
@@ -177,7 +176,7 @@ impl Run {
         if let Some(worker) = worker
             && self.queue.end(AT_THE_END)
         {
-            // It is past its last request.
+            // The thread has done its last request.
             let _ = worker.join();
         }
     }
@@ -210,7 +209,7 @@ impl Logger for MLflowLogger {
         self.log_artifact(&format!("images/{}/{step}.png", path_of(tag)), image.png.as_slice())
     }
 
-    /// Sends soon what is there, without waiting for it.
+    /// Lets the thread send everything soon, and does not wait for it.
     fn flush(&self) -> Result<()> {
         self.0.queue.hurry();
         Ok(())
@@ -221,7 +220,7 @@ impl Logger for MLflowLogger {
     }
 }
 
-/// A checkpoint does not wait for the server, and nothing is taken back there.
+/// A checkpoint does not wait for the server, and nothing is removed from the server.
 impl Log for MLflowLogger {
     fn path(&self) -> PathBuf {
         "MLflow".into()
@@ -275,11 +274,11 @@ impl<C, B, O> Handler<C, B, O> for MLflowLogger {
     ) -> anyhow::Result<()> {
         let queue = &self.0.queue;
         queue.set_failed(event == Event::ExceptionRaised);
-        // COMPLETED may follow TERMINATE; then nothing is left to wait for.
+        // COMPLETED may follow TERMINATE, and then nothing is left to wait for.
         if event != Event::Started {
             queue.wait(AT_THE_END);
         }
-        // A run that fails has no summary.
+        // A run that fails has no summary for a warning.
         if !matches!(event, Event::Started | Event::ExceptionRaised)
             && let Some(trouble) = queue.untold_trouble()
         {

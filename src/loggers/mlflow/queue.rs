@@ -10,19 +10,19 @@ use super::super::json_lines::number;
 use super::now;
 use super::rest::{Client, Failure};
 
-/// Kept while the server does not answer.
+/// Largest number of values in the queue.
 const ROOM: usize = 10_000;
-/// Bytes of files kept.
+/// Largest number of bytes of files in the queue.
 const ROOM_FOR_FILES: usize = 64 << 20;
-/// What MLflow takes in one request.
+/// Largest number of metrics, and of parameters or tags, that MLflow takes in one request.
 const METRICS: usize = 1000;
 const PARAMS: usize = 100;
-/// Between requests.
+/// Time between two requests.
 const PERIOD: Duration = Duration::from_secs(1);
-/// Between tries, at most.
+/// Longest time between two tries of a request.
 const PAUSE: Duration = Duration::from_secs(10);
 
-/// Something to send.
+/// Something to send to the server.
 pub(super) enum Item {
     Metric { name: String, value: f64, step: u64, time: u64 },
     Param(String, String),
@@ -39,7 +39,7 @@ impl Item {
     }
 }
 
-/// What waits for the thread that talks to the server. No lock is held during a request.
+/// The queue of the thread that talks to the server. No lock is held during a request.
 #[derive(Default)]
 pub(super) struct Queue {
     state: Mutex<State>,
@@ -49,13 +49,13 @@ pub(super) struct Queue {
 #[derive(Default)]
 struct State {
     items: VecDeque<Item>,
-    /// Of the files among them.
+    /// Number of bytes of the files in `items`.
     bytes: usize,
-    /// Items of the request that is under way.
+    /// Number of items in the request under way.
     sending: usize,
     hurry: bool,
     failed: bool,
-    /// Nothing is sent after this.
+    /// When the logger was closed: the time after which nothing is sent.
     until: Option<Instant>,
     ended: bool,
     lost: u64,
@@ -73,7 +73,7 @@ impl State {
         self.reason = reason;
     }
 
-    /// Gives up what is there.
+    /// Counts everything that is left as lost.
     fn lose_rest(&mut self) {
         let rest = self.items.len() + self.sending;
         self.items.clear();
@@ -108,7 +108,7 @@ impl Queue {
             if state.reason.is_empty() {
                 state.reason = "more came than could be sent".into();
             }
-            // Else the reason is that of the request that is tried again.
+            // Otherwise the reason is that of the request that is tried again.
             state.lost += 1;
         } else {
             state.items.push_back(item);
@@ -132,14 +132,14 @@ impl Queue {
         self.state().failed = failed;
     }
 
-    /// What was lost since the beginning.
+    /// A text about all values lost so far; `None` if there are none.
     pub(super) fn trouble(&self) -> Option<String> {
         let mut state = self.state();
         state.told = state.lost;
         state.trouble()
     }
 
-    /// The same, if something was lost since it was last told.
+    /// A text about all values lost, if more were lost since the last text.
     pub(super) fn untold_trouble(&self) -> Option<String> {
         let mut state = self.state();
         let news = state.lost > state.told;
@@ -147,7 +147,7 @@ impl Queue {
         if news { state.trouble() } else { None }
     }
 
-    /// Waits until all is sent, so long at most.
+    /// Waits until everything is sent, at most this long.
     pub(super) fn wait(&self, at_most: Duration) {
         let until = Instant::now() + at_most;
         let mut state = self.state();
@@ -162,7 +162,8 @@ impl Queue {
         }
     }
 
-    /// Sends the rest, so long at most. True when the thread is done.
+    /// Closes the queue and sends the rest, for at most this long. Returns true when the thread is
+    /// done.
     pub(super) fn end(&self, at_most: Duration) -> bool {
         let until = Instant::now() + at_most;
         let mut state = self.state();
@@ -209,7 +210,7 @@ impl Queue {
         })
     }
 
-    /// What goes into the next request, all of one kind. None after the end.
+    /// Waits for the items of the next request, all of one kind. Returns `None` after the end.
     fn next(&self) -> Option<Vec<Item>> {
         let mut state = self.state();
         let begun = Instant::now();
@@ -242,7 +243,7 @@ impl Queue {
         Some(batch)
     }
 
-    /// Tries until it works, is refused, or there is no time left.
+    /// Tries the request until it succeeds, is refused, or there is no time left.
     fn send(&self, batch: &[Item], request: impl Fn(&[Item]) -> Result<Value, Failure>) {
         let mut pause = Duration::from_millis(250);
         loop {
@@ -264,7 +265,7 @@ impl Queue {
             }
             pause = (pause * 2).min(PAUSE);
             let again = Instant::now() + pause;
-            // Who waits, or closes the logger, wakes this up.
+            // A call of `wait` or `end` wakes this up.
             while !state.hurry && Instant::now() < again {
                 if state.is_late() {
                     return state.lose_rest();

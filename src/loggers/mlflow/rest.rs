@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 
-/// For a whole request.
+/// Time limit of a whole request.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Talks to an MLflow server.
@@ -18,7 +18,8 @@ pub(super) struct Client {
 #[derive(Debug)]
 pub(super) struct Failure {
     pub(super) reason: String,
-    /// It may work later: the server was not reached, or is out of order.
+    /// Whether the request may succeed later, because the server was not reached or is out of
+    /// order.
     pub(super) passes: bool,
     code: Option<String>,
 }
@@ -48,7 +49,7 @@ impl Client {
         Ok(Self { agent: config.into(), server, headers })
     }
 
-    /// The id of the experiment of this name, which is made where there is none.
+    /// The id of the experiment of this name. An experiment that does not exist is created.
     pub(super) fn experiment(&self, name: &str) -> Result<Value, Failure> {
         match self.get("experiments/get-by-name", &[("experiment_name", name)]) {
             Ok(answer) => Ok(answer["experiment"]["experiment_id"].clone()),
@@ -76,7 +77,7 @@ impl Client {
         answer(request.content_type("application/json").send(body.to_string())?)
     }
 
-    /// `artifacts` is where the run has its files, by the server.
+    /// Uploads a file. `artifacts` is the address of the run's files that the server gave.
     pub(super) fn put_artifact(
         &self,
         artifacts: &str,
@@ -92,7 +93,8 @@ impl Client {
                 code: None,
             });
         };
-        // Without a host: mlflow-artifacts:/0/… . With one: mlflow-artifacts://host/0/… .
+        // The address has no host (`mlflow-artifacts:/0/…`), or it has one
+        // (`mlflow-artifacts://host/0/…`).
         let folder = match folder.strip_prefix('/') {
             Some(rest) => rest.split_once('/').map_or("", |(_, folder)| folder),
             None => folder,
