@@ -274,7 +274,7 @@ mod tests {
         let (first, second) = (folder.time(), folder.time());
         assert!(first < second);
         folder.set_latest("second", second)?;
-        // Of a handler that writes in the background.
+        // A handler that writes in the background may be done later.
         folder.set_latest("first", first)?;
         assert_eq!(latest(), "second\n");
         folder.set_latest("third", folder.time())?;

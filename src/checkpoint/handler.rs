@@ -487,8 +487,8 @@ impl<B, O> Checkpoint<B, O> {
     }
 
     /// Makes the list agree with the folder: files that are gone are taken off, and whole files with the stamp of this
-    /// run are added. Such files were written right before the process was killed, or were on the list but not on the
-    /// one in the restored checkpoint. A new file is read once to verify it.
+    /// run are added. Such files were written, or should have been removed, right before a process was killed or after
+    /// the restored checkpoint was written. An added file is read once to verify its checksum.
     fn reconcile(&mut self) -> Result<()> {
         let folder = self.folder()?;
         let names = folder.names()?;

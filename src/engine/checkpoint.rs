@@ -84,7 +84,7 @@ struct Values {
     firings: BTreeMap<String, u64>,
 }
 
-/// What [`Engine::restore`] did.
+/// The result of [`Engine::restore`]: what was restored, and what differs.
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct Restored {

@@ -94,7 +94,8 @@ pub(super) struct Cursor {
     pub(super) restarted: bool,
     /// The data gave no batch in a whole epoch.
     pub(super) exhausted: bool,
-    /// The run ends before its budget is used up, so the result is `Stop::Terminated`.
+    /// Whether the run was left by `terminate`, or in mid epoch by a limit or the budget in iterations. The
+    /// result is then `Stop::Terminated`.
     pub(super) ended_early: bool,
     /// The phase that would have followed where the run was ended early. A run that is restored after a limit goes on
     /// there.

@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-/// What handlers asked for and the engine has not done yet.
+/// Requests of handlers that the engine has not done yet.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Requests {

@@ -942,8 +942,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    /// Whether the end of a pass over data of unknown length ends the epoch. It does where the data was replaced since
-    /// the epoch length was found, and a pass has another length now.
+    /// Whether the end of a pass over data of unknown length ends the epoch. It does in a run that goes on with other
+    /// data, where a pass has another length than in the earlier run.
     fn ends_with_pass(&mut self) -> bool {
         let overshot = self.overshot();
         let Some(length) = self.data_length() else { return false };
@@ -1061,7 +1061,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn is_done(&self) -> bool {
-        // A number of iterations cannot be compared, because epochs may differ in length. Where epochs are not limited,
+        // Epochs are counted, and not their iterations, because epochs may differ in length. Without a limit of epochs,
         // empty ones would follow for ever, so exhausted data ends the run.
         let exhausted = self.state.max_epochs.is_none() && self.position.cursor.exhausted;
         self.budget_done() || exhausted || self.limit_reached()

@@ -17,7 +17,7 @@ pub enum Stop {
     Signal(i32),
 }
 
-/// What a call of [`Engine::run`](super::Engine::run) did.
+/// The result of a call of [`Engine::run`](super::Engine::run).
 #[derive(Debug, Clone)]
 pub struct Summary {
     /// Why the call returned.

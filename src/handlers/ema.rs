@@ -59,7 +59,7 @@ pub struct EMAHandler {
 struct Momentum {
     /// The momentum after the warm-up.
     target: f64,
-    /// The momentum of the last update; before the first update, `target`.
+    /// The momentum of the last update, or the value that was set since.
     current: f64,
     warmup: Warmup,
     updates: u64,

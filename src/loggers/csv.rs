@@ -210,12 +210,12 @@ mod tests {
         first.run(&mut (), vec![1.; 2], Until::epochs(1))?;
         let saved = first.checkpoint(&())?.copy()?;
         first.run(&mut (), vec![1.; 2], Until::epochs(2))?;
-        // Within the process, too.
+        // A restore in the same process cuts the table, too.
         let restored = first.restore(&mut (), saved.copy()?, true)?;
         assert_eq!((rows(&path("a")).len(), restored.ignored.len()), (3, 0));
         drop((first, csv));
 
-        // Another folder, with other rows.
+        // This logger writes to another folder, which has other rows.
         let other = CsvLogger::open(path("b"))?;
         other.scalar("x", 4., 1)?;
         let mut moved = trainer(&other);

@@ -23,12 +23,12 @@ pub struct Histogram {
 }
 
 impl Histogram {
-    /// Computes the histogram of all values of a tensor of any shape and real numeric type. The values are counted and
+    /// Computes the histogram of all values of a tensor of any shape and numeric type. The values are counted and
     /// summed on the tensor's device, with two host syncs and as much additional memory as the tensor takes in f32 or
     /// f64.
     ///
     /// # Errors
-    /// libtorch cannot compute it, for example for a complex tensor.
+    /// libtorch cannot compute the histogram.
     pub fn of(tensor: &Tensor) -> Result<Self> {
         Self::measure(tensor).map_err(|error| Error::libtorch("making a histogram", error))
     }

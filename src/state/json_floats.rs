@@ -538,7 +538,7 @@ mod tests {
             rest: Rest { scale: inf },
         };
         assert_eq!(through(&all), all);
-        // Where nothing is special, it is what everybody writes.
+        // Without special floats the JSON is the usual one.
         let plain = json!({"a": [1, 2.5, null, "x"], "b": {"c": true}});
         assert_eq!(to_value(&plain).unwrap(), plain);
         assert_eq!(through(&plain), plain);
