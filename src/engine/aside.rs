@@ -1,5 +1,6 @@
 use super::position::Position;
 use super::{Engine, Requests, State};
+use crate::checkpoint::StateDict;
 use crate::data::Source;
 use crate::{Error, Result};
 
@@ -10,6 +11,7 @@ pub(crate) struct Aside<'a, B, O> {
     data: Option<Box<dyn Source<B> + 'a>>,
     requests: Requests,
     exception: Option<Error>,
+    random: Option<StateDict>,
     firings: Vec<u64>,
 }
 
@@ -25,6 +27,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             data: self.data.take(),
             requests: std::mem::take(&mut self.requests),
             exception: self.exception.take(),
+            random: self.random.take(),
             firings: self.handlers.take_firings(),
         })
     }
@@ -36,6 +39,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.data = aside.data;
         self.requests = aside.requests;
         self.exception = aside.exception;
+        self.random = aside.random;
         self.handlers.put_back_firings(&aside.firings);
     }
 }
