@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
-use program::*;
+use program::names::*;
+use program::programs;
 
 /// A program that takes longer than this is named.
 const SLOW: Duration = Duration::from_secs(2);
@@ -75,7 +76,6 @@ fn difference(program: &Program) -> Option<String> {
 }
 
 #[track_caller]
-#[allow(dead_code)]
 fn equals_the_reference(program: Program) {
     if let Some(difference) = difference(&program) {
         panic!("{difference}\n{}", as_a_test(&program));
@@ -130,6 +130,14 @@ fn differences(seeds: impl Iterator<Item = u64>) -> usize {
 fn one_engine_of_a_program() {
     quiet();
     engine_run::child();
+}
+
+#[test]
+fn a_batch_that_cannot_be_fetched_again_is_fetched_once_more() {
+    equals_the_reference(Program::default().breaks(vec![
+        Break { place: In(IterationStarted), number: 1, how: Interrupt, then: Resume },
+        Break { place: Refetch, number: 1, how: Error, then: Again },
+    ]));
 }
 
 #[test]
