@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use crate::engine::Event;
+use crate::event::Event;
 
 /// What can go wrong, with who, where and when.
 ///
@@ -95,10 +95,10 @@ pub enum Error {
     /// Something between the processes of a [`ProcessGroup`](crate::distributed::ProcessGroup) went wrong. End the
     /// process with a code other than 0.
     #[cfg(feature = "distributed")]
-    #[error("rank {rank}, {op}: {kind}: {message}{}", crate::distributed::unanswered(missing))]
+    #[error("rank {rank}, {op}: {kind}: {message}{}", crate::failure_kind::unanswered(missing))]
     Distributed {
         /// What it was.
-        kind: crate::distributed::FailureKind,
+        kind: crate::failure_kind::FailureKind,
         /// The rank that says so: this process.
         rank: usize,
         /// What was being done.

@@ -1,7 +1,7 @@
 use std::cell::Cell;
 
 use crate::bridge;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Calls `call`, and lists the operations in it whose result the CPU has to know, so that it waits for a GPU, by libtorch's
 /// names, in their order: values that are read (`aten::_local_scalar_dense` is `item`), results of unknown size

@@ -85,15 +85,26 @@ pub mod data;
 pub mod distributed;
 pub mod engine;
 mod error;
+mod event;
+mod event_filter;
+#[cfg(feature = "distributed")]
+mod failure_kind;
 mod freed_memory;
+mod fs;
+mod guard;
 pub mod handlers;
 mod host_syncs;
 pub mod loggers;
 pub mod memory_format;
 pub mod metrics;
 pub mod optim;
+mod panic;
 mod parallel;
+#[cfg(feature = "plots")]
+pub mod plot;
+mod prediction;
 pub mod schedule;
+mod state;
 pub mod supervised;
 mod variables;
 
@@ -120,10 +131,4 @@ pub mod prelude {
     pub use crate::supervised::{
         Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,
     };
-}
-
-fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
-    let text = payload.downcast_ref::<&str>().map(|text| text.to_string());
-    text.or_else(|| payload.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no message".into())
 }

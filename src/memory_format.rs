@@ -8,7 +8,7 @@
 use tch::Tensor;
 use tch::nn::VarStore;
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// A batch of pictures (N, C, H, W) with the channels last in memory: PyTorch's
 /// `x.to(memory_format=torch.channels_last)`. One copy, none where it is so already; an error for other

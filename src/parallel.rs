@@ -2,7 +2,8 @@ use tch::{Device, Tensor};
 
 #[cfg(feature = "distributed")]
 use crate::distributed::{DistributedDataParallel, NoSync};
-use crate::{Result, optim};
+use crate::error::Result;
+use crate::optim;
 
 /// Keeps gradients on their rank while it lives.
 #[cfg(feature = "distributed")]

@@ -5,32 +5,19 @@ use std::sync::PoisonError;
 use tch::nn::ModuleT;
 use tch::{Kind, Tensor};
 
-pub use crate::engine::{OPTIMIZER_STEPPED, WINDOW_COMPLETED};
+pub use crate::event::{OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 
+use crate::accumulate::{Accumulation, GradientAccumulator, Weight, WeightedLoss, Window};
 use crate::amp::{GradScaler, autocast};
 use crate::bridge::{BatchNormWatch, TensorId};
-use crate::checkpoint::{Gradients, StateDict, Stateful};
 use crate::data::Batch;
-use crate::engine::{Engine, Evaluator, Event, Trainer};
+use crate::engine::{Engine, Evaluator, Trainer};
+use crate::error::{Error, Result};
+use crate::event::Event;
 use crate::memory_format::to_channels_last;
 use crate::optim::Optimizer;
-use crate::{Accumulation, Error, GradientAccumulator, Result, Weight, WeightedLoss, Window};
-
-/// What an evaluation step returns.
-#[derive(Debug)]
-pub struct Prediction {
-    /// What the model gave, without gradients.
-    pub y_pred: Tensor,
-    /// The targets of the batch.
-    pub y: Tensor,
-}
-
-impl Prediction {
-    /// Both, as metrics take them.
-    pub fn parts(&self) -> (&Tensor, &Tensor) {
-        (&self.y_pred, &self.y)
-    }
-}
+pub use crate::prediction::Prediction;
+use crate::state::{Gradients, StateDict, Stateful};
 
 type LossFn = Box<dyn Fn(&Tensor, &Tensor) -> WeightedLoss + Send>;
 
@@ -324,7 +311,7 @@ impl<N> Stateful for Supervised<N> {
 
 impl<N> Supervised<N> {
     fn gradients(&self) -> Gradients {
-        Gradients::of_optimizer(&self.optimizer)
+        Gradients::of_variables(self.optimizer.variables())
     }
 }
 

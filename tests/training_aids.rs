@@ -1189,7 +1189,7 @@ fn a_last_batch_of_one_sample_is_refused_where_batch_normalisation_needs_more() 
         let mut cx = Supervised::new(net, optimizer, loss);
         let running = |vs: &VarStore| numbers(&vs.variables()["block.bn.running_var"]);
         let mut trainer = create_supervised_trainer();
-        let run = trainer.run(&mut cx, &loader(), Until::epochs(2));
+        let run = trainer.run(&mut cx, loader(), Until::epochs(2));
         assert!(running(&vs).iter().all(|value| value.is_finite()), "{:?}", running(&vs));
         if !pooled {
             // Four pixels are four values.

@@ -3,11 +3,11 @@ use tch::Tensor;
 use super::weight::Amount;
 use super::{Accumulation, Weight, Window};
 use crate::amp::GradScaler;
-use crate::checkpoint::{StateDict, Stateful};
 use crate::engine::Engine;
+use crate::error::{Error, Result};
 use crate::optim::Optimizer;
 use crate::parallel::{Local, Parallel};
-use crate::{Error, Result};
+use crate::state::{StateDict, Stateful};
 
 /// Puts the gradients of the batches of a window together, so that the step is that of one large batch: each counts as
 /// much as its [`Weight`], also among several ranks. For a step of your own; [`Supervised`](crate::supervised::Supervised) has

@@ -7,7 +7,7 @@ pub use gradient_accumulator::GradientAccumulator;
 pub use weight::{Weight, WeightedLoss};
 
 use crate::engine::Engine;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Gradient accumulation: one step of the optimizer for several batches. The last window of an epoch may be shorter.
 /// [`GradientAccumulator`] makes the gradient of the window from those of its batches.

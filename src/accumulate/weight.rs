@@ -1,6 +1,6 @@
 use tch::{Device, Kind, TchError, Tensor};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How much the loss of a batch counts among those that share a step: what the loss was divided by. For a mean over
 /// samples that is their number, for a mean over tokens the number of tokens that are no padding.

@@ -1,7 +1,7 @@
 use tch::{Device, Kind};
 
 use crate::bridge::AutocastRegion;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Calls `forward` with libtorch's autocast: matrix products and convolutions on that kind of device run in
 /// `kind`, f16 or bf16, and what needs the range stays in f32. For the forward pass and the loss; leave

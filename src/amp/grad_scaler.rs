@@ -4,9 +4,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, TchError, Tensor};
 
-use crate::checkpoint::{StateDict, Stateful};
+use crate::error::{Error, Result};
 use crate::optim::Optimizer;
-use crate::{Error, Result};
+use crate::state::{IntoStateful, StateDict, Stateful};
 
 /// Scales the loss, so that f16 gradients do not vanish, and skips steps whose gradients are not finite:
 /// torch's `GradScaler`, with torch's defaults. Clones share one scale.
@@ -365,5 +365,11 @@ impl fmt::Debug for GradScaler {
             .field("backoff_factor", &backoff_factor)
             .field("growth_interval", &growth_interval)
             .finish_non_exhaustive()
+    }
+}
+
+impl<'a> IntoStateful<'a> for &GradScaler {
+    fn into_stateful(self) -> Box<dyn Stateful + 'a> {
+        Box::new(self.clone())
     }
 }

@@ -1,7 +1,7 @@
 //! Names of checkpoints, as ignite makes them.
 
 use super::folder::{LATEST, is_part};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// What a name is made of.
 #[derive(Debug, Clone, Default)]

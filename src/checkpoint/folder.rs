@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::format::{Contents, Stamp};
-pub(super) use crate::handlers::files::is_part;
-use crate::handlers::files::{make_folder, open_file, write_whole};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+pub(super) use crate::fs::is_part;
+use crate::fs::{make_folder, open_file, write_atomically};
 
 const LOCK: &str = ".lock";
 /// Holds the name of the newest file, for people and scripts.
@@ -111,7 +111,9 @@ impl Folder {
         if *latest > written {
             return Ok(());
         }
-        write_whole(&self.file(LATEST), |file| file.write_all(format!("{name}\n").as_bytes()))?;
+        write_atomically(&self.file(LATEST), |file| {
+            file.write_all(format!("{name}\n").as_bytes())
+        })?;
         *latest = written;
         Ok(())
     }

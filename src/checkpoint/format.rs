@@ -15,21 +15,21 @@
 //! key of the metadata whose value is the name it is written under, as by Python's `safetensors.torch.save_model`.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::header::{Entry, TYPES, check_memory, parsed, shortened};
-use super::{StateDict, strides};
-use crate::bridge::{TensorId, bytes, bytes_mut};
-use crate::handlers::files::open_file;
+use crate::bridge::{bytes, bytes_mut};
+use crate::fs::open_file;
+use crate::state::Layout;
+use crate::state::StateDict;
+use crate::state::tree::{METADATA, Named, Tree, assembled, joined};
 
 /// The version that is written; what is read may not be newer.
 const VERSION: u32 = 1;
@@ -41,110 +41,6 @@ const PIECE: usize = 1 << 23;
 /// Hashed while it is in the cache.
 const CHUNK: usize = 1 << 18;
 const NO_CRC: &str = "00000000";
-
-/// Values and parts of a [`StateDict`], and the names of its tensors.
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Tree {
-    #[serde(default, skip_serializing_if = "Map::is_empty")]
-    values: Map<String, Value>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    tensors: Vec<String>,
-    /// Names in the file that are not [`joined`] ones, because these were taken.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    renamed: BTreeMap<String, String>,
-    /// Of tensors that are dense in memory, but not in the order of the file: channels last.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    strides: BTreeMap<String, Vec<i64>>,
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    parts: BTreeMap<String, Tree>,
-}
-
-impl Tree {
-    fn name_in_file(&self, prefix: &str, name: &str) -> String {
-        self.renamed.get(name).cloned().unwrap_or_else(|| joined(prefix, name))
-    }
-}
-
-/// The name of a tensor in the file: the names of its part and itself.
-fn joined(prefix: &str, name: &str) -> String {
-    if prefix.is_empty() { name.into() } else { format!("{prefix}/{name}") }
-}
-
-/// Tensors by their names in the file.
-#[derive(Default)]
-struct Named<'s> {
-    tensors: BTreeMap<String, &'s Tensor>,
-    /// Other names of some of them, each with the name that the tensor is written under.
-    tied: BTreeMap<String, String>,
-}
-
-impl<'s> Named<'s> {
-    /// Adds a part, and tells by which names its tensors are in the file.
-    fn add(&mut self, prefix: &str, state: &'s StateDict) -> Tree {
-        let mut tree = Tree { values: state.values.clone(), ..Tree::default() };
-        let mut written: HashMap<TensorId, String> = HashMap::new();
-        for (name, tensor) in &state.tensors {
-            let mut in_file = joined(prefix, name);
-            while in_file == METADATA
-                || self.tensors.contains_key(&in_file)
-                || self.tied.contains_key(&in_file)
-            {
-                in_file.push('\'');
-                tree.renamed.insert(name.clone(), in_file.clone());
-            }
-            match written.get(&TensorId::of(tensor)).filter(|_| can_be_key(&in_file)) {
-                Some(first) => {
-                    self.tied.insert(in_file, first.clone());
-                }
-                None => {
-                    written.insert(TensorId::of(tensor), in_file.clone());
-                    self.tensors.insert(in_file, tensor);
-                }
-            }
-            tree.tensors.push(name.clone());
-            if let Some(strides) = strides::to_note(tensor) {
-                tree.strides.insert(name.clone(), strides);
-            }
-        }
-        for (name, part) in &state.parts {
-            tree.parts.insert(name.clone(), self.add(&joined(prefix, name), part));
-        }
-        tree
-    }
-}
-
-/// Whether a tensor's name can stand in the metadata without being taken for something else.
-fn can_be_key(name: &str) -> bool {
-    const KEYS: [&str; 6] = ["crc32c", "format", "kept", "state", "tch-ignite", "written"];
-    !KEYS.contains(&name) && !name.contains('"')
-}
-
-/// A state as values, in JSON, and a list of tensors: for what is sent and not written.
-pub(crate) fn taken_apart(
-    state: &StateDict,
-) -> serde_json::Result<(String, Vec<(String, &Tensor)>)> {
-    let mut named = Named::default();
-    let values = serde_json::to_string(&named.add("", state))?;
-    let Named { mut tensors, tied } = named;
-    for (name, first) in tied {
-        if let Some(tensor) = tensors.get(&first).copied() {
-            tensors.insert(name, tensor);
-        }
-    }
-    Ok((values, tensors.into_iter().collect()))
-}
-
-/// What [`taken_apart`] took apart.
-pub(crate) fn put_together(
-    values: &str,
-    tensors: impl IntoIterator<Item = (String, Tensor)>,
-) -> Result<StateDict, String> {
-    let tree: Tree = serde_json::from_str(values).map_err(|error| error.to_string())?;
-    assembled(&tree, "", &mut tensors.into_iter().collect())
-}
-
-const METADATA: &str = "__metadata__";
 
 /// What is noted of a file besides its content.
 #[derive(Debug, Clone, Default)]
@@ -285,12 +181,6 @@ fn crc_place(header: &[u8]) -> Option<usize> {
     header.windows(KEY.len()).position(|window| window == KEY).map(|place| place + KEY.len())
 }
 
-impl fmt::Display for Layout {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} of shape {:?}", self.kind, self.shape)
-    }
-}
-
 /// What a file holds, before its tensors are read.
 pub(super) struct Contents {
     file: File,
@@ -306,13 +196,6 @@ pub(super) struct Contents {
     data: u64,
     /// What it says of itself; written at 0 where it does not say.
     pub(super) stamp: Stamp,
-}
-
-/// A tensor of the file: what it is.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Layout {
-    pub(super) kind: Kind,
-    pub(super) shape: Vec<i64>,
 }
 
 impl Contents {
@@ -643,35 +526,6 @@ fn tied(texts: Vec<(String, String)>, entries: &[Entry]) -> BTreeMap<String, Str
         names.contains(first.as_str()) && !names.contains(name.as_str())
     };
     texts.into_iter().filter(is_tied).collect()
-}
-
-fn assembled(
-    tree: &Tree,
-    prefix: &str,
-    tensors: &mut BTreeMap<String, Tensor>,
-) -> Result<StateDict, String> {
-    let mut state = StateDict { values: tree.values.clone(), ..StateDict::default() };
-    // What lies in another order is a copy: one for all names of a tensor.
-    let mut copies: HashMap<TensorId, Tensor> = HashMap::new();
-    for name in &tree.tensors {
-        let in_file = tree.name_in_file(prefix, name);
-        let tensor = tensors.remove(&in_file).ok_or(format!("tensor '{in_file}' is missing"))?;
-        let tensor = match (tree.strides.get(name), copies.get(&TensorId::of(&tensor))) {
-            (None, _) => tensor,
-            (Some(strides), Some(copy)) if copy.stride() == *strides => copy.shallow_clone(),
-            (Some(strides), _) => {
-                let copy = strides::with(&tensor, strides)
-                    .map_err(|error| format!("tensor '{in_file}': {error}"))?;
-                copies.insert(TensorId::of(&tensor), copy.shallow_clone());
-                copy
-            }
-        };
-        state.tensors.insert(name.clone(), tensor);
-    }
-    for (name, part) in &tree.parts {
-        state.parts.insert(name.clone(), assembled(part, &joined(prefix, name), tensors)?);
-    }
-    Ok(state)
 }
 
 fn tree_in(version: &str, state: &str, tensors: usize) -> Result<Tree, String> {

@@ -9,11 +9,13 @@ use serde_json::Value;
 use super::filename::{Parts, check_name};
 use super::folder::{Claim, Folder, Kept, Owner};
 use super::format::Stamp;
-use super::stateful::IntoStateful;
 use super::writer::{Job, Writer, both};
 use super::{StateDict, Stateful};
-use crate::engine::{Engine, Event, Events, Handler, Priority, Ranks, State};
-use crate::{Error, Result};
+use crate::engine::{Engine, Handler, Priority, Ranks, State};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::state::IntoStateful;
 
 /// Which values of a metric are better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -36,28 +36,19 @@
 //! not: kernels that are not deterministic themselves, and random numbers on another kind of device
 //! than the one they were saved from.
 
-pub(crate) mod exact;
 mod filename;
 mod folder;
 mod format;
 mod handler;
 mod header;
 mod resume;
-mod saveable;
-mod state_dict;
-mod stateful;
-mod strides;
 mod writer;
 
+pub use crate::state::{Gradients, IntoStateful, Saveable, StateDict, Stateful};
 pub use filename::setup_filename_pattern;
 pub(crate) use folder::Folder;
-pub(crate) use format::{put_together, taken_apart};
 pub use handler::{Checkpoint, Mode, Score};
 pub use resume::{
     IncompatibleKeys, Resumed, load_part, load_weights, load_weights_with, read_state,
     save_weights, verify, write_state,
 };
-pub use saveable::Saveable;
-pub use state_dict::{StateDict, Stateful};
-pub(crate) use stateful::misfits;
-pub use stateful::{Gradients, IntoStateful};

@@ -8,11 +8,11 @@ use tch::nn::VarStore;
 
 use super::format::{Contents, Stamp};
 use super::header::shortened;
-use super::stateful::{copy_variables, layout_misfits, variables_of};
 use super::{IntoStateful, StateDict, folder, writer};
 use crate::engine::{Engine, HANDLERS, Restored};
-use crate::handlers::files::open_file;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::fs::open_file;
+use crate::state::{copy_variables, layout_misfits, variables_of};
 
 /// What [`Engine::resume`] found. Displayed, it is a line for each thing worth knowing.
 #[derive(Debug)]

@@ -7,8 +7,8 @@ use std::thread::JoinHandle;
 use super::folder::{Folder, Owner};
 use super::format::Stamp;
 use super::{StateDict, format};
-use crate::handlers::files::write_whole;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::fs::write_atomically;
 
 /// What is to be done to a folder, in this order: the new file is safe before an old one goes.
 pub(super) struct Job {
@@ -47,7 +47,7 @@ pub(super) fn both(first: Result<()>, second: Result<()>) -> Result<()> {
 }
 
 pub(super) fn write(path: &Path, state: &StateDict, plain: bool, stamp: &Stamp) -> Result<()> {
-    write_whole(path, |file| match plain {
+    write_atomically(path, |file| match plain {
         false => format::write(file, state, stamp),
         true => format::write_plain(file, state, stamp),
     })
@@ -90,7 +90,7 @@ impl Writer {
             Some(Ok(result)) => result,
             Some(Err(panic)) => Err(Error::State(format!(
                 "writing a checkpoint panicked: {}",
-                crate::panic_message(&*panic)
+                crate::panic::message(&*panic)
             ))),
         }
     }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde_json::{Map, Value};
 
 use super::Place;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The batch size of a [`Loader`](super::Loader) or [`DataLoader`](super::DataLoader): a handle,
 /// whose clones share it, so that it can be changed while the engine has the loader.

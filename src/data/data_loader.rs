@@ -12,7 +12,7 @@ use super::workers::{Work, Workers};
 use super::{
     BatchSize, Collate, Dataset, IntoSource, Place, RandomSampler, Sampler, Source, Transfer,
 };
-use crate::Result;
+use crate::error::Result;
 
 /// Batches of a [`Dataset`], read sample by sample, by worker threads if you like: PyTorch's
 /// `DataLoader`.

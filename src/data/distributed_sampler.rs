@@ -1,5 +1,5 @@
 use super::{Sampler, permutation};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The share of the samples that one of several processes has: PyTorch's `DistributedSampler`.
 ///

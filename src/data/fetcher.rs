@@ -4,9 +4,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use super::{Dataset, SplitMix64};
-use crate::Panicked;
 use crate::bridge::Serial;
-use crate::engine::guarded;
+use crate::error::Panicked;
+use crate::guard::guarded;
 
 pub(super) type CollateFn<T, B> = dyn Fn(Vec<T>) -> Result<B> + Send + Sync;
 

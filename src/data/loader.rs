@@ -9,7 +9,7 @@ use super::normalize::Normalize;
 use super::sampler::{order_of, seed_of};
 use super::{BatchSize, IntoSource, Place, RandomSampler, Sampler, Source, common_len};
 use crate::bridge::Rows;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// A batch of the [`Loader`]: inputs and targets, samples along the first dimension.
 pub type Batch = (Tensor, Tensor);

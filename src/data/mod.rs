@@ -267,15 +267,15 @@ impl<I: Iterator> Source<I::Item> for OneShot<I> {
 }
 
 /// The number of samples in both.
-fn common_len(inputs: &Tensor, targets: &Tensor) -> crate::Result<usize> {
+fn common_len(inputs: &Tensor, targets: &Tensor) -> crate::error::Result<usize> {
     let (x, y) = (inputs.size(), targets.size());
     let (Some(&samples), Some(&labels)) = (x.first(), y.first()) else {
-        return Err(crate::Error::invalid(format!(
+        return Err(crate::error::Error::invalid(format!(
             "inputs and targets need a first dimension, the samples; their shapes are {x:?} and {y:?}"
         )));
     };
     if samples != labels {
-        return Err(crate::Error::invalid(format!(
+        return Err(crate::error::Error::invalid(format!(
             "there are {samples} inputs but {labels} targets (shapes {x:?} and {y:?})"
         )));
     }

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::bridge::{Rows, normalize_rows};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// `(x / 255 - mean) / std` in float, channel by channel, of images kept as bytes.
 #[derive(Debug)]

@@ -1,7 +1,7 @@
 use serde_json::Value;
 
 use super::permutation;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Which samples of the data a pass has, and in which order: PyTorch's `Sampler`.
 ///

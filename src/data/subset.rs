@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::dataset::out_of_range;
 use super::{Dataset, SplitMix64, permutation};
-use crate::Error;
+use crate::error::Error;
 
 /// Some samples of a dataset, by index: PyTorch's `Subset`.
 ///
@@ -26,7 +26,7 @@ impl<D: Dataset> Subset<D> {
     ///
     /// # Errors
     /// An index that the dataset does not have.
-    pub fn new(dataset: D, indices: impl Into<Vec<usize>>) -> crate::Result<Self> {
+    pub fn new(dataset: D, indices: impl Into<Vec<usize>>) -> crate::error::Result<Self> {
         let (indices, len) = (indices.into(), dataset.len());
         if let Some(index) = indices.iter().find(|index| **index >= len) {
             return Err(Error::invalid(format!(
@@ -68,7 +68,7 @@ pub fn random_split<D: Dataset, const N: usize>(
     dataset: D,
     lengths: [usize; N],
     seed: u64,
-) -> crate::Result<[Subset<Arc<D>>; N]> {
+) -> crate::error::Result<[Subset<Arc<D>>; N]> {
     let (len, dataset) = (dataset.len(), Arc::new(dataset));
     let sum = lengths.iter().try_fold(0usize, |sum, length| sum.checked_add(*length));
     if sum != Some(len) {

@@ -3,8 +3,8 @@ use tch::Tensor;
 
 use super::dataset::out_of_range;
 use super::{Dataset, SplitMix64};
-use crate::Error;
 use crate::bridge::SharedTensor;
+use crate::error::Error;
 
 /// Inputs and targets in memory, sample by sample: PyTorch's `TensorDataset`.
 ///
@@ -34,7 +34,7 @@ impl TensorDataset {
     ///
     /// # Errors
     /// Tensors without a first dimension or of different lengths.
-    pub fn new(inputs: &Tensor, targets: &Tensor) -> crate::Result<Self> {
+    pub fn new(inputs: &Tensor, targets: &Tensor) -> crate::error::Result<Self> {
         let len = super::common_len(inputs, targets)?;
         let share = |tensor| {
             SharedTensor::new(tensor).map_err(|error| Error::libtorch("TensorDataset", error))

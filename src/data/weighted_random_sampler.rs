@@ -1,5 +1,5 @@
 use super::{Sampler, SplitMix64};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Draws samples with replacement, each as often as its weight says: for classes that are rare.
 ///

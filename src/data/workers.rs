@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use super::BatchSize;
 use super::fetcher::Plan;
-use crate::engine::guarded;
+use crate::guard::guarded;
 
 /// The batches of a plan, from sample `first` on.
 pub(super) struct Work {

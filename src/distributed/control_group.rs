@@ -1,11 +1,11 @@
 use super::{ProcessGroup, ReduceOp};
-use crate::Result;
 #[cfg(doc)]
-use crate::{Error, distributed::FailureKind};
+use crate::error::Error;
+use crate::error::Result;
 
 /// Small messages between all ranks of a group: [`ProcessGroup::control`]. Clones share the group.
 ///
-/// Each call first compares what all ranks are calling. If that differs all get [`FailureKind::Mismatch`], which names
+/// Each call first compares what all ranks are calling. If that differs all get [`FailureKind::Mismatch`](crate::failure_kind::FailureKind::Mismatch), which names
 /// ranks and calls, and the group can still be used. A call is one exchange of 512 bytes with every rank, 0.3 ms
 /// between two processes of one machine; messages above about 360 bytes take a second one.
 #[derive(Debug, Clone)]

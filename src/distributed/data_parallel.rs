@@ -9,9 +9,10 @@ use tch::nn::{VarStore, Variables};
 use super::process_group::Turn;
 use super::{Outputs, ProcessGroup, ReduceOp};
 use crate::bridge::{Reducer, ReducerOptions};
+use crate::error::{Error, Result};
 use crate::optim;
-use crate::variables::{self, Variable};
-use crate::{Error, Result};
+use crate::variables;
+use crate::variables::Variable;
 
 /// How gradients travel between ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]

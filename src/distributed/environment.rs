@@ -1,5 +1,5 @@
 use crate::bridge::StoreAddress;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The listening socket of rank 0's store, as a number of a file descriptor that the process inherited.
 pub(super) const LISTEN_FD: &str = "TCH_IGNITE_LISTEN_FD";

@@ -33,7 +33,7 @@ use signal_hook::{SigId, flag, low_level};
 
 use super::environment::{self, LISTEN_FD};
 use crate::bridge::send_signal;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How often the ranks are looked at.
 const PERIOD: Duration = Duration::from_millis(20);

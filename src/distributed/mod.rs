@@ -46,10 +46,9 @@ mod outputs;
 mod process_group;
 mod reduce_op;
 
+pub use crate::failure_kind::FailureKind;
 pub use control_group::ControlGroup;
 pub use data_parallel::{Compression, DdpOptions, DistributedDataParallel, NoSync};
-pub use failure::FailureKind;
-pub(crate) use failure::unanswered;
 pub use options::{Backend, ProcessGroupOptions};
 pub use outputs::Outputs;
 pub use process_group::ProcessGroup;

@@ -8,11 +8,12 @@ use tch::Tensor;
 use super::control_group::ControlGroup;
 use super::deadline::within;
 use super::environment::Environment;
-use super::failure::{Failure, FailureKind, Reports, classify, not_joined, without_store, words};
+use super::failure::{Failure, Reports, classify, not_joined, without_store, words};
 use super::frame;
 use super::{Backend, ProcessGroupOptions, ReduceOp};
 use crate::bridge::{DistException, Group, Store, StoreAddress};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::failure_kind::FailureKind;
 
 /// All processes that train together, and their collective operations. Clones share one group; it is `Send` and `Sync`.
 ///

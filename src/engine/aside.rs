@@ -3,10 +3,11 @@ use std::cell::Cell;
 use super::handler::Named;
 use super::position::Position;
 use super::saved::{generators, load_generators_strictly};
-use super::{Engine, Profile, Requests, State, guarded};
-use crate::checkpoint::StateDict;
+use super::{Engine, Profile, Requests, State};
 use crate::data::Source;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::guard::guarded;
+use crate::state::StateDict;
 
 /// Where an engine stands and what belongs to it, while it runs something else.
 struct Aside<'a, B, O> {

@@ -2,12 +2,13 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 use std::rc::Rc;
 
-use super::event::{BUILT_IN, FilteredEvent};
-use super::guarded::guarded_drop;
 use super::{Engine, Event, Events, Log, Ranks};
-use crate::checkpoint::StateDict;
+use crate::error::{Error, Result};
+use crate::event::BUILT_IN;
+use crate::event_filter::FilteredEvent;
+use crate::guard::guarded_drop;
 use crate::optim::Knob;
-use crate::{Error, Result};
+use crate::state::StateDict;
 
 /// Something with state that is called at events: what the built-in handlers are, and what your own
 /// may be where a closure is not enough.

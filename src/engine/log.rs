@@ -5,8 +5,8 @@ use serde_json::Value;
 
 use super::Engine;
 use super::handler::Names;
-use crate::checkpoint::StateDict;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::state::StateDict;
 
 /// Something outside of the engine that grows while it runs, such as the file of a logger, and goes back with it.
 ///

@@ -1,10 +1,9 @@
 //! The engine: a step function over data, with events and handlers. ignite's `Engine`.
 
 mod aside;
-mod event;
-mod guarded;
 mod handler;
 mod log;
+mod metric;
 mod position;
 mod profile;
 mod requests;
@@ -22,24 +21,27 @@ use std::time::Instant;
 
 use serde_json::{Map, Value};
 
-pub use event::{Event, Events, FilteredEvent, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
-pub(crate) use guarded::guarded;
+pub use crate::event::{Event, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
+pub use crate::event_filter::{Events, FilteredEvent};
+pub use crate::metrics::MetricValue;
 pub use handler::{Handler, HandlerId, Priority};
 pub use log::Log;
 pub use profile::{Profile, ProfileRow};
 pub(crate) use saved::HANDLERS;
 pub use saved::Restored;
-pub use state::{MetricValue, Metrics, State};
+pub use state::{Metrics, State};
 pub use summary::{Stop, Summary};
 pub use together::Ranks;
 pub use until::Until;
 
-use crate::checkpoint::StateDict;
 use crate::data::{IntoSource, Source};
-use crate::metrics::{Joins, Metric, MetricHandler, Usage};
-use crate::{Error, Result};
-use guarded::{Entered, guarded_drop, guarded_within};
+use crate::error::{Error, Result};
+use crate::event::Count;
+use crate::guard::{Entered, guarded, guarded_drop, guarded_within};
+use crate::metrics::{Metric, Usage};
+use crate::state::StateDict;
 use handler::{Callable, EventIndex, Handlers, Subscription, Taken};
+use metric::{Joins, MetricHandler};
 use position::Position;
 use requests::Requests;
 use saved::Tracked;
@@ -49,7 +51,7 @@ use together::Together;
 pub type Trainer<'a, C, B = crate::data::Batch, O = tch::Tensor> = Engine<'a, C, B, O>;
 
 /// An engine whose step updates nothing.
-pub type Evaluator<'a, C, B = crate::data::Batch, O = crate::supervised::Prediction> =
+pub type Evaluator<'a, C, B = crate::data::Batch, O = crate::prediction::Prediction> =
     Engine<'a, C, B, O>;
 
 type StepFn<'a, C, B, O> =
@@ -116,8 +118,18 @@ type StepFn<'a, C, B, O> =
 ///   gives up that iteration. No other event is repeated or left out.
 /// * after `terminate`, or when a limit in samples or time was reached, with `STARTED` and the next
 ///   epoch; the data restarts.
+/// * after [`restore`](Engine::restore) or [`resume`](Engine::resume) with what follows the event at
+///   which the checkpoint was written. Limits of time and samples, and
+///   [`terminate_at_limit`](Engine::terminate_at_limit), were those of the process that wrote it: the rest
+///   of the budget goes on. A run that `terminate` had ended stays ended, and says so; see
+///   [`resume_terminated`](Engine::resume_terminated).
 /// * after [`load_state_dict`](Engine::load_state_dict), as ignite does, with `STARTED` and
 ///   `EPOCH_STARTED` of the epoch that was under way, and its remaining batches.
+///
+/// Where the data gave epochs their length, and not [`Until::epoch_length`], an epoch is one pass over
+/// the data there is now: after a change of the batch size, the data or the number of processes the epoch
+/// under way ends with the pass, and the next are whole passes. Data of unknown length is found to have
+/// changed when its first pass ends.
 ///
 /// Costs per iteration, with no handlers: a few nanoseconds, no allocation, no lock, no host sync.
 pub struct Engine<'a, C, B, O> {
@@ -311,10 +323,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     ) -> Result<()> {
         let firings = self.handlers.count_firing(index);
         let number = match event.count() {
-            event::Count::Iteration => self.state.iteration,
-            event::Count::Epoch => self.state.epoch,
-            event::Count::Firings => firings,
-            event::Count::None => 0,
+            Count::Iteration => self.state.iteration,
+            Count::Epoch => self.state.epoch,
+            Count::Firings => firings,
+            Count::None => 0,
         };
         let begun = self.clock();
         let removals = self.handlers.begin();
@@ -338,7 +350,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     break;
                 }
             }
-            if std::mem::take(&mut self.requests.repeat) {
+            if self.requests.repeat {
+                self.requests.repeat = false;
                 self.position.cursor.again = self.handlers.object_at(index, place);
                 break;
             }

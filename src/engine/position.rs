@@ -7,8 +7,8 @@ use serde_json::{Map, Value};
 
 use super::requests::Requests;
 use super::{Event, Until};
-use crate::checkpoint::StateDict;
 use crate::data::{Place, Source};
+use crate::state::StateDict;
 
 /// What comes next.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,14 +4,14 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use super::guarded::{Entered, guarded_drop, guarded_within};
 use super::position::{Cursor, DataLength, Entry, Left, LeftData, Phase, Position};
 use super::requests::Requests;
 use super::saved::{generators, same_generators, set_generators};
 use super::state::check_budget;
 use super::{Engine, Event, State, Stop, Summary, Until};
 use crate::data::{IntoSource, Place, Source};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::guard::{Entered, guarded_drop, guarded_within};
 
 /// How far a run goes, and where it begins.
 struct Plan {

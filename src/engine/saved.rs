@@ -6,16 +6,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use super::event::BUILT_IN_EVENTS;
-use super::guarded::guarded_state;
 use super::handler::Named;
 use super::position::SavedPosition;
 use super::requests::Requests;
 use super::together::RANKS;
 use super::{Engine, MetricValue, Ranks};
 use crate::bridge::{generator_state, set_generator_state};
-use crate::checkpoint::{IntoStateful, Saveable, StateDict, Stateful};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::event::BUILT_IN_EVENTS;
+use crate::guard::guarded_state;
+use crate::state::{IntoStateful, Saveable, StateDict, Stateful};
 
 /// What belongs to an engine by `track`.
 pub(super) struct Tracked<'a, C, O> {

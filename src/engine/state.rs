@@ -2,11 +2,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::{Map, Value};
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use super::Event;
-use super::event::Count;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::event::Count;
+use crate::metrics::MetricValue;
 
 /// Where a run stands: ignite's `engine.state`. Handlers may read and change all of it.
 #[derive(Debug)]
@@ -24,17 +25,21 @@ pub struct State<B, O> {
     /// The batch, from [`Event::GetBatchCompleted`](super::Event::GetBatchCompleted) until the step
     /// takes it. Handlers may replace it.
     pub batch: Option<B>,
-    /// What the step returned, until the next iteration.
+    /// What the step returned, until the batch of the next iteration was fetched: where there is none it
+    /// stays the last output.
     pub output: Option<O>,
     /// The latest value of each metric.
     pub metrics: Metrics,
     /// What schedulers with `save_history` wrote: for each event, a value for each group.
     pub param_history: BTreeMap<String, Vec<Vec<f64>>>,
-    /// Samples fetched in this call of `run`, where the data source counts them.
+    /// Samples fetched in this call of `run`, where the data source counts them. A run that is resumed from a
+    /// checkpoint counts on, unless that reached the limit of the call that wrote it.
     pub samples: u64,
-    /// How long the last epoch took, its handlers included.
+    /// How long the last epoch of this call of `run` took, its handlers included; the time between two
+    /// calls does not count.
     pub epoch_time: Duration,
-    /// How long the run took, set at its end.
+    /// How long this call of `run` took, set where it ends: before `TERMINATE`, `COMPLETED`, `INTERRUPT` and
+    /// `EXCEPTION_RAISED`, and after them.
     pub run_time: Duration,
 }
 
@@ -179,138 +184,6 @@ pub(super) fn check_budget(
 #[derive(Debug, Default)]
 pub struct Metrics {
     values: BTreeMap<String, MetricValue>,
-}
-
-/// What a metric computes.
-#[derive(Debug)]
-pub enum MetricValue {
-    /// A number.
-    Number(f64),
-    /// A tensor of any shape and numeric type, on any device, that nobody has read yet.
-    Tensor(Tensor),
-    /// Several values, each with its name, in order.
-    Named(Vec<(String, MetricValue)>),
-}
-
-impl From<f64> for MetricValue {
-    fn from(value: f64) -> Self {
-        Self::Number(value)
-    }
-}
-
-impl From<Tensor> for MetricValue {
-    fn from(value: Tensor) -> Self {
-        Self::Tensor(value)
-    }
-}
-
-impl MetricValue {
-    /// The same value; a tensor is shared, not copied.
-    pub fn share(&self) -> Self {
-        match self {
-            Self::Number(value) => Self::Number(*value),
-            Self::Tensor(tensor) => Self::Tensor(tensor.shallow_clone()),
-            Self::Named(parts) => {
-                Self::Named(parts.iter().map(|(name, part)| (name.clone(), part.share())).collect())
-            }
-        }
-    }
-
-    /// The value as a number. Waits for the device where it is a tensor: a host sync on CUDA.
-    ///
-    /// # Errors
-    /// A tensor that has not exactly one element, or several values.
-    pub fn read(&self) -> Result<f64> {
-        match self {
-            Self::Number(value) => Ok(*value),
-            Self::Tensor(tensor) if tensor.numel() == 1 => tensor
-                .f_reshape([1i64])
-                .and_then(|tensor| tensor.f_double_value(&[0]))
-                .map_err(|error| Error::libtorch("reading a metric's value", error)),
-            Self::Tensor(tensor) => Err(Error::invalid(format!(
-                "the value has shape {:?} and is no single number: ask for its tensor, or attach its mean or one element",
-                tensor.size()
-            ))),
-            Self::Named(_) => Err(self.not_one()),
-        }
-    }
-
-    /// The value as a tensor, on the device where it is; a number as a tensor without dimensions, in
-    /// f64 on the CPU. No host sync.
-    ///
-    /// # Errors
-    /// Several values.
-    pub fn tensor(&self) -> Result<Tensor> {
-        match self {
-            Self::Number(value) => Ok(Tensor::from(*value)),
-            Self::Tensor(tensor) => Ok(tensor.shallow_clone()),
-            Self::Named(_) => Err(self.not_one()),
-        }
-    }
-
-    /// All numbers, each with its name, as loggers show them: a number under `name`, the elements of
-    /// a tensor under `name/0`, `name/1` or `name/0/1`, named values under `name/part`. One host sync
-    /// for each tensor.
-    ///
-    /// ```
-    /// use tch::Tensor;
-    /// use tch_ignite::engine::MetricValue;
-    /// let recall = MetricValue::from(Tensor::from_slice(&[0.5, 1.0]));
-    /// let numbers = [("val/recall/0".to_owned(), 0.5), ("val/recall/1".to_owned(), 1.0)];
-    /// assert_eq!(recall.flatten("val/recall")?, numbers);
-    /// # Ok::<(), tch_ignite::Error>(())
-    /// ```
-    pub fn flatten(&self, name: &str) -> Result<Vec<(String, f64)>> {
-        match self {
-            Self::Number(value) => Ok(vec![(name.to_owned(), *value)]),
-            Self::Tensor(tensor) => {
-                let numbers = numbers(tensor)
-                    .map_err(|error| Error::libtorch("reading a metric's value", error))?;
-                let shape = tensor.size();
-                let named = |(i, number)| (format!("{name}{}", place(i, &shape)), number);
-                Ok(numbers.into_iter().enumerate().map(named).collect())
-            }
-            Self::Named(parts) => {
-                let parts =
-                    parts.iter().map(|(part, value)| value.flatten(&format!("{name}/{part}")));
-                Ok(parts.collect::<Result<Vec<_>>>()?.concat())
-            }
-        }
-    }
-
-    fn not_one(&self) -> Error {
-        Error::invalid(match self {
-            Self::Named(parts) => format!(
-                "there are several values: {}",
-                parts.iter().map(|(name, _)| format!("'{name}'")).collect::<Vec<_>>().join(", ")
-            ),
-            _ => "the value is no single number".into(),
-        })
-    }
-}
-
-/// The elements, in f64, in order of memory of a contiguous tensor.
-fn numbers(tensor: &Tensor) -> std::result::Result<Vec<f64>, tch::TchError> {
-    let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
-    let mut numbers = vec![0.; tensor.numel()];
-    tensor.f_contiguous()?.f_copy_data(&mut numbers, tensor.numel())?;
-    Ok(numbers)
-}
-
-/// The indices of element `i`, each after a slash.
-fn place(i: usize, shape: &[i64]) -> String {
-    let mut rest = i as i64;
-    let mut indices: Vec<_> = shape
-        .iter()
-        .rev()
-        .map(|size| {
-            let index = rest % size;
-            rest /= size;
-            format!("/{index}")
-        })
-        .collect();
-    indices.reverse();
-    indices.concat()
 }
 
 impl Metrics {

@@ -5,12 +5,14 @@ use std::rc::Rc;
 
 use tch::Tensor;
 
-use super::guarded::{guarded, guarded_within};
 use super::position::Position;
 use super::{Engine, Event, Events};
-use crate::checkpoint::{StateDict, put_together, taken_apart};
-use crate::metrics::{Accumulated, Joins, Reduce, exchange};
-use crate::{Error, Result};
+use crate::engine::metric::Joins;
+use crate::error::{Error, Result};
+use crate::guard::{guarded, guarded_within};
+use crate::metrics::{Accumulated, Reduce, exchange};
+use crate::state::StateDict;
+use crate::state::tree::{from_parts, to_parts};
 
 #[cfg(feature = "distributed")]
 type Group = crate::distributed::ProcessGroup;
@@ -383,7 +385,7 @@ fn value_of_all<O>(
 /// A state among those of metrics: its values, and its tensors.
 fn sent(state: &StateDict) -> Result<Vec<Accumulated>> {
     let failed = |error: &dyn std::fmt::Display| Error::State(format!("a rank's state: {error}"));
-    let (values, tensors) = taken_apart(state).map_err(|error| failed(&error))?;
+    let (values, tensors) = to_parts(state).map_err(|error| failed(&error))?;
     let values = Tensor::f_from_slice(values.as_bytes()).map_err(|error| failed(&error))?;
     let part = |name: String, value| Accumulated::new(name, value, Reduce::Concat);
     let tensors = tensors.into_iter().map(|(name, tensor)| part(name, tensor.shallow_clone()));
@@ -397,7 +399,7 @@ fn received(state: Vec<Accumulated>) -> Result<StateDict> {
     let values = parts.next().ok_or_else(|| failed(&"it is empty"))?.value;
     let values = Vec::<u8>::try_from(values).map_err(|error| failed(&error))?;
     let values = std::str::from_utf8(&values).map_err(|error| failed(&error))?;
-    put_together(values, parts.map(|part| (part.name, part.value))).map_err(|error| failed(&error))
+    from_parts(values, parts.map(|part| (part.name, part.value))).map_err(|error| failed(&error))
 }
 
 impl Position {

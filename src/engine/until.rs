@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How far a run goes, and how long its epochs are.
 ///
@@ -35,7 +35,8 @@ impl Until {
         Self { max_iters: Some(iterations), ..Self::default() }
     }
 
-    /// This many samples in this call of `run`, rounded up to whole batches. The data source has to
+    /// This many samples in this call of `run`, rounded up to whole batches. A run that is resumed from a
+    /// checkpoint of the middle of such a call has what is left of them, one from its end as many again. The data source has to
     /// know its samples ([`Source::samples`](crate::data::Source::samples)); the loader does.
     pub fn samples(samples: u64) -> Self {
         Self::default().or_samples(samples)

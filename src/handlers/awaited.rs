@@ -1,6 +1,8 @@
 use std::cell::Cell;
 
-use crate::engine::{Engine, Event, MetricValue, Metrics};
+use crate::engine::{Engine, Metrics};
+use crate::event::Event;
+use crate::metrics::MetricValue;
 
 /// Metrics that a handler looks for by name, and which of them have had a value.
 #[derive(Debug, Default)]

@@ -1,9 +1,11 @@
 use serde_json::{Map, Value};
 
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler, Metrics};
+use crate::engine::{Engine, Handler, Metrics};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
 use crate::schedule::ThresholdMode;
-use crate::{Error, Result};
+use crate::state::StateDict;
 
 /// Ends the run when a score has stopped getting better: ignite's `EarlyStopping`, on the trainer.
 ///

@@ -6,10 +6,12 @@ use tch::nn::VarStore;
 
 use super::shadow::{Buffers, Shadow, Swapped, WithAverages};
 use crate::bridge::Average;
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
+use crate::engine::{Engine, Handler};
+use crate::error::{Error, Result};
+use crate::event::{Event, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
+use crate::event_filter::Events;
 use crate::optim::Knob;
-use crate::{Error, Result};
+use crate::state::StateDict;
 
 /// An exponential moving average of a model's variables: ignite's `EMAHandler`. At each of its events
 /// `ema = ema * (1 - momentum) + model * momentum`, in one pass and in place.

@@ -1,9 +1,11 @@
 use std::cell::{Ref, RefCell};
 use std::rc::Rc;
 
-use crate::checkpoint::{Saveable, StateDict};
-use crate::engine::{Engine, Event, Events, Handler};
-use crate::{Error, Result};
+use crate::engine::{Engine, Handler};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::state::{Saveable, StateDict};
 
 /// Keeps something of the output of each iteration, for the epoch: ignite's `EpochOutputStore`.
 ///

@@ -2,10 +2,12 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use super::signals;
-use crate::Result;
-use crate::checkpoint::StateDict;
 use crate::data::IntoSource;
-use crate::engine::{Engine, Event, Events, Handler, Log, Stop, Summary, Until};
+use crate::engine::{Engine, Handler, Log, Stop, Summary, Until};
+use crate::error::Result;
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::state::StateDict;
 
 /// Runs an evaluator at events of the trainer; its metrics appear there under `"<name>/<metric>"`.
 ///

@@ -1,8 +1,10 @@
 use tch::nn::VarStore;
 use tch::{Kind, Tensor};
 
-use super::parameters::Parameters;
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Handler};
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::optim::Parameters;
 
 /// Watches the Euclidean norm of all gradients together, as the metric `grad_norm`.
 ///

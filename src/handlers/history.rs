@@ -6,11 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 use super::awaited::warn_of_missing;
-use super::files::write_whole;
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler, MetricValue};
+use crate::engine::{Engine, Handler};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::fs::write_atomically;
+use crate::metrics::MetricValue;
 use crate::optim::Knob;
-use crate::{Error, Result};
+use crate::state::StateDict;
 
 /// Tensors kept unread of one series, at most: what a sync is saved for.
 const UNREAD: usize = 1024;
@@ -145,7 +148,7 @@ impl History {
     pub fn write_csv(&self, path: impl AsRef<Path>) -> Result<()> {
         let mut record = self.record();
         record.read()?;
-        write_whole(path.as_ref(), |file| record.write(file))
+        write_atomically(path.as_ref(), |file| record.write(file))
     }
 
     /// Draws series over the iterations as SVG, a panel for each title with the series named for it.
@@ -156,7 +159,7 @@ impl History {
     /// No panel, or no such series; a file that cannot be written.
     #[cfg(feature = "plots")]
     pub fn plot(&self, path: impl AsRef<Path>, panels: &[(&str, &[&str])]) -> Result<()> {
-        use super::plot::{Curve, Panel, write_svg};
+        use crate::plot::{Curve, Panel, write_svg};
         let curve = |name: &&str| Ok(Curve::new(*name, self.series(name)?));
         let panels: Vec<_> = panels
             .iter()

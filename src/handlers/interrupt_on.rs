@@ -2,8 +2,10 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use super::signals::Signals;
-use crate::Result;
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Handler};
+use crate::error::Result;
+use crate::event::Event;
+use crate::event_filter::Events;
 
 /// Suspends the run in good order when the process is asked to end, or after a time: the step is
 /// finished, [`Checkpoint`](crate::checkpoint::Checkpoint) writes what can be resumed, and `run`

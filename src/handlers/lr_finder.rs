@@ -10,9 +10,12 @@ use anyhow::Context;
 use tch::nn::{VarStore, Variables};
 
 use crate::data::IntoSource;
-use crate::engine::{Engine, Event, Events, Handler, MetricValue, Stop, Until};
+use crate::engine::{Engine, Handler, Stop, Until};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::metrics::MetricValue;
 use crate::optim::{Knob, Optimizer, OptimizerSnapshot, StoreSnapshot};
-use crate::{Error, Result};
 
 /// Trains for some iterations with a growing learning rate, to see where the loss falls fastest:
 /// ignite's `FastaiLRFinder`.
@@ -531,7 +534,7 @@ impl LrCurve {
     /// No run yet; a file that cannot be written.
     #[cfg(feature = "plots")]
     pub fn plot(&self, path: impl AsRef<Path>) -> Result<()> {
-        use super::plot::{Line, Sheet, X, label, svg_of};
+        use crate::plot::{Line, Sheet, X, label, svg_of};
         if self.loss.is_empty() {
             return Err(Error::invalid(
                 "learning rate finder didn't run yet so results can't be plotted",
@@ -556,7 +559,7 @@ impl LrCurve {
         };
         let lines = self.groups.iter().enumerate().map(line).collect();
         let svg = svg_of(&[Sheet { title: "smoothed loss".into(), lines }], X::LogLr)?;
-        super::files::write_whole(path.as_ref(), |file| file.write_all(svg.as_bytes()))
+        crate::fs::write_atomically(path.as_ref(), |file| file.write_all(svg.as_bytes()))
     }
 }
 

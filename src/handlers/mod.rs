@@ -5,15 +5,13 @@ mod early_stopping;
 mod ema;
 mod epoch_output_store;
 mod evaluate;
-pub(crate) mod files;
 mod grad_norm;
 mod history;
 #[cfg(feature = "signals")]
 mod interrupt_on;
 mod lr_finder;
-pub(crate) mod parameters;
 #[cfg(feature = "plots")]
-pub mod plot;
+pub use crate::plot;
 #[cfg(feature = "progress")]
 mod progress_bar;
 #[cfg(feature = "signals")]

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use indicatif::{MultiProgress, ProgressDrawTarget, ProgressStyle};
 
 use super::awaited::warn_of_missing;
-use crate::engine::{Engine, Event, Events, Handler, Ranks, State};
+use crate::engine::{Engine, Handler, Ranks, State};
+use crate::event::Event;
+use crate::event_filter::Events;
 use crate::optim::Knob;
 
 /// How often the bar is drawn.

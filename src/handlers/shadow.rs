@@ -7,11 +7,13 @@ use tch::nn::VarStore;
 use tch::{TchError, Tensor};
 
 use crate::bridge::{Average, Pairs};
-use crate::checkpoint::{StateDict, misfits};
-use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks};
+use crate::engine::{Engine, Handler, Log, Priority, Ranks};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
 use crate::optim::Knob;
+use crate::state::{StateDict, misfits};
 use crate::variables::variables;
-use crate::{Error, Result};
 
 /// What happens to buffers (variables that are not trained, such as batch-norm statistics).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

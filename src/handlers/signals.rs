@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::{flag, low_level};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The signals of this process. They are registered once, because what another handler of a signal replaced, the
 /// system's own way among them, never comes back.

@@ -1,9 +1,11 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use crate::Result;
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Handler};
+use crate::error::Result;
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::state::StateDict;
 
 /// Passes over batches that are of no use: no step and no iteration for them.
 ///

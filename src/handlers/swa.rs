@@ -5,10 +5,12 @@ use tch::Tensor;
 use tch::nn::VarStore;
 
 use super::shadow::{Buffers, Shadow, Swapped, WithAverages};
-use crate::Result;
 use crate::bridge::Average;
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Handler};
+use crate::error::Result;
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::state::StateDict;
 
 /// The plain average of a model's variables over its events, for stochastic weight averaging (Izmailov et
 /// al. 2018, <https://arxiv.org/abs/1803.05407>): torch's `AveragedModel`. At event n, from 0,

@@ -2,10 +2,13 @@ use std::collections::{BTreeMap, HashMap};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler, MetricValue};
-use crate::supervised::Prediction;
-use crate::{Error, Result};
+use crate::engine::{Engine, Handler};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::metrics::MetricValue;
+use crate::prediction::Prediction;
+use crate::state::StateDict;
 
 /// Iterations between two looks at a device.
 const PERIOD: u64 = 100;

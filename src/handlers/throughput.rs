@@ -1,8 +1,10 @@
 use std::time::{Duration, Instant};
 
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler, State};
-use crate::{Error, Result};
+use crate::engine::{Engine, Handler, State};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::state::StateDict;
 
 /// How fast the run is: samples and iterations a second, and percentiles of the time of an iteration.
 ///

@@ -1,7 +1,9 @@
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Event, Events, Handler};
-use crate::{Error, Result};
+use crate::engine::{Engine, Handler};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
 
 /// Ends the run when this much time has passed since the handler was made: ignite's `TimeLimit`.
 ///

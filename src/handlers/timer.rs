@@ -1,8 +1,10 @@
 use std::time::{Duration, Instant};
 
-use crate::Result;
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Handler};
+use crate::error::Result;
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::state::StateDict;
 
 /// A stopwatch, by hand or at events: ignite's `Timer`.
 ///

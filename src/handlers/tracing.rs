@@ -1,7 +1,9 @@
 use tracing::span::EnteredSpan;
 use tracing::{Level, debug_span, error, info, info_span};
 
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Handler};
+use crate::event::Event;
+use crate::event_filter::Events;
 
 /// Tells subscribers of the `tracing` crate how the run goes.
 ///

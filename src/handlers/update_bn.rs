@@ -1,7 +1,7 @@
 use crate::bridge::BatchNormWatch;
 use crate::data::IntoSource;
-use crate::engine::guarded;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::guard::guarded;
 
 /// Computes the running averages of batch normalisation anew, as averages over all batches of the data: torch's
 /// `update_bn`. For weights that no training step has run with, such as those of

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use crate::handlers::files::{make_folder, sync_folder, write_whole};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::fs::{make_folder, sweep_once, sync_folder, write_atomically};
 
 /// What is written is on disk at most this much later, if something else is written by then.
 const PERIOD: Duration = Duration::from_secs(5);
@@ -59,6 +59,7 @@ impl AppendFile {
         let io = |source| Error::Io { path: path.to_owned(), source };
         if let Some(folder) = path.parent() {
             make_folder(folder).map_err(io)?;
+            sweep_once(folder);
         }
         let file = options.append(true).read(true).open(path).map_err(io)?;
         let metadata = file.metadata().map_err(io)?;
@@ -293,7 +294,7 @@ impl LineLog {
         let aside = free_name(&place);
         let io = |source| Error::Io { path: self.file.path.clone(), source };
         fs::rename(&place, &aside).map_err(io)?;
-        write_whole(&place, |file| {
+        write_atomically(&place, |file| {
             file.write_all(header)?;
             file.write_all(&rest)
         })?;

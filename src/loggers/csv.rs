@@ -4,8 +4,8 @@ use serde_json::Value;
 
 use super::append::{LineLog, Lines, SharedLines, locked, now};
 use super::{Logger, logger_as_handler};
-use crate::Result;
 use crate::engine::Log;
+use crate::error::Result;
 
 const LINES: Lines = Lines { header: "time,step,tag,value\n", quotes: true };
 
@@ -87,7 +87,8 @@ logger_as_handler!(CsvLogger, "CSV logger");
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::{Engine, Event, Until};
+    use crate::engine::{Engine, Until};
+    use crate::event::Event;
     use crate::loggers::OutputHandler;
 
     #[test]

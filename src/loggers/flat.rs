@@ -1,7 +1,7 @@
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Numbers, texts and switches of a configuration, with their places: `optimizer/lr`.
 pub(super) fn values(config: &impl Serialize) -> Result<Vec<(String, Value)>> {

@@ -1,6 +1,6 @@
 use tch::{Device, Kind, Tensor};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How many bins a histogram has.
 const BINS: i64 = 64;

@@ -1,7 +1,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::png;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// A picture, as PNG.
 #[derive(Debug, Clone)]

@@ -4,8 +4,8 @@ use serde_json::{Value, json};
 
 use super::append::{LineLog, Lines, SharedLines, locked, now};
 use super::{Logger, logger_as_handler};
-use crate::Result;
 use crate::engine::Log;
+use crate::error::Result;
 
 const LINES: Lines = Lines { header: "", quotes: false };
 

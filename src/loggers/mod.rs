@@ -71,8 +71,10 @@ pub use self::parameter_handlers::{
 pub use self::run_folder::RunFolder;
 pub use self::tensorboard::{HyperParameter, TensorBoard};
 
-use crate::Result;
-use crate::engine::{Engine, Event, Events, Log, State};
+use crate::engine::{Engine, Log, State};
+use crate::error::Result;
+use crate::event::Event;
+use crate::event_filter::Events;
 
 /// Takes what is logged. Those of this crate are cheap clones that share one file.
 ///
@@ -156,8 +158,8 @@ macro_rules! logger_as_handler {
                 crate::engine::Ranks::Main
             }
 
-            fn events(&self) -> crate::engine::Events {
-                super::with_ends(&crate::engine::Events::none())
+            fn events(&self) -> crate::event_filter::Events {
+                super::with_ends(&crate::event_filter::Events::none())
             }
 
             fn priority(&self) -> crate::engine::Priority {
@@ -170,11 +172,11 @@ macro_rules! logger_as_handler {
 
             fn call(
                 &mut self,
-                event: crate::engine::Event,
+                event: crate::event::Event,
                 _cx: &mut C,
                 engine: &mut crate::engine::Engine<'_, C, B, O>,
             ) -> anyhow::Result<()> {
-                let none = crate::engine::Events::none();
+                let none = crate::event_filter::Events::none();
                 super::attend(self, &none, event, engine, |_| Ok(()))
             }
         }

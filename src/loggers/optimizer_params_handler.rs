@@ -1,5 +1,7 @@
 use super::{Logger, attend, step_at, tagged, with_ends};
-use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks};
+use crate::engine::{Engine, Handler, Log, Priority, Ranks};
+use crate::event::Event;
+use crate::event_filter::Events;
 use crate::optim::Optimizer;
 
 /// Logs a hyper-parameter of each group, as `tag/lr/group_0`: ignite's `OptimizerParamsHandler`.

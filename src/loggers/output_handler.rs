@@ -1,6 +1,9 @@
 use super::{Logger, attend, each_epoch, step_at, tagged, with_ends};
-use crate::engine::{Engine, Event, Events, Handler, Log, MetricValue, Priority, Ranks, State};
+use crate::engine::{Engine, Handler, Log, Priority, Ranks, State};
+use crate::event::Event;
+use crate::event_filter::Events;
 use crate::handlers::awaited::Awaited;
+use crate::metrics::MetricValue;
 use crate::optim::Knob;
 
 /// Logs metrics, parts of the output and knobs, as `tag/name`: ignite's `OutputHandler`.

@@ -5,8 +5,10 @@ use tch::nn::VarStore;
 use tch::{Device, Tensor};
 
 use super::{Histogram, Logger, attend, step_at, tagged, with_ends};
-use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks};
-use crate::handlers::parameters::Parameters;
+use crate::engine::{Engine, Handler, Log, Priority, Ranks};
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::optim::Parameters;
 
 macro_rules! handler {
     ($(#[$doc:meta])* $name:ident, $kind:literal, $gradients:literal, $log:ident) => {

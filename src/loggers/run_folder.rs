@@ -16,9 +16,11 @@ use super::{
     CsvLogger, Histogram, HyperParameter, Image, JsonLinesLogger, Logger, TensorBoard, flat,
 };
 use crate::checkpoint::Folder;
-use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks, State};
-use crate::handlers::files::{open_file, write_whole};
-use crate::{Error, Result};
+use crate::engine::{Engine, Handler, Log, Priority, Ranks, State};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::fs::{open_file, write_atomically};
 
 /// So many tags are in the report: a file can hold any number.
 pub(super) const TAGS: usize = 1000;
@@ -115,7 +117,7 @@ impl RunFolder {
     pub fn config(&self, config: &impl Serialize) -> Result<()> {
         let value = flat::to_json(config)?;
         self.folder.check()?;
-        write_whole(&self.path.join("config.json"), |file| writeln!(file, "{value:#}"))?;
+        write_atomically(&self.path.join("config.json"), |file| writeln!(file, "{value:#}"))?;
         let parameters = flat::values(&value)?;
         let parameters = parameters.iter().map(|(name, value)| {
             let parameter = match value {
@@ -149,7 +151,7 @@ impl RunFolder {
                 times: &record.times.rows(),
             })
         };
-        write_whole(&self.path.join("report.html"), |file| file.write_all(html.as_bytes()))
+        write_atomically(&self.path.join("report.html"), |file| file.write_all(html.as_bytes()))
     }
 
     /// Takes the curves from the file.

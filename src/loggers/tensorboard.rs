@@ -10,8 +10,8 @@ use super::append::{AppendFile, lock, locked, now};
 use super::protobuf::Message;
 use super::{Histogram, Image, Logger, logger_as_handler};
 use crate::engine::Log;
-use crate::handlers::files::make_folder;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::fs::make_folder;
 
 /// Writes an event file that TensorBoard shows: `tensorboard --logdir FOLDER`.
 ///

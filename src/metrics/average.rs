@@ -1,9 +1,9 @@
 use tch::Tensor;
 
 use super::accumulator::Accumulator;
-use super::value::double;
+use super::to_value::double;
 use super::{Accumulated, Metric, Parts, Reduce, ToValue};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 
 const PARTS: Parts = &[("sum", Reduce::Sum)];
 

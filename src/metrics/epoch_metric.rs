@@ -2,7 +2,7 @@ use tch::Tensor;
 
 use super::gathered;
 use super::{Contribution, Of, Pairwise, Parts};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 
 /// A function of all predictions and targets since the last reset: ignite's `EpochMetric`.
 ///

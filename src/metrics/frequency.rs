@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 
 use super::{Accumulated, Metric, Reduce, Usage};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 
 /// How many samples (tokens, images, …) a second are worked through: ignite's `Frequency`, which
 /// rounds down to a whole number.

@@ -1,8 +1,8 @@
 use tch::Tensor;
 
-use super::value::Scalar;
+use super::to_value::Scalar;
 use super::{Contribution, Of, Pairwise, Parts, Reduce};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 
 /// The mean loss over samples: ignite's `Loss`. Each batch counts by its size, the first dimension of
 /// the targets. Summed in f64 on the device; no host sync.

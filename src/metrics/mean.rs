@@ -1,8 +1,8 @@
 use tch::Tensor;
 
-use super::value::Scalar;
+use super::to_value::Scalar;
 use super::{Accumulated, Metric, Reduce, ToValue};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 
 /// The mean of a single value over iterations, each counting the same. [`Average`](super::Average) takes
 /// tensors of any shape.

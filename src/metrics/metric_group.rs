@@ -1,8 +1,8 @@
 use std::collections::HashSet;
 
 use super::{Accumulated, Metric};
-use crate::engine::MetricValue;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::metrics::MetricValue;
 
 /// Several metrics attached as one: ignite's `MetricGroup`. In `state.metrics` each is under
 /// `group/name`. Two of one name are refused.

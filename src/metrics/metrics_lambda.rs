@@ -5,8 +5,8 @@ use std::rc::{Rc, Weak};
 use tch::{Device, Kind, Tensor};
 
 use super::{Accumulated, Metric, Reduce, Usage};
-use crate::engine::MetricValue;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::metrics::MetricValue;
 
 /// A metric to compute with: ignite's `MetricsLambda`, and the handle that [`Metric::shared`] gives.
 ///
@@ -133,7 +133,7 @@ impl<'a, O> MetricsLambda<'a, O> {
 
     /// The mean of all elements.
     pub fn mean(self) -> Self {
-        self.apply(|value| Ok(value.f_mean(super::value::accumulator_kind(value.device()))?))
+        self.apply(|value| Ok(value.f_mean(super::to_value::accumulator_kind(value.device()))?))
     }
 
     /// The sum of all elements.

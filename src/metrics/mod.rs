@@ -63,6 +63,7 @@ mod pairwise;
 pub mod rec_sys;
 pub mod regression;
 mod running_average;
+mod to_value;
 mod usage;
 mod value;
 mod variable_accumulation;
@@ -79,13 +80,12 @@ pub use metric_group::MetricGroup;
 pub use metrics_lambda::MetricsLambda;
 pub use pairwise::{Contribution, Of, Pairwise, Parts, pair};
 pub use running_average::{OfMetric, RunningAverage};
+pub use to_value::ToValue;
 pub use usage::Usage;
-pub(crate) use usage::{Joins, MetricHandler};
-pub use value::ToValue;
+pub use value::MetricValue;
 pub use variable_accumulation::VariableAccumulation;
 
-use crate::Result;
-use crate::engine::MetricValue;
+use crate::error::Result;
 
 /// Something computed from the outputs of a step. Attach it with
 /// [`Engine::metric`](crate::engine::Engine::metric).

@@ -2,8 +2,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::accumulator::Accumulator;
 use super::{Accumulated, Metric, Reduce};
-use crate::Result;
-use crate::engine::MetricValue;
+use crate::error::Result;
+use crate::metrics::MetricValue;
 
 /// The parts of a metric's state: names, and how batches and processes join them.
 pub type Parts = &'static [(&'static str, Reduce)];

@@ -1,7 +1,7 @@
-use super::value::Scalar;
+use super::to_value::Scalar;
 use super::{Accumulated, Metric, Reduce, ToValue, Usage};
-use crate::engine::MetricValue;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::metrics::MetricValue;
 
 /// Exponential moving average of a value, at each iteration: ignite's `RunningAverage`.
 ///

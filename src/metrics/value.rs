@@ -1,129 +1,135 @@
-use tch::kind::Element;
-use tch::{Device, Kind, TchError, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::engine::MetricValue;
+use crate::error::{Error, Result};
 
-/// Outputs that are a value themselves, for [`Mean::new`](super::Mean::new) and
-/// [`RunningAverage::new`](super::RunningAverage::new).
-pub trait ToValue {
-    /// The value; a tensor is shared, not copied.
-    fn to_value(&self) -> MetricValue;
-}
-
-impl ToValue for Tensor {
-    fn to_value(&self) -> MetricValue {
-        self.shallow_clone().into()
-    }
-}
-
-/// The value itself, shared.
-impl ToValue for MetricValue {
-    fn to_value(&self) -> MetricValue {
-        self.share()
-    }
-}
-
-impl ToValue for f64 {
-    fn to_value(&self) -> MetricValue {
-        (*self).into()
-    }
-}
-
-/// The accumulator's type: f64, or f32 on devices that have no f64.
-pub(super) fn accumulator_kind(device: Device) -> Kind {
-    match device {
-        Device::Mps => Kind::Float,
-        _ => Kind::Double,
-    }
-}
-
-/// A single value to add up, in the accumulator's type, on the device where it is.
-pub(super) enum Scalar {
+/// What a metric computes.
+#[derive(Debug)]
+pub enum MetricValue {
+    /// A number.
     Number(f64),
+    /// A tensor of any shape and numeric type, on any device, that nobody has read yet.
     Tensor(Tensor),
+    /// Several values, each with its name, in order.
+    Named(Vec<(String, MetricValue)>),
 }
 
-impl Scalar {
-    pub(super) fn of(value: MetricValue) -> anyhow::Result<Self> {
-        let tensor = match value {
-            MetricValue::Tensor(tensor) => tensor,
-            value => return Ok(Self::Number(value.read()?)),
-        };
-        anyhow::ensure!(
-            tensor.numel() == 1,
-            "a single value is needed, but the tensor has shape {:?}",
-            tensor.size()
-        );
-        let kind = accumulator_kind(tensor.device());
-        // Kept apart from the step's tensor, which somebody may change in place.
-        Ok(Self::Tensor(tensor.f_detach()?.f_reshape([0i64; 0])?.f_to_dtype(kind, false, true)?))
+impl From<f64> for MetricValue {
+    fn from(value: f64) -> Self {
+        Self::Number(value)
     }
+}
 
-    pub(super) fn times(&self, factor: f64) -> Result<Self, TchError> {
-        Ok(match self {
-            Self::Number(value) => Self::Number(value * factor),
-            Self::Tensor(value) => Self::Tensor(value.f_mul_scalar(factor)?),
-        })
+impl From<Tensor> for MetricValue {
+    fn from(value: Tensor) -> Self {
+        Self::Tensor(value)
     }
+}
 
-    pub(super) fn over(&self, divisor: f64) -> Result<Self, TchError> {
-        Ok(match self {
-            Self::Number(value) => Self::Number(value / divisor),
-            Self::Tensor(value) => Self::Tensor(value.f_div_scalar(divisor)?),
-        })
-    }
-
-    pub(super) fn plus(&self, other: &Self) -> Result<Self, TchError> {
-        Ok(match (self, other) {
-            (Self::Number(a), Self::Number(b)) => Self::Number(a + b),
-            (Self::Tensor(a), Self::Tensor(b)) => Self::Tensor(a.f_add(b)?),
-            (Self::Tensor(tensor), Self::Number(number))
-            | (Self::Number(number), Self::Tensor(tensor)) => {
-                Self::Tensor(tensor.f_add_scalar(*number)?)
+impl MetricValue {
+    /// The same value; a tensor is shared, not copied.
+    pub fn share(&self) -> Self {
+        match self {
+            Self::Number(value) => Self::Number(*value),
+            Self::Tensor(tensor) => Self::Tensor(tensor.shallow_clone()),
+            Self::Named(parts) => {
+                Self::Named(parts.iter().map(|(name, part)| (name.clone(), part.share())).collect())
             }
-        })
-    }
-
-    pub(super) fn value(&self) -> MetricValue {
-        match self {
-            Self::Number(value) => (*value).into(),
-            Self::Tensor(value) => value.shallow_clone().into(),
         }
     }
 
-    pub(super) fn tensor(&self) -> Tensor {
+    /// The value as a number. Waits for the device where it is a tensor: a host sync on CUDA.
+    ///
+    /// # Errors
+    /// A tensor that has not exactly one element, or several values.
+    pub fn read(&self) -> Result<f64> {
         match self {
-            Self::Number(value) => Tensor::from(*value),
-            Self::Tensor(value) => value.shallow_clone(),
+            Self::Number(value) => Ok(*value),
+            Self::Tensor(tensor) if tensor.numel() == 1 => tensor
+                .f_reshape([1i64])
+                .and_then(|tensor| tensor.f_double_value(&[0]))
+                .map_err(|error| Error::libtorch("reading a metric's value", error)),
+            Self::Tensor(tensor) => Err(Error::invalid(format!(
+                "the value has shape {:?} and is no single number: ask for its tensor, or attach its mean or one element",
+                tensor.size()
+            ))),
+            Self::Named(_) => Err(self.not_one()),
         }
     }
 
-    /// For a state: a number has no dimensions there, and a tensor has one.
-    pub(super) fn saved(&self) -> Result<Tensor, TchError> {
+    /// The value as a tensor, on the device where it is; a number as a tensor without dimensions, in
+    /// f64 on the CPU. No host sync.
+    ///
+    /// # Errors
+    /// Several values.
+    pub fn tensor(&self) -> Result<Tensor> {
         match self {
             Self::Number(value) => Ok(Tensor::from(*value)),
-            Self::Tensor(value) => value.f_reshape([1]),
+            Self::Tensor(tensor) => Ok(tensor.shallow_clone()),
+            Self::Named(_) => Err(self.not_one()),
         }
     }
 
-    /// Back from [`saved`](Self::saved). Waits for the device where that is a number.
-    pub(super) fn loaded(saved: &Tensor) -> anyhow::Result<Self> {
-        match saved.dim() {
-            0 => Ok(Self::Number(saved.f_double_value(&[])?)),
-            _ => Self::of(saved.shallow_clone().into()),
+    /// All numbers, each with its name, as loggers show them: a number under `name`, the elements of
+    /// a tensor under `name/0`, `name/1` or `name/0/1`, named values under `name/part`. One host sync
+    /// for each tensor.
+    ///
+    /// ```
+    /// use tch::Tensor;
+    /// use tch_ignite::engine::MetricValue;
+    /// let recall = MetricValue::from(Tensor::from_slice(&[0.5, 1.0]));
+    /// let numbers = [("val/recall/0".to_owned(), 0.5), ("val/recall/1".to_owned(), 1.0)];
+    /// assert_eq!(recall.flatten("val/recall")?, numbers);
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    pub fn flatten(&self, name: &str) -> Result<Vec<(String, f64)>> {
+        match self {
+            Self::Number(value) => Ok(vec![(name.to_owned(), *value)]),
+            Self::Tensor(tensor) => {
+                let numbers = numbers(tensor)
+                    .map_err(|error| Error::libtorch("reading a metric's value", error))?;
+                let shape = tensor.size();
+                let named = |(i, number)| (format!("{name}{}", place(i, &shape)), number);
+                Ok(numbers.into_iter().enumerate().map(named).collect())
+            }
+            Self::Named(parts) => {
+                let parts =
+                    parts.iter().map(|(part, value)| value.flatten(&format!("{name}/{part}")));
+                Ok(parts.collect::<Result<Vec<_>>>()?.concat())
+            }
         }
+    }
+
+    fn not_one(&self) -> Error {
+        Error::invalid(match self {
+            Self::Named(parts) => format!(
+                "there are several values: {}",
+                parts.iter().map(|(name, _)| format!("'{name}'")).collect::<Vec<_>>().join(", ")
+            ),
+            _ => "the value is no single number".into(),
+        })
     }
 }
 
-/// In the accumulator's type, without the graph.
-pub(super) fn double(tensor: &Tensor) -> Result<Tensor, TchError> {
-    tensor.f_to_kind(accumulator_kind(tensor.device()))
+/// The elements, in f64, in order of memory of a contiguous tensor.
+fn numbers(tensor: &Tensor) -> std::result::Result<Vec<f64>, tch::TchError> {
+    let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
+    let mut numbers = vec![0.; tensor.numel()];
+    tensor.f_contiguous()?.f_copy_data(&mut numbers, tensor.numel())?;
+    Ok(numbers)
 }
 
-/// The elements on the host: a host sync.
-pub(super) fn host<T: Element + Default + Clone>(tensor: &Tensor) -> Result<Vec<T>, TchError> {
-    let tensor = tensor.f_to_device(Device::Cpu)?.f_to_kind(T::KIND)?.f_contiguous()?;
-    let mut elements = vec![T::default(); tensor.numel()];
-    tensor.f_copy_data(&mut elements, tensor.numel())?;
-    Ok(elements)
+/// The indices of element `i`, each after a slash.
+fn place(i: usize, shape: &[i64]) -> String {
+    let mut rest = i as i64;
+    let mut indices: Vec<_> = shape
+        .iter()
+        .rev()
+        .map(|size| {
+            let index = rest % size;
+            rest /= size;
+            format!("/{index}")
+        })
+        .collect();
+    indices.reverse();
+    indices.concat()
 }

@@ -1,8 +1,8 @@
 use tch::Tensor;
 
-use super::value::double;
+use super::to_value::double;
 use super::{Accumulated, Metric, Reduce};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 
 /// Joins a value of each iteration to those before, by a function of yours: ignite's
 /// `VariableAccumulation`. In `state.metrics` there are `name/accumulator` and `name/num_examples`.

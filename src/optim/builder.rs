@@ -3,7 +3,7 @@ use tch::nn::{self, OptimizerConfig, VarStore};
 use super::Optimizer;
 use super::grouping::{GroupRule, Grouping, unnamed};
 use super::hyper::Hyper;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Hyper-parameters of one group, where they differ from the optimizer's.
 ///

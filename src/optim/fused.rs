@@ -4,8 +4,8 @@ use tch::Tensor;
 
 use super::Optimizer;
 use crate::bridge::{Mode, StepError, TensorId};
+use crate::error::{Error, Result};
 use crate::variables::variables;
-use crate::{Error, Result};
 
 impl Optimizer {
     /// Whether steps are fused: true unless [`set_fused`](Self::set_fused) said otherwise.

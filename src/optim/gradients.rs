@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use super::Optimizer;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The gradients of all groups of an optimizer, or of some: their norm, clipping, zeroing.
 ///

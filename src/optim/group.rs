@@ -2,7 +2,7 @@ use std::fmt;
 
 use super::hyper::Hyper;
 use super::{Knob, Optimizer};
-use crate::Result;
+use crate::error::Result;
 
 /// One parameter group: reads and writes its hyper-parameters in libtorch's optimizer.
 ///

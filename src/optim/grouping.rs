@@ -8,9 +8,9 @@ use tch::nn::Variables;
 
 use super::{listed, locked};
 use crate::bridge::TensorId;
-use crate::engine::guarded;
+use crate::error::{Error, Result};
+use crate::guard::guarded;
 use crate::variables::{Variable, variables_in};
-use crate::{Error, Result};
 
 /// A group by the names of its variables.
 pub(super) struct GroupRule {

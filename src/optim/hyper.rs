@@ -5,7 +5,7 @@ use std::fmt;
 use tch::Tensor;
 
 use crate::bridge::Kind;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The numbers are those of bridge.cpp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

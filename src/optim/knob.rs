@@ -5,8 +5,8 @@ use tch::Tensor;
 
 use super::hyper::Hyper;
 use super::{Optimizer, locked};
-use crate::checkpoint::StateDict;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::state::StateDict;
 
 /// Something with one value that can be read and written: what schedulers drive.
 ///
@@ -54,25 +54,34 @@ impl Reduction {
 
 /// The reductions of an optimizer's hyper-parameters, by group.
 #[derive(Default)]
-pub(super) struct Reductions(Mutex<Vec<(usize, Hyper, Weak<Mutex<f64>>)>>);
+pub(super) struct Reductions(Mutex<Vec<Reduced>>);
+
+/// A hyper-parameter of a group that a plateau scheduler lowers, as long as that lives.
+struct Reduced {
+    group: usize,
+    hyper: Hyper,
+    factor: Weak<Mutex<f64>>,
+}
 
 impl Reductions {
     /// The factor on a hyper-parameter of a group; 1 where nothing reduces it.
     fn factor(&self, group: usize, hyper: Hyper) -> f64 {
         let all = locked(&self.0);
-        let found = all.iter().find(|(of, which, _)| (*of, *which) == (group, hyper));
-        found.and_then(|(_, _, factor)| factor.upgrade()).map_or(1., |factor| *locked(&factor))
+        let reduced = all.iter().find(|reduced| (reduced.group, reduced.hyper) == (group, hyper));
+        let factor = reduced.and_then(|reduced| reduced.factor.upgrade());
+        factor.map_or(1., |factor| *locked(&factor))
     }
 
     fn of(&self, group: usize, hyper: Hyper) -> Reduction {
         let mut all = locked(&self.0);
-        all.retain(|(_, _, factor)| factor.strong_count() > 0);
-        if let Some((_, _, weak)) = all.iter_mut().find(|(g, h, _)| (*g, *h) == (group, hyper)) {
-            return Reduction::alive(weak);
+        all.retain(|reduced| reduced.factor.strong_count() > 0);
+        let mut known = all.iter_mut();
+        if let Some(known) = known.find(|known| (known.group, known.hyper) == (group, hyper)) {
+            return Reduction::alive(&mut known.factor);
         }
-        let mut weak = Weak::new();
-        let reduction = Reduction::alive(&mut weak);
-        all.push((group, hyper, weak));
+        let mut factor = Weak::new();
+        let reduction = Reduction::alive(&mut factor);
+        all.push(Reduced { group, hyper, factor });
         reduction
     }
 }

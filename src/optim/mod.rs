@@ -13,6 +13,7 @@ mod knob;
 mod layerwise;
 mod lent;
 mod param_groups;
+mod parameters;
 mod saved;
 mod snapshot;
 
@@ -33,12 +34,13 @@ pub(crate) use knob::Reduction;
 pub use layerwise::layerwise_lr_decay;
 pub use lent::TchOptimizer;
 pub use param_groups::is_bias_or_norm;
+pub(crate) use parameters::Parameters;
 pub use snapshot::OptimizerSnapshot;
 pub(crate) use snapshot::StoreSnapshot;
 
 use crate::bridge::{Kind, Native, TensorId, set_gradient};
+use crate::error::{Error, Result};
 use crate::variables::{Variable, variables};
-use crate::{Error, Result};
 use grouping::{Grouped, Grouping};
 use hyper::Hyper;
 
@@ -301,7 +303,7 @@ impl Optimizer {
         let native = lent.1.as_mut().ok_or_else(lent_out)?;
         native.settle().map_err(|text| Error::libtorch("reading step counts", text))?;
         catch_unwind(AssertUnwindSafe(|| call(&mut TchOptimizer::new(self, native))))
-            .map_err(|payload| Error::libtorch("with_tch", crate::panic_message(&*payload)))
+            .map_err(|payload| Error::libtorch("with_tch", crate::panic::message(&*payload)))
     }
 
     /// What libtorch keeps for a parameter, under PyTorch's names (`"step"`, `"exp_avg"`, …); empty
@@ -368,7 +370,7 @@ impl Optimizer {
         // Only tch can add variables to its own count, and it unwraps the results. Of its methods that do,
         // this one changes the least: gradients, which come back.
         let added = catch_unwind(AssertUnwindSafe(|| native.tch.zero_grad()))
-            .map_err(|payload| failed(crate::panic_message(&*payload)));
+            .map_err(|payload| failed(crate::panic::message(&*payload)));
         for (parameter, gradient) in &gradients {
             set_gradient(parameter, Some(gradient)).map_err(failed)?;
         }

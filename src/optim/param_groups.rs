@@ -7,7 +7,7 @@ use tch::nn::VarStore;
 
 use super::{Group, Optimizer, locked};
 use crate::bridge::set_gradient;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Says which variables of a store, by name, are biases or scales and shifts of norms: those with at most
 /// one dimension, which recipes leave out of the weight decay.

@@ -8,9 +8,9 @@ use tch::Tensor;
 
 use super::{Group, Optimizer, TensorId};
 use crate::bridge::RawState;
-use crate::checkpoint::{StateDict, Stateful};
+use crate::error::{Error, Result};
+use crate::state::{IntoStateful, StateDict, Stateful};
 use crate::variables::Variable;
-use crate::{Error, Result};
 
 #[derive(Serialize, Deserialize)]
 struct SavedGroup {
@@ -294,4 +294,10 @@ fn tensor_misfit(name: &str, key: &str, tensor: &Tensor, parameter: &Tensor) -> 
         parameter.kind(),
         parameter.size()
     ))
+}
+
+impl<'a> IntoStateful<'a> for &Optimizer {
+    fn into_stateful(self) -> Box<dyn Stateful + 'a> {
+        Box::new(self.clone())
+    }
 }

@@ -9,8 +9,8 @@ use tch::{TchError, Tensor};
 use super::hyper::Hyper;
 use super::{Optimizer, Shared};
 use crate::bridge::{RawState, set_gradient};
+use crate::error::{Error, Result};
 use crate::variables::Variable;
-use crate::{Error, Result};
 
 /// What an [`Optimizer`] had at one moment: all hyper-parameters of all groups, and what libtorch keeps
 /// for each parameter (momentum buffers, moments, step counts), or that it kept nothing yet.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::{finite, starts};
 use super::{AnySchedule, Schedule};
-use crate::Result;
+use crate::error::Result;
 
 /// Another schedule's values times a factor. Made by [`Schedule::scale`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -2,10 +2,12 @@ use serde_json::{Map, Value};
 
 use super::scheduler::{is_due, with_start};
 use super::{Schedule, load_position, save_position, value};
-use crate::checkpoint::StateDict;
 use crate::data::BatchSize;
-use crate::engine::{Engine, Event, Events, Handler};
-use crate::{Error, Result};
+use crate::engine::{Engine, Handler};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
+use crate::state::StateDict;
 
 /// Drives the batch size of a [`Loader`](crate::data::Loader) or [`DataLoader`](crate::data::DataLoader):
 /// ignite's `BatchSizeScheduler`.

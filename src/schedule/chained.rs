@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use super::recurrence::{Recurrence, Walk, recurrent};
 use super::{AnySchedule, Schedule};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Several of torch's schedules on one value, each changing what the one before left: torch's
 /// `ChainedScheduler`.

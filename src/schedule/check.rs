@@ -1,7 +1,7 @@
 //! Checks of arguments, with the words that users see.
 
 use super::Schedule;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Checks that there is a value for the first event, after all arguments were checked one by one.
 pub(super) fn starts<S: Schedule + ?Sized>(schedule: &S) -> Result<()> {

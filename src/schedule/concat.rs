@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::starts;
 use super::{AnySchedule, Schedule};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Schedules one after the other, each from its own event 0: ignite's `ConcatScheduler`, torch's
 /// `SequentialLR`. The last goes on for ever. Made by [`Schedule::then`] too.

@@ -3,7 +3,7 @@ use serde::{Deserialize, Serialize};
 use super::Schedule;
 use super::check::{finite, within};
 use super::recurrence::{Recurrence, Walk, recurrent};
-use crate::Result;
+use crate::error::Result;
 
 /// `base * factor` for `total_iters` events, `base` from then on: torch's `ConstantLR`.
 ///

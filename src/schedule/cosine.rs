@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use super::check::starts;
 use super::cycle::{Cycles, LastCycle, Point, cyclical_arguments, one};
 use super::{ParamScheduler, Schedule};
-use crate::Result;
+use crate::error::Result;
 
 /// Half a cosine wave from start to end in each cycle: ignite's `CosineAnnealingScheduler`
 /// (Loshchilov and Hutter 2016, <https://arxiv.org/abs/1608.03983>).

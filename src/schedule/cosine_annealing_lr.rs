@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::Schedule;
 use super::check::{finite, positive};
 use super::recurrence::{Recurrence, Walk, recurrent};
-use crate::Result;
+use crate::error::Result;
 
 /// From `base` to `eta_min` along half a cosine wave in `t_max` events, and back in the next `t_max`:
 /// torch's `CosineAnnealingLR` (Loshchilov and Hutter 2016, <https://arxiv.org/abs/1608.03983>,

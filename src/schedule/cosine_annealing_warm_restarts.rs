@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Schedule;
 use super::check::{finite, positive, starts};
-use crate::Result;
+use crate::error::Result;
 
 /// Half a cosine wave from `base` to `eta_min`, again and again, each `t_mult` times as long as the
 /// last: torch's `CosineAnnealingWarmRestarts`, SGDR (<https://arxiv.org/abs/1608.03983>).

@@ -5,7 +5,7 @@ use std::cell::Cell;
 use serde_json::{Map, Value};
 
 use super::read;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The arguments that cyclical schedules share, as methods of each.
 macro_rules! cyclical_arguments {

@@ -3,7 +3,7 @@ use serde::{Deserialize, Serialize};
 use super::Schedule;
 use super::check::{finite, starts, within};
 use super::cycle::one;
-use crate::Result;
+use crate::error::Result;
 
 /// Up and down between two values in straight lines: torch's `CyclicLR` (Smith 2015,
 /// <https://arxiv.org/abs/1506.01186>).

@@ -3,7 +3,7 @@ use serde::{Deserialize, Serialize};
 use super::Schedule;
 use super::check::finite;
 use super::recurrence::{Recurrence, Walk, recurrent};
-use crate::Result;
+use crate::error::Result;
 
 /// Multiplies the value by `gamma` at every event: torch's `ExponentialLR`.
 ///

@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Schedule;
 use super::check::{finite, positive, starts};
-use crate::Result;
+use crate::error::Result;
 
 /// A linear rise to `peak` in `warmup` events, then `peak * sqrt(warmup / event)`: fairseq's
 /// `inverse_sqrt`.

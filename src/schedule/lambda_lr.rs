@@ -4,7 +4,7 @@ use std::sync::Arc;
 use super::Schedule;
 use super::check::{finite, starts};
 use super::recurrence::{Recurrence, Walk, recurrent};
-use crate::Result;
+use crate::error::Result;
 
 type Factor = Arc<dyn Fn(u64) -> f64 + Send + Sync>;
 

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 use super::check::starts;
 use super::cycle::{Cycles, LastCycle, Point, cyclical_arguments, one};
 use super::{ParamScheduler, Schedule};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Linear there and back within each cycle: ignite's `LinearCyclicalScheduler`.
 ///

@@ -5,7 +5,7 @@ use super::check::{finite, positive, within};
 use super::constant_lr::{five, third};
 use super::cycle::one;
 use super::recurrence::{Recurrence, Walk, recurrent};
-use crate::Result;
+use crate::error::Result;
 
 /// From `base * start_factor` to `base * end_factor` in `total_iters` events: torch's `LinearLR`.
 ///

@@ -69,8 +69,8 @@ pub use step_lr::StepLR;
 pub use warmup::create_lr_scheduler_with_warmup;
 pub use warmup_stable_decay::{Decay, WarmupStableDecay};
 
-use crate::checkpoint::StateDict;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::state::StateDict;
 
 /// A pure function from the number of an event, from 0, to a value.
 pub trait Schedule: Send {

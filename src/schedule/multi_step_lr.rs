@@ -4,7 +4,7 @@ use super::Schedule;
 use super::check::finite;
 use super::recurrence::{Recurrence, Walk, recurrent};
 use super::step_lr::gamma;
-use crate::Result;
+use crate::error::Result;
 
 /// Multiplies the value by `gamma` at each milestone, once more where a milestone is given twice:
 /// torch's `MultiStepLR`.

@@ -3,7 +3,7 @@ use serde::{Deserialize, Serialize};
 use super::Schedule;
 use super::check::{finite, positive, starts};
 use super::cycle::one;
-use crate::Result;
+use crate::error::Result;
 
 /// `factor * d_model^-0.5 * min(n^-0.5, n * warmup^-1.5)` for the n-th event, from 1: the schedule of
 /// "Attention is all you need" (<https://arxiv.org/abs/1706.03762>).

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::{finite, positive, starts, within};
 use super::{ParamScheduler, Schedule};
-use crate::Result;
+use crate::error::Result;
 use crate::optim::Group;
 
 /// One cycle over the whole run: up to `max_lr`, down far below the start: torch's `OneCycleLR`

@@ -2,10 +2,12 @@ use serde_json::{Map, Value, json};
 
 use super::scheduler::with_start;
 use super::{ParamScheduler, Schedule, read};
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Handler};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
 use crate::optim::Knob;
-use crate::{Error, Result};
+use crate::state::StateDict;
 
 /// Several schedulers as one handler, one after the other at each event: ignite's
 /// `ParamGroupScheduler`.

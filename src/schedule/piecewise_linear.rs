@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use super::check::{finite, starts};
 use super::{ParamScheduler, Schedule};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Straight lines between milestones: ignite's `PiecewiseLinear`. The first value before the first
 /// milestone, the last from the last on; two values at one event are a jump.

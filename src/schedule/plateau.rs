@@ -2,10 +2,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::check::within;
-use crate::checkpoint::{StateDict, exact};
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Handler};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
 use crate::optim::{Knob, Reduction};
-use crate::{Error, Result};
+use crate::state::{StateDict, json_floats};
 
 /// Lowers a value when a metric has stopped getting better: ignite's `ReduceLROnPlateauScheduler`,
 /// torch's `ReduceLROnPlateau`, on any knob.
@@ -255,7 +257,7 @@ impl ReduceLROnPlateauScheduler {
     /// Best metric, bad epochs, cool-down and position.
     pub fn state_dict(&self) -> Map<String, Value> {
         let reductions = self.reductions.iter().map(Reduction::get).collect();
-        match exact::to_value(&Progress { reductions, ..self.state.clone() }) {
+        match json_floats::to_value(&Progress { reductions, ..self.state.clone() }) {
             Ok(Value::Object(state)) => state,
             _ => Map::new(),
         }
@@ -267,7 +269,7 @@ impl ReduceLROnPlateauScheduler {
     /// A missing or unknown key.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
         let state = Value::Object(state.clone());
-        let mut state: Progress = exact::from_value(&state).map_err(|error| {
+        let mut state: Progress = json_floats::from_value(&state).map_err(|error| {
             Error::State(format!("state of scheduler '{}': {error}", self.name))
         })?;
         state.reductions.resize(self.reductions.len(), 1.);

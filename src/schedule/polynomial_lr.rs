@@ -5,7 +5,7 @@ use super::check::{finite, positive, within};
 use super::constant_lr::five;
 use super::cycle::one;
 use super::recurrence::{Recurrence, Walk, recurrent};
-use crate::Result;
+use crate::error::Result;
 
 /// `base * (1 - event / total_iters) ^ power`, 0 from `total_iters` on: torch's `PolynomialLR`.
 ///

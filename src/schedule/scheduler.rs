@@ -1,10 +1,12 @@
 use serde_json::{Map, Value};
 
 use super::{Schedule, load_position, read, save_position, value};
-use crate::checkpoint::StateDict;
-use crate::engine::{Engine, Event, Events, Handler};
+use crate::engine::{Engine, Handler};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
 use crate::optim::Knob;
-use crate::{Error, Result};
+use crate::state::StateDict;
 
 /// Drives a knob by a schedule: a handler of the engine.
 ///

@@ -4,9 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::check::{finite, positive, starts};
 use super::{ParamScheduler, PiecewiseLinear, Schedule, Skipped};
-use crate::engine::Event;
+use crate::error::{Error, Result};
+use crate::event::Event;
 use crate::optim::Knob;
-use crate::{Error, Result};
 
 /// `initial_value * gamma ^ n` at the n-th event, from 1: ignite's `ExpStateScheduler`.
 ///

@@ -3,7 +3,7 @@ use serde::{Deserialize, Serialize};
 use super::Schedule;
 use super::check::{finite, positive};
 use super::recurrence::{Recurrence, Walk, recurrent};
-use crate::Result;
+use crate::error::Result;
 
 /// Multiplies the value by `gamma` every `step_size` events: torch's `StepLR`.
 ///

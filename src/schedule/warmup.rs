@@ -1,5 +1,5 @@
 use super::{AnySchedule, PiecewiseLinear, Schedule};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// A warm-up before a schedule: ignite's function of that name, for one parameter group.
 ///

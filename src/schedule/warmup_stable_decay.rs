@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Schedule;
 use super::check::{finite, starts};
-use crate::Result;
+use crate::error::Result;
 
 /// Up to `peak` in a line, there for a while, then down to `end`: warm-up–stable–decay
 /// (<https://arxiv.org/abs/2404.06395>). `end` holds from then on.

@@ -5,7 +5,7 @@ use serde_json::json;
 use super::queue::Queue;
 use super::rest::Client;
 use super::{MLflowLogger, Run, now};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// What an MLflow run is called and where it belongs; made by [`MLflowLogger::builder`].
 pub struct MLflowBuilder {

@@ -15,8 +15,10 @@ use serde_json::Value;
 pub use self::builder::MLflowBuilder;
 use self::queue::{Item, Queue};
 use super::{Image, Logger, flat};
-use crate::engine::{Engine, Event, Events, Handler, Log, Priority, Ranks};
-use crate::{Error, Result};
+use crate::engine::{Engine, Handler, Log, Priority, Ranks};
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event_filter::Events;
 
 /// How long the end of a run waits for what is not sent yet.
 const AT_THE_END: Duration = Duration::from_secs(10);

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// For a whole request.
 const TIMEOUT: Duration = Duration::from_secs(10);

@@ -2,7 +2,7 @@ use tch::Tensor;
 
 use super::labels::not_binary;
 use super::{gathered, of_pair, ranking};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts};
 
 /// The area under the precision-recall curve as Σ (Rₙ − Rₙ₋₁) Pₙ: ignite's `AveragePrecision`.

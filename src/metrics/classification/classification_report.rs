@@ -3,8 +3,8 @@ use tch::Tensor;
 use super::counts::{self, Counts};
 use super::fbeta::{check_beta, fbeta};
 use super::of_pair;
-use crate::Result;
-use crate::engine::MetricValue;
+use crate::error::Result;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts};
 
 /// Precision, recall and F-score of each class and their means: ignite's `ClassificationReport`.

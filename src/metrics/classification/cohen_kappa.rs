@@ -2,8 +2,8 @@ use tch::{Kind, TchError, Tensor};
 
 use super::confusion_matrix::{check_classes, count};
 use super::{double, gathered, of_pair};
-use crate::Result;
-use crate::engine::MetricValue;
+use crate::error::Result;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// How much a disagreement of [`CohenKappa`] counts by the distance of the two classes.

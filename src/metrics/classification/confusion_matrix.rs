@@ -2,9 +2,9 @@ use tch::{Kind, TchError, Tensor};
 
 use super::double;
 use super::labels::occurrences;
-use crate::engine::MetricValue;
+use crate::error::{Error, Result};
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
-use crate::{Error, Result};
 
 /// What the counts of a [`ConfusionMatrix`] are divided by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,9 +1,9 @@
 use tch::{TchError, Tensor};
 
 use super::counts::{self, Counts};
-use crate::engine::MetricValue;
+use crate::error::{Error, Result};
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts};
-use crate::{Error, Result};
 
 /// The weighted harmonic mean of precision and recall, (1 + β²) p r / (β² p + r + 1e-15): ignite's
 /// `Fbeta`. Recall counts β times as much as precision.

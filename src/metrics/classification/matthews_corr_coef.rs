@@ -1,7 +1,7 @@
 use tch::{Kind, TchError, Tensor};
 
 use super::{gathered, host, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts};
 
 /// Matthews' correlation of predicted and actual classes, in [-1, 1]: ignite's `MatthewsCorrCoef`,

@@ -2,9 +2,9 @@ use tch::{Kind, TchError, Tensor};
 
 use super::labels::{Case, Labels, not_binary, rows};
 use super::{double, gathered, of_pair, ranking};
-use crate::engine::MetricValue;
+use crate::error::{Error, Result};
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts};
-use crate::{Error, Result};
 
 /// What [`MeanAveragePrecision`] makes of the classes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

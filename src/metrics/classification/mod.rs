@@ -43,4 +43,4 @@ pub use top_k_categorical_accuracy::TopKCategoricalAccuracy;
 
 use super::gathered;
 use super::pairwise::of_pair;
-use super::value::{accumulator_kind, double, host};
+use super::to_value::{accumulator_kind, double, host};

@@ -3,8 +3,8 @@ use tch::{Kind, Tensor};
 use super::confusion_matrix::check_classes;
 use super::double;
 use super::labels::both_binary;
-use crate::Result;
-use crate::engine::MetricValue;
+use crate::error::Result;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// A confusion matrix of each label: ignite's `MultiLabelConfusionMatrix`.

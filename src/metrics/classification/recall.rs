@@ -2,7 +2,7 @@ use tch::Tensor;
 
 use super::counts::{self, Averaging, Counts};
 use super::of_pair;
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts};
 
 /// How many of a class were found, of all that there are: ignite's `Recall`,

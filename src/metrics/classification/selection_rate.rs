@@ -2,7 +2,7 @@ use tch::{Kind, Tensor};
 
 use super::labels::{Case, Labels, both_binary, occurrences, rows};
 use super::{double, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// How often each class, or label, is predicted: ignite's `SelectionRate`, of `ignite.metrics.fairness`.

@@ -1,9 +1,9 @@
 use tch::{Kind, Tensor};
 
 use super::double;
-use crate::engine::MetricValue;
+use crate::error::{Error, Result};
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
-use crate::{Error, Result};
 
 /// How often the right class is among the `k` with the highest scores: ignite's
 /// `TopKCategoricalAccuracy`.

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{Clusters, check, gathered, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts};
 
 /// The spread between clusters over that within: ignite's `CalinskiHarabaszScore`, scikit-learn's formula;

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{Clusters, check, gathered, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts};
 
 /// How much the clusters overlap: ignite's `DaviesBouldinScore`, the mean over clusters of the worst ratio

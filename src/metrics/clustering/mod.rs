@@ -12,7 +12,7 @@ use tch::{Kind, TchError, Tensor};
 
 use super::gathered;
 use super::pairwise::of_pair;
-use super::value::{double, host};
+use super::to_value::{double, host};
 
 /// Features (N, D) and labels (N,).
 fn check(features: &Tensor, labels: &Tensor) -> anyhow::Result<()> {

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{Clusters, check, gathered, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts};
 
 /// How much closer samples are to their own cluster than to the next: ignite's `SilhouetteScore` with

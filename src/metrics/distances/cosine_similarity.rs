@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{alike, of_pair, same_shape};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// The mean cosine of the angle between y_pred and y over samples: ignite's `CosineSimilarity`.

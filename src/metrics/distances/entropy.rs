@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{logits, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// The mean entropy of softmax(y_pred), in nats: ignite's `Entropy`.

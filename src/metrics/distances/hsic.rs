@@ -1,7 +1,7 @@
 use tch::{Kind, TchError, Tensor};
 
 use super::{double, of_pair, squared_distances};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// How much x and y depend on each other: ignite's `HSIC`, the mean over batches of the unbiased

@@ -1,7 +1,7 @@
 use tch::{Reduction, Tensor};
 
 use super::{logits, of_pair, same_shape};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// The mean Jensen-Shannon divergence of softmax(y_pred) and softmax(y), half the sum of the divergences

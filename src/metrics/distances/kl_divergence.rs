@@ -1,7 +1,7 @@
 use tch::{Reduction, Tensor};
 
 use super::{logits, of_pair, same_shape};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// The mean Kullback-Leibler divergence of softmax(y_pred) from softmax(y), Σ p ln(p / q) with p of y, in

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{alike, of_pair, same_shape, squared_distances};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// How far the distributions of x and y are apart, by a Gaussian kernel: ignite's `MaximumMeanDiscrepancy`,

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{alike, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// The sum of |y_pred − y| over the number of samples: ignite's `MeanAbsoluteError`.

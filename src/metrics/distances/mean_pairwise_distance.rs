@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{alike, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// The mean p-norm of y_pred − y + eps over samples: ignite's `MeanPairwiseDistance`, torch's

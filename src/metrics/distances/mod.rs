@@ -31,7 +31,7 @@ pub use ssim::SSIM;
 use tch::{TchError, Tensor};
 
 use super::pairwise::of_pair;
-use super::value::{accumulator_kind, double};
+use super::to_value::{accumulator_kind, double};
 
 /// Both in the accumulator's type, `y` in the shape of `y_pred`, and the number of samples.
 fn alike(y_pred: &Tensor, y: &Tensor) -> anyhow::Result<(Tensor, Tensor, u64)> {

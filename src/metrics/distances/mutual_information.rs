@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{logits, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// How much a prediction tells of which sample it is, in nats: ignite's `MutualInformation`, the entropy

@@ -1,9 +1,9 @@
 use tch::Tensor;
 
 use super::{alike, same_kind, same_shape};
-use crate::engine::MetricValue;
+use crate::error::{Error, Result};
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
-use crate::{Error, Result};
 
 /// The mean peak signal-to-noise ratio over samples, 10 log₁₀(data_range² / (mse + 1e-10)), in decibels:
 /// ignite's `PSNR`.

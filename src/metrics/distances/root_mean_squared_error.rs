@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{alike, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// The square root of [`MeanSquaredError`](super::MeanSquaredError): ignite's `RootMeanSquaredError`.

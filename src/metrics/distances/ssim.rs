@@ -1,9 +1,9 @@
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{accumulator_kind, double, same_kind};
-use crate::engine::MetricValue;
+use crate::error::{Error, Result};
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
-use crate::{Error, Result};
 
 /// The mean structural similarity of images: ignite's `SSIM`.
 ///

@@ -1,8 +1,8 @@
 use tch::Tensor;
 
 use super::{Grouped, SelectionRate, SubgroupMetric};
-use crate::Result;
-use crate::engine::MetricValue;
+use crate::error::Result;
+use crate::metrics::MetricValue;
 use crate::metrics::{Accumulated, Accuracy, Metric, Usage, pair};
 
 /// The largest difference of a metric between two groups of samples: ignite's `SubgroupDifference`.

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
-use crate::Result;
-use crate::engine::MetricValue;
+use crate::error::Result;
+use crate::metrics::MetricValue;
 use crate::metrics::{Accumulated, Metric, Usage};
 
 /// `y_pred`, `y` and the group of each sample, in an output.

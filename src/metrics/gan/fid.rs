@@ -1,8 +1,8 @@
 use tch::{Device, TchError, Tensor};
 
 use super::{check_num_features, extract};
-use crate::Result;
-use crate::engine::MetricValue;
+use crate::error::Result;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// The Fréchet inception distance of generated from real samples: ignite's `FID`.

@@ -1,8 +1,8 @@
 use tch::Tensor;
 
 use super::{check_num_features, extract};
-use crate::Result;
-use crate::engine::MetricValue;
+use crate::error::Result;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// ignite's `_eps`, so that log 0 is none.

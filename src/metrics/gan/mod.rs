@@ -12,8 +12,8 @@ pub use inception_score::InceptionScore;
 
 use tch::Tensor;
 
-use super::value::double;
-use crate::{Error, Result};
+use super::to_value::double;
+use crate::error::{Error, Result};
 
 fn check_num_features(num_features: i64) -> Result<()> {
     match num_features > 0 {

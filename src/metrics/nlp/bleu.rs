@@ -3,9 +3,9 @@ use std::hash::Hash;
 
 use super::ngrams::{common, ngrams};
 use super::{listed, unlisted};
-use crate::engine::MetricValue;
+use crate::error::{Error, Result};
+use crate::metrics::MetricValue;
 use crate::metrics::{Accumulated, Metric};
-use crate::{Error, Result};
 
 /// What [`Bleu`] does with n-grams that do not occur.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -1,5 +1,5 @@
 use super::{listed, unlisted};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Accumulated, Metric};
 
 /// The least number of insertions, deletions and replacements: Levenshtein's distance.

@@ -14,7 +14,7 @@ pub use rouge::{MultiRef, Rouge, RougeVariant};
 use tch::Tensor;
 
 use super::pairwise::of_pair;
-use super::value::{double, host};
+use super::to_value::{double, host};
 use super::{Accumulated, Reduce};
 
 /// Sums on the host, listed as one part.

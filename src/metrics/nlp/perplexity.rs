@@ -1,7 +1,7 @@
 use tch::{Kind, Tensor};
 
 use super::{double, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// The exponential of the mean negative log-likelihood of a token: ignite's `Perplexity`.

@@ -2,9 +2,9 @@ use std::hash::Hash;
 
 use super::ngrams::{common, lcs, ngrams};
 use super::{listed, unlisted};
-use crate::engine::MetricValue;
+use crate::error::{Error, Result};
+use crate::metrics::MetricValue;
 use crate::metrics::{Accumulated, Metric};
-use crate::{Error, Result};
 
 /// What [`Rouge`] compares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

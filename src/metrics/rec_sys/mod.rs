@@ -8,8 +8,8 @@ pub use ndcg::{Gain, NDCG};
 
 use tch::Tensor;
 
-use super::value::double;
-use crate::{Error, Result};
+use super::to_value::double;
+use crate::error::{Error, Result};
 
 fn check_top_k(top_k: &[i64]) -> Result<()> {
     match top_k.first() {

@@ -1,8 +1,8 @@
 use tch::{Kind, TchError, Tensor};
 
 use super::{check, check_top_k, double};
-use crate::Result;
-use crate::engine::MetricValue;
+use crate::error::Result;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// Normalised discounted cumulative gain of the `k` items with the highest scores: ignite's `NDCG`.

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{columns, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// The mean of 2 |y − y_pred| / (|y_pred| + |y|): ignite's `FractionalAbsoluteError`.

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{columns, gathered, host, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts};
 
 /// Kendall's τ, how many pairs of samples y_pred and y order alike: ignite's `KendallRankCorrelation`.

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{columns, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// The mean of y − y_pred: ignite's `MeanError`.

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{columns, gathered, median, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts};
 
 /// The median of |y − y_pred| / |y − ȳ|: ignite's `MedianRelativeAbsoluteError`.

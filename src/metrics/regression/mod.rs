@@ -45,7 +45,7 @@ use tch::{TchError, Tensor};
 use super::classification::ranks;
 use super::gathered;
 use super::pairwise::of_pair;
-use super::value::{double, host};
+use super::to_value::{double, host};
 
 /// Both as (N,) in the accumulator's type, and N.
 fn columns(y_pred: &Tensor, y: &Tensor) -> anyhow::Result<(Tensor, Tensor, u64)> {

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{columns, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
 /// Pearson's correlation of y_pred and y: ignite's `PearsonCorrelation`.

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{columns, of_pair};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts, Reduce};
 
 /// The coefficient of determination, 1 − Σ(y_pred − y)² / Σ(y − ȳ)²: ignite's `R2Score`.

@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::{columns, gathered, of_pair, ranks};
-use crate::engine::MetricValue;
+use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts};
 
 /// Pearson's correlation of the ranks of y_pred and y, ties sharing their mean rank: ignite's

@@ -11,8 +11,8 @@ use serde_json::{Map, Value};
 pub use planned::PlannedSchedule;
 
 use super::{AnySchedule, ParamScheduler, RunLength, Schedule};
+use crate::error::{Error, Result};
 use crate::optim::{Knob, Optimizer};
-use crate::{Error, Result};
 use template::{at, read};
 
 /// Schedules with the hyper-parameter and the parameter group that each drives, as in a file.

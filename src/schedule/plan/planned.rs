@@ -2,10 +2,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::template::{Reader, at, read};
-use crate::engine::{Event, OPTIMIZER_STEPPED};
+use crate::error::{Error, Result};
+use crate::event::{Event, OPTIMIZER_STEPPED};
 use crate::schedule::run_length::Clock;
 use crate::schedule::{AnySchedule, RunLength, Schedule, not_finite, too_long, too_short};
-use crate::{Error, Result};
 
 /// A schedule with the hyper-parameter and the group that it drives: an entry of a
 /// [`SchedulePlan`](super::SchedulePlan).

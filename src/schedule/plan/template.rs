@@ -2,9 +2,9 @@
 
 use serde_json::{Map, Value};
 
+use crate::error::{Error, Result};
 use crate::schedule::run_length::{Clock, Length};
 use crate::schedule::{AnySchedule, RunLength, Schedule};
-use crate::{Error, Result};
 
 /// Arguments that count events; those of `milestones_values` are the first of each pair.
 const LENGTHS: [&str; 15] = [

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::bridge::ThreadState;
 use crate::error::Panicked;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 thread_local! {
     /// The settings that a panic which is caught on this thread goes back to.
@@ -17,14 +17,14 @@ thread_local! {
 /// (gradients, autocast) back to what they were when this was made. User code makes one by each of its
 /// calls into an engine; the engine itself changes no settings between these and the next user code, so
 /// nothing has to be noted for each step or handler.
-pub(super) struct Entered {
+pub(crate) struct Entered {
     before: Option<ThreadState>,
     // The settings are those of one thread.
     of_thread: PhantomData<*const ()>,
 }
 
 impl Entered {
-    pub(super) fn here() -> Self {
+    pub(crate) fn here() -> Self {
         Self { before: ENTERED.replace(ThreadState::now().ok()), of_thread: PhantomData }
     }
 }
@@ -43,7 +43,7 @@ pub(crate) fn guarded<T>(call: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Re
 
 /// Like [`guarded`], in code that an engine runs: [`Entered`] was made already.
 #[inline]
-pub(super) fn guarded_within<T>(call: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+pub(crate) fn guarded_within<T>(call: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|payload| Err(caught(payload).into()))
 }
 
@@ -55,7 +55,7 @@ pub(crate) fn guarded_state<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
 
 /// Drops a value of the user's; its panic comes out as an error.
 #[inline]
-pub(super) fn guarded_drop<T>(value: T) -> anyhow::Result<()> {
+pub(crate) fn guarded_drop<T>(value: T) -> anyhow::Result<()> {
     match std::mem::needs_drop::<T>() {
         true => guarded_within(move || {
             drop(value);
@@ -67,7 +67,7 @@ pub(super) fn guarded_drop<T>(value: T) -> anyhow::Result<()> {
 
 #[cold]
 fn caught(payload: Box<dyn std::any::Any + Send>) -> Panicked {
-    let text = crate::panic_message(&*payload);
+    let text = crate::panic::message(&*payload);
     if let Err(second) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
         // What was thrown panics when it is dropped, and so may the next.
         std::mem::forget(second);

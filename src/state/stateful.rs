@@ -9,15 +9,13 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 use tch::nn::{VarStore, Variables};
 
-use super::format::Layout;
+use super::layout::Layout;
 use super::{StateDict, Stateful};
-use crate::amp::GradScaler;
 use crate::bridge::{TensorId, bytes, set_gradient};
-use crate::optim::Optimizer;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// What [`Engine::track`](crate::engine::Engine::track) takes: `&VarStore`, `&Optimizer`, a
-/// [`GradScaler`], [`Gradients`], and `Rc<RefCell<T>>` or `Arc<Mutex<T>>` of a [`Stateful`] type.
+/// [`GradScaler`](crate::amp::GradScaler), [`Gradients`], and `Rc<RefCell<T>>` or `Arc<Mutex<T>>` of a [`Stateful`] type.
 pub trait IntoStateful<'a> {
     /// A handle to it.
     fn into_stateful(self) -> Box<dyn Stateful + 'a>;
@@ -26,18 +24,6 @@ pub trait IntoStateful<'a> {
 impl<'a> IntoStateful<'a> for &VarStore {
     fn into_stateful(self) -> Box<dyn Stateful + 'a> {
         Box::new(Model(self.variables_.clone()))
-    }
-}
-
-impl<'a> IntoStateful<'a> for &Optimizer {
-    fn into_stateful(self) -> Box<dyn Stateful + 'a> {
-        Box::new(self.clone())
-    }
-}
-
-impl<'a> IntoStateful<'a> for &GradScaler {
-    fn into_stateful(self) -> Box<dyn Stateful + 'a> {
-        Box::new(self.clone())
     }
 }
 
@@ -177,8 +163,8 @@ impl Gradients {
         Self(vs.variables_.clone())
     }
 
-    pub(crate) fn of_optimizer(optimizer: &Optimizer) -> Self {
-        Self(optimizer.variables())
+    pub(crate) fn of_variables(variables: Arc<Mutex<Variables>>) -> Self {
+        Self(variables)
     }
 }
 
@@ -226,7 +212,7 @@ impl Stateful for Gradients {
     }
 }
 
-pub(super) fn variables_of(variables: &Mutex<Variables>) -> StateDict {
+pub(crate) fn variables_of(variables: &Mutex<Variables>) -> StateDict {
     let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
     let mut state = StateDict::new();
     for (name, tensor) in &variables.named_variables {
@@ -236,7 +222,7 @@ pub(super) fn variables_of(variables: &Mutex<Variables>) -> StateDict {
 }
 
 /// Copies values into the variables, whose types stay. Nothing is changed on error.
-pub(super) fn load_variables(variables: &Mutex<Variables>, state: &StateDict) -> Result<()> {
+pub(crate) fn load_variables(variables: &Mutex<Variables>, state: &StateDict) -> Result<()> {
     match misfits(&variables_of(variables), state).into_values().next() {
         Some(misfit) => Err(Error::State(misfit)),
         None => copy_variables(variables, state),
@@ -244,7 +230,7 @@ pub(super) fn load_variables(variables: &Mutex<Variables>, state: &StateDict) ->
 }
 
 /// Copies values that fit into the variables of their names.
-pub(super) fn copy_variables(variables: &Mutex<Variables>, state: &StateDict) -> Result<()> {
+pub(crate) fn copy_variables(variables: &Mutex<Variables>, state: &StateDict) -> Result<()> {
     let ours = variables_of(variables);
     check_tied(&ours, state)?;
     let _guard = tch::no_grad_guard();
@@ -295,7 +281,7 @@ pub(crate) fn misfits(ours: &StateDict, saved: &StateDict) -> BTreeMap<String, S
 }
 
 /// [`misfits`] of tensors that are still in a file.
-pub(super) fn layout_misfits(
+pub(crate) fn layout_misfits(
     ours: &StateDict,
     saved: &BTreeMap<&str, Layout>,
 ) -> BTreeMap<String, String> {

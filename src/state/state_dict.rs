@@ -6,9 +6,9 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::{exact, strides};
+use super::{json_floats, strides};
 use crate::bridge::TensorId;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// What something needs to go on exactly: values, tensors, and the state of its parts, all by name.
 ///
@@ -43,7 +43,7 @@ impl StateDict {
     /// # Errors
     /// JSON cannot hold it, such as a map whose keys are neither texts nor numbers.
     pub fn set_value(&mut self, name: &str, value: impl Serialize) -> Result<()> {
-        let value = exact::to_value(&value)
+        let value = json_floats::to_value(&value)
             .map_err(|error| Error::State(format!("'{name}' cannot be saved: {error}")))?;
         self.values.insert(name.into(), value);
         Ok(())
@@ -65,7 +65,7 @@ impl StateDict {
     /// There is none, or one of another type.
     pub fn value<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         let value = self.values.get(name).ok_or_else(|| absent("value", name))?;
-        exact::from_value(value).map_err(|error| {
+        json_floats::from_value(value).map_err(|error| {
             Error::State(format!("state attribute '{name}' is not what it should be: {error}"))
         })
     }

@@ -1,8 +1,7 @@
 use tch::Tensor;
 
 use super::StateDict;
-use crate::supervised::Prediction;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// A value that checkpoints can hold, such as the output of a step: see
 /// [`Engine::track_output`](crate::engine::Engine::track_output).
@@ -99,17 +98,3 @@ macro_rules! tuples {
     )*};
 }
 tuples!((A 0), (A 0, B 1), (A 0, B 1, C 2), (A 0, B 1, C 2, D 3));
-
-impl Saveable for Prediction {
-    fn to_state(&self) -> Result<StateDict> {
-        let mut state = StateDict::new();
-        state.set_part("y_pred", self.y_pred.to_state()?);
-        state.set_part("y", self.y.to_state()?);
-        Ok(state)
-    }
-
-    fn from_state(mut state: StateDict) -> Result<Self> {
-        let (y_pred, y) = (state.take_part("y_pred")?, state.take_part("y")?);
-        Ok(Self { y_pred: Tensor::from_state(y_pred)?, y: Tensor::from_state(y)? })
-    }
-}

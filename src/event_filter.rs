@@ -1,152 +1,14 @@
+//! Events that count only at some of their firings, and several events joined.
+
 use std::fmt;
 use std::ops::BitOr;
 use std::sync::Arc;
 
-use super::guarded::guarded_within;
-use crate::{Error, Result};
-
-/// A point of a run at which handlers are called: ignite's `Events`.
-///
-/// [`Engine`](super::Engine) draws the run with every event in its place. Each can be filtered, and
-/// several joined with `|`:
-///
-/// ```
-/// use tch_ignite::engine::Event;
-/// let events = Event::IterationCompleted.every(100) | Event::EpochCompleted | Event::Started;
-/// # let _ = events;
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Event {
-    /// A run begins.
-    Started,
-    /// An epoch begins.
-    EpochStarted,
-    /// Before a batch is fetched.
-    GetBatchStarted,
-    /// A batch was fetched; it is in `engine.state.batch`.
-    GetBatchCompleted,
-    /// Before the step. Schedulers act here.
-    IterationStarted,
-    /// After the step; its output is in `engine.state.output`.
-    IterationCompleted,
-    /// The data is exhausted and will be restarted.
-    DataloaderStopIteration,
-    /// A step, a handler or the data failed; see [`Engine::exception`](super::Engine::exception).
-    ExceptionRaised,
-    /// An epoch was left by [`Engine::terminate_epoch`](super::Engine::terminate_epoch).
-    TerminateSingleEpoch,
-    /// An epoch ended.
-    EpochCompleted,
-    /// The run is left before its budget is used up within epochs.
-    Terminate,
-    /// The run ended.
-    Completed,
-    /// The run is suspended by [`Engine::interrupt`](super::Engine::interrupt).
-    Interrupt,
-    /// An event of your own, fired by [`Engine::fire_event`](super::Engine::fire_event).
-    Custom(&'static str),
-}
-
-/// Fired by the trainer of [`create_supervised_trainer`](crate::supervised::create_supervised_trainer) after each step of
-/// the optimizer that was made: not within a window of accumulation, and not where a
-/// [`GradScaler`](crate::amp::GradScaler) skipped the step. A scheduler attached to it counts updates.
-///
-/// It is fired within the last iteration of a window, before `ITERATION_COMPLETED`; for a window that was cut short
-/// (the end of an epoch of unknown length, `terminate`, a budget that is used up, a lost batch) at the event that ends
-/// it. An engine with a step of its own registers it and fires it where it steps.
-///
-/// With a `GradScaler` on CUDA, and only if something is attached, the trainer has to hear whether there
-/// was a step: a host sync.
-pub const OPTIMIZER_STEPPED: Event = Event::custom("optimizer_stepped");
-
-/// Fired where [`OPTIMIZER_STEPPED`] is, and also where a [`GradScaler`](crate::amp::GradScaler) skipped the step: after
-/// each window of accumulation, without a host sync. Averages of the weights follow it.
-pub const WINDOW_COMPLETED: Event = Event::custom("window_completed");
-
-/// The events that come with the engine.
-pub(super) const BUILT_IN_EVENTS: [Event; BUILT_IN] = {
-    use Event::*;
-    [
-        Started,
-        EpochStarted,
-        GetBatchStarted,
-        GetBatchCompleted,
-        IterationStarted,
-        IterationCompleted,
-        DataloaderStopIteration,
-        ExceptionRaised,
-        TerminateSingleEpoch,
-        EpochCompleted,
-        Terminate,
-        Completed,
-        Interrupt,
-    ]
-};
-
-/// How many there are.
-pub(super) const BUILT_IN: usize = 13;
-
-/// What a filter compares with.
-pub(super) enum Count {
-    Iteration,
-    Epoch,
-    Firings,
-    None,
-}
+use crate::error::{Error, Result};
+use crate::event::{Count, Event};
+use crate::guard::guarded_within;
 
 impl Event {
-    /// An event of your own. Register it with [`Engine::register_events`](super::Engine::register_events).
-    pub const fn custom(name: &'static str) -> Self {
-        Self::Custom(name)
-    }
-
-    pub(super) fn built_in(self) -> Option<usize> {
-        Some(match self {
-            Self::Started => 0,
-            Self::EpochStarted => 1,
-            Self::GetBatchStarted => 2,
-            Self::GetBatchCompleted => 3,
-            Self::IterationStarted => 4,
-            Self::IterationCompleted => 5,
-            Self::DataloaderStopIteration => 6,
-            Self::ExceptionRaised => 7,
-            Self::TerminateSingleEpoch => 8,
-            Self::EpochCompleted => 9,
-            Self::Terminate => 10,
-            Self::Completed => 11,
-            Self::Interrupt => 12,
-            Self::Custom(_) => return None,
-        })
-    }
-
-    /// Whether the engine fires it before the step, so that a value written at it is the one of that step. Events of
-    /// the user's own count as fired after it.
-    pub(crate) fn is_before_step(self) -> bool {
-        matches!(
-            self,
-            Self::Started
-                | Self::EpochStarted
-                | Self::GetBatchStarted
-                | Self::GetBatchCompleted
-                | Self::IterationStarted
-        )
-    }
-
-    pub(super) fn count(self) -> Count {
-        match self {
-            Self::GetBatchStarted
-            | Self::GetBatchCompleted
-            | Self::IterationStarted
-            | Self::IterationCompleted => Count::Iteration,
-            Self::Started | Self::EpochStarted | Self::EpochCompleted | Self::Completed => {
-                Count::Epoch
-            }
-            Self::Custom(_) => Count::Firings,
-            _ => Count::None,
-        }
-    }
-
     /// This event where the engine has it, else `other`.
     pub(crate) fn or(self, other: impl Into<FilteredEvent>) -> FilteredEvent {
         FilteredEvent { or: Some(Box::new(other.into())), ..self.into() }
@@ -183,43 +45,21 @@ impl Event {
     }
 }
 
-/// ignite's name of the event.
-impl fmt::Display for Event {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Started => "STARTED",
-            Self::EpochStarted => "EPOCH_STARTED",
-            Self::GetBatchStarted => "GET_BATCH_STARTED",
-            Self::GetBatchCompleted => "GET_BATCH_COMPLETED",
-            Self::IterationStarted => "ITERATION_STARTED",
-            Self::IterationCompleted => "ITERATION_COMPLETED",
-            Self::DataloaderStopIteration => "DATALOADER_STOP_ITERATION",
-            Self::ExceptionRaised => "EXCEPTION_RAISED",
-            Self::TerminateSingleEpoch => "TERMINATE_SINGLE_EPOCH",
-            Self::EpochCompleted => "EPOCH_COMPLETED",
-            Self::Terminate => "TERMINATE",
-            Self::Completed => "COMPLETED",
-            Self::Interrupt => "INTERRUPT",
-            Self::Custom(name) => name,
-        })
-    }
-}
-
 /// An [`Event`] that only counts at some of its firings.
 ///
 /// What is compared is the iteration for iteration and batch events (at the batch events: the last
 /// one begun), the epoch for epoch events, started and completed, and for custom events how often
-/// the event was fired. `every` goes with `before` and `after`, counting from `after + 1` then.
+/// the event was fired in this run, which starts again where iterations do. `every` goes with `before` and `after`, counting from `after + 1` then.
 #[derive(Clone)]
 pub struct FilteredEvent {
-    pub(super) event: Event,
+    pub(crate) event: Event,
     every: Option<u64>,
     once: Option<Arc<[u64]>>,
     before: Option<u64>,
     after: Option<u64>,
     passes: Option<Arc<dyn Fn(u64) -> bool + Send + Sync>>,
     /// The event in its place for an engine that does not have it.
-    pub(super) or: Option<Box<FilteredEvent>>,
+    pub(crate) or: Option<Box<FilteredEvent>>,
 }
 
 impl From<Event> for FilteredEvent {
@@ -264,7 +104,7 @@ impl FilteredEvent {
         self
     }
 
-    pub(super) fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         if self.every == Some(0) {
             return Err(Error::invalid(
                 "Argument every should be integer and greater than zero, but 0 was given",
@@ -293,7 +133,7 @@ impl FilteredEvent {
         Ok(())
     }
 
-    pub(super) fn always(&self) -> bool {
+    pub(crate) fn always(&self) -> bool {
         matches!(self.every, None | Some(1))
             && self.once.is_none()
             && self.before.is_none()
@@ -303,7 +143,7 @@ impl FilteredEvent {
 
     /// # Errors
     /// The user's filter panicked.
-    pub(super) fn passes(&self, n: u64) -> anyhow::Result<bool> {
+    pub(crate) fn passes(&self, n: u64) -> anyhow::Result<bool> {
         match &self.passes {
             Some(passes) => {
                 guarded_within(|| Ok(passes(n))).map_err(|panic| panic.context("its filter failed"))
@@ -340,7 +180,7 @@ impl fmt::Debug for FilteredEvent {
 ///
 /// A handler is registered once for each, in order, so it can be called several times at one event.
 #[derive(Debug, Clone)]
-pub struct Events(pub(super) Vec<FilteredEvent>);
+pub struct Events(pub(crate) Vec<FilteredEvent>);
 
 impl Events {
     pub(crate) fn none() -> Self {

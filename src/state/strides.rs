@@ -4,7 +4,7 @@ use tch::{Device, Tensor};
 
 /// Of a tensor that is dense but not contiguous, such as one with channels last; `None` where there is
 /// nothing to note, or nothing that could be kept (gaps, overlaps).
-pub(super) fn to_note(tensor: &Tensor) -> Option<Vec<i64>> {
+pub(crate) fn to_note(tensor: &Tensor) -> Option<Vec<i64>> {
     if !tensor.defined() || tensor.is_sparse() || tensor.is_contiguous() {
         return None;
     }
@@ -13,7 +13,7 @@ pub(super) fn to_note(tensor: &Tensor) -> Option<Vec<i64>> {
 }
 
 /// An uninitialised tensor on the CPU with the type, the shape, and where it is dense the strides.
-pub(super) fn empty_like(tensor: &Tensor) -> Result<Tensor, tch::TchError> {
+pub(crate) fn empty_like(tensor: &Tensor) -> Result<Tensor, tch::TchError> {
     let options = (tensor.f_kind()?, Device::Cpu);
     match to_note(tensor) {
         Some(strides) => Tensor::f_empty_strided(tensor.size(), strides, options),
@@ -22,7 +22,7 @@ pub(super) fn empty_like(tensor: &Tensor) -> Result<Tensor, tch::TchError> {
 }
 
 /// A copy with these strides.
-pub(super) fn with(tensor: &Tensor, strides: &[i64]) -> Result<Tensor, String> {
+pub(crate) fn with(tensor: &Tensor, strides: &[i64]) -> Result<Tensor, String> {
     if !are_dense(&tensor.size(), strides) {
         return Err(format!("it cannot lie in memory with strides {strides:?}"));
     }

@@ -1,6 +1,6 @@
 //! Curves as SVG.
 //!
-//! [`History::plot`](super::History::plot) draws what was recorded; this is for curves of your own.
+//! [`History::plot`](crate::handlers::History::plot) draws what was recorded; this is for curves of your own.
 
 use std::io::Write;
 use std::ops::Range;
@@ -12,8 +12,8 @@ use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::files::write_whole;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
+use crate::fs::write_atomically;
 
 /// plotters places things on whole units; these are a quarter of a pixel.
 const UNITS: i32 = 4;
@@ -51,16 +51,16 @@ const LARGEST: f64 = 1e300;
 /// Curves that share a y axis.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Panel {
-    pub(super) title: String,
-    pub(super) curves: Vec<Curve>,
+    pub(crate) title: String,
+    pub(crate) curves: Vec<Curve>,
 }
 
 /// A line through points.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Curve {
-    pub(super) name: String,
+    pub(crate) name: String,
     /// (iteration, value).
-    pub(super) points: Vec<(u64, f64)>,
+    pub(crate) points: Vec<(u64, f64)>,
 }
 
 impl Panel {
@@ -84,7 +84,7 @@ type Drawn<'a> = std::result::Result<(), DrawingAreaErrorKind<std::io::Error>>;
 /// when the new one is complete.
 pub fn write_svg(path: impl AsRef<Path>, panels: &[Panel]) -> Result<()> {
     let svg = svg(panels)?;
-    write_whole(path.as_ref(), |file| file.write_all(svg.as_bytes()))
+    write_atomically(path.as_ref(), |file| file.write_all(svg.as_bytes()))
 }
 
 /// The panels below each other, over one x axis of iterations. Values that are not finite are gaps; where
@@ -114,22 +114,22 @@ pub fn svg(panels: &[Panel]) -> Result<String> {
 }
 
 /// A panel over any x axis.
-pub(super) struct Sheet {
-    pub(super) title: String,
-    pub(super) lines: Vec<Line>,
+pub(crate) struct Sheet {
+    pub(crate) title: String,
+    pub(crate) lines: Vec<Line>,
 }
 
-pub(super) struct Line {
-    pub(super) name: String,
+pub(crate) struct Line {
+    pub(crate) name: String,
     /// (x, value).
-    pub(super) points: Vec<(f64, f64)>,
+    pub(crate) points: Vec<(f64, f64)>,
     /// A point to show.
-    pub(super) mark: Option<(f64, f64)>,
+    pub(crate) mark: Option<(f64, f64)>,
 }
 
 /// The x axis.
 #[derive(Clone, Copy)]
-pub(super) enum X {
+pub(crate) enum X {
     /// Iterations, from the one before the first.
     Iteration,
     /// Learning rates on a logarithmic scale. Those that are not above 0 have no place there.
@@ -177,7 +177,7 @@ impl X {
     }
 }
 
-pub(super) fn svg_of(sheets: &[Sheet], x: X) -> Result<String> {
+pub(crate) fn svg_of(sheets: &[Sheet], x: X) -> Result<String> {
     let Ok(count @ 1..) = i32::try_from(sheets.len()) else {
         return Err(Error::invalid("nothing to plot: give at least one panel of series"));
     };
@@ -401,7 +401,7 @@ fn ticks(low: f64, high: f64, count: f64, smallest: f64) -> Vec<f64> {
 }
 
 /// A number with at most six digits that count, in scientific form where that is shorter to read.
-pub(super) fn label(value: f64) -> String {
+pub(crate) fn label(value: f64) -> String {
     if value != 0. && !(1e-3..1e5).contains(&value.abs()) {
         let text = format!("{value:.5e}");
         let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));

@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// In the names of files that are being written.
 const PART: &str = ".part-";
 
 /// Writes a file that is there whole or not at all: beside its place, then renamed. Makes the folders
 /// above it, and removes what killed processes left half-written in its folder.
-pub(crate) fn write_whole(
+pub(crate) fn write_atomically(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
 ) -> Result<()> {
@@ -90,7 +90,7 @@ pub(crate) fn is_part(name: &str) -> bool {
 }
 
 /// Removes what killed processes left half-written in a folder, the first time that this process writes there.
-fn sweep_once(folder: &Path) {
+pub(crate) fn sweep_once(folder: &Path) {
     static SWEPT: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     let Ok(place) = fs::canonicalize(folder) else { return };
@@ -149,7 +149,7 @@ mod tests {
         fs::write(&dead, "half").unwrap();
         fs::write(&other, "whole").unwrap();
         let (alive, file) = create_part(&place("config.json")).unwrap();
-        write_whole(&place("history.csv"), |file| file.write_all(b"1"))?;
+        write_atomically(&place("history.csv"), |file| file.write_all(b"1"))?;
         assert!(!dead.exists() && other.exists() && alive.exists());
         drop(file);
         Ok(())

@@ -1,0 +1,15 @@
+//! States: the values and tensors that something needs to go on exactly. This module knows nothing of files.
+
+pub(crate) mod json_floats;
+mod layout;
+mod saveable;
+mod state_dict;
+mod stateful;
+mod strides;
+pub(crate) mod tree;
+
+pub(crate) use layout::Layout;
+pub use saveable::Saveable;
+pub use state_dict::{StateDict, Stateful};
+pub use stateful::{Gradients, IntoStateful};
+pub(crate) use stateful::{copy_variables, layout_misfits, misfits, variables_of};
