@@ -147,14 +147,14 @@ fn optimizer(args: &Args, vs: &VarStore) -> Result<Optimizer> {
 
 /// Which of the processes that train together this is.
 #[derive(Clone, Copy)]
-struct Place {
+struct SamplePosition {
     rank: usize,
     ranks: usize,
 }
 
 /// Loaders of this rank's share of the training and test set, on the device, normalised as the training set needs it.
-fn data(args: &Args, place: Place) -> Result<(Loader, Loader)> {
-    let Place { rank, ranks } = place;
+fn data(args: &Args, place: SamplePosition) -> Result<(Loader, Loader)> {
+    let SamplePosition { rank, ranks } = place;
     ensure!(
         args.batch_size.is_multiple_of(ranks),
         "a batch of {} pictures cannot be divided among {ranks} ranks: choose another --batch-size",
@@ -183,9 +183,9 @@ fn train(mut args: Args) -> Result<()> {
         ProcessGroupOptions::new().timeout(std::time::Duration::from_secs(300)),
     )?;
     #[cfg(feature = "distributed")]
-    let place = Place { rank: pg.rank(), ranks: pg.world_size() };
+    let place = SamplePosition { rank: pg.rank(), ranks: pg.world_size() };
     #[cfg(not(feature = "distributed"))]
-    let place = Place { rank: 0, ranks: 1 };
+    let place = SamplePosition { rank: 0, ranks: 1 };
     #[cfg(feature = "distributed")]
     if place.ranks > 1 && args.device == Device::Cuda(0) {
         args.device = Device::Cuda(pg.local_rank());

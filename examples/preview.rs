@@ -21,6 +21,9 @@ struct Args {
     /// Epochs in the run
     #[arg(long, value_name = "N", default_value_t = 10)]
     epochs: u64,
+    /// Batches that share an update of the optimizer
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    accumulate: u64,
     /// Where the picture goes
     #[arg(long, value_name = "FILE", default_value = "runs/preview.svg")]
     out: PathBuf,
@@ -28,7 +31,7 @@ struct Args {
 
 fn preview(args: &Args) -> Result<()> {
     let plan = SchedulePlan::from_path(&args.file)?;
-    let run = RunLength::new(args.epoch_length, args.epochs);
+    let run = RunLength::new(args.epoch_length, args.epochs).accumulate(args.accumulate);
     for warning in plan.check(run)? {
         eprintln!("warning: {warning}");
     }

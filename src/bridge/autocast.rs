@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 
 use tch::Kind;
 
-use super::{Exception, checked};
+use super::{BridgeError, checked};
 
 unsafe extern "C" {
     fn tig_autocast_enter(
@@ -36,7 +36,7 @@ pub(crate) struct AutocastRegion {
 
 impl AutocastRegion {
     /// Casts to `kind`, f16 or bf16; `None` switches autocast off.
-    pub(crate) fn enter(cuda: bool, kind: Option<Kind>) -> Result<Self, Exception> {
+    pub(crate) fn enter(cuda: bool, kind: Option<Kind>) -> Result<Self, BridgeError> {
         let dtype = match kind {
             Some(Kind::Half) => 5,
             Some(Kind::BFloat16) => 15,
@@ -82,7 +82,7 @@ impl Drop for AutocastRegion {
 
 /// Enters autocast of the device of that number, which must be unknown.
 #[cfg(test)]
-pub(super) fn enter_device(device: c_int) -> Result<(), Exception> {
+pub(super) fn enter_device(device: c_int) -> Result<(), BridgeError> {
     let (mut was_enabled, mut had_dtype) = (0, 0);
     // SAFETY: as in `AutocastRegion::enter`.
     checked(|error| unsafe {

@@ -6,7 +6,7 @@ use std::ptr::{NonNull, null_mut};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use super::{Exception, Raw, checked};
+use super::{BridgeError, Raw, checked};
 
 unsafe extern "C" {
     fn tig_pairs_new(
@@ -46,7 +46,7 @@ impl Pairs {
     /// Pairs each average with the source of the same place.
     pub(crate) fn new<'t>(
         pairs: impl Iterator<Item = (&'t Tensor, &'t Tensor)>,
-    ) -> Result<Self, Exception> {
+    ) -> Result<Self, BridgeError> {
         let (averages, sources): (Vec<_>, Vec<_>) =
             pairs.map(|(average, source)| (average.as_ptr(), source.as_ptr())).unzip();
         let mut made = null_mut();
@@ -63,7 +63,7 @@ impl Pairs {
         NonNull::new(made).map(Self).ok_or_else(|| "no memory".into())
     }
 
-    pub(crate) fn update(&mut self, how: Average) -> Result<(), Exception> {
+    pub(crate) fn update(&mut self, how: Average) -> Result<(), BridgeError> {
         let (how, number) = match how {
             Average::Lerp(momentum) => (0, momentum),
             Average::Mean(count) => (1, count),
@@ -78,7 +78,7 @@ impl Pairs {
 
 /// An update of no pairs by this number.
 #[cfg(test)]
-pub(super) fn update_with_number(how: c_int) -> Result<(), Exception> {
+pub(super) fn update_with_number(how: c_int) -> Result<(), BridgeError> {
     let pairs = Pairs::new(std::iter::empty())?;
     // SAFETY: as in `update`.
     checked(|error| unsafe { tig_pairs_update(pairs.0.as_ptr(), how, 0., error) })

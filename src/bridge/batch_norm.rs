@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::marker::PhantomData;
 use std::ptr::{NonNull, null_mut};
 
-use super::{Exception, TensorId, checked};
+use super::{BridgeError, TensorId, checked};
 
 type Raw = *mut c_void;
 
@@ -28,20 +28,20 @@ pub(crate) struct BatchNormWatch {
 impl BatchNormWatch {
     /// Averages the statistics of each layer over all its calls in training mode. Meanwhile the running averages hold
     /// nothing of use.
-    pub(crate) fn averaging() -> Result<Self, Exception> {
+    pub(crate) fn averaging() -> Result<Self, BridgeError> {
         Self::begin(true)
     }
 
     /// Lists the layers that get one value for each channel, whose variance is no number.
-    pub(crate) fn looking_for_single_values() -> Result<Self, Exception> {
+    pub(crate) fn looking_for_single_values() -> Result<Self, BridgeError> {
         Self::begin(false)
     }
 
-    fn begin(averages: bool) -> Result<Self, Exception> {
+    fn begin(averages: bool) -> Result<Self, BridgeError> {
         let mut raw = null_mut();
         // SAFETY: on success `raw` is a watch made with `new` for us, which `drop` frees.
         checked(|error| unsafe { tig_batch_norm_watch(averages.into(), &mut raw, error) })?;
-        let raw = NonNull::new(raw).ok_or_else(|| Exception::from("no watch was made"))?;
+        let raw = NonNull::new(raw).ok_or_else(|| BridgeError::from("no watch was made"))?;
         Ok(Self { raw, _not_send: PhantomData })
     }
 
@@ -62,7 +62,7 @@ impl BatchNormWatch {
     }
 
     /// Makes the averages over all calls the running averages.
-    pub(crate) fn keep(self) -> Result<(), Exception> {
+    pub(crate) fn keep(self) -> Result<(), BridgeError> {
         // SAFETY: `raw` is a live watch of this thread.
         checked(|error| unsafe { tig_batch_norm_end(self.raw.as_ptr(), 1, error) })
     }

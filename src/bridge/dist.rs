@@ -230,18 +230,18 @@ impl Drop for Store {
 
 /// The process groups: one for tensors, and one for small messages.
 #[derive(Debug)]
-pub(crate) struct Group {
+pub(crate) struct ProcessGroups {
     raw: NonNull<c_void>,
     world: usize,
 }
 
 // SAFETY: the C++ object belongs to no thread.
-unsafe impl Send for Group {}
+unsafe impl Send for ProcessGroups {}
 // SAFETY: its owner lets one thread at a time make calls (`ProcessGroup` has a lock for that), but for
 // `hang_up`, which only uses what gloo itself locks.
-unsafe impl Sync for Group {}
+unsafe impl Sync for ProcessGroups {}
 
-impl Group {
+impl ProcessGroups {
     /// `control_timeout_ms` is `None` where there is to be no group for messages.
     pub(crate) fn new(
         store: &Store,
@@ -339,7 +339,7 @@ impl Group {
     }
 }
 
-impl Drop for Group {
+impl Drop for ProcessGroups {
     fn drop(&mut self) {
         // SAFETY: made by tig_dist_new, freed once, here.
         unsafe { tig_dist_free(self.raw.as_ptr()) }

@@ -111,11 +111,13 @@ void settle(Optimizer& optimizer, Kind kind, Plan& plan) {
 
 using tig::storage_of;
 
-int64_t offset(const c10::TensorImpl& t) { return t.storage_offset() * static_cast<int64_t>(t.dtype().itemsize()); }
-
-// The first element, to write to and to read from.
-void* memory(c10::TensorImpl& t) { return static_cast<char*>(storage_of(t).mutable_data()) + offset(t); }
-const void* read_memory(c10::TensorImpl& t) { return static_cast<const char*>(storage_of(t).data()) + offset(t); }
+// The first element, to write to and to read from, where each is of `item` bytes.
+TIG_INLINE void* memory(c10::TensorImpl& t, size_t item) {
+  return static_cast<char*>(storage_of(t).mutable_data()) + static_cast<size_t>(t.storage_offset()) * item;
+}
+TIG_INLINE const void* read_memory(c10::TensorImpl& t, size_t item) {
+  return static_cast<const char*>(storage_of(t).data()) + static_cast<size_t>(t.storage_offset()) * item;
+}
 
 class Step {
  public:
@@ -205,7 +207,8 @@ class Step {
     return true;
   }
 
-  bool recall(const Plan::Known::Parameter& before, const Tensor& p) {
+  // In each step it is asked of each parameter: all that it calls is put into it.
+  __attribute__((flatten)) bool recall(const Plan::Known::Parameter& before, const Tensor& p) {
     c10::TensorImpl* const now = p.unsafeGetTensorImpl();
     if (now != before.p) return false;
     const Tensor& gradient = now->grad();
@@ -215,15 +218,18 @@ class Step {
     tig::Task& task = plan_.pass.task(before.task);
     // What decide() looked at, without what follows from it.
     if (now->key_set() != before.keys || now->dtype().toScalarType() != task.dtype || now->numel() != task.n) return false;
-    if (!now->is_non_overlapping_and_dense() || memory(*now) != task.p || !tig::is_within_storage(*now)) return false;
-    if (!tig::is_alike(*now, *g) || &storage_of(*now) == &storage_of(*g)) return false;
+    const size_t item = c10::elementSize(task.dtype);
+    if (!now->is_non_overlapping_and_dense() || memory(*now, item) != task.p) return false;
+    if (!tig::is_within_storage(*now, item) || !tig::is_alike(*now, *g, item)) return false;
+    if (&storage_of(*now) == &storage_of(*g)) return false;
     for (int i = 0; i < 3; ++i) {
       c10::TensorImpl* const state = before.state[i];
       if (!state) continue;
-      if (!tig::is_alike(*now, *state) || memory(*state) != task.s[i] || &storage_of(*state) == &storage_of(*g)) return false;
+      if (!tig::is_alike(*now, *state, item) || memory(*state, item) != task.s[i]) return false;
+      if (&storage_of(*state) == &storage_of(*g)) return false;
     }
     if (before.steps && *before.steps != plan_.known.shared[task.numbers].steps) return false;
-    task.g = read_memory(*g);
+    task.g = read_memory(*g, item);
     return true;
   }
 
@@ -376,7 +382,7 @@ class Step {
       plan_.pass.add(Rules::numbers(o, shared.steps));
     }
     tig::Task task{};
-    task.p = memory(*p.unsafeGetTensorImpl());
+    task.p = memory(*p.unsafeGetTensorImpl(), p.element_size());
     task.g = g.const_data_ptr();
     task.n = p.numel();
     task.dtype = p.scalar_type();
@@ -387,7 +393,7 @@ class Step {
     for (int i = 0; i < 3; ++i) {
       if (!tensors[i]) continue;
       parameter.state[i] = tensors[i]->unsafeGetTensorImpl();
-      task.s[i] = memory(*parameter.state[i]);
+      task.s[i] = memory(*parameter.state[i], p.element_size());
     }
     parameter.task = plan_.pass.add(task);
     known.parameters.push_back(parameter);

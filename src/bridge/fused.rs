@@ -6,7 +6,7 @@ use std::ptr::{NonNull, null, null_mut};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use super::{Exception, Native, Raw, TensorId, checked};
+use super::{BridgeError, Native, Raw, TensorId, checked};
 
 unsafe extern "C" {
     fn tig_plan_new(made: *mut Raw, error: *mut *mut c_char) -> c_int;
@@ -42,7 +42,7 @@ pub(crate) enum Mode {
 pub(crate) struct StepError {
     /// The parameter because of which the step was refused, if it was one: nothing has changed then.
     pub(crate) parameter: Option<TensorId>,
-    pub(crate) text: Exception,
+    pub(crate) text: BridgeError,
 }
 
 /// The C++ side's lists, kept from step to step.
@@ -50,7 +50,7 @@ pub(crate) struct StepError {
 pub(super) struct Plan(NonNull<c_void>);
 
 impl Plan {
-    pub(super) fn new() -> Result<Self, Exception> {
+    pub(super) fn new() -> Result<Self, BridgeError> {
         let mut made = null_mut();
         // SAFETY: makes an object of its own.
         checked(|error| unsafe { tig_plan_new(&mut made, error) })?;
@@ -85,7 +85,7 @@ impl Native {
         let stepped = checked(|error| unsafe {
             tig_step(
                 self.raw.as_ptr(),
-                self.kind as c_int,
+                self.algorithm as c_int,
                 self.plan.as_ptr(),
                 self.mode as c_int,
                 pointer(factor),
@@ -102,10 +102,10 @@ impl Native {
 
     /// Makes the step counts right after steps that were skipped on a device: a host sync, if there were
     /// steps with `found_inf` on a device since the last time.
-    pub(crate) fn settle(&self) -> Result<(), Exception> {
+    pub(crate) fn settle(&self) -> Result<(), BridgeError> {
         // SAFETY: as in `step`; the borrow of `self` keeps other threads out, because Native is not Sync.
         checked(|error| unsafe {
-            tig_settle(self.raw.as_ptr(), self.kind as c_int, self.plan.as_ptr(), error)
+            tig_settle(self.raw.as_ptr(), self.algorithm as c_int, self.plan.as_ptr(), error)
         })
     }
 }
@@ -119,7 +119,7 @@ pub(super) unsafe fn step_with_numbers(
     native: &Native,
     kind: c_int,
     mode: c_int,
-) -> Result<(), Exception> {
+) -> Result<(), BridgeError> {
     let (raw, plan, mut refused) = (native.raw.as_ptr(), native.plan.as_ptr(), null());
     // SAFETY: as in `step`; the caller promises the rest.
     checked(|error| unsafe { tig_step(raw, kind, plan, mode, null(), null(), &mut refused, error) })

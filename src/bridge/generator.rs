@@ -6,7 +6,7 @@ use std::ptr::null_mut;
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 
-use super::{Exception, checked};
+use super::{BridgeError, checked};
 
 unsafe extern "C" {
     fn tig_generator_state(
@@ -22,7 +22,7 @@ unsafe extern "C" {
 }
 
 /// The number of the CUDA device, -1 for the CPU.
-fn number(device: Device) -> Result<c_int, Exception> {
+fn number(device: Device) -> Result<c_int, BridgeError> {
     match device {
         Device::Cpu => Ok(-1),
         Device::Cuda(index) => c_int::try_from(index).map_err(|error| error.to_string()),
@@ -31,7 +31,7 @@ fn number(device: Device) -> Result<c_int, Exception> {
 }
 
 /// A copy of the state of the device's default generator: bytes, on the CPU.
-pub(crate) fn generator_state(device: Device) -> Result<Tensor, Exception> {
+pub(crate) fn generator_state(device: Device) -> Result<Tensor, BridgeError> {
     let device = number(device)?;
     let mut state = null_mut();
     // SAFETY: on success `state` is a torch::Tensor made with `new` for us.
@@ -41,7 +41,7 @@ pub(crate) fn generator_state(device: Device) -> Result<Tensor, Exception> {
 }
 
 /// Puts the device's default generator into a state; libtorch checks its size and content.
-pub(crate) fn set_generator_state(device: Device, state: &Tensor) -> Result<(), Exception> {
+pub(crate) fn set_generator_state(device: Device, state: &Tensor) -> Result<(), BridgeError> {
     let device = number(device)?;
     // SAFETY: the pointer of a live tch tensor is a live torch::Tensor.
     checked(|error| unsafe { tig_set_generator_state(device, state.as_ptr(), error) })

@@ -6,7 +6,7 @@ use std::ptr::null_mut;
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use super::{Exception, Native, Raw, checked};
+use super::{BridgeError, Native, Raw, checked};
 
 unsafe extern "C" {
     fn tig_clip_norm(
@@ -67,7 +67,7 @@ impl Native {
         groups: &[usize],
         max: f64,
         order: f64,
-    ) -> Result<(Tensor, Tensor), Exception> {
+    ) -> Result<(Tensor, Tensor), BridgeError> {
         let (mut total, mut factor) = (null_mut(), null_mut());
         // SAFETY: see above.
         checked(|error| unsafe {
@@ -92,7 +92,7 @@ impl Native {
         &mut self,
         groups: &[usize],
         factor: &Tensor,
-    ) -> Result<(), Exception> {
+    ) -> Result<(), BridgeError> {
         // SAFETY: see above; the pointer of a live tch tensor is a live torch::Tensor.
         checked(|error| unsafe {
             tig_scale_gradients(
@@ -107,7 +107,7 @@ impl Native {
     }
 
     /// Brings every element of the gradients between `-max` and `max`, in place.
-    pub(crate) fn clip_value(&mut self, groups: &[usize], max: f64) -> Result<(), Exception> {
+    pub(crate) fn clip_value(&mut self, groups: &[usize], max: f64) -> Result<(), BridgeError> {
         // SAFETY: see above.
         checked(|error| unsafe {
             tig_clip_value(
@@ -122,7 +122,7 @@ impl Native {
     }
 
     /// Fills the gradients with zeros.
-    pub(crate) fn zero_gradients(&mut self, groups: &[usize]) -> Result<(), Exception> {
+    pub(crate) fn zero_gradients(&mut self, groups: &[usize]) -> Result<(), BridgeError> {
         // SAFETY: see above.
         checked(|error| unsafe {
             tig_zero_gradients(self.raw.as_ptr(), groups.as_ptr(), groups.len(), error)
@@ -130,7 +130,7 @@ impl Native {
     }
 
     /// Sets the gradients to none.
-    pub(crate) fn clear_gradients(&mut self, groups: &[usize]) -> Result<(), Exception> {
+    pub(crate) fn clear_gradients(&mut self, groups: &[usize]) -> Result<(), BridgeError> {
         // SAFETY: see above.
         checked(|error| unsafe {
             tig_clear_gradients(self.raw.as_ptr(), groups.as_ptr(), groups.len(), error)
@@ -138,7 +138,7 @@ impl Native {
     }
 
     /// 1 where a gradient has an element that is not finite, else 0: one f32 element on their device.
-    pub(crate) fn found_inf(&mut self, groups: &[usize]) -> Result<Tensor, Exception> {
+    pub(crate) fn found_inf(&mut self, groups: &[usize]) -> Result<Tensor, BridgeError> {
         let mut found = null_mut();
         // SAFETY: see above.
         checked(|error| unsafe {

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::ptr::null_mut;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{Exception, checked, taken_text};
+use super::{BridgeError, checked, taken_text};
 
 unsafe extern "C" {
     fn tig_host_syncs_begin(callback: *mut u64, error: *mut *mut c_char) -> c_int;
@@ -23,7 +23,7 @@ pub(crate) struct HostSyncs {
 }
 
 impl HostSyncs {
-    pub(crate) fn begin() -> Result<Self, Exception> {
+    pub(crate) fn begin() -> Result<Self, BridgeError> {
         static ONE: Mutex<()> = Mutex::new(());
         let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let mut callback = 0;
@@ -33,12 +33,12 @@ impl HostSyncs {
     }
 
     /// Their names, in order.
-    pub(crate) fn end(mut self) -> Result<Vec<String>, Exception> {
+    pub(crate) fn end(mut self) -> Result<Vec<String>, BridgeError> {
         let names = self.remove()?;
         Ok(names.lines().map(str::to_owned).collect())
     }
 
-    fn remove(&mut self) -> Result<String, Exception> {
+    fn remove(&mut self) -> Result<String, BridgeError> {
         if std::mem::replace(&mut self.ended, true) {
             return Ok(String::new());
         }

@@ -4,9 +4,9 @@ use std::ffi::c_void;
 
 use tch::{Device, Tensor};
 
-use super::Exception;
+use super::BridgeError;
 
-fn checked_pointer(tensor: &Tensor) -> Result<(*mut c_void, usize), Exception> {
+fn checked_pointer(tensor: &Tensor) -> Result<(*mut c_void, usize), BridgeError> {
     if !tensor.defined() || tensor.device() != Device::Cpu {
         return Err("the bytes of a tensor that is not on the CPU were asked for".into());
     }
@@ -22,7 +22,7 @@ fn checked_pointer(tensor: &Tensor) -> Result<(*mut c_void, usize), Exception> {
 }
 
 /// The elements of a dense, contiguous CPU tensor, in memory order.
-pub(crate) fn bytes(tensor: &Tensor) -> Result<&[u8], Exception> {
+pub(crate) fn bytes(tensor: &Tensor) -> Result<&[u8], BridgeError> {
     let (start, len) = checked_pointer(tensor)?;
     if len == 0 {
         return Ok(&[]);
@@ -34,7 +34,7 @@ pub(crate) fn bytes(tensor: &Tensor) -> Result<&[u8], Exception> {
 }
 
 /// The same, to be written. Bool tensors must get zeros and ones.
-pub(crate) fn bytes_mut(tensor: &mut Tensor) -> Result<&mut [u8], Exception> {
+pub(crate) fn bytes_mut(tensor: &mut Tensor) -> Result<&mut [u8], BridgeError> {
     let (start, len) = checked_pointer(tensor)?;
     if len == 0 {
         return Ok(&mut []);

@@ -40,7 +40,7 @@ pub(crate) use autocast::AutocastRegion;
 pub(crate) use average::{Average, Pairs};
 pub(crate) use batch_norm::BatchNormWatch;
 #[cfg(feature = "distributed")]
-pub(crate) use dist::{Cause, DistException, Group, Store, StoreAddress};
+pub(crate) use dist::{Cause, DistException, ProcessGroups, Store, StoreAddress};
 pub(crate) use fused::{Mode, StepError};
 pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use host_syncs::HostSyncs;
@@ -130,13 +130,13 @@ unsafe extern "C" {
 }
 
 /// A C++ exception, as its text.
-pub(crate) type Exception = String;
+pub(crate) type BridgeError = String;
 
 // The address is read out of the value, so it has to be a pointer and nothing else.
 const _: () = assert!(size_of::<COptimizer>() == size_of::<Raw>());
 const _: () = assert!(align_of::<COptimizer>() == align_of::<Raw>());
 
-fn checked(call: impl FnOnce(*mut *mut c_char) -> c_int) -> Result<(), Exception> {
+fn checked(call: impl FnOnce(*mut *mut c_char) -> c_int) -> Result<(), BridgeError> {
     let mut error: *mut c_char = null_mut();
     if call(&mut error) == 0 {
         return Ok(());
@@ -161,7 +161,7 @@ unsafe fn taken_text(text: *mut c_char) -> String {
 /// Which optimizer it is; the numbers are those of bridge.cpp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
-pub(crate) enum Kind {
+pub(crate) enum Algorithm {
     Sgd = 0,
     Adam = 1,
     AdamW = 2,
@@ -189,7 +189,7 @@ pub(crate) fn warn_once(text: &str) {
 }
 
 /// A copy in pinned memory: needs CUDA.
-pub(crate) fn pin_memory(tensor: &Tensor) -> Result<Tensor, Exception> {
+pub(crate) fn pin_memory(tensor: &Tensor) -> Result<Tensor, BridgeError> {
     let mut pinned = null_mut();
     // SAFETY: the pointer of a live tch tensor is a live torch::Tensor.
     checked(|error| unsafe { tig_pin_memory(tensor.as_ptr(), &mut pinned, error) })?;
@@ -198,7 +198,10 @@ pub(crate) fn pin_memory(tensor: &Tensor) -> Result<Tensor, Exception> {
 }
 
 /// Gives a parameter this gradient, shared and not copied, or none.
-pub(crate) fn set_gradient(parameter: &Tensor, gradient: Option<&Tensor>) -> Result<(), Exception> {
+pub(crate) fn set_gradient(
+    parameter: &Tensor,
+    gradient: Option<&Tensor>,
+) -> Result<(), BridgeError> {
     let gradient = gradient.map_or(null(), |gradient| gradient.as_ptr());
     // SAFETY: pointers of live tch tensors are live torch::Tensors; null is allowed for `gradient`.
     checked(|error| unsafe { tig_set_gradient(parameter.as_ptr(), gradient, error) })
@@ -230,7 +233,7 @@ pub(crate) struct RawState {
 pub(crate) struct Native {
     pub(crate) tch: nn::Optimizer,
     raw: NonNull<c_void>,
-    pub(crate) kind: Kind,
+    pub(crate) algorithm: Algorithm,
     /// How steps are done.
     pub(crate) mode: Mode,
     plan: Plan,
@@ -244,7 +247,7 @@ impl Native {
         config: &T,
         vs: &nn::VarStore,
         lr: f64,
-    ) -> Result<Self, Exception> {
+    ) -> Result<Self, BridgeError> {
         let address = Cell::new(null_mut());
         let tch =
             Tap { inner: config, address: &address }.build(vs, lr).map_err(|e| e.to_string())?;
@@ -252,14 +255,14 @@ impl Native {
         let mut kind = -1;
         // SAFETY: `raw` is the live optimizer inside `tch`.
         checked(|error| unsafe { tig_kind(raw.as_ptr(), &mut kind, error) })?;
-        let kind = match kind {
-            0 => Kind::Sgd,
-            1 => Kind::Adam,
-            2 => Kind::AdamW,
-            3 => Kind::RmsProp,
+        let algorithm = match kind {
+            0 => Algorithm::Sgd,
+            1 => Algorithm::Adam,
+            2 => Algorithm::AdamW,
+            3 => Algorithm::RmsProp,
             other => return Err(format!("the bridge answered with an unknown optimizer: {other}")),
         };
-        let mut native = Self { tch, raw, kind, mode: Mode::Fused, plan: Plan::new()? };
+        let mut native = Self { tch, raw, algorithm, mode: Mode::Fused, plan: Plan::new()? };
         native.remove_repeated()?;
         Ok(native)
     }
@@ -272,31 +275,31 @@ impl Native {
         unsafe { tig_group_count(self.raw.as_ptr()) }
     }
 
-    pub(crate) fn reserve_groups(&mut self, count: usize) -> Result<(), Exception> {
+    pub(crate) fn reserve_groups(&mut self, count: usize) -> Result<(), BridgeError> {
         // SAFETY: see above.
         checked(|error| unsafe { tig_reserve_groups(self.raw.as_ptr(), count, error) })
     }
 
     #[inline]
-    pub(crate) fn get(&self, group: usize, option: i32) -> Result<f64, Exception> {
+    pub(crate) fn get(&self, group: usize, option: i32) -> Result<f64, BridgeError> {
         let mut value = f64::NAN;
         // SAFETY: see above; the C++ side checks `group` and `option`.
         checked(|error| unsafe {
-            tig_get(self.raw.as_ptr(), self.kind as c_int, group, option, &mut value, error)
+            tig_get(self.raw.as_ptr(), self.algorithm as c_int, group, option, &mut value, error)
         })?;
         Ok(value)
     }
 
     #[inline]
-    pub(crate) fn set(&mut self, group: usize, option: i32, value: f64) -> Result<(), Exception> {
+    pub(crate) fn set(&mut self, group: usize, option: i32, value: f64) -> Result<(), BridgeError> {
         // SAFETY: see above; the C++ side checks `group` and `option`.
         checked(|error| unsafe {
-            tig_set(self.raw.as_ptr(), self.kind as c_int, group, option, value, error)
+            tig_set(self.raw.as_ptr(), self.algorithm as c_int, group, option, value, error)
         })
     }
 
     /// The parameters of a group, in libtorch's order.
-    pub(crate) fn parameters(&self, group: usize) -> Result<Vec<Tensor>, Exception> {
+    pub(crate) fn parameters(&self, group: usize) -> Result<Vec<Tensor>, BridgeError> {
         let mut count = 0;
         // SAFETY: see above.
         checked(|error| unsafe {
@@ -312,19 +315,19 @@ impl Native {
     }
 
     /// Leaves a tensor that tch added more than once where it was added first.
-    pub(crate) fn remove_repeated(&mut self) -> Result<(), Exception> {
+    pub(crate) fn remove_repeated(&mut self) -> Result<(), BridgeError> {
         self.settle()?;
         // SAFETY: see above.
         checked(|error| unsafe { tig_remove_repeated(self.raw.as_ptr(), error) })
     }
 
-    pub(crate) fn zero_grad(&mut self) -> Result<(), Exception> {
+    pub(crate) fn zero_grad(&mut self) -> Result<(), BridgeError> {
         // SAFETY: see above.
         checked(|error| unsafe { tig_zero_grad(self.raw.as_ptr(), error) })
     }
 
     /// The tensors are shared with the optimizer, not copied.
-    pub(crate) fn state(&self, parameter: &Tensor) -> Result<Option<RawState>, Exception> {
+    pub(crate) fn state(&self, parameter: &Tensor) -> Result<Option<RawState>, BridgeError> {
         self.settle()?;
         let (mut found, mut step) = (0, -1);
         let mut tensors: [*mut C_tensor; 3] = [null_mut(); 3];
@@ -332,7 +335,7 @@ impl Native {
         checked(|error| unsafe {
             tig_state(
                 self.raw.as_ptr(),
-                self.kind as c_int,
+                self.algorithm as c_int,
                 parameter.as_ptr(),
                 &mut found,
                 &mut step,
@@ -349,7 +352,7 @@ impl Native {
 
     /// Gives those parameters of the group that have a state, but not this tensor in it, zeros there:
     /// what it would hold if it had been there without effect.
-    pub(crate) fn add_buffer(&mut self, group: usize, buffer: usize) -> Result<(), Exception> {
+    pub(crate) fn add_buffer(&mut self, group: usize, buffer: usize) -> Result<(), BridgeError> {
         let _guard = tch::no_grad_guard();
         for parameter in self.parameters(group)? {
             let Some(mut state) = self.state(&parameter)? else { continue };
@@ -367,7 +370,7 @@ impl Native {
         &mut self,
         parameter: &Tensor,
         state: Option<&RawState>,
-    ) -> Result<(), Exception> {
+    ) -> Result<(), BridgeError> {
         self.settle()?;
         let Some(state) = state else {
             // SAFETY: see above; the pointer of a live tch tensor is a live torch::Tensor.
@@ -383,7 +386,7 @@ impl Native {
         checked(|error| unsafe {
             tig_set_state(
                 self.raw.as_ptr(),
-                self.kind as c_int,
+                self.algorithm as c_int,
                 parameter.as_ptr(),
                 state.step.unwrap_or(-1),
                 tensors.as_ptr(),

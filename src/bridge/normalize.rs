@@ -2,7 +2,7 @@ use std::ptr::null;
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::Exception;
+use super::BridgeError;
 
 unsafe extern "C" {
     fn tig_normalize_rows(
@@ -31,7 +31,7 @@ pub(crate) fn normalize_rows(
     data: &Tensor,
     rows: Rows<'_>,
     tables: &[f32],
-) -> Result<Tensor, Exception> {
+) -> Result<Tensor, BridgeError> {
     let text = |error: TchError| error.to_string();
     let mut shape = data.size();
     let plain = data.kind() == Kind::Uint8 && data.device() == Device::Cpu && data.is_contiguous();

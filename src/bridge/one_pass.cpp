@@ -21,8 +21,6 @@ constexpr int64_t CHUNK = 1 << 15;
 // Elements converted at a time: five buffers of this many floats stay in the L1 cache.
 constexpr int64_t BLOCK = 512;
 
-#define TIG_INLINE inline __attribute__((always_inline))
-
 // The widest registers: compilers prefer half of them unless told. Each says it in its own way, and what it does
 // not know makes it drop the whole attribute, and with it the instruction set.
 #if defined(__clang__)
@@ -485,32 +483,10 @@ bool OnePass::any_nonfinite() {
   return found;
 }
 
-namespace {
-// Of one size, and both walk their memory in the same order.
-bool same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
-  const auto sizes = a.sizes(), strides = a.strides(), other_sizes = b.sizes(), other_strides = b.strides();
-  if (sizes.size() != other_sizes.size()) return false;
-  for (size_t i = 0; i < sizes.size(); ++i)
-    if (sizes[i] != other_sizes[i] || (strides[i] != other_strides[i] && sizes[i] != 1)) return false;
-  return true;
-}
-}  // namespace
-
 bool is_plain_cpu(const at::Tensor& tensor) {
   return tensor.device().is_cpu() && tensor.layout() == at::kStrided && is_floating(tensor.scalar_type()) &&
          tensor.is_non_overlapping_and_dense() && !tensor.is_inference() && !tensor.is_neg() &&
-         is_within_storage(*tensor.unsafeGetTensorImpl());
-}
-
-bool is_alike(const c10::TensorImpl& tensor, const c10::TensorImpl& other) {
-  // The keys tell kind of device, layout, negated views and inference tensors.
-  return other.key_set() == tensor.key_set() && other.dtype() == tensor.dtype() &&
-         other.device() == tensor.device() && same_layout(tensor, other) && is_within_storage(other);
-}
-
-bool is_within_storage(const c10::TensorImpl& tensor) {
-  const size_t item = tensor.dtype().itemsize(), n = static_cast<size_t>(tensor.numel());
-  return n == 0 || (static_cast<size_t>(tensor.storage_offset()) + n) * item <= storage_of(tensor).nbytes();
+         is_within_storage(*tensor.unsafeGetTensorImpl(), tensor.element_size());
 }
 
 }  // namespace tig

@@ -9,6 +9,8 @@
 #include <optional>
 #include <vector>
 
+#define TIG_INLINE inline __attribute__((always_inline))
+
 namespace tig {
 
 // The arithmetic of one kind of update. `a`, `b`, `c` are the state tensors of a task; `k` are numbers.
@@ -105,19 +107,44 @@ class OnePass {
 // Types, layout and memory for which a task may be made.
 bool is_plain_cpu(const at::Tensor& tensor);
 
-// Whether a kernel may walk `other` beside `tensor`, which is dense, element by element: it has the same type,
-// device and layout in memory, and its memory reaches to its end. Whoever remembers the answer for longer than
-// one call has to ask again, because any of it can change under a tensor (set_data).
-bool is_alike(const c10::TensorImpl& tensor, const c10::TensorImpl& other);
-inline bool is_alike(const at::Tensor& tensor, const at::Tensor& other) {
-  return other.defined() && is_alike(*tensor.unsafeGetTensorImpl(), *other.unsafeGetTensorImpl());
+TIG_INLINE c10::StorageImpl& storage_of(const c10::TensorImpl& t) {
+  return *const_cast<c10::TensorImpl&>(t).unsafe_storage().unsafeGetStorageImpl();
 }
 
-// Whether all elements of a dense tensor lie within its storage.
-bool is_within_storage(const c10::TensorImpl& tensor);
+// Whether all elements of a dense tensor, each of `item` bytes, lie within its storage.
+TIG_INLINE bool is_within_storage(const c10::TensorImpl& tensor, size_t item) {
+  const size_t n = static_cast<size_t>(tensor.numel());
+  return n == 0 || (static_cast<size_t>(tensor.storage_offset()) + n) * item <= storage_of(tensor).nbytes();
+}
 
-inline c10::StorageImpl& storage_of(const c10::TensorImpl& t) {
-  return *const_cast<c10::TensorImpl&>(t).unsafe_storage().unsafeGetStorageImpl();
+// Whether both are of one size, and walk their memory in the same order. Mostly all numbers are equal, and then
+// none of them is branched on.
+TIG_INLINE bool have_same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
+  const auto sizes = a.sizes(), strides = a.strides(), other_sizes = b.sizes(), other_strides = b.strides();
+  const size_t dims = sizes.size();
+  if (dims != other_sizes.size()) return false;
+  int64_t differ = 0;
+  for (size_t i = 0; i < dims; ++i)
+    differ |= (sizes.data()[i] ^ other_sizes.data()[i]) | (strides.data()[i] ^ other_strides.data()[i]);
+  if (differ == 0) return true;
+  for (size_t i = 0; i < dims; ++i)
+    if (sizes[i] != other_sizes[i] || (strides[i] != other_strides[i] && sizes[i] != 1)) return false;
+  return true;
+}
+
+// Whether a kernel may walk `other` beside `tensor`, which is dense, element by element: it has the same type,
+// device and layout in memory, and its memory reaches to its end. `item` is the size of an element of `tensor`.
+// Whoever remembers the answer for longer than one call has to ask again, because any of it can change under a
+// tensor (set_data). In each step it is asked of each tensor, so it is inline.
+TIG_INLINE bool is_alike(const c10::TensorImpl& tensor, const c10::TensorImpl& other, size_t item) {
+  // The keys tell kind of device, layout, negated views and inference tensors. There is one CPU.
+  const bool one_device = other.key_set().has_backend(c10::BackendComponent::CPUBit) || other.device() == tensor.device();
+  return other.key_set() == tensor.key_set() && one_device && other.dtype() == tensor.dtype() &&
+         have_same_layout(tensor, other) && is_within_storage(other, item);
+}
+inline bool is_alike(const at::Tensor& tensor, const at::Tensor& other) {
+  return other.defined() &&
+         is_alike(*tensor.unsafeGetTensorImpl(), *other.unsafeGetTensorImpl(), tensor.element_size());
 }
 
 }  // namespace tig

@@ -6,7 +6,7 @@ use std::ptr::{NonNull, null_mut};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use super::dist::{DistException, Group, dist_checked, pointers};
+use super::dist::{DistException, ProcessGroups, dist_checked, pointers};
 use super::taken_text;
 
 type Raw = *mut c_void;
@@ -74,7 +74,7 @@ unsafe impl Sync for Reducer {}
 impl Reducer {
     /// Checks that the parameters are alike on all ranks and gives all ranks the values of rank 0.
     pub(crate) fn new(
-        group: &Group,
+        group: &ProcessGroups,
         parameters: &[(String, Tensor)],
         buffers: &[(String, Tensor)],
         options: &ReducerOptions,

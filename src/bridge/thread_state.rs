@@ -2,7 +2,7 @@
 
 use std::ffi::{c_char, c_int};
 
-use super::{Exception, checked};
+use super::{BridgeError, checked};
 
 const VALUES: usize = 9;
 
@@ -18,7 +18,7 @@ pub(crate) struct ThreadState([i64; VALUES]);
 
 impl ThreadState {
     /// As the settings are now. Takes some 50 ns.
-    pub(crate) fn now() -> Result<Self, Exception> {
+    pub(crate) fn now() -> Result<Self, BridgeError> {
         let mut state = [0; VALUES];
         // SAFETY: writes as many numbers as there are.
         checked(|error| unsafe { tig_thread_state(state.as_mut_ptr(), error) })?;
@@ -26,7 +26,7 @@ impl ThreadState {
     }
 
     /// Makes the settings of this thread these again; they have to be of this thread.
-    pub(crate) fn put_back(&self) -> Result<(), Exception> {
+    pub(crate) fn put_back(&self) -> Result<(), BridgeError> {
         // SAFETY: reads as many numbers as there are, which this thread's libtorch gave.
         checked(|error| unsafe { tig_set_thread_state(self.0.as_ptr(), error) })
     }

@@ -118,10 +118,10 @@ impl Folder {
         Ok(())
     }
 
-    /// What the file says of the list it is on, if it says so under its own name.
-    pub(super) fn kept(&self, name: &str) -> Option<(Kept, Contents)> {
+    /// Reads the stamp of a file, if the file carries one under its own name.
+    pub(super) fn kept(&self, name: &str) -> Option<(RetentionStamp, Contents)> {
         let contents = Contents::open(&self.file(name)).ok()?;
-        let kept: Kept = serde_json::from_str(contents.stamp.kept.as_deref()?).ok()?;
+        let kept: RetentionStamp = serde_json::from_str(contents.stamp.kept.as_deref()?).ok()?;
         (kept.name == name).then_some((kept, contents))
     }
 
@@ -175,7 +175,7 @@ impl Drop for Claim {
     }
 }
 
-/// Whose list a file is on: that of a handler in a run.
+/// Names the list that a file is on: that of a handler in a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Owner {
     pub(super) run: u64,
@@ -184,7 +184,7 @@ pub(super) struct Owner {
 
 /// The stamp in each file that lets a later process put it on its list again, and remove it one day.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Kept {
+pub(super) struct RetentionStamp {
     #[serde(flatten)]
     pub(super) owner: Owner,
     /// The file's own name: copies under other names are somebody's.

@@ -444,7 +444,7 @@ struct Piece<'t> {
 }
 
 impl Piece<'_> {
-    /// Its hash. Bytes that are not wanted go into a buffer of a chunk.
+    /// Reads the piece and returns its hash. Bytes that are not wanted go into a buffer of a chunk.
     fn read(&mut self, file: &File, unwanted: &mut Vec<u8>) -> Result<u32, String> {
         let (mut crc, mut done) = (0, 0);
         while done < self.len {

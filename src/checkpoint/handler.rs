@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::filename::{Parts, check_name};
-use super::folder::{Claim, Folder, Kept, Owner};
+use super::folder::{Claim, Folder, Owner, RetentionStamp};
 use super::format::Stamp;
 use super::writer::{Job, Writer, both};
 use super::{StateDict, Stateful};
@@ -510,7 +510,7 @@ impl<B, O> Checkpoint<B, O> {
         let folder = self.folder()?;
         let run = *self.run.get_or_insert_with(|| folder.time());
         let (name, score) = (new.name.clone(), new.priority.saved());
-        let kept = Kept { owner: self.owner(run), name, score };
+        let kept = RetentionStamp { owner: self.owner(run), name, score };
         let kept = serde_json::to_string(&kept).map_err(|error| Error::State(error.to_string()))?;
         let stamp = Stamp { written: folder.time(), kept: Some(kept) };
         let before = self.saved.clone();

@@ -127,7 +127,7 @@ pub(super) fn check_memory(json: &str, tensors: usize) -> Result<(), String> {
     }
 }
 
-/// As much of a text as an error may hold: a file can have names of any length.
+/// Cuts a text to the length that an error may have: a file can hold names of any length.
 pub(super) fn shortened(text: &str) -> String {
     match text.char_indices().nth(400) {
         Some((end, _)) => format!("{}…", &text[..end]),

@@ -30,7 +30,7 @@ pub struct Resumed {
     pub restored: Restored,
 }
 
-/// At most as many lines of a kind, because a file can hold any number of names.
+/// `Resumed` shows at most so many lines of a kind, because a file can hold any number of names.
 const LINES: usize = 20;
 
 impl fmt::Display for Resumed {

@@ -26,6 +26,7 @@ pub(super) struct Job {
 impl Job {
     /// The new file is safe before `latest` and the old files are seen to; of those all are tried.
     fn run(self) -> Result<()> {
+        self.folder.check()?;
         write(&self.folder.file(&self.name), &self.state, self.plain, &self.stamp)?;
         let mut tidied = match self.plain {
             true => Ok(()),
@@ -38,7 +39,7 @@ impl Job {
     }
 }
 
-/// The first error, which tells of the second too.
+/// Joins two results: the first error tells of the second too.
 pub(super) fn both(first: Result<()>, second: Result<()>) -> Result<()> {
     match (first, second) {
         (Err(first), Err(second)) => Err(first.besides(second)),

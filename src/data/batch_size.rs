@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde_json::{Map, Value};
 
-use super::Place;
+use super::SamplePosition;
 use crate::error::{Error, Result};
 
 /// The batch size of a [`Loader`](super::Loader) or [`DataLoader`](super::DataLoader): a handle,
@@ -74,12 +74,12 @@ impl BatchSize {
     }
 
     /// The place after so many samples.
-    pub(super) fn place(&self, samples: u64) -> Place {
-        Place { samples, batch_size: Some(self.get()).filter(|size| *size != self.made) }
+    pub(super) fn place(&self, samples: u64) -> SamplePosition {
+        SamplePosition { samples, batch_size: Some(self.get()).filter(|size| *size != self.made) }
     }
 
     /// Makes the batch size that of a place; gives its samples.
-    pub(super) fn restore(&self, place: &Place) -> Result<u64> {
+    pub(super) fn restore(&self, place: &SamplePosition) -> Result<u64> {
         place.batch_size.map_or(Ok(()), |size| self.set(size))?;
         Ok(place.samples)
     }

@@ -10,7 +10,8 @@ use super::fetcher::{Fetched, Fetcher, Plan};
 use super::sampler::{order_of, seed_of};
 use super::workers::{Work, Workers};
 use super::{
-    BatchSize, Collate, Dataset, IntoSource, Place, RandomSampler, Sampler, Source, Transfer,
+    BatchSize, Collate, Dataset, IntoSource, RandomSampler, SamplePosition, Sampler, Source,
+    Transfer,
 };
 use crate::error::Result;
 
@@ -383,12 +384,12 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
         false
     }
 
-    fn place(&self, again: bool) -> Option<Place> {
+    fn sample_position(&self, again: bool) -> Option<SamplePosition> {
         let again = again || self.failed;
         Some(self.loader.batch_size.place(if again { self.last } else { self.next }))
     }
 
-    fn seek_place(&mut self, pass: u64, place: &Place) -> AnyResult<bool> {
+    fn seek_samples(&mut self, pass: u64, place: &SamplePosition) -> AnyResult<bool> {
         self.seek(pass, 0)?;
         self.next = self.loader.batch_size.restore(place)?;
         Ok(true)

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::normalize::Normalize;
 use super::sampler::{order_of, seed_of};
-use super::{BatchSize, IntoSource, Place, RandomSampler, Sampler, Source, common_len};
+use super::{BatchSize, IntoSource, RandomSampler, SamplePosition, Sampler, Source, common_len};
 use crate::bridge::Rows;
 use crate::error::{Error, Result};
 
@@ -279,11 +279,11 @@ impl Source<Batch> for Cursor {
         false
     }
 
-    fn place(&self, again: bool) -> Option<Place> {
+    fn sample_position(&self, again: bool) -> Option<SamplePosition> {
         Some(self.loader.batch_size.place(if again { self.last } else { self.next }))
     }
 
-    fn seek_place(&mut self, pass: u64, place: &Place) -> AnyResult<bool> {
+    fn seek_samples(&mut self, pass: u64, place: &SamplePosition) -> AnyResult<bool> {
         self.seek(pass, 0)?;
         self.next = self.loader.batch_size.restore(place)?;
         Ok(true)

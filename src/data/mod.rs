@@ -87,14 +87,14 @@ pub trait Source<B> {
 
     /// Where the batch that comes next begins, or with `again` the one that [`next`](Self::next) gave
     /// last; `None` where that is only counted in batches.
-    fn place(&self, again: bool) -> Option<Place> {
+    fn sample_position(&self, again: bool) -> Option<SamplePosition> {
         let _ = again;
         None
     }
 
-    /// Goes to where [`place`](Self::place) was in pass `pass`, also in another process and with
+    /// Goes to where [`sample_position`](Self::sample_position) was in pass `pass`, also in another process and with
     /// another batch size; false where it cannot, and [`seek`](Self::seek) is to be used.
-    fn seek_place(&mut self, pass: u64, place: &Place) -> Result<bool> {
+    fn seek_samples(&mut self, pass: u64, place: &SamplePosition) -> Result<bool> {
         let _ = (pass, place);
         Ok(false)
     }
@@ -113,7 +113,7 @@ pub trait Source<B> {
 
 /// A place in a pass that does not depend on the batch size.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Place {
+pub struct SamplePosition {
     /// Samples of the pass before it.
     pub samples: u64,
     /// The batch size, where it is not the one that the source was made with.

@@ -308,7 +308,8 @@ impl DistributedDataParallel {
 
     /// Makes a tensor the sum over all ranks, and returns their number.
     pub(crate) fn sum(&self, tensor: &Tensor) -> Result<u64> {
-        self.shared.pg.sum_unchecked("DistributedDataParallel: the weights of a window", tensor)?;
+        // For those who read errors it is a part of backward.
+        self.shared.pg.sum_unchecked(BACKWARD, tensor)?;
         Ok(self.shared.pg.world_size() as u64)
     }
 

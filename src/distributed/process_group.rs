@@ -11,7 +11,7 @@ use super::environment::Environment;
 use super::failure::{Failure, Reports, classify, not_joined, without_store, words};
 use super::frame;
 use super::{Backend, ProcessGroupOptions, ReduceOp};
-use crate::bridge::{DistException, Group, Store, StoreAddress};
+use crate::bridge::{DistException, ProcessGroups, Store, StoreAddress};
 use crate::error::{Error, Result};
 use crate::failure_kind::FailureKind;
 
@@ -37,7 +37,7 @@ struct Shared {
 
 /// The connections to the others.
 struct Lines {
-    group: Group,
+    group: ProcessGroups,
     // After the group, which uses it.
     store: Arc<Store>,
     /// One operation at a time.
@@ -285,7 +285,7 @@ impl Turn<'_> {
     /// Makes a call that waits for the other ranks.
     pub(super) fn call<R>(
         &self,
-        call: impl FnOnce(&Group) -> Result<R, DistException>,
+        call: impl FnOnce(&ProcessGroups) -> Result<R, DistException>,
     ) -> Result<R> {
         call(&self.lines.group).map_err(|exception| self.failed(&exception))
     }
@@ -420,7 +420,7 @@ fn assemble(
     store: &Arc<Store>,
     environment: &Environment,
     options: &ProcessGroupOptions,
-) -> Result<Group> {
+) -> Result<ProcessGroups> {
     let Environment { rank, world_size, server, .. } = *environment;
     let ProcessGroupOptions { timeout, control_timeout, backend, python_peers, .. } = *options;
     let control = (!python_peers).then(|| milliseconds(control_timeout.unwrap_or(timeout)));
@@ -428,7 +428,7 @@ fn assemble(
     let made = within(timeout * 2 + SLACK, move || {
         with.wait_for_workers()?;
         let nccl = backend == Backend::Nccl;
-        Group::new(&with, rank, world_size, nccl, milliseconds(timeout), control)
+        ProcessGroups::new(&with, rank, world_size, nccl, milliseconds(timeout), control)
     });
     let (kind, message) = match made {
         Some(Ok(group)) => return Ok(group),

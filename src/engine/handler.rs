@@ -68,7 +68,7 @@ pub trait Handler<C, B, O> {
         self.load_state(state).map(|()| vec![])
     }
 
-    /// What no other handler of the engine may have, such as `"metric 'loss'"`: each would write over the
+    /// Names that no other handler of the engine may have, such as `"metric 'loss'"`: each would write over the
     /// other's values.
     fn unique_names(&self) -> Vec<String> {
         vec![]
@@ -232,7 +232,7 @@ struct Slot<'a, C, B, O> {
     removed: Option<u64>,
 }
 
-struct Entry {
+struct Registration {
     slot: usize,
     /// None where it always passes.
     filter: Option<FilteredEvent>,
@@ -273,7 +273,7 @@ pub(super) struct Handlers<'a, C, B, O> {
 /// The handlers of an event.
 #[derive(Default)]
 struct Lists {
-    by_priority: [Vec<Entry>; PRIORITIES],
+    by_priority: [Vec<Registration>; PRIORITIES],
     /// Entries of handlers that were not removed.
     live: usize,
 }
@@ -352,7 +352,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         for (index, event) in indices.iter().zip(events) {
             let filter = (!event.always()).then(|| event.clone());
             let lists = &mut self.lists[index.0];
-            lists.by_priority[priority as usize].push(Entry { slot, filter });
+            lists.by_priority[priority as usize].push(Registration { slot, filter });
             lists.live += 1;
         }
         let (callable, events, removed) = (Some(callable), indices, None);
@@ -553,7 +553,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         (priority, position): (usize, usize),
         number: u64,
         removals: u64,
-    ) -> Option<MayTake<'a, C, B, O>> {
+    ) -> Option<MaybeRunning<'a, C, B, O>> {
         let entry = self.lists[index.0].by_priority[priority].get(position)?;
         let index = entry.slot;
         let slot = &mut self.slots[index];
@@ -570,17 +570,17 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             }
         }
         // A handler that is running already, further out, is not entered again.
-        Some(Ok(slot.callable.take().map(|callable| Taken { slot: index, callable })))
+        Some(Ok(slot.callable.take().map(|callable| RunningHandler { slot: index, callable })))
     }
 
     #[inline]
-    pub(super) fn put_back(&mut self, taken: Taken<'a, C, B, O>) {
+    pub(super) fn put_back(&mut self, taken: RunningHandler<'a, C, B, O>) {
         // Slots only go when no firing is under way.
         self.slots[taken.slot].callable = Some(taken.callable);
     }
 
     /// All handlers that are no closures, with names of which no two are equal.
-    pub(super) fn objects(&self) -> Vec<Named<'_, 'a, C, B, O>> {
+    pub(super) fn objects(&self) -> Vec<NamedHandler<'_, 'a, C, B, O>> {
         let mut names = Names::default();
         let mut objects = vec![];
         for slot in self.slots.iter().filter(|slot| slot.removed.is_none()) {
@@ -589,7 +589,11 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
                 Some(Callable::Object(handler)) => Some(&**handler),
                 _ => None,
             };
-            objects.push(Named { name: names.distinct(name), handler, had_state: *had_state });
+            objects.push(NamedHandler {
+                name: names.distinct(name),
+                handler,
+                had_state: *had_state,
+            });
         }
         objects
     }
@@ -647,11 +651,11 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         custom.map(|custom| custom.firings = firings).is_some()
     }
 
-    pub(super) fn id(&self, taken: &Taken<'a, C, B, O>) -> HandlerId {
+    pub(super) fn id(&self, taken: &RunningHandler<'a, C, B, O>) -> HandlerId {
         self.slots[taken.slot].id
     }
 
-    pub(super) fn name(&self, taken: &Taken<'a, C, B, O>) -> String {
+    pub(super) fn name(&self, taken: &RunningHandler<'a, C, B, O>) -> String {
         self.slots[taken.slot].name.clone()
     }
 }
@@ -673,10 +677,10 @@ impl Names {
 }
 
 /// `None` for a handler that is not to run.
-type MayTake<'a, C, B, O> = Result<Option<Taken<'a, C, B, O>>, HandlerPanicked>;
+type MaybeRunning<'a, C, B, O> = Result<Option<RunningHandler<'a, C, B, O>>, HandlerPanicked>;
 
 /// A handler by its name; `None` while it is running.
-pub(super) struct Named<'s, 'a, C, B, O> {
+pub(super) struct NamedHandler<'s, 'a, C, B, O> {
     pub(super) name: String,
     pub(super) handler: Option<&'s (dyn Handler<C, B, O> + 'a)>,
     /// When it was attached.
@@ -689,7 +693,7 @@ pub(super) struct HandlerPanicked {
     pub(super) source: anyhow::Error,
 }
 
-pub(super) struct Taken<'a, C, B, O> {
+pub(super) struct RunningHandler<'a, C, B, O> {
     slot: usize,
     pub(super) callable: Callable<'a, C, B, O>,
 }

@@ -24,7 +24,7 @@ impl<M> MetricHandler<M> {
 }
 
 /// What an engine of several processes does with a metric, before the handlers of an event.
-pub(crate) trait Joins<O> {
+pub(crate) trait RankMetric<O> {
     /// The name of the value.
     fn name(&self) -> &str;
 
@@ -35,7 +35,7 @@ pub(crate) trait Joins<O> {
     fn update_before(&mut self, event: Event, output: Option<&O>) -> anyhow::Result<()>;
 
     /// The event at which it took in an output is not fired.
-    fn go_on(&mut self);
+    fn discard_pending_update(&mut self);
 
     /// What it has accumulated.
     fn parts(&self) -> anyhow::Result<Vec<Accumulated>>;
@@ -54,10 +54,10 @@ pub(crate) trait Joins<O> {
 
     /// After a state that was that of all processes was loaded, on others than the main one: forgets what would be counted
     /// twice. Averages are the same everywhere.
-    fn leave_to_main(&mut self) -> anyhow::Result<()>;
+    fn clear_shared_parts(&mut self) -> anyhow::Result<()>;
 }
 
-impl<O, M: Metric<O>> Joins<O> for MetricHandler<M> {
+impl<O, M: Metric<O>> RankMetric<O> for MetricHandler<M> {
     fn name(&self) -> &str {
         &self.name
     }
@@ -79,7 +79,7 @@ impl<O, M: Metric<O>> Joins<O> for MetricHandler<M> {
         Ok(())
     }
 
-    fn go_on(&mut self) {
+    fn discard_pending_update(&mut self) {
         self.updated = false;
     }
 
@@ -115,7 +115,7 @@ impl<O, M: Metric<O>> Joins<O> for MetricHandler<M> {
         self.of_all = of_all;
     }
 
-    fn leave_to_main(&mut self) -> anyhow::Result<()> {
+    fn clear_shared_parts(&mut self) -> anyhow::Result<()> {
         let rest = self.metric.state().and_then(|state| exchange::nothing_of(&state));
         let left = rest.and_then(|rest| self.metric.load_state(&rest));
         if left.is_err() {

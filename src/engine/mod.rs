@@ -1,17 +1,17 @@
 //! The engine: a step function over data, with events and handlers. ignite's `Engine`.
 
-mod aside;
+mod checkpoint;
 mod handler;
 mod log;
 mod metric;
+mod peers;
 mod position;
 mod profile;
 mod requests;
 mod run;
-mod saved;
 mod state;
 mod summary;
-mod together;
+mod trial;
 mod until;
 
 use std::cell::RefCell;
@@ -24,14 +24,14 @@ use serde_json::{Map, Value};
 pub use crate::event::{Event, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 pub use crate::event_filter::{Events, FilteredEvent};
 pub use crate::metrics::MetricValue;
+pub(crate) use checkpoint::HANDLERS;
+pub use checkpoint::Restored;
 pub use handler::{Handler, HandlerId, Priority};
 pub use log::Log;
+pub use peers::Ranks;
 pub use profile::{Profile, ProfileRow};
-pub(crate) use saved::HANDLERS;
-pub use saved::Restored;
 pub use state::{Metrics, State};
 pub use summary::{Stop, Summary};
-pub use together::Ranks;
 pub use until::Until;
 
 use crate::data::{IntoSource, Source};
@@ -40,12 +40,12 @@ use crate::event::Count;
 use crate::guard::{Entered, guarded, guarded_drop, guarded_within};
 use crate::metrics::{Metric, Usage};
 use crate::state::StateDict;
-use handler::{Callable, EventIndex, Handlers, Subscription, Taken};
-use metric::{Joins, MetricHandler};
+use checkpoint::Tracked;
+use handler::{Callable, EventIndex, Handlers, RunningHandler, Subscription};
+use metric::{MetricHandler, RankMetric};
+use peers::Peers;
 use position::Position;
 use requests::Requests;
-use saved::Tracked;
-use together::Together;
 
 /// An engine whose step updates parameters. The same type as [`Evaluator`]; names to read.
 pub type Trainer<'a, C, B = crate::data::Batch, O = tch::Tensor> = Engine<'a, C, B, O>;
@@ -148,11 +148,11 @@ pub struct Engine<'a, C, B, O> {
     /// Random numbers of a restored state, for the next run.
     random: Option<StateDict>,
     profile: Option<Profile>,
-    together: Option<Together>,
+    peers: Option<Peers>,
     /// How often the ranks meet, in iterations.
     agree_every: u64,
     /// Those that are attached.
-    metrics: Vec<Weak<RefCell<dyn Joins<O> + 'a>>>,
+    metrics: Vec<Weak<RefCell<dyn RankMetric<O> + 'a>>>,
 }
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
@@ -174,8 +174,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             tracked: Tracked::default(),
             random: None,
             profile: None,
-            together: None,
-            agree_every: together::PERIOD,
+            peers: None,
+            agree_every: peers::PERIOD,
             metrics: vec![],
         }
     }
@@ -241,7 +241,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         usage: Usage,
     ) -> &mut Self {
         let metric = Rc::new(RefCell::new(MetricHandler::new(name.into(), metric, usage)));
-        let joins: Rc<RefCell<dyn Joins<O> + 'a>> = metric.clone();
+        let joins: Rc<RefCell<dyn RankMetric<O> + 'a>> = metric.clone();
         self.metrics.push(Rc::downgrade(&joins));
         self.attach(metric)
     }
@@ -372,14 +372,19 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.profile.is_some().then(Instant::now)
     }
 
-    fn call(&mut self, event: Event, mut taken: Taken<'a, C, B, O>, cx: &mut C) -> Result<()> {
+    fn call(
+        &mut self,
+        event: Event,
+        mut taken: RunningHandler<'a, C, B, O>,
+        cx: &mut C,
+    ) -> Result<()> {
         let begun = self.clock();
         let result = guarded_within(|| match &mut taken.callable {
             Callable::Closure(closure) => closure(cx, self),
             Callable::Object(handler) if handler.ranks() == Ranks::Main && !self.is_main() => {
                 Ok(())
             }
-            Callable::Object(handler) if aside::in_trial() && !handler.runs_in_trials() => Ok(()),
+            Callable::Object(handler) if trial::in_trial() && !handler.runs_in_trials() => Ok(()),
             Callable::Object(handler) => handler.call(event, cx, self),
         });
         if let (Some(profile), Some(begun)) = (&self.profile, begun) {

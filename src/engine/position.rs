@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::requests::Requests;
 use super::{Event, Until};
-use crate::data::{Place, Source};
+use crate::data::{SamplePosition, Source};
 use crate::state::StateDict;
 
 /// What comes next.
@@ -52,7 +52,7 @@ impl Phase {
 
 /// How the last run was left.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) enum Left {
+pub(super) enum PreviousRun {
     /// There was none.
     #[default]
     Nothing,
@@ -70,15 +70,15 @@ pub(super) enum Left {
 
 /// Where to position the data before this run's first fetch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Entry {
+pub(super) enum DataStart {
     /// At the start.
     Start,
     /// At the start of the pass after `Cursor::pass`.
     NextPass,
     /// Where an uninterrupted run would be at `state.iteration`.
-    Loaded,
+    AtIteration,
     /// At `Cursor::pass` and `Cursor::fetched`.
-    Kept,
+    AtCursor,
 }
 
 /// Where the loop is. A checkpoint holds it as it is.
@@ -95,7 +95,7 @@ pub(super) struct Cursor {
     /// The data gave nothing in a whole epoch.
     pub(super) exhausted: bool,
     /// The run ends before its budget in epochs is used up.
-    pub(super) left_early: bool,
+    pub(super) ended_early: bool,
     /// The phase that would have followed where the run was ended early. After a limit a restored run
     /// goes on there.
     pub(super) ended_at: Option<Phase>,
@@ -141,19 +141,23 @@ impl Cursor {
 
 /// What the data said when a run left it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(super) struct LeftData {
+pub(super) struct LastData {
     /// The place in the pass in samples, where the data counts them; otherwise `Cursor::fetched` tells.
-    pub(super) place: Option<Place>,
+    pub(super) place: Option<SamplePosition>,
     /// Batches in a pass.
     pub(super) batches: Option<u64>,
     /// The settings of the data, to warn about changes.
     pub(super) settings: Map<String, Value>,
 }
 
-impl LeftData {
+impl LastData {
     /// The place is before the last batch with `again`, else after it.
     pub(super) fn of<B>(data: &(dyn Source<B> + '_), again: bool) -> Self {
-        Self { place: data.place(again), batches: data.batches(), settings: data.settings() }
+        Self {
+            place: data.sample_position(again),
+            batches: data.batches(),
+            settings: data.settings(),
+        }
     }
 }
 
@@ -161,15 +165,15 @@ impl LeftData {
 #[derive(Debug)]
 pub(super) struct Position {
     pub(super) cursor: Cursor,
-    pub(super) left: Left,
+    pub(super) previous: PreviousRun,
     /// The run had a budget in epochs or iterations.
     pub(super) budgeted: bool,
     /// `None` once the data has been positioned.
-    pub(super) entry: Option<Entry>,
+    pub(super) data_start: Option<DataStart>,
     /// The batch under way has yet to be fetched again.
     pub(super) refetch: bool,
     /// What the data said when the last run left it, or the restored state was saved.
-    pub(super) left_data: LeftData,
+    pub(super) last_data: LastData,
     /// The random number generators as they were before the pass under way was begun, where the data
     /// may draw its order from them.
     pub(super) before_pass: Option<StateDict>,
@@ -203,11 +207,11 @@ impl Default for Position {
     fn default() -> Self {
         Self {
             cursor: Cursor::default(),
-            left: Left::Nothing,
+            previous: PreviousRun::Nothing,
             budgeted: false,
-            entry: Some(Entry::Start),
+            data_start: Some(DataStart::Start),
             refetch: false,
-            left_data: LeftData::default(),
+            last_data: LastData::default(),
             before_pass: None,
             fetches: true,
             other_data: false,
@@ -229,7 +233,12 @@ impl Default for Position {
 
 impl Position {
     pub(super) fn loaded(budgeted: bool) -> Self {
-        Self { left: Left::Loaded, entry: Some(Entry::Loaded), budgeted, ..Self::default() }
+        Self {
+            previous: PreviousRun::Loaded,
+            data_start: Some(DataStart::AtIteration),
+            budgeted,
+            ..Self::default()
+        }
     }
 
     pub(super) fn save<B>(&self, data: Option<&(dyn Source<B> + '_)>) -> SavedPosition {
@@ -237,25 +246,29 @@ impl Position {
         if self.completing {
             cursor.phase = Phase::Ended;
         }
-        let mut left_data = match data {
-            Some(data) => LeftData::of(data, cursor.needs_batch() && !self.refetch),
-            None => self.left_data.clone(),
+        let mut last_data = match data {
+            Some(data) => LastData::of(data, cursor.needs_batch() && !self.refetch),
+            None => self.last_data.clone(),
         };
-        if self.left_data.place.is_some() {
+        if self.last_data.place.is_some() {
             // The data has not been put there yet.
-            left_data.place.clone_from(&self.left_data.place);
+            last_data.place.clone_from(&self.last_data.place);
         }
         if self.refetch {
             // Counted as fetched: it is, but for an error.
             cursor.fetched += 1;
         }
         // In the same process the data is where it is.
-        SavedPosition { cursor, entry: self.entry.unwrap_or(Entry::Kept), left_data }
+        SavedPosition {
+            cursor,
+            data_start: self.data_start.unwrap_or(DataStart::AtCursor),
+            last_data,
+        }
     }
 
     /// Whether the pass under way has to be begun again where a run goes on from a checkpoint.
     pub(super) fn is_within_pass(&self) -> bool {
-        matches!(self.entry, None | Some(Entry::Kept))
+        matches!(self.data_start, None | Some(DataStart::AtCursor))
     }
 
     pub(super) fn is_at_start(&self) -> bool {
@@ -294,9 +307,9 @@ impl Position {
     /// The data was replaced within the run.
     pub(super) fn replace_data(&mut self, fetches: bool) {
         (self.fetches, self.refetch, self.skipped_to) = (fetches, false, None);
-        self.left_data.place = None;
+        self.last_data.place = None;
         // The place that `load_state_dict` asks for is one in any data.
-        self.entry = self.entry.filter(|entry| *entry == Entry::Loaded);
+        self.data_start = self.data_start.filter(|entry| *entry == DataStart::AtIteration);
     }
 
     /// Adds a warning for the next run.
@@ -316,29 +329,29 @@ impl Position {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct SavedPosition {
     pub(super) cursor: Cursor,
-    pub(super) entry: Entry,
-    pub(super) left_data: LeftData,
+    pub(super) data_start: DataStart,
+    pub(super) last_data: LastData,
 }
 
 impl SavedPosition {
     pub(super) fn counts(&self) -> impl Iterator<Item = u64> {
         let Cursor { counter, pass, fetched, length, .. } = self.cursor;
-        let samples = self.left_data.place.as_ref().map(|place| place.samples);
+        let samples = self.last_data.place.as_ref().map(|place| place.samples);
         let length = length.map(|length| [length.pass, length.epoch]);
         [counter, pass, fetched].into_iter().chain(samples).chain(length.into_iter().flatten())
     }
 
     /// Counts the samples of all ranks, which are the same with any number of them.
-    pub(super) fn of_all(mut self, ranks: u64) -> Self {
-        if let Some(place) = &mut self.left_data.place {
+    pub(super) fn to_global(mut self, ranks: u64) -> Self {
+        if let Some(place) = &mut self.last_data.place {
             place.samples = place.samples.saturating_mul(ranks);
         }
         self
     }
 
     /// The other way round. Where the ranks cannot share the samples, a few come again.
-    pub(super) fn of_each(mut self, ranks: u64) -> Self {
-        if let Some(place) = &mut self.left_data.place {
+    pub(super) fn to_local(mut self, ranks: u64) -> Self {
+        if let Some(place) = &mut self.last_data.place {
             place.samples /= ranks;
         }
         self
@@ -347,10 +360,10 @@ impl SavedPosition {
     pub(super) fn restore(self, event: Event, budgeted: bool) -> Position {
         Position {
             cursor: self.cursor,
-            left: Left::Restored,
+            previous: PreviousRun::Restored,
             budgeted,
-            entry: Some(self.entry),
-            left_data: self.left_data,
+            data_start: Some(self.data_start),
+            last_data: self.last_data,
             event,
             ..Position::default()
         }

@@ -35,7 +35,7 @@ pub struct ProfileRow {
     pub event: Option<Event>,
     /// How often it was called.
     pub count: u64,
-    /// All calls together.
+    /// All calls peers.
     pub total: Duration,
     /// The shortest call, and which it was, from 1.
     pub min: (Duration, u64),

@@ -4,18 +4,18 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use super::position::{Cursor, DataLength, Entry, Left, LeftData, Phase, Position};
+use super::checkpoint::{generators, same_generators, set_generators};
+use super::position::{Cursor, DataLength, DataStart, LastData, Phase, Position, PreviousRun};
 use super::requests::Requests;
-use super::saved::{generators, same_generators, set_generators};
 use super::state::check_budget;
 use super::{Engine, Event, State, Stop, Summary, Until};
-use crate::data::{IntoSource, Place, Source};
+use crate::data::{IntoSource, SamplePosition, Source};
 use crate::error::{Error, Result};
 use crate::guard::{Entered, guarded_drop, guarded_within};
 
 /// How far a run goes, and where it begins.
 struct Plan {
-    left: Left,
+    previous: PreviousRun,
     /// The phase to go on in, where that is not the cursor's.
     phase: Option<Phase>,
     max_epochs: Option<u64>,
@@ -146,7 +146,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if self.running {
             return Err(Error::invalid("resume_terminated() was called within a run"));
         }
-        if self.position.left == Left::Restored {
+        if self.position.previous == PreviousRun::Restored {
             self.position.forget_terminate();
             self.requests.terminate = false;
             self.requests.skip_completed = false;
@@ -183,14 +183,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let plan = self.plan(&*source, until)?;
         let fetches = source.fetches();
         let mut warnings = std::mem::take(&mut self.position.notes);
-        if plan.left == Left::Restored {
-            warnings.extend(changes(&self.position.left_data, &*source));
+        if plan.previous == PreviousRun::Restored {
+            warnings.extend(changes(&self.position.last_data, &*source));
             let over = plan.phase.is_none() && self.is_used_up(plan.max_epochs, plan.max_iters);
             warnings.extend(self.position.ended_for_good(&self.requests).filter(|_| !over));
         }
         self.apply(plan, until, start);
         self.position.warnings = warnings;
-        if self.position.left != Left::Suspended {
+        if self.position.previous != PreviousRun::Suspended {
             self.position.fetches = fetches;
             let old = self.data.replace(source);
             guarded_drop(old).map_err(|panic| {
@@ -208,8 +208,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     fn epochs_done(&self) -> u64 {
         let cursor = &self.position.cursor;
-        let phase = match self.position.left {
-            Left::Restored => cursor.resumes_at(),
+        let phase = match self.position.previous {
+            PreviousRun::Restored => cursor.resumes_at(),
             _ => cursor.phase,
         };
         self.state.epoch.saturating_sub(u64::from(phase.in_epoch()))
@@ -238,43 +238,45 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         let used_up = self.is_used_up(max_epochs, max_iters);
         let was_reset = position.budgeted && !has_budget;
-        let mut left = match position.left {
-            _ if was_reset => Left::Nothing,
-            Left::Ended | Left::Loaded if has_budget && used_up => Left::Nothing,
-            left => left,
+        let mut previous = match position.previous {
+            _ if was_reset => PreviousRun::Nothing,
+            PreviousRun::Ended | PreviousRun::Loaded if has_budget && used_up => {
+                PreviousRun::Nothing
+            }
+            previous => previous,
         };
         let mut phase = None;
         let at = position.cursor.phase;
-        match left {
+        match previous {
             // Only COMPLETED is missing, but for a budget that grew.
-            Left::Failed if matches!(at, Phase::Completed | Phase::Ended) && !used_up => {
-                left = Left::Ended;
+            PreviousRun::Failed if matches!(at, Phase::Completed | Phase::Ended) && !used_up => {
+                previous = PreviousRun::Ended;
             }
-            Left::Restored
+            PreviousRun::Restored
                 if at.is_end() && !used_up && position.cursor.terminated_by.is_none() =>
             {
                 match position.cursor.ended_at {
                     // A limit of the process that saved the state is none of this one.
                     Some(follows) => phase = Some(follows),
-                    None => left = Left::Ended,
+                    None => previous = PreviousRun::Ended,
                 }
             }
-            Left::Suspended if self.data.is_none() => left = Left::Failed,
+            PreviousRun::Suspended if self.data.is_none() => previous = PreviousRun::Failed,
             _ => {}
         }
 
         let batches = source.batches();
         let known = until.epoch_length.or(batches);
-        let epoch_length = match left {
-            Left::Nothing if self.data_length().is_some() => known,
-            Left::Nothing => known.or(state.epoch_length),
+        let epoch_length = match previous {
+            PreviousRun::Nothing if self.data_length().is_some() => known,
+            PreviousRun::Nothing => known.or(state.epoch_length),
             _ => state.epoch_length.or(known),
         };
         source.validate().map_err(|error| Error::invalid(format!("{error:#}")))?;
         if epoch_length == Some(0) || known == Some(0) || batches == Some(0) {
             return Err(Error::invalid("Input data has zero size. Please provide non-empty data"));
         }
-        if left != Left::Nothing
+        if previous != PreviousRun::Nothing
             && until.epoch_length.is_some_and(|length| Some(length) != epoch_length)
         {
             return Err(Error::invalid(format!(
@@ -286,50 +288,52 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if epoch_length.is_none() && !source.fetches() {
             return Err(Error::invalid("epoch_length should be provided if data is None"));
         }
-        if left == Left::Nothing {
+        if previous == PreviousRun::Nothing {
             (max_epochs, max_iters) = (until.max_epochs, until.max_iters);
         }
         if max_epochs.is_none() && max_iters.is_none() && !until.open_ended() {
-            max_epochs = Some(if left == Left::Nothing { 1 } else { epochs_done + 1 });
+            max_epochs = Some(if previous == PreviousRun::Nothing { 1 } else { epochs_done + 1 });
         }
-        let anew = left == Left::Nothing || state.epoch_length.is_none();
+        let anew = previous == PreviousRun::Nothing || state.epoch_length.is_none();
         let length_by = match (until.epoch_length, batches) {
             (Some(_), _) => LengthBy::Program,
             (None, Some(_)) if anew => LengthBy::Data,
             _ => LengthBy::State,
         };
-        Ok(Plan { left, phase, max_epochs, max_iters, epoch_length, length_by })
+        Ok(Plan { previous, phase, max_epochs, max_iters, epoch_length, length_by })
     }
 
     /// Makes the plan of a run the engine's state.
     fn apply(&mut self, plan: Plan, until: Until, start: Instant) {
         let (state, position) = (&mut self.state, &mut self.position);
-        let was_restored = position.left == Left::Restored;
+        let was_restored = position.previous == PreviousRun::Restored;
         let cursor = &mut position.cursor;
-        match plan.left {
-            Left::Nothing => {
+        match plan.previous {
+            PreviousRun::Nothing => {
                 (state.iteration, state.epoch) = (0, 0);
                 *position = Position::default();
                 self.handlers.reset_firings();
             }
-            Left::Ended => {
+            PreviousRun::Ended => {
                 cursor.again = None;
                 cursor.phase = Phase::Started;
-                position.entry = Some(Entry::NextPass);
-                position.left_data.place = None;
+                position.data_start = Some(DataStart::NextPass);
+                position.last_data.place = None;
             }
-            Left::Failed => position.entry = position.entry.or(Some(Entry::Kept)),
-            Left::Restored => {
+            PreviousRun::Failed => {
+                position.data_start = position.data_start.or(Some(DataStart::AtCursor))
+            }
+            PreviousRun::Restored => {
                 if let Some(phase) = plan.phase {
-                    (cursor.phase, cursor.left_early) = (phase, false);
+                    (cursor.phase, cursor.ended_early) = (phase, false);
                 }
                 if cursor.phase.has_batch() && !position.refetch {
                     position.refetch = true;
                     cursor.fetched = cursor.fetched.saturating_sub(1);
                 }
             }
-            Left::Loaded => self.handlers.reset_firings(),
-            Left::Suspended => {}
+            PreviousRun::Loaded => self.handlers.reset_firings(),
+            PreviousRun::Suspended => {}
         }
         let position = &mut self.position;
         let cursor = &mut position.cursor;
@@ -347,7 +351,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         (state.max_epochs, state.max_iters) = (plan.max_epochs, plan.max_iters);
         state.epoch_length = plan.epoch_length;
         (state.run_time, state.epoch_time) = (Duration::ZERO, Duration::ZERO);
-        if plan.left == Left::Restored {
+        if plan.previous == PreviousRun::Restored {
             // A limit of samples that was reached is none of this run.
             if until.max_samples.is_some_and(|max| state.samples >= max) {
                 state.samples = 0;
@@ -359,8 +363,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if !was_restored {
             self.random = None;
         }
-        position.other_data = !matches!(plan.left, Left::Nothing | Left::Suspended);
-        position.left = plan.left;
+        position.other_data =
+            !matches!(plan.previous, PreviousRun::Nothing | PreviousRun::Suspended);
+        position.previous = plan.previous;
         position.budgeted = plan.max_epochs.is_some() || plan.max_iters.is_some();
         cursor.exhausted = false;
         (position.limit, position.completing, position.signal) = (false, false, None);
@@ -379,12 +384,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Puts data and counter to where this run begins.
     fn enter(&mut self) -> Result<()> {
         let Cursor { pass, fetched, .. } = self.position.cursor;
-        match self.position.entry {
+        match self.position.data_start {
             None => {}
-            Some(Entry::Start) => self.seek(0, 0)?,
-            Some(Entry::NextPass) => self.seek(pass + 1, 0)?,
-            Some(Entry::Kept) => self.begin_pass_again(pass, fetched)?,
-            Some(Entry::Loaded) => {
+            Some(DataStart::Start) => self.seek(0, 0)?,
+            Some(DataStart::NextPass) => self.seek(pass + 1, 0)?,
+            Some(DataStart::AtCursor) => self.begin_pass_again(pass, fetched)?,
+            Some(DataStart::AtIteration) => {
                 let iteration = self.state.iteration;
                 if let Some(length) = self.state.epoch_length {
                     self.position.cursor.counter = iteration % length.max(1);
@@ -399,15 +404,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 }
             }
         }
-        self.position.entry = None;
-        self.position.left_data.place = None;
+        self.position.data_start = None;
+        self.position.last_data.place = None;
         Ok(())
     }
 
     /// Goes to a place in a pass that another run began. What drew its order from libtorch's random
     /// numbers draws the same order again; the numbers of the run itself go on where they are.
     fn begin_pass_again(&mut self, pass: u64, fetched: u64) -> Result<()> {
-        let place = self.position.left_data.place.clone();
+        let place = self.position.last_data.place.clone();
         let before_pass = self.position.before_pass.take();
         let now = match &before_pass {
             Some(before) => {
@@ -417,7 +422,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             }
             None => None,
         };
-        let mut placed = self.seek_place(pass, place);
+        let mut placed = self.seek_samples(pass, place);
         if let Ok(false) = placed {
             placed = self.seek(pass, fetched).map(|()| true);
         }
@@ -447,9 +452,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// False where that is not possible.
-    fn seek_place(&mut self, pass: u64, place: Option<Place>) -> Result<bool> {
+    fn seek_samples(&mut self, pass: u64, place: Option<SamplePosition>) -> Result<bool> {
         let (Some(place), Some(data)) = (place, self.data.as_mut()) else { return Ok(false) };
-        guarded_within(|| data.seek_place(pass, &place)).map_err(|error| self.data_error(error))
+        guarded_within(|| data.seek_samples(pass, &place)).map_err(|error| self.data_error(error))
     }
 
     /// Goes past that many batches of data of unknown length.
@@ -489,7 +494,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if batches == 0 {
             return Err(Error::invalid("the data has no batches any more"));
         }
-        if batches == self.position.left_data.batches.unwrap_or(length.pass) {
+        if batches == self.position.last_data.batches.unwrap_or(length.pass) {
             return Ok(());
         }
         let left = self.ask_data(|data| data.batches_left())?.flatten();
@@ -557,18 +562,18 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     fn note_data(&mut self, again: bool) {
         let again = again && !self.position.refetch;
         // An error of the data was told already, or will be when the data is used.
-        if let Ok(Some(noted)) = self.ask_data(|data| LeftData::of(data, again)) {
-            let place = match self.position.entry {
+        if let Ok(Some(noted)) = self.ask_data(|data| LastData::of(data, again)) {
+            let place = match self.position.data_start {
                 None => noted.place,
-                Some(_) => self.position.left_data.place.clone(),
+                Some(_) => self.position.last_data.place.clone(),
             };
-            self.position.left_data = LeftData { place, ..noted };
+            self.position.last_data = LastData { place, ..noted };
         }
     }
 
     fn drive(&mut self, cx: &mut C) -> Result<Stop> {
         self.agree_on_start()?;
-        if self.position.entry == Some(Entry::Kept) {
+        if self.position.data_start == Some(DataStart::AtCursor) {
             self.enter()?;
         }
         if self.position.other_data {
@@ -593,7 +598,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     self.position.event
                 }
                 Phase::Started => {
-                    self.position.cursor.left_early = false;
+                    self.position.cursor.ended_early = false;
                     self.position.cursor.phase = Phase::NextEpoch;
                     Event::Started
                 }
@@ -619,7 +624,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     continue;
                 }
                 Phase::GetBatch => {
-                    if self.position.entry.is_some() {
+                    if self.position.data_start.is_some() {
                         // Not before: handlers of EPOCH_STARTED may change the batch size.
                         self.enter()?;
                     }
@@ -702,7 +707,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     continue;
                 }
                 Phase::Terminate => {
-                    self.position.cursor.left_early = true;
+                    self.position.cursor.ended_early = true;
                     self.position.cursor.phase = Phase::Completed;
                     self.note_run_time();
                     self.fire(Event::Terminate, cx)?;
@@ -727,10 +732,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     continue;
                 }
                 Phase::Ended => {
-                    self.position.left = Left::Ended;
+                    self.position.previous = PreviousRun::Ended;
                     self.note_data(self.position.cursor.needs_batch());
                     self.let_go_of_data()?;
-                    return Ok(match self.position.cursor.left_early {
+                    return Ok(match self.position.cursor.ended_early {
                         true => Stop::Terminated,
                         false => Stop::Completed,
                     });
@@ -758,7 +763,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     fn suspended(&mut self) -> Stop {
-        self.position.left = Left::Suspended;
+        self.position.previous = PreviousRun::Suspended;
         self.position.signal.take().map_or(Stop::Interrupted, Stop::Signal)
     }
 
@@ -1105,7 +1110,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             };
         }
         position.cursor.restarted = false;
-        position.left = Left::Failed;
+        position.previous = PreviousRun::Failed;
         self.exception = Some(error);
         let raised = self.fire(Event::ExceptionRaised, cx);
         let (data, batch) = (self.let_go_of_data(), self.let_go_of_batch());
@@ -1116,7 +1121,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 }
 
 /// What is other data than when the state was saved.
-fn changes<B>(left: &LeftData, data: &dyn Source<B>) -> Vec<String> {
+fn changes<B>(left: &LastData, data: &dyn Source<B>) -> Vec<String> {
     let mut changes = vec![];
     let (batches, settings) = (data.batches(), data.settings());
     // The settings tell more, and the batch size may be restored later.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 use tch::nn::VarStore;
 
-use super::shadow::{Buffers, Shadow, Swapped, WithAverages};
+use super::weight_averages::{Buffers, Swapped, WeightAverages, WithAverages};
 use crate::bridge::Average;
 use crate::engine::{Engine, Handler};
 use crate::error::{Error, Result};
@@ -47,7 +47,7 @@ use crate::state::StateDict;
 /// ```
 #[derive(Debug, Clone)]
 pub struct EMAHandler {
-    shadow: Shadow,
+    shadow: WeightAverages,
     momentum: Arc<Mutex<Momentum>>,
     buffers: Buffers,
     name: String,
@@ -121,7 +121,7 @@ impl EMAHandler {
         let momentum =
             Momentum { target: momentum, current: momentum, warmup: Warmup::None, updates: 0 };
         Ok(Self {
-            shadow: Shadow::of(vs)?,
+            shadow: WeightAverages::of(vs)?,
             momentum: Arc::new(Mutex::new(momentum)),
             buffers: Buffers::default(),
             name: "ema_momentum".into(),

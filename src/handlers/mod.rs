@@ -40,8 +40,8 @@ mod update_bn;
 pub use self::tracing::Tracing;
 pub use early_stopping::EarlyStopping;
 pub use epoch_output_store::EpochOutputStore;
-mod shadow;
 mod swa;
+mod weight_averages;
 
 pub use ema::EMAHandler;
 pub use evaluate::Evaluate;
@@ -52,7 +52,6 @@ pub use interrupt_on::InterruptOn;
 pub use lr_finder::{LrCurve, LrFinder, StepMode};
 #[cfg(feature = "progress")]
 pub use progress_bar::ProgressBar;
-pub use shadow::{Buffers, Swapped, WithAverages};
 pub use skip_batch::SkipBatch;
 pub use swa::SWAHandler;
 pub use terminate_on_nan::{Numbers, TerminateOnNan};
@@ -60,3 +59,4 @@ pub use throughput::Throughput;
 pub use time_limit::TimeLimit;
 pub use timer::Timer;
 pub use update_bn::update_bn;
+pub use weight_averages::{Buffers, Swapped, WithAverages};

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tch::Tensor;
 use tch::nn::VarStore;
 
-use super::shadow::{Buffers, Shadow, Swapped, WithAverages};
+use super::weight_averages::{Buffers, Swapped, WeightAverages, WithAverages};
 use crate::bridge::Average;
 use crate::engine::{Engine, Handler};
 use crate::error::Result;
@@ -36,7 +36,7 @@ use crate::state::StateDict;
 /// ```
 #[derive(Debug, Clone)]
 pub struct SWAHandler {
-    shadow: Shadow,
+    shadow: WeightAverages,
     count: Arc<AtomicU64>,
     buffers: Buffers,
     events: Events,
@@ -46,7 +46,7 @@ impl SWAHandler {
     /// Averages of the variables that the store has now: as much memory again.
     pub fn new(vs: &VarStore) -> Result<Self> {
         Ok(Self {
-            shadow: Shadow::of(vs)?,
+            shadow: WeightAverages::of(vs)?,
             count: Arc::default(),
             buffers: Buffers::default(),
             events: Event::EpochCompleted.into(),

@@ -107,7 +107,8 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
     /// A parameter group: all variables whose name (`"conv1.weight"`) `contains` answers true for.
     ///
     /// Variables added to the store after [`build`](Self::build) are put into groups by the same rule.
-    /// The numbers of tch's `Path::set_group` are left as they are.
+    /// The numbers of tch's `Path::set_group` are left as they are. A parameter with several names is in the group that
+    /// contains one of them.
     pub fn group(
         mut self,
         name: impl Into<String>,
@@ -129,7 +130,7 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
     /// Builds tch's own optimizer and sets the groups' options in it.
     ///
     /// # Errors
-    /// A variable in no group or in two, a group with no variable, two groups of one name, an option
+    /// A variable in no group or in two, by one name or by two, a group with no variable, two groups of one name, an option
     /// the optimizer does not have or a value outside its bounds.
     pub fn build(self) -> Result<Optimizer> {
         Hyper::Lr.check(self.lr)?;

@@ -33,12 +33,12 @@ impl Group {
     /// The value of the hyper-parameter of that PyTorch name (`"lr"`, `"weight_decay"`, …; `"beta1"`
     /// and `"beta2"` for the two betas; booleans as 0 and 1).
     pub fn get(&self, hyper: &str) -> Result<f64> {
-        self.get_hyper(self.optimizer.shared.kind.hyper(hyper)?)
+        self.get_hyper(self.optimizer.shared.algorithm.hyper(hyper)?)
     }
 
     /// Sets the hyper-parameter of that name; see [`get`](Self::get).
     pub fn set(&self, hyper: &str, value: f64) -> Result<()> {
-        self.set_hyper(self.optimizer.shared.kind.hyper(hyper)?, value)
+        self.set_hyper(self.optimizer.shared.algorithm.hyper(hyper)?, value)
     }
 
     /// A hyper-parameter as something a scheduler can drive.
@@ -55,7 +55,7 @@ impl Group {
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
     pub fn knob(&self, hyper: &str) -> Result<Knob> {
-        let hyper = self.optimizer.shared.kind.hyper(hyper)?;
+        let hyper = self.optimizer.shared.algorithm.hyper(hyper)?;
         Ok(Knob::of_groups(self.optimizer.clone(), Some(self.index), hyper))
     }
 
@@ -183,7 +183,7 @@ impl Group {
 impl fmt::Debug for Group {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut debug = f.debug_struct(&self.name());
-        for hyper in self.optimizer.shared.kind.hypers() {
+        for hyper in self.optimizer.shared.algorithm.hypers() {
             if let Ok(value) = self.get_hyper(*hyper) {
                 debug.field(hyper.name(), &value);
             }

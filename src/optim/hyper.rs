@@ -4,7 +4,7 @@ use std::fmt;
 
 use tch::Tensor;
 
-use crate::bridge::Kind;
+use crate::bridge::Algorithm;
 use crate::error::{Error, Result};
 
 /// The numbers are those of bridge.cpp.
@@ -30,39 +30,39 @@ const SGD: &[Hyper] = &[Lr, Momentum, Dampening, WeightDecay, Nesterov];
 const ADAM: &[Hyper] = &[Lr, Beta1, Beta2, Eps, WeightDecay, Amsgrad];
 const RMSPROP: &[Hyper] = &[Lr, Alpha, Eps, WeightDecay, Momentum, Centered];
 
-impl Kind {
+impl Algorithm {
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Kind::Sgd => "SGD",
-            Kind::Adam => "Adam",
-            Kind::AdamW => "AdamW",
-            Kind::RmsProp => "RMSprop",
+            Algorithm::Sgd => "SGD",
+            Algorithm::Adam => "Adam",
+            Algorithm::AdamW => "AdamW",
+            Algorithm::RmsProp => "RMSprop",
         }
     }
 
     pub(crate) fn hypers(self) -> &'static [Hyper] {
         match self {
-            Kind::Sgd => SGD,
-            Kind::Adam | Kind::AdamW => ADAM,
-            Kind::RmsProp => RMSPROP,
+            Algorithm::Sgd => SGD,
+            Algorithm::Adam | Algorithm::AdamW => ADAM,
+            Algorithm::RmsProp => RMSPROP,
         }
     }
 
     /// PyTorch's names of what libtorch keeps for a parameter; empty where it keeps less.
     pub(crate) fn state_names(self) -> [&'static str; 3] {
         match self {
-            Kind::Sgd => ["momentum_buffer", "", ""],
-            Kind::Adam | Kind::AdamW => ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
-            Kind::RmsProp => ["square_avg", "momentum_buffer", "grad_avg"],
+            Algorithm::Sgd => ["momentum_buffer", "", ""],
+            Algorithm::Adam | Algorithm::AdamW => ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
+            Algorithm::RmsProp => ["square_avg", "momentum_buffer", "grad_avg"],
         }
     }
 
     /// Whether the tensors that libtorch needs at every step are among these.
     pub(crate) fn has_needed(self, tensors: &[Option<Tensor>; 3]) -> bool {
         let needed = match self {
-            Kind::Sgd => 0,
-            Kind::Adam | Kind::AdamW => 2,
-            Kind::RmsProp => 1,
+            Algorithm::Sgd => 0,
+            Algorithm::Adam | Algorithm::AdamW => 2,
+            Algorithm::RmsProp => 1,
         };
         tensors[..needed].iter().all(Option::is_some)
     }
@@ -71,8 +71,10 @@ impl Kind {
     /// is not 0 then, and needs at every later step if it is not 0.
     pub(crate) fn buffer_of(self, hyper: Hyper) -> Option<usize> {
         match (self, hyper) {
-            (Kind::Adam | Kind::AdamW, Amsgrad) | (Kind::RmsProp, Centered) => Some(2),
-            (Kind::RmsProp, Momentum) => Some(1),
+            (Algorithm::Adam | Algorithm::AdamW, Amsgrad) | (Algorithm::RmsProp, Centered) => {
+                Some(2)
+            }
+            (Algorithm::RmsProp, Momentum) => Some(1),
             _ => None,
         }
     }

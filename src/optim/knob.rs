@@ -1,4 +1,5 @@
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use tch::Tensor;
@@ -54,7 +55,11 @@ impl Reduction {
 
 /// The reductions of an optimizer's hyper-parameters, by group.
 #[derive(Default)]
-pub(super) struct Reductions(Mutex<Vec<Reduced>>);
+pub(super) struct Reductions {
+    /// There was one: without any, a schedule takes no lock to find that out.
+    some: AtomicBool,
+    all: Mutex<Vec<Reduced>>,
+}
 
 /// A hyper-parameter of a group that a plateau scheduler lowers, as long as that lives.
 struct Reduced {
@@ -66,14 +71,18 @@ struct Reduced {
 impl Reductions {
     /// The factor on a hyper-parameter of a group; 1 where nothing reduces it.
     fn factor(&self, group: usize, hyper: Hyper) -> f64 {
-        let all = locked(&self.0);
+        if !self.some.load(Ordering::Relaxed) {
+            return 1.;
+        }
+        let all = locked(&self.all);
         let reduced = all.iter().find(|reduced| (reduced.group, reduced.hyper) == (group, hyper));
         let factor = reduced.and_then(|reduced| reduced.factor.upgrade());
         factor.map_or(1., |factor| *locked(&factor))
     }
 
     fn of(&self, group: usize, hyper: Hyper) -> Reduction {
-        let mut all = locked(&self.0);
+        self.some.store(true, Ordering::Relaxed);
+        let mut all = locked(&self.all);
         all.retain(|reduced| reduced.factor.strong_count() > 0);
         let mut known = all.iter_mut();
         if let Some(known) = known.find(|known| (known.group, known.hyper) == (group, hyper)) {

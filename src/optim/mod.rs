@@ -11,11 +11,11 @@ mod grouping;
 mod hyper;
 mod knob;
 mod layerwise;
-mod lent;
 mod param_groups;
 mod parameters;
-mod saved;
 mod snapshot;
+mod state_dict;
+mod tch_optimizer;
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -32,13 +32,13 @@ pub use group::Group;
 pub use knob::Knob;
 pub(crate) use knob::Reduction;
 pub use layerwise::layerwise_lr_decay;
-pub use lent::TchOptimizer;
 pub use param_groups::is_bias_or_norm;
 pub(crate) use parameters::Parameters;
 pub use snapshot::OptimizerSnapshot;
 pub(crate) use snapshot::StoreSnapshot;
+pub use tch_optimizer::TchOptimizer;
 
-use crate::bridge::{Kind, Native, TensorId, set_gradient};
+use crate::bridge::{Algorithm, Native, TensorId, set_gradient};
 use crate::error::{Error, Result};
 use crate::variables::{Variable, variables};
 use grouping::{Grouped, Grouping};
@@ -49,7 +49,9 @@ const NAMES_LISTED: usize = 8;
 
 /// An optimizer with named parameter groups. Clones share one libtorch optimizer.
 ///
-/// Built by [`Optimizer::builder`] around tch's settings (`nn::sgd(..)`, `nn::Adam::default()`, …).
+/// Built by [`Optimizer::builder`] around tch's settings (`nn::sgd(..)`, `nn::Adam::default()`, …), before or after
+/// the variables of the store: each call that needs parameters takes up new ones first. A tensor with several names in
+/// the store (tied weights) is one parameter, known by the first of them in alphabetical order.
 /// Every call takes an uncontended lock (about 10 ns) and none is held while user code runs.
 #[derive(Clone)]
 pub struct Optimizer {
@@ -57,7 +59,7 @@ pub struct Optimizer {
 }
 
 struct Shared {
-    kind: Kind,
+    algorithm: Algorithm,
     // None while `with_tch` has it.
     native: Mutex<Option<Native>>,
     grouping: Grouping,
@@ -126,7 +128,7 @@ impl Optimizer {
         native
             .reserve_groups(grouping.rules().len())
             .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
-        for hyper in native.kind.hypers() {
+        for hyper in native.algorithm.hypers() {
             let value = native.get(0, *hyper as i32);
             hyper.check(
                 value.map_err(|text| Error::libtorch("cannot build the optimizer", text))?,
@@ -135,7 +137,7 @@ impl Optimizer {
         grouped.warn_of_tied();
         Ok(Self {
             shared: Arc::new(Shared {
-                kind: native.kind,
+                algorithm: native.algorithm,
                 native: Mutex::new(Some(native)),
                 grouping,
                 added: AtomicUsize::new(grouped.until()),
@@ -155,7 +157,7 @@ impl Optimizer {
 
     /// PyTorch's name of the optimizer: `"SGD"`, `"Adam"`, `"AdamW"` or `"RMSprop"`.
     pub fn name(&self) -> &'static str {
-        self.shared.kind.name()
+        self.shared.algorithm.name()
     }
 
     /// The group of that name.
@@ -191,7 +193,7 @@ impl Optimizer {
 
     /// A hyper-parameter of all groups there are when it is set; reading it gives the first group's.
     pub fn knob(&self, hyper: &str) -> Result<Knob> {
-        let hyper = self.shared.kind.hyper(hyper)?;
+        let hyper = self.shared.algorithm.hyper(hyper)?;
         Ok(Knob::of_groups(self.clone(), None, hyper))
     }
 
@@ -215,7 +217,7 @@ impl Optimizer {
     fn set_hyper(&self, group: usize, hyper: Hyper, value: f64) -> Result<()> {
         hyper.check(value)?;
         let failed = |text| Error::libtorch(format!("setting {hyper} of group {group}"), text);
-        let Some(buffer) = self.shared.kind.buffer_of(hyper).filter(|_| value != 0.) else {
+        let Some(buffer) = self.shared.algorithm.buffer_of(hyper).filter(|_| value != 0.) else {
             return self.native(|native| native.set(group, hyper as i32, value).map_err(failed));
         };
         self.native(|native| {
@@ -323,7 +325,7 @@ impl Optimizer {
             }
         };
         self.native(|native| {
-            let names = native.kind.state_names();
+            let names = native.algorithm.state_names();
             let state = native
                 .state(&tensor)
                 .map_err(|text| Error::libtorch("reading the optimizer's state", text))?;

@@ -26,7 +26,7 @@ pub struct OptimizerSnapshot {
 impl fmt::Debug for OptimizerSnapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OptimizerSnapshot")
-            .field("optimizer", &self.of.kind.name())
+            .field("optimizer", &self.of.algorithm.name())
             .field("groups", &self.hypers)
             .field("parameters", &self.states.len())
             .finish()
@@ -61,7 +61,8 @@ impl Optimizer {
                 let value = native.get(group, hyper as i32).map_err(failed)?;
                 Ok((hyper, value))
             };
-            let group = |index| native.kind.hypers().iter().map(|h| hyper(index, *h)).collect();
+            let group =
+                |index| native.algorithm.hypers().iter().map(|h| hyper(index, *h)).collect();
             let hypers = (0..native.group_count()).map(group).collect::<Result<_>>()?;
             let mut states = vec![];
             for parameter in parameters {
@@ -81,7 +82,7 @@ impl Optimizer {
         if !Arc::ptr_eq(&self.shared, &snapshot.of) {
             return Err(Error::invalid(format!(
                 "this snapshot is of another {}: restore it on the optimizer that it was taken of, or a clone",
-                snapshot.of.kind.name()
+                snapshot.of.algorithm.name()
             )));
         }
         self.native(|native| {

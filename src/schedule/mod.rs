@@ -4,7 +4,6 @@
 //! [`ParamScheduler`] is a name, a [`Knob`](crate::optim::Knob) and a schedule, and a handler of the
 //! engine. The numbers are ignite's, bit for bit.
 
-mod adapted;
 mod any;
 mod batch_size;
 mod chained;
@@ -25,21 +24,21 @@ mod multi_step_lr;
 mod noam;
 mod one_cycle_lr;
 mod param_group;
+mod param_state;
 mod piecewise_linear;
 mod plan;
 mod plateau;
 mod polynomial_lr;
 mod recurrence;
 mod run_length;
+mod scaled;
 mod scheduler;
-mod state;
 mod step_lr;
 mod warmup;
 mod warmup_stable_decay;
 
 use serde_json::{Map, Value};
 
-pub use adapted::{Scaled, Skipped};
 pub use any::AnySchedule;
 pub use batch_size::BatchSizeScheduler;
 pub use chained::ChainedScheduler;
@@ -58,13 +57,14 @@ pub use multi_step_lr::MultiStepLR;
 pub use noam::Noam;
 pub use one_cycle_lr::{Anneal, OneCycleLR, OneCycleMomentum, one_cycle};
 pub use param_group::ParamGroupScheduler;
+pub use param_state::{ExpState, MultiStepState, StepState, piecewise_linear_state};
 pub use piecewise_linear::{PiecewiseLinear, PiecewiseLinearScheduler};
 pub use plan::{PlannedSchedule, SchedulePlan};
 pub use plateau::{ReduceLROnPlateauScheduler, ThresholdMode};
 pub use polynomial_lr::PolynomialLR;
 pub use run_length::RunLength;
+pub use scaled::{Scaled, Skipped};
 pub use scheduler::ParamScheduler;
-pub use state::{ExpState, MultiStepState, StepState, piecewise_linear_state};
 pub use step_lr::StepLR;
 pub use warmup::create_lr_scheduler_with_warmup;
 pub use warmup_stable_decay::{Decay, WarmupStableDecay};
@@ -250,8 +250,8 @@ fn save_position<S: Schedule + ?Sized>(
     state.set_value(ARGUMENTS, schedule.arguments())
 }
 
-/// How many events are done, and with `strict` an error, else a line, where the arguments are not those of
-/// the schedule that the state is of. `None` for a state without [`save_position`].
+/// Reads how many events are done; where the arguments are not those of the schedule that the state is of,
+/// that is an error with `strict`, and a line without. `None` for a state without [`save_position`].
 fn load_position<S: Schedule + ?Sized>(
     schedule: &S,
     state: &StateDict,

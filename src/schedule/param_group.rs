@@ -86,7 +86,7 @@ impl<S: Schedule> ParamGroupScheduler<S> {
         pairs.try_for_each(|(scheduler, state)| scheduler.load_state_dict(state))
     }
 
-    /// The states of the schedulers, which are of the same names.
+    /// Reads the states of the schedulers, which must have the same names.
     fn states(&self, state: &Map<String, Value>) -> Result<Vec<Map<String, Value>>> {
         let states: Vec<(String, Map<String, Value>)> = read(state, "schedulers")?;
         if states.len() != self.schedulers.len() {

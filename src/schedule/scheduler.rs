@@ -171,7 +171,7 @@ impl<S: Schedule> ParamScheduler<S> {
         Ok(())
     }
 
-    /// All but the position.
+    /// Takes everything but the position from a saved state.
     fn load_rest(&mut self, state: &Map<String, Value>) -> Result<()> {
         let param: String = read(state, "param_name")?;
         let save_history = read(state, "save_history")?;
@@ -188,8 +188,8 @@ impl<S: Schedule> ParamScheduler<S> {
         Ok(())
     }
 
-    /// What a checkpoint has besides [`state_dict`](Self::state_dict): the position, and the value of a knob
-    /// that is no optimizer's, which may only change with the next event.
+    /// Adds what a checkpoint has besides [`state_dict`](Self::state_dict): the position, and the value of a
+    /// knob that is no optimizer's, which may only change with the next event.
     pub(super) fn save_besides(&self, state: &mut StateDict) -> Result<()> {
         save_position(&self.schedule, self.events_done, state)?;
         self.knob.save_value(state)

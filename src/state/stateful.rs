@@ -271,7 +271,7 @@ fn have_same_bits(a: &Tensor, b: &Tensor) -> bool {
     }
 }
 
-/// Which tensors of `ours` and of a saved state are not the same in name, type and shape, each with a
+/// Finds the tensors of `ours` and of a saved state that differ in name, type or shape, each with a
 /// sentence about it.
 pub(crate) fn misfits(ours: &StateDict, saved: &StateDict) -> BTreeMap<String, String> {
     let saved = saved.tensors.iter().map(|(name, tensor)| {

@@ -36,6 +36,30 @@ fn small() -> Small {
     trainer
 }
 
+#[test]
+fn a_folder_that_is_removed_or_replaced_in_a_run_is_an_error() {
+    for (word, replace) in [("removed", false), ("replaced", true)] {
+        let _one = serial();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("checkpoints");
+        let mut trainer = small();
+        trainer.attach(Checkpoint::new(&path));
+        let removed = path.clone();
+        trainer.on(Event::EpochStarted.once(2), move |_, _| {
+            std::fs::remove_dir_all(&removed)?;
+            if replace {
+                std::fs::create_dir(&removed)?;
+                std::fs::write(removed.join(".lock"), "")?;
+            }
+            Ok(())
+        });
+        let error = text(trainer.run(&mut (), vec![1], Until::epochs(3)).unwrap_err());
+        assert!(error.contains("checkpoints") && error.contains(word), "{error}");
+        assert_eq!(path.exists(), replace, "it is not made again");
+        assert!(!replace || files(&path).is_empty());
+    }
+}
+
 fn files(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());

@@ -341,6 +341,18 @@ impl Handler<(), (), ()> for Loud {
     fn load_state(&mut self, _: StateDict) -> tch_ignite::Result<()> {
         Ok(())
     }
+    fn drives(&self) -> Vec<Knob> {
+        vec![Knob::new("loud", || 0., |_| {})]
+    }
+    fn runs_in_trials(&self) -> bool {
+        true
+    }
+    fn load_state_partially(&mut self, _: StateDict) -> tch_ignite::Result<Vec<String>> {
+        Ok(vec!["loud".into()])
+    }
+    fn unique_names(&self) -> Vec<String> {
+        vec!["loud".into()]
+    }
     fn logs(&self) -> Vec<Box<dyn Log>> {
         vec![Box::new(LoudLog)]
     }
@@ -373,7 +385,9 @@ fn a_wrapped_handler_answers_as_the_handler_itself() -> Result<()> {
         assert_eq!((handler.priority(), handler.ranks()), (Priority::First, Ranks::MainWithAll));
         assert!(handler.save_state()?.is_some());
         handler.load_state(StateDict::new())?;
-        assert_eq!(handler.logs().len(), 1);
+        assert_eq!((handler.drives().len(), handler.logs().len()), (1, 1));
+        assert_eq!((handler.runs_in_trials(), handler.unique_names().len()), (true, 1));
+        assert_eq!(handler.load_state_partially(StateDict::new())?, ["loud"]);
         let mut engine = Engine::new(|_: &mut (), _, _: ()| Ok(()));
         assert!(handler.call(Event::Completed, &mut (), &mut engine).is_err());
         Ok(())

@@ -246,3 +246,20 @@ fn arguments_changed_after_a_look_count() {
     let fresh = CosineAnnealingWarmRestarts::new(1., 2).t_mult(2);
     assert_eq!(restarts.t_mult(2).at(5), fresh.at(5));
 }
+
+#[test]
+fn a_batch_size_that_changes_after_epochs_is_that_of_the_whole_epoch() -> Result<()> {
+    let x = Tensor::arange(12, (Kind::Float, Device::Cpu));
+    for event in [Event::EpochStarted, Event::EpochCompleted] {
+        let loader = Loader::new(&x, &x, 2)?;
+        let mut trainer = Engine::new(|sizes: &mut Vec<i64>, _, (x, _): Batch| {
+            sizes.push(x.size()[0]);
+            Ok(())
+        });
+        trainer.attach(BatchSizeScheduler::new(&loader, StepLR::new(4., 1).gamma(1.5)).on(event));
+        let mut sizes = vec![];
+        trainer.run(&mut sizes, &loader, Until::epochs(3))?;
+        assert_eq!(sizes, [4, 4, 4, 6, 6, 9, 3], "{event}");
+    }
+    Ok(())
+}

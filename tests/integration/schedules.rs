@@ -744,7 +744,8 @@ fn two_schedulers_that_set_one_knob_are_refused() -> Result<()> {
                 assert!(error.contains("first.then(second, events)"), "{error}");
             }
         } else {
-            (added?, as_group?);
+            added?;
+            as_group?;
         }
     }
     // Each has its own part of the run.

@@ -109,6 +109,13 @@ pub fn difference(expected: &Outcome, got: &Outcome) -> Option<Difference> {
                 right.what, right.number
             ));
         }
+        let names = |values: &[(String, Vec<f64>)]| -> Vec<String> {
+            values.iter().map(|(name, _)| name.clone()).collect()
+        };
+        if names(values) != names(&right.values) {
+            let (got, right) = (names(values), names(&right.values));
+            return differs(format!("{what} {number} has {got:?}; right is {right:?}"));
+        }
         for ((name, got), (_, right)) in values.iter().zip(&right.values) {
             if !all_same(got, right) {
                 return differs(format!("{what} {number}: {name} {got:?}; right is {right:?}"));

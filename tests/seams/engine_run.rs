@@ -12,7 +12,7 @@ use tch_ignite::WeightedLoss;
 use tch_ignite::amp::GradScaler;
 use tch_ignite::checkpoint::{Checkpoint, Mode, StateDict, read_state, write_state};
 use tch_ignite::data::{
-    Batch, IntoSource, Loader, Place as DataPlace, Source, one_shot, restartable, source,
+    Batch, IntoSource, Loader, SamplePosition, Source, one_shot, restartable, source,
 };
 use tch_ignite::engine::{
     Evaluator, Event, Events, Handler, Priority, Stop, Summary, Trainer, Until,
@@ -168,12 +168,12 @@ impl Source<Batch> for Faulty<'_> {
         self.0.samples()
     }
 
-    fn place(&self, again: bool) -> Option<DataPlace> {
-        self.0.place(again)
+    fn sample_position(&self, again: bool) -> Option<SamplePosition> {
+        self.0.sample_position(again)
     }
 
-    fn seek_place(&mut self, pass: u64, place: &DataPlace) -> anyhow::Result<bool> {
-        self.0.seek_place(pass, place)
+    fn seek_samples(&mut self, pass: u64, place: &SamplePosition) -> anyhow::Result<bool> {
+        self.0.seek_samples(pass, place)
     }
 
     fn settings(&self) -> serde_json::Map<String, serde_json::Value> {
@@ -395,7 +395,9 @@ impl Handler<Cx, Batch, Tensor> for Recorder {
         }
         if at == At::EpochCompleted {
             values.push(("mean loss", vec![metric("loss")]));
-            if let Some(loss) = &state.output {
+            if let Some(loss) = &state.output
+                && !self.several_ranks
+            {
                 values.push(("last loss", numbers([loss])));
             }
         }

@@ -371,6 +371,30 @@ impl When {
     }
 }
 
+impl Program {
+    /// Programs that are a little smaller.
+    pub fn smaller(&self) -> Vec<Self> {
+        let mut smaller = self.with_a_default();
+        let but = |list: usize| (0..list).rev();
+        smaller.extend(but(self.breaks.len()).map(|index| {
+            let mut program = self.clone();
+            program.breaks.remove(index);
+            program
+        }));
+        smaller.extend(but(self.schedules.len()).map(|index| {
+            let mut program = self.clone();
+            program.schedules.remove(index);
+            program
+        }));
+        smaller.extend(match self.budget {
+            Budget::Epochs(n) if n > 1 => Some(self.clone().budget(Budget::Epochs(n - 1))),
+            Budget::Iterations(n) if n > 1 => Some(self.clone().budget(Budget::Iterations(n - 1))),
+            _ => None,
+        });
+        smaller.into_iter().map(Self::settled).filter(|smaller| smaller != self).collect()
+    }
+}
+
 impl Break {
     /// Whether a checkpoint of this very place is resumed.
     fn writes_a_checkpoint(&self, program: &Program) -> bool {
@@ -496,9 +520,9 @@ impl Program {
             this.epoch_length = None;
         }
         if let Budget::Samples(_) = this.budget {
-            // These are the samples of a call of `run`, and of what resumes it.
+            // These are the samples of a call of `run`, and breaks make several.
             let asks = |how| matches!(how, How::EndOfEpoch | How::Terminate);
-            this.breaks.retain(|planted| planted.then == Then::Resume || asks(planted.how));
+            this.breaks.retain(|planted| asks(planted.how));
             (this.first_budget, this.resumed_at_the_end) = (None, false);
         }
         if let Budget::Epochs(all) | Budget::Iterations(all) = this.budget {
@@ -518,6 +542,12 @@ impl Program {
                 this.epoch_length = None;
                 this.batch_after_resume = this.batch_after_resume.map(|b| b.min(this.samples));
             }
+        }
+        if let Data::Restartable(_) = this.data
+            && this.epoch_length.is_none()
+            && !switches::END_OF_THE_FIRST_PASS
+        {
+            this.breaks.clear();
         }
         // Infinite losses are no names of files.
         this.best &= this.scaler.as_ref().is_none_or(|scaler| scaler.overflows.is_empty());
@@ -576,6 +606,12 @@ impl Program {
         }
         self
     }
+}
+
+/// What is right, and waits for a change.
+mod switches {
+    /// A run that goes on at the end of the first pass of data of unknown length knows the length.
+    pub const END_OF_THE_FIRST_PASS: bool = false;
 }
 
 /// The share of programs in processes: starting them takes long.

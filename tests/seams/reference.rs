@@ -381,6 +381,7 @@ impl<'p> Reference<'p> {
                 }
             };
             self.samples += batch.len() as u64;
+            self.loss = None;
             if self.at(At::GetBatchCompleted) == Wrong {
                 self.position = before;
                 continue;
@@ -753,7 +754,9 @@ impl<'p> Reference<'p> {
         }
         if at == At::EpochCompleted {
             values.push(("mean loss", vec![self.mean_loss]));
-            values.extend(self.loss.map(|loss| ("last loss", vec![loss])));
+            // Each rank has its own.
+            let own = self.loss.filter(|_| self.program.ranks == 1);
+            values.extend(own.map(|loss| ("last loss", vec![loss])));
         }
         values.push(("error of the evaluation", vec![self.error]));
         if self.program.ema.is_some() {

@@ -221,9 +221,17 @@ pub enum Driver {
 impl Driver {
     /// In ignite no value is written before the first event.
     pub fn on(self, events: Events) -> Self {
+        match self.torchs_on(events) {
+            Self::One(scheduler) => Self::One(scheduler.write_at_start(false)),
+            Self::Several(scheduler) => Self::Several(scheduler.write_at_start(false)),
+        }
+    }
+
+    /// As torch's schedulers are stepped: update k uses value k.
+    pub fn torchs_on(self, events: Events) -> Self {
         match self {
-            Self::One(scheduler) => Self::One(scheduler.on(events).write_at_start(false)),
-            Self::Several(scheduler) => Self::Several(scheduler.on(events).write_at_start(false)),
+            Self::One(scheduler) => Self::One(scheduler.on(events)),
+            Self::Several(scheduler) => Self::Several(scheduler.on(events)),
         }
     }
 

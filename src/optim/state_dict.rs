@@ -43,7 +43,7 @@ impl Stateful for Optimizer {
         let mut saved = StateDict::new();
         let groups = self.groups()?.iter().map(saved_group).collect::<Result<Vec<_>>>()?;
         let (mut steps, mut frozen) = (BTreeMap::new(), vec![]);
-        let keys = self.shared.kind.state_names();
+        let keys = self.shared.algorithm.state_names();
         for Variable { name, tensor: parameter, .. } in self.named_parameters()? {
             let failed = |text| Error::libtorch(format!("reading the state of '{name}'"), text);
             if !parameter.requires_grad() {
@@ -127,7 +127,7 @@ impl Optimizer {
             let is_saved = saved.iter().any(|group| group.parameters.contains(&name));
             let mut tensors = [None, None, None];
             let mut misfit = None;
-            for (place, key) in tensors.iter_mut().zip(self.shared.kind.state_names()) {
+            for (place, key) in tensors.iter_mut().zip(self.shared.algorithm.state_names()) {
                 let tensor =
                     names().find_map(|name| state.tensors.remove(&format!("{name}/{key}")));
                 let Some(tensor) = tensor else { continue };
@@ -139,7 +139,7 @@ impl Optimizer {
             if misfit.is_none() {
                 misfit = match &step {
                     None if has_tensors => Some(format!("'{name}' has tensors but no step")),
-                    Some(_) if !self.shared.kind.has_needed(&tensors) => {
+                    Some(_) if !self.shared.algorithm.has_needed(&tensors) => {
                         Some(format!("the state of '{name}' is not complete"))
                     }
                     Some(step) if impossible(step) => {
@@ -164,7 +164,7 @@ impl Optimizer {
             if !is_saved {
                 continue;
             }
-            for (place, key) in tensors.iter_mut().zip(self.shared.kind.state_names()) {
+            for (place, key) in tensors.iter_mut().zip(self.shared.algorithm.state_names()) {
                 if let Some(tensor) = place {
                     *tensor = placed_like(tensor, &parameter).map_err(|error| {
                         Error::libtorch(format!("loading '{name}/{key}'"), error)
@@ -230,7 +230,7 @@ impl Fitting {
                 continue;
             };
             for (option, value) in &saved.options {
-                let known = group.optimizer.shared.kind.hyper(option);
+                let known = group.optimizer.shared.algorithm.hyper(option);
                 match known.and_then(|hyper| hyper.check(*value)) {
                     Ok(()) => self.options.push((group.clone(), option.clone(), *value)),
                     Err(error) => self.misfits.push(error.to_string()),
@@ -256,7 +256,7 @@ impl Optimizer {
     pub(super) fn note_as_built(&self) -> Result<()> {
         let mut built = Map::new();
         for group in self.groups()? {
-            for hyper in self.shared.kind.hypers() {
+            for hyper in self.shared.algorithm.hypers() {
                 let value = group.get(hyper.name())?;
                 built.insert(format!("{}.{hyper}", group.name()), value.into());
             }
@@ -274,7 +274,7 @@ impl Optimizer {
 }
 
 fn saved_group(group: &Group) -> Result<SavedGroup> {
-    let hypers = group.optimizer.shared.kind.hypers();
+    let hypers = group.optimizer.shared.algorithm.hypers();
     let options = hypers.iter().map(|h| Ok((h.name().to_owned(), group.get(h.name())?)));
     Ok(SavedGroup {
         name: group.name(),

@@ -1,8 +1,8 @@
 use std::cell::Cell;
 
-use super::handler::Named;
+use super::checkpoint::{generators, load_generators_strictly};
+use super::handler::NamedHandler;
 use super::position::Position;
-use super::saved::{generators, load_generators_strictly};
 use super::{Engine, Profile, Requests, State};
 use crate::data::Source;
 use crate::error::{Error, Result};
@@ -10,7 +10,7 @@ use crate::guard::guarded;
 use crate::state::StateDict;
 
 /// Where an engine stands and what belongs to it, while it runs something else.
-struct Aside<'a, B, O> {
+struct SuspendedRun<'a, B, O> {
     state: State<B, O>,
     position: Position,
     data: Option<Box<dyn Source<B> + 'a>>,
@@ -73,12 +73,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         cx: &mut C,
         call: impl FnOnce(&mut Self, &mut C) -> Result<T>,
     ) -> Result<T> {
-        let aside = self.set_aside(cx)?;
+        let suspended = self.suspend(cx)?;
         let trial = Trial::begin();
         let result = guarded(|| Ok(call(self, cx)))
             .unwrap_or_else(|panicked| Err(Error::invalid(format!("the trial run {panicked}"))));
         drop(trial);
-        match (result, self.put_back(cx, aside)) {
+        match (result, self.resume_suspended(cx, suspended)) {
             (Ok(value), Ok(())) => Ok(value),
             (Ok(_), Err(error)) => Err(error),
             (Err(error), Ok(())) => Err(error),
@@ -87,12 +87,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Nothing is changed on error.
-    fn set_aside(&mut self, cx: &C) -> Result<Aside<'a, B, O>> {
+    fn suspend(&mut self, cx: &C) -> Result<SuspendedRun<'a, B, O>> {
         if self.running {
             return Err(Error::invalid("the engine is running already"));
         }
         let mut handlers = StateDict::new();
-        for Named { name, handler, .. } in self.handlers.objects() {
+        for NamedHandler { name, handler, .. } in self.handlers.objects() {
             if let Some(handler) = handler.filter(|handler| handler.runs_in_trials())
                 && let Some(state) = handler.save_state()?
             {
@@ -101,7 +101,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         let (parts, context) = self.tracked_copies(cx)?;
         let generators = generators()?;
-        Ok(Aside {
+        Ok(SuspendedRun {
             state: std::mem::take(&mut self.state),
             position: std::mem::take(&mut self.position),
             data: self.data.take(),
@@ -120,31 +120,35 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Puts back all it can before it tells of an error.
-    fn put_back(&mut self, cx: &mut C, mut aside: Aside<'a, B, O>) -> Result<()> {
-        self.state = aside.state;
-        self.position = aside.position;
-        self.data = aside.data;
-        self.requests = aside.requests;
-        self.exception = aside.exception;
-        self.refused = aside.refused;
-        self.random = aside.random;
-        self.profile = aside.profile;
-        let mut result = self.handlers.release(aside.registrations).map_err(|panicked| {
+    fn resume_suspended(
+        &mut self,
+        cx: &mut C,
+        mut suspended: SuspendedRun<'a, B, O>,
+    ) -> Result<()> {
+        self.state = suspended.state;
+        self.position = suspended.position;
+        self.data = suspended.data;
+        self.requests = suspended.requests;
+        self.exception = suspended.exception;
+        self.refused = suspended.refused;
+        self.random = suspended.random;
+        self.profile = suspended.profile;
+        let mut result = self.handlers.release(suspended.registrations).map_err(|panicked| {
             Error::invalid(format!(
                 "handler {} after a trial run: {:#}",
                 panicked.name, panicked.source
             ))
         });
-        self.handlers.put_back_firings(&aside.firings);
-        result = result.and(self.load_tracked_copies(cx, aside.parts, aside.context));
+        self.handlers.put_back_firings(&suspended.firings);
+        result = result.and(self.load_tracked_copies(cx, suspended.parts, suspended.context));
         for (name, handler) in self.handlers.objects_mut() {
-            if let Some(state) = aside.handlers.parts.remove(&name) {
+            if let Some(state) = suspended.handlers.parts.remove(&name) {
                 let loaded = handler.load_state(state);
                 result = result.and(loaded.map_err(|error| {
                     Error::State(format!("handler '{name}' after a trial run: {error}"))
                 }));
             }
         }
-        result.and(load_generators_strictly(aside.generators))
+        result.and(load_generators_strictly(suspended.generators))
     }
 }

@@ -6,10 +6,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use super::handler::Named;
+use super::handler::NamedHandler;
+use super::peers::RANKS;
 use super::position::SavedPosition;
 use super::requests::Requests;
-use super::together::RANKS;
 use super::{Engine, MetricValue, Ranks};
 use crate::bridge::{generator_state, set_generator_state};
 use crate::error::{Error, Result};
@@ -217,7 +217,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// What is this rank's own, under the names of the parts that are the main one's otherwise.
-    pub(super) fn own_of_rank(&self, cx: &C) -> Result<StateDict> {
+    pub(super) fn rank_local_state(&self, cx: &C) -> Result<StateDict> {
         let mut own = StateDict::new();
         own.set_part(RNG, self.random_numbers()?);
         if let Some(context) = &self.tracked.context
@@ -364,7 +364,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             report
                 .load_whole(PARAM_HISTORY, Some(history), |history| self.load_history(history))?;
         }
-        self.leave_metrics_to_main()?;
+        self.clear_shared_metrics()?;
         let again = random.as_ref().map(StateDict::copy).transpose()?;
         if rank > 0 && random.is_none() {
             let text =
@@ -483,7 +483,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     fn save_handlers(&self, caller: &mut Option<StateDict>) -> Result<StateDict> {
         let mut states = StateDict::new();
-        for Named { name, handler, had_state } in self.handlers.objects() {
+        for NamedHandler { name, handler, had_state } in self.handlers.objects() {
             let state = match handler {
                 Some(handler) => of_named(&format!("handler '{name}'"), || handler.save_state())?,
                 None if had_state && caller.is_none() => {
@@ -555,7 +555,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             samples: state.samples,
             nested: self.is_nested(),
             position: of_named("the data", || Ok(self.position.save(self.data.as_deref())))?
-                .of_all(self.ranks()),
+                .to_global(self.ranks()),
             asked: self.position.saved_requests(&self.requests),
             event: self.position.event.to_string(),
             firings: self.handlers.firings().map(|(name, n)| (name.to_owned(), n)).collect(),
@@ -583,7 +583,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.load_firings(&saved.firings)?;
         let budgeted = saved.max_epochs.is_some() || saved.max_iters.is_some();
         let ranks = self.ranks();
-        self.position = saved.position.of_each(ranks).restore(event, budgeted);
+        self.position = saved.position.to_local(ranks).restore(event, budgeted);
         self.requests = saved.asked;
         self.requests.any = self.requests.is_any();
         self.data = None;

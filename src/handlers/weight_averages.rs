@@ -44,7 +44,7 @@ impl std::str::FromStr for Buffers {
 
 /// An average of each variable of a store; clones share it.
 #[derive(Clone)]
-pub(super) struct Shadow(Arc<Mutex<Lists>>);
+pub(super) struct WeightAverages(Arc<Mutex<Lists>>);
 
 struct Lists {
     averages: Vec<Averaged>,
@@ -108,7 +108,7 @@ impl Lists {
     }
 }
 
-impl Shadow {
+impl WeightAverages {
     pub(super) fn of(vs: &VarStore) -> Result<Self> {
         Ok(Self(Arc::new(Mutex::new(Lists::of(vs)?))))
     }
@@ -184,7 +184,7 @@ impl Shadow {
     }
 }
 
-impl fmt::Debug for Shadow {
+impl fmt::Debug for WeightAverages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} variables", locked(&self.0).averages.len())
     }
@@ -195,7 +195,7 @@ impl fmt::Debug for Shadow {
 /// place: nothing is allocated on the CPU.
 #[derive(Debug)]
 #[must_use = "the values go back when this is dropped"]
-pub struct Swapped(Shadow);
+pub struct Swapped(WeightAverages);
 
 impl Drop for Swapped {
     fn drop(&mut self) {
@@ -210,7 +210,7 @@ impl Drop for Swapped {
 /// [`EMAHandler::with_averages`](super::EMAHandler::with_averages) and
 /// [`SWAHandler::with_averages`](super::SWAHandler::with_averages).
 pub struct WithAverages<H> {
-    pub(super) shadow: Shadow,
+    pub(super) shadow: WeightAverages,
     pub(super) handler: H,
 }
 

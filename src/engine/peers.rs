@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use super::position::Position;
 use super::{Engine, Event, Events};
-use crate::engine::metric::Joins;
+use crate::engine::metric::RankMetric;
 use crate::error::{Error, Result};
 use crate::guard::{guarded, guarded_within};
 use crate::metrics::{Accumulated, Reduce, exchange};
@@ -25,13 +25,13 @@ pub(super) const PERIOD: u64 = 10;
 
 /// The other processes of an engine; there is at least one.
 #[derive(Clone)]
-pub(super) struct Together {
+pub(super) struct Peers {
     group: Group,
     /// The ranks have different numbers of batches: they only meet where epochs begin and end.
     pub(super) uneven: bool,
 }
 
-impl Together {
+impl Peers {
     #[cfg(feature = "distributed")]
     fn new(pg: &Group) -> Option<Self> {
         (pg.world_size() > 1).then(|| Self { group: pg.clone(), uneven: false })
@@ -119,7 +119,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// ```
     #[cfg(feature = "distributed")]
     pub fn distributed(&mut self, pg: &crate::distributed::ProcessGroup) -> &mut Self {
-        self.together = Together::new(pg);
+        self.peers = Peers::new(pg);
         self
     }
 
@@ -127,8 +127,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// where epochs begin and end; stops wait for that. After [`distributed`](Self::distributed).
     #[cfg(feature = "distributed")]
     pub fn uneven_batches(&mut self, on: bool) -> &mut Self {
-        if let Some(together) = &mut self.together {
-            together.uneven = on;
+        if let Some(peers) = &mut self.peers {
+            peers.uneven = on;
         }
         self
     }
@@ -148,11 +148,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     /// How many processes there are: 1 for an engine without a group.
     pub(super) fn ranks(&self) -> u64 {
-        self.together.as_ref().map_or(1, |together| together.ranks() as u64)
+        self.peers.as_ref().map_or(1, |peers| peers.ranks() as u64)
     }
 
     pub(super) fn rank(&self) -> usize {
-        self.together.as_ref().map_or(0, Together::rank)
+        self.peers.as_ref().map_or(0, Peers::rank)
     }
 
     /// Like [`on`](Self::on), on the main process only: for what writes files or prints. The handler must not do anything
@@ -170,15 +170,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     /// Makes an evaluator part of its trainer's group.
     pub(crate) fn follow<C2, B2, O2>(&mut self, trainer: &Engine<'_, C2, B2, O2>) {
-        if self.together.is_none() {
-            let uneven = |together| Together { uneven: true, ..together };
-            self.together = trainer.together.clone().map(uneven);
+        if self.peers.is_none() {
+            let uneven = |peers| Peers { uneven: true, ..peers };
+            self.peers = trainer.peers.clone().map(uneven);
         }
     }
 
     /// Whether metrics are computed here, and not by their handlers.
     pub(crate) fn joins_metrics(&self) -> bool {
-        self.together.is_some()
+        self.peers.is_some()
     }
 
     /// Where the run is, the same words on all ranks.
@@ -188,21 +188,21 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     /// Compares where this run begins and how far it goes.
     pub(super) fn agree_on_start(&self) -> Result<()> {
-        let Some(together) = &self.together else { return Ok(()) };
+        let Some(peers) = &self.peers else { return Ok(()) };
         let shown = |n: Option<u64>| n.map_or_else(|| "no".to_owned(), |n| n.to_string());
         let state = &self.state;
         let budget =
             format!("{} epochs, {} iterations", shown(state.max_epochs), shown(state.max_iters));
         let start =
             self.occasion(&format!("a run to {budget} at most from {}", self.position.start()));
-        together.exchange(&start, &[]).map(drop)
+        peers.exchange(&start, &[]).map(drop)
     }
 
     /// Whether the ranks meet at this event.
-    fn meets_at(&self, event: Event, together: &Together) -> bool {
+    fn meets_at(&self, event: Event, peers: &Peers) -> bool {
         match event {
             Event::Started | Event::EpochStarted | Event::EpochCompleted => true,
-            Event::IterationCompleted if !together.uneven => {
+            Event::IterationCompleted if !peers.uneven => {
                 (self.iteration_in_epoch().max(1) - 1).is_multiple_of(self.agree_every)
             }
             _ => false,
@@ -212,19 +212,19 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Makes what handlers of the event asked for, on any rank, what is asked for on all; false where the ranks do not meet
     /// at this event.
     pub(super) fn agree(&mut self, event: Event) -> Result<bool> {
-        let Some(together) = &self.together else { return Ok(true) };
-        if !self.meets_at(event, together) {
+        let Some(peers) = &self.peers else { return Ok(true) };
+        if !self.meets_at(event, peers) {
             return Ok(false);
         }
-        if event == Event::EpochStarted && !together.uneven {
+        if event == Event::EpochStarted && !peers.uneven {
             let length = self.state.epoch_length.map_or(-1, |length| length as i64);
-            together.agree(&format!("iterations in epoch {}", self.state.epoch), length)?;
+            peers.agree(&format!("iterations in epoch {}", self.state.epoch), length)?;
         }
         let signal = self.position.signal.and_then(|signal| u8::try_from(signal).ok());
         let mut own = self.requests.to_bytes().to_vec();
         let shared = own.len();
         own.extend([signal.unwrap_or(0), u8::from(self.limit_reached_here())]);
-        let all = together.exchange(&self.occasion(&format!("after {event}")), &own)?;
+        let all = peers.exchange(&self.occasion(&format!("after {event}")), &own)?;
         let of_any = |index: usize| all.iter().filter_map(|one| one.get(index)).copied().max();
         let flag = |index| of_any(index).is_some_and(|value| value > 0);
         self.requests.set_shared(flag);
@@ -233,23 +233,25 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(true)
     }
 
-    /// Joins and computes the metrics that have a value at this event, before its handlers are called.
+    /// RankMetric and computes the metrics that have a value at this event, before its handlers are called.
     pub(super) fn join_metrics(&mut self, event: Event) -> Result<()> {
         let joined = self.joined_metrics(event);
         if joined.is_err() {
             // Their handlers are not called for this event.
-            self.living_metrics().iter().for_each(|metric| metric.borrow_mut().go_on());
+            self.living_metrics()
+                .iter()
+                .for_each(|metric| metric.borrow_mut().discard_pending_update());
         }
         joined
     }
 
     fn joined_metrics(&mut self, event: Event) -> Result<()> {
-        let Some(together) = &self.together else { return Ok(()) };
+        let Some(peers) = &self.peers else { return Ok(()) };
         let computes = matches!(event, Event::IterationCompleted | Event::EpochCompleted);
-        if !computes || !self.meets_at(event, together) {
+        if !computes || !self.meets_at(event, peers) {
             return Ok(());
         }
-        let due = |metric: &Rc<RefCell<dyn Joins<O> + 'a>>| metric.borrow().is_due(event);
+        let due = |metric: &Rc<RefCell<dyn RankMetric<O> + 'a>>| metric.borrow().is_due(event);
         let metrics: Vec<_> = self.living_metrics().into_iter().filter(due).collect();
         if metrics.is_empty() {
             return Ok(());
@@ -266,8 +268,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             let parts = guarded_within(|| metric.borrow().parts());
             own.push(parts.map_err(|error| failed(index, error))?);
         }
-        let all = together
-            .share(&self.occasion(&format!("{} metrics before {event}", own.len())), &own)?;
+        let all =
+            peers.share(&self.occasion(&format!("{} metrics before {event}", own.len())), &own)?;
         let mut values = vec![];
         for (index, (metric, own)) in metrics.iter().zip(&own).enumerate() {
             let ranks: Vec<_> = all.iter().filter_map(|rank| rank.get(index)).collect();
@@ -283,33 +285,33 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(())
     }
 
-    fn living_metrics(&self) -> Vec<Rc<RefCell<dyn Joins<O> + 'a>>> {
+    fn living_metrics(&self) -> Vec<Rc<RefCell<dyn RankMetric<O> + 'a>>> {
         self.metrics.iter().filter_map(|metric| metric.upgrade()).collect()
     }
 
     /// The others, if they can be counted on: not after an error.
-    fn others(&self) -> Option<&Together> {
-        self.together.as_ref().filter(|_| self.exception.is_none())
+    fn others(&self) -> Option<&Peers> {
+        self.peers.as_ref().filter(|_| self.exception.is_none())
     }
 
     /// What the main process decides, on all; without a group what this one does.
     pub(crate) fn as_main(&self, what: &str, yes: bool) -> Result<bool> {
-        let Some(together) = self.others() else { return Ok(yes) };
-        let all = together.exchange(&self.occasion(what), &[u8::from(yes)])?;
+        let Some(peers) = self.others() else { return Ok(yes) };
+        let all = peers.exchange(&self.occasion(what), &[u8::from(yes)])?;
         Ok(all.first().is_some_and(|main| main == &[1]))
     }
 
     /// The state with what is needed of all ranks, which all call this. Only that of the main one is whole.
     pub(crate) fn checkpoint_of_all(&self, cx: &C, caller: Option<StateDict>) -> Result<StateDict> {
-        let Some(together) = self.others() else { return self.checkpoint_within(cx, caller) };
+        let Some(peers) = self.others() else { return self.checkpoint_within(cx, caller) };
         let metrics = self.living_metrics();
-        let mut own = vec![sent(&self.own_of_rank(cx)?)?];
+        let mut own = vec![sent(&self.rank_local_state(cx)?)?];
         for metric in &metrics {
             let parts = guarded(|| metric.borrow().parts());
             own.push(parts.map_err(|error| of_metric(&*metric.borrow(), &error))?);
         }
-        let mut all = together.share(&self.occasion("a checkpoint"), &own)?;
-        if together.rank() != 0 {
+        let mut all = peers.share(&self.occasion("a checkpoint"), &own)?;
+        if peers.rank() != 0 {
             return Ok(StateDict::new());
         }
         let mut ranks = StateDict::new();
@@ -335,20 +337,20 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// On other ranks than the main one, after the state of all was loaded.
-    pub(super) fn leave_metrics_to_main(&mut self) -> Result<()> {
+    pub(super) fn clear_shared_metrics(&mut self) -> Result<()> {
         if self.is_main() {
             return Ok(());
         }
         let mut left = Ok(());
         for metric in self.living_metrics() {
-            let of_this = guarded(|| metric.borrow_mut().leave_to_main());
+            let of_this = guarded(|| metric.borrow_mut().clear_shared_parts());
             left = left.and(of_this.map_err(|error| of_metric(&*metric.borrow(), &error)));
         }
         left
     }
 }
 
-impl Together {
+impl Peers {
     /// The lists of all ranks.
     fn share(
         &self,
@@ -362,13 +364,13 @@ impl Together {
     }
 }
 
-fn of_metric<O>(metric: &dyn Joins<O>, error: &anyhow::Error) -> Error {
+fn of_metric<O>(metric: &dyn RankMetric<O>, error: &anyhow::Error) -> Error {
     Error::State(format!("metric '{}': {error:#}", metric.name()))
 }
 
 /// The value of the joined state, on the devices of this rank's own.
 fn value_of_all<O>(
-    metric: &mut dyn Joins<O>,
+    metric: &mut dyn RankMetric<O>,
     event: Event,
     own: &[Accumulated],
     ranks: &[&Vec<Accumulated>],
