@@ -373,7 +373,8 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             let driven = other.drives();
             let twice = knobs.iter().find(|knob| driven.iter().any(|other| other.overlaps(knob)));
             if let Some(knob) = twice {
-                return Err(knob.driven_twice(others, name));
+                // The name is quoted already, as it stands in errors.
+                return Err(knob.driven_twice(others, name.trim_matches('\'')));
             }
         }
         Ok(())
