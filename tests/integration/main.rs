@@ -6,7 +6,6 @@
 #[path = "../common/mod.rs"]
 mod common;
 
-mod architecture;
 mod bad_input;
 mod data;
 mod data_loader;
