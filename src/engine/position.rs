@@ -342,7 +342,7 @@ impl SavedPosition {
     }
 
     /// Counts the samples of all ranks, which are the same with any number of them.
-    pub(super) fn to_global(mut self, ranks: u64) -> Self {
+    pub(super) fn into_global(mut self, ranks: u64) -> Self {
         if let Some(place) = &mut self.last_data.place {
             place.samples = place.samples.saturating_mul(ranks);
         }
@@ -350,7 +350,7 @@ impl SavedPosition {
     }
 
     /// The other way round. Where the ranks cannot share the samples, a few come again.
-    pub(super) fn to_local(mut self, ranks: u64) -> Self {
+    pub(super) fn into_local(mut self, ranks: u64) -> Self {
         if let Some(place) = &mut self.last_data.place {
             place.samples /= ranks;
         }
