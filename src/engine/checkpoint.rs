@@ -561,7 +561,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             samples: state.samples,
             nested: self.is_nested(),
             position: of_named("the data", || Ok(self.position.save(self.data.as_deref())))?
-                .to_global(self.ranks()),
+                .into_global(self.ranks()),
             asked: self.position.saved_requests(&self.requests),
             event: self.position.event.to_string(),
             firings: self.handlers.firings().map(|(name, n)| (name.to_owned(), n)).collect(),
@@ -589,7 +589,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.load_firings(&saved.firings)?;
         let budgeted = saved.max_epochs.is_some() || saved.max_iters.is_some();
         let ranks = self.ranks();
-        self.position = saved.position.to_local(ranks).restore(event, budgeted);
+        self.position = saved.position.into_local(ranks).restore(event, budgeted);
         self.requests = saved.asked;
         self.requests.any = self.requests.is_any();
         self.data = None;

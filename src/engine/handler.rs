@@ -220,13 +220,13 @@ impl Subscription {
 
     /// # Errors
     /// The handler's arguments are wrong, or its state cannot be saved now.
-    pub(super) fn of<C, B, O>(handler: &impl Handler<C, B, O>) -> Result<Self> {
+    pub(super) fn of<C, B, O>(handler: &impl Handler<C, B, O>, name: &str) -> Result<Self> {
         handler.validate()?;
-        let (name, has_state) = (handler.name(), handler.save_state()?.is_some());
+        let has_state = handler.save_state()?.is_some();
         Ok(Self {
             events: handler.events(),
             priority: handler.priority(),
-            object: Some((name.clone(), has_state)),
+            object: Some((name.to_owned(), has_state)),
             unique_names: handler.unique_names(),
             drives: handler.drives(),
             name: format!("'{name}'"),
@@ -389,7 +389,8 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             let driven = other.drives();
             let twice = knobs.iter().find(|knob| driven.iter().any(|other| other.overlaps(knob)));
             if let Some(knob) = twice {
-                return Err(knob.driven_twice(others, name));
+                // The name is quoted already, as it stands in errors.
+                return Err(knob.driven_twice(others, name.trim_matches('\'')));
             }
         }
         Ok(())

@@ -226,10 +226,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// knob, or its state cannot be saved.
     pub fn add_handler(&mut self, handler: impl Handler<C, B, O> + 'a) -> Result<HandlerId> {
         // The engine asks the handler everything first, so that a refused handler leaves nothing behind.
-        let described = guarded(|| Ok(Subscription::of(&handler)));
-        let described = described.unwrap_or_else(|panic| {
-            Err(Error::invalid(format!("a handler that was to be attached {panic}")))
-        });
+        let panicked =
+            |name: &str, panic| Error::invalid(format!("attaching handler{name}: {panic}"));
+        let name = guarded(|| Ok(handler.name())).map_err(|panic| panicked("", panic))?;
+        let described = guarded(|| Ok(Subscription::of(&handler, &name)));
+        let described =
+            described.unwrap_or_else(|panic| Err(panicked(&format!(" '{name}'"), panic)));
         self.handlers.add(described?, Callable::Object(Box::new(handler)))
     }
 

@@ -346,7 +346,7 @@ impl SavedPosition {
     }
 
     /// Turns this rank's count of samples into the count of all ranks, which holds for any number of ranks.
-    pub(super) fn to_global(mut self, ranks: u64) -> Self {
+    pub(super) fn into_global(mut self, ranks: u64) -> Self {
         if let Some(place) = &mut self.last_data.place {
             place.samples = place.samples.saturating_mul(ranks);
         }
@@ -354,7 +354,7 @@ impl SavedPosition {
     }
 
     /// Turns the count of all ranks into this rank's. A remainder is dropped, so that a few samples may come again.
-    pub(super) fn to_local(mut self, ranks: u64) -> Self {
+    pub(super) fn into_local(mut self, ranks: u64) -> Self {
         if let Some(place) = &mut self.last_data.place {
             place.samples /= ranks;
         }

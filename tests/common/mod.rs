@@ -4,12 +4,28 @@
 use std::fmt::Display;
 use std::io::Write;
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Tells that a test did not run, past the test runner's capture, so that nobody takes the test for done.
 ///
 /// `scripts/test.sh` lists these lines again, and in CI fails on those that name Python.
 pub fn skipped(why: impl Display) {
     let _ = std::io::stderr().lock().write_all(format!("\nSKIPPED: {why}\n").as_bytes());
+}
+
+/// The name by which the test runner knows a test of a module: `exact(module_path!(), "name")`.
+pub fn exact(module: &str, test: &str) -> String {
+    match module.split_once("::") {
+        Some((_program, module)) => format!("{module}::{test}"),
+        None => test.to_owned(),
+    }
+}
+
+/// libtorch's generator of random numbers is one for all threads of the process: tests that seed it, draw
+/// from it or restore it take turns.
+pub fn serial() -> MutexGuard<'static, ()> {
+    static SERIAL: Mutex<()> = Mutex::new(());
+    SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The Python that an environment variable names (`python3` unless set), if it can import these

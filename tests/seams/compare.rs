@@ -5,10 +5,6 @@ use tch::Tensor;
 use tch_ignite::Result;
 use tch_ignite::checkpoint::{StateDict, Stateful};
 
-/// How much two numbers may differ, as a share of the largest of those compared together, or of 1, which is
-/// the size of data and parameters: a weight or a loss may be the small difference of larger numbers.
-const TOLERANCE: f64 = 1e-12;
-
 /// Values at some point of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
@@ -75,11 +71,13 @@ pub fn numbers<'t>(tensors: impl IntoIterator<Item = &'t Tensor>) -> Vec<f64> {
     tensors.into_iter().flat_map(flat).collect()
 }
 
-fn all_same(a: &[f64], b: &[f64]) -> bool {
+/// Whether numbers differ by no more than this share of the largest of them, or of 1, which is the size of data and
+/// parameters: a weight or a loss may be the small difference of larger numbers.
+fn all_same(a: &[f64], b: &[f64], tolerance: f64) -> bool {
     let finite = a.iter().chain(b).filter(|value| value.is_finite());
     let largest = finite.fold(1f64, |largest, value| largest.max(value.abs()));
     let same = |(a, b): (&f64, &f64)| {
-        a == b || a.is_nan() && b.is_nan() || (a - b).abs() <= TOLERANCE * largest
+        a == b || a.is_nan() && b.is_nan() || (a - b).abs() <= tolerance * largest
     };
     a.len() == b.len() && a.iter().zip(b).all(same)
 }
@@ -92,7 +90,7 @@ pub struct Difference {
 }
 
 /// The first difference.
-pub fn difference(expected: &Outcome, got: &Outcome) -> Option<Difference> {
+pub fn difference(expected: &Outcome, got: &Outcome, tolerance: f64) -> Option<Difference> {
     for (place, right) in expected.trace.iter().enumerate() {
         let differs = |text| Some(Difference { place, text });
         let before = before(&got.trace, place);
@@ -117,7 +115,7 @@ pub fn difference(expected: &Outcome, got: &Outcome) -> Option<Difference> {
             return differs(format!("{what} {number} has {got:?}; right is {right:?}"));
         }
         for ((name, got), (_, right)) in values.iter().zip(&right.values) {
-            if !all_same(got, right) {
+            if !all_same(got, right, tolerance) {
                 return differs(format!("{what} {number}: {name} {got:?}; right is {right:?}"));
             }
         }
@@ -134,7 +132,7 @@ pub fn difference(expected: &Outcome, got: &Outcome) -> Option<Difference> {
     for place in 0..expected.log.len().max(got.log.len()) {
         let (right, line) = (expected.log.get(place), got.log.get(place));
         let equal = right.zip(line).is_some_and(|((tag, step, value), line)| {
-            (tag, step) == (&line.0, &line.1) && all_same(&[*value], &[line.2])
+            (tag, step) == (&line.0, &line.1) && all_same(&[*value], &[line.2], tolerance)
         });
         if !equal {
             return differs(format!("line {place} of the log: {line:?}; right is {right:?}"));

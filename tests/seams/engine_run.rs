@@ -168,6 +168,14 @@ impl Source<Batch> for Faulty<'_> {
         self.0.samples()
     }
 
+    fn batches_left(&self) -> Option<u64> {
+        self.0.batches_left()
+    }
+
+    fn is_random(&self) -> bool {
+        self.0.is_random()
+    }
+
     fn sample_position(&self, again: bool) -> Option<SamplePosition> {
         self.0.sample_position(again)
     }
@@ -526,7 +534,7 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
     if let Some(evaluation) = program.evaluation {
         let plants = plants.clone();
         let mut evaluator = Evaluator::new(move |cx: &mut Cx, _: &mut Evaluator<'_, Cx>, batch| {
-            if let Some(planted) = plants.take(Place::Evaluation) {
+            if let Some(planted) = plants.take(Place::InTheEvaluation) {
                 planted.happen()?;
             }
             cx.eval_step(batch)
@@ -544,7 +552,7 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
         };
     }
     let metric = |watch| match watch {
-        Watch::Loss => "loss",
+        Watch::MeanLoss => "loss",
         Watch::Validation => "val/error",
     };
     if let Some(plateau) = program.plateau {
@@ -571,7 +579,7 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
                 match planted.how {
                     How::Interrupt => engine.interrupt(),
                     How::EndOfEpoch => engine.terminate_epoch(),
-                    How::Terminate => engine.terminate(),
+                    How::End => engine.terminate(),
                     How::Limit => {
                         let mut limit = TimeLimit::new(Duration::from_nanos(1))?;
                         std::thread::sleep(Duration::from_micros(1));
@@ -612,7 +620,7 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
 
     let (of_loss, settings) = (plants.clone(), program.clone());
     let loss = move |prediction: &Tensor, y: &Tensor| {
-        if let Some(planted) = of_loss.take(Place::Loss) {
+        if let Some(planted) = of_loss.take(Place::InTheLoss) {
             tch::no_grad(|| planted.happen().unwrap());
         }
         let (mut loss, weight) = world::loss(&settings, prediction, y);
@@ -623,9 +631,9 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
             loss = loss * f64::INFINITY;
         }
         match settings.weights {
-            Weights::Samples | Weights::Equal => WeightedLoss::from(loss),
-            Weights::Tokens => (loss, numbers([&weight])[0]).into(),
-            Weights::TokensInATensor => (loss, weight).into(),
+            Weights::BySamples | Weights::Equally => WeightedLoss::from(loss),
+            Weights::ByTokens => (loss, numbers([&weight])[0]).into(),
+            Weights::ByTokensInATensor => (loss, weight).into(),
         }
     };
     let mut cx = Supervised::new(net, optimizer, loss);
@@ -637,7 +645,7 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
     if program.accumulate > 1 {
         cx = cx.accumulate(program.accumulate).unwrap();
     }
-    if program.weights == Weights::Equal {
+    if program.weights == Weights::Equally {
         cx = cx.equal_weights();
     }
     if let Some(scaler) = scaler {

@@ -77,7 +77,7 @@ program! {
     /// Biases are a second group with this rate.
     lr_of_biases: Option<f64> = None,
     accumulate: u64 = 1,
-    weights: Weights = Weights::Samples,
+    weights: Weights = Weights::BySamples,
     scaler: Option<Scaler> = None,
     clip_value: Option<f64> = None,
     clip_norm: Option<f64> = None,
@@ -151,12 +151,12 @@ pub enum Algorithm {
 /// How much the batches of a window count.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Weights {
-    Samples,
-    Equal,
+    BySamples,
+    Equally,
     /// By what the loss is a mean over, as a number.
-    Tokens,
+    ByTokens,
     /// The same as a tensor.
-    TokensInATensor,
+    ByTokensInATensor,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -213,7 +213,7 @@ pub struct EarlyStop {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Watch {
     /// The mean loss of each epoch.
-    Loss,
+    MeanLoss,
     /// The error of each evaluation.
     Validation,
 }
@@ -286,9 +286,9 @@ pub enum Place {
     /// Where a batch that was under way is fetched again.
     Refetch,
     /// In the loss, within `no_grad`.
-    Loss,
+    InTheLoss,
     /// In the step of the evaluator.
-    Evaluation,
+    InTheEvaluation,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -299,7 +299,7 @@ pub enum How {
     /// The epoch ends, and the run goes on.
     EndOfEpoch,
     /// The run ends.
-    Terminate,
+    End,
     /// A time limit ends the call of `run`; a new engine resumes.
     Limit,
     /// SIGTERM, where there are processes.
@@ -401,7 +401,7 @@ impl Break {
         match self.how {
             How::Interrupt | How::Signal | How::Limit => self.then == Then::Resume,
             How::Error | How::Panic => program.on_exception,
-            How::EndOfEpoch | How::Terminate | How::Kill => false,
+            How::EndOfEpoch | How::End | How::Kill => false,
         }
     }
 
@@ -415,7 +415,7 @@ impl Break {
                 let goes_on = self.then == Then::Again || program.on_exception;
                 goes_on && self.place != Place::Refetch
             }
-            How::EndOfEpoch | How::Terminate => true,
+            How::EndOfEpoch | How::End => true,
         }
     }
 }
@@ -521,7 +521,7 @@ impl Program {
         }
         if let Budget::Samples(_) = this.budget {
             // These are the samples of a call of `run`, and breaks make several.
-            let asks = |how| matches!(how, How::EndOfEpoch | How::Terminate);
+            let asks = |how| matches!(how, How::EndOfEpoch | How::End);
             this.breaks.retain(|planted| asks(planted.how));
             (this.first_budget, this.resumed_at_the_end) = (None, false);
         }
@@ -530,7 +530,9 @@ impl Program {
         }
         if this.batch_after_resume.is_some() {
             let whole = |at| matches!(at, At::IterationCompleted | At::EpochCompleted);
-            let fits = this.batch_sizes.is_none() && whole(this.checkpoint.at);
+            // What is left out at the end of a pass would come back.
+            let drops = matches!(this.data, Data::Loader { drop_last: true, .. });
+            let fits = this.batch_sizes.is_none() && whole(this.checkpoint.at) && !drops;
             // The batch under way would be another one.
             let breaks_fit = this.breaks.iter().all(|planted| match planted.place {
                 Place::In(at) => whole(at) || !planted.writes_a_checkpoint(&this),
@@ -553,7 +555,7 @@ impl Program {
         this.best &= this.scaler.as_ref().is_none_or(|scaler| scaler.overflows.is_empty());
         let watches_validation = |watch: &mut Watch| {
             if this.evaluation.is_none() {
-                *watch = Watch::Loss;
+                *watch = Watch::MeanLoss;
             }
         };
         this.plateau.iter_mut().for_each(|plateau| watches_validation(&mut plateau.watch));
@@ -579,8 +581,8 @@ impl Program {
         self.processes = true;
         (self.noise, self.log, self.frozen, self.batch_sizes) = (false, None, None, None);
         (self.on_exception, self.batch_after_resume) = (false, None);
-        if let Weights::Tokens | Weights::TokensInATensor = self.weights {
-            self.weights = Weights::Samples;
+        if let Weights::ByTokens | Weights::ByTokensInATensor = self.weights {
+            self.weights = Weights::BySamples;
         }
         if let Data::Batches(sizes) | Data::Restartable(sizes) | Data::Stream(sizes) = &self.data {
             self.data = Data::Loader { batch: sizes[0], shuffle: None, drop_last: false };
@@ -592,7 +594,7 @@ impl Program {
             self.budget = Budget::Iterations(samples);
         }
         // A rank that failed leaves the others: all go on in new processes.
-        self.breaks.retain(|planted| !matches!(planted.how, How::EndOfEpoch | How::Terminate));
+        self.breaks.retain(|planted| !matches!(planted.how, How::EndOfEpoch | How::End));
         for planted in &mut self.breaks {
             if planted.how != How::Interrupt {
                 planted.then = Then::Resume;
@@ -606,6 +608,16 @@ impl Program {
         }
         self
     }
+}
+
+/// Names that printed programs use.
+pub mod names {
+    #![allow(unused_imports)]
+    pub use super::{
+        Algorithm::*, At::*, Break, Budget::*, Data::*, Driven::*, EarlyStop, Ema, Evaluation,
+        Frozen, How::*, Model::*, Place::*, Plateau, Program, Scaler, Scheduled, Shape::*, Then::*,
+        Watch::*, Weights::*, When,
+    };
 }
 
 /// What is right, and waits for a change.
@@ -748,15 +760,15 @@ fn breaks() -> impl Strategy<Value = Break> {
         ][..]).prop_map(Place::In),
         1 => Just(Place::Fetch),
         1 => Just(Place::Refetch),
-        1 => Just(Place::Loss),
-        1 => Just(Place::Evaluation),
+        1 => Just(Place::InTheLoss),
+        1 => Just(Place::InTheEvaluation),
     ];
     let how = prop_oneof![
         4 => Just(How::Interrupt),
         2 => Just(How::Error),
         2 => Just(How::Panic),
         1 => Just(How::EndOfEpoch),
-        1 => Just(How::Terminate),
+        1 => Just(How::End),
         1 => Just(How::Limit),
         2 => Just(How::Signal),
         1 => Just(How::Kill),
@@ -769,10 +781,10 @@ fn breaks() -> impl Strategy<Value = Break> {
             _ => number,
         };
         let asks_the_engine =
-            matches!(how, How::Interrupt | How::EndOfEpoch | How::Terminate | How::Limit);
+            matches!(how, How::Interrupt | How::EndOfEpoch | How::End | How::Limit);
         let how = match place {
-            Place::Loss if asks_the_engine || how == How::Error => How::Panic,
-            Place::Fetch | Place::Refetch | Place::Evaluation if asks_the_engine => How::Error,
+            Place::InTheLoss if asks_the_engine || how == How::Error => How::Panic,
+            Place::Fetch | Place::Refetch | Place::InTheEvaluation if asks_the_engine => How::Error,
             // Refused where no epoch is under way, and without effect where it ends anyway.
             Place::In(At::Started | At::EpochStarted | At::EpochCompleted)
                 if how == How::EndOfEpoch =>
@@ -815,11 +827,11 @@ pub fn programs() -> impl Strategy<Value = Program> {
             prop_oneof![2 => Just(1u64), 1 => 2u64..5],
             prop::sample::select(
                 &[
-                    Weights::Samples,
-                    Weights::Samples,
-                    Weights::Equal,
-                    Weights::Tokens,
-                    Weights::TokensInATensor,
+                    Weights::BySamples,
+                    Weights::BySamples,
+                    Weights::Equally,
+                    Weights::ByTokens,
+                    Weights::ByTokensInATensor,
                 ][..],
             ),
         ),
@@ -830,7 +842,7 @@ pub fn programs() -> impl Strategy<Value = Program> {
         optional(decimal(&[0.5, 0.1, 2.])),
         optional(decimal(&[0.5, 1.5, 0.1])),
     );
-    let watch = || prop_oneof![Just(Watch::Loss), Just(Watch::Validation)];
+    let watch = || prop_oneof![Just(Watch::MeanLoss), Just(Watch::Validation)];
     let handlers = (
         prop::collection::vec(scheduled(), 0..4),
         optional((watch(), decimal(&[0.5, 0.1]), 0u64..3, 0u64..2).prop_map(

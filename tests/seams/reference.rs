@@ -278,15 +278,13 @@ impl<'p> Reference<'p> {
     fn take_other_size(&mut self, batches: u64) {
         if self.other_size_after == Some(self.iteration)
             && let Some(size) = self.program.batch_after_resume
-            && let Data::Loader { drop_last, .. } = self.program.data
         {
             self.other_size_after = None;
             self.batch_size = size;
             let left = world::order(self.program, self.position.pass).len() - self.position.next;
-            let left = if drop_last { left / size } else { left.div_ceil(size) } as u64;
             self.epoch_length = match batches {
                 0 => self.batches_of_a_pass(),
-                batches => Some(batches + left),
+                batches => Some(batches + left.div_ceil(size) as u64),
             };
         }
     }
@@ -440,7 +438,7 @@ impl<'p> Reference<'p> {
             self.parameters.iter_mut().for_each(|parameter| parameter.gradient = None);
             self.window_began = begin;
         }
-        if self.breaks(Place::Loss) == Wrong {
+        if self.breaks(Place::InTheLoss) == Wrong {
             return Wrong;
         }
         let (x, y) = (self.select(&self.x, batch), self.select(&self.y, batch));
@@ -453,7 +451,7 @@ impl<'p> Reference<'p> {
             loss = loss * f64::INFINITY;
         }
         let weight = match self.program.weights {
-            Weights::Equal => 1.,
+            Weights::Equally => 1.,
             _ => numbers([&weight])[0],
         };
         (&loss * self.scale).backward();
@@ -691,7 +689,7 @@ impl<'p> Reference<'p> {
             && passes(evaluation.on)
         {
             self.error = f64::NAN;
-            if self.breaks(Place::Evaluation) == Wrong {
+            if self.breaks(Place::InTheEvaluation) == Wrong {
                 (self.terminate, self.end_of_epoch) = (false, false);
                 return Wrong;
             }
@@ -802,7 +800,7 @@ impl<'p> Reference<'p> {
 
     fn watched(&self, watch: Watch) -> f64 {
         match watch {
-            Watch::Loss => self.mean_loss,
+            Watch::MeanLoss => self.mean_loss,
             Watch::Validation => self.error,
         }
     }
@@ -840,7 +838,7 @@ impl<'p> Reference<'p> {
             {
                 match planted.how {
                     How::EndOfEpoch => self.end_of_epoch = true,
-                    How::Terminate => self.terminate = true,
+                    How::End => self.terminate = true,
                     _ => return Wrong,
                 }
             }

@@ -101,8 +101,8 @@ impl Break {
 pub fn loss(program: &Program, prediction: &Tensor, y: &Tensor) -> (Tensor, Tensor) {
     let errors = (prediction - y).square();
     let tokens = match program.weights {
-        Weights::Samples | Weights::Equal => y.ones_like(),
-        Weights::Tokens | Weights::TokensInATensor => (y.abs() * 3.).floor() + 1.,
+        Weights::BySamples | Weights::Equally => y.ones_like(),
+        Weights::ByTokens | Weights::ByTokensInATensor => (y.abs() * 3.).floor() + 1.,
     };
     let all = tokens.sum(Kind::Double);
     ((errors * tokens).sum(Kind::Double) / &all, all)

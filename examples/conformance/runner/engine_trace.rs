@@ -138,7 +138,7 @@ fn compare(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     .into())
 }
 
-/// ignite's defects that a case may show. What holds instead is in docs/ARCHITECTURE.md.
+/// ignite's defects that a case may show. What holds instead is in docs/DIFFERENCES.md.
 enum Rule {
     /// Swallowed exceptions, EXCEPTION_RAISED twice, a next run that does nothing, an epoch count
     /// that is off afterwards (IGNITE 2.1.8 to 2.1.11).

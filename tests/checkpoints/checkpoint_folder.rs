@@ -1,13 +1,10 @@
 //! What a folder of checkpoints holds, whatever happened to it: kills between two steps of a write, full
 //! disks, several handlers, other programs' files.
 
-mod common;
-
 use std::cell::RefCell;
 use std::path::Path;
 use std::process::Command;
 use std::rc::Rc;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tch::nn::VarStore;
@@ -18,6 +15,9 @@ use tch_ignite::engine::{Engine, Event, Until};
 use tch_ignite::handlers::{EMAHandler, Evaluate, History};
 use tch_ignite::loggers::{CsvLogger, JsonLinesLogger, Logger, RunFolder, TensorBoard};
 use tch_ignite::metrics::Mean;
+
+use crate::common;
+use crate::common::serial;
 
 type Small = Engine<'static, (), i64, f64>;
 
@@ -58,11 +58,6 @@ fn a_folder_that_is_removed_or_replaced_in_a_run_is_an_error() {
         assert_eq!(path.exists(), replace, "it is not made again");
         assert!(!replace || files(&path).is_empty());
     }
-}
-
-fn serial() -> MutexGuard<'static, ()> {
-    static SERIAL: Mutex<()> = Mutex::new(());
-    SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn files(folder: &Path) -> Vec<String> {
@@ -505,17 +500,21 @@ fn in_namespace(test: &str, script: &str) -> bool {
         return false;
     }
     let folder = tempfile::tempdir().unwrap();
-    let status = Command::new("unshare")
+    let output = Command::new("unshare")
         .args(["-rm", "sh", "-ec", script, "sh"])
         .arg(folder.path())
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
+        .args(["--exact", &common::exact(module_path!(), test), "--nocapture"])
         .env(DISK, folder.path())
-        .status()
+        .output()
         .unwrap();
-    assert!(status.success());
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
     true
 }
+
+/// Where the tests of this file are in the program.
+const PATH: &str = module_path!();
 
 const DISK: &str = "TCH_IGNITE_TEST_DISK";
 
@@ -627,9 +626,11 @@ fn a_full_disk_is_an_error_that_leaves_what_was_there() {
         };
         let mut trainer = make();
         let (ballast, latest) = (disk.join("ballast"), folder.join("latest"));
+        let before = folder.join("checkpoint_2.safetensors");
         trainer.on(Event::EpochStarted.once(3), move |_, _| {
-            // In the background it may still be on its way.
-            while !std::fs::read_to_string(&latest).is_ok_and(|name| name.contains("_4.")) {
+            // In the background it may still be on its way, and the one before leave room when it goes.
+            let is_latest = || std::fs::read_to_string(&latest).is_ok_and(|n| n.contains("_4."));
+            while !is_latest() || before.exists() {
                 std::thread::sleep(Duration::from_millis(5));
             }
             let mut file = std::fs::File::create(&ballast)?;
@@ -935,7 +936,7 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*start)
             .unwrap();
         assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         let output = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", test, "--nocapture"])
+            .args(["--exact", &crate::common::exact(super::PATH, test), "--nocapture"])
             .env("LD_PRELOAD", &library)
             .env(LOG, folder.path().join("calls"))
             .env(FAILING, folder.path().join("failing"))
@@ -943,7 +944,7 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*start)
             .unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         assert!(
-            output.status.success(),
+            output.status.success() && text(&output.stdout).contains("1 passed"),
             "{}
 {}",
             text(&output.stdout),

@@ -1,8 +1,6 @@
 //! The report of a run, looked at in a real browser: headless Chromium, found on the `PATH` or named by
 //! `CHROMIUM`. `REPORT_SCREENSHOTS=FOLDER` keeps the pictures.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -11,6 +9,8 @@ use serde_json::json;
 use tch::Tensor;
 use tch_ignite::engine::{Engine, Until};
 use tch_ignite::loggers::{Logger, RunFolder};
+
+use crate::common;
 
 const NAMES: [&str; 5] =
     ["chromium", "chromium-headless-shell", "chromium-browser", "google-chrome", "chrome"];

@@ -237,7 +237,7 @@ fn a_server_that_is_none_is_told_before_training() -> Result<()> {
 }
 
 #[test]
-#[ignore = "needs a server (pip install mlflow; mlflow server --port 5000): MLFLOW_TRACKING_URI=http://127.0.0.1:5000 cargo test --release --features mlflow --test mlflow -- --ignored"]
+#[ignore = "needs a server (pip install mlflow; mlflow server --port 5000): MLFLOW_TRACKING_URI=http://127.0.0.1:5000 cargo test --release --features mlflow --test integration mlflow -- --ignored"]
 fn a_real_server_has_it_all() -> Result<()> {
     let uri = std::env::var("MLFLOW_TRACKING_URI").context("MLFLOW_TRACKING_URI")?;
     let experiment = format!("tch-ignite-{}", std::process::id());

@@ -1,7 +1,5 @@
 //! What is wrong with the data, or with the disk, is told clearly, and what was trained is left as it was.
 
-mod common;
-
 use std::path::Path;
 use std::process::Command;
 
@@ -15,6 +13,8 @@ use tch_ignite::loggers::*;
 use tch_ignite::metrics::*;
 use tch_ignite::optim::Optimizer;
 use tch_ignite::supervised::{Prediction, Supervised, create_supervised_trainer};
+
+use crate::common;
 
 type Model = Supervised<nn::Linear>;
 

@@ -1,11 +1,9 @@
 //! Checkpoints: what is restored is what was saved, bit for bit, wherever the run was stopped.
 
-mod common;
-
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use tch::nn::{self, ModuleT, VarStore};
 use tch::{Device, Kind, Tensor};
@@ -29,6 +27,9 @@ use tch_ignite::supervised::{
     Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,
 };
 use tch_ignite::{Error, Result};
+
+use crate::common;
+use crate::common::serial;
 
 struct Net {
     net: nn::SequentialT,
@@ -168,12 +169,6 @@ fn bits(state: &StateDict) -> String {
         text += &format!("[{name}]\n{}", bits(part));
     }
     text
-}
-
-/// libtorch's random numbers are those of the whole process.
-fn serial() -> MutexGuard<'static, ()> {
-    static SERIAL: Mutex<()> = Mutex::new(());
-    SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn text<T>(result: Result<T>) -> String {
@@ -851,7 +846,8 @@ fn two_processes_cannot_share_a_folder() {
     }
     let folder = tempfile::tempdir().unwrap();
     let mut other = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "two_processes_cannot_share_a_folder"])
+        .arg("--exact")
+        .arg(common::exact(module_path!(), "two_processes_cannot_share_a_folder"))
         .env(HOLD, folder.path())
         .stdout(std::process::Stdio::null())
         .spawn()

@@ -7,6 +7,8 @@ use tch::{Device, Kind, Tensor};
 use tch_ignite::optim::{Group, GroupOptions, Knob, Optimizer, lr};
 use tch_ignite::{Error, Result};
 
+use crate::common;
+
 type Options = BTreeMap<&'static str, f64>;
 
 const ONE: [i64; 1] = [1];
@@ -905,11 +907,12 @@ fn a_tensor_that_the_store_lists_twice_is_told_once() {
     let Some(trained) = std::env::var_os(CHILD) else {
         let told = |trained: &str| {
             let output = std::process::Command::new(std::env::current_exe().unwrap())
-                .args([
-                    "--exact",
+                .arg("--exact")
+                .arg(common::exact(
+                    module_path!(),
                     "a_tensor_that_the_store_lists_twice_is_told_once",
-                    "--nocapture",
-                ])
+                ))
+                .arg("--nocapture")
                 .env(CHILD, trained)
                 .output()
                 .unwrap();

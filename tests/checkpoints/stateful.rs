@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tch::nn::{self, ModuleT, VarStore};
 use tch::{Device, Kind, Reduction, Tensor};
@@ -20,6 +20,8 @@ use tch_ignite::metrics::*;
 use tch_ignite::optim::{Knob, Optimizer, lr};
 use tch_ignite::schedule::*;
 use tch_ignite::supervised::Prediction;
+
+use crate::common::serial;
 
 struct Cx {
     net: nn::SequentialT,
@@ -139,12 +141,6 @@ fn bits(state: &StateDict) -> String {
         text += &format!("[{name}]\n{}", bits(part));
     }
     text
-}
-
-/// libtorch's random numbers are those of the whole process.
-fn serial() -> MutexGuard<'static, ()> {
-    static SERIAL: Mutex<()> = Mutex::new(());
-    SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Saves as the last handler of an event, and fails.

@@ -4,7 +4,6 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
@@ -15,10 +14,8 @@ use tch_ignite::checkpoint::{
 use tch_ignite::engine::{Engine, Until};
 use tch_ignite::metrics::Mean;
 
-fn serial() -> MutexGuard<'static, ()> {
-    static SERIAL: Mutex<()> = Mutex::new(());
-    SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use crate::common;
+use crate::common::serial;
 
 fn store() -> VarStore {
     let vs = VarStore::new(Device::Cpu);
@@ -258,7 +255,8 @@ fn a_hostile_header_takes_150_mb_at_most() {
     for (what, header) in headers {
         file(&path, &header(), 0);
         let output = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", NAME, "--nocapture", "--test-threads=1"])
+            .args(["--exact", &common::exact(module_path!(), NAME)])
+            .args(["--nocapture", "--test-threads=1"])
             .env(VARIANT, &path)
             .output()
             .unwrap();

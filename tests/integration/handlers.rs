@@ -141,7 +141,10 @@ fn a_profile_tells_who_took_the_time() -> Result<()> {
         [("data", None, 9), ("step", None, 8), ("handlers", iteration, 8), ("handlers", epoch, 2)];
     assert_eq!(counts, expected);
     assert_eq!((handlers[0].event, handlers[0].count), (iteration, 4));
-    assert!(handlers[0].name.contains("tests/handlers.rs") && handlers[0].total.as_millis() >= 8);
+    assert!(
+        handlers[0].name.contains("tests/integration/handlers.rs")
+            && handlers[0].total.as_millis() >= 8
+    );
     assert_eq!(handlers[1].name, "'evaluator val'");
     let text = profile.to_string();
     assert!(

@@ -159,10 +159,10 @@ fn all_told(page: &str, here: &[(&str, &str)], elsewhere: &[&str]) {
 
 #[test]
 fn every_metric_of_ignite_has_its_place() {
-    all_told(include_str!("../docs/METRICS.md"), METRICS, &METRICS_ELSEWHERE);
+    all_told(include_str!("../../docs/METRICS.md"), METRICS, &METRICS_ELSEWHERE);
 }
 
 #[test]
 fn every_handler_of_ignite_has_its_place() {
-    all_told(include_str!("../docs/HANDLERS.md"), HANDLERS, &HANDLERS_ELSEWHERE);
+    all_told(include_str!("../../docs/HANDLERS.md"), HANDLERS, &HANDLERS_ELSEWHERE);
 }
