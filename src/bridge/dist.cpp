@@ -121,7 +121,7 @@ int tig_store_connect(const char* host, uint16_t port, int serve, int listen_fd,
   });
 }
 
-// Waits until all ranks have connected to the store. Only the rank that serves the store calls this.
+// Waits until all ranks have connected, on the rank that serves the store. Returns at once on other ranks.
 int tig_store_wait_for_workers(DistStore* store, int* cause, char** error) {
   return dist_guarded(cause, error, [&] { store->tcp->waitForWorkers(); });
 }

@@ -6,9 +6,9 @@ use crate::error::Result;
 
 /// One parameter group: reads and writes its hyper-parameters in libtorch's optimizer.
 ///
-/// Made by [`Optimizer::group`]. The typed methods (`lr`, `set_lr`, …) and the general
-/// [`get`](Self::get) and [`set`](Self::set) are errors for what the optimizer does not have
-/// (`alpha` on SGD) and for values outside PyTorch's bounds.
+/// Made by [`Optimizer::group`]. The typed methods (`lr`, `set_lr`, …) and the general [`get`](Self::get) and
+/// [`set`](Self::set) return an error for a hyper-parameter that the optimizer does not have (`alpha` on SGD), for a
+/// value outside PyTorch's bounds, and while [`with_tch`](Optimizer::with_tch) lends the optimizer out.
 #[derive(Clone)]
 pub struct Group {
     pub(super) optimizer: Optimizer,
@@ -30,18 +30,18 @@ impl Group {
         self.optimizer.shared.grouping.name(self.index)
     }
 
-    /// The value of the hyper-parameter of that PyTorch name (`"lr"`, `"weight_decay"`, …; `"beta1"`
-    /// and `"beta2"` for the two betas; booleans as 0 and 1).
+    /// The value of the hyper-parameter with this PyTorch name (`"lr"`, `"weight_decay"`, …; `"beta1"`
+    /// and `"beta2"` for the two betas). Booleans are 0 and 1.
     pub fn get(&self, hyper: &str) -> Result<f64> {
         self.get_hyper(self.optimizer.shared.algorithm.hyper(hyper)?)
     }
 
-    /// Sets the hyper-parameter of that name; see [`get`](Self::get).
+    /// Sets the hyper-parameter with this name; for names see [`get`](Self::get).
     pub fn set(&self, hyper: &str, value: f64) -> Result<()> {
         self.set_hyper(self.optimizer.shared.algorithm.hyper(hyper)?, value)
     }
 
-    /// A hyper-parameter as something a scheduler can drive.
+    /// A hyper-parameter of this group as a [`Knob`], which a scheduler can drive.
     ///
     /// ```
     /// # use tch::{Device, nn};
@@ -67,8 +67,8 @@ impl Group {
         self.optimizer.set_hyper(self.index, hyper, value)
     }
 
-    /// Names of the parameters in this group, in libtorch's order, those of variables that were added to the
-    /// store since the last step too. A parameter with several names is there once, by the first of them in
+    /// The names of the parameters in this group, in libtorch's order. Variables that were added to the store
+    /// since the last step are included. A parameter with several names is listed once, by the first name in
     /// alphabetical order.
     pub fn parameters(&self) -> Result<Vec<String>> {
         let parameters = self.optimizer.named_parameters_of([self.index])?;
@@ -120,7 +120,7 @@ impl Group {
         Ok(self.get("nesterov")? != 0.)
     }
 
-    /// Switches Nesterov momentum (SGD).
+    /// Switches Nesterov momentum (SGD) on or off.
     pub fn set_nesterov(&self, on: bool) -> Result<()> {
         self.set("nesterov", f64::from(on))
     }
@@ -152,8 +152,8 @@ impl Group {
         Ok(self.get("amsgrad")? != 0.)
     }
 
-    /// Switches the AMSGrad variant (Adam, AdamW). Parameters that were stepped without it get the
-    /// state for it now, zeros: the maximum begins with the next step.
+    /// Switches the AMSGrad variant (Adam, AdamW) on or off. Parameters that were stepped without it get the
+    /// state for it now, as zeros: the maximum begins with the next step.
     pub fn set_amsgrad(&self, on: bool) -> Result<()> {
         self.set("amsgrad", f64::from(on))
     }
@@ -173,8 +173,8 @@ impl Group {
         Ok(self.get("centered")? != 0.)
     }
 
-    /// Switches the centered variant (RMSprop). Parameters that were stepped without it get the state
-    /// for it now: a mean gradient of zero.
+    /// Switches the centered variant (RMSprop) on or off. Parameters that were stepped without it get the
+    /// state for it now: a mean gradient of zero.
     pub fn set_centered(&self, on: bool) -> Result<()> {
         self.set("centered", f64::from(on))
     }
