@@ -9,6 +9,9 @@ use crate::variables::variables;
 
 impl Optimizer {
     /// Whether steps are fused: true unless [`set_fused`](Self::set_fused) switched that off.
+    ///
+    /// # Errors
+    /// Only while [`with_tch`](Self::with_tch) lends the optimizer out.
     pub fn fused(&self) -> Result<bool> {
         self.native(|native| Ok(native.mode != Mode::Loop))
     }
@@ -34,6 +37,9 @@ impl Optimizer {
     /// optimizer.set_fused(false)?;
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
+    ///
+    /// # Errors
+    /// Only while [`with_tch`](Self::with_tch) lends the optimizer out.
     pub fn set_fused(&self, on: bool) -> Result<()> {
         self.native(|native| {
             native.mode = if on { Mode::Fused } else { Mode::Loop };

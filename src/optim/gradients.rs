@@ -36,6 +36,9 @@ pub struct Gradients {
 
 impl Optimizer {
     /// The gradients of all groups.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn gradients(&self) -> Result<Gradients> {
         let groups = (0..self.group_count()?).collect();
         Ok(Gradients { optimizer: self.clone(), groups, order: 2., error_if_nonfinite: false })
@@ -43,17 +46,26 @@ impl Optimizer {
 
     /// Fills the gradients with zeros, in their memory. [`zero_grad`](Self::zero_grad), which sets them to
     /// none, saves this write and makes the next backward write instead of add: prefer it.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn zero_grad_in_place(&self) -> Result<()> {
         self.gradients()?.zero()
     }
 
     /// Clips the gradients of all groups together to a norm of at most `max` and returns the norm before
     /// clipping: [`Gradients::clip_norm`].
+    ///
+    /// # Errors
+    /// `max` is negative or NaN. See also [`Optimizer`].
     pub fn clip_grad_norm(&self, max: f64) -> Result<Tensor> {
         self.gradients()?.clip_norm(max)
     }
 
     /// Limits every element of every gradient to `-max` to `max`: [`Gradients::clip_value`].
+    ///
+    /// # Errors
+    /// `max` is negative or NaN. See also [`Optimizer`].
     pub fn clip_grad_value(&self, max: f64) -> Result<()> {
         self.gradients()?.clip_value(max)
     }
@@ -62,6 +74,9 @@ impl Optimizer {
     /// as it reads them. On the CPU they stay unclipped in memory, except those of parameters that go through
     /// libtorch's loop; on CUDA libtorch's kernels may overwrite them with the clipped ones. Returns the norm
     /// before clipping. No host sync.
+    ///
+    /// # Errors
+    /// `max` is negative or NaN, or a parameter cannot be stepped: see [`step`](Self::step).
     pub fn step_clipped(&self, max: f64) -> Result<Tensor> {
         let (norm, factor) = self.gradients()?.norm_and_factor(max)?;
         self.update(Some(&factor), None)?;
@@ -71,6 +86,9 @@ impl Optimizer {
 
 impl Gradients {
     /// Restricts the gradients to the groups with these names.
+    ///
+    /// # Errors
+    /// There is no group of one of these names.
     pub fn groups<'n>(mut self, names: impl IntoIterator<Item = &'n str>) -> Result<Self> {
         let group = |name| Ok(self.optimizer.group(name)?.index());
         self.groups = names.into_iter().map(group).collect::<Result<_>>()?;
@@ -91,6 +109,9 @@ impl Gradients {
 
     /// The norm of all these gradients together, as if they were one vector: a tensor of one element on their
     /// device, f64 if a gradient is f64, otherwise f32.
+    ///
+    /// # Errors
+    /// The order is not above 0; the norm is not finite, if that is to be an error.
     pub fn norm(&self) -> Result<Tensor> {
         Ok(self.norm_and_factor(1.)?.0)
     }
@@ -101,6 +122,10 @@ impl Gradients {
     /// [`error_if_nonfinite`](Self::error_if_nonfinite) is set.
     ///
     /// On the CPU nothing is written where the norm is small enough.
+    ///
+    /// # Errors
+    /// `max` is negative or NaN, or the order is not above 0; the norm is not finite, if that is to
+    /// be an error. Nothing is scaled then.
     pub fn clip_norm(&self, max: f64) -> Result<Tensor> {
         let (norm, factor) = self.norm_and_factor(max)?;
         self.native("scaling gradients", |native, groups| native.scale_gradients(groups, &factor))?;
@@ -108,6 +133,9 @@ impl Gradients {
     }
 
     /// Limits every element to `-max` to `max`, in place (torch's `clip_grad_value_`). NaN stays NaN.
+    ///
+    /// # Errors
+    /// `max` is negative or NaN.
     pub fn clip_value(&self, max: f64) -> Result<()> {
         check_max(max)?;
         self.native("clipping gradients", |native, groups| native.clip_value(groups, max))
@@ -118,6 +146,10 @@ impl Gradients {
     /// that is larger. A unit is a row of the first dimension, or the whole tensor if it has only one dimension.
     /// The paper uses 1e-2 and 1e-3, and leaves the last layer out. No host sync; about ten small operations
     /// for each parameter.
+    ///
+    /// # Errors
+    /// `clipping` or `eps` is not finite and above 0; a gradient is sparse. Gradients of parameters
+    /// before it may be clipped already.
     pub fn clip_adaptive(&self, clipping: f64, eps: f64) -> Result<()> {
         for (name, value) in [("clipping", clipping), ("eps", eps)] {
             if !(value > 0. && value.is_finite()) {
@@ -135,11 +167,17 @@ impl Gradients {
     }
 
     /// Fills the gradients with zeros, in their memory.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn zero(&self) -> Result<()> {
         self.native("zero_grad", |native, groups| native.zero_gradients(groups))
     }
 
     /// Sets the gradients to none.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn clear(&self) -> Result<()> {
         self.native("zero_grad", |native, groups| native.clear_gradients(groups))
     }

@@ -137,6 +137,9 @@ impl Knob {
     }
 
     /// A knob for each group that this knob sets; a clone of itself for a value of your own.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn each(&self) -> Result<Vec<Self>> {
         let Target::Groups { optimizer, group: None, hyper } = &self.target else {
             return Ok(vec![self.clone()]);
@@ -146,6 +149,9 @@ impl Knob {
     }
 
     /// The current value, read from libtorch; the first group's value for a knob of all groups.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn get(&self) -> Result<f64> {
         match &self.target {
             Target::Groups { optimizer, group, hyper } => {
@@ -156,6 +162,9 @@ impl Knob {
     }
 
     /// The current value of every group that this knob sets.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn values(&self) -> Result<Vec<f64>> {
         match &self.target {
             Target::Groups { optimizer, group: None, hyper } => (0..optimizer.group_count()?)

@@ -166,6 +166,9 @@ impl Optimizer {
     }
 
     /// The group with this name.
+    ///
+    /// # Errors
+    /// There is no group of this name.
     pub fn group(&self, name: &str) -> Result<Group> {
         let names = self.group_names()?;
         match names.iter().position(|known| known == name) {
@@ -175,6 +178,9 @@ impl Optimizer {
     }
 
     /// The group with this number, from 0.
+    ///
+    /// # Errors
+    /// There is no group of this number.
     pub fn group_at(&self, index: usize) -> Result<Group> {
         let names = self.group_names()?;
         if index < names.len() {
@@ -185,12 +191,18 @@ impl Optimizer {
     }
 
     /// All groups, in order.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn groups(&self) -> Result<Vec<Group>> {
         let count = self.group_count()?;
         Ok((0..count).map(|index| Group::new(self.clone(), index)).collect())
     }
 
     /// Names of all groups, in order.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn group_names(&self) -> Result<Vec<String>> {
         let count = self.group_count()?;
         Ok((0..count).map(|index| self.shared.grouping.name(index)).collect())
@@ -198,6 +210,9 @@ impl Optimizer {
 
     /// A hyper-parameter of all groups as a [`Knob`], which a scheduler can drive. Setting it sets all groups that
     /// exist then; reading it gives the first group's value.
+    ///
+    /// # Errors
+    /// The optimizer has no such hyper-parameter.
     pub fn knob(&self, hyper: &str) -> Result<Knob> {
         let hyper = self.shared.algorithm.hyper(hyper)?;
         Ok(Knob::of_groups(self.clone(), None, hyper))

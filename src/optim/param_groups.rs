@@ -52,12 +52,18 @@ impl Group {
     /// assert_eq!((base.double_value(&[0]), head.double_value(&[0])), (1.0, 0.5));
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn freeze(&self) -> Result<()> {
         let parameters = self.optimizer.parameters_of([self.index()])?;
         parameters.iter().try_for_each(|parameter| self.optimizer.train(parameter, false))
     }
 
     /// Goes on with the training of the group's parameters after [`freeze`](Self::freeze).
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn unfreeze(&self) -> Result<()> {
         let parameters = self.optimizer.parameters_of([self.index()])?;
         parameters.iter().try_for_each(|parameter| self.optimizer.train(parameter, true))

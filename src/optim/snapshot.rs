@@ -55,6 +55,9 @@ impl Optimizer {
     /// assert_eq!(optimizer.knob("lr")?.get()?, 0.1);
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
+    ///
+    /// # Errors
+    /// libtorch cannot copy the state (out of memory). See also [`Optimizer`].
     pub fn snapshot(&self) -> Result<OptimizerSnapshot> {
         let parameters = self.parameters_of(0..self.group_count()?)?;
         self.native(|native| {
