@@ -72,8 +72,8 @@ impl Optimizer {
 
     /// [`clip_grad_norm`](Self::clip_grad_norm) and [`step`](Self::step) in one. The step scales the gradients
     /// as it reads them. On the CPU they stay unclipped in memory, except those of parameters that go through
-    /// libtorch's loop; on CUDA libtorch's kernels may overwrite them with the clipped ones. Returns the norm
-    /// before clipping. No host sync.
+    /// libtorch's loop; on CUDA the step overwrites them with the clipped ones. Returns the norm before
+    /// clipping. No host sync.
     ///
     /// # Errors
     /// `max` is negative or NaN, or a parameter cannot be stepped: see [`step`](Self::step).
