@@ -9,17 +9,18 @@ use crate::optim::Optimizer;
 use crate::parallel::{Local, Parallel};
 use crate::state::{StateDict, Stateful};
 
-/// Puts the gradients of the batches of a window together, so that the step is that of one large batch: each counts as
-/// much as its [`Weight`], also among several ranks. For a step of your own; [`Supervised`](crate::supervised::Supervised) has
-/// one inside.
+/// Combines the gradients of the batches of a window into the gradient of one large batch. Each batch counts as much as
+/// its [`Weight`], also among several ranks. Use it in a step of your own;
+/// [`Supervised`](crate::supervised::Supervised) contains one.
 ///
-/// In a step: [`begin`](Self::begin), [`forward`](Self::forward), [`backward`](Self::backward), and a step of the optimizer
-/// where that answers true. Where windows are cut short (the end of an epoch of unknown length, `terminate`, a budget
-/// that is used up), [`finish`](Self::finish), and a step where that answers true. A batch that is lost to an error does
-/// not count: the others of its window are weighed as if it had never been.
+/// For each batch, call [`begin`](Self::begin), [`forward`](Self::forward) and [`backward`](Self::backward), and make a
+/// step of the optimizer if `backward` returns true. When a window is cut short (by the end of an epoch of unknown
+/// length, `terminate`, or a budget that is used up), call [`finish`](Self::finish), and make a step if it returns
+/// true. A batch that is lost to an error does not count: the other batches of its window are weighed as if it did not
+/// exist.
 ///
-/// Several batches equal one large batch but for rounding. For batches of equal weight nothing but the division of each
-/// loss by their number happens, as it is usually written.
+/// The result equals that of one large batch up to rounding. For batches of equal weight, each loss is divided by the
+/// number of batches and nothing else is done, as such loops are usually written.
 ///
 /// ```
 /// use tch::{Device, Kind, Tensor, nn};
@@ -61,42 +62,45 @@ use crate::state::{StateDict, Stateful};
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
-/// A checkpoint within a window needs its state and the gradients: track
+/// A checkpoint within a window needs the accumulator's state and the gradients: track
 /// [`Gradients`](crate::checkpoint::Gradients) too.
 #[derive(Debug)]
 pub struct GradientAccumulator {
     accumulation: Accumulation,
     parallel: Parallel,
     scaler: Option<GradScaler>,
+    /// Whether all batches count the same.
     equal: bool,
-    /// The place of the batch under way.
+    /// The place of the current batch, from `begin` to `backward`.
     window: Option<Window>,
-    /// Keeps its gradients on this rank.
+    /// Keeps the current batch's gradients on this rank; `None` for the last batch of a window.
     local: Option<Local>,
     pending: Option<Pending>,
 }
 
-/// Gradients that wait for the rest of their window.
+/// Data about gradients that wait for the rest of their window.
 #[derive(Debug)]
 struct Pending {
+    /// The number of batches that wait.
     batches: u64,
-    /// Each loss was divided by this.
+    /// The size of the window, by which each loss was divided.
     size: u64,
     /// [`Window::begin`]; `None` in states of older versions.
     begin: Option<u64>,
-    /// The weight of the first batch, or 1 in place of 0: each loss was multiplied by its own weight over this one.
+    /// The weight of the first batch, or 1 if that is 0. Each loss was multiplied by its own weight divided by this
+    /// one.
     first: Amount,
-    /// The sum of these quotients.
+    /// The sum of the weights, each divided by `first`.
     quotients: Amount,
 }
 
 impl Pending {
-    /// All weights together.
+    /// The sum of the weights of all batches that wait.
     fn weight(&self) -> Result<Amount> {
         self.first.mul(&self.quotients)
     }
 
-    /// What the gradients are to be multiplied by, so that they are those of one batch: exactly 1 for equal weights.
+    /// The factor that turns the accumulated gradients into those of one large batch: exactly 1 for equal weights.
     fn factor(&self, ranks: u64, weight_of_all: &Amount) -> Result<Amount> {
         if weight_of_all.is(0.) {
             return Err(Error::invalid(format!(
@@ -110,12 +114,15 @@ impl Pending {
 }
 
 impl GradientAccumulator {
-    /// A step for every `steps` batches; 1 for no accumulation.
+    /// One step for every `steps` batches; 1 for no accumulation.
+    ///
+    /// # Errors
+    /// `steps` is 0.
     pub fn new(steps: u64) -> Result<Self> {
         Ok(Self { accumulation: Accumulation::new(steps)?, ..Self::unshared() })
     }
 
-    /// A step for each batch.
+    /// An accumulator with a step for each batch.
     pub(crate) fn unshared() -> Self {
         Self {
             accumulation: Accumulation { steps: 1 },
@@ -128,24 +135,24 @@ impl GradientAccumulator {
         }
     }
 
-    /// Scales losses by this scaler before backward.
+    /// Scales losses with this scaler before backward.
     pub fn grad_scaler(mut self, scaler: GradScaler) -> Self {
         self.scaler = Some(scaler);
         self
     }
 
-    /// Forward and backward through this: gradients are sent once for each window, and the mean over ranks is one over
-    /// samples (or what the weights are), also where ranks have batches of different size. For that the ranks exchange
-    /// one number in each window, between forward and backward of its last batch; with gloo that makes them wait for
-    /// each other, some 0.1 ms on one machine. [`equal_weights`](Self::equal_weights) spares it, and with ranks in
-    /// Python it is left out.
+    /// Runs forward and backward through this data-parallel model. Gradients are sent once for each window, and the
+    /// mean over ranks is a mean over samples (or over the units of the weights), also if ranks have batches of
+    /// different sizes. For that the ranks exchange one number in each window, between forward and backward of its last
+    /// batch; with gloo they wait for each other, about 0.1 ms on one machine. [`equal_weights`](Self::equal_weights)
+    /// avoids the exchange, and with ranks in Python it is left out.
     #[cfg(feature = "distributed")]
     pub fn data_parallel(mut self, ddp: crate::distributed::DistributedDataParallel) -> Self {
         self.parallel = Parallel::new(ddp);
         self
     }
 
-    /// All batches count the same, whatever their weight is: the mean of their losses.
+    /// Makes all batches count the same, whatever their weight is: the step is that of the mean of their losses.
     pub fn equal_weights(mut self) -> Self {
         self.equal = true;
         self
@@ -163,43 +170,46 @@ impl GradientAccumulator {
         self.scaler.as_mut()
     }
 
-    /// How many batches share a step.
+    /// The number of batches that share a step.
     pub fn steps(&self) -> u64 {
         self.accumulation.steps()
     }
 
-    /// How many batches wait for the end of their window.
+    /// The number of batches that wait for the end of their window.
     pub fn pending(&self) -> u64 {
         self.pending.as_ref().map_or(0, |pending| pending.batches)
     }
 
-    /// Forgets the batches that wait, and returns how many there were.
+    /// Forgets the batches that wait, and returns their number.
     pub(crate) fn drop_pending(&mut self) -> u64 {
         (self.window, self.local) = (None, None);
         self.pending.take().map_or(0, |pending| pending.batches)
     }
 
-    /// The place of the batch of this iteration: [`Accumulation::window_of`].
+    /// The place of the batch of the current iteration: [`Accumulation::window_of`].
     pub fn window_of<C, B, O>(&self, engine: &Engine<'_, C, B, O>) -> Window {
         self.accumulation.window_of(engine)
     }
 
-    /// The place of the next batch, counting those of [`backward`](Self::backward), for loops without an engine.
+    /// The place of the next batch, for loops without an engine: counts the calls of [`backward`](Self::backward).
     pub fn next_window(&self) -> Window {
         let (size, pending) = (self.steps(), self.pending());
         let begin = self.pending.as_ref().and_then(|pending| pending.begin).unwrap_or(0);
         Window { size, first: pending == 0, last: pending + 1 >= size, begin }
     }
 
-    /// Whether gradients wait for batches that will not come: those of another window than this one.
+    /// Whether gradients of another window than this one wait, so that the rest of their window will not come.
     pub(crate) fn is_left_over(&self, window: Window) -> bool {
         let Some(pending) = &self.pending else { return false };
         window.first || pending.begin.is_some_and(|begin| begin != window.begin)
     }
 
-    /// Begins a batch, before its forward. Clears the gradients for the first one of a window. Answers true where
-    /// gradients of another window wait, whose last batch was lost to an error: they are ready then, so make a step and
-    /// call this again.
+    /// Begins a batch, before its forward. Clears the gradients before the first batch of a window. Returns true if
+    /// gradients of another window wait, because its last batch was lost to an error: they are ready then, so make a
+    /// step and call `begin` again.
+    ///
+    /// # Errors
+    /// The errors of [`finish`](Self::finish) and [`Optimizer::zero_grad`].
     pub fn begin(&mut self, optimizer: &Optimizer, window: Window) -> Result<bool> {
         if self.is_left_over(window) {
             return self.finish(optimizer);
@@ -208,12 +218,15 @@ impl GradientAccumulator {
             optimizer.zero_grad()?;
         }
         self.window = Some(window);
-        // Gradients travel in the last backward of the window.
+        // Only the last backward of the window sends gradients to other ranks.
         self.local = (!window.last).then(|| self.parallel.no_sync());
         Ok(false)
     }
 
-    /// Calls the model and the loss, through the data-parallel model if there is one.
+    /// Calls `forward`, which runs the model and returns the loss, through the data-parallel model if there is one.
+    ///
+    /// # Errors
+    /// The errors of `DistributedDataParallel::forward`; none without a data-parallel model.
     pub fn forward(&self, forward: impl FnOnce() -> Tensor) -> Result<Tensor> {
         self.parallel.forward(|| Ok(forward()))
     }
@@ -225,15 +238,16 @@ impl GradientAccumulator {
         self.parallel.forward(forward)
     }
 
-    /// Adds the gradients of a loss that is a mean over as much as `weight` says: the number of samples, of tokens, …
-    /// Answers true after the last batch of a window: the gradients are ready for a step.
+    /// Adds the gradients of a scalar loss that is a mean over `weight` units (samples, tokens, …). Returns true after
+    /// the last batch of a window: then the gradients are ready for a step.
     ///
-    /// A batch of weight 0 adds nothing. A weight on a device is not read, so the loss of such a batch has to be finite
-    /// there.
+    /// A batch of weight 0 adds nothing. A weight on a device is not read, so there the loss of a batch of weight 0 has
+    /// to be finite.
     ///
     /// # Errors
-    /// A weight that is no number or below 0, or windows in which all weights are 0. If backward fails, the gradients of
-    /// the window are dropped, because a part of this batch's may be among them, and the error says of how many batches.
+    /// A call without [`begin`](Self::begin); a weight that is negative or not finite; a window in which all weights
+    /// are 0. If backward fails, the gradients of the window are dropped, because a part of this batch's gradients may
+    /// be among them; the error says how many batches are lost.
     pub fn backward(
         &mut self,
         optimizer: &Optimizer,
@@ -247,7 +261,7 @@ impl GradientAccumulator {
         let before = self.pending.take();
         let shared = self.parallel.is_shared() && !self.equal;
         if window.size == 1 && window.last && before.is_none() && !shared {
-            // The batch is the window.
+            // The batch is the whole window, so no weight matters.
             self.backward_scaled(loss)?;
             return Ok(true);
         }
@@ -274,7 +288,8 @@ impl GradientAccumulator {
         Ok(window.last)
     }
 
-    /// The gradients that wait after this batch.
+    /// Adds the gradients of one batch. Returns the data about the gradients that wait afterwards; `None` after the
+    /// last batch of a window.
     fn add(
         &self,
         optimizer: &Optimizer,
@@ -307,25 +322,26 @@ impl GradientAccumulator {
         let mut share = quotient.times(&share)?;
         if window.last {
             let factor = self.factor(&pending, shared, loss.device())?;
-            // The gradients before, and those to come with the backward that sends them.
+            // Scales the gradients of the batches before here, and those of this batch through its loss.
             if others {
                 scale(optimizer, &factor)?;
             }
             share = factor.times(&share)?;
         }
-        // Ranks wait for each other in the last backward, whatever it adds.
+        // The last backward runs even with weight 0, because the other ranks wait for this one in it.
         if !weight.is(0.) || (window.last && self.parallel.reduces()) {
             self.backward_scaled(&share)?;
         }
         Ok((!window.last).then_some(pending))
     }
 
+    /// The factor for the gradients of a window; `shared` sums the weights over all ranks.
     fn factor(&self, pending: &Pending, shared: bool, device: tch::Device) -> Result<Amount> {
         let own = pending.weight()?;
         if !shared {
             return pending.factor(1, &own);
         }
-        // A product, so that it is nobody else's memory.
+        // `weight()` made a new tensor, so summing it in place changes nobody else's.
         let all = own.tensor(device)?;
         let ranks = self.parallel.sum(&all)?;
         pending.factor(ranks, &Amount::from_tensor(&all, device)?)
@@ -338,8 +354,11 @@ impl GradientAccumulator {
         }
     }
 
-    /// Ends a window before its last batch: makes the gradients those of the batches that there were, and answers true;
-    /// false where there were none.
+    /// Ends a window before its last batch. If batches wait, turns their gradients into those of one large batch,
+    /// averages them over ranks, and returns true: make a step then. Returns false if no batch waits.
+    ///
+    /// # Errors
+    /// All weights of the window are 0; the exchange with other ranks fails. See also [`Optimizer`].
     pub fn finish(&mut self, optimizer: &Optimizer) -> Result<bool> {
         (self.window, self.local) = (None, None);
         let Some(pending) = self.pending.take() else { return Ok(false) };
@@ -365,7 +384,7 @@ fn scale(optimizer: &Optimizer, factor: &Amount) -> Result<()> {
     }
 }
 
-/// How many batches wait, and how they are weighed; the gradients themselves are
+/// The state holds how many batches wait, and their weights. The gradients themselves are in
 /// [`Gradients`](crate::checkpoint::Gradients).
 impl Stateful for GradientAccumulator {
     fn state_dict(&self) -> Result<StateDict> {
@@ -393,7 +412,7 @@ impl Stateful for GradientAccumulator {
             Ok(number) => Ok(Amount::Number(number)),
             Err(_) => match state.take_tensor(name) {
                 Ok(tensor) => Amount::from_tensor(&tensor, device),
-                // States of older versions have no weights: all batches counted the same.
+                // States of older versions have no weights, because all batches counted the same.
                 Err(_) => Ok(Amount::Number(missing)),
             },
         };
@@ -403,7 +422,7 @@ impl Stateful for GradientAccumulator {
         Ok(())
     }
 
-    /// Within a window: gradients are exchanged at its end.
+    /// True within a window, because ranks exchange gradients only at its end.
     fn differs_by_rank(&self) -> bool {
         self.pending.is_some()
     }
@@ -416,7 +435,7 @@ mod tests {
 
     use super::*;
 
-    /// The gradient of batches whose losses are `w * mean`, of which the last ends the window.
+    /// The gradient after a window of batches, each given as (mean, weight), with the loss `w * mean`.
     fn gradient(batches: &[(f64, f64)], amount: fn(f64) -> Amount) -> Result<f64> {
         let mut vs = VarStore::new(Device::Cpu);
         vs.set_kind(Kind::Double);
@@ -434,7 +453,7 @@ mod tests {
         Ok(w.grad().double_value(&[0]))
     }
 
-    /// What is only known on a device is computed there; here that device is the CPU.
+    /// Weights in tensors are computed with on their device; here that device is the CPU.
     #[test]
     fn weights_on_a_device_count_as_numbers_do() -> Result<()> {
         let on_device = |weight| Amount::Tensor(Tensor::from(weight));
@@ -465,7 +484,7 @@ mod tests {
         let pending = other.pending.as_ref().expect("two batches");
         assert_eq!((pending.batches, pending.size, pending.begin), (2, 4, Some(8)));
         assert!(pending.weight()?.is(4.5) && other.differs_by_rank());
-        // A state of an older version.
+        // This is a state of an older version.
         let mut old = StateDict::new();
         old.set_value("accumulated", (3, 4))?;
         other.load_state_dict(old)?;

@@ -1,4 +1,4 @@
-//! Gradient accumulation: which batches share a step of the optimizer, and how their gradients are put together.
+//! Gradient accumulation: which batches share a step of the optimizer, and how their gradients are combined.
 
 mod gradient_accumulator;
 mod weight;
@@ -9,11 +9,11 @@ pub use weight::{Weight, WeightedLoss};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 
-/// Gradient accumulation: one step of the optimizer for several batches. The last window of an epoch may be shorter.
-/// [`GradientAccumulator`] makes the gradient of the window from those of its batches.
+/// Gradient accumulation: divides an epoch into windows of batches that share one step of the optimizer. The last
+/// window of an epoch may be shorter. [`GradientAccumulator`] combines the gradients of the batches of a window.
 ///
-/// Plain arithmetic on the position, so that it is right after a resume. A checkpoint that is written
-/// within a window needs the gradients too: track [`Gradients`](crate::checkpoint::Gradients).
+/// The window of a batch follows from its position alone, so it is the same after a resume. A checkpoint that is
+/// written within a window needs the gradients too: track [`Gradients`](crate::checkpoint::Gradients).
 ///
 /// ```
 /// use tch_ignite::Accumulation;
@@ -29,22 +29,26 @@ pub struct Accumulation {
     steps: u64,
 }
 
-/// The place of a batch among those that share a step; made by [`Accumulation::window`].
+/// The place of a batch among the batches that share a step. Made by [`Accumulation::window`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Window {
-    /// How many batches share the step, if none is lost.
+    /// The number of batches that share the step, if none is lost to an error.
     pub size: u64,
-    /// This batch is the first.
+    /// Whether this batch is the first of the window.
     pub first: bool,
-    /// This batch is the last: a step follows.
+    /// Whether this batch is the last of the window, after which a step follows.
     pub last: bool,
-    /// How many batches came before the first one of the window: two batches with different numbers are of two windows.
+    /// The number of batches before the first one of the window. Batches of different windows have different numbers
+    /// here.
     pub begin: u64,
 }
 
 impl Accumulation {
-    /// A step for every `steps` batches, at least 1.
+    /// One step for every `steps` batches, at least 1.
+    ///
+    /// # Errors
+    /// `steps` is 0.
     pub fn new(steps: u64) -> Result<Self> {
         if steps == 0 {
             return Err(Error::invalid(
@@ -54,23 +58,24 @@ impl Accumulation {
         Ok(Self { steps })
     }
 
-    /// How many batches share a step.
+    /// The number of batches that share a step.
     pub fn steps(self) -> u64 {
         self.steps
     }
 
-    /// The place of the batch of this iteration; for steps and for handlers of `ITERATION_STARTED` and
-    /// `ITERATION_COMPLETED`.
+    /// The place of the batch of the current iteration. Call this in the step, or in handlers of `ITERATION_STARTED`
+    /// and `ITERATION_COMPLETED`.
     pub fn window_of<C, B, O>(self, engine: &Engine<'_, C, B, O>) -> Window {
         let index = engine.iteration_in_epoch().saturating_sub(1);
         let window = self.window(index, engine.state.epoch_length);
-        // Windows of different epochs differ.
+        // Counted over the whole run, so that windows of different epochs have different numbers.
         let before = (engine.state.iteration.max(1) - 1).saturating_sub(index % self.steps);
         Window { begin: before, ..window }
     }
 
-    /// The place of batch `index`, from 0, of an epoch of `epoch_length` batches, in iterations of the epoch. Where
-    /// the length is not known all windows are full, and what is left at the end has to be stepped for.
+    /// The place of batch `index`, from 0, in an epoch of `epoch_length` batches; [`Window::begin`] counts from the
+    /// start of the epoch. If the length is not known, all windows are full, and batches that are left at the end of
+    /// the epoch need a step of their own.
     pub fn window(self, index: u64, epoch_length: Option<u64>) -> Window {
         let place = index % self.steps;
         let begin = index - place;

@@ -2,16 +2,17 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use crate::error::{Error, Result};
 
-/// How much the loss of a batch counts among those that share a step: what the loss was divided by. For a mean over
-/// samples that is their number, for a mean over tokens the number of tokens that are no padding.
+/// How much the loss of a batch counts among the batches that share a step: the number by which the loss was divided.
+/// For a mean over samples this is the number of samples, for a mean over tokens the number of tokens that are not
+/// padding.
 ///
 /// Only the proportions of weights matter. A tensor of one element may be on any device and is not read: no host sync.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Weight {
-    /// A number that the program knows.
+    /// A number on the host.
     Number(f64),
-    /// A number on a device.
+    /// A tensor of one element, on any device.
     Tensor(Tensor),
 }
 
@@ -45,12 +46,13 @@ impl From<&Tensor> for Weight {
     }
 }
 
-/// What the loss function of a [`Supervised`](crate::supervised::Supervised) context returns: the loss alone, a mean over the
-/// samples of the batch, or `(loss, weight)`, where the weight says what the loss was divided by.
+/// The result of the loss function of a [`Supervised`](crate::supervised::Supervised) context: the loss alone, if it is
+/// a mean over the samples of the batch, or `(loss, weight)`, where the weight is the number by which the loss was
+/// divided.
 #[derive(Debug)]
 pub struct WeightedLoss {
     pub(crate) loss: Tensor,
-    /// The samples of the batch where it is `None`.
+    /// `None` stands for the number of samples of the batch.
     pub(crate) weight: Option<Weight>,
 }
 
@@ -70,7 +72,8 @@ fn failed(error: TchError) -> Error {
     Error::libtorch("weighing the losses of a window", error)
 }
 
-/// A number, or a tensor of one f64 element on a device other than the CPU, where reading it would be a host sync.
+/// A weight or a product of weights: a number, or a tensor of one f64 element on a device where reading it would be a
+/// host sync.
 #[derive(Debug)]
 pub(crate) enum Amount {
     Number(f64),
@@ -78,10 +81,10 @@ pub(crate) enum Amount {
 }
 
 impl Amount {
-    /// A weight beside a loss on `device`.
+    /// The amount of a weight, for a loss on `device`.
     ///
     /// # Errors
-    /// A number that cannot be a weight; a tensor of several elements.
+    /// A number that is negative or not finite; a tensor that does not have exactly one element.
     pub(crate) fn of(weight: Weight, device: Device) -> Result<Self> {
         let number = match weight {
             Weight::Number(number) => number,
@@ -108,7 +111,7 @@ impl Amount {
         )))
     }
 
-    /// The element of a tensor, which is read where that makes nobody wait.
+    /// The amount of a tensor of one element. A tensor on the CPU is read; another one is moved to `device`.
     pub(crate) fn from_tensor(tensor: &Tensor, device: Device) -> Result<Self> {
         let tensor = tensor.f_to_kind(Kind::Double).map_err(failed)?;
         if tensor.device() != Device::Cpu {
@@ -119,7 +122,7 @@ impl Amount {
         Ok(Self::Number(number[0]))
     }
 
-    /// As one f64 element on `device`.
+    /// The amount as a tensor of one f64 element on `device`.
     pub(crate) fn tensor(&self, device: Device) -> Result<Tensor> {
         match self {
             Self::Number(number) => Tensor::from(*number).f_to_device(device),
@@ -128,11 +131,12 @@ impl Amount {
         .map_err(failed)
     }
 
+    /// Whether the amount is known to be this number. False for tensors, which are not read.
     pub(crate) fn is(&self, number: f64) -> bool {
         matches!(self, Self::Number(ours) if *ours == number)
     }
 
-    /// The amount itself, or 1 in place of 0.
+    /// The amount itself, or 1 if it is 0.
     pub(crate) fn or_one(&self) -> Result<Self> {
         match self {
             Self::Number(number) => Ok(Self::Number(if *number == 0. { 1. } else { *number })),
@@ -155,6 +159,7 @@ impl Amount {
         self.with(other, |a, b| a / b, |a, b| a.f_div(b))
     }
 
+    /// Combines two amounts: as numbers if both are numbers, otherwise on the device of a tensor.
     fn with(
         &self,
         other: &Self,
@@ -168,7 +173,8 @@ impl Amount {
         tensors(&self.tensor(device)?, &other.tensor(device)?).map(Self::Tensor).map_err(failed)
     }
 
-    /// The loss times this amount. A loss of 16 bits becomes one of 32, so that the amount keeps its digits.
+    /// The loss times this amount. A loss in f16 or bf16 becomes f32 (unless the amount is the number 1), so that the
+    /// amount keeps its digits.
     pub(crate) fn times(&self, loss: &Tensor) -> Result<Tensor> {
         match self {
             Self::Number(number) if *number == 1. => Ok(loss.shallow_clone()),
@@ -183,6 +189,7 @@ impl Amount {
     }
 }
 
+/// The loss in f32 if it is f16 or bf16, otherwise the loss itself.
 fn wide(loss: &Tensor) -> Result<Tensor> {
     match loss.kind() {
         Kind::Half | Kind::BFloat16 => loss.f_to_kind(Kind::Float).map_err(failed),

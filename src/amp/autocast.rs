@@ -3,11 +3,11 @@ use tch::{Device, Kind};
 use crate::bridge::AutocastRegion;
 use crate::error::{Error, Result};
 
-/// Calls `forward` with libtorch's autocast: matrix products and convolutions on that kind of device run in
-/// `kind`, f16 or bf16, and what needs the range stays in f32. For the forward pass and the loss; leave
+/// Calls `forward` with libtorch's autocast: matrix products and convolutions on devices of this type run in `kind`,
+/// f16 or bf16, and operations that need the range of f32 run in f32. Put the forward pass and the loss inside; leave
 /// backward and the step outside.
 ///
-/// It holds on this thread, may be nested, and ends with the call, after a panic too. f16 wants a
+/// Autocast applies to this thread, may be nested, and ends with the call, also after a panic. f16 needs a
 /// [`GradScaler`](super::GradScaler), bf16 does not. No host sync.
 ///
 /// ```
@@ -21,18 +21,22 @@ use crate::error::{Error, Result};
 /// ```
 ///
 /// # Errors
-/// Another type, or a device that is neither CPU nor CUDA.
+/// `kind` is neither f16 nor bf16, or the device is neither CPU nor CUDA.
 pub fn autocast<R>(device: Device, kind: Kind, forward: impl FnOnce() -> R) -> Result<R> {
     let _region = enter(device, Some(kind))?;
     Ok(forward())
 }
 
 /// Calls `forward` without autocast, within [`autocast`].
+///
+/// # Errors
+/// The device is neither CPU nor CUDA.
 pub fn without_autocast<R>(device: Device, forward: impl FnOnce() -> R) -> Result<R> {
     let _region = enter(device, None)?;
     Ok(forward())
 }
 
+/// Begins a region with autocast to `kind`, or without autocast.
 fn enter(device: Device, kind: Option<Kind>) -> Result<AutocastRegion> {
     let cuda = match device {
         Device::Cpu => false,

@@ -11,8 +11,9 @@ use crate::state::{IntoStateful, StateDict, Stateful};
 /// Scales the loss, so that f16 gradients do not vanish, and skips steps whose gradients are not finite:
 /// torch's `GradScaler`, with torch's defaults. Clones share one scale.
 ///
-/// The check, the skipping and the growth of the scale stay on the device: no host sync, except where a
-/// method says so. `scale`, backward, [`step`](Self::step), [`update`](Self::update), in this order.
+/// Call [`scale`](Self::scale), backward, [`step`](Self::step) and [`update`](Self::update) in this order. The check of
+/// the gradients, the skipping and the growth of the scale stay on the device: no host sync, except where a method says
+/// so.
 ///
 /// ```
 /// # use tch::{Device, Kind, nn};
@@ -39,13 +40,15 @@ pub struct GradScaler {
 
 struct Scaler {
     settings: Settings,
-    /// Where they are is known from the first loss on.
+    /// One f32 element. This tensor, `growth_tracker` and `skipped` move to the device of the first loss.
     scale: Tensor,
-    /// Steps in a row without an overflow.
+    /// The number of steps in a row without an overflow: one i32 element.
     growth_tracker: Tensor,
+    /// The number of skipped steps: one i64 element.
     skipped: Tensor,
+    /// The optimizers whose gradients were checked since the last update.
     optimizers: Vec<Optimized>,
-    /// What the last update heard.
+    /// One f32 element, not 0 if a step before the last update was skipped; `None` before the first update.
     last_found: Option<Tensor>,
 }
 
@@ -56,10 +59,12 @@ struct Settings {
     growth_interval: i64,
 }
 
-/// Between two updates.
+/// The state of one optimizer between two updates.
 struct Optimized {
     optimizer: Optimizer,
+    /// One f32 element: 1 if a gradient is not finite, else 0.
     found_inf: Tensor,
+    /// Whether `unscale` has divided the gradients.
     unscaled: bool,
     stepped: bool,
 }
@@ -75,6 +80,7 @@ fn failed(error: TchError) -> Error {
 }
 
 impl Scaler {
+    /// Moves the tensors to the device of the loss.
     fn to(&mut self, device: Device) -> Result<(), TchError> {
         if self.scale.device() != device {
             self.scale = self.scale.f_to_device(device)?;
@@ -84,7 +90,7 @@ impl Scaler {
         Ok(())
     }
 
-    /// Checks the gradients, once between two updates.
+    /// Checks the gradients of an optimizer, once between two updates.
     fn checked(&mut self, optimizer: &Optimizer) -> Result<&mut Optimized> {
         let known = self.optimizers.iter().position(|known| known.optimizer.is(optimizer));
         let index = match known {
@@ -100,8 +106,9 @@ impl Scaler {
         Ok(&mut self.optimizers[index])
     }
 
+    /// 1 / scale, as one f32 element.
     fn inverse(&self) -> Result<Tensor> {
-        // In f64, as torch does; the devices that have no f64 are not supported.
+        // Computed in f64, as torch does. Devices without f64 are not supported.
         let inverse = self.scale.f_to_kind(Kind::Double).and_then(|scale| scale.f_reciprocal());
         inverse.and_then(|inverse| inverse.f_to_kind(Kind::Float)).map_err(failed)
     }
@@ -123,7 +130,7 @@ impl Scaler {
             .and_then(|factor| optimizer.update(factor.as_ref(), Some(&optimized.found_inf)));
         optimized.stepped = stepped.is_ok();
         if stepped.is_err() && !unscaled {
-            // The next try may be with other gradients, which have to be looked at anew.
+            // The caller may try again with other gradients, which have to be checked anew.
             self.optimizers.retain(|known| !known.optimizer.is(optimizer));
         }
         stepped
@@ -131,7 +138,8 @@ impl Scaler {
 }
 
 impl GradScaler {
-    /// Starts with 65,536, doubles after 2,000 steps without an overflow, halves after one.
+    /// A scaler that starts with a scale of 65,536, doubles it after 2,000 steps in a row without an overflow, and
+    /// halves it after a step with one.
     pub fn new() -> Self {
         let options = |kind| (kind, Device::Cpu);
         let scaler = Scaler {
@@ -146,6 +154,9 @@ impl GradScaler {
     }
 
     /// Starts with this scale instead.
+    ///
+    /// # Errors
+    /// The scale is not finite and above 0.
     pub fn init_scale(self, scale: f64) -> Result<Self> {
         if !(scale > 0. && scale.is_finite()) {
             return Err(Error::invalid(format!(
@@ -156,8 +167,11 @@ impl GradScaler {
         Ok(self)
     }
 
-    /// Grows by `growth`, above 1, after `interval` steps without an overflow, and shrinks by `backoff`,
-    /// below 1, after one.
+    /// Multiplies the scale by `growth` after `interval` steps in a row without an overflow, and by `backoff` after a
+    /// step with one.
+    ///
+    /// # Errors
+    /// `growth` is not finite and above 1, `backoff` is not between 0 and 1, or `interval` is 0.
     pub fn growth(self, growth: f64, backoff: f64, interval: u32) -> Result<Self> {
         if !(growth > 1. && growth.is_finite() && backoff > 0. && backoff < 1. && interval > 0) {
             return Err(Error::invalid(format!(
@@ -176,7 +190,10 @@ impl GradScaler {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The loss times the scale, for backward.
+    /// The loss times the scale, with its graph, for backward. The scaler's tensors move to the loss's device.
+    ///
+    /// # Errors
+    /// The loss is an undefined tensor.
     pub fn scale(&self, loss: &Tensor) -> Result<Tensor> {
         if !loss.defined() {
             return Err(Error::invalid("the loss to scale is an undefined tensor"));
@@ -187,11 +204,11 @@ impl GradScaler {
         loss.f_mul(&scale).map_err(failed)
     }
 
-    /// Divides the gradients by the scale, in place, for who wants to look at them or change them before
-    /// the step.
+    /// Divides the optimizer's gradients by the scale, in place. Call this to read or change the gradients before the
+    /// step.
     ///
     /// # Errors
-    /// They are unscaled already, or the step was made.
+    /// Since the last update the gradients were unscaled, or the step was made.
     pub fn unscale(&self, optimizer: &Optimizer) -> Result<()> {
         let mut scaler = self.locked();
         let inverse = scaler.inverse()?;
@@ -206,17 +223,24 @@ impl GradScaler {
         Ok(())
     }
 
-    /// A step with the unscaled gradients, or none if one of them is not finite. The gradients are divided
-    /// where the step reads them, so they stay scaled, unless [`unscale`](Self::unscale) was called.
+    /// Makes a step with the unscaled gradients, or none if one of them is not finite. The step divides the gradients
+    /// as it reads them. On the CPU they stay scaled in memory, except those of parameters that go through libtorch's
+    /// loop, unless [`unscale`](Self::unscale) was called; on CUDA the step overwrites them with the unscaled ones.
     ///
-    /// RMSprop on CUDA, SGD with dampening at its first step there, and parameters on several devices have
-    /// to hear whether there is a step: a host sync.
+    /// On CUDA the host has to read whether the step is skipped (a host sync) for RMSprop, for the first step of SGD
+    /// with dampening, and if the fused kernels cannot step all parameters.
+    ///
+    /// # Errors
+    /// A second step of this optimizer since the last update, and the errors of [`Optimizer::step`].
     pub fn step(&self, optimizer: &Optimizer) -> Result<()> {
         self.locked().step(optimizer, Ok)
     }
 
     /// [`step`](Self::step) with the unscaled gradients clipped to a norm of at most `max`, as by
-    /// [`Optimizer::step_clipped`]; returns the norm before.
+    /// [`Optimizer::step_clipped`]. Returns the norm of the unscaled gradients before clipping, on their device.
+    ///
+    /// # Errors
+    /// `max` is negative or NaN, and the errors of [`step`](Self::step).
     pub fn step_clipped(&self, optimizer: &Optimizer, max: f64) -> Result<Tensor> {
         let mut norm = None;
         self.locked().step(optimizer, |inverse| {
@@ -238,11 +262,11 @@ impl GradScaler {
         norm.ok_or_else(|| Error::invalid("no norm was computed"))
     }
 
-    /// After the steps of all optimizers: makes the scale smaller if one was skipped, and larger after a
-    /// long time without.
+    /// Updates the scale; call this after the steps of all optimizers. The scale shrinks if a step was skipped, and
+    /// grows after enough steps in a row without an overflow.
     ///
     /// # Errors
-    /// No step since the last update.
+    /// There was no step since the last update.
     pub fn update(&self) -> Result<()> {
         let mut scaler = self.locked();
         if scaler.optimizers.is_empty() {
@@ -274,19 +298,27 @@ impl GradScaler {
         updated.map_err(failed)
     }
 
-    /// The scale. A host sync on CUDA.
+    /// The current scale. A host sync on CUDA.
+    ///
+    /// # Errors
+    /// libtorch cannot read the tensor.
     pub fn get_scale(&self) -> Result<f64> {
         self.locked().scale.f_double_value(&[0]).map_err(failed)
     }
 
-    /// How many steps were skipped since the beginning. A host sync on CUDA.
+    /// The number of steps that were skipped since the beginning. A host sync on CUDA.
+    ///
+    /// # Errors
+    /// libtorch cannot read the tensor.
     pub fn skipped(&self) -> Result<u64> {
         let skipped = self.locked().skipped.f_int64_value(&[0]).map_err(failed)?;
         Ok(skipped.unsigned_abs())
     }
 
-    /// Whether the last step before the last update was skipped: false before the first. A host sync on
-    /// CUDA.
+    /// Whether a step between the last two updates was skipped; false before the first update. A host sync on CUDA.
+    ///
+    /// # Errors
+    /// libtorch cannot read the tensor.
     pub fn last_skipped(&self) -> Result<bool> {
         let found = self.locked().last_found.as_ref().map(Tensor::shallow_clone);
         let found = found.map(|found| found.f_double_value(&[0])).transpose().map_err(failed)?;
@@ -294,6 +326,9 @@ impl GradScaler {
     }
 
     /// The state under torch's names, and `"skipped"`. A host sync on CUDA.
+    ///
+    /// # Errors
+    /// libtorch cannot read a tensor.
     pub fn state_dict(&self) -> Result<Map<String, Value>> {
         let (scale, skipped) = (self.get_scale()?, self.skipped()?);
         let scaler = self.locked();
@@ -308,7 +343,10 @@ impl GradScaler {
         Ok(state)
     }
 
-    /// Goes to a saved state; `"skipped"` may be absent, as in torch's. Nothing is changed on error.
+    /// Loads a saved state. `"skipped"` may be absent, as in torch's states.
+    ///
+    /// # Errors
+    /// A key is absent, or its value is not possible; nothing is changed then.
     pub fn load_state_dict(&self, state: &Map<String, Value>) -> Result<()> {
         let number = |key: &str| {
             let value = state.get(key).ok_or_else(|| {
@@ -325,7 +363,7 @@ impl GradScaler {
         let interval = number("growth_interval")? as u32;
         let (growth, backoff) = (number("growth_factor")?, number("backoff_factor")?);
         let skipped = if state.contains_key("skipped") { number("skipped")? } else { 0. };
-        // Refuses what a scaler could not have been built with.
+        // A new scaler refuses values that are not possible.
         let fresh = Self::new().init_scale(scale)?.growth(growth, backoff, interval)?;
         let settings = fresh.locked().settings;
         let mut scaler = self.locked();
@@ -340,7 +378,7 @@ impl GradScaler {
     }
 }
 
-/// Saving waits for the device on CUDA.
+/// Saving costs host syncs on CUDA.
 impl Stateful for GradScaler {
     fn state_dict(&self) -> Result<StateDict> {
         let mut state = StateDict::from(Self::state_dict(self)?);
@@ -358,7 +396,7 @@ impl Stateful for GradScaler {
 
 impl fmt::Debug for GradScaler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The scale itself may be on a device.
+        // The scale is left out, because reading it may cost a host sync.
         let Settings { growth_factor, backoff_factor, growth_interval } = self.locked().settings;
         f.debug_struct("GradScaler")
             .field("growth_factor", &growth_factor)

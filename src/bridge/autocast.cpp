@@ -1,4 +1,4 @@
-// Autocast of one device type, on the current thread.
+// Switches autocast of one device type, on the current thread.
 
 #include <ATen/autocast_mode.h>
 
@@ -18,7 +18,8 @@ at::DeviceType device_of(int device) {
 
 extern "C" {
 
-// Sets autocast of the device (0: CPU, 1: CUDA) and writes what it was. `dtype` is libtorch's number of a type.
+// Begins a region: sets autocast of the device (0: CPU, 1: CUDA) and writes the settings from before. `dtype` is
+// libtorch's number of a type; it is not used if `enabled` is 0.
 int tig_autocast_enter(int device, int enabled, int dtype, int* was_enabled, int* had_dtype, char** error) {
   return guarded(error, [&] {
     const auto type = device_of(device);
@@ -32,7 +33,8 @@ int tig_autocast_enter(int device, int enabled, int dtype, int* was_enabled, int
   });
 }
 
-// Goes back to what was. Casts of weights are kept until the outermost region ends.
+// Ends a region: restores the settings from before it. The cache of cast weights is cleared when the outermost region
+// ends.
 int tig_autocast_leave(int device, int was_enabled, int had_dtype, char** error) {
   return guarded(error, [&] {
     const auto type = device_of(device);

@@ -24,7 +24,8 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// While it lives, autocast of a device is as it says; then as it was. It belongs to its thread.
+/// A region with autocast of a device on or off. Dropping it restores the settings from before, so it must stay on its
+/// thread.
 #[derive(Debug)]
 pub(crate) struct AutocastRegion {
     device: c_int,
@@ -35,7 +36,7 @@ pub(crate) struct AutocastRegion {
 }
 
 impl AutocastRegion {
-    /// Casts to `kind`, f16 or bf16; `None` switches autocast off.
+    /// Begins a region with autocast to `kind`, f16 or bf16; `None` switches autocast off.
     pub(crate) fn enter(cuda: bool, kind: Option<Kind>) -> Result<Self, BridgeError> {
         let dtype = match kind {
             Some(Kind::Half) => 5,
@@ -49,7 +50,7 @@ impl AutocastRegion {
             had_dtype: 6,
             of_thread: PhantomData,
         };
-        // SAFETY: writes to two numbers; the C++ side catches.
+        // SAFETY: the C++ side writes two numbers, and catches its exceptions.
         let entered = checked(|error| unsafe {
             tig_autocast_enter(
                 region.device,
@@ -63,7 +64,7 @@ impl AutocastRegion {
         match entered {
             Ok(()) => Ok(region),
             Err(text) => {
-                // Not entered, so not to be left.
+                // The region was not entered, so `drop` must not leave it.
                 std::mem::forget(region);
                 Err(text)
             }
@@ -73,14 +74,14 @@ impl AutocastRegion {
 
 impl Drop for AutocastRegion {
     fn drop(&mut self) {
-        // SAFETY: as above. Setting what was set before cannot fail, and there is nobody to tell.
+        // SAFETY: as above. Restoring settings that were valid before does not fail, so the error is ignored.
         let _ = checked(|error| unsafe {
             tig_autocast_leave(self.device, self.was_enabled, self.had_dtype, error)
         });
     }
 }
 
-/// Enters autocast of the device of that number, which must be unknown.
+/// Enters autocast of a device by a number that the C++ side does not know, to test that it is refused.
 #[cfg(test)]
 pub(super) fn enter_device(device: c_int) -> Result<(), BridgeError> {
     let (mut was_enabled, mut had_dtype) = (0, 0);

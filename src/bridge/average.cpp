@@ -1,4 +1,4 @@
-// Averages of tensors that training changes: EMA and SWA, and the exchange of both.
+// Averages of the tensors that training changes (EMA and SWA), and the exchange of averages and tensors.
 
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_div.h>
@@ -13,7 +13,8 @@
 using at::Tensor;
 using tig::Rule;
 
-// An average and what it is of, for each pair; those the one pass cannot take are kept apart.
+// Pairs of an average and the tensor that it averages (its source). `other_*` are lists, filled anew at each update, of
+// the pairs that the one pass cannot handle.
 struct Pairs {
   std::vector<Tensor> averages, sources;
   std::vector<Tensor> other_averages, other_sources;
@@ -22,13 +23,13 @@ struct Pairs {
 
 namespace {
 
-// The numbers of the enum in average.rs.
+// The kinds of update. The numbers are those that `Pairs::update` in average.rs sends.
 enum Update : int {
   LERP = 0,  // average * (1 - number) + source * number
   MEAN = 1,  // average + (source - average) / number
-  COPY = 2,
-  SWAP = 3,
-  SWAP_BACK = 4,  // undoes SWAP: the last pair first, because sources may share memory
+  COPY = 2,  // the average gets the source's values
+  SWAP = 3,  // average and source exchange their values
+  SWAP_BACK = 4,  // undoes SWAP: begins with the last pair, because sources may share memory
 };
 
 Update update_of(int number) {
@@ -42,7 +43,7 @@ Update update_of(int number) {
   }
 }
 
-// Refuses pairs that do not fit before the first one is changed.
+// Throws if a pair does not fit, before the first pair is changed.
 void check(const Pairs& pairs) {
   for (size_t i = 0; i < pairs.averages.size(); ++i) {
     const Tensor &average = pairs.averages[i], &source = pairs.sources[i];
@@ -91,7 +92,7 @@ void average(Pairs& pairs, Update how, double number) {
   for (size_t i = 0; i < pairs.averages.size(); ++i) {
     const Tensor &average = pairs.averages[i], &source = pairs.sources[i];
     if (how == COPY || (!average.is_floating_point() && !average.is_complex())) {
-      // Integers count something: they are not averaged, but taken over.
+      // Integers count something, such as batches. They are copied, not averaged.
       average.copy_(source);
     } else if (tig::is_plain_cpu(average) && tig::is_alike(average, source)) {
       tig::Task task{};
@@ -123,7 +124,7 @@ void update(Pairs& pairs, Update how, double number) {
   at::NoGradGuard no_grad;
   check(pairs);
   pairs.pass.clear();
-  pairs.pass.add(tig::Numbers{how == LERP ? 1. - number : number, number});  // of all tasks
+  pairs.pass.add(tig::Numbers{how == LERP ? 1. - number : number, number});  // all tasks use these numbers
   if (how == SWAP || how == SWAP_BACK) return swap(pairs, how == SWAP_BACK);
   average(pairs, how, number);
 }
@@ -132,7 +133,7 @@ void update(Pairs& pairs, Update how, double number) {
 
 extern "C" {
 
-// Shares the tensors.
+// Makes pairs from two lists of `count` tensors. The tensors are shared, not copied.
 int tig_pairs_new(const Tensor* const* averages, const Tensor* const* sources, size_t count, Pairs** made,
                   char** error) {
   return guarded(error, [&] {

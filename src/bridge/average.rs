@@ -1,4 +1,4 @@
-//! Averages of tensors that training changes; the C++ is in average.cpp.
+//! Averages of the tensors that training changes; the C++ is in average.cpp.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::ptr::{NonNull, null_mut};
@@ -20,22 +20,23 @@ unsafe extern "C" {
     fn tig_pairs_update(pairs: Raw, how: c_int, number: f64, error: *mut *mut c_char) -> c_int;
 }
 
-/// What happens to each average.
+/// An update of averages from their sources.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Average {
     /// `average * (1 - momentum) + source * momentum`
     Lerp(f64),
     /// `average + (source - average) / count`
     Mean(f64),
-    /// The source's values.
+    /// The average gets the source's values.
     Copy,
-    /// Average and source change their values, pair by pair.
+    /// Average and source exchange their values, pair by pair.
     Swap,
-    /// The same, from the last pair to the first: undoes `Swap` where sources share memory too.
+    /// As `Swap`, but from the last pair to the first. This undoes `Swap` even if sources share memory.
     SwapBack,
 }
 
-/// Tensors and what they average, as lists on the C++ side. The tensors are shared, not copied.
+/// Pairs of an average and the tensor that it averages (its source), as lists on the C++ side. The tensors are shared,
+/// not copied.
 #[derive(Debug)]
 pub(crate) struct Pairs(NonNull<c_void>);
 
@@ -43,14 +44,14 @@ pub(crate) struct Pairs(NonNull<c_void>);
 unsafe impl Send for Pairs {}
 
 impl Pairs {
-    /// Pairs each average with the source of the same place.
+    /// Makes the lists from pairs of (average, source).
     pub(crate) fn new<'t>(
         pairs: impl Iterator<Item = (&'t Tensor, &'t Tensor)>,
     ) -> Result<Self, BridgeError> {
         let (averages, sources): (Vec<_>, Vec<_>) =
             pairs.map(|(average, source)| (average.as_ptr(), source.as_ptr())).unzip();
         let mut made = null_mut();
-        // SAFETY: both lists have that length and point to live torch::Tensors.
+        // SAFETY: both lists have the given length and point to live torch::Tensors.
         checked(|error| unsafe {
             tig_pairs_new(
                 averages.as_ptr().cast(),
@@ -71,12 +72,12 @@ impl Pairs {
             Average::Swap => (3, 0.),
             Average::SwapBack => (4, 0.),
         };
-        // SAFETY: the object is live and only we use it.
+        // SAFETY: the object is live, and &mut self keeps other users out.
         checked(|error| unsafe { tig_pairs_update(self.0.as_ptr(), how, number, error) })
     }
 }
 
-/// An update of no pairs by this number.
+/// Updates an empty list of pairs by a number, to test that the C++ side refuses an unknown one.
 #[cfg(test)]
 pub(super) fn update_with_number(how: c_int) -> Result<(), BridgeError> {
     let pairs = Pairs::new(std::iter::empty())?;
@@ -86,7 +87,7 @@ pub(super) fn update_with_number(how: c_int) -> Result<(), BridgeError> {
 
 impl Drop for Pairs {
     fn drop(&mut self) {
-        // SAFETY: made by tig_pairs_new, freed once, here.
+        // SAFETY: tig_pairs_new made the object, and it is freed once, here.
         unsafe { tig_pairs_free(self.0.as_ptr()) };
     }
 }

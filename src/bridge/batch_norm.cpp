@@ -1,6 +1,7 @@
-// Batch normalisation in training, by libtorch's own observers: which layers run, and with which statistics.
+// Watches batch normalisation in training with libtorch's observers (RecordFunction): which layers run, and with which
+// statistics.
 
-// libtorch is built with it. Without it RecordFunction::inputs looks at a flag that libtorch never sets.
+// libtorch is built with NDEBUG. Without it RecordFunction::inputs checks a flag that libtorch then never sets.
 #ifndef NDEBUG
 #define NDEBUG
 #endif
@@ -22,15 +23,15 @@ namespace {
 // A layer that ran in training mode, known by its running averages.
 struct Layer {
   Tensor mean, var;
-  // Their values before the first call.
+  // The values of `mean` and `var` before the layer's first call.
   Tensor mean_before, var_before;
-  // The averages of the statistics of all calls so far, in f64 where the device has it.
+  // The averages of the batch statistics over all calls so far, in f64 if the device supports it.
   Tensor mean_average, var_average;
   int64_t calls = 0;
 };
 
 void average(Tensor& average, const Tensor& running, double momentum, int64_t calls) {
-  // The running average was 0 before the call, so it is the statistic times the momentum.
+  // begin() set the running average to 0, so after the call it is the batch statistic times the momentum.
   const bool wide = running.device().type() != c10::DeviceType::MPS;
   const Tensor statistic = (wide ? running.to(at::kDouble) : running) / momentum;
   const double weight = 1. / static_cast<double>(calls);
@@ -39,17 +40,17 @@ void average(Tensor& average, const Tensor& running, double momentum, int64_t ca
 
 }  // namespace
 
-// Watches one thread until it is ended.
+// A watch on the batch normalisation of one thread, until tig_batch_norm_end.
 struct BatchNormWatch {
-  // Averages statistics over all calls; otherwise it looks for layers that get one value for each channel, whose
-  // variance is no number.
+  // True: average the statistics over all calls. False: list the layers that get a single value for each channel,
+  // whose variance is NaN.
   bool averages;
   std::vector<Layer> layers;
-  // Some layer ran in evaluation mode.
+  // True if a layer ran in evaluation mode.
   bool evaluated = false;
-  // What went wrong in an observer, from which nothing may be thrown.
+  // The text of an exception in an observer. Observers must not throw, so tig_batch_norm_end throws it.
   std::string failure;
-  // Instance normalisation calls batch normalisation with statistics of its own.
+  // The number of calls of instance normalisation under way. They call batch normalisation, which is not counted.
   int within_instance_norm = 0;
   at::CallbackHandle callback = 0;
   bool ended = false;
@@ -62,7 +63,7 @@ thread_local BatchNormWatch* current = nullptr;
 
 constexpr size_t INSTANCE_NORM = SIZE_MAX;
 
-// What a call is about until it ends.
+// Data of one observed call, from begin() to end().
 struct Call : at::ObserverContext {
   size_t layer;
   double momentum;
@@ -110,7 +111,7 @@ std::unique_ptr<at::ObserverContext> begin(const at::RecordFunction& function) {
     }
     auto call = std::make_unique<Call>();
     call->momentum = inputs[6].toDouble();
-    // It would leave the running averages as they are.
+    // With momentum 0 the running averages stay as they are, and say nothing about this batch.
     if (call->momentum == 0.) return nullptr;
     call->layer = layer_of(*watch, mean, var);
     Tensor(mean).zero_();
@@ -166,7 +167,7 @@ int tig_batch_norm_watch(int averages, BatchNormWatch** made, char** error) {
 
 size_t tig_batch_norm_layers(const BatchNormWatch* watch) { return watch->layers.size(); }
 
-// The running variance, as tig_tensor_id knows it.
+// Identifies a listed layer by its running variance, as tig_tensor_id does.
 const void* tig_batch_norm_layer(const BatchNormWatch* watch, size_t index) {
   return watch->layers[index].var.unsafeGetTensorImpl();
 }
@@ -174,7 +175,7 @@ const void* tig_batch_norm_layer(const BatchNormWatch* watch, size_t index) {
 int tig_batch_norm_evaluated(const BatchNormWatch* watch) { return watch->evaluated ? 1 : 0; }
 
 // Ends the watch, on the thread where it began. With `keep` the running averages become the averages over all calls;
-// without they become what they were before.
+// without it they get the values from before the watch.
 int tig_batch_norm_end(BatchNormWatch* watch, int keep, char** error) {
   return guarded(error, [&] {
     if (watch->ended) return;
@@ -195,7 +196,7 @@ void tig_batch_norm_free(BatchNormWatch* watch) {
     stop(*watch);
     delete watch;
   } catch (...) {
-    // A destructor of libtorch threw, and there is nobody to tell.
+    // A destructor of libtorch threw. The caller is dropping the watch and cannot handle an error.
   }
 }
 

@@ -1,4 +1,4 @@
-//! Batch normalisation in training: which layers run, and with which statistics.
+//! Watches batch normalisation in training: which layers run, and with which statistics. The C++ is in batch_norm.cpp.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::marker::PhantomData;
@@ -17,8 +17,8 @@ unsafe extern "C" {
     fn tig_batch_norm_free(watch: Raw);
 }
 
-/// Watches the batch normalisation of this thread until it is dropped, which puts the running averages of the layers
-/// that it lists back to what they were when it first saw them.
+/// Watches the batch normalisation of this thread. When the watch is dropped, the listed layers get back the running
+/// averages that they had when the watch first saw them.
 pub(crate) struct BatchNormWatch {
     raw: NonNull<c_void>,
     /// The observer belongs to one thread.
@@ -26,28 +26,28 @@ pub(crate) struct BatchNormWatch {
 }
 
 impl BatchNormWatch {
-    /// Averages the statistics of each layer over all its calls in training mode. Meanwhile the running averages hold
-    /// nothing of use.
+    /// Averages the statistics of each layer over all its calls in training mode. Until the watch ends, the layers'
+    /// running averages are meaningless.
     pub(crate) fn averaging() -> Result<Self, BridgeError> {
         Self::begin(true)
     }
 
-    /// Lists the layers that get one value for each channel, whose variance is no number.
+    /// Lists the layers that get a single value for each channel, whose variance is NaN.
     pub(crate) fn looking_for_single_values() -> Result<Self, BridgeError> {
         Self::begin(false)
     }
 
     fn begin(averages: bool) -> Result<Self, BridgeError> {
         let mut raw = null_mut();
-        // SAFETY: on success `raw` is a watch made with `new` for us, which `drop` frees.
+        // SAFETY: on success `raw` is a watch that was made with `new` for us; `drop` frees it.
         checked(|error| unsafe { tig_batch_norm_watch(averages.into(), &mut raw, error) })?;
         let raw = NonNull::new(raw).ok_or_else(|| BridgeError::from("no watch was made"))?;
         Ok(Self { raw, _not_send: PhantomData })
     }
 
-    /// The running variances of the layers that it lists.
+    /// The running variances of the listed layers.
     pub(crate) fn layers(&self) -> Vec<TensorId> {
-        // SAFETY: `raw` is a live watch; the indices are below its count, and the variances are kept alive by it.
+        // SAFETY: `raw` is a live watch; the indices are below its count, and it keeps the variances alive.
         unsafe {
             let count = tig_batch_norm_layers(self.raw.as_ptr());
             let id = |index| TensorId(tig_batch_norm_layer(self.raw.as_ptr(), index) as usize);
@@ -61,7 +61,7 @@ impl BatchNormWatch {
         unsafe { tig_batch_norm_evaluated(self.raw.as_ptr()) != 0 }
     }
 
-    /// Makes the averages over all calls the running averages.
+    /// Ends the watch and makes the averages over all calls the running averages of the layers.
     pub(crate) fn keep(self) -> Result<(), BridgeError> {
         // SAFETY: `raw` is a live watch of this thread.
         checked(|error| unsafe { tig_batch_norm_end(self.raw.as_ptr(), 1, error) })
@@ -70,7 +70,7 @@ impl BatchNormWatch {
 
 impl Drop for BatchNormWatch {
     fn drop(&mut self) {
-        // Where the watch was ended already nothing is put back; an error has nobody to hear it.
+        // After `keep` this restores nothing. An error cannot be returned from `drop`.
         // SAFETY: `raw` is a live watch of this thread, and nobody uses it afterwards.
         unsafe {
             let _ = checked(|error| tig_batch_norm_end(self.raw.as_ptr(), 0, error));

@@ -1,5 +1,6 @@
-// What tch does not show of libtorch's optimizers. Every function that can throw catches, returns
-// non-zero and leaves a message in *error, to be freed with tig_free.
+// Access to the parts of libtorch's optimizers that tch hides: options, groups, parameters, state. A function with an
+// `error` argument catches all exceptions: it returns 0, or non-zero with a message in *error that the caller frees
+// with tig_free.
 
 #include "bridge.h"
 
@@ -13,7 +14,7 @@ using torch::optim::OptimizerOptions;
 
 namespace {
 
-// The numbers of the enum in hyper.rs.
+// The hyper-parameters. The numbers are those of the enum `Hyper` in src/optim/hyper.rs.
 enum Option : int {
   LR = 0,
   MOMENTUM = 1,
@@ -30,7 +31,8 @@ enum Option : int {
 
 [[noreturn]] void no_option() { throw std::invalid_argument("this optimizer has no such option"); }
 
-// Calls f(options) with the options in their own type. `kind` comes from tig_kind, so the casts hold.
+// Calls f(options) with the options cast to their own type. Rust passes the `kind` that tig_kind gave, so the casts
+// are right.
 template <typename F>
 void with_options(int kind, OptimizerOptions& options, F&& f) {
   switch (kind_of(kind)) {
@@ -44,7 +46,7 @@ void with_options(int kind, OptimizerOptions& options, F&& f) {
 template <typename T> struct is_sgd : std::is_same<T, torch::optim::SGDOptions> {};
 template <typename T> struct is_rmsprop : std::is_same<T, torch::optim::RMSpropOptions> {};
 
-// Calls f(getter, setter) for the option of that number.
+// Calls f(getter, setter) for the option with that number; throws if this optimizer has no such option.
 template <typename O, typename F>
 void with_option(O& o, int option, F&& f) {
   switch (option) {
@@ -154,14 +156,15 @@ int tig_remove_repeated(Optimizer* optimizer, char** error) {
   });
 }
 
-// A warning by libtorch's own road, as PyTorch would print it.
+// Prints a warning through libtorch's warning handler.
 int tig_warn(const char* text, char** error) {
   return guarded(error, [&] { TORCH_WARN(text); });
 }
 
 const void* tig_tensor_id(const Tensor* tensor) { return tensor->unsafeGetTensorImpl(); }
 
-// Not the optimizer's own: it detaches each gradient first, which a view of a DDP bucket refuses.
+// Sets all gradients to none. The optimizer's own zero_grad is not called, because it detaches each gradient first,
+// and a gradient that is a view of a DDP bucket cannot be detached.
 int tig_zero_grad(Optimizer* optimizer, char** error) {
   return guarded(error, [&] {
     for (auto& group : optimizer->param_groups())
@@ -169,8 +172,8 @@ int tig_zero_grad(Optimizer* optimizer, char** error) {
   });
 }
 
-// What the optimizer keeps for one parameter: up to three tensors (null where there is none) and the
-// number of steps (-1 where the optimizer does not count). `found` is 0 before the first step.
+// Gives the state of one parameter: up to three tensors (null where there is none) and the number of steps (-1 where
+// the optimizer does not count). `found` is 0 before the parameter's first step.
 int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* found, int64_t* step, Tensor** tensors,
               char** error) {
   return guarded(error, [&] {
@@ -207,7 +210,7 @@ int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* foun
   });
 }
 
-// Makes the optimizer keep these tensors and this count for one parameter: the other way round.
+// Sets the state of one parameter, in the form that tig_state gives. The tensors are shared, not copied.
 int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64_t step, Tensor* const* tensors,
                   char** error) {
   return guarded(error, [&] {
@@ -240,17 +243,17 @@ int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64
   });
 }
 
-// As before the parameter's first step.
+// Removes the state of one parameter, as if the parameter had never been stepped.
 int tig_clear_state(Optimizer* optimizer, const Tensor* parameter, char** error) {
   return guarded(error, [&] { optimizer->state().erase(parameter->unsafeGetTensorImpl()); });
 }
 
-// `gradient` is null for none. The tensor is shared, not copied.
+// Sets the gradient of a parameter; null removes it. The tensor is shared, not copied.
 int tig_set_gradient(const Tensor* parameter, const Tensor* gradient, char** error) {
   return guarded(error, [&] { parameter->mutable_grad() = gradient ? *gradient : Tensor(); });
 }
 
-// A copy in pinned memory. tch's own passes a device, which libtorch warns of.
+// Makes a copy in pinned memory. tch's `pin_memory` passes a device, and libtorch warns about that.
 int tig_pin_memory(const Tensor* tensor, Tensor** pinned, char** error) {
   return guarded(error, [&] { *pinned = new Tensor(tensor->pin_memory()); });
 }

@@ -1,14 +1,15 @@
-// What the C++ files of the bridge share.
+// Declarations that the C++ files of the bridge share.
 #pragma once
 
 #include <torch/optim.h>
 
 #include "guarded.h"
 
-// The numbers of the enum in mod.rs.
+// The kinds of optimizer. The numbers are those of the enum `Algorithm` in mod.rs.
 enum Kind : int { SGD = 0, ADAM = 1, ADAMW = 2, RMSPROP = 3 };
 
-// The kind of that number. The casts of options and states rest on it.
+// Turns a number from the Rust side into a kind, or throws. Options and states are cast to the types of that kind
+// without a further check.
 inline Kind kind_of(int number) {
   switch (number) {
     case SGD:

@@ -1,5 +1,5 @@
-// libtorch's own process groups: rendezvous by its TCPStore, collectives by its gloo. Names and prefixes of keys are
-// those of torch.distributed, so that a Python process can be a member of the same group.
+// libtorch's process groups: processes find each other through its TCPStore, and its gloo does the collectives. Names
+// and prefixes of keys are those of torch.distributed, so that a Python process can be a member of the same group.
 
 #include "dist.h"
 
@@ -22,7 +22,7 @@ using std::chrono::milliseconds;
 
 namespace {
 
-// Outside Python nobody reads TORCH_CPP_LOG_LEVEL and TORCH_DISTRIBUTED_DEBUG unless told to.
+// Makes libtorch read TORCH_CPP_LOG_LEVEL and TORCH_DISTRIBUTED_DEBUG. In Python, importing torch does this.
 void read_environment() {
   static std::once_flag once;
   std::call_once(once, [] {
@@ -33,7 +33,7 @@ void read_environment() {
 
 intrusive_ptr<ProcessGroupGloo> open_line(DistGroup& group, const intrusive_ptr<Store>& store, milliseconds timeout,
                                           const char* name) {
-  // Honours GLOO_SOCKET_IFNAME.
+  // The default options follow GLOO_SOCKET_IFNAME.
   auto options = ProcessGroupGloo::Options::create_default(timeout);
   options->group_name = name;
   group.lines.push_back(make_intrusive<ProcessGroupGloo>(store, group.rank, group.world, options));
@@ -62,7 +62,7 @@ intrusive_ptr<ProcessGroup> tensor_group(DistGroup& group, const intrusive_ptr<S
     TORCH_CHECK(false, "this program was built without the feature `nccl` of tch-ignite");
 #endif
   } else {
-    // As in Python: tensors on a GPU go through the memory of the host.
+    // As in Python, gloo sends tensors on a GPU through the host's memory.
     all->setBackend(c10::DeviceType::CUDA, ProcessGroup::BackendType::GLOO, backend);
   }
   all->setGroupName("0");
@@ -82,7 +82,7 @@ c10d::ReduceOp reduce_op(int op) {
 
 void finish(const intrusive_ptr<c10d::Work>& work) { TORCH_CHECK(work->wait(), "the collective was aborted"); }
 
-// gloo wants contiguous memory without a graph.
+// Detached, contiguous tensors, which gloo needs. A tensor that is not contiguous is copied.
 std::vector<Tensor> plain(const Tensor* const* tensors, size_t count) {
   std::vector<Tensor> list;
   list.reserve(count);
@@ -90,7 +90,7 @@ std::vector<Tensor> plain(const Tensor* const* tensors, size_t count) {
   return list;
 }
 
-// Of those that `plain` had to copy, back.
+// Copies the results back into the tensors that `plain` had to copy.
 void put_back(const std::vector<Tensor>& list, const Tensor* const* tensors) {
   for (size_t i = 0; i < list.size(); ++i)
     if (list[i].data_ptr() != tensors[i]->data_ptr()) tensors[i]->detach().copy_(list[i]);
@@ -121,7 +121,7 @@ int tig_store_connect(const char* host, uint16_t port, int serve, int listen_fd,
   });
 }
 
-// On the rank that serves it, until all have connected.
+// Waits until all ranks have connected, on the rank that serves the store. Returns at once on other ranks.
 int tig_store_wait_for_workers(DistStore* store, int* cause, char** error) {
   return dist_guarded(cause, error, [&] { store->tcp->waitForWorkers(); });
 }
@@ -134,7 +134,7 @@ int tig_store_has(DistStore* store, const char* key, int* has, int* cause, char*
   return dist_guarded(cause, error, [&] { *has = store->attempt->check({std::string("tch_ignite/") + key}); });
 }
 
-// Waits for the key.
+// Gives the value of a key; waits until the key is set.
 int tig_store_get(DistStore* store, const char* key, char** value, int* cause, char** error) {
   return dist_guarded(cause, error, [&] {
     *value = strdup(store->attempt->get_to_str(std::string("tch_ignite/") + key).c_str());
@@ -143,7 +143,7 @@ int tig_store_get(DistStore* store, const char* key, char** value, int* cause, c
 
 void tig_store_free(DistStore* store) { delete store; }
 
-// `control_timeout_ms` below 0: no control group.
+// Connects all ranks: makes the group for tensors and, unless `control_timeout_ms` is below 0, the control group.
 int tig_dist_new(DistStore* store, int rank, int world, int nccl, int64_t timeout_ms, int64_t control_timeout_ms,
                  DistGroup** made, int* cause, char** error) {
   return dist_guarded(cause, error, [&] {
@@ -161,7 +161,7 @@ int tig_dist_new(DistStore* store, int rank, int world, int nccl, int64_t timeou
 
 void tig_dist_free(DistGroup* group) { delete group; }
 
-// In place. The tensors are of one type and on one device.
+// Reduces the tensors in place. They have one type and are on one device.
 int tig_dist_all_reduce(DistGroup* group, const Tensor* const* tensors, size_t count, int op, int* cause, char** error) {
   return dist_guarded(cause, error, [&] {
     at::NoGradGuard no_grad;
@@ -179,7 +179,7 @@ int tig_dist_all_reduce(DistGroup* group, const Tensor* const* tensors, size_t c
   });
 }
 
-// In place, of any types.
+// Gives the tensors of all ranks the values of rank `root`, in place. They may have different types.
 int tig_dist_broadcast(DistGroup* group, const Tensor* const* tensors, size_t count, int root, int* cause,
                        char** error) {
   return dist_guarded(cause, error, [&] {
@@ -190,7 +190,7 @@ int tig_dist_broadcast(DistGroup* group, const Tensor* const* tensors, size_t co
   });
 }
 
-// `gathered` has room for one tensor of each rank; all have the shape and type of `tensor`.
+// Gives the tensor of every rank. `gathered` has room for one of each; they all have the shape and type of `tensor`.
 int tig_dist_all_gather(DistGroup* group, const Tensor* tensor, Tensor** gathered, int* cause, char** error) {
   return dist_guarded(cause, error, [&] {
     at::NoGradGuard no_grad;
@@ -202,7 +202,7 @@ int tig_dist_all_gather(DistGroup* group, const Tensor* tensor, Tensor** gathere
   });
 }
 
-// Over the control group: `size` bytes of every rank, one after the other, in `all`.
+// Sends `size` bytes to all ranks over the control group, and writes the bytes of all ranks, in their order, to `all`.
 int tig_dist_exchange(DistGroup* group, const uint8_t* own, size_t size, uint8_t* all, int* cause, char** error) {
   return dist_guarded(cause, error, [&] {
     const auto bytes = static_cast<int64_t>(size);
@@ -214,8 +214,8 @@ int tig_dist_exchange(DistGroup* group, const uint8_t* own, size_t size, uint8_t
   });
 }
 
-// Closes all connections, so that who waits for this rank hears of it now and not after its time-out: a time-out
-// of our own does that in gloo, whatever it waited for.
+// Closes all connections, so that a rank that waits for this one fails now and not after its time-out. gloo closes a
+// connection when a wait on it times out, so each connection waits 1 ms for a message that never comes.
 void tig_dist_hang_up(DistGroup* group) {
   for (auto& line : group->lines) {
     for (int rank = 0; rank < group->world; ++rank) {

@@ -1,4 +1,4 @@
-// What the C++ files of `distributed` share.
+// Declarations that the C++ files of the feature `distributed` share.
 #pragma once
 
 #define USE_C10D_GLOO 1
@@ -14,10 +14,10 @@
 
 #include "guarded.h"
 
-// The numbers of the enum in dist.rs.
+// The exceptions of c10d. The numbers are those that `dist_checked` in dist.rs turns into the enum `Cause`.
 enum Cause : int { OTHER = 0, TIMED_OUT = 1, STORE = 2, NETWORK = 3 };
 
-// As `guarded`, and says which of c10d's exceptions it was.
+// Does the same as `guarded`, and writes which of c10d's exceptions was caught to *cause.
 template <typename F>
 int dist_guarded(int* cause, char** error, F&& f) {
   *cause = OTHER;
@@ -42,20 +42,20 @@ int dist_guarded(int* cause, char** error, F&& f) {
 
 struct DistStore {
   c10::intrusive_ptr<c10d::TCPStore> tcp;
-  // The same with the prefix of this attempt, where a launcher keeps one store over restarts.
+  // `tcp`, with a prefix for its keys if the launcher has restarted the ranks and kept its store.
   c10::intrusive_ptr<c10d::Store> attempt;
 };
 
 struct DistGroup {
   int rank;
   int world;
-  // For tensors.
+  // The group for tensors.
   c10::intrusive_ptr<c10d::ProcessGroup> tensors;
-  // For small messages; null where there is none.
+  // The group for small messages; null if this process has none.
   c10::intrusive_ptr<c10d::ProcessGroupGloo> control;
-  // All gloo groups, to be hung up.
+  // All gloo groups, whose connections tig_dist_hang_up closes.
   std::vector<c10::intrusive_ptr<c10d::ProcessGroupGloo>> lines;
 };
 
-// Makes NCCL the backend of CUDA tensors; throws where the header at build time is not libtorch's version.
+// Makes NCCL the backend of CUDA tensors. Throws if nccl.h at build time had another version than libtorch's NCCL.
 void use_nccl(DistGroup& group, const c10::intrusive_ptr<c10d::Store>& store, std::chrono::milliseconds timeout);

@@ -92,10 +92,10 @@ unsafe extern "C" {
     fn tig_dist_hang_up(group: Raw);
 }
 
-/// Which of c10d's exceptions it was; the numbers are those of dist.h.
+/// The kind of one of c10d's exceptions. `dist_checked` makes it from the numbers of the enum `Cause` in dist.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Cause {
-    /// None of them: gloo's own, or another error.
+    /// An exception that c10d gives no type: one of gloo's, or another error.
     Other,
     TimedOut,
     Store,
@@ -134,24 +134,25 @@ fn c_string(text: &str) -> Result<CString, DistException> {
     CString::new(text).map_err(DistException::other)
 }
 
-/// Where rank 0's store is, and how to come in.
+/// The address of the store through which ranks find each other, and how this process connects.
 #[derive(Debug, Clone)]
 pub(crate) struct StoreAddress {
     pub(crate) host: String,
     pub(crate) port: u16,
-    /// This process serves it.
+    /// Whether this process serves the store.
     pub(crate) serve: bool,
-    /// A socket that listens on that port already.
+    /// A socket of this process that listens on `port` already, to serve on.
     pub(crate) listen_fd: Option<i32>,
-    /// Restarts of a launcher that keeps the store.
+    /// How often the launcher has restarted the ranks. A launcher may keep one store over restarts, so keys get a
+    /// prefix with this number.
     pub(crate) attempt: u32,
 }
 
-/// A connection to the store of keys through which processes find each other.
+/// A connection to the key-value store through which processes find each other.
 #[derive(Debug)]
 pub(crate) struct Store(NonNull<c_void>);
 
-// SAFETY: the TCPStore locks each of its operations, and the prefix around it is never changed.
+// SAFETY: the TCPStore locks each of its operations, and the PrefixStore around it is never changed.
 unsafe impl Send for Store {}
 // SAFETY: as above.
 unsafe impl Sync for Store {}
@@ -164,7 +165,7 @@ impl Store {
     ) -> Result<Self, DistException> {
         let host = c_string(&address.host)?;
         let mut store = null_mut();
-        // SAFETY: `host` ends with NUL and outlives the call; a listening socket is taken over.
+        // SAFETY: `host` ends with NUL and outlives the call; libtorch takes over a listening socket.
         dist_checked(|cause, error| unsafe {
             tig_store_connect(
                 host.as_ptr(),
@@ -182,7 +183,7 @@ impl Store {
         NonNull::new(store).map(Self).ok_or_else(|| DistException::other("no store was made"))
     }
 
-    /// On the rank that serves it, waits for the others.
+    /// Waits until all ranks have connected, on the rank that serves the store. Returns at once on other ranks.
     pub(crate) fn wait_for_workers(&self) -> Result<(), DistException> {
         // SAFETY: the store lives as long as `self`.
         dist_checked(|cause, error| unsafe {
@@ -208,7 +209,7 @@ impl Store {
         Ok(has != 0)
     }
 
-    /// Waits for the key.
+    /// The value of a key. Waits, at most for the store's time-out, until the key is set.
     pub(crate) fn get(&self, key: &str) -> Result<String, DistException> {
         let key = c_string(key)?;
         let mut value = null_mut();
@@ -216,33 +217,34 @@ impl Store {
         dist_checked(|cause, error| unsafe {
             tig_store_get(self.0.as_ptr(), key.as_ptr(), &mut value, cause, error)
         })?;
-        // SAFETY: on success it is a text of strdup that ends with NUL, freed by `taken_text`.
+        // SAFETY: on success `value` is a text that strdup allocated; `taken_text` frees it.
         Ok(unsafe { taken_text(value) })
     }
 }
 
 impl Drop for Store {
     fn drop(&mut self) {
-        // SAFETY: made by tig_store_connect, freed once, here.
+        // SAFETY: tig_store_connect made the store, and it is freed once, here.
         unsafe { tig_store_free(self.0.as_ptr()) }
     }
 }
 
-/// The process groups: one for tensors, and one for small messages.
+/// The process groups of this process: one for tensors, and one for small messages.
 #[derive(Debug)]
 pub(crate) struct ProcessGroups {
     raw: NonNull<c_void>,
     world: usize,
 }
 
-// SAFETY: the C++ object belongs to no thread.
+// SAFETY: the C++ object is not bound to a thread.
 unsafe impl Send for ProcessGroups {}
-// SAFETY: its owner lets one thread at a time make calls (`ProcessGroup` has a lock for that), but for
-// `hang_up`, which only uses what gloo itself locks.
+// SAFETY: `ProcessGroup`, the owner, has a lock that lets one thread at a time make calls. `hang_up` is called without
+// the lock; it only uses parts that gloo itself locks.
 unsafe impl Sync for ProcessGroups {}
 
 impl ProcessGroups {
-    /// `control_timeout_ms` is `None` where there is to be no group for messages.
+    /// Connects to all ranks, which make the same call. With `control_timeout_ms` of `None` no group for messages is
+    /// made.
     pub(crate) fn new(
         store: &Store,
         rank: usize,
@@ -276,10 +278,10 @@ impl ProcessGroups {
         self.raw.as_ptr()
     }
 
-    // In all that follows the group lives as long as `self`, pointers of live tch tensors are live
-    // torch::Tensors, and lists are given with their lengths.
+    // For the SAFETY comments below: the group lives as long as `self`, pointers of live tch tensors are live
+    // torch::Tensors, and lists are passed with their lengths.
 
-    /// In place; all of one type and on one device.
+    /// Reduces tensors of one type and on one device over all ranks, in place. `op` is `ReduceOp::number`.
     pub(crate) fn all_reduce(&self, tensors: &[&Tensor], op: i32) -> Result<(), DistException> {
         let tensors = pointers(tensors);
         // SAFETY: see above.
@@ -288,7 +290,7 @@ impl ProcessGroups {
         })
     }
 
-    /// In place.
+    /// Gives the tensors of all ranks the values of rank `root`, in place.
     pub(crate) fn broadcast(&self, tensors: &[&Tensor], root: usize) -> Result<(), DistException> {
         let tensors = pointers(tensors);
         // SAFETY: see above; libtorch checks the rank.
@@ -304,21 +306,23 @@ impl ProcessGroups {
         })
     }
 
-    /// One of every rank, in order.
+    /// The tensors of all ranks, in order; all ranks pass the same shape and type.
     pub(crate) fn all_gather(&self, tensor: &Tensor) -> Result<Vec<Tensor>, DistException> {
         let mut gathered = vec![null_mut(); self.world];
-        // SAFETY: see above; `gathered` has room for one of every rank.
+        // SAFETY: see above; `gathered` has room for one pointer of each rank.
         dist_checked(|cause, error| unsafe {
             tig_dist_all_gather(self.as_ptr(), tensor.as_ptr(), gathered.as_mut_ptr(), cause, error)
         })?;
-        // SAFETY: on success each is a torch::Tensor made with `new` for us, owned from here on.
+        // SAFETY: on success each is a torch::Tensor that was made with `new` for us and is ours from here on.
         Ok(gathered.into_iter().map(|tensor| unsafe { Tensor::from_ptr(tensor) }).collect())
     }
 
-    /// Those bytes of every rank, one after the other: as many on all. Needs the group for messages.
+    /// The bytes of all ranks, one rank after the other; all ranks pass the same number of bytes. Needs the group for
+    /// messages.
     pub(crate) fn exchange(&self, own: &[u8]) -> Result<Vec<u8>, DistException> {
         let mut all = vec![0; own.len() * self.world];
-        // SAFETY: see above; `all` has room for as many bytes of every rank.
+        // SAFETY: see above; `all` has room for `own.len()` bytes of each rank. The group for messages exists: callers
+        // check that.
         dist_checked(|cause, error| unsafe {
             tig_dist_exchange(
                 self.as_ptr(),
@@ -332,16 +336,16 @@ impl ProcessGroups {
         Ok(all)
     }
 
-    /// Closes all connections, so that others hear of a failure at once.
+    /// Closes all connections, so that ranks that wait for this one fail at once.
     pub(crate) fn hang_up(&self) {
-        // SAFETY: see above; the C++ side catches.
+        // SAFETY: see above; the C++ side catches its exceptions.
         unsafe { tig_dist_hang_up(self.as_ptr()) }
     }
 }
 
 impl Drop for ProcessGroups {
     fn drop(&mut self) {
-        // SAFETY: made by tig_dist_new, freed once, here.
+        // SAFETY: tig_dist_new made the object, and it is freed once, here.
         unsafe { tig_dist_free(self.raw.as_ptr()) }
     }
 }

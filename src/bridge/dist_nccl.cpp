@@ -1,4 +1,4 @@
-// NCCL for tensors on a GPU; only compiled with the feature `nccl`.
+// The NCCL backend for tensors on a GPU. Compiled only with the feature `nccl`.
 
 #define USE_C10D_NCCL 1
 
@@ -16,7 +16,7 @@ std::string dotted(uint64_t version) {
 }  // namespace
 
 void use_nccl(DistGroup& group, const c10::intrusive_ptr<c10d::Store>& store, std::chrono::milliseconds timeout) {
-  // Options hold NCCL's configuration by value, and its size differs from version to version.
+  // The options contain NCCL's configuration by value, and the size of that struct depends on NCCL's version.
   constexpr uint64_t header = uint64_t{NCCL_MAJOR} << 32 | uint64_t{NCCL_MINOR} << 16 | uint64_t{NCCL_PATCH};
   const uint64_t built_with = torch::cuda::nccl::version();
   TORCH_CHECK(header == built_with, "tch-ignite was compiled with nccl.h of ", dotted(header), ", but libtorch with ",

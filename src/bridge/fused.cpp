@@ -1,5 +1,5 @@
-// Steps of libtorch's optimizers on the optimizer's own state, all parameters at once. What they cannot take
-// (sparse gradients, odd layouts, mixed types) goes through libtorch's own loop.
+// Steps of libtorch's optimizers on the optimizer's own state, all parameters at once. Parameters that these steps
+// cannot handle (sparse gradients, odd layouts, mixed types) go through libtorch's own loop.
 
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_addcdiv.h>
@@ -30,7 +30,7 @@ using Adam = tig::AdamRules<torch::optim::AdamOptions, torch::optim::AdamParamSt
 using AdamW = tig::AdamRules<torch::optim::AdamWOptions, torch::optim::AdamWParamState>;
 using RmsProp = tig::RmsPropRules;
 
-// Calls f(rules) with those of this kind of optimizer.
+// Calls f(rules) with the rules of this kind of optimizer.
 template <typename F>
 auto with_rules(Kind kind, F&& f) {
   switch (kind) {
@@ -42,11 +42,11 @@ auto with_rules(Kind kind, F&& f) {
   unknown("kind of optimizer", kind);
 }
 
-// How steps are done; the numbers of the enum in fused.rs.
+// How steps are done. The numbers are those of the enum `Mode` in fused.rs.
 enum Mode : int {
   LOOP = 0,      // libtorch's own loop
   FUSED = 1,     // one pass on CPU, libtorch's fused kernels elsewhere
-  KERNELS = 2,   // libtorch's fused kernels everywhere: what CUDA does, for tests without one
+  KERNELS = 2,   // libtorch's fused kernels everywhere: tests use it to run CUDA's path on the CPU
 };
 
 Mode mode_of(int number) {
@@ -58,13 +58,13 @@ Mode mode_of(int number) {
   }
 }
 
-// A step that cannot be made, because of one parameter.
+// Thrown when one parameter makes the whole step impossible.
 struct Refused : std::runtime_error {
   Refused(const Tensor& p, const std::string& why) : std::runtime_error(why), parameter(p.unsafeGetTensorImpl()) {}
   const void* parameter;
 };
 
-// Puts other parameters into the groups while it lives.
+// While an object of this class lives, the optimizer's groups hold other parameters.
 class Swapped {
  public:
   Swapped(Optimizer& optimizer, std::vector<std::vector<Tensor>>& parameters)
@@ -92,8 +92,8 @@ State* find(Optimizer& optimizer, const Tensor& p) {
   return found == all.end() ? nullptr : static_cast<State*>(found->second.get());
 }
 
-// Makes the step counts those of the steps that were made. Reads from the device if steps were made there
-// with a GradScaler since the last time: a host sync. To be called before anything but Step touches the state.
+// Subtracts the steps that a GradScaler skipped on a device from the step counts. Costs a host sync if there were
+// steps with a GradScaler on a device since the last call. Everything but Step calls this before it touches the state.
 void settle(Optimizer& optimizer, Kind kind, Plan& plan) {
   plan.known.valid = false;
   if (!plan.ahead.skipped.defined()) return;
@@ -111,7 +111,7 @@ void settle(Optimizer& optimizer, Kind kind, Plan& plan) {
 
 using tig::storage_of;
 
-// The first element, to write to and to read from, where each is of `item` bytes.
+// The address of the first element, to write to and to read from; each element has `item` bytes.
 TIG_INLINE void* memory(c10::TensorImpl& t, size_t item) {
   return static_cast<char*>(storage_of(t).mutable_data()) + static_cast<size_t>(t.storage_offset()) * item;
 }
@@ -124,7 +124,7 @@ class Step {
   Step(Optimizer& optimizer, Kind kind, Plan& plan, Mode mode, const Tensor* factor, const Tensor* found_inf)
       : optimizer_(optimizer), kind_(kind), plan_(plan), mode_(mode), factor_(factor), found_inf_(found_inf) {}
 
-  // All that can refuse the step comes before all that it changes.
+  // Makes the step. Everything that can refuse it comes before the first change.
   void run() {
     at::NoGradGuard no_grad;
     if (mode_ == LOOP) settle(optimizer_, kind_, plan_);
@@ -142,18 +142,20 @@ class Step {
  private:
   bool skipped() const { return found_inf_->item<double>() != 0.; }
 
-  // Whether the step is known to be skipped. Where all can be left to the device's kernels it is not asked.
+  // Returns true if the host knows that the step is skipped. Where the device's kernels can step all parameters, they
+  // read found_inf themselves, and the host does not.
   bool skipped_on_host() {
     if (found_inf_ && found_inf_->device().is_cpu() && mode_ != KERNELS) return skipped();
     if (!found_inf_ && !plan_.ahead.skipped.defined()) return false;
-    bool all = kind_ != RMSPROP;  // libtorch has no fused one
+    bool all = kind_ != RMSPROP;  // libtorch has no fused RMSprop
     plan_.on_device.clear();
     for (auto& group : optimizer_.param_groups())
       for (const Tensor& p : group.params()) {
         if (!p.grad().defined()) continue;
         if (for_kernels(p) && tig::is_alike(p, p.grad()) && !p.is_alias_of(p.grad())) plan_.on_device.push_back(p.unsafeGetTensorImpl());
         else all = false;
-        // A first step leaves another buffer than zeros do.
+        // With dampening the first step copies the undamped gradient into the buffer; a step from a buffer of zeros
+        // would damp it. So the device cannot skip this first step by itself.
         all = all && !(kind_ == SGD && static_cast<torch::optim::SGDOptions&>(group.options()).dampening() != 0 &&
                        !find<torch::optim::SGDParamState>(optimizer_, p));
       }
@@ -173,8 +175,8 @@ class Step {
     optimizer_.step();
   }
 
-  // Uses the tasks of the last step again, if nothing they were made of has changed but values. Else nothing
-  // has happened.
+  // Uses the tasks of the last step again, if only values have changed since. Returns false, and has changed nothing
+  // that counts, if something else is different.
   template <typename Rules>
   bool recall() {
     auto& known = plan_.known;
@@ -207,7 +209,7 @@ class Step {
     return true;
   }
 
-  // In each step it is asked of each parameter: all that it calls is put into it.
+  // Checks one parameter. Each step calls this for each parameter, so the compiler inlines all calls in it.
   __attribute__((flatten)) bool recall(const Plan::Known::Parameter& before, const Tensor& p) {
     c10::TensorImpl* const now = p.unsafeGetTensorImpl();
     if (now != before.p) return false;
@@ -216,7 +218,7 @@ class Step {
     if (!gradient.defined()) return true;
     c10::TensorImpl* const g = gradient.unsafeGetTensorImpl();
     tig::Task& task = plan_.pass.task(before.task);
-    // What decide() looked at, without what follows from it.
+    // These are the conditions that decide() checks, less those that follow from others.
     if (now->key_set() != before.keys || now->dtype().toScalarType() != task.dtype || now->numel() != task.n) return false;
     const size_t item = c10::elementSize(task.dtype);
     if (!now->is_non_overlapping_and_dense() || memory(*now, item) != task.p) return false;
@@ -233,7 +235,7 @@ class Step {
     return true;
   }
 
-  // Decides who steps which parameter. Changes nothing, and refuses what none of them can.
+  // Decides who steps which parameter. Changes no tensor, and throws Refused for a parameter that nobody can step.
   template <typename Rules>
   void decide() {
     auto& groups = optimizer_.param_groups();
@@ -278,7 +280,8 @@ class Step {
     return own ? Plan::Way::ONE_PASS : Plan::Way::KERNELS;
   }
 
-  // Refuses what libtorch's loop refuses, because the loop does so when it has stepped the parameters before.
+  // Refuses a parameter that libtorch's loop would refuse. The loop itself would do so too late, after it has stepped
+  // the parameters before this one.
   template <typename Rules>
   static void check_loop(const Tensor& p, const Tensor& g, const typename Rules::State* state,
                          const typename Rules::Options& o) {
@@ -304,7 +307,7 @@ class Step {
       throw Refused(p, name + " has several elements at one place in memory");
   }
 
-  // Whether `gradient` can be added to `written`, which is the parameter or a tensor of its state.
+  // Refuses a `gradient` that cannot be added to `written`, which is the parameter or a tensor of its state.
   static void check_read(const Tensor& p, const Tensor& written, const char* what, const Tensor& gradient) {
     const auto all = c10::promoteTypes(written.scalar_type(), gradient.scalar_type());
     if (written.sizes() == gradient.sizes() && written.device() == gradient.device() &&
@@ -323,7 +326,7 @@ class Step {
     throw Refused(p, why.str());
   }
 
-  // Makes the tasks and lists of what was decided, and steps the parameters that only the loop can.
+  // Turns the decisions into tasks and buckets, and steps the parameters that only libtorch's loop can step.
   template <typename Rules>
   void commit() {
     auto& known = plan_.known;
@@ -340,7 +343,7 @@ class Step {
         plan_.left[decision.group].push_back(*decision.p);
         any_left = true;
       }
-    // First: it may run out of memory.
+    // The loop comes first, because it may run out of memory; nothing else has been changed yet.
     if (any_left) loop_over_left();
     for (auto& decision : plan_.decisions) take<Rules>(decision);
     plan_.decisions.clear();
@@ -414,7 +417,7 @@ class Step {
     return static_cast<typename Rules::Options&>(optimizer_.param_groups()[group].options());
   }
 
-  // For parameters on the CPU the factor is a number; where it is there, nothing waits for it.
+  // Reads the factor as a number, which the pass on the CPU needs. A host sync only if the factor is on a device.
   void read_factor(bool wanted) { host_factor_ = factor_ && wanted ? factor_->item<double>() : 1.; }
 
   bool for_kernels(const Tensor& p) const {
@@ -423,7 +426,7 @@ class Step {
            p.is_non_overlapping_and_dense() && !p.is_inference() && !p.is_neg();
   }
 
-  // libtorch's kernels: one call for each bucket.
+  // Calls libtorch's kernels once for each bucket.
   void run_buckets() {
     for (auto& [key, bucket] : plan_.buckets) {
       auto& options = optimizer_.param_groups()[std::get<0>(key)].options();
@@ -435,7 +438,8 @@ class Step {
         case SGD: {
           const auto& o = static_cast<torch::optim::SGDOptions&>(options);
           bool first = o.momentum() != 0 && std::get<4>(key) == 0;
-          // Skipped on the device, a first step must not count as made: from zeros the next one is right.
+          // The device may skip this step, and then the next one is the first. From a buffer of zeros an ordinary step
+          // gives the same as a first one (without dampening), so it is right in both cases.
           if (found_inf_) first = false;
           at::_fused_sgd_(bucket.p, bucket.g, bucket.a, o.weight_decay(), o.momentum(), o.lr(), o.dampening(),
                           o.nesterov(), /*maximize=*/false, first, scale, found_inf);
@@ -444,7 +448,7 @@ class Step {
         case RMSPROP: rmsprop_kernels(bucket, static_cast<torch::optim::RMSpropOptions&>(options)); break;
         case ADAM:
         case ADAMW: {
-          // Filled on the device; nothing is copied there.
+          // The step count is filled in on the device, so nothing is copied from the host.
           auto done = at::full({}, static_cast<double>(std::get<4>(key) + 1), at::device(device).dtype(at::kFloat));
           if (plan_.ahead.skipped.defined()) done = done - plan_.ahead.skipped.to(device);
           const std::vector<Tensor> steps(bucket.p.size(), done);
@@ -515,9 +519,9 @@ int tig_plan_new(Plan** made, char** error) {
 }
 void tig_plan_free(Plan* plan) { delete plan; }
 
-// One step. The gradients count `factor` times, and nothing happens if `found_inf` is not 0; both are tensors
-// of one element, or null. The gradients themselves may be scaled. Where the step is refused because of one
-// parameter, `refused` names it (as tig_tensor_id does), else it is null.
+// Makes one step. The gradients count `factor` times, and nothing happens if `found_inf` is not 0; both are tensors
+// of one element, or null. The gradients may be multiplied by `factor` in place. If one parameter makes the step
+// impossible, `refused` names it (as tig_tensor_id does); otherwise `refused` is null.
 int tig_step(Optimizer* optimizer, int kind, Plan* plan, int mode, const Tensor* factor, const Tensor* found_inf,
              const void** refused, char** error) {
   *refused = nullptr;

@@ -24,35 +24,36 @@ unsafe extern "C" {
     fn tig_settle(optimizer: Raw, kind: c_int, plan: Raw, error: *mut *mut c_char) -> c_int;
 }
 
-/// How steps are done; the numbers are those of fused.cpp.
+/// How steps are made. The numbers are those of the enum `Mode` in fused.cpp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub(crate) enum Mode {
     /// libtorch's own loop, parameter by parameter.
     Loop = 0,
-    /// One pass of our own on the CPU, libtorch's fused kernels on CUDA, the loop for what neither takes.
+    /// One pass of our own on the CPU, libtorch's fused kernels on CUDA, the loop for parameters that neither can
+    /// handle.
     Fused = 1,
-    /// libtorch's fused kernels on the CPU too: what CUDA does, for tests without one.
+    /// libtorch's fused kernels on the CPU too, so that tests without a GPU take CUDA's path.
     #[cfg(test)]
     Kernels = 2,
 }
 
-/// A step that was not made.
+/// The error of a step.
 #[derive(Debug)]
 pub(crate) struct StepError {
-    /// The parameter because of which the step was refused, if it was one: nothing has changed then.
+    /// The parameter that made the step impossible, if one did; then nothing was changed.
     pub(crate) parameter: Option<TensorId>,
     pub(crate) text: BridgeError,
 }
 
-/// The C++ side's lists, kept from step to step.
+/// The lists that the C++ side keeps from step to step (plan.h).
 #[derive(Debug)]
 pub(super) struct Plan(NonNull<c_void>);
 
 impl Plan {
     pub(super) fn new() -> Result<Self, BridgeError> {
         let mut made = null_mut();
-        // SAFETY: makes an object of its own.
+        // SAFETY: the C++ side makes an object that depends on nothing else.
         checked(|error| unsafe { tig_plan_new(&mut made, error) })?;
         NonNull::new(made).map(Self).ok_or_else(|| "no memory".into())
     }
@@ -64,15 +65,15 @@ impl Plan {
 
 impl Drop for Plan {
     fn drop(&mut self) {
-        // SAFETY: made by tig_plan_new, freed once, here.
+        // SAFETY: tig_plan_new made the object, and it is freed once, here.
         unsafe { tig_plan_free(self.0.as_ptr()) };
     }
 }
 
 impl Native {
-    /// One update. The gradients count `factor` times, and nothing happens where `found_inf` is not 0;
-    /// both have one element and are not read where they live on a device, but for RMSprop and for
-    /// parameters on several devices.
+    /// Makes one step. The gradients count `factor` times, and nothing happens if `found_inf` is not 0. Both
+    /// are tensors of one element. `found_inf` on a device is read (a host sync) only for RMSprop, for a first step of
+    /// SGD with dampening, and if the fused kernels cannot step all parameters; `factor`, if a parameter is on the CPU.
     pub(crate) fn step(
         &mut self,
         factor: Option<&Tensor>,
@@ -80,8 +81,8 @@ impl Native {
     ) -> Result<(), StepError> {
         let pointer = |tensor: Option<&Tensor>| tensor.map_or(null(), |t| t.as_ptr());
         let mut refused: *const c_void = null();
-        // SAFETY: `raw` is the live optimizer inside `self.tch`, the plan is live; the pointers of live
-        // tch tensors are live torch::Tensors, and null is allowed for them.
+        // SAFETY: `raw` is the live optimizer inside `self.tch`, and the plan is live. The pointers of live
+        // tch tensors are live torch::Tensors; `factor` and `found_inf` may be null.
         let stepped = checked(|error| unsafe {
             tig_step(
                 self.raw.as_ptr(),
@@ -100,8 +101,8 @@ impl Native {
         })
     }
 
-    /// Makes the step counts right after steps that were skipped on a device: a host sync, if there were
-    /// steps with `found_inf` on a device since the last time.
+    /// Corrects the step counts after steps that were skipped on a device. A host sync if there were steps
+    /// with `found_inf` on a device since the last call.
     pub(crate) fn settle(&self) -> Result<(), BridgeError> {
         // SAFETY: as in `step`; the borrow of `self` keeps other threads out, because Native is not Sync.
         checked(|error| unsafe {
@@ -110,10 +111,10 @@ impl Native {
     }
 }
 
-/// A step by these numbers of the kind of optimizer and of the mode.
+/// Makes a step with any numbers for the kind of optimizer and the mode, to test that unknown ones are refused.
 ///
 /// # Safety
-/// One of them is unknown, so that the optimizer is not taken for one of another kind.
+/// One of the numbers must be unknown to the C++ side. Otherwise the optimizer may be taken for another kind.
 #[cfg(test)]
 pub(super) unsafe fn step_with_numbers(
     native: &Native,
@@ -121,6 +122,6 @@ pub(super) unsafe fn step_with_numbers(
     mode: c_int,
 ) -> Result<(), BridgeError> {
     let (raw, plan, mut refused) = (native.raw.as_ptr(), native.plan.as_ptr(), null());
-    // SAFETY: as in `step`; the caller promises the rest.
+    // SAFETY: as in `step`; the caller promises that a number is unknown.
     checked(|error| unsafe { tig_step(raw, kind, plan, mode, null(), null(), &mut refused, error) })
 }

@@ -1,4 +1,4 @@
-// The state of libtorch's default generators, which tch can only seed.
+// Reads and writes the state of libtorch's default random number generators; tch can only seed them.
 
 #include <ATen/Context.h>
 #include <ATen/core/Generator.h>
@@ -10,7 +10,7 @@
 
 namespace {
 
-// -1 is the CPU, everything else the number of a CUDA device.
+// The default generator of the CPU (-1) or of the CUDA device with this number.
 at::Generator generator(int cuda) {
   const auto device = cuda < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, cuda);
   return at::globalContext().defaultGenerator(device);

@@ -1,4 +1,4 @@
-//! The state of libtorch's default random number generators.
+//! The state of libtorch's default random number generators; the C++ is in generator.cpp.
 
 use std::ffi::{c_char, c_int};
 use std::ptr::null_mut;
@@ -21,7 +21,7 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// The number of the CUDA device, -1 for the CPU.
+/// The number by which the C++ side knows a device: the CUDA index, or -1 for the CPU.
 fn number(device: Device) -> Result<c_int, BridgeError> {
     match device {
         Device::Cpu => Ok(-1),
@@ -30,17 +30,17 @@ fn number(device: Device) -> Result<c_int, BridgeError> {
     }
 }
 
-/// A copy of the state of the device's default generator: bytes, on the CPU.
+/// A copy of the state of the device's default generator: a uint8 tensor on the CPU.
 pub(crate) fn generator_state(device: Device) -> Result<Tensor, BridgeError> {
     let device = number(device)?;
     let mut state = null_mut();
-    // SAFETY: on success `state` is a torch::Tensor made with `new` for us.
+    // SAFETY: on success `state` is a torch::Tensor that was made with `new` for us.
     checked(|error| unsafe { tig_generator_state(device, &mut state, error) })?;
-    // SAFETY: owned from here on.
+    // SAFETY: as above; we own it from here on.
     Ok(unsafe { Tensor::from_ptr(state) })
 }
 
-/// Puts the device's default generator into a state; libtorch checks its size and content.
+/// Sets the state of the device's default generator; libtorch checks the state's size and content.
 pub(crate) fn set_generator_state(device: Device, state: &Tensor) -> Result<(), BridgeError> {
     let device = number(device)?;
     // SAFETY: the pointer of a live tch tensor is a live torch::Tensor.

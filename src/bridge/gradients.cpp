@@ -1,5 +1,5 @@
-// Norms, clipping and checks of an optimizer's gradients: one pass on the CPU, libtorch's foreach kernels
-// elsewhere, and no number read from a device.
+// Norms, clipping and checks of an optimizer's gradients: one pass on the CPU, libtorch's foreach kernels elsewhere.
+// No number is read from a device.
 
 #include <ATen/ops/_amp_foreach_non_finite_check_and_unscale.h>
 #include <ATen/ops/_foreach_clamp_max.h>
@@ -21,7 +21,7 @@ using torch::optim::Optimizer;
 
 namespace {
 
-// Of the optimizer's groups, those with the given numbers.
+// The numbers of the optimizer's groups that a call works on.
 struct Groups {
   const size_t* numbers;
   size_t count;
@@ -43,8 +43,8 @@ struct Sorted {
   at::ScalarType norm_type = at::kFloat;  // f64 where a gradient is
 };
 
-// Puts what the one pass can take into it (as `p` and as `g`), and the rest, without zeros of sparse ones,
-// into lists by device.
+// Puts the gradients that the one pass can handle into it (as `p` and as `g`), and the others into lists by device. Of
+// a sparse gradient only the values are listed; `coalesced` adds up the values of equal indices first.
 Sorted sort(Optimizer& optimizer, Groups groups, tig::OnePass& pass, bool coalesced, bool all_in_lists = false) {
   Sorted sorted;
   pass.clear();
@@ -67,7 +67,8 @@ Sorted sort(Optimizer& optimizer, Groups groups, tig::OnePass& pass, bool coales
   return sorted;
 }
 
-// The value of one element; on the CPU read where it lies, because `item` counts as a wait for a device.
+// Reads a tensor of one element. On the CPU it is read directly, because host_syncs would report `item` as a wait for
+// a device.
 double value(const Tensor& element) {
   if (!element.device().is_cpu()) return element.item<double>();
   return *element.to(at::kDouble).const_data_ptr<double>();
@@ -84,7 +85,8 @@ void scale(tig::OnePass& pass, const Sorted& sorted, const Tensor& factor) {
   }
 }
 
-// Those of the lists and that of the pass, on one device; a device other than the CPU where there is one.
+// Brings the results of the lists and the result of the pass to one device: the first list's device, or the CPU if
+// there are no lists.
 template <typename F>
 std::vector<Tensor> gathered(std::vector<Tensor> parts, const tig::OnePass& pass, F&& of_pass) {
   if (!pass.empty() || parts.empty()) parts.push_back(of_pass());
@@ -92,7 +94,7 @@ std::vector<Tensor> gathered(std::vector<Tensor> parts, const tig::OnePass& pass
   return parts;
 }
 
-// In f64 where a gradient is, else in f32. 0 if there are none.
+// The norm of all gradients together: f64 if a gradient is f64, otherwise f32; 0 if there are no gradients.
 Tensor norm(Optimizer& optimizer, Groups groups, Plan& plan, double order) {
   const bool infinity = std::isinf(order) && order > 0;
   const Sorted sorted = sort(optimizer, groups, plan.gradients, true, order != 2. && !infinity);
@@ -111,7 +113,7 @@ Tensor* give(const Tensor& tensor) { return new Tensor(tensor); }
 
 extern "C" {
 
-// The norm of all gradients together, and by which they are to be multiplied so that it is at most `max`.
+// Gives the norm of all gradients together, and the factor (at most 1) that brings this norm down to `max`.
 int tig_clip_norm(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, double max, double order,
                   Tensor** total, Tensor** factor, char** error) {
   return guarded(error, [&] {
@@ -123,7 +125,7 @@ int tig_clip_norm(Optimizer* optimizer, const size_t* numbers, size_t count, Pla
   });
 }
 
-// In place. On the CPU nothing is written where the factor is 1.
+// Multiplies the gradients in place. On the CPU nothing is written if the factor is 1.
 int tig_scale_gradients(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, const Tensor* factor,
                         char** error) {
   return guarded(error, [&] {
@@ -136,7 +138,8 @@ int tig_scale_gradients(Optimizer* optimizer, const size_t* numbers, size_t coun
 int tig_clip_value(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, double max, char** error) {
   return guarded(error, [&] {
     at::NoGradGuard no_grad;
-    // Entries of a sparse gradient that are there twice are one element: added up, and kept so.
+    // A sparse gradient may list an index more than once. Such entries are one element, so they are added up first,
+    // and the gradient stays that way.
     auto& all = optimizer->param_groups();
     for (size_t i = 0; i < count; ++i)
       for (const Tensor& p : all.at(numbers[i]).params())
@@ -155,7 +158,7 @@ int tig_zero_gradients(Optimizer* optimizer, const size_t* numbers, size_t count
     at::NoGradGuard no_grad;
     std::vector<Tensor> dense;
     for_gradients(*optimizer, {numbers, count}, [&](const Tensor& gradient) {
-      // What a graph was made of (create_graph) must not be changed under it.
+      // A gradient with a graph (create_graph) is detached, because the graph may still need its values.
       if (gradient.grad_fn()) gradient.detach_();
       if (gradient.layout() == at::kStrided) dense.push_back(gradient);
       else Tensor(gradient).zero_();
@@ -172,7 +175,8 @@ int tig_clear_gradients(Optimizer* optimizer, const size_t* numbers, size_t coun
   });
 }
 
-// 1 if a gradient has an element that is not finite, else 0: f32 of one element, where the gradients are.
+// Gives 1 if a gradient has an element that is not finite, else 0: an f32 tensor of one element, on the gradients'
+// device.
 int tig_found_inf(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, Tensor** found,
                   char** error) {
   return guarded(error, [&] {

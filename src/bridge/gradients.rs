@@ -1,4 +1,5 @@
-//! All gradients of some groups at once; the C++ is in gradients.cpp. Groups that do not exist are errors.
+//! Operations on all gradients of some groups at once; the C++ is in gradients.cpp. A group that does not exist is an
+//! error.
 
 use std::ffi::{c_char, c_int};
 use std::ptr::null_mut;
@@ -58,7 +59,7 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-// In all that follows, `raw` is the live optimizer inside `self.tch`, the plan is live, `groups` is given
+// For the SAFETY comments below: `raw` is the live optimizer inside `self.tch`, the plan is live, `groups` is passed
 // with its length, and the borrow of `self` keeps other threads out.
 impl Native {
     /// The norm of all gradients of the groups together, and the factor (at most 1) that brings it to `max`.
@@ -83,11 +84,11 @@ impl Native {
                 error,
             )
         })?;
-        // SAFETY: both were made with `new` for us, owned from here on.
+        // SAFETY: the C++ side made both with `new` for us, and we own them from here on.
         Ok(unsafe { (Tensor::from_ptr(total), Tensor::from_ptr(factor)) })
     }
 
-    /// Multiplies the gradients, in place.
+    /// Multiplies the gradients by a tensor of one element, in place.
     pub(crate) fn scale_gradients(
         &mut self,
         groups: &[usize],
@@ -151,7 +152,7 @@ impl Native {
                 error,
             )
         })?;
-        // SAFETY: made with `new` for us, owned from here on.
+        // SAFETY: the C++ side made it with `new` for us, and we own it from here on.
         Ok(unsafe { Tensor::from_ptr(found) })
     }
 }

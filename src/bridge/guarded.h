@@ -1,4 +1,4 @@
-// C++ exceptions as texts for Rust.
+// Turns C++ exceptions into texts for Rust.
 
 #pragma once
 
@@ -14,7 +14,8 @@
   throw std::invalid_argument("the bridge knows no " + std::string(what) + " " + std::to_string(number));
 }
 
-// Calls f; what it throws becomes a message in *error, to be freed with tig_free, and a 1.
+// Calls f and returns 0. If f throws, returns 1 and leaves the exception's text in *error; the caller frees the text
+// with tig_free.
 template <typename F>
 int guarded(char** error, F&& f) {
   try {

@@ -1,4 +1,4 @@
-// Which operations make the CPU wait for a device, by libtorch's own observers.
+// Notes operations that make the CPU wait for a device, with libtorch's observers (RecordFunction).
 
 #include <ATen/record_function.h>
 
@@ -13,10 +13,10 @@
 namespace {
 
 std::mutex lock;
-// Of the one call that is watched, a name a line.
+// The names that were found since tig_host_syncs_begin, one on each line.
 std::string found;
 
-// The size of the result, or the result itself, is needed on the CPU.
+// Whether the CPU needs the result of this operation, or the size of its result, and so waits for it.
 bool waits(std::string_view name) {
   static const std::unordered_set<std::string_view> names = {
       "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select",      "aten::equal",
@@ -39,7 +39,7 @@ std::unique_ptr<at::ObserverContext> note(const at::RecordFunction& function) {
 
 extern "C" {
 
-// libtorch takes the callback along to the threads of backward.
+// Adds the observer to this thread. libtorch hands it on to the threads that run backward.
 int tig_host_syncs_begin(uint64_t* callback, char** error) {
   return guarded(error, [&] {
     found.clear();

@@ -1,4 +1,4 @@
-//! Operations that make the CPU wait for a device.
+//! Finds operations that make the CPU wait for a device; the C++ is in host_syncs.cpp.
 
 use std::ffi::{c_char, c_int};
 use std::marker::PhantomData;
@@ -13,12 +13,13 @@ unsafe extern "C" {
     -> c_int;
 }
 
-/// While it lives, such operations of this thread are noted. There is one at a time: others wait.
+/// While a value of this type lives, operations of this thread that wait for a device are noted. Only one such value
+/// exists at a time: `begin` on another thread waits.
 pub(crate) struct HostSyncs {
     callback: u64,
     ended: bool,
     _one: MutexGuard<'static, ()>,
-    /// Of this thread.
+    /// The observer belongs to one thread.
     _not_send: PhantomData<*const ()>,
 }
 
@@ -27,12 +28,12 @@ impl HostSyncs {
         static ONE: Mutex<()> = Mutex::new(());
         let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let mut callback = 0;
-        // SAFETY: adds a callback of libtorch's kind, which `end` removes.
+        // SAFETY: the C++ side adds an observer to this thread, which `end` or `drop` removes.
         checked(|error| unsafe { tig_host_syncs_begin(&mut callback, error) })?;
         Ok(Self { callback, ended: false, _one, _not_send: PhantomData })
     }
 
-    /// Their names, in order.
+    /// Stops noting, and returns the names of the operations in their order.
     pub(crate) fn end(mut self) -> Result<Vec<String>, BridgeError> {
         let names = self.remove()?;
         Ok(names.lines().map(str::to_owned).collect())
@@ -43,7 +44,8 @@ impl HostSyncs {
             return Ok(String::new());
         }
         let mut names = null_mut();
-        // SAFETY: the callback that `begin` added on this thread, once; on success `names` is a text of strdup.
+        // SAFETY: `begin` added the callback on this thread, and it is removed once; on success `names` is a text that
+        // strdup allocated.
         checked(|error| unsafe { tig_host_syncs_end(self.callback, &mut names, error) })?;
         // SAFETY: as above; nobody else frees it.
         Ok(unsafe { taken_text(names) })

@@ -1,4 +1,4 @@
-//! The bytes of tensors.
+//! Tensors as slices of bytes.
 
 use std::ffi::c_void;
 
@@ -21,24 +21,24 @@ fn checked_pointer(tensor: &Tensor) -> Result<(*mut c_void, usize), BridgeError>
     Ok((start, len))
 }
 
-/// The elements of a dense, contiguous CPU tensor, in memory order.
+/// The bytes of a dense, contiguous CPU tensor, in memory order. An error for other tensors.
 pub(crate) fn bytes(tensor: &Tensor) -> Result<&[u8], BridgeError> {
     let (start, len) = checked_pointer(tensor)?;
     if len == 0 {
         return Ok(&[]);
     }
-    // SAFETY: a dense, contiguous CPU tensor has `numel` elements of its type from `data_ptr` on; all
-    // its types are plain bytes. The borrow keeps the storage alive; that nothing writes to it through
-    // another handle meanwhile is the same promise that every use of a tch tensor makes.
+    // SAFETY: a dense, contiguous CPU tensor has `numel` elements of its type from `data_ptr` on, and the
+    // elements of all types are plain bytes. The borrow keeps the storage alive. Nothing may write to it
+    // through another handle meanwhile; every use of a tch tensor relies on that.
     Ok(unsafe { std::slice::from_raw_parts(start.cast(), len) })
 }
 
-/// The same, to be written. Bool tensors must get zeros and ones.
+/// The bytes of a dense, contiguous CPU tensor, to write to. The bytes of a bool tensor must be 0 or 1.
 pub(crate) fn bytes_mut(tensor: &mut Tensor) -> Result<&mut [u8], BridgeError> {
     let (start, len) = checked_pointer(tensor)?;
     if len == 0 {
         return Ok(&mut []);
     }
-    // SAFETY: as in `bytes`, and the caller has the only handle that is used meanwhile.
+    // SAFETY: as in `bytes`, and the caller uses no other handle of the tensor meanwhile.
     Ok(unsafe { std::slice::from_raw_parts_mut(start.cast(), len) })
 }

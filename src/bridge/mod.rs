@@ -1,9 +1,9 @@
-//! The only unsafe code of the crate: what tch hides of libtorch, and kernels of our own.
+//! The only unsafe code of the crate: parts of libtorch that tch hides, and kernels of our own.
 //!
-//! `tch::nn::Optimizer` keeps the C++ optimizer to itself, but it is built through the public trait
-//! `OptimizerConfig`, whose `build_copt` returns a `tch::COptimizer`: one pointer wide. A config that
-//! calls the inner one and notes that pointer on its way lets tch build its own optimizer, while
-//! [`Native`] knows the address of the very object inside it.
+//! `tch::nn::Optimizer` keeps the C++ optimizer private, but tch builds it through the public trait
+//! `OptimizerConfig`, whose `build_copt` returns a `tch::COptimizer`: a single pointer. A config of our
+//! own ([`Tap`]) calls the real config and notes that pointer on its way. So tch builds its own
+//! optimizer as usual, and [`Native`] knows the address of the C++ object inside it.
 
 mod allocator;
 mod autocast;
@@ -129,10 +129,10 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// A C++ exception, as its text.
+/// The text of a C++ exception.
 pub(crate) type BridgeError = String;
 
-// The address is read out of the value, so it has to be a pointer and nothing else.
+// `Tap` reads the address out of a COptimizer, so a COptimizer has to be a pointer and nothing else.
 const _: () = assert!(size_of::<COptimizer>() == size_of::<Raw>());
 const _: () = assert!(align_of::<COptimizer>() == align_of::<Raw>());
 
@@ -144,21 +144,23 @@ fn checked(call: impl FnOnce(*mut *mut c_char) -> c_int) -> Result<(), BridgeErr
     if error.is_null() {
         return Err("no message".into());
     }
-    // SAFETY: on failure the C++ side leaves a text of strdup there, once.
+    // SAFETY: on failure the C++ side leaves a text that strdup allocated there, and we take it once.
     Err(unsafe { taken_text(error) })
 }
 
+/// Copies a text from the C++ side and frees the original.
+///
 /// # Safety
-/// A NUL-terminated string that strdup on the C++ side allocated, and that nobody else frees.
+/// `text` is a NUL-terminated string that strdup on the C++ side allocated, and nobody else frees it.
 unsafe fn taken_text(text: *mut c_char) -> String {
     // SAFETY: as the caller promises.
     let copy = unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned();
-    // SAFETY: as the caller promises, once.
+    // SAFETY: as the caller promises; it is freed once, here.
     unsafe { tig_free(text) };
     copy
 }
 
-/// Which optimizer it is; the numbers are those of bridge.cpp.
+/// The kind of an optimizer. The numbers are those of the enum `Kind` in bridge.h.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub(crate) enum Algorithm {
@@ -168,7 +170,8 @@ pub(crate) enum Algorithm {
     RmsProp = 3,
 }
 
-/// Identifies a tensor of libtorch: equal for all shallow clones of one tensor, and not for its views.
+/// Identifies a tensor of libtorch by the address of its TensorImpl: equal for all shallow clones of a
+/// tensor, different for its views.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct TensorId(usize);
 
@@ -179,25 +182,25 @@ impl TensorId {
     }
 }
 
-/// Warns as libtorch does, by a line on stderr, and of each thing once in a process.
+/// Prints a warning through libtorch (a line on stderr). The same text is printed once per process.
 pub(crate) fn warn_once(text: &str) {
     static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let is_new = WARNED.lock().unwrap_or_else(PoisonError::into_inner).insert(text.to_owned());
     let Some(text) = CString::new(text).ok().filter(|_| is_new) else { return };
-    // SAFETY: a NUL-terminated text that outlives the call. There is nobody to tell of an error.
+    // SAFETY: the text ends with NUL and outlives the call. An error while warning is ignored.
     let _ = checked(|error| unsafe { tig_warn(text.as_ptr(), error) });
 }
 
-/// A copy in pinned memory: needs CUDA.
+/// A copy of a tensor in pinned memory. An error without CUDA.
 pub(crate) fn pin_memory(tensor: &Tensor) -> Result<Tensor, BridgeError> {
     let mut pinned = null_mut();
     // SAFETY: the pointer of a live tch tensor is a live torch::Tensor.
     checked(|error| unsafe { tig_pin_memory(tensor.as_ptr(), &mut pinned, error) })?;
-    // SAFETY: on success it is a torch::Tensor made with `new` for us, owned from here on.
+    // SAFETY: on success the C++ side made a torch::Tensor with `new` for us, and we own it from here on.
     Ok(unsafe { Tensor::from_ptr(pinned) })
 }
 
-/// Gives a parameter this gradient, shared and not copied, or none.
+/// Sets the gradient of a parameter, shared and not copied; `None` removes it.
 pub(crate) fn set_gradient(
     parameter: &Tensor,
     gradient: Option<&Tensor>,
@@ -207,7 +210,7 @@ pub(crate) fn set_gradient(
     checked(|error| unsafe { tig_set_gradient(parameter.as_ptr(), gradient, error) })
 }
 
-/// Forwards to `inner` and notes the address of what it built.
+/// A config that forwards to `inner` and notes the address of the C++ optimizer that `inner` built.
 struct Tap<'t, T> {
     inner: &'t T,
     address: &'t Cell<Raw>,
@@ -222,7 +225,8 @@ impl<T: OptimizerConfig> OptimizerConfig for Tap<'_, T> {
     }
 }
 
-/// What libtorch keeps for one parameter.
+/// The state that libtorch keeps for one parameter: the step count (`None` for SGD, which does not count)
+/// and up to three tensors, in the order of `Algorithm::state_names`.
 pub(crate) struct RawState {
     pub(crate) step: Option<i64>,
     pub(crate) tensors: [Option<Tensor>; 3],
@@ -234,12 +238,12 @@ pub(crate) struct Native {
     pub(crate) tch: nn::Optimizer,
     raw: NonNull<c_void>,
     pub(crate) algorithm: Algorithm,
-    /// How steps are done.
+    /// How steps are made: fused or by libtorch's loop.
     pub(crate) mode: Mode,
     plan: Plan,
 }
 
-// SAFETY: nn::Optimizer is Send, and `raw` points into it: it is only used through &self or &mut self.
+// SAFETY: nn::Optimizer is Send, and `raw`, which points into it, is only used through &self or &mut self.
 unsafe impl Send for Native {}
 
 impl Native {
@@ -267,8 +271,8 @@ impl Native {
         Ok(native)
     }
 
-    // In all that follows, `raw` lives as long as `self.tch`, which owns the C++ object, and the
-    // borrow of `self` keeps other threads out.
+    // For the SAFETY comments below: `raw` lives as long as `self.tch`, which owns the C++ object, and
+    // the borrow of `self` keeps other threads out.
 
     pub(crate) fn group_count(&self) -> usize {
         // SAFETY: see above.
@@ -306,15 +310,16 @@ impl Native {
             tig_parameter_count(self.raw.as_ptr(), group, &mut count, error)
         })?;
         let mut parameters = vec![null_mut(); count];
-        // SAFETY: see above; there is room for `count` entries, and nothing changes the group between.
+        // SAFETY: see above; there is room for `count` entries, and nothing changes the group between the calls.
         checked(|error| unsafe {
             tig_parameters(self.raw.as_ptr(), group, parameters.as_mut_ptr(), error)
         })?;
-        // SAFETY: each was made with `new` for us, owned from here on.
+        // SAFETY: the C++ side made each with `new` for us, and we own them from here on.
         Ok(parameters.into_iter().map(|tensor| unsafe { Tensor::from_ptr(tensor) }).collect())
     }
 
-    /// Leaves a tensor that tch added more than once where it was added first.
+    /// Removes the repetitions of a tensor that tch added more than once, in any group. It stays where it was
+    /// added first.
     pub(crate) fn remove_repeated(&mut self) -> Result<(), BridgeError> {
         self.settle()?;
         // SAFETY: see above.
@@ -326,7 +331,8 @@ impl Native {
         checked(|error| unsafe { tig_zero_grad(self.raw.as_ptr(), error) })
     }
 
-    /// The tensors are shared with the optimizer, not copied.
+    /// The state of a parameter; `None` before its first step. The tensors are shared with the optimizer, not
+    /// copied.
     pub(crate) fn state(&self, parameter: &Tensor) -> Result<Option<RawState>, BridgeError> {
         self.settle()?;
         let (mut found, mut step) = (0, -1);
@@ -344,14 +350,14 @@ impl Native {
             )
         })?;
         let tensors = tensors.map(|tensor| {
-            // SAFETY: each is null or a torch::Tensor made with `new` for us, owned from here on.
+            // SAFETY: each is null or a torch::Tensor that was made with `new` for us and is ours from here on.
             (!tensor.is_null()).then(|| unsafe { Tensor::from_ptr(tensor) })
         });
         Ok((found != 0).then_some(RawState { step: (step >= 0).then_some(step), tensors }))
     }
 
-    /// Gives those parameters of the group that have a state, but not this tensor in it, zeros there:
-    /// what it would hold if it had been there without effect.
+    /// Adds a state tensor of zeros, at index `buffer`, to the parameters of the group that have a state
+    /// without it. Zeros are the values that the tensor would have if it had existed without any effect.
     pub(crate) fn add_buffer(&mut self, group: usize, buffer: usize) -> Result<(), BridgeError> {
         let _guard = tch::no_grad_guard();
         for parameter in self.parameters(group)? {
@@ -365,7 +371,7 @@ impl Native {
         Ok(())
     }
 
-    /// Makes the optimizer keep this for the parameter, sharing the tensors; nothing where `None`.
+    /// Sets the state of a parameter, sharing the tensors; `None` removes the state.
     pub(crate) fn set_state(
         &mut self,
         parameter: &Tensor,
@@ -402,7 +408,7 @@ mod tests {
 
     use super::*;
 
-    /// A number that the C++ side has no meaning for must not be taken for another one.
+    /// The C++ side must refuse a number that has no meaning there, and not take it for another one.
     #[test]
     fn unknown_numbers_are_errors() {
         const UNKNOWN: c_int = 9;

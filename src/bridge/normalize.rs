@@ -16,17 +16,18 @@ unsafe extern "C" {
     );
 }
 
-/// Which rows of a tensor.
+/// A choice of rows of a tensor.
 #[derive(Clone, Copy)]
 pub(crate) enum Rows<'a> {
-    /// From the first on, that many.
+    /// The first row, and how many rows from there on.
     Consecutive(usize, usize),
+    /// The numbers of the rows, in any order.
     These(&'a [i64]),
 }
 
-/// Rows of `data` (uint8, on the CPU, contiguous) as floats: each byte becomes the float that its
-/// channel's table has for it. `tables` has 256 floats for each channel; channels are the second
-/// dimension of `data`, or everything is one channel.
+/// Gathers rows of `data` (uint8, on the CPU, contiguous) as f32: each byte becomes the float that its
+/// channel's table has for it. `tables` has 256 floats for each channel. With several channels, the channels are the
+/// second dimension of `data`. An error for other tensors, for rows that do not exist, or for tables that do not fit.
 pub(crate) fn normalize_rows(
     data: &Tensor,
     rows: Rows<'_>,
@@ -61,8 +62,8 @@ pub(crate) fn normalize_rows(
         Rows::Consecutive(..) => null(),
         Rows::These(rows) => rows.as_ptr(),
     };
-    // SAFETY: `data` holds `len` rows of `width` bytes one after the other, those read are among them
-    // (checked above), `tables` has 256 entries for each channel, `out` is new and has count * width.
+    // SAFETY: `data` holds `len` rows of `width` bytes one after the other, and only such rows are read
+    // (checked above); `tables` has 256 entries for each channel; `out` is new and has count * width floats.
     unsafe {
         tig_normalize_rows(
             data.data_ptr().cast::<u8>().add(start * width),

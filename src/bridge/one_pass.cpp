@@ -14,15 +14,15 @@
 namespace tig {
 namespace {
 
-// Below, one thread is faster than waking another, and much faster where the cores are busy.
+// With fewer elements in all, one thread is faster than waking another, and much faster where the cores are busy.
 constexpr int64_t PARALLEL_FROM = 1 << 17;
-// A share of the work: large against the cost of fetching it, small against a time slice.
+// Elements in a chunk: many against the cost of fetching a chunk, few against a time slice of the scheduler.
 constexpr int64_t CHUNK = 1 << 15;
-// Elements converted at a time: five buffers of this many floats stay in the L1 cache.
+// Elements of f16 or bf16 that are converted at a time: five buffers of this many floats stay in the L1 cache.
 constexpr int64_t BLOCK = 512;
 
-// The widest registers: compilers prefer half of them unless told. Each says it in its own way, and what it does
-// not know makes it drop the whole attribute, and with it the instruction set.
+// Asks for 512-bit registers, of which compilers use only half by default. clang and GCC spell this differently, and
+// each of them ignores the whole attribute, with its instruction set, if it contains the other's spelling.
 #if defined(__clang__)
 #define TIG_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(512)))
 #else
@@ -38,7 +38,7 @@ constexpr bool FMA_EVERYWHERE = true;
 constexpr bool FMA_EVERYWHERE = false;
 #endif
 
-// a * b + c, rounded once where libtorch's kernels have the instruction.
+// a * b + c, rounded once (fused multiply-add) where libtorch's kernels use that instruction too.
 template <bool FMA>
 TIG_INLINE float mul_add(float a, float b, float c) {
   return FMA ? __builtin_fmaf(a, b, c) : a * b + c;
@@ -47,14 +47,14 @@ template <bool FMA>
 TIG_INLINE double mul_add(double a, double b, double c) {
   return FMA ? __builtin_fma(a, b, c) : a * b + c;
 }
-// x / k where r = 1 / k, rounded as the division is: by its remainder, which is exact. Faster where one k
-// divides many.
+// x / k where r = 1 / k. The exact remainder corrects x * r, so that the result is rounded as the division is. Faster
+// than dividing where one k divides many x.
 template <bool FMA, typename S>
 TIG_INLINE S quotient(S x, S k, S r) {
   if (!FMA) return x / k;
   const S q = x * r;
   const S rest = mul_add<FMA>(-q, k, x);
-  return rest == rest ? mul_add<FMA>(rest, r, q) : q;  // of an infinite x there is none
+  return rest == rest ? mul_add<FMA>(rest, r, q) : q;  // an infinite x has no remainder (NaN)
 }
 TIG_INLINE float root(float x) { return __builtin_sqrtf(x); }
 TIG_INLINE double root(double x) { return __builtin_sqrt(x); }
@@ -152,9 +152,10 @@ TIG_INLINE double widened(T x) {
   return static_cast<float>(x);
 }
 
-// Several sums at once: one would wait for each addition.
+// The number of partial sums that run side by side. With a single sum each addition would wait for the one before.
 constexpr int LANES = 32;
-// What is only read is asked for this far ahead: the processor itself does not look beyond a page.
+// Memory that is only read is prefetched this many bytes ahead, because the processor's own prefetcher stops at the
+// end of a page. LINE is the size of a cache line.
 constexpr int64_t AHEAD = 8192, LINE = 64;
 
 template <typename T>
@@ -184,7 +185,7 @@ TIG_INLINE double sum_of_squares(const T* from, int64_t n) {
   return sum;
 }
 
-// NaN if there is one.
+// The largest absolute value; NaN if an element is NaN.
 template <typename T>
 TIG_INLINE double largest(const T* from, int64_t n) {
   double most = 0;
@@ -197,7 +198,7 @@ TIG_INLINE double largest(const T* from, int64_t n) {
   return nan ? std::numeric_limits<double>::quiet_NaN() : most;
 }
 
-// Adds 0 * x: NaN if an element is infinite or NaN.
+// The sum of 0 * x over all elements: 0 if all are finite, NaN if one is infinite or NaN.
 template <typename T>
 TIG_INLINE double zeros(const T* from, int64_t n) {
   double sums[LANES] = {};
@@ -212,12 +213,12 @@ TIG_INLINE double zeros(const T* from, int64_t n) {
   return sum;
 }
 
-enum class Reduction { Squares, Largest, Zeros };
+enum class Reduction { Squares, Largest, Zeros };  // Zeros finds elements that are not finite: see zeros()
 
 template <typename S>
 using UpdateFn = void (*)(S*, const S*, S*, S*, S*, int64_t, const double*, S factor);
 
-// The loops above for one instruction set.
+// The functions above, compiled for one instruction set.
 struct Isa {
   UpdateFn<float> (*float_update)(Rule, bool decay);
   UpdateFn<double> (*double_update)(Rule, bool decay);
@@ -236,7 +237,7 @@ struct Isa {
 #define TIG_CASE(R) \
   case Rule::R: return decay ? run<Rule::R, true, S> : run<Rule::R, false, S>;
 
-// A namespace with all loops compiled for the target given in TARGET.
+// Makes a namespace NAME that holds the functions above, compiled with the attribute TARGET.
 #define TIG_ISA(NAME, TARGET, FMA)                                                                              \
   namespace NAME {                                                                                              \
   template <Rule R, bool DECAY, typename S>                                                                     \
@@ -296,7 +297,7 @@ const Isa& isa() {
 #endif
 }
 
-// The types that there are loops for.
+// Whether there are loops for this type.
 bool is_floating(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
 }
@@ -306,14 +307,14 @@ S* at_offset(void* data, int64_t offset) {
   return data ? static_cast<S*>(data) + offset : nullptr;
 }
 
-// f32 and f64: on the memory itself.
+// f32 and f64 are updated directly in memory.
 template <typename S>
 void update_range(const Task& task, const double* k, double factor, int64_t begin, int64_t end, UpdateFn<S> run) {
   auto at = [begin](auto* data) { return at_offset<S>(data, begin); };
   run(at(task.p), at(const_cast<void*>(task.g)), at(task.s[0]), at(task.s[1]), at(task.s[2]), end - begin, k, S(factor));
 }
 
-// f16 and bf16: computed in f32, rounded once.
+// f16 and bf16 are converted to f32 in blocks, updated, and rounded once when they are stored.
 template <typename T>
 void update_range(const Task& task, const double* k, double factor, int64_t begin, int64_t end,
                   UpdateFn<float> run, void (*load)(float*, const T*, int64_t, float), void (*store)(T*, const float*, int64_t)) {
@@ -345,8 +346,8 @@ void update_range(const Task& task, const double* k, double factor, int64_t begi
   update_range<c10::BFloat16>(task, k, factor, begin, end, run, with.load_bfloat, with.store_bfloat);
 }
 
-// The OpenMP runtime that libtorch itself uses, without linking to another: found among what is loaded.
-// Null where there is none, and then all runs on one thread.
+// The entry of the OpenMP runtime that libtorch has loaded, looked up by name so that no second runtime is linked. Null
+// where libtorch has none; then everything runs on one thread.
 using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 Parallel openmp() {
   static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -381,7 +382,8 @@ uint32_t OnePass::add(const Task& task) {
   return index;
 }
 
-// Whether a task writes to memory that another one writes to or reads: their order then matters.
+// Whether a task writes to memory that another task reads or writes. Then the order of tasks matters, and the pass
+// runs on one thread.
 bool OnePass::overlapping() {
   const auto range = [](const Task& task, const void* data) {
     auto begin = static_cast<const char*>(data);
@@ -399,7 +401,7 @@ bool OnePass::overlapping() {
       if (written_[i].first < written_[i - 1].second) overlapping_ = true;
   }
   if (*overlapping_) return true;
-  // What is read may be somewhere else in each call; mostly it is where it was.
+  // The memory of `g` may be a different one in each call, but mostly it is the same: only a new address is checked.
   for (size_t i = 0; i < tasks_.size(); ++i) {
     const Task& task = tasks_[i];
     if (!task.g || task.g == task.p || task.g == apart_[i] || task.n == 0) continue;
@@ -412,7 +414,7 @@ bool OnePass::overlapping() {
   return false;
 }
 
-// Calls f(index of the chunk, its task, begin, end).
+// Calls f(index of the chunk, its task, begin, end) for each chunk, on several threads where that pays.
 template <typename F>
 void OnePass::for_chunks(bool writes, const F& f) {
   auto one = [&](size_t index) {
@@ -425,7 +427,7 @@ void OnePass::for_chunks(bool writes, const F& f) {
     for (size_t index = 0; index < chunks_.size(); ++index) one(index);
     return;
   }
-  // Threads fetch chunks as they come, so that one whose core is busy elsewhere gets fewer.
+  // Each thread fetches its next chunk when it is free, so that a thread whose core is busy elsewhere gets fewer.
   struct Shared {
     std::atomic<size_t> next{0};
     size_t count;

@@ -1,5 +1,5 @@
-// Elementwise updates of many CPU tensors in one pass: a list of tasks, cut into chunks, in one parallel
-// region at most. Nothing here touches the dispatcher or allocates once the lists have grown.
+// Elementwise updates of many CPU tensors in one pass: a list of tasks, cut into chunks, which run in one parallel
+// region at most. The pass never calls libtorch's dispatcher, and allocates nothing once its lists have grown.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,8 +13,8 @@
 
 namespace tig {
 
-// The arithmetic of one kind of update. `a`, `b`, `c` are the state tensors of a task; `k` are numbers.
-// In the order of operations of libtorch's own loops, so that f32 and f64 agree with them.
+// The arithmetic of one kind of update. `a`, `b`, `c` are the state tensors of a task; `k` are its numbers. The
+// operations have the order of libtorch's own loops, so that results in f32 and f64 agree with those loops.
 enum class Rule : int {
   // k: lr, weight decay, momentum, 1 - dampening. a: momentum buffer.
   Sgd,
@@ -26,7 +26,7 @@ enum class Rule : int {
   // a: exp_avg, b: exp_avg_sq, c: max_exp_avg_sq.
   Adam,
   AdamAmsgrad,
-  // The same; k[1] is the factor 1 - lr * weight decay of the parameter.
+  // As for Adam, but k[1] is 1 - lr * weight decay, by which the parameter is multiplied.
   AdamW,
   AdamWAmsgrad,
   // k: lr, weight decay, alpha, 1 - alpha, eps, momentum. a: square_avg, b: momentum_buffer, c: grad_avg.
@@ -56,7 +56,7 @@ struct Task {
   at::ScalarType dtype;
   Rule rule;
   bool decay;        // weight decay is not 0
-  uint32_t numbers;  // which of the pass are `k`
+  uint32_t numbers;  // index of the task's numbers `k` in the pass
 };
 
 enum class Norm : int { Two, Infinity };
@@ -66,23 +66,23 @@ class OnePass {
   void clear();
   bool empty() const { return tasks_.empty(); }
 
-  // Tasks refer to numbers by their index. Both may be changed from one call to the next, but for the
-  // sizes, types and memory that is written. A task of a type or rule that has no kernel is refused.
+  // Add numbers and tasks; a task names its numbers by their index. Both may be changed between calls, except for a
+  // task's size, its type and the memory that it writes to. `add` throws for a type or rule that has no kernel.
   uint32_t add(const Numbers& numbers);
   uint32_t add(const Task& task);
   Numbers& numbers(uint32_t index) { return numbers_[index]; }
   Task& task(uint32_t index) { return tasks_[index]; }
 
-  // Does all updates; each `g` counts `factor` times.
+  // Makes all updates; each `g` counts `factor` times.
   void update(double factor = 1.);
 
-  // Does one update with one number, instead of those of the tasks, to all `p`.
+  // Makes the update `rule` with one number on the `p` of all tasks, in place of the tasks' own rules, which are lost.
   void update(Rule rule, double number);
 
-  // The norm over `g` of all tasks, accumulated in f64; the same with any number of threads.
+  // The norm of all elements of all `g`, accumulated in f64. The result does not depend on the number of threads.
   double norm(Norm norm);
 
-  // Whether an element of `g` of any task is not finite.
+  // Whether any element of any `g` is infinite or NaN.
   bool any_nonfinite();
 
  private:
@@ -99,12 +99,12 @@ class OnePass {
   std::vector<Chunk> chunks_;
   std::vector<double> partial_;
   std::vector<std::pair<const char*, const char*>> written_;
-  std::vector<const void*> apart_;  // for each task, the last `g` that was found apart from all of `written_`
+  std::vector<const void*> apart_;  // for each task, the last `g` that overlapped no range of `written_`
   std::optional<bool> overlapping_;  // whether ranges of `written_` overlap
   int64_t total_ = 0;
 };
 
-// Types, layout and memory for which a task may be made.
+// Whether a task may be made for this tensor: a dense CPU tensor of a type that has kernels.
 bool is_plain_cpu(const at::Tensor& tensor);
 
 TIG_INLINE c10::StorageImpl& storage_of(const c10::TensorImpl& t) {
@@ -117,8 +117,8 @@ TIG_INLINE bool is_within_storage(const c10::TensorImpl& tensor, size_t item) {
   return n == 0 || (static_cast<size_t>(tensor.storage_offset()) + n) * item <= storage_of(tensor).nbytes();
 }
 
-// Whether both are of one size, and walk their memory in the same order. Mostly all numbers are equal, and then
-// none of them is branched on.
+// Whether two tensors have the same size and the same order of elements in memory. Sizes and strides are nearly always
+// equal, so they are first compared without a branch for each.
 TIG_INLINE bool have_same_layout(const c10::TensorImpl& a, const c10::TensorImpl& b) {
   const auto sizes = a.sizes(), strides = a.strides(), other_sizes = b.sizes(), other_strides = b.strides();
   const size_t dims = sizes.size();
@@ -132,12 +132,13 @@ TIG_INLINE bool have_same_layout(const c10::TensorImpl& a, const c10::TensorImpl
   return true;
 }
 
-// Whether a kernel may walk `other` beside `tensor`, which is dense, element by element: it has the same type,
-// device and layout in memory, and its memory reaches to its end. `item` is the size of an element of `tensor`.
-// Whoever remembers the answer for longer than one call has to ask again, because any of it can change under a
-// tensor (set_data). In each step it is asked of each tensor, so it is inline.
+// Whether a kernel may read `other` element by element beside `tensor`, which is dense: `other` has the same type,
+// device and layout in memory, and all its elements lie within its storage. `item` is the size of an element of
+// `tensor`. The answer holds for one step only, because set_data can change all of this. Each step calls this for
+// each tensor, so it is inline.
 TIG_INLINE bool is_alike(const c10::TensorImpl& tensor, const c10::TensorImpl& other, size_t item) {
-  // The keys tell kind of device, layout, negated views and inference tensors. There is one CPU.
+  // The keys say the kind of device, the layout, and whether the tensor is a negated view or an inference tensor. There
+  // is only one CPU, so its device needs no comparison.
   const bool one_device = other.key_set().has_backend(c10::BackendComponent::CPUBit) || other.device() == tensor.device();
   return other.key_set() == tensor.key_set() && one_device && other.dtype() == tensor.dtype() &&
          have_same_layout(tensor, other) && is_within_storage(other, item);

@@ -1,4 +1,4 @@
-// What steps need besides the optimizer, kept from one to the next.
+// Data that the steps of one optimizer keep from one step to the next, so that most steps allocate nothing.
 #pragma once
 
 #include <torch/optim.h>
@@ -11,46 +11,48 @@
 #include "one_pass.h"
 
 struct Plan {
-  // Parameters of one call of libtorch's fused kernels.
+  // The tensors of one call of libtorch's fused kernels: parameters, gradients, and up to three lists of state.
   struct Bucket {
     std::vector<at::Tensor> p, g, a, b, c;
   };
-  // Group, type, device, and the steps done before (SGD: 0 before its first).
+  // Parameters share a bucket if these are equal: group, type, device, and the number of steps done before (for SGD,
+  // which does not count: 0 before a parameter's first step, else 1).
   using BucketKey = std::tuple<size_t, at::ScalarType, c10::DeviceType, c10::DeviceIndex, int64_t>;
-  // Step counts that the host has run ahead with, because it did not wait to hear which steps a GradScaler
-  // skipped on the device.
+  // Parameters whose step counts are too high, because the host counted each step without waiting to hear whether a
+  // GradScaler skipped it on the device.
   struct Ahead {
-    at::Tensor skipped;  // how many, on the device
+    at::Tensor skipped;  // the number of skipped steps, on the device; undefined if the counts are right
     std::vector<void*> parameters;
   };
 
-  // Who steps a parameter.
+  // Who steps a parameter: nobody (it has no gradient), our pass on the CPU, libtorch's fused kernels, or its loop.
   enum class Way { NONE, ONE_PASS, KERNELS, LOOP };
-  // What a step is going to do with one parameter, decided before it changes anything.
+  // How a step will treat one parameter. All decisions are made before the step changes anything.
   struct Decision {
     size_t group;
     const at::Tensor* p;
     Way way;
-    torch::optim::OptimizerParamState* state;  // null before its first step, and where the options need none
-    std::unique_ptr<torch::optim::OptimizerParamState> made;  // for a first step, not the optimizer's yet
+    torch::optim::OptimizerParamState* state;  // null before the parameter's first step, and if the options need none
+    std::unique_ptr<torch::optim::OptimizerParamState> made;  // new state for a first step; commit() hands it over
   };
 
-  // What the tasks of the last step were made of. If the next one finds the same it uses them again.
+  // What the tasks of the last step were built from. If the next step finds everything unchanged, it uses those tasks
+  // again.
   struct Known {
-    // Of tasks with the same numbers, which stand at the same index in the pass.
+    // Data of all tasks that share one entry of numbers in the pass; both have the same index.
     struct Shared {
       size_t group;
       tig::Rule rule;
       bool decay;
-      int64_t steps;  // done
+      int64_t steps;  // the number of steps done, this one included
     };
     struct Parameter {
       size_t group;
       c10::TensorImpl* p;
       c10::DispatchKeySet keys;
       c10::TensorImpl* state[3];
-      int64_t* steps;  // where the optimizer counts
-      uint32_t task;   // NONE: it had no gradient
+      int64_t* steps;  // the optimizer's own count for this parameter; null if it does not count
+      uint32_t task;   // index in the pass; NONE if the parameter had no gradient
     };
     static constexpr uint32_t NONE = UINT32_MAX;
 
@@ -62,7 +64,7 @@ struct Plan {
   tig::OnePass pass, gradients;
   Known known;
   std::vector<Decision> decisions;
-  std::vector<std::vector<at::Tensor>> left;  // for each group, what goes through the loop
+  std::vector<std::vector<at::Tensor>> left;  // for each group, the parameters that libtorch's loop steps
   std::map<BucketKey, Bucket> buckets;
   std::vector<void*> on_device;
   Ahead ahead;

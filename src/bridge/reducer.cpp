@@ -1,4 +1,4 @@
-// libtorch's DDP reducer, driven in the order of Python's DistributedDataParallel.
+// libtorch's DDP reducer, called in the same order as by Python's DistributedDataParallel.
 
 #include <torch/csrc/distributed/c10d/comm.hpp>
 #include <torch/csrc/distributed/c10d/logger.hpp>
@@ -19,7 +19,7 @@ constexpr size_t BROADCAST_BYTES = size_t{250} << 20;
 
 enum Compression : int { NONE = 0, FP16 = 1, BF16 = 2 };
 
-// Gradients travel as bf16 and come back in their own type.
+// Sends gradients as bf16, and converts the averages back to the gradients' type.
 class Bf16Hook : public c10d::CppCommHookInterface<c10::intrusive_ptr<ProcessGroup>> {
  public:
   using CppCommHookInterface::CppCommHookInterface;
@@ -40,16 +40,17 @@ struct DataParallel {
   c10::intrusive_ptr<ProcessGroup> group;
   std::vector<Tensor> buffers;
   std::shared_ptr<Reducer> reducer;
-  // Tells the reducer's times; without it they are not taken.
+  // Reports the reducer's timings. Without a logger the reducer measures none.
   std::shared_ptr<c10d::Logger> logger;
   bool find_unused;
-  // As in Python: buffers are equal until a forward that is followed by a reduction.
+  // Whether the next forward broadcasts the buffers: true at first, then if the last forward had gradients to reduce,
+  // as in Python.
   bool buffers_may_differ;
 };
 
 }  // namespace
 
-// Mirrored in reducer.rs.
+// Must have the fields of `ReducerOptions` in reducer.rs, in the same order.
 struct DataParallelOptions {
   int64_t bucket_bytes;
   int64_t first_bucket_bytes;
@@ -61,8 +62,8 @@ struct DataParallelOptions {
 
 extern "C" {
 
-// `parameters` that require a gradient are reduced, in this order. All parameters and all buffers become those of
-// rank 0.
+// Makes a reducer for the parameters that require a gradient, in this order. All parameters and buffers get the values
+// of rank 0. Throws if the ranks' parameters differ in number or shape.
 int tig_ddp_new(DistGroup* group, const Tensor* const* parameters, const char* const* names, size_t parameter_count,
                 const Tensor* const* buffers, size_t buffer_count, const DataParallelOptions* options,
                 DataParallel** made, int* cause, char** error) {
@@ -92,18 +93,18 @@ int tig_ddp_new(DistGroup* group, const Tensor* const* parameters, const char* c
     }
     const std::vector<bool> sparse(reduced.size(), false);
     const auto first = options->first_bucket_bytes, rest = options->bucket_bytes;
-    // As in Python: one bucket until the first backward has shown the order in which gradients come.
+    // As in Python, there is one bucket until the first backward has shown the order in which gradients become ready.
     std::vector<size_t> sizes{static_cast<size_t>(INT64_MAX)};
     if (ddp->find_unused) sizes = {static_cast<size_t>(first), static_cast<size_t>(rest)};
     auto [buckets, limits] = c10d::compute_bucket_assignment_by_size(reduced, sizes, sparse);
-    // Gradients come in the reverse order of the parameters, more or less.
+    // Gradients become ready in roughly the reverse order of the parameters.
     std::reverse(buckets.begin(), buckets.end());
     ddp->reducer = std::make_shared<Reducer>(reduced, buckets, group->tensors, sparse, rest, ddp->find_unused,
                                              options->bucket_view != 0, reduced_names, first, false, false,
                                              std::vector<int64_t>{first, rest});
     ddp->logger = std::make_shared<c10d::Logger>(ddp->reducer);
     ddp->reducer->set_logger(ddp->logger);
-    // At the level DETAIL this crashes in libtorch 2.13, in Python too.
+    // With TORCH_DISTRIBUTED_DEBUG=DETAIL this call crashes in libtorch 2.13, in Python too.
     if (c10d::debug_level() != c10d::DebugLevel::Detail)
       ddp->logger->set_construction_data_and_log("tch-ignite", {}, -1, !ddp->buffers.empty(), false, false);
     if (compression == FP16)
@@ -119,11 +120,11 @@ void tig_ddp_free(DataParallel* ddp) {
   try {
     delete ddp;
   } catch (...) {
-    // The reducer's destructor may throw, and there is nobody to tell.
+    // The reducer's destructor threw. The caller is dropping the reducer and cannot handle an error.
   }
 }
 
-// `sync`: gradients will be reduced in the backward of this forward.
+// Prepares for a forward. `sync` says whether the backward of this forward will reduce the gradients.
 int tig_ddp_before_forward(DataParallel* ddp, int sync, int* cause, char** error) {
   return dist_guarded(cause, error, [&] {
     const bool graph = at::GradMode::is_enabled();
@@ -139,7 +140,7 @@ int tig_ddp_before_forward(DataParallel* ddp, int sync, int* cause, char** error
   });
 }
 
-// `outputs` are only looked at where unused parameters are to be found.
+// Prepares for backward. `outputs` are searched for unused parameters if the options asked for that.
 int tig_ddp_after_forward(DataParallel* ddp, int sync, const Tensor* const* outputs, size_t count, int* cause,
                           char** error) {
   return dist_guarded(cause, error, [&] {
@@ -156,7 +157,7 @@ int tig_ddp_backward(const Tensor* loss, int* cause, char** error) {
   return dist_guarded(cause, error, [&] { loss->backward(); });
 }
 
-// Lines of `name value`: what the reducer has measured, in nanoseconds, and how it is set up.
+// Gives lines of `name value`: the reducer's timings, in nanoseconds, and its settings.
 int tig_ddp_logging_data(DataParallel* ddp, char** text, int* cause, char** error) {
   return dist_guarded(cause, error, [&] {
     std::string lines;

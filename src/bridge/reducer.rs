@@ -1,4 +1,4 @@
-//! libtorch's reducer of gradients; the C++ is in reducer.cpp.
+//! libtorch's DDP reducer, which averages gradients over ranks; the C++ is in reducer.cpp.
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::ptr::{NonNull, null_mut};
@@ -11,7 +11,8 @@ use super::taken_text;
 
 type Raw = *mut c_void;
 
-/// How gradients are reduced; `compression` is 0 for none, 1 for f16, 2 for bf16.
+/// How gradients are reduced; `compression` is 0 for none, 1 for f16, 2 for bf16. The fields are those of
+/// `DataParallelOptions` in reducer.cpp, in the same order.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct ReducerOptions {
@@ -65,14 +66,15 @@ unsafe extern "C" {
 #[derive(Debug)]
 pub(crate) struct Reducer(NonNull<c_void>);
 
-// SAFETY: the C++ object belongs to no thread.
+// SAFETY: the C++ object is not bound to a thread.
 unsafe impl Send for Reducer {}
-// SAFETY: its owner makes calls only while it holds the lock of the process group. The hooks that backward calls
-// lock by themselves.
+// SAFETY: `DistributedDataParallel`, the owner, makes calls only while it holds the lock of the process group. The
+// hooks that backward calls lock by themselves.
 unsafe impl Sync for Reducer {}
 
 impl Reducer {
-    /// Checks that the parameters are alike on all ranks and gives all ranks the values of rank 0.
+    /// Makes a reducer for the parameters that require a gradient. Checks that they are alike on all ranks, and gives
+    /// all parameters and buffers the values of rank 0.
     pub(crate) fn new(
         group: &ProcessGroups,
         parameters: &[(String, Tensor)],
@@ -89,7 +91,7 @@ impl Reducer {
         };
         let (parameters, buffers) = (tensors(parameters), tensors(buffers));
         let mut ddp = null_mut();
-        // SAFETY: the group is live; lists are given with their lengths, of live tensors and of texts that end with
+        // SAFETY: the group is live; lists are passed with their lengths, and hold live tensors and texts that end with
         // NUL, which outlive the call.
         dist_checked(|cause, error| unsafe {
             tig_ddp_new(
@@ -108,7 +110,8 @@ impl Reducer {
         NonNull::new(ddp).map(Self).ok_or_else(|| DistException::other("no reducer was made"))
     }
 
-    /// `sync`: gradients will be reduced in the backward of this forward.
+    /// Prepares for a forward, and broadcasts buffers. `sync` says whether the backward of this forward will reduce the
+    /// gradients.
     pub(crate) fn before_forward(&self, sync: bool) -> Result<(), DistException> {
         // SAFETY: the object lives as long as `self`.
         dist_checked(|cause, error| unsafe {
@@ -116,6 +119,7 @@ impl Reducer {
         })
     }
 
+    /// Prepares for the backward of a forward that gave `outputs`.
     pub(crate) fn after_forward(
         &self,
         sync: bool,
@@ -141,14 +145,14 @@ impl Reducer {
         dist_checked(|cause, error| unsafe { tig_ddp_backward(loss.as_ptr(), cause, error) })
     }
 
-    /// What it has measured: names and numbers.
+    /// The reducer's timings and settings, as names and numbers.
     pub(crate) fn logging_data(&self) -> Result<Vec<(String, i64)>, DistException> {
         let mut text: *mut c_char = null_mut();
         // SAFETY: as above.
         dist_checked(|cause, error| unsafe {
             tig_ddp_logging_data(self.0.as_ptr(), &mut text, cause, error)
         })?;
-        // SAFETY: on success it is a text of strdup that ends with NUL, freed by `taken_text`.
+        // SAFETY: on success `text` is a text that strdup allocated; `taken_text` frees it.
         let lines = unsafe { taken_text(text) };
         let number = |line: &str| {
             let (name, value) = line.split_once(' ')?;
@@ -160,7 +164,7 @@ impl Reducer {
 
 impl Drop for Reducer {
     fn drop(&mut self) {
-        // SAFETY: made by tig_ddp_new, freed once, here.
+        // SAFETY: tig_ddp_new made the object, and it is freed once, here.
         unsafe { tig_ddp_free(self.0.as_ptr()) }
     }
 }

@@ -1,4 +1,5 @@
-// What each of libtorch's optimizers asks of a step: its state, the rule its options choose, the numbers.
+// Rules for a step of each of libtorch's optimizers: which state it needs, which update its options choose, and the
+// numbers of that update.
 #pragma once
 
 #include <torch/optim.h>
@@ -11,14 +12,15 @@
 
 namespace tig {
 
-// The tensors of a state in the order of Task::s; null where the options use none.
+// The tensors of a parameter's state in the order of Task::s; null where the options need no tensor.
 using StateTensors = std::array<const at::Tensor*, 3>;
 
 struct SgdRules {
   using Options = torch::optim::SGDOptions;
   using State = torch::optim::SGDParamState;
-  static constexpr bool counts = false;  // its steps
-  // Why libtorch's loop would refuse to step a parameter for the layouts of its tensors; null where it would not.
+  static constexpr bool counts = false;  // whether libtorch counts the steps of each parameter
+  // Says why libtorch's loop would refuse the layouts (dense, sparse) of a parameter's tensors; null where the loop
+  // accepts them.
   static const char* refused_layout(const at::Tensor& g, const State* state, const Options& o) {
     const bool sparse_buffer = state && state->momentum_buffer().is_sparse();
     if (g.layout() == at::kStrided)

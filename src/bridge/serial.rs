@@ -2,22 +2,24 @@ use std::ffi::{c_int, c_void};
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 
-/// While it lives, libtorch's operations on this thread run on this thread alone.
+/// While a value of this type lives, libtorch's operations on this thread run on this thread alone.
 ///
-/// `at::set_num_threads` would set the number for all threads that come later, too; OpenMP's own
-/// function sets it for the calling one. Where libtorch has no OpenMP, nothing is changed.
+/// `at::set_num_threads` would also set the number for threads that start later; OpenMP's own function
+/// sets it for the calling thread only.
 pub(crate) struct Serial {
     before: c_int,
-    /// Of this thread.
+    /// The setting belongs to one thread.
     _not_send: PhantomData<*const ()>,
 }
 
 impl Serial {
+    /// Begins; `None`, and nothing is changed, if libtorch has no OpenMP.
     pub(crate) fn begin() -> Option<Self> {
         let open_mp = OpenMp::find()?;
-        // libtorch sets a thread's number when it is first asked, which would undo what follows.
+        // libtorch sets a thread's number when the thread first asks for it. Asking now keeps a later
+        // question from undoing the change.
         let before = tch::get_num_threads();
-        // SAFETY: this is what OpenMP declares; any number above 0 is allowed.
+        // SAFETY: OpenMP declares this signature; any number above 0 is allowed.
         unsafe { (open_mp.set_num_threads)(1) };
         Some(Self { before, _not_send: PhantomData })
     }
@@ -26,7 +28,7 @@ impl Serial {
 impl Drop for Serial {
     fn drop(&mut self) {
         if let Some(open_mp) = OpenMp::find() {
-            // SAFETY: as above; it was the number before.
+            // SAFETY: as above; the number is the one from before, and at least 1.
             unsafe { (open_mp.set_num_threads)(self.before.max(1)) };
         }
     }
@@ -37,7 +39,7 @@ struct OpenMp {
 }
 
 impl OpenMp {
-    /// The one that libtorch has loaded.
+    /// Finds the OpenMP runtime that libtorch has loaded.
     fn find() -> Option<&'static Self> {
         static FOUND: OnceLock<Option<OpenMp>> = OnceLock::new();
         FOUND
@@ -61,7 +63,7 @@ fn symbol(name: &std::ffi::CStr) -> *mut c_void {
     unsafe extern "C" {
         fn dlsym(handle: *mut c_void, name: *const std::ffi::c_char) -> *mut c_void;
     }
-    // RTLD_DEFAULT: among all that is loaded.
+    // RTLD_DEFAULT: search all loaded libraries.
     let anywhere: isize = if cfg!(target_vendor = "apple") { -2 } else { 0 };
     // SAFETY: `name` ends with NUL; dlsym keeps nothing.
     unsafe { dlsym(anywhere as *mut c_void, name.as_ptr()) }

@@ -4,10 +4,10 @@ use tch::{TchError, Tensor};
 #[derive(Debug)]
 pub(crate) struct SharedTensor(Tensor);
 
-// SAFETY: what is reached through it reads the tensor: its shape, and views of it, whose counts of
-// references are atomic. libtorch allows that from any number of threads. The tensor has no graph, so
-// that views add nothing to one. (Threads that write into views of one tensor are as unguarded as with
-// tch's own `shallow_clone`, which goes to other threads too.)
+// SAFETY: the methods of SharedTensor only read the tensor and make views of it, whose reference counts
+// are atomic. libtorch allows both from any number of threads. The tensor has no graph, so views add
+// nothing to one. (Threads that write into views of one tensor are as unguarded as with tch's own
+// `shallow_clone`, which may be sent to other threads too.)
 unsafe impl Sync for SharedTensor {}
 
 impl SharedTensor {
@@ -16,7 +16,7 @@ impl SharedTensor {
         tensor.f_detach().map(Self)
     }
 
-    /// A view of this place of the first dimension.
+    /// A view of row `index` of the first dimension.
     pub(crate) fn row(&self, index: i64) -> Result<Tensor, TchError> {
         self.0.f_select(0, index)
     }

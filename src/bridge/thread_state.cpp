@@ -1,4 +1,5 @@
-// What libtorch keeps per thread and scoped calls change: gradients, autocast, keys of the dispatcher.
+// Reads and writes the settings of the current thread that scoped calls change: gradient mode, autocast, and the keys
+// of the dispatcher.
 
 #include <ATen/autocast_mode.h>
 #include <c10/core/AutogradState.h>
@@ -10,7 +11,7 @@
 
 namespace {
 
-// libtorch tells the depth only when it changes it.
+// The depth of nested autocast regions. libtorch returns it only from the functions that change it.
 int nesting() {
   at::autocast::increment_nesting();
   return at::autocast::decrement_nesting();
@@ -20,7 +21,8 @@ int nesting() {
 
 extern "C" {
 
-// The order of `out` is that of tig_set_thread_state; autocast is switched by keys of the dispatcher.
+// Writes 9 numbers, in the order in which tig_set_thread_state reads them. Whether autocast is on is part of the keys
+// of the dispatcher.
 int tig_thread_state(int64_t* out, char** error) {
   return guarded(error, [&] {
     const auto& autograd = c10::AutogradState::get_tls_state();
@@ -56,7 +58,7 @@ int tig_set_thread_state(const int64_t* state, char** error) {
     int depth = nesting();
     for (; depth < state[8]; ++depth) at::autocast::increment_nesting();
     for (; depth > state[8]; --depth) {
-      // As a region does that ends: casts of weights are kept within the outermost one only.
+      // The end of the outermost region clears the cache of cast weights, as libtorch does.
       if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
     }
   });

@@ -1,4 +1,4 @@
-//! What libtorch keeps per thread; the C++ is in thread_state.cpp.
+//! Settings that libtorch keeps for each thread; the C++ is in thread_state.cpp.
 
 use std::ffi::{c_char, c_int};
 
@@ -11,23 +11,23 @@ unsafe extern "C" {
     fn tig_set_thread_state(state: *const i64, error: *mut *mut c_char) -> c_int;
 }
 
-/// The settings of this thread that scoped calls such as `tch::no_grad` and `tch::autocast` change:
-/// a panic within these leaves them as they are.
+/// The settings of this thread that scoped calls such as `tch::no_grad` and `tch::autocast` change. These calls
+/// do not restore the settings after a panic in their closure, so whoever catches a panic does.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ThreadState([i64; VALUES]);
 
 impl ThreadState {
-    /// As the settings are now. Takes some 50 ns.
+    /// Reads the current settings of this thread. Takes about 50 ns.
     pub(crate) fn now() -> Result<Self, BridgeError> {
         let mut state = [0; VALUES];
-        // SAFETY: writes as many numbers as there are.
+        // SAFETY: the C++ side writes VALUES numbers, for which there is room.
         checked(|error| unsafe { tig_thread_state(state.as_mut_ptr(), error) })?;
         Ok(Self(state))
     }
 
-    /// Makes the settings of this thread these again; they have to be of this thread.
+    /// Restores these settings, on the thread where they were read.
     pub(crate) fn put_back(&self) -> Result<(), BridgeError> {
-        // SAFETY: reads as many numbers as there are, which this thread's libtorch gave.
+        // SAFETY: the C++ side reads VALUES numbers, which it wrote itself in `now`.
         checked(|error| unsafe { tig_set_thread_state(self.0.as_ptr(), error) })
     }
 }

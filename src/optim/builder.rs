@@ -5,7 +5,7 @@ use super::grouping::{GroupRule, Grouping, unnamed};
 use super::hyper::Hyper;
 use crate::error::{Error, Result};
 
-/// Hyper-parameters of one group, where they differ from the optimizer's.
+/// The hyper-parameters of one group that differ from the optimizer's.
 ///
 /// ```
 /// use tch_ignite::optim::lr;
@@ -23,7 +23,7 @@ pub fn lr(value: f64) -> GroupOptions {
 }
 
 impl GroupOptions {
-    /// No differences.
+    /// Options that change nothing yet.
     pub fn new() -> Self {
         Self::default()
     }
@@ -104,11 +104,11 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
         self
     }
 
-    /// A parameter group: all variables whose name (`"conv1.weight"`) `contains` answers true for.
+    /// Adds a parameter group: all variables for whose name (`"conv1.weight"`) `contains` returns true.
     ///
-    /// Variables added to the store after [`build`](Self::build) are put into groups by the same rule.
-    /// The numbers of tch's `Path::set_group` are left as they are. A parameter with several names is in the group that
-    /// contains one of them.
+    /// Variables that are added to the store after [`build`](Self::build) are put into groups by the same rules. The
+    /// numbers of tch's `Path::set_group` are ignored, and stay as they are. A parameter with several names is in the
+    /// group that contains one of them.
     pub fn group(
         mut self,
         name: impl Into<String>,
@@ -130,8 +130,9 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
     /// Builds tch's own optimizer and sets the groups' options in it.
     ///
     /// # Errors
-    /// A variable in no group or in two, by one name or by two, a group with no variable, two groups of one name, an option
-    /// the optimizer does not have or a value outside its bounds.
+    /// A variable in no group or in two (by one name or by two), a group without variables, two groups with the same
+    /// name, a name for a number that no group has, [`group`](Self::group) together with
+    /// [`name_group`](Self::name_group), an option that the optimizer does not have, or a value outside its bounds.
     pub fn build(self) -> Result<Optimizer> {
         Hyper::Lr.check(self.lr)?;
         if !self.groups.is_empty() && !self.names.is_empty() {
@@ -177,7 +178,7 @@ fn named_numbers(names: Vec<(usize, String)>) -> Result<Vec<(usize, String)>> {
                 return Err(two_groups(name));
             }
         }
-        // The name of another group that has none of its own.
+        // The name may be the default name of another group.
         let number_in_name = name.strip_prefix("group_").and_then(|n| n.parse::<usize>().ok());
         if number_in_name.is_some_and(|other| other != *number && unnamed(other) == *name) {
             return Err(two_groups(name));
@@ -190,7 +191,7 @@ fn two_groups(name: &str) -> Error {
     Error::invalid(format!("two parameter groups are named '{name}'"))
 }
 
-/// The settings tch's optimizers are built from, with PyTorch's defaults.
+/// Builders for the optimizers that tch has, with PyTorch's defaults.
 impl Optimizer {
     /// A builder around any of tch's optimizer settings.
     ///

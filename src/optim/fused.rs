@@ -8,7 +8,10 @@ use crate::error::{Error, Result};
 use crate::variables::variables;
 
 impl Optimizer {
-    /// Whether steps are fused: true unless [`set_fused`](Self::set_fused) said otherwise.
+    /// Whether steps are fused: true unless [`set_fused`](Self::set_fused) switched that off.
+    ///
+    /// # Errors
+    /// Only while [`with_tch`](Self::with_tch) lends the optimizer out.
     pub fn fused(&self) -> Result<bool> {
         self.native(|native| Ok(native.mode != Mode::Loop))
     }
@@ -18,11 +21,11 @@ impl Optimizer {
     ///
     /// Fused steps of f32 and f64 parameters follow libtorch's order of operations and agree with the loop
     /// to the last bits; f16 and bf16 are computed in f32 and rounded once for each value, where the loop
-    /// rounds after every operation. On the CPU it is one pass over all parameters in one parallel region;
-    /// on CUDA libtorch's fused kernels (RMSprop: its foreach kernels). A parameter that neither takes goes
-    /// through the loop: sparse gradients, gradients of another type or with other strides than the
-    /// parameter, memory that is not dense. What the loop refuses too (a sparse gradient under Adam) is an
-    /// error that names the parameter, before any parameter is stepped.
+    /// rounds after every operation. On the CPU a step is one pass over all parameters in one parallel region;
+    /// on CUDA it calls libtorch's fused kernels (RMSprop: foreach kernels). A parameter that neither of these
+    /// can handle goes through the loop: sparse gradients, gradients of another type or with other strides than
+    /// the parameter, memory that is not dense. If the loop cannot step it either (a sparse gradient under
+    /// Adam), the step is an error that names the parameter, before any parameter is stepped.
     ///
     /// ```
     /// # use tch::{Device, nn};
@@ -34,6 +37,9 @@ impl Optimizer {
     /// optimizer.set_fused(false)?;
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
+    ///
+    /// # Errors
+    /// Only while [`with_tch`](Self::with_tch) lends the optimizer out.
     pub fn set_fused(&self, on: bool) -> Result<()> {
         self.native(|native| {
             native.mode = if on { Mode::Fused } else { Mode::Loop };
@@ -41,13 +47,13 @@ impl Optimizer {
         })
     }
 
-    /// Whether both are clones of one.
+    /// Whether `self` and `other` are clones of one optimizer.
     pub(crate) fn is(&self, other: &Self) -> bool {
         std::sync::Arc::ptr_eq(&self.shared, &other.shared)
     }
 
-    /// A step in which the gradients count `factor` times and which does nothing where `found_inf` is not
-    /// 0: both tensors of one element, which are not read where they live on a device.
+    /// Makes a step in which the gradients count `factor` times, and nothing if `found_inf` is not 0. Both are
+    /// tensors of one element. On a device they are not read, with the exceptions of `Native::step`.
     pub(crate) fn update(&self, factor: Option<&Tensor>, found_inf: Option<&Tensor>) -> Result<()> {
         self.admit_new()?;
         let refused = self.native(|native| Ok(native.step(factor, found_inf).err()))?;

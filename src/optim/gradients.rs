@@ -5,11 +5,13 @@ use tch::Tensor;
 use super::Optimizer;
 use crate::error::{Error, Result};
 
-/// The gradients of all groups of an optimizer, or of some: their norm, clipping, zeroing.
+/// The gradients of all groups of an optimizer, or of some: computes their norm, clips and zeroes them.
 ///
-/// Made by [`Optimizer::gradients`]. Parameters without a gradient are passed over; if none has one, norms
-/// are 0 and nothing happens. On the CPU it is one pass over all gradients, on CUDA libtorch's foreach
-/// kernels; norms stay on the device.
+/// Made by [`Optimizer::gradients`]. Parameters without a gradient are skipped; if no parameter has a gradient, norms
+/// are 0 and nothing is changed. On the CPU each call is one pass over all gradients, on CUDA a few of libtorch's
+/// foreach kernels; norms stay on the device.
+///
+/// All methods that read or change gradients return the errors of all calls: see [`Optimizer`].
 ///
 /// ```
 /// # use tch::{Device, Kind, nn};
@@ -34,6 +36,9 @@ pub struct Gradients {
 
 impl Optimizer {
     /// The gradients of all groups.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn gradients(&self) -> Result<Gradients> {
         let groups = (0..self.group_count()?).collect();
         Ok(Gradients { optimizer: self.clone(), groups, order: 2., error_if_nonfinite: false })
@@ -41,24 +46,37 @@ impl Optimizer {
 
     /// Fills the gradients with zeros, in their memory. [`zero_grad`](Self::zero_grad), which sets them to
     /// none, saves this write and makes the next backward write instead of add: prefer it.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn zero_grad_in_place(&self) -> Result<()> {
         self.gradients()?.zero()
     }
 
-    /// Clips the gradients of all groups together to a norm of at most `max` and returns the norm they had:
-    /// [`Gradients::clip_norm`].
+    /// Clips the gradients of all groups together to a norm of at most `max` and returns the norm before
+    /// clipping: [`Gradients::clip_norm`].
+    ///
+    /// # Errors
+    /// `max` is negative or NaN. See also [`Optimizer`].
     pub fn clip_grad_norm(&self, max: f64) -> Result<Tensor> {
         self.gradients()?.clip_norm(max)
     }
 
-    /// Brings every element of every gradient between `-max` and `max`: [`Gradients::clip_value`].
+    /// Limits every element of every gradient to `-max` to `max`: [`Gradients::clip_value`].
+    ///
+    /// # Errors
+    /// `max` is negative or NaN. See also [`Optimizer`].
     pub fn clip_grad_value(&self, max: f64) -> Result<()> {
         self.gradients()?.clip_value(max)
     }
 
-    /// [`clip_grad_norm`](Self::clip_grad_norm) and [`step`](Self::step) in one: the gradients are scaled
-    /// where the step reads them and stay unclipped in memory (but those of parameters that go through
-    /// libtorch's loop). Returns the norm before clipping. No host sync.
+    /// [`clip_grad_norm`](Self::clip_grad_norm) and [`step`](Self::step) in one. The step scales the gradients
+    /// as it reads them. On the CPU they stay unclipped in memory, except those of parameters that go through
+    /// libtorch's loop; on CUDA the step overwrites them with the clipped ones. Returns the norm before
+    /// clipping. No host sync.
+    ///
+    /// # Errors
+    /// `max` is negative or NaN, or a parameter cannot be stepped: see [`step`](Self::step).
     pub fn step_clipped(&self, max: f64) -> Result<Tensor> {
         let (norm, factor) = self.gradients()?.norm_and_factor(max)?;
         self.update(Some(&factor), None)?;
@@ -67,53 +85,71 @@ impl Optimizer {
 }
 
 impl Gradients {
-    /// Only of these groups.
+    /// Restricts the gradients to the groups with these names.
+    ///
+    /// # Errors
+    /// There is no group of one of these names.
     pub fn groups<'n>(mut self, names: impl IntoIterator<Item = &'n str>) -> Result<Self> {
         let group = |name| Ok(self.optimizer.group(name)?.index());
         self.groups = names.into_iter().map(group).collect::<Result<_>>()?;
         Ok(self)
     }
 
-    /// Which norm: 2 unless given; `f64::INFINITY` for the largest absolute value; any p above 0.
+    /// Sets the order p of the norm, above 0: 2 unless given, `f64::INFINITY` for the largest absolute value.
     pub fn order(mut self, p: f64) -> Self {
         self.order = p;
         self
     }
 
-    /// Makes a norm that is not finite an error. It has to be read for that: a host sync on CUDA.
+    /// Makes a norm that is not finite an error. The norm has to be read for that: a host sync on CUDA.
     pub fn error_if_nonfinite(mut self) -> Self {
         self.error_if_nonfinite = true;
         self
     }
 
-    /// The norm of all these gradients together, as if they were one vector: one element on their device,
-    /// f64 where a gradient is, else f32.
+    /// The norm of all these gradients together, as if they were one vector: a tensor of one element on their
+    /// device, f64 if a gradient is f64, otherwise f32.
+    ///
+    /// # Errors
+    /// The order is not above 0; the norm is not finite, if that is to be an error.
     pub fn norm(&self) -> Result<Tensor> {
         Ok(self.norm_and_factor(1.)?.0)
     }
 
-    /// Scales the gradients in place by `min(1, max / (norm + 1e-6))`, so that their norm is at most `max`;
-    /// returns the norm they had, on their device (torch's `clip_grad_norm_`). No host sync. A norm that is
-    /// not finite makes all of them NaN, unless [`error_if_nonfinite`](Self::error_if_nonfinite) is set.
+    /// Scales the gradients in place by `min(1, max / (norm + 1e-6))`, so that their norm is at most `max`.
+    /// Returns the norm before that, as [`norm`](Self::norm) does (torch's `clip_grad_norm_`). No host sync.
+    /// A norm of NaN makes all gradients NaN, and an infinite norm makes them 0 or NaN, unless
+    /// [`error_if_nonfinite`](Self::error_if_nonfinite) is set.
     ///
     /// On the CPU nothing is written where the norm is small enough.
+    ///
+    /// # Errors
+    /// `max` is negative or NaN, or the order is not above 0; the norm is not finite, if that is to
+    /// be an error. Nothing is scaled then.
     pub fn clip_norm(&self, max: f64) -> Result<Tensor> {
         let (norm, factor) = self.norm_and_factor(max)?;
         self.native("scaling gradients", |native, groups| native.scale_gradients(groups, &factor))?;
         Ok(norm)
     }
 
-    /// Brings every element between `-max` and `max`, in place (torch's `clip_grad_value_`). NaN stays.
+    /// Limits every element to `-max` to `max`, in place (torch's `clip_grad_value_`). NaN stays NaN.
+    ///
+    /// # Errors
+    /// `max` is negative or NaN.
     pub fn clip_value(&self, max: f64) -> Result<()> {
         check_max(max)?;
         self.native("clipping gradients", |native, groups| native.clip_value(groups, max))
     }
 
-    /// Adaptive clipping (AGC; Brock et al. 2021, <https://arxiv.org/abs/2102.06171>, equation 3): each
-    /// unit's gradient (a row of the first dimension; the whole where there is but one) is scaled to a norm
-    /// of at most `clipping` times that of its weights, which count as at least `eps`. The paper uses 1e-2
-    /// and 1e-3, and leaves the last layer out. No host sync; about ten small operations for each
-    /// parameter. Sparse gradients are an error.
+    /// Adaptive clipping (AGC; Brock et al. 2021, <https://arxiv.org/abs/2102.06171>, equation 3): scales each
+    /// unit's gradient to a norm of at most `clipping` times the norm of the unit's weights, or times `eps` if
+    /// that is larger. A unit is a row of the first dimension, or the whole tensor if it has only one dimension.
+    /// The paper uses 1e-2 and 1e-3, and leaves the last layer out. No host sync; about ten small operations
+    /// for each parameter.
+    ///
+    /// # Errors
+    /// `clipping` or `eps` is not finite and above 0; a gradient is sparse. Gradients of parameters
+    /// before it may be clipped already.
     pub fn clip_adaptive(&self, clipping: f64, eps: f64) -> Result<()> {
         for (name, value) in [("clipping", clipping), ("eps", eps)] {
             if !(value > 0. && value.is_finite()) {
@@ -130,27 +166,33 @@ impl Gradients {
         })
     }
 
-    /// Fills them with zeros, in their memory.
+    /// Fills the gradients with zeros, in their memory.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn zero(&self) -> Result<()> {
         self.native("zero_grad", |native, groups| native.zero_gradients(groups))
     }
 
-    /// Sets them to none.
+    /// Sets the gradients to none.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn clear(&self) -> Result<()> {
         self.native("zero_grad", |native, groups| native.clear_gradients(groups))
     }
 
-    /// 1 where an element is not finite, else 0: one f32 element on their device.
+    /// 1 if an element of a gradient is not finite, else 0: a tensor of one f32 element on the gradients' device.
     pub(crate) fn found_inf(&self) -> Result<Tensor> {
         self.native("checking gradients", |native, groups| native.found_inf(groups))
     }
 
-    /// Multiplies them, in place.
+    /// Multiplies the gradients by a tensor of one element, in place.
     pub(crate) fn scale(&self, factor: &Tensor) -> Result<()> {
         self.native("scaling gradients", |native, groups| native.scale_gradients(groups, factor))
     }
 
-    /// The norm, and the factor that clips to `max`.
+    /// The norm, and the factor that clips the gradients to a norm of `max`: two tensors of one element.
     pub(crate) fn norm_and_factor(&self, max: f64) -> Result<(Tensor, Tensor)> {
         check_max(max)?;
         if self.order.is_nan() || self.order <= 0. {
@@ -197,6 +239,7 @@ fn check_max(max: f64) -> Result<()> {
     )))
 }
 
+/// Adaptive clipping of one parameter's gradient, unit by unit.
 fn clip_units(parameter: &Tensor, clipping: f64, eps: f64) -> Result<(), tch::TchError> {
     let mut gradient = parameter.f_grad()?;
     if !gradient.defined() {
@@ -211,7 +254,7 @@ fn clip_units(parameter: &Tensor, clipping: f64, eps: f64) -> Result<(), tch::Tc
     };
     let most = norm(&parameter.f_detach()?)?.f_clamp_min_(eps)?.f_mul_scalar_(clipping)?;
     let of_gradient = norm(&gradient)?;
-    // 1 where the norm is small enough; never a division by zero.
+    // The factor is 1 where the norm is small enough. The clamp avoids a division by zero.
     let factor = most.f_div(&of_gradient.f_clamp_min(1e-6)?)?.f_clamp_max_(1.)?;
     let _ = gradient.f_mul_(&factor.f_to_kind(gradient.kind())?)?;
     Ok(())

@@ -6,9 +6,9 @@ use crate::error::Result;
 
 /// One parameter group: reads and writes its hyper-parameters in libtorch's optimizer.
 ///
-/// Made by [`Optimizer::group`]. The typed methods (`lr`, `set_lr`, …) and the general
-/// [`get`](Self::get) and [`set`](Self::set) are errors for what the optimizer does not have
-/// (`alpha` on SGD) and for values outside PyTorch's bounds.
+/// Made by [`Optimizer::group`]. The typed methods (`lr`, `set_lr`, …) and the general [`get`](Self::get) and
+/// [`set`](Self::set) return an error for a hyper-parameter that the optimizer does not have (`alpha` on SGD), for a
+/// value outside PyTorch's bounds, and while [`with_tch`](Optimizer::with_tch) lends the optimizer out.
 #[derive(Clone)]
 pub struct Group {
     pub(super) optimizer: Optimizer,
@@ -30,18 +30,24 @@ impl Group {
         self.optimizer.shared.grouping.name(self.index)
     }
 
-    /// The value of the hyper-parameter of that PyTorch name (`"lr"`, `"weight_decay"`, …; `"beta1"`
-    /// and `"beta2"` for the two betas; booleans as 0 and 1).
+    /// The value of the hyper-parameter with this PyTorch name (`"lr"`, `"weight_decay"`, …; `"beta1"`
+    /// and `"beta2"` for the two betas). Booleans are 0 and 1.
+    ///
+    /// # Errors
+    /// The optimizer has no such hyper-parameter.
     pub fn get(&self, hyper: &str) -> Result<f64> {
         self.get_hyper(self.optimizer.shared.algorithm.hyper(hyper)?)
     }
 
-    /// Sets the hyper-parameter of that name; see [`get`](Self::get).
+    /// Sets the hyper-parameter with this name; for names see [`get`](Self::get).
+    ///
+    /// # Errors
+    /// The optimizer has no such hyper-parameter, or the value is outside its bounds.
     pub fn set(&self, hyper: &str, value: f64) -> Result<()> {
         self.set_hyper(self.optimizer.shared.algorithm.hyper(hyper)?, value)
     }
 
-    /// A hyper-parameter as something a scheduler can drive.
+    /// A hyper-parameter of this group as a [`Knob`], which a scheduler can drive.
     ///
     /// ```
     /// # use tch::{Device, nn};
@@ -54,6 +60,9 @@ impl Group {
     /// assert_eq!(knob.get()?, 0.8);
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
+    ///
+    /// # Errors
+    /// The optimizer has no such hyper-parameter.
     pub fn knob(&self, hyper: &str) -> Result<Knob> {
         let hyper = self.optimizer.shared.algorithm.hyper(hyper)?;
         Ok(Knob::of_groups(self.optimizer.clone(), Some(self.index), hyper))
@@ -67,70 +76,110 @@ impl Group {
         self.optimizer.set_hyper(self.index, hyper, value)
     }
 
-    /// Names of the parameters in this group, in libtorch's order, those of variables that were added to the
-    /// store since the last step too. A parameter with several names is there once, by the first of them in
+    /// The names of the parameters in this group, in libtorch's order. Variables that were added to the store
+    /// since the last step are included. A parameter with several names is listed once, by the first name in
     /// alphabetical order.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn parameters(&self) -> Result<Vec<String>> {
         let parameters = self.optimizer.named_parameters_of([self.index])?;
         Ok(parameters.into_iter().map(|parameter| parameter.name).collect())
     }
 
     /// Learning rate.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn lr(&self) -> Result<f64> {
         self.get("lr")
     }
 
     /// Sets the learning rate, not negative.
+    ///
+    /// # Errors
+    /// The value is negative or not finite.
     pub fn set_lr(&self, value: f64) -> Result<()> {
         self.set("lr", value)
     }
 
     /// Momentum (SGD, RMSprop).
+    ///
+    /// # Errors
+    /// The optimizer has no momentum.
     pub fn momentum(&self) -> Result<f64> {
         self.get("momentum")
     }
 
     /// Sets the momentum (SGD, RMSprop), not negative.
+    ///
+    /// # Errors
+    /// The optimizer has no momentum, or the value is negative or not finite.
     pub fn set_momentum(&self, value: f64) -> Result<()> {
         self.set("momentum", value)
     }
 
     /// Dampening of the momentum (SGD).
+    ///
+    /// # Errors
+    /// The optimizer has no dampening.
     pub fn dampening(&self) -> Result<f64> {
         self.get("dampening")
     }
 
     /// Sets the dampening of the momentum (SGD).
+    ///
+    /// # Errors
+    /// The optimizer has no dampening, or the value is not finite.
     pub fn set_dampening(&self, value: f64) -> Result<()> {
         self.set("dampening", value)
     }
 
     /// Weight decay.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn weight_decay(&self) -> Result<f64> {
         self.get("weight_decay")
     }
 
     /// Sets the weight decay, not negative.
+    ///
+    /// # Errors
+    /// The value is negative or not finite.
     pub fn set_weight_decay(&self, value: f64) -> Result<()> {
         self.set("weight_decay", value)
     }
 
     /// Whether SGD uses Nesterov momentum.
+    ///
+    /// # Errors
+    /// The optimizer is not SGD.
     pub fn nesterov(&self) -> Result<bool> {
         Ok(self.get("nesterov")? != 0.)
     }
 
-    /// Switches Nesterov momentum (SGD).
+    /// Switches Nesterov momentum (SGD) on or off.
+    ///
+    /// # Errors
+    /// The optimizer is not SGD.
     pub fn set_nesterov(&self, on: bool) -> Result<()> {
         self.set("nesterov", f64::from(on))
     }
 
     /// Decay rates of the first and second moment (Adam, AdamW).
+    ///
+    /// # Errors
+    /// The optimizer is neither Adam nor AdamW.
     pub fn betas(&self) -> Result<(f64, f64)> {
         Ok((self.get("beta1")?, self.get("beta2")?))
     }
 
     /// Sets both decay rates (Adam, AdamW), each in [0, 1).
+    ///
+    /// # Errors
+    /// The optimizer is neither Adam nor AdamW, or a value is outside [0, 1); nothing is changed
+    /// then.
     pub fn set_betas(&self, beta1: f64, beta2: f64) -> Result<()> {
         Hyper::Beta2.check(beta2)?;
         self.set("beta1", beta1)?;
@@ -138,43 +187,67 @@ impl Group {
     }
 
     /// Term added to the denominator (Adam, AdamW, RMSprop).
+    ///
+    /// # Errors
+    /// The optimizer has no eps.
     pub fn eps(&self) -> Result<f64> {
         self.get("eps")
     }
 
     /// Sets the term added to the denominator (Adam, AdamW, RMSprop), not negative.
+    ///
+    /// # Errors
+    /// The optimizer has no eps, or the value is negative or not finite.
     pub fn set_eps(&self, value: f64) -> Result<()> {
         self.set("eps", value)
     }
 
     /// Whether Adam or AdamW is the AMSGrad variant.
+    ///
+    /// # Errors
+    /// The optimizer is neither Adam nor AdamW.
     pub fn amsgrad(&self) -> Result<bool> {
         Ok(self.get("amsgrad")? != 0.)
     }
 
-    /// Switches the AMSGrad variant (Adam, AdamW). Parameters that were stepped without it get the
-    /// state for it now, zeros: the maximum begins with the next step.
+    /// Switches the AMSGrad variant (Adam, AdamW) on or off. Parameters that were stepped without it get the
+    /// state for it now, as zeros: the maximum begins with the next step.
+    ///
+    /// # Errors
+    /// The optimizer is neither Adam nor AdamW, or there is no memory for the state.
     pub fn set_amsgrad(&self, on: bool) -> Result<()> {
         self.set("amsgrad", f64::from(on))
     }
 
     /// Smoothing constant (RMSprop).
+    ///
+    /// # Errors
+    /// The optimizer is not RMSprop.
     pub fn alpha(&self) -> Result<f64> {
         self.get("alpha")
     }
 
     /// Sets the smoothing constant (RMSprop), not negative.
+    ///
+    /// # Errors
+    /// The optimizer is not RMSprop, or the value is negative or not finite.
     pub fn set_alpha(&self, value: f64) -> Result<()> {
         self.set("alpha", value)
     }
 
     /// Whether RMSprop is the centered variant.
+    ///
+    /// # Errors
+    /// The optimizer is not RMSprop.
     pub fn centered(&self) -> Result<bool> {
         Ok(self.get("centered")? != 0.)
     }
 
-    /// Switches the centered variant (RMSprop). Parameters that were stepped without it get the state
-    /// for it now: a mean gradient of zero.
+    /// Switches the centered variant (RMSprop) on or off. Parameters that were stepped without it get the
+    /// state for it now: a mean gradient of zero.
+    ///
+    /// # Errors
+    /// The optimizer is not RMSprop, or there is no memory for the state.
     pub fn set_centered(&self, on: bool) -> Result<()> {
         self.set("centered", f64::from(on))
     }

@@ -1,4 +1,4 @@
-//! Which variable belongs to which group.
+//! Assigns the variables of a store to parameter groups.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -12,16 +12,17 @@ use crate::error::{Error, Result};
 use crate::guard::guarded;
 use crate::variables::{Variable, variables_in};
 
-/// A group by the names of its variables.
+/// A group that is defined by the names of its variables.
 pub(super) struct GroupRule {
     pub(super) name: String,
     pub(super) contains: Box<dyn Fn(&str) -> bool + Send + Sync>,
 }
 
-/// Names of the groups, and the rule that puts variables into them.
+/// The names of the groups, and the way in which variables get into them.
 pub(super) enum Grouping {
+    /// A variable is in the group whose rule takes its name.
     Rules(Vec<GroupRule>),
-    /// Those of tch's `Path::set_group`, some of them with a name.
+    /// A variable is in the group whose number tch's `Path::set_group` gave it. Some numbers have a name.
     Numbers(Vec<(usize, String)>),
 }
 
@@ -33,7 +34,7 @@ impl Grouping {
         }
     }
 
-    /// Numbers that have a name.
+    /// The group numbers that have a name.
     pub(super) fn numbers(&self) -> impl Iterator<Item = usize> {
         let names = match self {
             Self::Rules(_) => &[][..],
@@ -42,6 +43,7 @@ impl Grouping {
         names.iter().map(|(number, _)| *number)
     }
 
+    /// The name of a group: `"group_<number>"` if it was given none.
     pub(super) fn name(&self, index: usize) -> String {
         let name = match self {
             Self::Rules(rules) => rules.get(index).map(|rule| &rule.name),
@@ -50,8 +52,9 @@ impl Grouping {
         name.map_or_else(|| unnamed(index), Clone::clone)
     }
 
-    /// Gives variables from that one on their group's number, until the answer is dropped. The rules
-    /// are asked outside the store's lock. A variable that the store lists again is in one group.
+    /// Sets the group numbers of the variables from index `from` on, until the returned value is dropped. The
+    /// rules, which are user code, run without the store's lock. A variable that the store lists again must be
+    /// in the same group.
     pub(super) fn group(&self, variables: &Arc<Mutex<Variables>>, from: usize) -> Result<Grouped> {
         let (listed, named) = {
             let variables = locked(variables);
@@ -96,7 +99,7 @@ impl Grouping {
         Ok(grouped)
     }
 
-    /// The first group by names without a variable.
+    /// The first group with a rule that has no variable.
     pub(super) fn empty_group(&self, grouped: &Grouped) -> Option<&str> {
         let variables = locked(&grouped.variables);
         let used = |index| variables.trainable_variables.iter().any(|v| v.group == index);
@@ -105,25 +108,25 @@ impl Grouping {
     }
 }
 
-/// Variables that have our numbers for their groups; dropped, they get their own back. Other
-/// optimizers may use those, and tch reads a number only when it adds the variable.
+/// A range of the store's variables that have our group numbers. When this is dropped, the variables get their own
+/// numbers back, because other optimizers may use these. tch reads a number only when it adds the variable.
 pub(super) struct Grouped {
     variables: Arc<Mutex<Variables>>,
     range: Range<usize>,
-    /// Their own numbers.
+    /// The variables' own numbers.
     old: Vec<usize>,
-    /// For each that the store had listed before, its names.
+    /// The names of each variable that the store had listed before under another name.
     tied: Vec<String>,
 }
 
 impl Grouped {
-    /// The first variable after them.
+    /// The index of the first variable after the range.
     pub(super) fn until(&self) -> usize {
         self.range.end
     }
 
-    /// Tells, once they are in the optimizer, which ones the store lists more than once, as PyTorch does of
-    /// a parameter that an optimizer is given twice.
+    /// Warns about variables that the store lists more than once, as PyTorch warns about a parameter that an optimizer
+    /// is given twice.
     pub(super) fn warn_of_tied(&self) {
         if !self.tied.is_empty() {
             crate::bridge::warn_once(&format!(
@@ -142,7 +145,7 @@ fn quoted(variable: &Variable) -> String {
 impl Drop for Grouped {
     fn drop(&mut self) {
         let mut variables = locked(&self.variables);
-        // The list may have been taken away in between (`VarStore::merge`).
+        // `VarStore::merge` may have emptied the list in between.
         let Some(new) = variables.trainable_variables.get_mut(self.range.clone()) else { return };
         for (variable, old) in new.iter_mut().zip(&self.old) {
             variable.group = *old;
@@ -150,16 +153,17 @@ impl Drop for Grouped {
     }
 }
 
-/// The name of a group that has none.
+/// The name of a group that was given none.
 pub(super) fn unnamed(index: usize) -> String {
     format!("group_{index}")
 }
 
+/// The group of each variable by the rules; an error if a variable is in no group or in two.
 fn groups_of(rules: &[GroupRule], variables: &[&Variable]) -> Result<Vec<usize>> {
     let mut found = Vec::with_capacity(variables.len());
     let mut homeless = vec![];
     for variable in variables {
-        // The groups that contain it, each with the name by which it is there.
+        // The groups that contain the variable, each with the name that its rule took.
         let mut fitting: Vec<(usize, &str)> = vec![];
         for (index, rule) in rules.iter().enumerate() {
             for name in variable.names() {

@@ -7,7 +7,7 @@ use tch::Tensor;
 use crate::bridge::Algorithm;
 use crate::error::{Error, Result};
 
-/// The numbers are those of bridge.cpp.
+/// A hyper-parameter. The numbers are those of the enum `Option` in bridge/bridge.cpp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub(crate) enum Hyper {
@@ -31,6 +31,7 @@ const ADAM: &[Hyper] = &[Lr, Beta1, Beta2, Eps, WeightDecay, Amsgrad];
 const RMSPROP: &[Hyper] = &[Lr, Alpha, Eps, WeightDecay, Momentum, Centered];
 
 impl Algorithm {
+    /// PyTorch's name of the optimizer.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Algorithm::Sgd => "SGD",
@@ -40,6 +41,7 @@ impl Algorithm {
         }
     }
 
+    /// The hyper-parameters that this optimizer has.
     pub(crate) fn hypers(self) -> &'static [Hyper] {
         match self {
             Algorithm::Sgd => SGD,
@@ -48,7 +50,8 @@ impl Algorithm {
         }
     }
 
-    /// PyTorch's names of what libtorch keeps for a parameter; empty where it keeps less.
+    /// PyTorch's names of the state tensors that libtorch keeps for a parameter, in the order of
+    /// `RawState::tensors`. A name is empty where the optimizer has no such tensor.
     pub(crate) fn state_names(self) -> [&'static str; 3] {
         match self {
             Algorithm::Sgd => ["momentum_buffer", "", ""],
@@ -57,7 +60,7 @@ impl Algorithm {
         }
     }
 
-    /// Whether the tensors that libtorch needs at every step are among these.
+    /// Whether `tensors` hold those that libtorch needs at every step.
     pub(crate) fn has_needed(self, tensors: &[Option<Tensor>; 3]) -> bool {
         let needed = match self {
             Algorithm::Sgd => 0,
@@ -67,8 +70,8 @@ impl Algorithm {
         tensors[..needed].iter().all(Option::is_some)
     }
 
-    /// The number of the state tensor that libtorch makes at a parameter's first step only if this
-    /// is not 0 then, and needs at every later step if it is not 0.
+    /// The index of the state tensor that is needed only while this hyper-parameter is not 0. libtorch
+    /// creates it at a parameter's first step or never; so whoever switches the option on later has to add it.
     pub(crate) fn buffer_of(self, hyper: Hyper) -> Option<usize> {
         match (self, hyper) {
             (Algorithm::Adam | Algorithm::AdamW, Amsgrad) | (Algorithm::RmsProp, Centered) => {
@@ -79,6 +82,7 @@ impl Algorithm {
         }
     }
 
+    /// The hyper-parameter with this PyTorch name; an error if this optimizer has none.
     pub(crate) fn hyper(self, name: &str) -> Result<Hyper> {
         self.hypers().iter().copied().find(|h| h.name() == name).ok_or_else(|| {
             Error::UnknownHyperParameter {
@@ -107,7 +111,7 @@ impl Hyper {
         }
     }
 
-    /// The bounds torch.optim checks in its constructors.
+    /// Checks a value against the bounds that torch.optim checks in its constructors.
     pub(crate) fn check(self, value: f64) -> Result<()> {
         let (fits, bounds) = match self {
             Beta1 | Beta2 => ((0. ..1.).contains(&value), "in [0, 1)"),

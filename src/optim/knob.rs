@@ -9,10 +9,10 @@ use super::{Optimizer, locked};
 use crate::error::{Error, Result};
 use crate::state::StateDict;
 
-/// Something with one value that can be read and written: what schedulers drive.
+/// A value that can be read and written. Schedulers drive knobs.
 ///
-/// A hyper-parameter of one group ([`Group::knob`](super::Group::knob)) or of all
-/// ([`Optimizer::knob`]), or anything else through [`Knob::new`].
+/// A knob is a hyper-parameter of one group ([`Group::knob`](super::Group::knob)) or of all groups
+/// ([`Optimizer::knob`]), or any other value through [`Knob::new`].
 #[derive(Clone)]
 pub struct Knob {
     name: String,
@@ -31,8 +31,8 @@ struct Custom {
     reduction: Mutex<Weak<Mutex<f64>>>,
 }
 
-/// By how much a plateau scheduler has lowered a knob of one group. As long as it lives, schedules multiply what they
-/// write to the knob by it. Clones, and reductions of the same knob, share the factor.
+/// The factor by which a plateau scheduler has lowered a knob of one group. While a reduction lives, schedules multiply
+/// the values that they write to the knob by its factor. Clones, and reductions of the same knob, share the factor.
 #[derive(Debug, Clone)]
 pub(crate) struct Reduction(Arc<Mutex<f64>>);
 
@@ -45,7 +45,7 @@ impl Reduction {
         *locked(&self.0) = factor;
     }
 
-    /// The one that lives, or a new one with factor 1.
+    /// The reduction that `weak` points to if it still lives, otherwise a new one with factor 1.
     fn alive(weak: &mut Weak<Mutex<f64>>) -> Self {
         let alive = weak.upgrade().unwrap_or_else(|| Arc::new(Mutex::new(1.)));
         *weak = Arc::downgrade(&alive);
@@ -56,12 +56,12 @@ impl Reduction {
 /// The reductions of an optimizer's hyper-parameters, by group.
 #[derive(Default)]
 pub(super) struct Reductions {
-    /// There was one: without any, a schedule takes no lock to find that out.
+    /// True once there was a reduction. While it is false, a schedule need not take the lock.
     some: AtomicBool,
     all: Mutex<Vec<Reduced>>,
 }
 
-/// A hyper-parameter of a group that a plateau scheduler lowers, as long as that lives.
+/// A hyper-parameter of a group that a plateau scheduler lowers. The entry counts while `factor` can be upgraded.
 struct Reduced {
     group: usize,
     hyper: Hyper,
@@ -69,7 +69,7 @@ struct Reduced {
 }
 
 impl Reductions {
-    /// The factor on a hyper-parameter of a group; 1 where nothing reduces it.
+    /// The factor on a hyper-parameter of a group; 1 if no reduction of it lives.
     fn factor(&self, group: usize, hyper: Hyper) -> f64 {
         if !self.some.load(Ordering::Relaxed) {
             return 1.;
@@ -80,6 +80,7 @@ impl Reductions {
         factor.map_or(1., |factor| *locked(&factor))
     }
 
+    /// The reduction of a hyper-parameter of a group; made with factor 1 if there is none.
     fn of(&self, group: usize, hyper: Hyper) -> Reduction {
         self.some.store(true, Ordering::Relaxed);
         let mut all = locked(&self.all);
@@ -100,7 +101,7 @@ impl Knob {
         Self { name: hyper.name().into(), target: Target::Groups { optimizer, group, hyper } }
     }
 
-    /// A knob of your own: a loss weight, dropout, anything.
+    /// A knob for a value of your own: a loss weight, a dropout rate, anything.
     ///
     /// ```
     /// use std::sync::{Arc, Mutex};
@@ -122,12 +123,12 @@ impl Knob {
         Self { name: name.into(), target: Target::Custom(Arc::new(Custom { get, set, reduction })) }
     }
 
-    /// The name of what it turns (`"lr"`).
+    /// The name of the value (`"lr"`).
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The parameter group it is bound to; `None` for all groups and for knobs of your own.
+    /// The number of the parameter group; `None` for a knob of all groups or of a value of your own.
     pub fn group(&self) -> Option<usize> {
         match &self.target {
             Target::Groups { group, .. } => *group,
@@ -135,7 +136,10 @@ impl Knob {
         }
     }
 
-    /// A knob for each group that this one turns.
+    /// A knob for each group that this knob sets; a clone of itself for a value of your own.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn each(&self) -> Result<Vec<Self>> {
         let Target::Groups { optimizer, group: None, hyper } = &self.target else {
             return Ok(vec![self.clone()]);
@@ -144,7 +148,10 @@ impl Knob {
         Ok((0..optimizer.group_count()?).map(knob).collect())
     }
 
-    /// The current value, read from libtorch; of the first group where it turns all.
+    /// The current value, read from libtorch; the first group's value for a knob of all groups.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn get(&self) -> Result<f64> {
         match &self.target {
             Target::Groups { optimizer, group, hyper } => {
@@ -154,7 +161,10 @@ impl Knob {
         }
     }
 
-    /// The current value of every group it turns.
+    /// The current value of every group that this knob sets.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn values(&self) -> Result<Vec<f64>> {
         match &self.target {
             Target::Groups { optimizer, group: None, hyper } => (0..optimizer.group_count()?)
@@ -164,10 +174,10 @@ impl Knob {
         }
     }
 
-    /// Sets the value, in all groups it turns. Costs a lock and a call into C++ for each, no more.
+    /// Sets the value, in all groups for a knob of all groups. Costs a lock and a call into C++ for each group.
     ///
     /// # Errors
-    /// A value outside PyTorch's bounds for the hyper-parameter, or not finite.
+    /// A value outside PyTorch's bounds for the hyper-parameter, or not finite. See also [`Optimizer`].
     pub fn set(&self, value: f64) -> Result<()> {
         match &self.target {
             Target::Groups { optimizer, group: Some(index), hyper } => {
@@ -188,8 +198,8 @@ impl Knob {
         }
     }
 
-    /// Sets a schedule's value times the [`Reduction`] of each group; returns what was set, for the first group where
-    /// it turns all.
+    /// Sets a schedule's value times the [`Reduction`] of each group. Returns the value that was set, in the first
+    /// group for a knob of all groups.
     pub(crate) fn set_scheduled(&self, value: f64) -> Result<f64> {
         match &self.target {
             Target::Groups { optimizer, group: Some(index), hyper } => {
@@ -213,7 +223,7 @@ impl Knob {
         }
     }
 
-    /// The factor on what schedules write to it, for a knob of one group or of the user's own.
+    /// The reduction of this knob, for a knob of one group or of a value of the user's own.
     pub(crate) fn reduction(&self) -> Reduction {
         match &self.target {
             Target::Groups { optimizer, group, hyper } => {
@@ -223,8 +233,8 @@ impl Knob {
         }
     }
 
-    /// Whether both turn the same value, of some group at least. Knobs of the user's own are the same if one is a clone
-    /// of the other.
+    /// Whether both knobs set the same value of at least one group. Knobs of the user's own values overlap if one is a
+    /// clone of the other.
     pub(crate) fn overlaps(&self, other: &Self) -> bool {
         match (&self.target, &other.target) {
             (
@@ -239,7 +249,7 @@ impl Knob {
         }
     }
 
-    /// Two schedulers drive it, and only the last to write would count.
+    /// The error for two schedulers that drive this knob, of which only the last to write would count.
     pub(crate) fn driven_twice(&self, first: &str, second: &str) -> Error {
         let group = self.group().map_or(String::new(), |group| format!(" of group {group}"));
         Error::invalid(format!(
@@ -249,7 +259,7 @@ impl Knob {
     }
 }
 
-/// Checkpoints hold the values of knobs that belong to no optimizer; a schedule may only change them later.
+/// Checkpoints hold the values of knobs that belong to no optimizer, because a schedule may set them only later.
 impl Knob {
     pub(crate) fn save_value(&self, state: &mut StateDict) -> Result<()> {
         if let Target::Custom(custom) = &self.target {

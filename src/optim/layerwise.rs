@@ -1,5 +1,6 @@
-/// Learning rates that fall from layer to layer, for fine-tuning: `base_lr` for the last of `names` and
-/// `decay` times as much for each one before it (Howard and Ruder 2018, <https://arxiv.org/abs/1801.06146>).
+/// Learning rates that fall from layer to layer, for fine-tuning: `base_lr` for the last of `names`, and `decay` times
+/// as much for each name before it (Howard and Ruder 2018, <https://arxiv.org/abs/1801.06146>). Returns each name with
+/// its learning rate, in the given order.
 ///
 /// ```
 /// # use tch::{Device, nn};

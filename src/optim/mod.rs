@@ -1,7 +1,7 @@
-//! The genuine libtorch optimizer, with named parameter groups and every hyper-parameter readable.
+//! libtorch's own optimizers, with named parameter groups and every hyper-parameter readable.
 //!
-//! [`Optimizer`] wraps `tch::nn::Optimizer`. What [`Group`] reads is what libtorch uses: there is no
-//! shadow copy, so values set through tch are seen here and the other way round.
+//! [`Optimizer`] wraps `tch::nn::Optimizer`. [`Group`] reads and writes the values that libtorch uses: there
+//! is no second copy, so values that are set through tch are seen here, and the other way round.
 
 mod builder;
 mod fused;
@@ -49,10 +49,14 @@ const NAMES_LISTED: usize = 8;
 
 /// An optimizer with named parameter groups. Clones share one libtorch optimizer.
 ///
-/// Built by [`Optimizer::builder`] around tch's settings (`nn::sgd(..)`, `nn::Adam::default()`, …), before or after
-/// the variables of the store: each call that needs parameters takes up new ones first. A tensor with several names in
-/// the store (tied weights) is one parameter, known by the first of them in alphabetical order.
-/// Every call takes an uncontended lock (about 10 ns) and none is held while user code runs.
+/// Built by [`Optimizer::builder`] from tch's settings (`nn::sgd(..)`, `nn::Adam::default()`, …), before or after the
+/// variables of the store are made: each call that needs parameters first adds new variables to the optimizer. A tensor
+/// with several names in the store (tied weights) is one parameter, known by the first name in alphabetical order.
+/// Every call takes an uncontended lock (about 10 ns), and no lock is held while user code runs.
+///
+/// # Errors of all calls
+/// While [`with_tch`](Self::with_tch) lends the optimizer out, calls that return a `Result` are errors. A call that
+/// needs parameters is an error if a variable that was added to the store belongs to no group or to two.
 #[derive(Clone)]
 pub struct Optimizer {
     shared: Arc<Shared>,
@@ -60,13 +64,13 @@ pub struct Optimizer {
 
 struct Shared {
     algorithm: Algorithm,
-    // None while `with_tch` has it.
+    /// `None` while `with_tch` lends the optimizer out.
     native: Mutex<Option<Native>>,
     grouping: Grouping,
-    /// Variables of the store that are surely in libtorch's optimizer.
+    /// The number of the store's trainable variables that are in libtorch's optimizer.
     added: AtomicUsize,
     variables: Arc<Mutex<Variables>>,
-    /// The options it was built with, as `"<group>.<option>"`.
+    /// The options that the optimizer was built with, as `"<group>.<option>"`.
     built: OnceLock<Map<String, Value>>,
     reductions: knob::Reductions,
 }
@@ -91,7 +95,7 @@ fn lent_out() -> Error {
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing here is left half-changed by a panic.
+    // A poisoned lock is fine: a panic leaves nothing half-changed here.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -103,7 +107,7 @@ impl Optimizer {
         grouping: Grouping,
     ) -> Result<Self> {
         let variables = &vs.variables_;
-        // Given back when tch has read them.
+        // The variables get their own group numbers back when `grouped` is dropped, after tch has read ours.
         let grouped = grouping.group(variables, 0)?;
         if let Some(group) = grouping.empty_group(&grouped) {
             let names = quoted_names(&locked(variables));
@@ -119,7 +123,7 @@ impl Optimizer {
         }
         let mut native = Native::build(config, vs, lr)
             .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
-        // tch makes groups up to the highest number in use; a named number may be beyond.
+        // tch makes groups up to the highest number in use; a named number may be higher.
         let groups = native.group_count();
         if let Some(number) = grouping.numbers().find(|number| *number >= groups) {
             let available = (0..groups).map(|index| index.to_string()).collect();
@@ -148,6 +152,7 @@ impl Optimizer {
         })
     }
 
+    /// Calls `call` with the locked optimizer; an error while `with_tch` lends it out.
     fn native<R>(&self, call: impl FnOnce(&mut Native) -> Result<R>) -> Result<R> {
         match locked(&self.shared.native).as_mut() {
             Some(native) => call(native),
@@ -160,7 +165,10 @@ impl Optimizer {
         self.shared.algorithm.name()
     }
 
-    /// The group of that name.
+    /// The group with this name.
+    ///
+    /// # Errors
+    /// There is no group of this name.
     pub fn group(&self, name: &str) -> Result<Group> {
         let names = self.group_names()?;
         match names.iter().position(|known| known == name) {
@@ -169,7 +177,10 @@ impl Optimizer {
         }
     }
 
-    /// The group of that number, from 0.
+    /// The group with this number, from 0.
+    ///
+    /// # Errors
+    /// There is no group of this number.
     pub fn group_at(&self, index: usize) -> Result<Group> {
         let names = self.group_names()?;
         if index < names.len() {
@@ -180,26 +191,36 @@ impl Optimizer {
     }
 
     /// All groups, in order.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn groups(&self) -> Result<Vec<Group>> {
         let count = self.group_count()?;
         Ok((0..count).map(|index| Group::new(self.clone(), index)).collect())
     }
 
     /// Names of all groups, in order.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn group_names(&self) -> Result<Vec<String>> {
         let count = self.group_count()?;
         Ok((0..count).map(|index| self.shared.grouping.name(index)).collect())
     }
 
-    /// A hyper-parameter of all groups there are when it is set; reading it gives the first group's.
+    /// A hyper-parameter of all groups as a [`Knob`], which a scheduler can drive. Setting it sets all groups that
+    /// exist then; reading it gives the first group's value.
+    ///
+    /// # Errors
+    /// The optimizer has no such hyper-parameter.
     pub fn knob(&self, hyper: &str) -> Result<Knob> {
         let hyper = self.shared.algorithm.hyper(hyper)?;
         Ok(Knob::of_groups(self.clone(), None, hyper))
     }
 
-    /// Groups there are with the variables that the store has now.
+    /// The number of groups, with the variables that the store has now.
     fn group_count(&self) -> Result<usize> {
-        // Variables do not add to groups by rules.
+        // With rules, new variables add no groups, so they need not be admitted.
         if let Grouping::Numbers(_) = self.shared.grouping {
             self.admit_new()?;
         }
@@ -214,6 +235,7 @@ impl Optimizer {
         })
     }
 
+    /// Sets a hyper-parameter, and first adds the state tensor that it needs, if it is switched on.
     fn set_hyper(&self, group: usize, hyper: Hyper, value: f64) -> Result<()> {
         hyper.check(value)?;
         let failed = |text| Error::libtorch(format!("setting {hyper} of group {group}"), text);
@@ -228,12 +250,12 @@ impl Optimizer {
         })
     }
 
-    /// Those of the store it was built over.
+    /// The variables of the store that the optimizer was built over.
     pub(crate) fn variables(&self) -> Arc<Mutex<Variables>> {
         self.shared.variables.clone()
     }
 
-    /// The parameters of these groups, as libtorch has them, new ones among them. Each is there once.
+    /// The parameters of these groups in libtorch's order, each once, new variables included.
     fn parameters_of(&self, groups: impl IntoIterator<Item = usize>) -> Result<Vec<Tensor>> {
         self.admit_new()?;
         self.native(|native| {
@@ -247,7 +269,7 @@ impl Optimizer {
         })
     }
 
-    /// The parameters of these groups, with their names.
+    /// The parameters of these groups with their names. A parameter that the store has no name for gets an empty one.
     fn named_parameters_of(
         &self,
         groups: impl IntoIterator<Item = usize>,
@@ -267,29 +289,42 @@ impl Optimizer {
     }
 
     /// Sets the gradients of all parameters to none.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn zero_grad(&self) -> Result<()> {
         self.admit_new()?;
         self.native(|native| native.zero_grad().map_err(|text| Error::libtorch("zero_grad", text)))
     }
 
-    /// One update of all parameters that have a gradient, by [fused steps](Self::set_fused) unless they are
-    /// switched off. No host sync.
+    /// Updates all parameters that have a gradient, by [fused steps](Self::set_fused) unless they are switched
+    /// off. No host sync.
+    ///
+    /// # Errors
+    /// A parameter that cannot be stepped, such as one with a sparse gradient under Adam; then no parameter is
+    /// stepped. See also [`Optimizer`].
     pub fn step(&self) -> Result<()> {
         self.update(None, None)
     }
 
-    /// `zero_grad`, backward from the scalar `loss`, `step`.
+    /// Calls `zero_grad`, backward from the scalar `loss`, and `step`.
+    ///
+    /// # Errors
+    /// A loss that is no scalar or has no graph, and the errors of [`step`](Self::step).
     pub fn backward_step(&self, loss: &Tensor) -> Result<()> {
         self.zero_grad()?;
         backward(loss)?;
         self.step()
     }
 
-    /// Lends out tch's optimizer, for what this type does not offer. Until `call` returns, all other
-    /// calls on this optimizer are errors. tch's methods panic where these return errors; a panic in `call`
-    /// ends it and is an error here.
+    /// Lends out tch's optimizer, for methods that this type does not have. Until `call` returns, all other
+    /// calls on this optimizer are errors. tch's methods panic where those of this type return errors. Costs a host
+    /// sync if steps with a GradScaler were made on a device before.
+    ///
+    /// # Errors
+    /// A panic in `call`; a call of `with_tch` within `call`. See also [`Optimizer`].
     pub fn with_tch<R>(&self, call: impl FnOnce(&mut TchOptimizer<'_>) -> R) -> Result<R> {
-        /// Puts it back, also after a panic of `call`.
+        /// Puts the optimizer back when dropped, also after a panic in `call`.
         struct Lent<'s>(&'s Shared, Option<Native>);
         impl Drop for Lent<'_> {
             fn drop(&mut self) {
@@ -308,8 +343,12 @@ impl Optimizer {
             .map_err(|payload| Error::libtorch("with_tch", crate::panic::message(&*payload)))
     }
 
-    /// What libtorch keeps for a parameter, under PyTorch's names (`"step"`, `"exp_avg"`, …); empty
-    /// before its first step. The tensors are the optimizer's own: clone them to keep their values.
+    /// The state that libtorch keeps for a parameter, under PyTorch's names (`"step"`, an f64 scalar on the CPU;
+    /// `"exp_avg"`, …); empty before the parameter's first step. The other tensors are the optimizer's own: copy them
+    /// to keep their values. Costs a host sync if steps with a GradScaler were made on a device since the last call.
+    ///
+    /// # Errors
+    /// No parameter with this name. See also [`Optimizer`].
     pub fn state(&self, parameter: &str) -> Result<Vec<(&'static str, Tensor)>> {
         self.admit_new()?;
         let tensor = {
@@ -338,20 +377,21 @@ impl Optimizer {
         })
     }
 
-    /// Gives a group to variables that were added to the store since, for tch to read; `None` where
-    /// there are none.
+    /// Sets the group numbers of variables that were added to the store since the last call, for tch to read;
+    /// `None` if there are no new variables.
     fn group_new_variables(&self) -> Result<Option<Grouped>> {
         let Shared { grouping, added, variables, .. } = &*self.shared;
         let added = added.load(Ordering::Relaxed);
-        // Fewer than before: `VarStore::merge` moved them to another store. Those that libtorch has stay.
+        // There are fewer than before if `VarStore::merge` moved them to another store. The optimizer keeps those
+        // that it has.
         if locked(variables).trainable_variables.len() <= added {
             return Ok(None);
         }
         grouping.group(variables, added).map(Some)
     }
 
-    /// Puts variables that were added to the store since into libtorch's optimizer. All that reads or
-    /// changes parameters begins with it.
+    /// Adds variables that are new in the store to libtorch's optimizer. Everything that reads or changes
+    /// parameters calls this first.
     fn admit_new(&self) -> Result<()> {
         match self.group_new_variables()? {
             Some(new) => self.native(|native| self.admit(native, &new)),
@@ -359,6 +399,7 @@ impl Optimizer {
         }
     }
 
+    /// Makes tch add the new variables, and keeps all gradients.
     fn admit(&self, native: &mut Native, new: &Grouped) -> Result<()> {
         const OPERATION: &str = "adding variables to the optimizer";
         let failed = |text: String| Error::libtorch(OPERATION, text);
@@ -369,8 +410,8 @@ impl Optimizer {
                 gradients.push((variable.tensor.shallow_clone(), gradient));
             }
         }
-        // Only tch can add variables to its own count, and it unwraps the results. Of its methods that do,
-        // this one changes the least: gradients, which come back.
+        // Only tch can add variables to its own count, and it panics on errors. Of its methods that add
+        // variables, `zero_grad` changes the least: it clears gradients, which are put back below.
         let added = catch_unwind(AssertUnwindSafe(|| native.tch.zero_grad()))
             .map_err(|payload| failed(crate::panic::message(&*payload)));
         for (parameter, gradient) in &gradients {
@@ -384,7 +425,7 @@ impl Optimizer {
     }
 }
 
-/// Backward from a scalar, as an error where libtorch refuses.
+/// Runs backward from a scalar; an error where libtorch refuses.
 pub(crate) fn backward(loss: &Tensor) -> Result<()> {
     loss.f_backward().map_err(|error| match error {
         TchError::Torch(text) => Error::libtorch("backward", text),
@@ -396,7 +437,7 @@ impl std::fmt::Debug for Optimizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut debug = f.debug_struct("Optimizer");
         debug.field("name", &self.name());
-        // Without new variables: they are admitted by what needs them.
+        // New variables are not admitted here: printing must not change the optimizer.
         if let Ok(count) = self.native(|native| Ok(native.group_count())) {
             let groups: Vec<_> = (0..count).map(|i| Group::new(self.clone(), i)).collect();
             debug.field("groups", &groups);

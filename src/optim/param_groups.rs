@@ -1,4 +1,4 @@
-//! Parameter groups that training recipes ask for.
+//! Helpers for parameter groups as training recipes use them: groups without weight decay, frozen groups.
 
 use std::collections::HashSet;
 
@@ -9,8 +9,9 @@ use super::{Group, Optimizer, locked};
 use crate::bridge::set_gradient;
 use crate::error::{Error, Result};
 
-/// Says which variables of a store, by name, are biases or scales and shifts of norms: those with at most
-/// one dimension, which recipes leave out of the weight decay.
+/// Returns a predicate on names: true for the variables of the store that are biases, or scales and shifts of norms.
+/// These are the variables with at most one dimension, which recipes leave out of the weight decay. Variables that are
+/// added to the store later are not known to the predicate.
 ///
 /// ```
 /// # use tch::{Device, nn};
@@ -34,8 +35,8 @@ pub fn is_bias_or_norm(vs: &VarStore) -> impl Fn(&str) -> bool + Send + 'static 
 }
 
 impl Group {
-    /// Stops the training of the group's parameters: backward computes no gradients for them, those they
-    /// have are dropped, and steps pass them over. Their state stays for [`unfreeze`](Self::unfreeze).
+    /// Stops the training of the group's parameters: backward computes no gradients for them, their current
+    /// gradients are dropped, and steps skip them. Their state is kept for [`unfreeze`](Self::unfreeze).
     ///
     /// ```
     /// # use tch::{Device, nn};
@@ -51,12 +52,18 @@ impl Group {
     /// assert_eq!((base.double_value(&[0]), head.double_value(&[0])), (1.0, 0.5));
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn freeze(&self) -> Result<()> {
         let parameters = self.optimizer.parameters_of([self.index()])?;
         parameters.iter().try_for_each(|parameter| self.optimizer.train(parameter, false))
     }
 
-    /// Goes on training the group's parameters.
+    /// Goes on with the training of the group's parameters after [`freeze`](Self::freeze).
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
     pub fn unfreeze(&self) -> Result<()> {
         let parameters = self.optimizer.parameters_of([self.index()])?;
         parameters.iter().try_for_each(|parameter| self.optimizer.train(parameter, true))
@@ -64,7 +71,7 @@ impl Group {
 }
 
 impl Optimizer {
-    /// Trains a parameter, or stops to.
+    /// Switches the training of one parameter on or off.
     pub(super) fn train(&self, parameter: &Tensor, on: bool) -> Result<()> {
         let what = if on { "unfreezing" } else { "freezing" };
         if !on {

@@ -5,7 +5,7 @@ use tch::{Kind, TchError, Tensor};
 
 use crate::variables::{variables_in, were_moved};
 
-/// Parameters of a store by name: those that a handler was told to look at.
+/// The parameters of a store that a handler looks at, chosen by name.
 pub(crate) struct Parameters {
     store: Arc<Mutex<Variables>>,
     pub(crate) whitelist: Box<dyn Fn(&str) -> bool>,
@@ -16,8 +16,8 @@ impl Parameters {
         Self { store: vs.variables_.clone(), whitelist: Box::new(|_| true) }
     }
 
-    /// Names and tensors, in the order in which they were made; of gradients those that exist. A parameter
-    /// with several names is there once, by the first one that the whitelist takes.
+    /// Names and values of the parameters, or names and gradients where a gradient exists, in the order in which the
+    /// parameters were made. A parameter with several names is listed once, by the first name that the whitelist takes.
     pub(crate) fn listed(&self, gradients: bool) -> anyhow::Result<Vec<(String, Tensor)>> {
         // No lock is held while the user's predicate runs.
         let all = {
@@ -43,11 +43,11 @@ impl Parameters {
         Ok(listed)
     }
 
-    /// Names and Euclidean norms, on their devices, in f64. No host sync.
+    /// Names and Euclidean norms of the parameters or gradients: f64 scalars on the parameters' devices. No host sync.
     pub(crate) fn norms(&self, gradients: bool) -> anyhow::Result<(Vec<String>, Vec<Tensor>)> {
         let _guard = tch::no_grad_guard();
         let norm = |tensor: &Tensor| -> Result<Tensor, TchError> {
-            // Squares of halves overflow soon.
+            // Norms of f16 and bf16 are computed in f32, because squares overflow in f16.
             let kind = match tensor.kind() {
                 kind @ (Kind::Float | Kind::Double) => kind,
                 _ => Kind::Float,

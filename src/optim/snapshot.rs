@@ -1,4 +1,4 @@
-//! Copies of all that training changes, to go back to.
+//! Copies of everything that training changes, to which a program can go back.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -12,14 +12,16 @@ use crate::bridge::{RawState, set_gradient};
 use crate::error::{Error, Result};
 use crate::variables::Variable;
 
-/// What an [`Optimizer`] had at one moment: all hyper-parameters of all groups, and what libtorch keeps
-/// for each parameter (momentum buffers, moments, step counts), or that it kept nothing yet.
+/// A copy of an [`Optimizer`]'s state: all hyper-parameters of all groups, and the state of each parameter (momentum
+/// buffers, moments, step counts), if the parameter had been stepped.
 ///
 /// Made by [`Optimizer::snapshot`]; can be restored any number of times.
 pub struct OptimizerSnapshot {
+    /// The optimizer that the snapshot was taken of.
     of: Arc<Shared>,
-    /// For each group.
+    /// The hyper-parameters of each group.
     hypers: Vec<Vec<(Hyper, f64)>>,
+    /// Each parameter and its state; `None` if the parameter had not been stepped yet.
     states: Vec<(Tensor, Option<RawState>)>,
 }
 
@@ -34,8 +36,8 @@ impl fmt::Debug for OptimizerSnapshot {
 }
 
 impl Optimizer {
-    /// A copy of the optimizer's hyper-parameters and state, on the device where the state is: as much
-    /// memory as that takes (Adam: two times the parameters). The parameters themselves are not in it.
+    /// A copy of the optimizer's hyper-parameters and state. The copy is on the device of the state and needs as
+    /// much memory (Adam: twice that of the parameters). The parameters themselves are not copied.
     ///
     /// ```
     /// # use tch::{Device, Kind, nn};
@@ -53,6 +55,9 @@ impl Optimizer {
     /// assert_eq!(optimizer.knob("lr")?.get()?, 0.1);
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
+    ///
+    /// # Errors
+    /// libtorch cannot copy the state (out of memory). See also [`Optimizer`].
     pub fn snapshot(&self) -> Result<OptimizerSnapshot> {
         let parameters = self.parameters_of(0..self.group_count()?)?;
         self.native(|native| {
@@ -74,10 +79,10 @@ impl Optimizer {
         })
     }
 
-    /// Goes back to a snapshot, bit for bit. What groups and parameters that came since have stays.
+    /// Goes back to a snapshot, bit for bit. Groups and parameters that were added since are not changed.
     ///
     /// # Errors
-    /// A snapshot of another optimizer; nothing is changed then.
+    /// A snapshot of another optimizer; then nothing is changed. See also [`Optimizer`].
     pub fn restore(&self, snapshot: &OptimizerSnapshot) -> Result<()> {
         if !Arc::ptr_eq(&self.shared, &snapshot.of) {
             return Err(Error::invalid(format!(
@@ -93,7 +98,7 @@ impl Optimizer {
                 }
             }
             for (parameter, state) in &snapshot.states {
-                // Copies again, because training would go on in the snapshot's tensors.
+                // The state is copied again, because training would otherwise change the snapshot's tensors.
                 let state = state.as_ref().map(copied).transpose();
                 let state = state.map_err(|error| failed(error.to_string()))?;
                 native.set_state(parameter, state.as_ref()).map_err(failed)?;
@@ -118,7 +123,7 @@ fn copy(tensor: &Tensor) -> Result<Tensor, TchError> {
     Ok(copy)
 }
 
-/// Copies of the values of all variables of a store, and their gradients, which are not copied.
+/// Copies of the values of all variables of a store, and the gradient tensors themselves, not copied.
 pub(crate) struct StoreSnapshot {
     variables: Vec<Saved>,
 }
@@ -142,7 +147,7 @@ impl StoreSnapshot {
         Ok(saved)
     }
 
-    /// Leaves the variables without gradients, so that the saved ones stay as they are.
+    /// Removes the gradients from the variables, so that backward does not add to the saved ones.
     pub(crate) fn clear_gradients(&self) -> Result<()> {
         self.variables.iter().try_for_each(|saved| {
             set_gradient(&saved.variable, None)
@@ -150,7 +155,7 @@ impl StoreSnapshot {
         })
     }
 
-    /// Bit for bit, in place. Does all it can before it tells of an error.
+    /// Restores values (in place, bit for bit) and gradients. Goes on after an error, and returns the first one.
     pub(crate) fn restore(self) -> Result<()> {
         let _guard = tch::no_grad_guard();
         let failed = |text| Error::libtorch("restoring the parameters", text);
@@ -179,7 +184,7 @@ mod tests {
         vs
     }
 
-    /// The parameters after each of some steps, the i-th with its own gradient.
+    /// Makes a step for each number, with a gradient that depends on it; returns the parameters after each step.
     fn train(optimizer: &Optimizer, vs: &nn::VarStore, steps: std::ops::Range<i32>) -> Vec<Tensor> {
         let mut seen = vec![];
         let mut variables: Vec<_> = vs.variables().into_iter().collect();
@@ -213,7 +218,7 @@ mod tests {
             assert_eq!(optimizer.state("a").unwrap().is_empty(), before == 0);
             assert_eq!(first, train(&optimizer, &vs, before..before + 4), "{}", optimizer.name());
 
-            // The snapshot did not train with it.
+            // Training did not change the snapshot.
             let values = StoreSnapshot::of(&vs.variables_).unwrap();
             optimizer.restore(&saved).unwrap();
             let second = train(&optimizer, &vs, 20..23);

@@ -1,4 +1,4 @@
-//! The state of an optimizer for another process, by the names of groups and parameters.
+//! Saves and loads an optimizer's state, by the names of groups and parameters.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -19,25 +19,29 @@ struct SavedGroup {
     parameters: Vec<String>,
 }
 
-/// What loading will set in one parameter.
+/// The saved state of one parameter, checked, and on the parameter's device.
 struct Checked {
     parameter: Tensor,
+    /// False if the parameter was frozen.
     trains: bool,
+    /// `None` if the parameter had not been stepped yet.
     state: Option<RawState>,
 }
 
-/// What loading will set, and a line for each thing of the state that does not fit.
+/// A saved state, compared with the optimizer: values to load, and misfits.
 #[derive(Default)]
 struct Fitting {
     options: Vec<(Group, String, f64)>,
     parameters: Vec<Checked>,
-    /// Parameters whose state was read in place and does not fit as a whole.
+    /// Parameters whose saved state does not fit as a whole, but was partly read into the optimizer's own tensors
+    /// already. Their state is removed.
     spoilt: Vec<Tensor>,
+    /// A line for each part of the saved state that does not fit.
     misfits: Vec<String>,
 }
 
-/// Every hyper-parameter of every group, and what libtorch keeps for each parameter, under
-/// `"<parameter>/<name>"`.
+/// The state holds every hyper-parameter of every group, the step counts, the names of frozen parameters, and the state
+/// tensors of each parameter under `"<parameter>/<name>"`.
 impl Stateful for Optimizer {
     fn state_dict(&self) -> Result<StateDict> {
         let mut saved = StateDict::new();
@@ -73,7 +77,7 @@ impl Stateful for Optimizer {
         true
     }
 
-    /// Nothing is changed on error, but for what was read in place.
+    /// On error nothing is changed, except tensors that were read in place.
     fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
         let mut fitting = self.fitting(state)?;
         match fitting.misfits.is_empty() {
@@ -82,12 +86,13 @@ impl Stateful for Optimizer {
         }
     }
 
-    /// For a model that was changed since: each group's options go by the group's name, each parameter's state
-    /// by the parameter's name. What is not in the state, or does not fit, stays as it is here. The state of a
-    /// parameter is taken as a whole, because a moment without its step count means nothing.
+    /// Loads the state into an optimizer of a model that was changed since. A group's options are found by the group's
+    /// name, a parameter's state by the parameter's name. A group or parameter that is missing in the state, or whose
+    /// state does not fit, keeps its own. A parameter's state is taken as a whole, because a moment without its step
+    /// count means nothing.
     ///
     /// # Errors
-    /// The state is of another optimizer. Nothing is changed then, but for what was read in place.
+    /// A state of another kind of optimizer; then nothing is changed, except tensors that were read in place.
     fn load_state_dict_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
         let mut fitting = self.fitting(state)?;
         let misfits = std::mem::take(&mut fitting.misfits);
@@ -97,7 +102,7 @@ impl Stateful for Optimizer {
 }
 
 impl Optimizer {
-    /// Compares a saved state with what there is here, and changes nothing.
+    /// Compares a saved state with the optimizer, and changes nothing.
     fn fitting(&self, mut state: StateDict) -> Result<Fitting> {
         let kind: String = state.value("optimizer")?;
         if kind != self.name() {
@@ -107,7 +112,7 @@ impl Optimizer {
         let mut steps: BTreeMap<String, Option<i64>> = state.value("steps")?;
         let frozen: Vec<String> = state.value("frozen")?;
         let parameters = self.named_parameters()?;
-        // A parameter with several names may have been saved by another one of them.
+        // A parameter with several names may have been saved under another one of them.
         for parameter in &parameters {
             for other in &parameter.other_names {
                 for name in saved.iter_mut().flat_map(|group| &mut group.parameters) {
@@ -181,6 +186,7 @@ impl Optimizer {
         Ok(fitting)
     }
 
+    /// Sets the values that fit, and removes the state of `spoilt` parameters.
     fn load(&self, fitting: Fitting) -> Result<()> {
         for (group, option, value) in &fitting.options {
             group.set(option, *value)?;
@@ -201,7 +207,7 @@ impl Optimizer {
 }
 
 impl Fitting {
-    /// Takes the options of groups that are on both sides.
+    /// Takes the options of groups that the state and the optimizer both have, and notes differences.
     fn compare_groups(&mut self, saved: &[SavedGroup], groups: &[Group]) -> Result<()> {
         let theirs: Vec<_> = saved.iter().map(|group| group.name.clone()).collect();
         let ours: Vec<_> = groups.iter().map(Group::name).collect();
@@ -241,7 +247,8 @@ impl Fitting {
     }
 }
 
-/// On the device of the parameter and laid out as it is: steps of tensors that differ are slow.
+/// The tensor on the parameter's device and with its strides, copied only if it differs. Steps are slow for a parameter
+/// whose state has another layout.
 fn placed_like(tensor: &Tensor, parameter: &Tensor) -> Result<Tensor, tch::TchError> {
     if tensor.device() == parameter.device() && tensor.stride() == parameter.stride() {
         return Ok(tensor.shallow_clone());
@@ -253,6 +260,7 @@ fn placed_like(tensor: &Tensor, parameter: &Tensor) -> Result<Tensor, tch::TchEr
 }
 
 impl Optimizer {
+    /// Notes the options that the optimizer was built with, as its settings.
     pub(super) fn note_as_built(&self) -> Result<()> {
         let mut built = Map::new();
         for group in self.groups()? {
@@ -265,7 +273,7 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Its parameters that have names, in libtorch's order.
+    /// The optimizer's parameters that have names, in libtorch's order.
     fn named_parameters(&self) -> Result<Vec<Variable>> {
         let mut parameters = self.named_parameters_of(0..self.group_count()?)?;
         parameters.retain(|parameter| !parameter.name.is_empty());

@@ -3,10 +3,10 @@ use tch::Tensor;
 use super::Optimizer;
 use crate::bridge::Native;
 
-/// tch's optimizer, lent out by [`Optimizer::with_tch`](super::Optimizer::with_tch): its methods,
-/// which panic where those of [`Optimizer`] return errors.
+/// tch's optimizer, lent out by [`Optimizer::with_tch`](super::Optimizer::with_tch). It has the methods of tch's
+/// optimizer, which panic where those of [`Optimizer`] return errors.
 ///
-/// Not the optimizer itself, which must not be replaced by another.
+/// This is not a `&mut tch::nn::Optimizer`, because a caller could replace that by another optimizer.
 pub struct TchOptimizer<'o> {
     optimizer: &'o Optimizer,
     native: &'o mut Native,
@@ -17,7 +17,7 @@ impl<'o> TchOptimizer<'o> {
         Self { optimizer, native }
     }
 
-    /// As the optimizer's own methods do, so that tch finds nothing to add.
+    /// Adds new variables as the methods of `Optimizer` do, so that tch finds none to add by itself.
     fn admit_new(&mut self) {
         let new = self.optimizer.group_new_variables().unwrap_or_else(|error| panic!("{error}"));
         if let Some(new) = new {
@@ -50,24 +50,24 @@ forwarded! {
     step();
     /// `zero_grad`, backward, `step`.
     backward_step(loss: &Tensor);
-    /// The same, with gradients clipped by value.
+    /// `backward_step` with gradients clipped by value.
     backward_step_clip(loss: &Tensor, max: f64);
-    /// The same, with gradients clipped by norm: a host sync.
+    /// `backward_step` with gradients clipped by norm: a host sync.
     backward_step_clip_norm(loss: &Tensor, max: f64);
     /// Clips gradients by value.
     clip_grad_value(max: f64);
     /// Clips gradients by their norm: a host sync; panics without gradients.
     clip_grad_norm(max: f64);
-    /// Learning rate of all groups.
+    /// Sets the learning rate of all groups.
     set_lr(lr: f64);
-    /// Learning rate of a group.
+    /// Sets the learning rate of a group.
     set_lr_group(group: usize, lr: f64);
-    /// Momentum (beta1 for Adam and AdamW) of all groups.
+    /// Sets the momentum (beta1 for Adam and AdamW) of all groups.
     set_momentum(momentum: f64);
-    /// Momentum of a group; tch panics except for SGD.
+    /// Sets the momentum of a group; tch panics except for SGD.
     set_momentum_group(group: usize, momentum: f64);
-    /// Weight decay of all groups.
+    /// Sets the weight decay of all groups.
     set_weight_decay(weight_decay: f64);
-    /// Weight decay of a group.
+    /// Sets the weight decay of a group.
     set_weight_decay_group(group: usize, weight_decay: f64);
 }

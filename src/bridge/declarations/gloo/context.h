@@ -1,4 +1,4 @@
-// Declared, never defined here. See README.md.
+// This class is declared here, and never defined in this crate. See README.md.
 #pragma once
 
 #include <chrono>

@@ -1,2 +1,2 @@
-// Nothing of it is used. See README.md.
+// Empty: libtorch's header includes this file, but uses nothing from it. See ../README.md.
 #pragma once
