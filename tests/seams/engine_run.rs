@@ -21,7 +21,7 @@ use tch_ignite::handlers::{
     EMAHandler, EarlyStopping, Evaluate, InterruptOn, SWAHandler, TimeLimit,
 };
 use tch_ignite::loggers::{JsonLinesLogger, OutputHandler};
-use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage, Usage};
+use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage};
 use tch_ignite::optim::{Knob, Optimizer, OptimizerBuilder, lr};
 use tch_ignite::schedule::{
     AnySchedule, BatchSizeScheduler, ParamScheduler, PiecewiseLinear, ReduceLROnPlateauScheduler,
@@ -455,7 +455,8 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
     #[cfg(feature = "distributed")]
     if let Some(pg) = &pg {
         trainer.distributed(pg).agree_every(1);
-        trainer.metric_with("loss of all ranks", Mean::new(), Usage::BatchWise);
+        let each = tch_ignite::metrics::Usage::BatchWise;
+        trainer.metric_with("loss of all ranks", Mean::new(), each);
     }
 
     for event in
