@@ -21,7 +21,7 @@ use tch_ignite::handlers::{
     EMAHandler, EarlyStopping, Evaluate, InterruptOn, SWAHandler, TimeLimit,
 };
 use tch_ignite::loggers::{JsonLinesLogger, OutputHandler};
-use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage, Usage};
+use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage};
 use tch_ignite::optim::{Knob, Optimizer, OptimizerBuilder, lr};
 use tch_ignite::schedule::{
     AnySchedule, BatchSizeScheduler, ParamScheduler, PiecewiseLinear, ReduceLROnPlateauScheduler,
@@ -69,8 +69,8 @@ struct Plants {
     happened: Arc<Mutex<Vec<bool>>>,
     /// Where that is written, for the next process.
     folder: Option<PathBuf>,
-    /// The one that came last in this call of `run`.
-    last: Arc<Mutex<Option<Break>>>,
+    /// Those of this call of `run`.
+    taken: Arc<Mutex<Vec<Break>>>,
 }
 
 impl Plants {
@@ -98,7 +98,7 @@ impl Plants {
                 false => std::mem::replace(&mut self.happened.lock().unwrap()[index], true),
             };
             if !happened {
-                *self.last.lock().unwrap() = Some(*planted);
+                self.taken.lock().unwrap().push(*planted);
                 if let Some(folder) = &self.folder {
                     let happened = serde_json::to_string(&*self.happened.lock().unwrap());
                     std::fs::write(folder.join(HAPPENED), happened.unwrap()).unwrap();
@@ -455,7 +455,8 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
     #[cfg(feature = "distributed")]
     if let Some(pg) = &pg {
         trainer.distributed(pg).agree_every(1);
-        trainer.metric_with("loss of all ranks", Mean::new(), Usage::BatchWise);
+        let each = tch_ignite::metrics::Usage::BatchWise;
+        trainer.metric_with("loss of all ranks", Mean::new(), each);
     }
 
     for event in
@@ -625,10 +626,10 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
         }
         let (mut loss, weight) = world::loss(&settings, prediction, y);
         if settings.noise {
-            loss = loss * world::noise();
+            loss = &loss * world::noise();
         }
         if world::overflows(&settings, of_loss.trace.lock().unwrap().iteration) {
-            loss = loss * f64::INFINITY;
+            loss = &loss * f64::INFINITY;
         }
         match settings.weights {
             Weights::BySamples | Weights::Equally => WeightedLoss::from(loss),
@@ -754,10 +755,13 @@ fn reseed(program: &Program, folder: &Path) {
 fn in_a_process(program: &Program, life: usize, folder: &Path) -> Option<Outcome> {
     let ended = folder.join(ENDED);
     let _ = std::fs::remove_file(&ended);
+    let signals = program.breaks.iter().filter(|planted| planted.how == How::Signal).count();
     let (code, said) = start(program.ranks, life, folder);
     match read_state(&ended) {
         Ok(state) => state.value("ended").unwrap(),
         Err(_) if code == 128 + 9 => None,
+        // A second signal ends a process at once.
+        Err(_) if code == 128 + 15 && signals > 1 => None,
         Err(_) => {
             Some(Outcome { end: format!("it ended with {code}: {said}"), ..Outcome::default() })
         }
@@ -820,7 +824,7 @@ fn in_this_process(
         trace: Arc::new(Mutex::new(trace)),
         happened: Arc::new(Mutex::new(happened.clone())),
         folder: shared.map(Path::to_owned),
-        last: Arc::default(),
+        taken: Arc::default(),
     };
     let ended = live(program, life, &plants, folder);
     happened.clone_from(&plants.happened.lock().unwrap());
@@ -850,18 +854,20 @@ fn live(program: &Program, life: usize, plants: &Plants, folder: &Path) -> Ended
     }
     let budgets = budgets(program);
     for _ in 0..2 * program.breaks.len() + 4 {
-        *plants.last.lock().unwrap() = None;
+        plants.taken.lock().unwrap().clear();
         let used_up = plants.trace.lock().unwrap().budgets;
         let until = until(program, budgets[used_up]);
         let ran = trainer.run(&mut cx, data(program, loader.as_ref(), plants), until);
-        let last = *plants.last.lock().unwrap();
+        let taken = plants.taken.lock().unwrap().clone();
         match ran {
             Ok(Summary { stop: Stop::Interrupted | Stop::Signal(_), .. }) => {
-                if last.is_some_and(|last| last.then == Then::Resume) {
+                if taken.iter().any(|planted| planted.then == Then::Resume) {
                     return Ended::Resumes;
                 }
             }
-            Ok(_) if last.is_some_and(|last| last.how == How::Limit) => return Ended::Resumes,
+            Ok(_) if taken.iter().any(|planted| planted.how == How::Limit) => {
+                return Ended::Resumes;
+            }
             Ok(_) if used_up + 1 < budgets.len() => plants.trace.lock().unwrap().budgets += 1,
             Ok(Summary { stop, epochs, iterations, .. }) => {
                 return Ended::Done(end(stop == Stop::Terminated, epochs, iterations));

@@ -445,10 +445,10 @@ impl<'p> Reference<'p> {
         let prediction = world::forward(self.program.model, &self.tensors, &x);
         let (mut loss, weight) = world::loss(self.program, &prediction, &y);
         if self.program.noise {
-            loss = loss * world::noise();
+            loss = &loss * world::noise();
         }
         if world::overflows(self.program, self.iteration) {
-            loss = loss * f64::INFINITY;
+            loss = &loss * f64::INFINITY;
         }
         let weight = match self.program.weights {
             Weights::Equally => 1.,
