@@ -1,4 +1,4 @@
-//! Forward and backward of a step, with or without `DistributedDataParallel`: the rest of the crate needs no `cfg`.
+//! Forward and backward of a step, with or without `DistributedDataParallel`, so that callers need no `cfg`.
 
 use tch::{Device, Tensor};
 
