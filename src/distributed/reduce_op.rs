@@ -2,11 +2,11 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ReduceOp {
-    /// Their sum.
+    /// The sum.
     Sum,
-    /// Their mean.
+    /// The mean.
     Avg,
-    /// Their product.
+    /// The product.
     Product,
     /// The smallest.
     Min,
