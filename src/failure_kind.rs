@@ -1,18 +1,18 @@
-//! What can go wrong between processes.
+//! The kinds of failure between processes.
 
 use std::fmt;
 
-/// What went wrong between processes.
+/// The kind of a failure between processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FailureKind {
-    /// A rank did not answer within the time-out: it is frozen, late, or does something else.
+    /// A rank did not answer within the time-out: the rank is frozen, late, or does something else.
     Timeout,
-    /// A connection to another rank was closed: it has ended, or gave up because of yet another.
+    /// A connection to another rank was closed: that rank has ended, or gave up because of a third one.
     PeerLost,
     /// The store through which the ranks find each other could not be reached or used.
     Store,
-    /// The ranks are not doing the same: other operations, sizes, models, numbers of batches.
+    /// The ranks are not doing the same: they differ in operation, size, model or number of batches.
     Mismatch,
 }
 
@@ -27,7 +27,7 @@ impl fmt::Display for FailureKind {
     }
 }
 
-/// For the end of an error's text.
+/// The end of an error's text: lists the ranks that did not answer, if any.
 pub(crate) fn unanswered(missing: &[usize]) -> String {
     match missing {
         [] => String::new(),

@@ -3,14 +3,14 @@ use std::cell::Cell;
 use crate::bridge;
 use crate::error::{Error, Result};
 
-/// Calls `call`, and lists the operations in it whose result the CPU has to know, so that it waits for a GPU, by libtorch's
-/// names, in their order: values that are read (`aten::_local_scalar_dense` is `item`), results of unknown size
-/// (`aten::nonzero`, masks as indices). For tests that keep a training step free of them; like
-/// `torch.cuda.set_sync_debug_mode`, but they are found on the CPU too, where they cost nothing.
+/// Calls `call`, and lists the operations in it that make the CPU wait for a GPU, by libtorch's names and in their
+/// order: values that are read (`aten::_local_scalar_dense` is `item`) and results of unknown size (`aten::nonzero`,
+/// masks as indices). Tests can use this to keep a training step free of such waits. It resembles
+/// `torch.cuda.set_sync_debug_mode`, but also finds the operations on the CPU, where they cost nothing.
 ///
-/// Of this thread and of backward's. Not found are copies between devices, what reads the memory of a CPU tensor
-/// itself, as `Vec::try_from` does, and waits within kernels. Operations are some microseconds slower while they are
-/// watched; calls from several threads wait for each other.
+/// Operations of this thread and of the threads of backward are listed. Not found are copies between devices, reads of
+/// a CPU tensor's memory (as by `Vec::try_from`), and waits within kernels. Operations are some microseconds slower
+/// while they are watched. Calls on several threads wait for each other.
 ///
 /// ```
 /// use tch::Tensor;
@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 /// ```
 ///
 /// # Errors
-/// A call within another one.
+/// A call of `host_syncs` within another one.
 pub fn host_syncs<R>(call: impl FnOnce() -> R) -> Result<(R, Vec<String>)> {
     thread_local!(static WATCHING: Cell<bool> = const { Cell::new(false) });
     struct Watching;

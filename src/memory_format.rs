@@ -1,18 +1,17 @@
 //! Channels last (NHWC): the memory format in which libtorch's convolutions and poolings are vectorised.
 //!
-//! PyTorch's `to(memory_format=torch.channels_last)`. Shapes stay (N, C, H, W); only the order in memory
-//! changes, so a network needs no other code, but `flatten` or `reshape` where it has a `view`
-//! (`flat_view`), which other strides refuse. On the CPU it takes the pooling of small convolutional
-//! networks from scalar loops to vector ones; on CUDA it is what tensor cores want with f16 and bf16.
+//! The functions here do what PyTorch's `to(memory_format=torch.channels_last)` does. Shapes stay (N, C, H, W); only
+//! the order in memory changes. So a network needs no other code, except that it must use `flatten` or `reshape` in
+//! place of `view` (`flat_view`), which fails with these strides. On the CPU the pooling of small convolutional
+//! networks then runs in vector loops instead of scalar ones; on CUDA tensor cores need this format for f16 and bf16.
 
 use tch::Tensor;
 use tch::nn::VarStore;
 
 use crate::error::{Error, Result};
 
-/// A batch of pictures (N, C, H, W) with the channels last in memory: PyTorch's
-/// `x.to(memory_format=torch.channels_last)`. One copy, none where it is so already; an error for other
-/// than four dimensions.
+/// Brings a batch of pictures (N, C, H, W) into channels last, as PyTorch's `x.to(memory_format=torch.channels_last)`
+/// does. Any dtype and device. Copies the batch, unless it has this format already; then the result shares its memory.
 ///
 /// ```
 /// use tch::{Device, Kind, Tensor};
@@ -22,6 +21,9 @@ use crate::error::{Error, Result};
 /// assert_eq!((x.size(), x.stride()), (vec![8, 3, 32, 32], vec![3072, 1, 96, 3]));
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
+///
+/// # Errors
+/// The tensor does not have four dimensions.
 pub fn to_channels_last(tensor: &Tensor) -> Result<Tensor> {
     if tensor.dim() != 4 {
         return Err(Error::invalid(format!(
@@ -31,7 +33,8 @@ pub fn to_channels_last(tensor: &Tensor) -> Result<Tensor> {
     }
     let size = tensor.size();
     let (c, h, w) = (size[1], size[2], size[3]);
-    // The strides are set, because those of a single channel could be any and are not taken for channels last.
+    // The strides are set explicitly: with a single channel several strides describe the same memory, and libtorch
+    // recognises only these as channels last.
     let converted = || {
         let contiguous = tensor.f_permute([0, 2, 3, 1])?.f_contiguous()?;
         contiguous.f_as_strided(&size, [h * w * c, 1, w * c, c], None::<i64>)
@@ -39,9 +42,12 @@ pub fn to_channels_last(tensor: &Tensor) -> Result<Tensor> {
     converted().map_err(|error| Error::libtorch("changing the memory format", error))
 }
 
-/// Brings all parameters and buffers of four dimensions (kernels of convolutions) into channels last: PyTorch's
-/// `model.to(memory_format=torch.channels_last)`. They stay the same variables, for an optimizer too; call
-/// it before the first step, because an optimizer's state keeps the format it was made in.
+/// Brings all parameters and buffers of four dimensions (kernels of convolutions) into channels last, as PyTorch's
+/// `model.to(memory_format=torch.channels_last)` does. They stay the same variables, so an optimizer keeps them. Call
+/// this before the first step, because an optimizer's state keeps the format in which it was made.
+///
+/// # Errors
+/// libtorch cannot convert a variable (out of memory).
 pub fn channels_last_parameters(vs: &VarStore) -> Result<()> {
     let _guard = tch::no_grad_guard();
     let variables = crate::variables::variables(&vs.variables_).into_iter();
@@ -62,7 +68,7 @@ mod tests {
 
     use crate::optim::Optimizer;
 
-    /// One channel too, whose strides could be any.
+    /// Tests a single channel too, for which several strides describe the same memory.
     #[test]
     fn a_network_goes_on_with_the_channels_last() {
         for channels in [1, 3] {
@@ -80,7 +86,7 @@ mod tests {
 
     #[test]
     fn steps_are_the_loops() {
-        // Not of the generator, which other tests use at the same time.
+        // The values do not come from libtorch's generator, because other tests use it at the same time.
         let values = |shape: &[i64], seed: f64| {
             let count = shape.iter().product::<i64>();
             (Tensor::arange(count, (Kind::Float, Device::Cpu)) * 12.9898 + seed)

@@ -1,3 +1,5 @@
+//! Forward and backward of a step, with or without `DistributedDataParallel`, so that callers need no `cfg`.
+
 use tch::{Device, Tensor};
 
 #[cfg(feature = "distributed")]
@@ -5,13 +7,13 @@ use crate::distributed::{DistributedDataParallel, NoSync};
 use crate::error::Result;
 use crate::optim;
 
-/// Keeps gradients on their rank while it lives.
+/// A guard: while it lives, gradients stay on their rank.
 #[cfg(feature = "distributed")]
 pub(crate) type Local = Option<NoSync>;
 #[cfg(not(feature = "distributed"))]
 pub(crate) type Local = ();
 
-/// Forward and backward of a step, by a `DistributedDataParallel` where there is one.
+/// Runs forward and backward of a step, through a `DistributedDataParallel` if there is one.
 #[derive(Debug, Default)]
 pub(crate) struct Parallel {
     #[cfg(feature = "distributed")]
@@ -24,7 +26,7 @@ impl Parallel {
         Self { ddp: Some(ddp) }
     }
 
-    /// Until it is dropped, gradients stay here.
+    /// Returns a guard: until it is dropped, gradients stay on this rank.
     #[cfg(feature = "distributed")]
     pub(crate) fn no_sync(&self) -> Local {
         self.ddp.as_ref().map(DistributedDataParallel::no_sync)
@@ -33,8 +35,8 @@ impl Parallel {
     #[cfg(not(feature = "distributed"))]
     pub(crate) fn no_sync(&self) -> Local {}
 
-    /// Whether gradients are averaged over several ranks whose weights can be exchanged: not with ranks in Python, which
-    /// send none.
+    /// Whether gradients are averaged over several ranks, and the ranks can exchange the weights of their batches.
+    /// False with ranks in Python, which send no weights.
     pub(crate) fn is_shared(&self) -> bool {
         #[cfg(feature = "distributed")]
         if let Some(ddp) = &self.ddp {
@@ -52,7 +54,7 @@ impl Parallel {
         false
     }
 
-    /// Makes a tensor the sum over all ranks, and returns their number.
+    /// Sums a tensor over all ranks, in place, and returns the number of ranks.
     pub(crate) fn sum(&self, tensor: &Tensor) -> Result<u64> {
         #[cfg(feature = "distributed")]
         if let Some(ddp) = &self.ddp {
@@ -62,7 +64,7 @@ impl Parallel {
         Ok(1)
     }
 
-    /// Where the parameters are, if ranks share them.
+    /// The device of the parameters of the data-parallel model; the CPU if there is none.
     pub(crate) fn device(&self) -> Device {
         #[cfg(feature = "distributed")]
         if let Some(ddp) = &self.ddp {
@@ -87,7 +89,7 @@ impl Parallel {
         optim::backward(loss)
     }
 
-    /// Averages gradients that stayed here.
+    /// Averages gradients that stayed on this rank over all ranks.
     pub(crate) fn reduce_gradients(&self) -> Result<()> {
         #[cfg(feature = "distributed")]
         if let Some(ddp) = &self.ddp {

@@ -1,4 +1,4 @@
-//! A ready context for supervised learning, with its training and evaluation steps.
+//! A ready-made context for supervised learning, with its training and evaluation steps.
 
 use std::sync::PoisonError;
 
@@ -21,11 +21,11 @@ use crate::state::{Gradients, StateDict, Stateful};
 
 type LossFn = Box<dyn Fn(&Tensor, &Tensor) -> WeightedLoss + Send>;
 
-/// A model, its optimizer and a loss: the context of small programs.
+/// A model, its optimizer and a loss. Small programs use this as the context of their engines.
 pub struct Supervised<N> {
     /// The model.
     pub net: N,
-    /// Its optimizer.
+    /// The optimizer of the model's parameters.
     pub optimizer: Optimizer,
     loss: LossFn,
     autocast: Option<Kind>,
@@ -33,19 +33,21 @@ pub struct Supervised<N> {
     accumulator: GradientAccumulator,
     max_norm: Option<f64>,
     max_value: Option<f64>,
+    /// The norm of the gradients before the last clipping by norm; `None` until there was one.
     grad_norm: Option<Tensor>,
-    /// The shape of the last batch of one sample with which batch normalisation worked.
+    /// The shape of the last batch of one sample that passed the check of batch normalisation, so that it need not be
+    /// checked again.
     single: Option<Vec<i64>>,
 }
 
 impl<N: ModuleT> Supervised<N> {
-    /// `loss(y_pred, y)` gives one value, such as `|y_pred, y| y_pred.cross_entropy_for_logits(y)`, the mean over the
-    /// samples of the batch.
+    /// Makes a context. `loss(y_pred, y)` returns a scalar, the mean over the samples of the batch, such as
+    /// `|y_pred, y| y_pred.cross_entropy_for_logits(y)`.
     ///
-    /// Where batches share a step, by [`accumulate`](Self::accumulate) or among ranks, each counts by its samples: the first
-    /// dimension of the input. A loss that is a mean over something else returns `(loss, weight)`, where the
-    /// [`Weight`] says over how much: a number, or a tensor, which is not read on a GPU. Then the gradient is that of one
-    /// large batch:
+    /// If batches share a step, by [`accumulate`](Self::accumulate) or among ranks, each counts by its number of
+    /// samples: the first dimension of the input. A loss that is a mean over other units returns `(loss, weight)`,
+    /// where the [`Weight`] is the number of units: a number, or a tensor, which is not read on a GPU. Then the
+    /// gradient is that of one large batch:
     ///
     /// ```
     /// # use tch::{Device, Kind, nn};
@@ -84,45 +86,51 @@ impl<N: ModuleT> Supervised<N> {
         }
     }
 
-    /// Forward and loss under [`autocast`] to f16 or bf16, in training and evaluation.
+    /// Runs forward and loss under [`autocast`] to `kind`, f16 or bf16, in training; in evaluation the forward alone.
     pub fn autocast(mut self, kind: Kind) -> Self {
         self.autocast = Some(kind);
         self
     }
 
-    /// Gives the network its pictures with the channels last in memory: [`crate::memory_format`]. Bring the
-    /// parameters there too, with [`channels_last_parameters`](crate::memory_format::channels_last_parameters).
-    /// Inputs of other than four dimensions are then an error.
+    /// Brings the inputs (pictures of shape (N, C, H, W)) into channels last before the network gets them: see
+    /// [`crate::memory_format`]. Convert the parameters too, with
+    /// [`channels_last_parameters`](crate::memory_format::channels_last_parameters). Steps are then errors for inputs
+    /// that do not have four dimensions.
     pub fn channels_last(mut self) -> Self {
         self.channels_last = true;
         self
     }
 
-    /// Scales the loss, and skips steps with gradients that are not finite. Keep a clone to read and save it.
+    /// Scales the loss, and skips steps with gradients that are not finite. Keep a clone of the scaler to read its
+    /// scale.
     pub fn grad_scaler(mut self, scaler: GradScaler) -> Self {
         self.accumulator = self.accumulator.grad_scaler(scaler);
         self
     }
 
-    /// One step for every `steps` batches, with the gradient of one batch that has all their samples (or whatever the
-    /// loss is a mean over: see [`new`](Self::new)). The last window of an epoch may be shorter, and so may one that is cut
-    /// short by a budget, `terminate`, or a batch that is lost to an error: the step is that of the batches there were.
-    /// See [`Accumulation`] and [`GradientAccumulator`].
+    /// Makes one step for every `steps` batches, with the gradient of one batch of all their samples (or other units of
+    /// the loss: see [`new`](Self::new)). A window may be shorter at the end of an epoch, or if a budget, `terminate`
+    /// or a batch that is lost to an error cuts it short: then the step is that of the remaining batches. See
+    /// [`Accumulation`] and [`GradientAccumulator`].
+    ///
+    /// # Errors
+    /// `steps` is 0.
     pub fn accumulate(mut self, steps: u64) -> Result<Self> {
         self.accumulator.set_steps(Accumulation::new(steps)?);
         Ok(self)
     }
 
-    /// Batches that share a step, by accumulation or among ranks, count the same whatever their size, as in torch's
-    /// DistributedDataParallel: the step is that of the mean of their losses. Spares ranks an exchange in each step.
+    /// Makes batches that share a step, by accumulation or among ranks, count the same whatever their size, as in
+    /// torch's DistributedDataParallel: the step is that of the mean of their losses. Ranks then need no exchange of
+    /// weights.
     pub fn equal_weights(mut self) -> Self {
         self.accumulator = self.accumulator.equal_weights();
         self
     }
 
-    /// Trains as one of several processes: forward and backward through this, gradients sent once for each window of
-    /// accumulation. Evaluation does not go through it. Ranks with batches of different size are weighed, which costs an
-    /// exchange of one number for each step: see [`GradientAccumulator::data_parallel`].
+    /// Trains as one of several processes: forward and backward run through `ddp`, which sends the gradients once for
+    /// each window of accumulation. Evaluation does not use `ddp`. Ranks are weighed by the sizes of their batches,
+    /// which costs an exchange of one number for each step: see [`GradientAccumulator::data_parallel`].
     #[cfg(feature = "distributed")]
     pub fn data_parallel(mut self, ddp: crate::distributed::DistributedDataParallel) -> Self {
         self.accumulator = self.accumulator.data_parallel(ddp);
@@ -135,34 +143,40 @@ impl<N: ModuleT> Supervised<N> {
         self
     }
 
-    /// Brings every element of the gradients between `-max` and `max` before the step, and before clipping
-    /// by norm.
+    /// Limits every element of the gradients to `-max` to `max` before the step, and before clipping by norm.
     pub fn clip_grad_value(mut self, max: f64) -> Self {
         self.max_value = Some(max);
         self
     }
 
-    /// The norm of the gradients before the last clipping by norm, on its device.
+    /// The norm of the gradients before the last clipping by norm, a tensor of one element on the gradients' device;
+    /// `None` until there was one.
     pub fn grad_norm(&self) -> Option<&Tensor> {
         self.grad_norm.as_ref()
     }
 
-    /// Forward in training mode, loss, backward, one step of the optimizer, with what was asked for of
-    /// autocast, scaling, accumulation and clipping. Returns the loss, detached and on its device, whole
-    /// also where it is divided for accumulation: no host sync.
+    /// Runs forward in training mode, the loss, backward, and a step of the optimizer, with the options for autocast,
+    /// scaling, accumulation and clipping. Returns the loss as the loss function gave it (not divided for
+    /// accumulation), detached and on its device. No host sync.
     ///
-    /// A batch of one sample that leaves a layer of batch normalisation with one value for each channel is an error, as in
-    /// PyTorch, before anything has changed: its running variance would be NaN for ever. It names the layers.
+    /// With accumulation each `steps`-th call makes a step. Use [`train_step_in`](Self::train_step_in) where the end of
+    /// an epoch may cut a window short.
     ///
-    /// With accumulation each `steps`-th call steps; [`train_step_in`](Self::train_step_in) knows about the
-    /// end of an epoch.
+    /// # Errors
+    /// A batch of one sample that leaves a layer of batch normalisation with a single value for each channel, as in
+    /// PyTorch, because the running variance would be NaN for ever; the error names the layers, and parameters and
+    /// running averages are unchanged. Also the errors of [`GradientAccumulator::backward`] and [`Optimizer::step`],
+    /// and an input without four dimensions after [`channels_last`](Self::channels_last).
     pub fn train_step(&mut self, batch: Batch) -> anyhow::Result<Tensor> {
         let window = self.accumulator.next_window();
         self.train_step_in(batch, window)
     }
 
-    /// [`train_step`](Self::train_step) for a batch that has this place in its window. Where batches of another window
-    /// wait, because its last one was lost, there is a step for them first.
+    /// [`train_step`](Self::train_step) for a batch that has this place in its window. If batches of another window
+    /// wait, because its last batch was lost to an error, a step is made for them first.
+    ///
+    /// # Errors
+    /// The errors of [`train_step`](Self::train_step).
     pub fn train_step_in(&mut self, (x, y): Batch, window: Window) -> anyhow::Result<Tensor> {
         while self.accumulator.begin(&self.optimizer, window)? {
             self.update()?;
@@ -195,13 +209,15 @@ impl<N: ModuleT> Supervised<N> {
         Ok(loss.f_detach()?)
     }
 
+    /// Whether the store has a layer of batch normalisation, by the names of the variables.
     fn has_batch_norm(&self) -> bool {
         let variables = self.optimizer.variables();
         let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
         variables.named_variables.keys().any(|name| name.ends_with("running_var"))
     }
 
-    /// Refuses a batch of which layers of batch normalisation got one value for each channel.
+    /// Refuses a batch if layers of batch normalisation (given by their running variances) got a single value for each
+    /// channel.
     fn check_single(&self, running_variances: &[TensorId]) -> Result<()> {
         if running_variances.is_empty() {
             return Ok(());
@@ -223,8 +239,11 @@ impl<N: ModuleT> Supervised<N> {
         )))
     }
 
-    /// Steps for batches that wait for the end of their window, if there are any: at the end of an epoch
-    /// whose length was not known, or of a run or an epoch that was left early. Says whether there were.
+    /// Makes a step for batches that wait for the end of their window, and returns whether there were any. Call this at
+    /// the end of an epoch whose length was not known, and after a run or an epoch that ended early.
+    ///
+    /// # Errors
+    /// The errors of [`GradientAccumulator::finish`] and [`Optimizer::step`].
     pub fn finish_window(&mut self) -> anyhow::Result<bool> {
         let waited = self.accumulator.finish(&self.optimizer)?;
         if waited {
@@ -233,6 +252,7 @@ impl<N: ModuleT> Supervised<N> {
         Ok(waited)
     }
 
+    /// Clips the gradients, makes a step of the optimizer, and updates the scaler.
     fn update(&mut self) -> anyhow::Result<()> {
         let scaler = self.accumulator.scaler();
         if let Some(max) = self.max_value {
@@ -259,7 +279,10 @@ impl<N: ModuleT> Supervised<N> {
         if self.channels_last { to_channels_last(&x) } else { Ok(x) }
     }
 
-    /// Forward in evaluation mode, without gradients.
+    /// Runs forward in evaluation mode, without gradients. Returns the model's output with the target.
+    ///
+    /// # Errors
+    /// An input without four dimensions after [`channels_last`](Self::channels_last).
     pub fn eval_step(&mut self, (x, y): Batch) -> anyhow::Result<Prediction> {
         let _guard = tch::no_grad_guard();
         let x = self.formatted(x)?;
@@ -272,7 +295,8 @@ impl<N: ModuleT> Supervised<N> {
     }
 }
 
-/// The scaler, and gradients that wait for a step. Model and optimizer are tracked by name.
+/// The state holds the scaler, the last norm of the gradients, and gradients that wait for a step. The model and the
+/// optimizer are not in it: track them by name.
 impl<N> Stateful for Supervised<N> {
     fn state_dict(&self) -> Result<StateDict> {
         let mut state = Stateful::state_dict(&self.accumulator)?;
@@ -315,10 +339,10 @@ impl<N> Supervised<N> {
     }
 }
 
-/// A trainer with [`Supervised::train_step`]: ignite's `create_supervised_trainer`. It fires
-/// [`OPTIMIZER_STEPPED`] and [`WINDOW_COMPLETED`], and steps for what is left of a window where an epoch ends, is left
-/// by `terminate_epoch`, or the run is left by `terminate` or a budget. Checkpoints hold the scaler's state and, within a
-/// window, the gradients.
+/// A trainer with [`Supervised::train_step_in`]: ignite's `create_supervised_trainer`. It fires [`OPTIMIZER_STEPPED`]
+/// and [`WINDOW_COMPLETED`], and makes a step for the batches that are left of a window when an epoch ends, or when
+/// `terminate_epoch`, `terminate` or a budget ends it early. Checkpoints hold the scaler's state and, within a window,
+/// the gradients.
 pub fn create_supervised_trainer<'a, N: ModuleT + 'a>() -> Trainer<'a, Supervised<N>> {
     let mut trainer = Engine::new(|cx: &mut Supervised<N>, engine: &mut Trainer<'a, _>, batch| {
         let window = cx.accumulator.window_of(engine);
@@ -333,10 +357,10 @@ pub fn create_supervised_trainer<'a, N: ModuleT + 'a>() -> Trainer<'a, Supervise
     });
     trainer.track_context().track_output();
     trainer.context_has_no_model();
-    // Names of the crate's own, registered once: this cannot fail, and if it did, firing would say so.
+    // Registering two names of the crate in a new engine cannot fail. If it did, firing the events would be an error.
     let _ = trainer.register_events([OPTIMIZER_STEPPED, WINDOW_COMPLETED]);
     trainer.on(Event::Started, |cx: &mut Supervised<N>, engine| {
-        // Not where a state with its gradients was loaded.
+        // At iteration 0 nothing was loaded. After loading a state, the batches that wait belong to this run.
         if engine.state.iteration == 0
             && let dropped @ 1.. = cx.accumulator.drop_pending()
         {
@@ -351,7 +375,7 @@ pub fn create_supervised_trainer<'a, N: ModuleT + 'a>() -> Trainer<'a, Supervise
     trainer
 }
 
-/// Steps for what waits of a window, and tells of it.
+/// Makes a step for the batches that wait, if there are any, and fires the events of a completed window.
 fn finish_window<N: ModuleT>(
     cx: &mut Supervised<N>,
     engine: &mut Trainer<'_, Supervised<N>>,
@@ -362,6 +386,7 @@ fn finish_window<N: ModuleT>(
     Ok(())
 }
 
+/// Fires the events of a completed window; `OPTIMIZER_STEPPED` only if the scaler did not skip the step.
 fn fire_updated<N: ModuleT>(
     cx: &mut Supervised<N>,
     engine: &mut Trainer<'_, Supervised<N>>,

@@ -1,8 +1,8 @@
-//! The one walk over the variables of a store.
+//! Lists the variables of a store. Everything in the crate that needs them uses this module.
 //!
-//! tch lists a tensor once for each name it was added under, so a program that ties weights has it twice.
-//! Here a tensor is one variable, whatever names it has, as for PyTorch's `named_parameters`. Tensors that
-//! share memory without being the same tensor (views) are variables of their own, as there.
+//! tch lists a tensor once for each name under which it was added, so a program that ties weights has it twice. Here a
+//! tensor is one variable, however many names it has, as in PyTorch's `named_parameters`. Tensors that share memory but
+//! are not the same tensor (views) are separate variables, also as in PyTorch.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -15,29 +15,29 @@ use crate::bridge::TensorId;
 /// A variable of a store.
 #[derive(Debug)]
 pub(crate) struct Variable {
-    /// The first of its names in alphabetical order; empty where the store has no name for it.
+    /// The first of the variable's names in alphabetical order; empty if the store has no name for it.
     pub(crate) name: String,
-    /// Its other names, sorted.
+    /// The other names, sorted.
     pub(crate) other_names: Vec<String>,
     pub(crate) tensor: Tensor,
-    /// Whether it is a parameter; otherwise it is a buffer.
+    /// True for a parameter, false for a buffer.
     pub(crate) trainable: bool,
 }
 
 impl Variable {
-    /// All its names, sorted.
+    /// All names of the variable, sorted.
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         std::iter::once(&self.name).chain(&self.other_names).map(String::as_str)
     }
 }
 
-/// The variables of a store, each once: parameters in the order in which they were made, then buffers by
-/// name, because the store has no order for them.
+/// The variables of a store, each once: first the parameters in the order in which they were made, then the buffers
+/// sorted by name, because the store keeps no order of buffers.
 pub(crate) fn variables(store: &Mutex<Variables>) -> Vec<Variable> {
     variables_in(&store.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// The same, of a store that is locked already.
+/// [`variables`] of a store that is locked already.
 pub(crate) fn variables_in(store: &Variables) -> Vec<Variable> {
     let mut named: Vec<_> = store.named_variables.iter().collect();
     named.sort_unstable_by_key(|(name, _)| *name);
@@ -56,7 +56,7 @@ pub(crate) fn variables_in(store: &Variables) -> Vec<Variable> {
             by_name.push(Some(buffer(parameter, String::new())));
             by_name.len() - 1
         });
-        // It is taken already where the store lists it again.
+        // If the store lists a parameter again, its entry was taken the first time.
         if let Some(variable) = by_name[place].take() {
             all.push(Variable { trainable: true, ..variable });
         }
@@ -69,7 +69,7 @@ fn buffer(tensor: &Tensor, name: String) -> Variable {
     Variable { name, other_names: vec![], tensor: tensor.shallow_clone(), trainable: false }
 }
 
-/// Whether the parameters were moved to another store, as by `VarStore::merge`, which leaves the names here.
+/// Whether the parameters were moved to another store by `VarStore::merge`, which leaves their names in this one.
 pub(crate) fn were_moved(store: &Variables) -> bool {
     store.trainable_variables.is_empty()
         && store.named_variables.values().any(|tensor| tensor.requires_grad())

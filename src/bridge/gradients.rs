@@ -107,7 +107,7 @@ impl Native {
         })
     }
 
-    /// Brings every element of the gradients between `-max` and `max`, in place.
+    /// Limits every element of the gradients to `-max` to `max`, in place.
     pub(crate) fn clip_value(&mut self, groups: &[usize], max: f64) -> Result<(), BridgeError> {
         // SAFETY: see above.
         checked(|error| unsafe {
@@ -138,7 +138,7 @@ impl Native {
         })
     }
 
-    /// 1 where a gradient has an element that is not finite, else 0: one f32 element on their device.
+    /// 1 if a gradient has an element that is not finite, else 0: one f32 element on the gradients' device.
     pub(crate) fn found_inf(&mut self, groups: &[usize]) -> Result<Tensor, BridgeError> {
         let mut found = null_mut();
         // SAFETY: see above.

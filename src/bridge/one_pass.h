@@ -42,7 +42,7 @@ enum class Rule : int {
   Scale,
   // p = p between -k[0] and k[0]; a NaN stays
   Clamp,
-  // p and a change places
+  // p and a exchange their values
   Swap,
 };
 

@@ -36,8 +36,8 @@ struct Plan {
     std::unique_ptr<torch::optim::OptimizerParamState> made;  // new state for a first step; commit() hands it over
   };
 
-  // What the tasks of the last step were built from. If the next step finds everything unchanged, it uses those tasks
-  // again.
+  // The data from which the tasks of the last step were built. If the next step finds all of it unchanged, it uses
+  // those tasks again.
   struct Known {
     // Data of all tasks that share one entry of numbers in the pass; both have the same index.
     struct Shared {

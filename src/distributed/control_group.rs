@@ -5,9 +5,10 @@ use crate::error::Result;
 
 /// Small messages between all ranks of a group: [`ProcessGroup::control`]. Clones share the group.
 ///
-/// Each call first compares what all ranks are calling. If that differs all get [`FailureKind::Mismatch`](crate::failure_kind::FailureKind::Mismatch), which names
-/// ranks and calls, and the group can still be used. A call is one exchange of 512 bytes with every rank, 0.3 ms
-/// between two processes of one machine; messages above about 360 bytes take a second one.
+/// Each call first compares which call all ranks make. If the calls differ, all ranks get a
+/// [`FailureKind::Mismatch`](crate::failure_kind::FailureKind::Mismatch), which names ranks and calls, and the group
+/// can still be used. A call is one exchange of 512 bytes with every rank, 0.3 ms between two processes of one machine;
+/// messages above about 360 bytes need a second exchange. In a job with ranks in Python all calls are errors.
 #[derive(Debug, Clone)]
 pub struct ControlGroup {
     pg: ProcessGroup,
@@ -18,11 +19,11 @@ impl ControlGroup {
         Self { pg }
     }
 
-    /// Makes the values those of all ranks, reduced: as many on all ranks. They are folded in the order of the ranks, so
-    /// that all ranks get the same bits.
+    /// Reduces values over all ranks, element by element and in place. All ranks pass the same number of values. The
+    /// values are combined in the order of the ranks, so that all ranks get the same bits.
     ///
     /// # Errors
-    /// Mismatch, if ranks pass another number of values or another reduction.
+    /// A mismatch, if ranks pass different numbers of values or different reductions; [`Error::Distributed`].
     pub fn all_reduce_f64(&self, values: &mut [f64], op: ReduceOp) -> Result<()> {
         let Some(turn) = self.pg.turn("all_reduce_f64")? else { return Ok(()) };
         let own: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -38,7 +39,8 @@ impl ControlGroup {
         Ok(())
     }
 
-    /// The bytes of all ranks, in their order. They may differ in length; all are sent as long as the longest.
+    /// The bytes of all ranks, in the order of the ranks. Their lengths may differ; each message is padded to the
+    /// longest one when it is sent.
     ///
     /// ```
     /// # use tch_ignite::distributed::ProcessGroup;
@@ -47,6 +49,9 @@ impl ControlGroup {
     /// assert_eq!(names.len(), pg.world_size());
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
+    ///
+    /// # Errors
+    /// A mismatch, if another rank makes a different call; [`Error::Distributed`].
     pub fn all_gather_bytes(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
         match self.pg.turn("all_gather_bytes")? {
             Some(turn) => turn.exchange("all_gather_bytes", bytes),
@@ -54,7 +59,7 @@ impl ControlGroup {
         }
     }
 
-    /// The bytes of all ranks, which all name the same occasion.
+    /// The bytes of all ranks. All ranks must pass the same `occasion`, which names the call in errors.
     pub(crate) fn exchange(&self, occasion: &str, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
         match self.pg.turn(occasion)? {
             Some(turn) => turn.exchange(occasion, bytes),
@@ -62,7 +67,11 @@ impl ControlGroup {
         }
     }
 
-    /// The bytes of rank `root`; those of other ranks are not looked at.
+    /// The bytes that rank `root` passes. The bytes of other ranks are ignored.
+    ///
+    /// # Errors
+    /// There is no rank `root`; a mismatch, if another rank makes a different call;
+    /// [`Error::Distributed`].
     pub fn broadcast_bytes(&self, bytes: &[u8], root: usize) -> Result<Vec<u8>> {
         self.pg.check_rank(root)?;
         let Some(turn) = self.pg.turn("broadcast_bytes")? else { return Ok(bytes.to_vec()) };
@@ -71,7 +80,10 @@ impl ControlGroup {
         Ok(all.swap_remove(root))
     }
 
-    /// Waits until all ranks are here.
+    /// Waits until all ranks have called this.
+    ///
+    /// # Errors
+    /// A mismatch, if another rank makes a different call; [`Error::Distributed`].
     pub fn barrier(&self) -> Result<()> {
         match self.pg.turn("barrier")? {
             Some(turn) => turn.exchange("barrier", &[]).map(drop),
@@ -79,10 +91,10 @@ impl ControlGroup {
         }
     }
 
-    /// Makes sure that all ranks have the same number of something, such as batches in an epoch.
+    /// Checks that all ranks have the same number of something, such as batches in an epoch.
     ///
     /// # Errors
-    /// Mismatch, which names the number of each rank.
+    /// A mismatch, which names the number of each rank; [`Error::Distributed`].
     ///
     /// ```
     /// # use tch_ignite::distributed::ProcessGroup;

@@ -14,20 +14,22 @@ use crate::optim;
 use crate::variables;
 use crate::variables::Variable;
 
-/// How gradients travel between ranks.
+/// The format in which gradients travel between ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Compression {
-    /// In their own type.
+    /// Gradients travel in their own dtype.
     #[default]
     None,
-    /// As f16, divided by the number of ranks before they are added: half the bytes, and gradients below 6e-8 are lost.
+    /// f16, divided by the number of ranks before they are added: half the bytes of f32, and gradients below 6e-8 are
+    /// lost.
     Fp16,
-    /// As bf16, likewise: half the bytes, the range of f32, 8 bits of precision.
+    /// bf16, divided by the number of ranks before they are added: half the bytes and the full range of f32, with 8
+    /// bits of precision.
     Bf16,
 }
 
-/// How a model is made parallel; the same on all ranks. The defaults are torch's.
+/// Options of a [`DistributedDataParallel`]. All ranks use the same. The defaults are torch's.
 ///
 /// ```
 /// use tch_ignite::distributed::DdpOptions;
@@ -51,8 +53,8 @@ impl Default for DdpOptions {
 }
 
 impl DdpOptions {
-    /// Buckets of 25 MiB, the first, which leaves first, of 1 MiB; buffers follow rank 0; every parameter has a gradient in
-    /// each backward.
+    /// The defaults: buckets of 25 MiB, but 1 MiB for the first one that is sent; buffers follow rank 0; every
+    /// parameter must get a gradient in each backward.
     pub fn new() -> Self {
         Self {
             find_unused_parameters: false,
@@ -63,41 +65,44 @@ impl DdpOptions {
         }
     }
 
-    /// Looks through the graph after each forward for parameters that take no part; they then need no gradient. One that
-    /// is used on some ranks has a gradient on all; one that is used on none stays without. Costs a walk over the graph
-    /// and a small collective for each step. Without it, a parameter without a gradient is an error at the next forward.
+    /// Searches the graph after each forward for parameters that take no part in it; these then need no gradient. A
+    /// parameter that is used on some ranks gets a gradient on all; one that is used on no rank gets none. Costs a walk
+    /// over the graph and a small collective for each step. Without this option, a parameter without a gradient is an
+    /// error at the next forward.
     pub fn find_unused_parameters(mut self, on: bool) -> Self {
         self.find_unused_parameters = on;
         self
     }
 
-    /// MiB of gradients that travel together; they leave as soon as the last of them is computed, while backward goes on.
-    /// In the first step all travel together.
+    /// Sets how many MiB of gradients travel together in a bucket. A bucket is sent as soon as its last gradient is
+    /// computed, while backward goes on. In the first step all gradients travel together, unless
+    /// [`find_unused_parameters`](Self::find_unused_parameters) is on.
     pub fn bucket_cap_mb(mut self, megabytes: f64) -> Self {
         self.bucket_cap_mb = Some(megabytes);
         self
     }
 
-    /// Gradients are views into the buckets: their memory once instead of twice, and a copy less. Then tch's own
-    /// `zero_grad` panics; those of [`Optimizer`](crate::optim::Optimizer) and [`DistributedDataParallel::backward`]
-    /// work.
+    /// Makes gradients views into the buckets, which saves a copy and half of their memory. Then tch's own `zero_grad`
+    /// panics; the `zero_grad` of [`Optimizer`](crate::optim::Optimizer) works.
     pub fn gradient_as_bucket_view(mut self, on: bool) -> Self {
         self.gradient_as_bucket_view = on;
         self
     }
 
-    /// Whether all ranks get rank 0's buffers (running averages of batch normalisation) before each forward.
+    /// Says whether all ranks get rank 0's buffers (running averages of batch normalisation) before a forward: true
+    /// unless given.
     pub fn broadcast_buffers(mut self, on: bool) -> Self {
         self.broadcast_buffers = on;
         self
     }
 
-    /// How gradients travel.
+    /// Sets the format in which gradients travel.
     pub fn compression(mut self, compression: Compression) -> Self {
         self.compression = compression;
         self
     }
 
+    /// The options for libtorch's reducer; an error if the size of buckets is not possible.
     fn checked(&self) -> Result<ReducerOptions> {
         let megabytes = self.bucket_cap_mb.unwrap_or(25.);
         let bytes = megabytes * 1024. * 1024.;
@@ -122,15 +127,15 @@ impl DdpOptions {
     }
 }
 
-/// A model that several processes train as one: after backward each gradient is the mean over all ranks, so that
-/// steps, clipping, scaling and averages of the weights work as they are, with the same bits on all ranks. It is
-/// libtorch's own reducer, with torch's order of calls; gradients travel while backward goes on.
+/// A model that several processes train as one. After backward each gradient is the mean over all ranks, so steps,
+/// clipping, scaling and averages of the weights work without a change, with the same bits on all ranks. libtorch's own
+/// reducer does this, called in torch's order; gradients travel while backward goes on.
 ///
-/// Clones share one model. Where the loss is a mean over the local batch, and local batches are of one size, a step is
-/// that of one process with the joined batch. For batches of different size, or a mean over tokens with padding,
-/// [`GradientAccumulator::data_parallel`](crate::GradientAccumulator::data_parallel) and
-/// [`Supervised::data_parallel`](crate::supervised::Supervised::data_parallel) weigh the ranks. In a group of one everything is
-/// as without it.
+/// Clones share one model. If the loss is a mean over the local batch, and all local batches have one size, a step
+/// equals that of one process with the joined batch. For batches of different sizes, or a mean over tokens with
+/// padding, [`GradientAccumulator::data_parallel`](crate::GradientAccumulator::data_parallel) and
+/// [`Supervised::data_parallel`](crate::supervised::Supervised::data_parallel) weigh the ranks. In a group of one it
+/// changes nothing.
 ///
 /// ```
 /// use tch::nn::{self, Module};
@@ -164,17 +169,18 @@ pub struct DistributedDataParallel {
 struct Shared {
     /// `None` in a group of one.
     reducer: Option<Reducer>,
-    // After the reducer, which uses it.
+    // Declared after the reducer, which uses the group, so that the group is dropped later.
     pg: ProcessGroup,
     variables: Arc<Mutex<Variables>>,
-    /// How many parameters the store listed when this was made, a tied one for each of its names.
+    /// The number of parameters that the store listed when this was made. A tied parameter counts once for each name.
     listed: usize,
+    /// The number of parameters, for `Debug`.
     parameters: usize,
-    /// How many `NoSync` there are.
+    /// The number of `NoSync` guards that live.
     no_sync: AtomicUsize,
 }
 
-// For contexts that move to other threads.
+// Contexts with a DistributedDataParallel may move to other threads.
 const _: () = {
     const fn shared<T: Send + Sync + Clone>() {}
     shared::<DistributedDataParallel>();
@@ -184,12 +190,12 @@ const FORWARD: &str = "DistributedDataParallel::forward";
 const BACKWARD: &str = "DistributedDataParallel::backward";
 
 impl DistributedDataParallel {
-    /// Makes the model of this store parallel: all ranks get the parameters and buffers of rank 0. Loads, casts and moves
-    /// of the model come before.
+    /// Makes the model of this store parallel, and gives all ranks the parameters and buffers of rank 0. Load, cast or
+    /// move the model before.
     ///
     /// # Errors
-    /// Mismatch, which names the first parameter or buffer that differs; no parameter requires a gradient; an option that
-    /// cannot be.
+    /// A mismatch, which names the first parameter or buffer that differs; no parameter requires a gradient; an option
+    /// that is not possible; [`Error::Distributed`].
     pub fn new(pg: &ProcessGroup, vs: &VarStore, options: DdpOptions) -> Result<Self> {
         const OP: &str = "DistributedDataParallel::new";
         let options = options.checked()?;
@@ -216,16 +222,16 @@ impl DistributedDataParallel {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// The group.
+    /// The group of the processes that train the model.
     pub fn process_group(&self) -> &ProcessGroup {
         &self.shared.pg
     }
 
-    /// Calls `forward`, in training, and makes the backward that follows reduce the gradients. Where buffers follow rank 0
-    /// they are sent before. A forward without a backward is fine.
+    /// Calls `forward` for training, and prepares the reduction of gradients in the backward that follows. If buffers
+    /// follow rank 0, they are sent first. A forward without a backward is allowed.
     ///
     /// # Errors
-    /// A parameter had no gradient in the backward before (see [`DdpOptions::find_unused_parameters`]); variables were
+    /// A parameter got no gradient in the backward before (see [`DdpOptions::find_unused_parameters`]); variables were
     /// added to the store; [`Error::Distributed`].
     pub fn forward<R: Outputs>(&self, forward: impl FnOnce() -> R) -> Result<R> {
         let Shared { reducer, variables, listed: then, .. } = &*self.shared;
@@ -244,8 +250,11 @@ impl DistributedDataParallel {
         Ok(outputs)
     }
 
-    /// Backward from the scalar `loss`, made by a forward in [`forward`](Self::forward), with the gradients averaged over all
-    /// ranks at its end. tch's own `backward` does the same, but panics where this returns [`Error::Distributed`].
+    /// Runs backward from the scalar `loss`, which a forward in [`forward`](Self::forward) has made, and averages the
+    /// gradients over all ranks. tch's own `backward` does the same, but panics on errors.
+    ///
+    /// # Errors
+    /// The loss is undefined, no scalar, or has no graph; [`Error::Distributed`].
     pub fn backward(&self, loss: &Tensor) -> Result<()> {
         let Some(reducer) = &self.shared.reducer else { return optim::backward(loss) };
         if !loss.defined() {
@@ -254,8 +263,8 @@ impl DistributedDataParallel {
         self.call(BACKWARD, || reducer.backward(loss))
     }
 
-    /// While the guard lives, forwards and backwards add up gradients without sending them, as accumulation needs them
-    /// for all but the last batch of a window. Both forward and backward of a batch must be within.
+    /// While the guard lives, backward adds up gradients without sending them. Accumulation needs this for all batches
+    /// of a window but the last. Both forward and backward of a batch must run while the guard lives.
     ///
     /// ```
     /// # use tch::nn::{self, Module};
@@ -279,8 +288,11 @@ impl DistributedDataParallel {
         NoSync { ddp: self.clone() }
     }
 
-    /// Averages the gradients over all ranks now: for what [`no_sync`](Self::no_sync) left behind at the end of an epoch.
-    /// Parameters without a gradient are passed over, so they must be the same on all ranks.
+    /// Averages the gradients over all ranks now. Use this for gradients that [`no_sync`](Self::no_sync) kept on their
+    /// rank, at the end of an epoch. Parameters without a gradient are skipped, so they must be the same on all ranks.
+    ///
+    /// # Errors
+    /// The errors of [`ProcessGroup::all_reduce`].
     pub fn reduce_gradients(&self) -> Result<()> {
         let Shared { reducer, variables, pg, .. } = &*self.shared;
         if reducer.is_none() {
@@ -296,40 +308,44 @@ impl DistributedDataParallel {
         pg.all_reduce(&gradients, ReduceOp::Avg)
     }
 
-    /// Whether there are other ranks.
+    /// Whether there are other ranks, with which gradients are averaged.
     pub(crate) fn reduces(&self) -> bool {
         self.shared.reducer.is_some()
     }
 
-    /// Whether there are other ranks, none of them in Python, with which more than gradients can be exchanged.
+    /// Whether there are other ranks, and none of them is in Python, so that the ranks can exchange more than
+    /// gradients.
     pub(crate) fn exchanges(&self) -> bool {
         self.reduces() && self.shared.pg.has_control()
     }
 
-    /// Makes a tensor the sum over all ranks, and returns their number.
+    /// Sums a tensor over all ranks, in place, and returns the number of ranks.
     pub(crate) fn sum(&self, tensor: &Tensor) -> Result<u64> {
-        // For those who read errors it is a part of backward.
+        // Errors call this operation backward, because it is a part of backward to the user.
         self.shared.pg.sum_unchecked(BACKWARD, tensor)?;
         Ok(self.shared.pg.world_size() as u64)
     }
 
-    /// Where the parameters are.
+    /// The device of the store's first parameter.
     pub(crate) fn device(&self) -> tch::Device {
         let variables = self.shared.variables.lock().unwrap_or_else(PoisonError::into_inner);
         let first = variables.trainable_variables.first();
         first.map_or(tch::Device::Cpu, |variable| variable.tensor.device())
     }
 
-    /// What libtorch's reducer has measured in sampled iterations (the first 10, then every 100th), by torch's names:
-    /// times such as `avg_backward_comm_time` and `avg_backward_compute_comm_overlap_time` in nanoseconds, sizes in
-    /// bytes. Empty in a group of one.
+    /// The measurements of libtorch's reducer in sampled iterations (the first 10, then every 100th), under torch's
+    /// names: times such as `avg_backward_comm_time` and `avg_backward_compute_comm_overlap_time` in nanoseconds, sizes
+    /// in bytes. Empty in a group of one.
+    ///
+    /// # Errors
+    /// The group has failed before; libtorch cannot read its measurements.
     pub fn logging_data(&self) -> Result<HashMap<String, i64>> {
         let Some(reducer) = &self.shared.reducer else { return Ok(HashMap::new()) };
         let data = self.call("DistributedDataParallel::logging_data", || reducer.logging_data())?;
         Ok(data.into_iter().collect())
     }
 
-    /// Whether gradients are sent.
+    /// Whether backward sends gradients: no `NoSync` guard lives.
     fn syncs(&self) -> bool {
         self.shared.no_sync.load(Ordering::Relaxed) == 0
     }
@@ -340,7 +356,7 @@ impl DistributedDataParallel {
         call: impl FnOnce() -> Result<R, crate::bridge::DistException>,
     ) -> Result<R> {
         let turn = self.shared.pg.turn(op)?;
-        // There is a reducer, so there is a group.
+        // There is a reducer, so there are other ranks, and `turn` is not `None`.
         let turn = turn.ok_or_else(|| Error::invalid("a group of one has no reducer"))?;
         turn.call(|_| call())
     }
@@ -355,7 +371,7 @@ impl fmt::Debug for DistributedDataParallel {
     }
 }
 
-/// Gradients stay on their rank while this lives: [`DistributedDataParallel::no_sync`].
+/// A guard: while it lives, gradients stay on their rank. Made by [`DistributedDataParallel::no_sync`].
 #[derive(Debug)]
 pub struct NoSync {
     ddp: DistributedDataParallel,
@@ -369,12 +385,13 @@ impl Drop for NoSync {
 
 type Named = Vec<(String, Tensor)>;
 
+/// The number of parameters that the store lists; a tied parameter counts once for each name.
 fn listed(store: &Mutex<Variables>) -> usize {
     store.lock().unwrap_or_else(PoisonError::into_inner).trainable_variables.len()
 }
 
-/// Parameters in the order in which they were made, which is the same on all ranks, and buffers by name. A tensor with
-/// several names is there once.
+/// The parameters in the order in which they were made, which is the same on all ranks, and the buffers by name. A
+/// tensor with several names is listed once.
 fn named(store: &Mutex<Variables>) -> (Named, Named) {
     let all = variables::variables(store).into_iter();
     let (parameters, buffers): (Vec<_>, Vec<_>) = all.partition(|variable| variable.trainable);
@@ -384,7 +401,7 @@ fn named(store: &Mutex<Variables>) -> (Named, Named) {
     (named(parameters), named(buffers))
 }
 
-/// Compares models and options of all ranks with rank 0's.
+/// Compares the models and options of all ranks with rank 0's; an error on all ranks if they differ.
 fn same_model(
     turn: &Turn<'_>,
     options: &ReducerOptions,

@@ -2,14 +2,15 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-/// What `call` gives within that time; `None` after it. Then its thread goes on, and is left behind: a call of the
-/// store cannot be broken off, and blocks for ever while the process that serves it is frozen.
+/// Runs `call` on a new thread and returns its result; `None` if it takes longer than `time`, or panics. A thread that
+/// takes too long is left behind: a call to the store cannot be interrupted, and blocks for ever while the process that
+/// serves the store is frozen.
 pub(super) fn within<R: Send + 'static>(
     time: Duration,
     call: impl FnOnce() -> R + Send + 'static,
 ) -> Option<R> {
     let (sender, receiver) = mpsc::channel();
-    // Nobody listens any more after the deadline.
+    // After the deadline nobody receives the result, and sending it fails.
     let work = move || drop(sender.send(call()));
     thread::Builder::new().name("tch-ignite store".into()).spawn(work).ok()?;
     receiver.recv_timeout(time).ok()

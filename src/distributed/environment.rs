@@ -1,22 +1,24 @@
+//! Reads from environment variables which rank this process is, and where the others are.
+
 use crate::bridge::StoreAddress;
 use crate::error::{Error, Result};
 
-/// The listening socket of rank 0's store, as a number of a file descriptor that the process inherited.
+/// The variable with the inherited file descriptor of a listening socket, on which rank 0 serves the store.
 pub(super) const LISTEN_FD: &str = "TCH_IGNITE_LISTEN_FD";
 
-/// The place of this process among the others, from what its launcher set.
+/// The place of this process among the others, from the variables that its launcher set.
 #[derive(Debug, Clone)]
 pub(super) struct Environment {
     pub(super) rank: usize,
     pub(super) world_size: usize,
     pub(super) local_rank: usize,
-    /// `None` where it is alone.
+    /// `None` for a process that is alone.
     pub(super) store: Option<StoreAddress>,
-    /// The rank that serves the store; `None` where torchrun does.
+    /// The rank that serves the store; `None` if torchrun serves it, or the process is alone.
     pub(super) server: Option<usize>,
 }
 
-/// Names of rank, number of ranks and rank on the machine.
+/// A launcher, with its variables for the rank, the number of ranks and the rank on the machine.
 struct Launcher {
     name: &'static str,
     rank: &'static str,
@@ -24,7 +26,8 @@ struct Launcher {
     local_rank: &'static str,
 }
 
-/// The first whose rank is set counts. Slurm's are those of a step (`srun`): a batch script itself is no rank.
+/// The launchers that are known. The first one whose rank is set counts. Slurm's variables are those of a step
+/// (`srun`), because a batch script itself is no rank.
 const LAUNCHERS: [Launcher; 4] = [
     Launcher { name: "torchrun", rank: "RANK", world_size: "WORLD_SIZE", local_rank: "LOCAL_RANK" },
     Launcher {
@@ -48,11 +51,12 @@ const LAUNCHERS: [Launcher; 4] = [
 ];
 
 impl Environment {
+    /// A process that is alone.
     pub(super) fn single() -> Self {
         Self { rank: 0, world_size: 1, local_rank: 0, store: None, server: None }
     }
 
-    /// `None` if no launcher set anything.
+    /// Reads the environment through `variable`; `None` if no launcher set its variables.
     pub(super) fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Self>> {
         let Some(launcher) = LAUNCHERS.iter().find(|launcher| {
             variable(launcher.rank).is_some()
@@ -80,7 +84,7 @@ impl Environment {
             return Ok(Some(Self { local_rank, ..Self::single() }));
         }
         let slurm = || first_of_nodes(&variable("SLURM_STEP_NODELIST")?);
-        // MPI says how many of its processes are on this machine.
+        // MPI says how many of its processes are on this machine. If all are, the address is known.
         let alone = || {
             let local =
                 variable("OMPI_COMM_WORLD_LOCAL_SIZE").or_else(|| variable("MPI_LOCALNRANKS"))?;
@@ -95,7 +99,7 @@ impl Environment {
         let port = match (given("MASTER_PORT")?, launcher.name) {
             (Some(port), _) => port,
             (None, "torchrun") => return Err(missing("MASTER_PORT")),
-            // Jobs on the same machines take different ones.
+            // The port depends on the job, so that jobs on the same machine use different ports.
             (None, "Slurm") => 15_000 + given("SLURM_JOB_ID")?.unwrap_or(0) % 10_000,
             (None, _) => 29_500,
         };
@@ -134,7 +138,7 @@ fn number(name: &str, value: Option<String>) -> Result<Option<usize>> {
         .map_err(|_| Error::invalid(format!("{name} is '{value}'; it must be a number from 0")))
 }
 
-/// The first machine of Slurm's list, such as `node[03-05,9],other`.
+/// The first machine in one of Slurm's lists, such as `node[03-05,9],other`.
 fn first_of_nodes(list: &str) -> Option<String> {
     let end = list.find([',', '[']).unwrap_or(list.len());
     let name = &list[..end];
@@ -216,7 +220,7 @@ mod tests {
         ];
         let store = read(&slurm).unwrap().unwrap().store.unwrap();
         assert_eq!((store.host.as_str(), store.port), ("gpu07", 18456));
-        // A batch script, which is no step.
+        // These are the variables of a batch script, which is no step.
         assert!(read(&slurm[..4]).unwrap().is_none());
     }
 

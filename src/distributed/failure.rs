@@ -7,11 +7,13 @@ use crate::bridge::{Cause, DistException, Store};
 use crate::error::Error;
 use crate::failure_kind::FailureKind;
 
-/// How long a rank waits for the others to say that they are alive, too.
+/// After a failure was noticed, a rank waits this long for the reports of the other ranks.
 const REPORTS: Duration = Duration::from_secs(2);
+/// The time between two looks at the store while a rank waits for reports.
 const POLL: Duration = Duration::from_millis(20);
 
-/// What it was, if it was between processes. gloo's exceptions have no type that could be caught, only texts.
+/// The kind of failure that an exception means; `None` if it is no failure between processes. gloo's exceptions have no
+/// types of their own, so they are recognised by their texts.
 pub(super) fn classify(exception: &DistException) -> Option<FailureKind> {
     let text = exception.text.as_str();
     let has = |parts: &[&str]| parts.iter().any(|part| text.contains(part));
@@ -36,12 +38,12 @@ pub(super) fn classify(exception: &DistException) -> Option<FailureKind> {
     }
 }
 
-/// The first words of an exception.
+/// The text of an exception without its backtrace.
 pub(super) fn words(text: &str) -> String {
     text.split("\nException raised from").next().unwrap_or_default().trim().to_owned()
 }
 
-/// A failure with all that its error says but for the operation.
+/// A failure between processes: the fields of [`Error::Distributed`] without the operation.
 #[derive(Debug, Clone)]
 pub(super) struct Failure {
     pub(super) kind: FailureKind,
@@ -57,18 +59,18 @@ impl Failure {
     }
 }
 
-/// What the others said after a failure.
+/// The reports of the other ranks after a failure.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Reports {
-    /// Those that said nothing.
+    /// The ranks that did not report.
     pub(super) missing: Vec<usize>,
-    /// What the others were doing when they failed.
+    /// The operation in which each other rank failed.
     pub(super) doing: Vec<(usize, String)>,
 }
 
 impl Reports {
-    /// Says in the store that this rank is alive and failed doing `op`, and looks for 2 seconds who else says so. Where the
-    /// store does not answer it is the rank that serves it that is missing.
+    /// Reports in the store that this rank is alive and failed in `op`, and waits up to 2 seconds for the reports of
+    /// the other ranks. If the store does not answer, the rank that serves it counts as missing.
     pub(super) fn gather(
         store: &Arc<Store>,
         rank: usize,
@@ -81,10 +83,10 @@ impl Reports {
             store.set(&format!("failed/{rank}"), &op).ok()?;
             let begin = Instant::now();
             let mut missing = absent(&store, "failed", rank, world)?;
-            // Who serves the store to the others stays for as long as they may ask.
+            // The rank that serves the store stays the whole time, because the others may still ask.
             while begin.elapsed() < REPORTS && (!missing.is_empty() || server == Some(rank)) {
                 thread::sleep(POLL);
-                // A store that has gone now has gone with its server, which was alive.
+                // If the store is gone now, its server has ended after it reported, so it is not missing.
                 let Some(now) = absent(&store, "failed", rank, world) else { break };
                 missing = now;
             }
@@ -99,7 +101,7 @@ impl Reports {
             .unwrap_or_else(|| Self { missing: without_store(rank, server), doing: vec![] })
     }
 
-    /// What all ranks were doing, if all are alive and it was not the same.
+    /// Says which operation each rank was in, if all ranks are alive and the operations differ.
     pub(super) fn out_of_step(&self, rank: usize, op: &str) -> Option<String> {
         let mut all = self.doing.clone();
         all.push((rank, op.to_owned()));
@@ -116,7 +118,7 @@ impl Reports {
     }
 }
 
-/// Ranks that did not come to the point where they say that they have joined.
+/// The ranks that have not reported in the store that they joined.
 pub(super) fn not_joined(
     store: &Arc<Store>,
     rank: usize,
@@ -128,11 +130,12 @@ pub(super) fn not_joined(
     found.flatten().unwrap_or_else(|| without_store(rank, server))
 }
 
-/// Who is missing where the store does not answer.
+/// The missing ranks if the store does not answer: the rank that serves it.
 pub(super) fn without_store(rank: usize, server: Option<usize>) -> Vec<usize> {
     server.into_iter().filter(|server| *server != rank).collect()
 }
 
+/// The other ranks that have not set `"<key>/<rank>"` in the store; `None` if the store fails.
 fn absent(store: &Store, key: &str, rank: usize, world: usize) -> Option<Vec<usize>> {
     let mut missing = vec![];
     for other in (0..world).filter(|other| *other != rank) {

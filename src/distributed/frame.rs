@@ -1,33 +1,36 @@
-//! What ranks send each other over the control group: frames of one size, so that gloo never sees two sizes, with
-//! what the sender is doing, so that a difference is seen before anything is done.
+//! The messages of the control group. Ranks send frames of one fixed size, so that sizes never differ in gloo, and each
+//! frame says what the sender is doing, so that a difference is found before anything is done.
 
-/// Bytes of a frame.
+/// The size of a frame in bytes.
 pub(super) const SIZE: usize = 512;
+/// The size of the header: hash of the operation (8 bytes), length of the message (8), length of the operation's text
+/// (2).
 const HEADER: usize = 18;
-/// Bytes of the operation's text that are sent along; the hash is of all.
+/// The number of bytes for the operation's text, which is cut off there. The hash covers the whole text.
 const TEXT: usize = 128;
-/// What fits into a frame; longer messages follow in a second exchange.
+/// The number of bytes of a message that fit into a frame; longer messages follow in a second exchange.
 pub(super) const ROOM: usize = SIZE - HEADER - TEXT;
 
-/// A frame as it came.
+/// A frame as it was received.
 #[derive(Debug, PartialEq)]
 pub(super) struct Frame<'f> {
     hash: u64,
-    /// What the sender does, as much of it as there is room for.
+    /// The text of the sender's operation, cut off after `TEXT` bytes.
     pub(super) op: String,
-    /// Bytes of its message.
+    /// The length of the sender's message in bytes.
     pub(super) length: usize,
-    /// The message, if there is room for it.
+    /// The message; empty if it is too long for a frame.
     pub(super) inline: &'f [u8],
 }
 
-/// FNV-1a.
+/// The FNV-1a hash of a text.
 fn hash(text: &str) -> u64 {
     text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     })
 }
 
+/// A frame for this operation, with the message if there is room for it.
 pub(super) fn write(op: &str, message: &[u8]) -> Vec<u8> {
     let mut text = op.len().min(TEXT);
     while !op.is_char_boundary(text) {
@@ -46,7 +49,7 @@ pub(super) fn write(op: &str, message: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// `None` for what is no frame.
+/// Reads a frame; `None` if the bytes are none.
 pub(super) fn read(frame: &[u8]) -> Option<Frame<'_>> {
     let number =
         |from: usize| Some(u64::from_le_bytes(frame.get(from..from + 8)?.try_into().ok()?));
@@ -57,7 +60,7 @@ pub(super) fn read(frame: &[u8]) -> Option<Frame<'_>> {
     Some(Frame { hash, op, length, inline: message.get(..length).unwrap_or_default() })
 }
 
-/// What each rank does, one line for all that do the same; `None` if all do.
+/// Says what each rank does, with one entry for all ranks that do the same; `None` if all ranks do the same.
 pub(super) fn difference(frames: &[Frame<'_>]) -> Option<String> {
     let mut kinds: Vec<(&Frame<'_>, Vec<usize>)> = vec![];
     for (rank, frame) in frames.iter().enumerate() {
@@ -101,7 +104,7 @@ mod tests {
         let text = difference(&frames).unwrap();
         assert!(text.starts_with("ranks [0, 2]: barrier; rank 1: agree on ää"), "{text}");
         assert_eq!(difference(&frames[..1]), None);
-        // Texts that only differ where they were cut off.
+        // These texts differ only after the point where they are cut off.
         let other = write(&format!("{long}!"), &[]);
         assert!(difference(&[read(&write(&long, &[])).unwrap(), read(&other).unwrap()]).is_some());
     }

@@ -1,4 +1,4 @@
-//! Starts the ranks of a job on this machine: what torchrun does, from within the program itself.
+//! Starts the ranks of a job on this machine, as torchrun does, but from within the program itself.
 //!
 //! ```no_run
 //! use std::process::ExitCode;
@@ -35,14 +35,16 @@ use super::environment::{self, LISTEN_FD};
 use crate::bridge::send_signal;
 use crate::error::{Error, Result};
 
-/// How often the ranks are looked at.
+/// The time between two looks at the ranks.
 const PERIOD: Duration = Duration::from_millis(20);
 
-/// Starts `ranks` processes of this program with its arguments, waits for all, and says how they ended; `None` in these
-/// processes, which go on, and in those that another launcher started. [`Launch`] has more to choose.
+/// Starts `ranks` processes of this program with its arguments, waits for all of them, and returns how they ended.
+/// Returns `None` at once in the started processes, and in processes that another launcher started. [`Launch`] has
+/// options.
 ///
 /// # Errors
-/// A process cannot be started (those that were are ended); no ranks; a launcher that started another number of them.
+/// A process cannot be started (the processes that were started are killed); `ranks` is 0; another launcher has started
+/// a different number of ranks.
 pub fn spawn(ranks: usize) -> Result<Option<Ended>> {
     if let Some(world_size) = environment::world_size()? {
         return match world_size == ranks {
@@ -55,15 +57,15 @@ pub fn spawn(ranks: usize) -> Result<Option<Ended>> {
     Launch::new(ranks)?.run().map(Some)
 }
 
-/// Processes to start on this machine, each a rank.
+/// A job to start on this machine: a number of processes, each of which is a rank.
 ///
-/// They find each other on 127.0.0.1 at a port that is free: rank 0 inherits the listening socket (as its standard input),
-/// so nobody else can take it. Each has a process group of its own; SIGTERM and SIGINT are handed on to all, so that
-/// [`InterruptOn`](crate::handlers::InterruptOn) works there. When a rank fails the others have 5 seconds to end, then they
-/// are killed.
+/// The ranks find each other on 127.0.0.1 at a free port. Rank 0 inherits the listening socket (as its standard input),
+/// so no other process can take the port. Each rank is in a process group of its own. SIGTERM and SIGINT are handed on
+/// to all ranks, so that [`InterruptOn`](crate::handlers::InterruptOn) works in them. When a rank fails, the others
+/// have 5 seconds to end; then they are killed.
 ///
-/// `OMP_NUM_THREADS` is set to the cores divided by the ranks, and `GLOO_SOCKET_IFNAME` to the loopback interface, unless
-/// they are set. Lines that ranks other than 0 print begin with `[rank]`.
+/// `OMP_NUM_THREADS` is set to the number of cores divided by the number of ranks, and `GLOO_SOCKET_IFNAME` to the
+/// loopback interface, unless they are set already. Lines that ranks other than 0 print begin with `[rank]`.
 #[derive(Debug)]
 pub struct Launch {
     ranks: usize,
@@ -77,31 +79,32 @@ pub struct Launch {
 /// How the ranks ended.
 #[derive(Debug)]
 pub struct Ended {
-    /// How each ended, by rank.
+    /// The exit status of each rank, by rank.
     pub statuses: Vec<ExitStatus>,
-    /// The rank that failed first.
+    /// The rank that failed first; `None` if none failed.
     pub failed: Option<usize>,
 }
 
 impl Ended {
-    /// The code of the rank that failed first, 128 and the number of the signal that killed it, or 0.
+    /// The exit code of the rank that failed first, or 128 plus the number of the signal that killed it; 0 if no rank
+    /// failed.
     pub fn code(&self) -> u8 {
         let Some(status) = self.failed.and_then(|rank| self.statuses.get(rank)) else { return 0 };
         let code = status.code().or(status.signal().map(|signal| 128 + signal));
         code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
     }
 
-    /// The same, for `main` to return.
+    /// [`code`](Self::code), for `main` to return.
     pub fn exit_code(&self) -> ExitCode {
         self.code().into()
     }
 }
 
 impl Launch {
-    /// This program, with its arguments.
+    /// A job of `ranks` processes of this program, with this process's arguments.
     ///
     /// # Errors
-    /// No ranks; the system does not say which program this is.
+    /// `ranks` is 0; the system does not say which program this is.
     pub fn new(ranks: usize) -> Result<Self> {
         if ranks == 0 {
             return Err(Error::invalid("the number of ranks must be at least 1, but 0 was given"));
@@ -114,25 +117,26 @@ impl Launch {
         Ok(Self { ranks, program, args, env: vec![], logs: None, grace })
     }
 
-    /// Other arguments.
+    /// Starts the ranks with these arguments instead of this process's.
     pub fn args(mut self, args: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
         self.args = args.into_iter().map(Into::into).collect();
         self
     }
 
-    /// Another variable of the environment, for all ranks.
+    /// Adds an environment variable for all ranks.
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         self.env.push((name.into(), value.into()));
         self
     }
 
-    /// What the ranks print goes to `rank-0.log`, `rank-1.log` … in this folder, which is made where it is not there.
+    /// Writes the output of the ranks to `rank-0.log`, `rank-1.log` … in this folder, which is made if it does not
+    /// exist.
     pub fn logs(mut self, folder: impl Into<PathBuf>) -> Self {
         self.logs = Some(folder.into());
         self
     }
 
-    /// How long the others may take to end when a rank has failed: 5 seconds unless given.
+    /// Sets how long the other ranks may take to end after a rank has failed: 5 seconds unless given.
     pub fn grace(mut self, time: Duration) -> Self {
         self.grace = time;
         self
@@ -141,7 +145,7 @@ impl Launch {
     /// Starts the ranks and waits until all have ended.
     ///
     /// # Errors
-    /// A rank cannot be started, or a log not be made; those that were started are ended.
+    /// A rank cannot be started, or a log cannot be made. Ranks that were started are killed.
     pub fn run(self) -> Result<Ended> {
         let signals = Signals::listen()?;
         let mut ranks = Ranks::default();
@@ -150,7 +154,7 @@ impl Launch {
         let mut statuses = vec![None; self.ranks];
         while statuses.contains(&None) {
             if let Some(signal) = signals.take() {
-                // The number of one that was waited for may be another process's by now.
+                // The number of a process that was waited for may belong to another process by now.
                 let lives = ranks.children.iter().zip(&statuses).filter(|(_, s)| s.is_none());
                 lives.for_each(|(child, _)| send_signal(child, signal));
             }
@@ -182,7 +186,7 @@ impl Launch {
             Error::invalid(format!("no port of this machine can be listened at: {error}"))
         })?;
         let port = socket.local_addr().map_err(|source| self.io(source))?.port();
-        // It closes here when rank 0 has it, so that it closes when rank 0 ends.
+        // This process closes the socket when rank 0 has inherited it, so that it closes when rank 0 ends.
         let mut socket = Some(OwnedFd::from(socket));
         if let Some(folder) = &self.logs {
             std::fs::create_dir_all(folder)
@@ -242,7 +246,7 @@ impl Launch {
     }
 }
 
-/// The processes; killed where this is dropped before they have ended.
+/// The processes of the ranks. Dropping this kills the processes that have not ended.
 #[derive(Default)]
 struct Ranks {
     children: Vec<Child>,
@@ -252,13 +256,13 @@ struct Ranks {
 impl Ranks {
     fn kill(&mut self) {
         for child in &mut self.children {
-            // Only fails where it has ended.
+            // This fails only if the process has ended.
             let _ = child.kill();
         }
     }
 
-    /// Waits until all that they printed is shown; not for ever, because a process that a rank left behind may hold the
-    /// other end.
+    /// Waits until all output of the ranks is shown. Waits at most this long, because a process that a rank left behind
+    /// may hold the other end of a pipe.
     fn finish(&mut self, at_most: Duration) {
         let until = Instant::now() + at_most;
         while self.pipes.iter().any(|pipe| !pipe.is_finished()) && Instant::now() < until {
@@ -277,7 +281,7 @@ impl Drop for Ranks {
     }
 }
 
-/// Shows lines with the rank before them, whole.
+/// Starts a thread that copies whole lines from a rank's pipe, each with `[rank]` before it.
 fn prefixed<W: Write + 'static>(
     rank: usize,
     pipe: impl Read + Send + 'static,
@@ -295,7 +299,7 @@ fn prefixed<W: Write + 'static>(
                     if line.last() != Some(&b'\n') {
                         line.push(b'\n');
                     }
-                    // Read on even if nobody takes them: a full pipe would stop the rank.
+                    // Reading goes on even if the lines cannot be written, because a full pipe would stop the rank.
                     let _ = to().write_all(&line);
                 }
                 _ => return,
@@ -304,7 +308,7 @@ fn prefixed<W: Write + 'static>(
     })
 }
 
-/// SIGTERM and SIGINT, noted instead of ending this process.
+/// While a value of this type lives, SIGTERM and SIGINT are noted and do not end this process.
 struct Signals {
     number: Arc<AtomicUsize>,
     registered: Vec<SigId>,
@@ -322,6 +326,7 @@ impl Signals {
         Ok(signals)
     }
 
+    /// The last signal since the last call, if there was one.
     fn take(&self) -> Option<i32> {
         match self.number.swap(0, Ordering::Relaxed) {
             0 => None,

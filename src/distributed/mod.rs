@@ -1,9 +1,9 @@
-//! Training by many processes, on one machine or several, through libtorch's own engine (c10d): that of
-//! `torch.distributed` and Python's `DistributedDataParallel`. Needs the feature `distributed`.
+//! Training by many processes, on one machine or several, through libtorch's own c10d, which `torch.distributed` and
+//! Python's `DistributedDataParallel` use too. Needs the feature `distributed`.
 //!
-//! Each process runs the same program. [`ProcessGroup::from_env_or_single`] finds the others by the variables that
-//! torchrun, mpirun, Slurm or a shell loop sets; a process that runs alone is a group of one, for which everything here
-//! is the identity.
+//! Each process runs the same program. [`ProcessGroup::from_env_or_single`] finds the other processes by the variables
+//! that torchrun, mpirun, Slurm or a shell loop sets. A process that runs alone is a group of one, in which all
+//! operations are identities.
 //!
 //! ```
 //! use tch::{Device, Kind, Tensor};
@@ -22,16 +22,17 @@
 //! ```
 //!
 //! # Order
-//! All ranks make the same calls in the same order: a call that one rank leaves out ends in an error on all after the
-//! time-out, and never in a hang. The control group compares what is called on each rank, so that another call, or
-//! another number of elements, is an error that says so ([`FailureKind::Mismatch`]).
+//! All ranks make the same calls in the same order. If one rank leaves out a call, all ranks get an error after the
+//! time-out, and none hangs. The control group compares the calls of all ranks, so that a different call, or a
+//! different number of elements, is an error that says so ([`FailureKind::Mismatch`]).
 //!
 //! # Errors
-//! [`Error::Distributed`](crate::Error::Distributed) says what happened, in which operation, and which ranks did not answer.
-//! No call waits longer than its time-out; a rank that fails hangs up, so that the others hear of it at once, and all
-//! look for 2 seconds who is still there. After such an error the group is dead: return the error from `main`, so that
-//! the process ends with a code other than 0 and its launcher ends or restarts the job. Only a difference that the control
-//! group found before anything was sent leaves the group alive.
+//! [`Error::Distributed`](crate::Error::Distributed) says what happened, in which operation, and which ranks did not
+//! answer. No call waits longer than its time-out. A rank that fails closes its connections, so that the others notice
+//! at once, and all of them wait up to 2 seconds for reports from the ranks that are still alive. After such an error
+//! the group is dead: return the error from `main`, so that the process ends with a code other than 0 and its launcher
+//! ends or restarts the job. Only a difference that the control group found before anything was sent leaves the group
+//! alive.
 
 mod control_group;
 mod data_parallel;

@@ -1,18 +1,18 @@
 use std::time::Duration;
 
-/// What carries the tensors.
+/// The library that sends tensors between ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Backend {
-    /// TCP: tensors on the CPU; those on a GPU go through the memory of the host.
+    /// gloo, over TCP. Tensors on a GPU go through the host's memory.
     #[default]
     Gloo,
-    /// NCCL for tensors on a GPU, gloo for those on the CPU. Needs the feature `nccl`; without it, joining is an error
-    /// that says so.
+    /// NCCL for tensors on a GPU, gloo for tensors on the CPU. Needs the feature `nccl`; without it, joining is an
+    /// error that says so.
     Nccl,
 }
 
-/// How a [`ProcessGroup`](super::ProcessGroup) is joined. The same on all ranks.
+/// Options for joining a [`ProcessGroup`](super::ProcessGroup). All ranks use the same.
 ///
 /// ```
 /// use std::time::Duration;
@@ -39,7 +39,7 @@ impl Default for ProcessGroupOptions {
 }
 
 impl ProcessGroupOptions {
-    /// Gloo, and torch's time-out of 30 minutes.
+    /// Options with gloo, and torch's time-out of 30 minutes.
     pub fn new() -> Self {
         Self {
             timeout: Duration::from_secs(30 * 60),
@@ -50,38 +50,38 @@ impl ProcessGroupOptions {
         }
     }
 
-    /// How long a collective, and joining, may wait for the other ranks. It must be longer than the ranks ever drift
-    /// apart: with a batch that takes a second, 5 minutes are plenty.
+    /// Sets how long a collective, and joining, may wait for the other ranks. The time must be longer than the ranks
+    /// ever drift apart: with a batch that takes a second, 5 minutes are plenty.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// The same for the control group (metrics, flags, barriers); that of the tensors unless given. It must be longer
-    /// than what one rank does alone, such as writing a checkpoint.
+    /// Sets the time-out of the control group (metrics, flags, barriers); the time-out of the tensors unless given. The
+    /// time must be longer than any work that one rank does alone, such as writing a checkpoint.
     pub fn control_timeout(mut self, timeout: Duration) -> Self {
         self.control_timeout = Some(timeout);
         self
     }
 
-    /// What carries the tensors; gloo unless given.
+    /// Sets the library that sends tensors; gloo unless given.
     pub fn backend(mut self, backend: Backend) -> Self {
         self.backend = backend;
         self
     }
 
-    /// Some ranks are Python programs with `torch.distributed`, which have no control group: then
-    /// [`control`](super::ProcessGroup::control) only gives errors, collectives are not compared before they run, and
-    /// errors do not name the ranks that did not answer.
+    /// Says that some ranks are Python programs with `torch.distributed`, which have no control group. Then all calls
+    /// of the [`control`](super::ProcessGroup::control) group are errors, collectives are not compared before they run,
+    /// and errors do not name the ranks that did not answer.
     pub fn python_peers(mut self, on: bool) -> Self {
         self.python_peers = on;
         self
     }
 
-    /// Whether a collective of tensors first compares, over the control group, what each rank is about to do: true unless
-    /// given. It costs a message (0.3 ms between two processes of one machine). Without it a difference in sizes ends all
-    /// processes in gloo's thread, with SIGABRT. The gradients of a `DistributedDataParallel` are compared once, when it
-    /// is made.
+    /// Says whether a collective of tensors first compares, over the control group, what each rank is about to do: true
+    /// unless given. The comparison costs a message (0.3 ms between two processes of one machine). Without it, a
+    /// difference in sizes makes gloo end all processes with SIGABRT. The gradients of a `DistributedDataParallel` are
+    /// compared once, when it is made.
     pub fn check_collectives(mut self, on: bool) -> Self {
         self.check = on;
         self

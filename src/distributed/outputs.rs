@@ -1,11 +1,10 @@
 use tch::Tensor;
 
-/// What a model's forward gives, for [`DistributedDataParallel::forward`](super::DistributedDataParallel::forward) to
-/// look at its tensors. Implemented for tensors, tuples of up to three, lists, options and
-/// results of them; implement it for a
-/// struct of your own.
+/// The result of a model's forward, in which
+/// [`DistributedDataParallel::forward`](super::DistributedDataParallel::forward) finds the tensors. Implemented for
+/// tensors, and for pairs, triples, `Vec`s, options and results of outputs; implement it for a struct of your own.
 pub trait Outputs {
-    /// All tensors of which a loss may be made.
+    /// All tensors from which a loss may be computed.
     fn tensors(&self) -> Vec<&Tensor>;
 }
 

@@ -17,11 +17,11 @@ use crate::failure_kind::FailureKind;
 
 /// All processes that train together, and their collective operations. Clones share one group; it is `Send` and `Sync`.
 ///
-/// A group of one ([`single`](Self::single)) opens no socket, and all operations are identities. Among several each
-/// operation waits for all ranks, at most for the time-out. With tensors on a GPU and gloo that is a host sync.
+/// A group of one ([`single`](Self::single)) opens no socket, and all its operations are identities. In a larger group
+/// each operation waits for all ranks, at most for the time-out. For tensors on a GPU with gloo this is a host sync.
 ///
-/// All ranks make the same calls in the same order: in handlers only where all ranks run them, and not from several
-/// threads.
+/// All ranks must make the same calls in the same order. So a handler may make calls only if it runs on all ranks, and
+/// calls must come from one thread.
 #[derive(Clone)]
 pub struct ProcessGroup {
     shared: Arc<Shared>,
@@ -35,46 +35,50 @@ struct Shared {
     lines: Option<Lines>,
 }
 
-/// The connections to the others.
+/// The connections to the other ranks.
 struct Lines {
     group: ProcessGroups,
-    // After the group, which uses it.
+    // Declared after the group, which uses the store, so that the store is dropped later.
     store: Arc<Store>,
-    /// One operation at a time.
+    /// Held during an operation, so that only one runs at a time.
     turn: Mutex<()>,
-    /// The rank that serves the store; `None` where torchrun does.
+    /// The rank that serves the store; `None` if torchrun serves it.
     server: Option<usize>,
-    /// Why the group is dead.
+    /// The failure after which the group is dead, if there was one.
     failed: OnceLock<Failure>,
+    /// Whether collectives of tensors are compared before they run.
     check: bool,
+    /// Whether there is a control group.
     control: bool,
 }
 
-// For handlers and data loaders of any thread.
+// Handlers and data loaders on any thread may use the groups.
 const _: () = {
     const fn shared<T: Send + Sync + Clone>() {}
     shared::<ProcessGroup>();
     shared::<ControlGroup>();
 };
 
-/// What libtorch takes longer than its time-out: it tries again once more.
+/// libtorch may take this much longer than its time-out, because it tries to connect once more.
 const SLACK: Duration = Duration::from_secs(5);
 
-/// What a joining process does: for errors.
+/// The operation of a joining process, in errors.
 const JOIN: &str = "joining the process group";
 
 impl ProcessGroup {
-    /// Joins the group that the environment describes: `RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT` and, if it is set,
-    /// `LOCAL_RANK`, as torchrun sets them; else the variables of Open MPI, MPICH and Slurm's `srun`, whose
-    /// `MASTER_ADDR` is only needed where it cannot be told from them. With one process it is [`single`](Self::single).
+    /// Joins the group that environment variables describe: `RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT` and, if
+    /// it is set, `LOCAL_RANK`, as torchrun sets them; otherwise the variables of Open MPI, MPICH or Slurm's `srun`,
+    /// which need `MASTER_ADDR` only if the address does not follow from them. With one process the group is
+    /// [`single`](Self::single).
     ///
-    /// Waits until all ranks are there: for the store at most the time-out and 5 seconds, for connections then at most twice
-    /// the time-out and 5 seconds. Rank 0 listens on `MASTER_PORT`, or on the socket whose
-    /// file descriptor is in `TCH_IGNITE_LISTEN_FD`. Neither it nor gloo knows passwords or encryption: trusted networks
-    /// only.
+    /// Waits until all ranks have joined: at most the time-out and 5 seconds for the store, then at most twice the
+    /// time-out and 5 seconds for the connections. Rank 0 listens on `MASTER_PORT`, or on the socket whose file
+    /// descriptor is in `TCH_IGNITE_LISTEN_FD`. Neither the store nor gloo uses passwords or encryption: use trusted
+    /// networks only.
     ///
     /// # Errors
-    /// No variable is set, or one is missing or wrong; [`Error::Distributed`], which names ranks that did not come.
+    /// No variable is set, or one is missing or wrong; a time-out below a millisecond or above 24 days;
+    /// [`Error::Distributed`], which names the ranks that did not join.
     pub fn from_env(options: ProcessGroupOptions) -> Result<Self> {
         check_timeouts(&options)?;
         match environment()? {
@@ -85,7 +89,11 @@ impl ProcessGroup {
         }
     }
 
-    /// [`from_env`](Self::from_env); without any of the variables a group of one, so that the same program runs alone.
+    /// [`from_env`](Self::from_env), or a group of one if none of the variables is set, so that the same program also
+    /// runs alone.
+    ///
+    /// # Errors
+    /// The errors of [`from_env`](Self::from_env), except that no variable is set.
     pub fn from_env_or_single(options: ProcessGroupOptions) -> Result<Self> {
         check_timeouts(&options)?;
         match environment()? {
@@ -99,6 +107,7 @@ impl ProcessGroup {
         Self::alone(&Environment::single())
     }
 
+    /// A group of one, with the ranks of the environment.
     fn alone(environment: &Environment) -> Self {
         let Environment { rank, world_size, local_rank, .. } = *environment;
         Self { shared: Arc::new(Shared { rank, world_size, local_rank, lines: None }) }
@@ -128,13 +137,13 @@ impl ProcessGroup {
         self.shared.rank
     }
 
-    /// How many processes there are.
+    /// The number of processes.
     pub fn world_size(&self) -> usize {
         self.shared.world_size
     }
 
-    /// The number of this process among those on its machine, from 0: which GPU it takes. Where the launcher does not say,
-    /// it is the rank if `MASTER_ADDR` is this machine, else 0.
+    /// The number of this process among the processes on its machine, from 0; use it to choose a GPU. If the launcher
+    /// does not set it, this is the rank if `MASTER_ADDR` is this machine, else 0.
     pub fn local_rank(&self) -> usize {
         self.shared.local_rank
     }
@@ -144,8 +153,9 @@ impl ProcessGroup {
         self.shared.rank == 0
     }
 
-    /// Makes the tensors those of all ranks, reduced, in place: of the same shapes and types on all ranks, and in the same
-    /// order. Those of one type and device travel together, so pass them together.
+    /// Reduces tensors over all ranks, element by element and in place. All ranks pass the same number of tensors, with
+    /// the same shapes and dtypes in the same order. Tensors of one dtype and device travel together, so pass them in
+    /// one call.
     ///
     /// ```
     /// # use tch::{Device, Kind, Tensor};
@@ -157,7 +167,8 @@ impl ProcessGroup {
     /// ```
     ///
     /// # Errors
-    /// Mismatch, if ranks pass other shapes or types; types that libtorch cannot reduce; sparse tensors.
+    /// A mismatch, if ranks pass different shapes or dtypes; an undefined or sparse tensor, or a dtype that libtorch
+    /// cannot reduce; [`Error::Distributed`].
     pub fn all_reduce<T: Borrow<Tensor>>(&self, tensors: &[T], op: ReduceOp) -> Result<()> {
         let tensors = defined("all_reduce", tensors)?;
         let Some(turn) = self.turn("all_reduce")? else { return Ok(()) };
@@ -175,10 +186,12 @@ impl ProcessGroup {
         lists.iter().try_for_each(|list| turn.call(|group| group.all_reduce(list, op.number())))
     }
 
-    /// Makes the tensors those of rank `root`, in place: of the same shapes and types on all ranks, and in the same order.
+    /// Gives the tensors of all ranks the values of rank `root`, in place. All ranks pass the same number of tensors,
+    /// with the same shapes and dtypes in the same order.
     ///
     /// # Errors
-    /// Mismatch, if ranks pass other shapes or types; no such rank.
+    /// A mismatch, if ranks pass different shapes or dtypes; an undefined tensor; no rank `root`;
+    /// [`Error::Distributed`].
     pub fn broadcast<T: Borrow<Tensor>>(&self, tensors: &[T], root: usize) -> Result<()> {
         let tensors = defined("broadcast", tensors)?;
         self.check_rank(root)?;
@@ -190,11 +203,12 @@ impl ProcessGroup {
         turn.call(|group| group.broadcast(&tensors, root))
     }
 
-    /// The tensors of all ranks, in their order, without graph: of the same shape and type on all. New memory, also for the
-    /// own one. For what differs in length see [`ControlGroup::all_gather_bytes`].
+    /// The tensors of all ranks, in the order of the ranks and without graphs. All ranks pass a tensor of the same
+    /// shape and dtype. The results are new tensors, also for this rank's own. For data of different lengths see
+    /// [`ControlGroup::all_gather_bytes`].
     ///
     /// # Errors
-    /// Mismatch, if ranks pass other shapes or types.
+    /// A mismatch, if ranks pass different shapes or dtypes; an undefined tensor; [`Error::Distributed`].
     pub fn all_gather(&self, tensor: &Tensor) -> Result<Vec<Tensor>> {
         let own = [tensor];
         let tensors = defined("all_gather", &own)?;
@@ -207,20 +221,23 @@ impl ProcessGroup {
         turn.call(|group| group.all_gather(tensor))
     }
 
-    /// Waits until all ranks are here: [`ControlGroup::barrier`].
+    /// Waits until all ranks have called this: [`ControlGroup::barrier`].
+    ///
+    /// # Errors
+    /// The errors of [`ControlGroup::barrier`].
     pub fn barrier(&self) -> Result<()> {
         self.control().barrier()
     }
 
-    /// The group for small messages: metrics, flags, counts. It does not share connections with the tensors, so that a rank
-    /// which reaches its metrics while another is still in backward gives an error on both, in time.
+    /// The group for small messages: metrics, flags, counts. It has connections of its own, so that both ranks get an
+    /// error in time if one reaches its metrics while the other is still in backward.
     pub fn control(&self) -> ControlGroup {
         ControlGroup::new(self.clone())
     }
 
-    /// Leaves the group for good: the calls in which other ranks wait end with [`FailureKind::PeerLost`] at once, and not at
-    /// their time-out. For a rank that has an error of its own and a process that lives on; where the process ends this
-    /// happens anyway. Does not wait.
+    /// Leaves the group for good. Calls in which other ranks wait then end with [`FailureKind::PeerLost`] at once, and
+    /// not after their time-out. Use this on a rank that has an error of its own in a process that goes on; when a
+    /// process ends, the same happens by itself. Does not wait.
     ///
     /// ```
     /// # use tch_ignite::distributed::ProcessGroup;
@@ -239,12 +256,12 @@ impl ProcessGroup {
         lines.group.hang_up();
     }
 
-    /// Whether messages can be sent: not with ranks in Python. True for a group of one.
+    /// Whether the control group can send messages: false with ranks in Python, true for a group of one.
     pub(super) fn has_control(&self) -> bool {
         self.shared.lines.as_ref().is_none_or(|lines| lines.control)
     }
 
-    /// Makes a tensor the sum over all ranks, without comparing what they are about to do.
+    /// Sums a tensor over all ranks in place, without comparing first what the ranks are about to do.
     pub(super) fn sum_unchecked(&self, op: &str, tensor: &Tensor) -> Result<()> {
         let Some(turn) = self.turn(op)? else { return Ok(()) };
         turn.call(|group| group.all_reduce(&[tensor], ReduceOp::Sum.number()))
@@ -260,7 +277,8 @@ impl ProcessGroup {
         )))
     }
 
-    /// The right to make calls; `None` for a group of one, which makes none.
+    /// Waits for other operations of this process, and returns the right to make calls; `None` for a group of one,
+    /// which makes no calls. An error if the group is dead.
     pub(super) fn turn<'g>(&'g self, op: &'g str) -> Result<Option<Turn<'g>>> {
         let Some(lines) = &self.shared.lines else { return Ok(None) };
         let guard = lines.turn.lock().unwrap_or_else(PoisonError::into_inner);
@@ -273,7 +291,7 @@ impl ProcessGroup {
     }
 }
 
-/// One operation of a group. No other runs while it lives.
+/// One operation of a group. While it lives, no other operation of this process runs.
 pub(super) struct Turn<'g> {
     shared: &'g Shared,
     lines: &'g Lines,
@@ -290,15 +308,15 @@ impl Turn<'_> {
         call(&self.lines.group).map_err(|exception| self.failed(&exception))
     }
 
-    /// The error for an exception. If it was between processes: lets the others know, finds out who does not answer, and
-    /// lets the group be dead.
+    /// The error for an exception. If the exception means a failure between processes, this closes the connections,
+    /// waits for the reports of the other ranks to find out who does not answer, and marks the group as dead.
     pub(super) fn failed(&self, exception: &DistException) -> Error {
         let Some(kind) = classify(exception) else {
             return Error::libtorch(self.op, &exception.text);
         };
         let Shared { rank, world_size, .. } = *self.shared;
         self.lines.group.hang_up();
-        // Python's ranks do not report.
+        // Ranks in Python do not report.
         let reports = match self.lines.control {
             true => {
                 Reports::gather(&self.lines.store, rank, world_size, self.lines.server, self.op)
@@ -315,12 +333,12 @@ impl Turn<'_> {
         failure.error(self.op)
     }
 
-    /// Whether messages can be sent.
+    /// Whether the control group can send messages.
     pub(super) fn has_control(&self) -> bool {
         self.lines.control
     }
 
-    /// Compares what all ranks are about to do, if that is wanted.
+    /// Compares what all ranks are about to do, unless the options switched that off.
     fn check(&self, op: impl FnOnce() -> String) -> Result<()> {
         if self.lines.check {
             self.exchange(&op(), &[])?;
@@ -328,7 +346,8 @@ impl Turn<'_> {
         Ok(())
     }
 
-    /// The messages of all ranks. They may differ in length, but `op`, which says what is being done, must not differ.
+    /// The messages of all ranks. Their lengths may differ. `op` says what is being done, and must be the same on all
+    /// ranks.
     pub(super) fn exchange(&self, op: &str, message: &[u8]) -> Result<Vec<Vec<u8>>> {
         if !self.lines.control {
             return Err(Error::invalid(format!(
@@ -352,7 +371,7 @@ impl Turn<'_> {
         Ok(messages.map(|(bytes, frame)| bytes[..frame.length].to_vec()).collect())
     }
 
-    /// All ranks know of it, so the group lives on.
+    /// The error for a difference that all ranks have found. The group can still be used.
     pub(super) fn mismatch(&self, message: String) -> Error {
         let Shared { rank, .. } = *self.shared;
         let failure = Failure { kind: FailureKind::Mismatch, rank, missing: vec![], message };
@@ -380,7 +399,7 @@ fn milliseconds(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Connects to the store and says so in it.
+/// Connects to the store, and reports there that this rank has joined.
 fn connect(
     address: &StoreAddress,
     environment: &Environment,
@@ -415,7 +434,7 @@ fn connect(
     }
 }
 
-/// Waits for the others and connects to each.
+/// Waits for the other ranks and connects to each.
 fn assemble(
     store: &Arc<Store>,
     environment: &Environment,
@@ -442,6 +461,7 @@ fn assemble(
     Err(Failure { kind, rank, missing, message }.error(JOIN))
 }
 
+/// The tensors as references; an error if one is undefined.
 fn defined<'t, T: Borrow<Tensor>>(op: &str, tensors: &'t [T]) -> Result<Vec<&'t Tensor>> {
     let tensors: Vec<&Tensor> = tensors.iter().map(Borrow::borrow).collect();
     match tensors.iter().position(|tensor| !tensor.defined()) {

@@ -1,12 +1,12 @@
-/// How values of all ranks become one.
+/// A way to combine the values of all ranks into one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ReduceOp {
-    /// Their sum.
+    /// The sum.
     Sum,
-    /// Their mean.
+    /// The mean.
     Avg,
-    /// Their product.
+    /// The product.
     Product,
     /// The smallest.
     Min,
@@ -15,7 +15,7 @@ pub enum ReduceOp {
 }
 
 impl ReduceOp {
-    /// Its number in dist.cpp.
+    /// The number by which `reduce_op` in dist.cpp knows this reduction.
     pub(super) fn number(self) -> i32 {
         match self {
             Self::Sum => 0,
@@ -26,7 +26,8 @@ impl ReduceOp {
         }
     }
 
-    /// Of the values of all ranks, in their order, so that all ranks get the same bits. A NaN among them makes it NaN.
+    /// Combines the values of all ranks in the order of the ranks, so that all ranks get the same bits. NaN if a value
+    /// is NaN.
     pub(super) fn fold(self, values: impl ExactSizeIterator<Item = f64>) -> f64 {
         let count = values.len() as f64;
         let keep_nan =

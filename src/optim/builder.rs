@@ -53,7 +53,7 @@ impl GroupOptions {
         self.with(Hyper::WeightDecay, value)
     }
 
-    /// Nesterov momentum (SGD).
+    /// Whether SGD uses Nesterov momentum.
     pub fn nesterov(self, on: bool) -> Self {
         self.with(Hyper::Nesterov, f64::from(on))
     }
@@ -68,7 +68,7 @@ impl GroupOptions {
         self.with(Hyper::Eps, value)
     }
 
-    /// The AMSGrad variant (Adam, AdamW).
+    /// Whether Adam or AdamW is the AMSGrad variant.
     pub fn amsgrad(self, on: bool) -> Self {
         self.with(Hyper::Amsgrad, f64::from(on))
     }
@@ -78,7 +78,7 @@ impl GroupOptions {
         self.with(Hyper::Alpha, value)
     }
 
-    /// The centered variant (RMSprop).
+    /// Whether RMSprop is the centered variant.
     pub fn centered(self, on: bool) -> Self {
         self.with(Hyper::Centered, f64::from(on))
     }

@@ -121,7 +121,7 @@ impl Gradients {
     /// A norm of NaN makes all gradients NaN, and an infinite norm makes them 0 or NaN, unless
     /// [`error_if_nonfinite`](Self::error_if_nonfinite) is set.
     ///
-    /// On the CPU nothing is written where the norm is small enough.
+    /// On the CPU nothing is written if the norm is small enough.
     ///
     /// # Errors
     /// `max` is negative or NaN, or the order is not above 0; the norm is not finite, if that is to

@@ -35,7 +35,7 @@ pub fn is_bias_or_norm(vs: &VarStore) -> impl Fn(&str) -> bool + Send + 'static 
 }
 
 impl Group {
-    /// Stops the training of the group's parameters: backward computes no gradients for them, their current
+    /// Stops the training of the group's parameters: backward computes no gradients for them, their present
     /// gradients are dropped, and steps skip them. Their state is kept for [`unfreeze`](Self::unfreeze).
     ///
     /// ```

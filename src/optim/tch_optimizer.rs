@@ -46,9 +46,9 @@ macro_rules! forwarded {
 forwarded! {
     /// Sets the gradients to none.
     zero_grad();
-    /// One update.
+    /// Makes one step.
     step();
-    /// `zero_grad`, backward, `step`.
+    /// Calls `zero_grad`, backward from `loss`, and `step`.
     backward_step(loss: &Tensor);
     /// `backward_step` with gradients clipped by value.
     backward_step_clip(loss: &Tensor, max: f64);

@@ -1,4 +1,4 @@
-//! Fused steps against libtorch's own loop, and libtorch's fused kernels as CUDA would use them.
+//! Compares fused steps with libtorch's own loop, and with libtorch's fused kernels, which CUDA uses, on the CPU.
 
 use tch::nn::{self, OptimizerConfig, VarStore};
 use tch::{Device, Kind, Tensor};
@@ -32,7 +32,8 @@ struct Net {
     kind: Kind,
 }
 
-/// Dense ones, one element, none, other strides, and memory with gaps (which only the loop takes).
+/// A parameter by its index: dense ones, one of a single element, an empty one, one with other strides, and one whose
+/// memory has gaps (which only the loop can step).
 fn parameter(index: usize, kind: Kind) -> Tensor {
     let seed = index as f64;
     match index {
@@ -70,7 +71,7 @@ impl Net {
         set_mode(&self.optimizer, mode);
     }
 
-    /// A parameter comes later, and not every one has a gradient in every step.
+    /// Makes a step. One parameter is added at step 3, and not every parameter has a gradient in every step.
     fn step(&mut self, step: usize) {
         self.gradients(step);
         self.optimizer.step().unwrap();
@@ -88,7 +89,7 @@ impl Net {
             }
             let seed = (step * ALL + index) as f64 * 0.37;
             let gradient = values(&parameter.size(), seed, self.kind) * 0.5;
-            // In other strides than the parameter's, here and there.
+            // In even steps the gradient of parameter 3 has other strides than the parameter.
             let gradient = match (index, step % 2) {
                 (3, 0) => gradient,
                 (3, _) => {
@@ -102,7 +103,7 @@ impl Net {
         }
     }
 
-    /// Parameters and state, as f64.
+    /// Copies of all parameters and state tensors, as f64 vectors.
     fn all(&self) -> Vec<Tensor> {
         let mut all = vec![];
         for (index, parameter) in self.parameters.iter().enumerate() {
@@ -114,7 +115,7 @@ impl Net {
     }
 }
 
-/// The largest difference, relative to values above 1.
+/// The largest difference between two lists of tensors: relative for values above 1, otherwise absolute.
 fn difference(a: &[Tensor], b: &[Tensor]) -> f64 {
     assert_eq!(a.len(), b.len());
     let pairs = a.iter().zip(b).filter(|(a, _)| a.numel() > 0);
@@ -153,7 +154,7 @@ fn agrees_in(
     what: &str,
 ) {
     for &(kind, bound) in kinds {
-        // libtorch's own kernels for halves on the CPU are not those of CUDA.
+        // For f16 and bf16, libtorch's kernels on the CPU do not compute as those on CUDA do.
         let kernels = matches!(kind, Double | Float);
         let run = |mode: &dyn Fn(usize) -> Mode| trained(config, &options, kind, mode);
         let looped = run(&|_| Mode::Loop);
@@ -167,7 +168,7 @@ fn agrees_in(
                 continue;
             }
             let difference = difference(&run(mode), &looped);
-            // libtorch's kernels have their own order of operations.
+            // libtorch's kernels have an order of operations of their own, so they differ more.
             let bound = if name == "kernels" { bound * 20. } else { bound };
             assert!(difference <= bound, "{what} in {kind:?}, {name}: {difference:e}");
         }
@@ -210,7 +211,7 @@ fn rmsprop() {
     agrees(nn::rms_prop(0.9, 1e-6, 0., 0., true), own().lr(0.01), "centered");
 }
 
-/// In f16 the loop divides by an eps of 0 unless it is large.
+/// eps is large here, because in f16 the default eps is 0, and the loop would divide by it.
 #[test]
 fn f16() {
     let (own, half) = (GroupOptions::new, &[(Half, 0.02)]);
@@ -229,7 +230,8 @@ fn sgd_is_bit_identical_to_the_loop() {
     }
 }
 
-/// What the fast paths must leave alone: here, libtorch's own kernels would go astray without an error.
+/// The fast paths must leave such gradients to the loop: libtorch's kernels would compute wrong values without an
+/// error.
 #[test]
 fn other_strides_than_the_parameters_take_the_loop() {
     for config in [0.0, 0.9] {
@@ -306,7 +308,7 @@ fn sparse_gradients_go_through_the_loop() {
     assert!(error.contains("sparse"), "{error}");
 }
 
-/// The kernels of CUDA, here on the CPU: nothing is read, but for what RMSprop has no kernel.
+/// Runs CUDA's path on the CPU: no step reads a value, clipped or not.
 #[test]
 fn steps_do_not_wait_for_the_device() {
     let configs: [fn(&VarStore) -> Optimizer; 4] = [
@@ -322,7 +324,7 @@ fn steps_do_not_wait_for_the_device() {
         set_mode(&optimizer, Mode::Kernels);
         let step = |clip: bool| {
             for p in &parameters {
-                // Strides that the one pass of the CPU does not take: clipping goes the way of CUDA.
+                // The pass on the CPU cannot handle gradients with these strides, so clipping takes CUDA's path.
                 let gradient = values(&[2 * p.numel() as i64], 1., Float).slice(0, 0, None, 2);
                 set_gradient(p, Some(&gradient.view_as(p))).unwrap();
             }
@@ -338,7 +340,7 @@ fn steps_do_not_wait_for_the_device() {
     }
 }
 
-/// The two ways of a GradScaler: the answer is known at once (CPU), or stays on the device (CUDA).
+/// Tests both ways to skip a step: the host knows at once (CPU), or only the device knows (CUDA).
 #[test]
 fn skipped_steps_leave_everything_as_it_was() {
     let configs: [fn(&VarStore) -> Optimizer; 4] = [
@@ -361,7 +363,7 @@ fn skipped_steps_leave_everything_as_it_was() {
                     continue;
                 }
                 for (index, p) in parameters.iter().enumerate() {
-                    // The second has no gradient in some steps, so the counts of the two differ.
+                    // The second parameter has no gradient in some steps, so the two step counts differ.
                     let none = index == 1 && matches!(step, 4 | 5);
                     let gradient = values(&p.size(), step as f64, Float);
                     let gradient = if inf { gradient * f64::INFINITY } else { gradient };
@@ -433,7 +435,7 @@ fn the_factor_counts_in_every_type() {
         for mode in [Mode::Fused, Mode::Loop] {
             let mut vs = VarStore::new(Device::Cpu);
             vs.set_kind(kind);
-            // More than one block of the conversion, and a rest.
+            // 1100 elements are more than one block of the conversion to f32, and a rest.
             let p = vs.root().add("p", Tensor::full([1100], 3., (kind, Device::Cpu)), true);
             let optimizer = Optimizer::sgd(&vs).lr(0.5).build().unwrap();
             set_mode(&optimizer, mode);
@@ -454,8 +456,9 @@ fn the_factor_counts_in_every_type() {
 
 const CHILD: &str = "TCH_IGNITE_OVERLAPPING_CHILD";
 
-/// Variables that share their memory, or whose gradient lies where another variable does, are stepped one after the
-/// other; on several threads they would be at once. The number of threads is that of a process of its own.
+/// Variables that share memory, or whose gradient shares memory with another variable, must be stepped in order;
+/// several threads would step them at once. The test starts itself in a process of its own, to set the number of
+/// threads there.
 #[test]
 fn overlapping_variables_are_updated_in_order_with_several_threads() {
     if std::env::var_os(CHILD).is_none() {
@@ -471,10 +474,10 @@ fn overlapping_variables_are_updated_in_order_with_several_threads() {
         return;
     }
     tch::set_num_threads(4);
-    const SIZE: i64 = 1 << 15; // one piece of work for a thread
+    const SIZE: i64 = 1 << 15; // the size of a chunk of work for a thread
     let memory = |count: i64| values(&[count], 1., Float);
-    // All on one memory; each half on that of the next one; each on its own, with a part of the one before in its
-    // gradient.
+    // The cases: all variables share one memory; each shares half of its memory with the next; each has its own memory,
+    // and its gradient lies in that of the variable before.
     for case in ["one", "halves", "gradients"] {
         let run = |mode| {
             let vs = VarStore::new(Device::Cpu);
@@ -493,7 +496,7 @@ fn overlapping_variables_are_updated_in_order_with_several_threads() {
                     vs.root().add(&format!("p{i:02}"), memory.narrow(0, 0, SIZE).detach(), true)
                 })
                 .collect();
-            // Two updates of one element give another value in another order.
+            // With weight decay, two updates of one element give different values in a different order.
             let optimizer =
                 Optimizer::builder(nn::sgd(0., 0., 0.5, false), &vs).lr(0.5).build().unwrap();
             set_mode(&optimizer, mode);
@@ -504,10 +507,10 @@ fn overlapping_variables_are_updated_in_order_with_several_threads() {
                 .collect();
             for step in 0..60 {
                 for (i, p) in parameters.iter().enumerate() {
-                    // Not in every step, so that the tasks of the one before are used again.
+                    // The gradients move only in some steps, so that the tasks of the step before are used again.
                     let of_before = case == "gradients" && step % 3 > 0 && i > 0;
                     let gradient = match of_before {
-                        // A thread that is half way would read what the other one has yet to write.
+                        // A second thread would read elements here that the first has yet to write.
                         true => &memories[i - 1].narrow(0, SIZE / 2, SIZE),
                         false => &gradients[i],
                     };
@@ -521,7 +524,7 @@ fn overlapping_variables_are_updated_in_order_with_several_threads() {
     }
 }
 
-/// Dense parameters that have a gradient in every step: their tasks are made once and used again.
+/// Dense parameters that have a gradient in every step, so that their tasks are made once and then used again.
 struct Steady {
     vs: VarStore,
     optimizer: Optimizer,
@@ -562,7 +565,7 @@ impl Steady {
         }
     }
 
-    /// Parameters and state, as f64.
+    /// Copies of all parameters and state tensors, as f64 vectors.
     fn all(&self) -> Vec<Tensor> {
         let parameters = self.parameters.iter().map(|p| p.detach().copy());
         let state = |index: &usize| self.optimizer.state(&format!("p{index}")).unwrap();
@@ -573,7 +576,7 @@ impl Steady {
 
 type Change = fn(&mut Steady);
 
-/// What may happen between two steps.
+/// Changes that may happen between two steps.
 const CHANGES: [(&str, Change); 14] = [
     ("nothing", |_| {}),
     ("options", |net| {
@@ -625,7 +628,7 @@ const CHANGES: [(&str, Change); 14] = [
             }
         }
     }),
-    // At the old address: a plan that is used again would write the old type there.
+    // The state keeps its address, so a step with the old tasks would write values of the old type there.
     ("the state's type", |net| {
         for (name, mut tensor) in net.optimizer.state("p1").unwrap() {
             if name != "step" {
@@ -667,7 +670,7 @@ fn tasks_of_the_last_step_are_used_only_while_they_hold() {
                 net.steps(3);
                 net.all()
             };
-            // Sparse gradients are for SGD alone.
+            // Only SGD supports sparse gradients.
             if name == "a gradient is sparse" && !what.starts_with("SGD") {
                 continue;
             }
@@ -682,7 +685,7 @@ fn tasks_of_the_last_step_are_used_only_while_they_hold() {
     check(nn::rms_prop(0.9, 1e-6, 0., 0.5, true), "RMSprop");
 }
 
-/// The kernel divides by multiplying, with the remainder put right.
+/// The kernel divides by multiplying with the reciprocal and correcting by the remainder.
 #[test]
 fn adam_divides_as_the_loop_does() {
     for (kind, bound) in [(Double, 4e-16), (Float, 2e-7)] {
@@ -693,7 +696,7 @@ fn adam_divides_as_the_loop_does() {
             let optimizer = Optimizer::adam(&vs).lr(0.01).build().unwrap();
             set_mode(&optimizer, mode);
             for step in 0..4 {
-                // From the smallest to what overflows when it is squared.
+                // The values go from the smallest ones to ones that overflow when they are squared.
                 let exponents = Tensor::linspace(-45., 38., p.size()[0], (Double, Device::Cpu));
                 let sizes = Tensor::from(10.).pow(&exponents).to_kind(kind);
                 let gradient = values(&p.size(), f64::from(step), kind) * sizes;
