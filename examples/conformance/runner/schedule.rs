@@ -86,7 +86,7 @@ fn in_optimizer(
     }
     ran?;
     if wrapped {
-        if expect["same_torchs_on_native"] == false {
+        if expect["same_as_torch_native"] == false {
             *defect = Some("torch's schedulers are off by one in ignite's wrapper");
         }
         return Ok(near_rows("lr", &seen[0], expected)?.into());
@@ -417,7 +417,7 @@ fn plateau(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     trainer.run(&mut seen, vec![()], Until::epochs(epochs))?;
     seen.push(values(&optimizer, "lr")?);
     // ignite drops min_lr, or looks it up at the wrong place.
-    let native = expect["same_torchs_on_native"] == false;
+    let native = expect["same_as_torch_native"] == false;
     if native {
         *defect = Some("min_lr of a plateau scheduler is dropped or taken from another group");
     }
