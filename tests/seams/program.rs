@@ -551,6 +551,11 @@ impl Program {
         {
             this.breaks.clear();
         }
+        if this.on_exception && !switches::REQUESTS_BESIDE_AN_ERROR {
+            this.early_stopping = None;
+            let asks = |how| matches!(how, How::End | How::EndOfEpoch | How::Limit);
+            this.breaks.retain(|planted| !asks(planted.how));
+        }
         // Infinite losses are no names of files.
         this.best &= this.scaler.as_ref().is_none_or(|scaler| scaler.overflows.is_empty());
         let watches_validation = |watch: &mut Watch| {
@@ -624,6 +629,9 @@ pub mod names {
 mod switches {
     /// A run that goes on at the end of the first pass of data of unknown length knows the length.
     pub const END_OF_THE_FIRST_PASS: bool = false;
+    /// What a handler asked for before another one of the same event failed is the same for the engine that goes on and
+    /// for one that resumes what was written after the error.
+    pub const REQUESTS_BESIDE_AN_ERROR: bool = false;
 }
 
 /// The share of programs in processes: starting them takes long.
