@@ -1127,6 +1127,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         position.cursor.restarted = false;
         position.previous = PreviousRun::Failed;
+        // An event after which the run failed may have left handlers of metrics uncalled.
+        self.discard_pending_updates();
         self.exception = Some(error);
         let raised = self.fire(Event::ExceptionRaised, cx);
         let (data, batch) = (self.let_go_of_data(), self.let_go_of_batch());
