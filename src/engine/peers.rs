@@ -244,11 +244,16 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let joined = self.joined_metrics(event);
         if joined.is_err() {
             // The event is not fired after an error, so the metrics' handlers will not use up their updates.
-            self.living_metrics()
-                .iter()
-                .for_each(|metric| metric.borrow_mut().discard_pending_update());
+            self.discard_pending_updates();
         }
         joined
+    }
+
+    /// Lets all metrics forget that they were updated before the handlers of an event, which are not called any more.
+    pub(super) fn discard_pending_updates(&self) {
+        for metric in self.living_metrics() {
+            metric.borrow_mut().discard_pending_update();
+        }
     }
 
     fn joined_metrics(&mut self, event: Event) -> Result<()> {

@@ -1127,6 +1127,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         position.cursor.restarted = false;
         position.previous = PreviousRun::Failed;
+        // An event after which the run failed may have left handlers of metrics uncalled.
+        self.discard_pending_updates();
         self.exception = Some(error);
         let raised = self.fire(Event::ExceptionRaised, cx);
         let (data, batch) = (self.let_go_of_data(), self.let_go_of_batch());
@@ -1165,6 +1167,12 @@ struct Running;
 thread_local! {
     static RUNNING: Cell<u32> = const { Cell::new(0) };
     static ANEW: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether an engine runs on this thread.
+#[cfg(feature = "signals")]
+pub(crate) fn is_running_here() -> bool {
+    RUNNING.get() > 0
 }
 
 impl Running {

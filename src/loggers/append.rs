@@ -283,29 +283,34 @@ impl LineLog {
     /// Begins a run. If the run starts anew, the lines of earlier processes are moved to a file of their own.
     pub(super) fn begin(&mut self, anew: bool) -> Result<()> {
         let header = self.lines.header.as_bytes();
-        if std::mem::replace(&mut self.settled, true)
-            || !anew
-            || !self.file.is_plain
-            || self.inherited <= header.len() as u64
-        {
+        let inherits = self.file.is_plain && self.inherited > header.len() as u64;
+        if self.settled || !anew || !inherits {
+            self.settled = true;
             return Ok(());
         }
         let rest = self.file.tail(self.inherited)?;
         let place = self.file.place().to_owned();
         let aside = free_name(&place);
-        let io = |source| Error::Io { path: self.file.path.clone(), source };
-        fs::rename(&place, &aside).map_err(io)?;
-        write_atomically(&place, |file| {
-            file.write_all(header)?;
-            file.write_all(&rest)
+        fs::rename(&place, &aside).map_err(|error| self.file.error(error))?;
+        let begin = || {
+            write_atomically(&place, |file| {
+                file.write_all(header)?;
+                file.write_all(&rest)
+            })?;
+            let mut new = AppendFile::open(&place)?;
+            new.path = self.file.path.clone();
+            let cut = self.file.file.set_len(self.inherited);
+            cut.map_err(|source| Error::Io { path: aside.clone(), source })?;
+            Ok(new)
+        };
+        let new = begin().inspect_err(|_| {
+            // The log is as it was before; the first error is the one to report.
+            let _ = fs::rename(&aside, &place);
         })?;
-        let (path, inherited) = (self.file.path.clone(), self.inherited);
-        let mut new = AppendFile::open(&place)?;
-        new.path = path;
-        let old = std::mem::replace(&mut self.file, new);
-        old.file.set_len(inherited).map_err(|source| Error::Io { path: aside, source })?;
+        self.file = new;
         self.crc = crc32c::crc32c_append(crc32c::crc32c(header), &rest);
         self.inherited = header.len() as u64;
+        self.settled = true;
         Ok(())
     }
 
