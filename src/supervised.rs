@@ -256,6 +256,15 @@ impl<N: ModuleT> Supervised<N> {
     fn update(&mut self) -> anyhow::Result<()> {
         let scaler = self.accumulator.scaler();
         if let Some(max) = self.max_value {
+        let updated = self.clip_and_step();
+        if let (Err(_), Some(scaler)) = (&updated, self.accumulator.scaler()) {
+            // The batch is given up, and the gradients of the next one are neither unscaled nor checked.
+            scaler.forget(&self.optimizer);
+        }
+        updated
+    }
+
+    fn clip_and_step(&mut self) -> anyhow::Result<()> {
             if let Some(scaler) = scaler {
                 scaler.unscale(&self.optimizer)?;
             }

@@ -106,6 +106,11 @@ impl Scaler {
         Ok(&mut self.optimizers[index])
     }
 
+    /// Forgets what it knows about an optimizer's gradients, so that those of the next batch are checked anew.
+    fn forget(&mut self, optimizer: &Optimizer) {
+        self.optimizers.retain(|known| !known.optimizer.is(optimizer));
+    }
+
     /// 1 / scale, as one f32 element.
     fn inverse(&self) -> Result<Tensor> {
         // Computed in f64, as torch does. Devices without f64 are not supported.
@@ -131,7 +136,7 @@ impl Scaler {
         optimized.stepped = stepped.is_ok();
         if stepped.is_err() && !unscaled {
             // The caller may try again with other gradients, which have to be checked anew.
-            self.optimizers.retain(|known| !known.optimizer.is(optimizer));
+            self.forget(optimizer);
         }
         stepped
     }
@@ -218,9 +223,17 @@ impl GradScaler {
                 "unscale() has already been called on this optimizer, or step(), since the last update() of this GradScaler",
             ));
         }
-        optimizer.gradients()?.scale(&inverse)?;
-        optimized.unscaled = true;
-        Ok(())
+        let scaled = optimizer.gradients().and_then(|gradients| gradients.scale(&inverse));
+        optimized.unscaled = scaled.is_ok();
+        if scaled.is_err() {
+            scaler.forget(optimizer);
+        }
+        scaled
+    }
+
+    /// Forgets an optimizer whose step is given up, so that its next batch begins anew.
+    pub(crate) fn forget(&self, optimizer: &Optimizer) {
+        self.locked().forget(optimizer);
     }
 
     /// Makes a step with the unscaled gradients, or none if one of them is not finite. The step divides the gradients
@@ -231,7 +244,8 @@ impl GradScaler {
     /// with dampening, and if the fused kernels cannot step all parameters.
     ///
     /// # Errors
-    /// A second step of this optimizer since the last update, and the errors of [`Optimizer::step`].
+    /// A second step of this optimizer since the last update, and the errors of [`Optimizer::step`]. To give up a batch
+    /// whose gradients were unscaled before, call [`update`](Self::update).
     pub fn step(&self, optimizer: &Optimizer) -> Result<()> {
         self.locked().step(optimizer, Ok)
     }

@@ -619,6 +619,33 @@ fn weight(vs: &VarStore) -> f64 {
     vs.variables()["w"].double_value(&[0])
 }
 
+#[test]
+fn a_batch_whose_step_is_refused_leaves_the_scaler_ready_for_the_next() -> Result<()> {
+    for max_norm in [None, Some(10.)] {
+        let vs = VarStore::new(Device::Cpu);
+        let (w, table) = (vs.root().ones("w", &[1]), vs.root().ones("table", &[3, 1]));
+        let net = nn::func_t(move |x, _| match x.double_value(&[0]) < 0. {
+            true => Tensor::embedding(&table, &Tensor::from_slice(&[1i64]), -1, false, true) * &w,
+            false => x * &w,
+        });
+        let optimizer = Optimizer::adam(&vs).lr(0.125).build()?;
+        let mut cx = Supervised::new(net, optimizer, |y_pred, _| y_pred.mean(Kind::Float))
+            .grad_scaler(GradScaler::new())
+            .clip_grad_value(1.);
+        if let Some(max) = max_norm {
+            cx = cx.clip_grad_norm(max);
+        }
+        let error = format!("{:#}", cx.train_step(batch(&[-1.])).unwrap_err());
+        assert!(error.contains("sparse"), "{error}");
+        assert_eq!(weight(&vs), 1.);
+        for steps in 1..3 {
+            let _ = cx.train_step(tensors((1., 0.)))?;
+            close(weight(&vs), 1. - 0.125 * f64::from(steps));
+        }
+    }
+    Ok(())
+}
+
 fn near(a: f64, b: f64) {
     assert!((a - b).abs() <= 1e-12 * b.abs().max(1.), "{a} is not {b}");
 }
