@@ -199,7 +199,9 @@ impl<N: ModuleT> Supervised<N> {
             None => Ok(forward()),
         })?;
         if let Some(watch) = watch {
-            self.check_single(&watch.layers())?;
+            self.check_single(&watch.single_values())?;
+            let kept = watch.keep();
+            kept.map_err(|text| Error::libtorch("watching batch normalisation", text))?;
             self.single = Some(shape);
         }
         let weight = weight.unwrap_or(Weight::from(samples));

@@ -646,6 +646,27 @@ fn a_batch_whose_step_is_refused_leaves_the_scaler_ready_for_the_next() -> Resul
     Ok(())
 }
 
+/// A weight `w` of one f64, 1 at the start; plain SGD with lr 1. The loss of a batch is the mean of `w * x`, so its gradient
+/// is the mean of the batch. A batch that holds an infinity makes the model panic.
+fn linear(vs: &mut VarStore) -> Supervised<nn::FuncT<'static>> {
+    vs.set_kind(Kind::Double);
+    let w = vs.root().ones("w", &[1]);
+    let net = nn::func_t(move |x, _| {
+        assert!(x.isfinite().all().int64_value(&[]) == 1, "a broken batch");
+        x * &w
+    });
+    let optimizer = Optimizer::sgd(vs).lr(1.).build().unwrap();
+    Supervised::new(net, optimizer, |y_pred, _| y_pred.mean(Kind::Double))
+}
+
+fn batch(x: &[f64]) -> (Tensor, Tensor) {
+    (Tensor::from_slice(x), Tensor::from(0.))
+}
+
+fn weight(vs: &VarStore) -> f64 {
+    vs.variables()["w"].double_value(&[0])
+}
+
 fn near(a: f64, b: f64) {
     assert!((a - b).abs() <= 1e-12 * b.abs().max(1.), "{a} is not {b}");
 }
