@@ -454,6 +454,27 @@ fn averages_that_do_not_fit_any_more_are_refused_before_one_is_changed() -> Resu
     assert!(ema.swap().is_err());
     assert_eq!((value(&ema.averages()[0].1.max()), value(&a.max())), (1., 3.));
     assert_eq!(ema.updates(), 0);
+    let ema = EMAHandler::new(&vs, 0.5)?.warmup(0.25, 3)?;
+    b.set_data(&Tensor::ones([2], (Kind::Float, Device::Cpu)));
+    assert!(ema.update().is_err());
+    assert_eq!((ema.updates(), ema.momentum()), (0, 0.5));
+    Ok(())
+}
+
+#[test]
+fn averages_that_cannot_be_swapped_back_stay_known_as_swapped_in() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let (mut a, mut b) = (vs.root().ones("a", &[2]), vs.root().ones("b", &[2]));
+    let ema = EMAHandler::new(&vs, 0.5)?;
+    tch::no_grad(|| drop(a.fill_(3.)));
+    let swapped = ema.swap()?;
+    b.set_data(&Tensor::ones([3], (Kind::Float, Device::Cpu)));
+    drop(swapped);
+    assert_eq!((value(&ema.averages()[0].1.max()), value(&a.max())), (3., 1.));
+    let errors = [ema.update().map(drop), ema.swap().map(drop)];
+    for error in errors.map(|result| result.unwrap_err().to_string()) {
+        assert!(error.contains("swapping back was refused"), "{error}");
+    }
     Ok(())
 }
 
