@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 pub use crate::event::{OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 
 use crate::accumulate::{Accumulation, GradientAccumulator, Weight, WeightedLoss, Window};
-use crate::amp::{GradScaler, autocast};
+use crate::amp::{GradScaler, Saved, autocast};
 use crate::bridge::{BatchNormWatch, TensorId};
 use crate::data::Batch;
 use crate::engine::{Engine, Evaluator, Trainer};
@@ -199,7 +199,9 @@ impl<N: ModuleT> Supervised<N> {
             None => Ok(forward()),
         })?;
         if let Some(watch) = watch {
-            self.check_single(&watch.layers())?;
+            self.check_single(&watch.single_values())?;
+            let kept = watch.keep();
+            kept.map_err(|text| Error::libtorch("watching batch normalisation", text))?;
             self.single = Some(shape);
         }
         let weight = weight.unwrap_or(Weight::from(samples));
@@ -254,6 +256,15 @@ impl<N: ModuleT> Supervised<N> {
 
     /// Clips the gradients, makes a step of the optimizer, and updates the scaler.
     fn update(&mut self) -> anyhow::Result<()> {
+        let updated = self.clip_and_step();
+        if let (Err(_), Some(scaler)) = (&updated, self.accumulator.scaler()) {
+            // The batch is given up, and the gradients of the next one are neither unscaled nor checked.
+            scaler.forget(&self.optimizer);
+        }
+        updated
+    }
+
+    fn clip_and_step(&mut self) -> anyhow::Result<()> {
         let scaler = self.accumulator.scaler();
         if let Some(max) = self.max_value {
             if let Some(scaler) = scaler {
@@ -313,19 +324,24 @@ impl<N> Stateful for Supervised<N> {
     }
 
     fn load_state_dict(&mut self, mut state: StateDict) -> Result<()> {
-        let (pending, _): (u64, u64) = state.value("accumulated")?;
-        if pending > 0 {
-            self.gradients().load_state_dict(state.take_part("gradients")?)?;
-        }
-        match self.accumulator.scaler_mut() {
-            Some(scaler) => Stateful::load_state_dict(scaler, state.take_part("scaler")?)?,
-            None if state.part("scaler").is_ok() => {
+        // Everything is read and checked before anything changes.
+        let pending = self.accumulator.read(&mut state)?;
+        let scaler = match (self.accumulator.scaler(), state.take_part("scaler")) {
+            (Some(scaler), part) => Some((scaler.clone(), Saved::of(&part?)?)),
+            (None, Ok(_)) => {
                 return Err(Error::State("a GradScaler was used, and is not here".into()));
             }
-            None => {}
+            (None, Err(_)) => None,
+        };
+        if pending.is_some() {
+            self.gradients().load_state_dict(state.take_part("gradients")?)?;
+        }
+        if let Some((scaler, saved)) = scaler {
+            scaler.load(saved)?;
         }
         self.grad_norm = state.take_tensor("grad_norm").ok();
-        self.accumulator.load_state_dict(state)
+        self.accumulator.load(pending);
+        Ok(())
     }
 
     fn differs_by_rank(&self) -> bool {

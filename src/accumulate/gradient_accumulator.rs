@@ -80,7 +80,7 @@ pub struct GradientAccumulator {
 
 /// Data about gradients that wait for the rest of their window.
 #[derive(Debug)]
-struct Pending {
+pub(crate) struct Pending {
     /// The number of batches that wait.
     batches: u64,
     /// The size of the window, by which each loss was divided.
@@ -164,10 +164,6 @@ impl GradientAccumulator {
 
     pub(crate) fn scaler(&self) -> Option<&GradScaler> {
         self.scaler.as_ref()
-    }
-
-    pub(crate) fn scaler_mut(&mut self) -> Option<&mut GradScaler> {
-        self.scaler.as_mut()
     }
 
     /// The number of batches that share a step.
@@ -405,6 +401,20 @@ impl Stateful for GradientAccumulator {
     }
 
     fn load_state_dict(&mut self, mut state: StateDict) -> Result<()> {
+        let pending = self.read(&mut state)?;
+        self.load(pending);
+        Ok(())
+    }
+
+    /// True within a window, because ranks exchange gradients only at its end.
+    fn differs_by_rank(&self) -> bool {
+        self.pending.is_some()
+    }
+}
+
+impl GradientAccumulator {
+    /// Reads which batches wait, and changes nothing.
+    pub(crate) fn read(&self, state: &mut StateDict) -> Result<Option<Pending>> {
         let (batches, size): (u64, u64) = state.value("accumulated")?;
         let begin = state.value("window").unwrap_or(None);
         let device = self.parallel.device();
@@ -417,14 +427,13 @@ impl Stateful for GradientAccumulator {
             },
         };
         let (first, quotients) = (amount("first", 1.)?, amount("quotients", batches as f64)?);
-        (self.window, self.local) = (None, None);
-        self.pending = (batches > 0).then_some(Pending { batches, size, begin, first, quotients });
-        Ok(())
+        Ok((batches > 0).then_some(Pending { batches, size, begin, first, quotients }))
     }
 
-    /// True within a window, because ranks exchange gradients only at its end.
-    fn differs_by_rank(&self) -> bool {
-        self.pending.is_some()
+    /// Takes over data that was read.
+    pub(crate) fn load(&mut self, pending: Option<Pending>) {
+        (self.window, self.local) = (None, None);
+        self.pending = pending;
     }
 }
 

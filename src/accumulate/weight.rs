@@ -125,7 +125,8 @@ impl Amount {
     /// The amount as a tensor of one f64 element on `device`.
     pub(crate) fn tensor(&self, device: Device) -> Result<Tensor> {
         match self {
-            Self::Number(number) => Tensor::from(*number).f_to_device(device),
+            // Unlike a copy from the host, filling is no host sync.
+            Self::Number(number) => Tensor::f_full([0i64; 0], *number, (Kind::Double, device)),
             Self::Tensor(tensor) => tensor.f_to_device(device),
         }
         .map_err(failed)

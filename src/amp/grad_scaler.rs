@@ -106,6 +106,11 @@ impl Scaler {
         Ok(&mut self.optimizers[index])
     }
 
+    /// Forgets what it knows about an optimizer's gradients, so that those of the next batch are checked anew.
+    fn forget(&mut self, optimizer: &Optimizer) {
+        self.optimizers.retain(|known| !known.optimizer.is(optimizer));
+    }
+
     /// 1 / scale, as one f32 element.
     fn inverse(&self) -> Result<Tensor> {
         // Computed in f64, as torch does. Devices without f64 are not supported.
@@ -131,7 +136,7 @@ impl Scaler {
         optimized.stepped = stepped.is_ok();
         if stepped.is_err() && !unscaled {
             // The caller may try again with other gradients, which have to be checked anew.
-            self.optimizers.retain(|known| !known.optimizer.is(optimizer));
+            self.forget(optimizer);
         }
         stepped
     }
@@ -218,9 +223,17 @@ impl GradScaler {
                 "unscale() has already been called on this optimizer, or step(), since the last update() of this GradScaler",
             ));
         }
-        optimizer.gradients()?.scale(&inverse)?;
-        optimized.unscaled = true;
-        Ok(())
+        let scaled = optimizer.gradients().and_then(|gradients| gradients.scale(&inverse));
+        optimized.unscaled = scaled.is_ok();
+        if scaled.is_err() {
+            scaler.forget(optimizer);
+        }
+        scaled
+    }
+
+    /// Forgets an optimizer whose step is given up, so that its next batch begins anew.
+    pub(crate) fn forget(&self, optimizer: &Optimizer) {
+        self.locked().forget(optimizer);
     }
 
     /// Makes a step with the unscaled gradients, or none if one of them is not finite. The step divides the gradients
@@ -231,7 +244,8 @@ impl GradScaler {
     /// with dampening, and if the fused kernels cannot step all parameters.
     ///
     /// # Errors
-    /// A second step of this optimizer since the last update, and the errors of [`Optimizer::step`].
+    /// A second step of this optimizer since the last update, and the errors of [`Optimizer::step`]. To give up a batch
+    /// whose gradients were unscaled before, call [`update`](Self::update).
     pub fn step(&self, optimizer: &Optimizer) -> Result<()> {
         self.locked().step(optimizer, Ok)
     }
@@ -348,7 +362,38 @@ impl GradScaler {
     /// # Errors
     /// A key is absent, or its value is not possible; nothing is changed then.
     pub fn load_state_dict(&self, state: &Map<String, Value>) -> Result<()> {
-        let number = |key: &str| {
+        self.load(Saved::read(state)?)
+    }
+
+    /// Takes over a state that was read.
+    pub(crate) fn load(&self, saved: Saved) -> Result<()> {
+        let mut scaler = self.locked();
+        scaler.settings = saved.settings;
+        let Scaler { scale: ours, growth_tracker, skipped, .. } = &mut *scaler;
+        let values =
+            [(ours, saved.scale), (growth_tracker, saved.tracker), (skipped, saved.skipped)];
+        for (tensor, value) in values {
+            let _ = tensor.f_fill_(value).map_err(failed)?;
+        }
+        scaler.optimizers.clear();
+        let last = saved.last_skipped.map(|last| Tensor::from_slice(&[f32::from(u8::from(last))]));
+        scaler.last_found = last;
+        Ok(())
+    }
+}
+
+/// A saved state of a scaler, read and checked.
+pub(crate) struct Saved {
+    settings: Settings,
+    scale: f64,
+    tracker: f64,
+    skipped: f64,
+    last_skipped: Option<bool>,
+}
+
+impl Saved {
+    fn read(state: &Map<String, Value>) -> Result<Self> {
+        let number = |key: &str, possible: &dyn Fn(f64) -> bool| {
             let value = state.get(key).ok_or_else(|| {
                 Error::State(format!(
                     "Required state attribute '{key}' is absent in provided state_dict"
@@ -356,25 +401,30 @@ impl GradScaler {
             })?;
             value
                 .as_f64()
-                .filter(|value| *value >= 0. && value.is_finite())
+                .filter(|value| *value >= 0. && value.is_finite() && possible(*value))
                 .ok_or_else(|| Error::State(format!("the GradScaler's '{key}' cannot be {value}")))
         };
-        let (scale, tracker) = (number("scale")?, number("_growth_tracker")?);
-        let interval = number("growth_interval")? as u32;
-        let (growth, backoff) = (number("growth_factor")?, number("backoff_factor")?);
-        let skipped = if state.contains_key("skipped") { number("skipped")? } else { 0. };
+        let any = |_: f64| true;
+        let up_to = |limit: f64| move |value: f64| value.fract() == 0. && value <= limit;
+        let scale = number("scale", &any)?;
+        // The tracker is an i32 on the device.
+        let tracker = number("_growth_tracker", &up_to(f64::from(i32::MAX)))?;
+        let interval = number("growth_interval", &up_to(f64::from(u32::MAX)))? as u32;
+        let (growth, backoff) = (number("growth_factor", &any)?, number("backoff_factor", &any)?);
+        let skipped = match state.contains_key("skipped") {
+            true => number("skipped", &up_to((1u64 << 53) as f64))?,
+            false => 0.,
+        };
         // A new scaler refuses values that are not possible.
-        let fresh = Self::new().init_scale(scale)?.growth(growth, backoff, interval)?;
+        let fresh = GradScaler::new().init_scale(scale)?.growth(growth, backoff, interval)?;
         let settings = fresh.locked().settings;
-        let mut scaler = self.locked();
-        scaler.settings = settings;
-        let Scaler { scale: ours, growth_tracker, skipped: count, .. } = &mut *scaler;
-        for (tensor, value) in [(ours, scale), (growth_tracker, tracker), (count, skipped)] {
-            let _ = tensor.f_fill_(value).map_err(failed)?;
-        }
-        scaler.optimizers.clear();
-        scaler.last_found = None;
-        Ok(())
+        Ok(Self { settings, scale, tracker, skipped, last_skipped: None })
+    }
+
+    /// Reads the state that a checkpoint has.
+    pub(crate) fn of(state: &StateDict) -> Result<Self> {
+        let last_skipped = Some(state.value("last_skipped")?);
+        Ok(Self { last_skipped, ..Self::read(state.values())? })
     }
 }
 
@@ -387,10 +437,7 @@ impl Stateful for GradScaler {
     }
 
     fn load_state_dict(&mut self, state: StateDict) -> Result<()> {
-        let skipped: bool = state.value("last_skipped")?;
-        Self::load_state_dict(self, state.values())?;
-        self.locked().last_found = Some(Tensor::from_slice(&[f32::from(u8::from(skipped))]));
-        Ok(())
+        self.load(Saved::of(&state)?)
     }
 }
 

@@ -5,3 +5,4 @@ mod grad_scaler;
 
 pub use autocast::{autocast, without_autocast};
 pub use grad_scaler::GradScaler;
+pub(crate) use grad_scaler::Saved;

@@ -28,6 +28,8 @@ struct Layer {
   // The averages of the batch statistics over all calls so far, in f64 if the device supports it.
   Tensor mean_average, var_average;
   int64_t calls = 0;
+  // True if a call had a single value for each channel, so that the variance is NaN.
+  bool single = false;
 };
 
 void average(Tensor& average, const Tensor& running, double momentum, int64_t calls) {
@@ -42,8 +44,7 @@ void average(Tensor& average, const Tensor& running, double momentum, int64_t ca
 
 // A watch on the batch normalisation of one thread, until tig_batch_norm_end.
 struct BatchNormWatch {
-  // True: average the statistics over all calls. False: list the layers that get a single value for each channel,
-  // whose variance is NaN.
+  // True: average the statistics over all calls. False: look for layers that get a single value for each channel.
   bool averages;
   std::vector<Layer> layers;
   // True if a layer ran in evaluation mode.
@@ -106,7 +107,8 @@ std::unique_ptr<at::ObserverContext> begin(const at::RecordFunction& function) {
     if (!watch->averages) {
       const Tensor& input = inputs[0].toTensor();
       const bool one_value = input.dim() >= 2 && input.numel() > 0 && input.numel() == input.size(1);
-      if (one_value) layer_of(*watch, mean, var);
+      Layer& layer = watch->layers[layer_of(*watch, mean, var)];
+      layer.single = layer.single || one_value;
       return nullptr;
     }
     auto call = std::make_unique<Call>();
@@ -172,10 +174,13 @@ const void* tig_batch_norm_layer(const BatchNormWatch* watch, size_t index) {
   return watch->layers[index].var.unsafeGetTensorImpl();
 }
 
+// Whether a call of a listed layer had a single value for each channel.
+int tig_batch_norm_single(const BatchNormWatch* watch, size_t index) { return watch->layers[index].single ? 1 : 0; }
+
 int tig_batch_norm_evaluated(const BatchNormWatch* watch) { return watch->evaluated ? 1 : 0; }
 
-// Ends the watch, on the thread where it began. With `keep` the running averages become the averages over all calls;
-// without it they get the values from before the watch.
+// Ends the watch, on the thread where it began. With `keep` the running averages become the averages over all calls, or
+// stay as they are if the watch does not average; without it they get the values from before the watch.
 int tig_batch_norm_end(BatchNormWatch* watch, int keep, char** error) {
   return guarded(error, [&] {
     if (watch->ended) return;

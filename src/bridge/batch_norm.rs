@@ -12,13 +12,14 @@ unsafe extern "C" {
     fn tig_batch_norm_watch(averages: c_int, made: *mut Raw, error: *mut *mut c_char) -> c_int;
     fn tig_batch_norm_layers(watch: Raw) -> usize;
     fn tig_batch_norm_layer(watch: Raw, index: usize) -> *const c_void;
+    fn tig_batch_norm_single(watch: Raw, index: usize) -> c_int;
     fn tig_batch_norm_evaluated(watch: Raw) -> c_int;
     fn tig_batch_norm_end(watch: Raw, keep: c_int, error: *mut *mut c_char) -> c_int;
     fn tig_batch_norm_free(watch: Raw);
 }
 
-/// Watches the batch normalisation of this thread. When the watch is dropped, the listed layers get back the running
-/// averages that they had when the watch first saw them.
+/// Watches the batch normalisation of this thread. When the watch is dropped, all layers that ran in training mode get
+/// back the running averages that they had when the watch first saw them.
 pub(crate) struct BatchNormWatch {
     raw: NonNull<c_void>,
     /// The observer belongs to one thread.
@@ -32,7 +33,7 @@ impl BatchNormWatch {
         Self::begin(true)
     }
 
-    /// Lists the layers that get a single value for each channel, whose variance is NaN.
+    /// Looks for layers that get a single value for each channel, whose variance is NaN.
     pub(crate) fn looking_for_single_values() -> Result<Self, BridgeError> {
         Self::begin(false)
     }
@@ -45,14 +46,20 @@ impl BatchNormWatch {
         Ok(Self { raw, _not_send: PhantomData })
     }
 
-    /// The running variances of the listed layers.
-    pub(crate) fn layers(&self) -> Vec<TensorId> {
-        // SAFETY: `raw` is a live watch; the indices are below its count, and it keeps the variances alive.
-        unsafe {
-            let count = tig_batch_norm_layers(self.raw.as_ptr());
-            let id = |index| TensorId(tig_batch_norm_layer(self.raw.as_ptr(), index) as usize);
-            (0..count).map(id).collect()
-        }
+    /// The number of layers that ran in training mode.
+    pub(crate) fn layers(&self) -> usize {
+        // SAFETY: `raw` is a live watch.
+        unsafe { tig_batch_norm_layers(self.raw.as_ptr()) }
+    }
+
+    /// The running variances of the layers that got a single value for each channel.
+    pub(crate) fn single_values(&self) -> Vec<TensorId> {
+        let raw = self.raw.as_ptr();
+        // SAFETY: `raw` is a live watch, and the indices are below its count.
+        let single = |index: &usize| unsafe { tig_batch_norm_single(raw, *index) != 0 };
+        // SAFETY: as above; the watch keeps the variances alive.
+        let id = |index| TensorId(unsafe { tig_batch_norm_layer(raw, index) } as usize);
+        (0..self.layers()).filter(single).map(id).collect()
     }
 
     /// Whether a layer ran in evaluation mode.
@@ -61,7 +68,8 @@ impl BatchNormWatch {
         unsafe { tig_batch_norm_evaluated(self.raw.as_ptr()) != 0 }
     }
 
-    /// Ends the watch and makes the averages over all calls the running averages of the layers.
+    /// Ends the watch. If it averages, the averages over all calls become the running averages of the layers; otherwise
+    /// the running averages stay as the calls left them.
     pub(crate) fn keep(self) -> Result<(), BridgeError> {
         // SAFETY: `raw` is a live watch of this thread.
         checked(|error| unsafe { tig_batch_norm_end(self.raw.as_ptr(), 1, error) })

@@ -80,8 +80,12 @@ void scale(tig::OnePass& pass, const Sorted& sorted, const Tensor& factor) {
     if (number != 1.) pass.update(tig::Rule::Scale, number);
   }
   for (const auto& [device, list] : sorted.lists) {
-    if (list[0].device().is_cpu() && factor.device().is_cpu() && value(factor) == 1.) continue;
-    at::_foreach_mul_(list, factor.to(list[0].device()).reshape({}));
+    if (!factor.device().is_cpu()) {
+      at::_foreach_mul_(list, factor.to(list[0].device()).reshape({}));
+    } else if (const double number = value(factor); number != 1.) {
+      // A number goes to the device without a copy that the host would wait for.
+      at::_foreach_mul_(list, number);
+    }
   }
 }
 

@@ -229,10 +229,11 @@ impl EMAHandler {
     pub fn update(&self) -> Result<f64> {
         let mut momentum = locked(&self.momentum);
         check(momentum.target)?;
+        let before = (momentum.updates, momentum.current);
         let value = momentum.next();
         let updated = self.shadow.update(Average::Lerp(value), self.buffers);
         if updated.is_err() {
-            momentum.updates -= 1;
+            (momentum.updates, momentum.current) = before;
         }
         updated.map(|()| value)
     }

@@ -59,7 +59,7 @@ pub fn update_bn<'a, B, R>(
         Ok(())
     })
     .map_err(wrong)?;
-    let layers = watch.layers().len();
+    let layers = watch.layers();
     if layers == 0 && watch.evaluated() {
         return Err(Error::invalid(
             "update_bn: all layers of batch normalisation ran in evaluation mode, in which they compute no averages; call the model with `forward_t(x, true)`",

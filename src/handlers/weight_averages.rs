@@ -91,7 +91,7 @@ impl Lists {
     fn update(&mut self, how: Average, buffers: Buffers) -> Result<()> {
         if self.swapped {
             return Err(Error::invalid(
-                "the averages are swapped in, so they cannot be updated; drop the guard of `swap` first",
+                "the averages are swapped in, so they cannot be updated; drop the guard of `swap` first (if it is gone, swapping back was refused)",
             ));
         }
         let failed = |text| Error::libtorch("averaging variables", text);
@@ -134,7 +134,7 @@ impl WeightAverages {
     pub(super) fn save(&self) -> Result<StateDict> {
         if locked(&self.0).swapped {
             return Err(Error::State(
-                "the averages are swapped in, so neither they nor the model can be saved or restored; drop the guard of `swap` first"
+                "the averages are swapped in, so neither they nor the model can be saved or restored; drop the guard of `swap` first (if it is gone, swapping back was refused)"
                     .into(),
             ));
         }
@@ -176,7 +176,9 @@ impl WeightAverages {
     pub(super) fn swap(&self) -> Result<Swapped> {
         let mut lists = locked(&self.0);
         if lists.swapped {
-            return Err(Error::invalid("the averages are swapped in already"));
+            return Err(Error::invalid(
+                "the averages are swapped in already (if the guard is gone, swapping back was refused)",
+            ));
         }
         lists.swap(Average::Swap)?;
         lists.swapped = true;
@@ -200,9 +202,9 @@ pub struct Swapped(WeightAverages);
 impl Drop for Swapped {
     fn drop(&mut self) {
         let mut lists = locked(&self.0.0);
-        // Swapping these tensors worked before, and nobody could be told of an error here.
-        let _ = lists.swap(Average::SwapBack);
-        lists.swapped = false;
+        // `drop` cannot return an error. If a variable got another shape since, the averages stay swapped in, and the
+        // next update, swap or checkpoint says so.
+        lists.swapped = lists.swap(Average::SwapBack).is_err();
     }
 }
 

@@ -60,6 +60,11 @@ impl Algorithm {
         }
     }
 
+    /// Whether libtorch counts the steps of each parameter.
+    pub(crate) fn counts_steps(self) -> bool {
+        self != Algorithm::Sgd
+    }
+
     /// Whether `tensors` hold those that libtorch needs at every step.
     pub(crate) fn has_needed(self, tensors: &[Option<Tensor>; 3]) -> bool {
         let needed = match self {

@@ -147,6 +147,10 @@ impl Optimizer {
                     Some(_) if !self.shared.algorithm.has_needed(&tensors) => {
                         Some(format!("the state of '{name}' is not complete"))
                     }
+                    Some(step) if step.is_some() != self.shared.algorithm.counts_steps() => {
+                        let has = if step.is_some() { "a" } else { "no" };
+                        Some(format!("the state of '{name}' has {has} step count"))
+                    }
                     Some(step) if impossible(step) => {
                         Some(format!("the step of '{name}' is impossible"))
                     }

@@ -205,15 +205,17 @@ impl Length {
         // Without accumulation each batch is an update.
         let one_each = run.steps() == 1;
         let mut sum = 0.;
-        for (number, unit) in &self.terms {
-            sum += match (unit, clock) {
+        for (signed, unit) in &self.terms {
+            // Whole windows and epochs are counted in a positive number; the sign comes back at the end.
+            let number = signed.abs();
+            let events = match (unit, clock) {
                 (Unit::Iterations, Clock::Iteration)
                 | (Unit::Updates, Clock::Update)
-                | (Unit::Epochs, Clock::Epoch) => *number,
+                | (Unit::Epochs, Clock::Epoch) => number,
                 (Unit::Iterations, Clock::Update) | (Unit::Updates, Clock::Iteration)
                     if one_each =>
                 {
-                    *number
+                    number
                 }
                 (Unit::Epochs, Clock::Iteration) => number * epoch_length()?,
                 (Unit::Epochs, Clock::Update) => number * epoch_updates()?,
@@ -231,6 +233,7 @@ impl Length {
                 }
                 (Unit::Runs, _) => number * known(run.events(clock), "the length of the run")?,
             };
+            sum += events.copysign(*signed);
         }
         // A share that would be whole but for rounding stays whole: 29 % of 100.
         let whole = (sum + 1e-6).floor();

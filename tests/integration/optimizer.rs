@@ -1242,6 +1242,34 @@ fn a_state_is_loaded_as_far_as_it_fits() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_state_without_the_step_counts_that_the_optimizer_needs_is_refused() -> Result<()> {
+    use tch_ignite::checkpoint::Stateful;
+    for name in ["SGD", "Adam", "AdamW", "RMSprop"] {
+        let (vs, a, _) = two();
+        let mut optimizer = optimizer(name, &vs);
+        step_with(&optimizer, &a, 1.)?;
+        let mut state = optimizer.state_dict()?.copy()?;
+        optimizer.load_state_dict(state.copy()?)?;
+        let mut steps: BTreeMap<String, Option<i64>> = state.value("steps")?;
+        for step in steps.values_mut() {
+            *step = if step.is_some() { None } else { Some(3) };
+        }
+        let stepped = !steps.is_empty();
+        state.set_value("steps", steps)?;
+        let loaded = optimizer.load_state_dict(state);
+        if name == "SGD" && !stepped {
+            continue;
+        }
+        let has = if name == "SGD" { "has a step count" } else { "has no step count" };
+        let error = text(loaded);
+        assert!(error.contains(has), "{name}: {error}");
+        step_with(&optimizer, &a, 1.)?;
+        assert!(value(&a.max()).is_finite(), "{name}");
+    }
+    Ok(())
+}
+
 /// Files of before have a tied parameter under any of its names.
 #[test]
 fn a_state_saved_under_another_name_of_a_tied_parameter_is_found() -> Result<()> {

@@ -472,6 +472,39 @@ fn a_plan_in_code_is_checked_too() {
     assert!(SchedulePlan::new([step(), step()]).is_err());
 }
 
+/// 10 batches by 4 are windows of 4, 4 and 2, so the run has 30 iterations and 9 updates.
+#[test]
+fn a_term_with_minus_is_as_long_as_one_with_plus() {
+    let run = RunLength::new(10, 3).accumulate(4);
+    let events = |event: &str, length: &str| {
+        let plan = toml(&format!(
+            "event = '{event}'\ntype = 'LinearCyclical'\nstart_value = 1.0\nend_value = 0.0\nmonotonic = true\ncycle_size = '{length}'"
+        ))
+        .unwrap();
+        plan.resolve(run).unwrap().remove(0).length().unwrap()
+    };
+    for (term, iterations, updates) in [
+        ("8it", 8, 2),
+        ("14it", 14, 4),
+        ("2up", 8, 2),
+        ("4up", 14, 4),
+        ("5up", 18, 5),
+        ("2ep", 20, 6),
+    ] {
+        let length = format!("1run - {term}");
+        assert_eq!(run.length(term).unwrap(), iterations, "{term}");
+        assert_eq!(events("iteration", &length), 30 - iterations, "{length}");
+        assert_eq!(events("update", &length), 9 - updates, "{length}");
+    }
+    assert_eq!(events("update", "1run - 50%"), 4);
+    assert_eq!(events("iteration", "1run - 50%"), 15);
+    for length in ["3ep - 10it", "3ep - 3up", "3ep - 1ep", "60it - 40it"] {
+        assert_eq!(events("epoch", length), 2, "{length}");
+    }
+    let mnist = RunLength::new(938, 8).accumulate(4);
+    assert_eq!(mnist.length("1run - 100up").unwrap(), 7504 - 400);
+}
+
 #[test]
 fn a_plan_counts_updates() {
     // 10 batches by 4: windows of 4, 4 and 2.

@@ -454,6 +454,27 @@ fn averages_that_do_not_fit_any_more_are_refused_before_one_is_changed() -> Resu
     assert!(ema.swap().is_err());
     assert_eq!((value(&ema.averages()[0].1.max()), value(&a.max())), (1., 3.));
     assert_eq!(ema.updates(), 0);
+    let ema = EMAHandler::new(&vs, 0.5)?.warmup(0.25, 3)?;
+    b.set_data(&Tensor::ones([2], (Kind::Float, Device::Cpu)));
+    assert!(ema.update().is_err());
+    assert_eq!((ema.updates(), ema.momentum()), (0, 0.5));
+    Ok(())
+}
+
+#[test]
+fn averages_that_cannot_be_swapped_back_stay_known_as_swapped_in() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let (mut a, mut b) = (vs.root().ones("a", &[2]), vs.root().ones("b", &[2]));
+    let ema = EMAHandler::new(&vs, 0.5)?;
+    tch::no_grad(|| drop(a.fill_(3.)));
+    let swapped = ema.swap()?;
+    b.set_data(&Tensor::ones([3], (Kind::Float, Device::Cpu)));
+    drop(swapped);
+    assert_eq!((value(&ema.averages()[0].1.max()), value(&a.max())), (3., 1.));
+    let errors = [ema.update().map(drop), ema.swap().map(drop)];
+    for error in errors.map(|result| result.unwrap_err().to_string()) {
+        assert!(error.contains("swapping back was refused"), "{error}");
+    }
     Ok(())
 }
 
@@ -595,6 +616,33 @@ fn memory_with_gaps_and_sparse_gradients() -> Result<()> {
     assert_eq!(largest(), 0.25);
     optimizer.zero_grad_in_place()?;
     assert_eq!(value(&optimizer.gradients()?.norm()?), 0.);
+    Ok(())
+}
+
+#[test]
+fn a_batch_whose_step_is_refused_leaves_the_scaler_ready_for_the_next() -> Result<()> {
+    for max_norm in [None, Some(10.)] {
+        let vs = VarStore::new(Device::Cpu);
+        let (w, table) = (vs.root().ones("w", &[1]), vs.root().ones("table", &[3, 1]));
+        let net = nn::func_t(move |x, _| match x.double_value(&[0]) < 0. {
+            true => Tensor::embedding(&table, &Tensor::from_slice(&[1i64]), -1, false, true) * &w,
+            false => x * &w,
+        });
+        let optimizer = Optimizer::adam(&vs).lr(0.125).build()?;
+        let mut cx = Supervised::new(net, optimizer, |y_pred, _| y_pred.mean(Kind::Float))
+            .grad_scaler(GradScaler::new())
+            .clip_grad_value(1.);
+        if let Some(max) = max_norm {
+            cx = cx.clip_grad_norm(max);
+        }
+        let error = format!("{:#}", cx.train_step(batch(&[-1.])).unwrap_err());
+        assert!(error.contains("sparse"), "{error}");
+        assert_eq!(weight(&vs), 1.);
+        for steps in 1..3 {
+            let _ = cx.train_step(tensors((1., 0.)))?;
+            close(weight(&vs), 1. - 0.125 * f64::from(steps));
+        }
+    }
     Ok(())
 }
 
@@ -917,6 +965,66 @@ fn equal_batches_are_divided_by_their_number_and_nothing_else() -> Result<()> {
 }
 
 #[test]
+fn a_state_that_is_refused_changes_nothing() -> Result<()> {
+    use tch_ignite::checkpoint::StateDict;
+    let make = |scale: f64| -> Result<_> {
+        let mut vs = VarStore::new(Device::Cpu);
+        let scaler = GradScaler::new().init_scale(scale)?;
+        let mut cx = linear(&mut vs).accumulate(3)?.grad_scaler(scaler.clone());
+        let _ = cx.train_step(batch(&[scale]))?;
+        Ok((vs, cx, scaler))
+    };
+    let gradient = |vs: &VarStore| vs.variables()["w"].grad().double_value(&[0]);
+    let (_vs, theirs, _) = make(8.)?;
+    let (vs, mut cx, scaler) = make(4.)?;
+    let before = gradient(&vs);
+    for key in ["scale", "growth_interval", "_growth_tracker", "skipped", "last_skipped"] {
+        let mut state = theirs.state_dict()?.copy()?;
+        let mut part: StateDict = state.take_part("scaler")?;
+        part.set_value(key, -1.5)?;
+        state.set_part("scaler", part);
+        assert!(cx.load_state_dict(state).is_err(), "{key}");
+        assert_eq!((gradient(&vs), scaler.get_scale()?), (before, 4.), "{key}");
+    }
+    for part in ["scaler", "gradients"] {
+        let mut state = theirs.state_dict()?.copy()?;
+        state.take_part(part)?;
+        assert!(cx.load_state_dict(state).is_err(), "{part}");
+        assert_eq!((gradient(&vs), scaler.get_scale()?), (before, 4.), "{part}");
+    }
+    cx.load_state_dict(theirs.state_dict()?.copy()?)?;
+    assert_ne!(gradient(&vs), before);
+    assert_eq!(scaler.get_scale()?, 8.);
+    Ok(())
+}
+
+#[test]
+fn a_scaler_refuses_counts_that_are_not_whole_or_too_large() -> Result<()> {
+    let scaler = GradScaler::new();
+    let good = scaler.state_dict()?;
+    for (key, value) in [
+        ("growth_interval", 2.5),
+        ("growth_interval", 2f64.powi(32)),
+        ("_growth_tracker", 0.5),
+        ("_growth_tracker", 2f64.powi(31)),
+        ("skipped", 1.5),
+    ] {
+        let mut state = good.clone();
+        state.insert("scale".into(), 2.0.into());
+        state.insert(key.into(), value.into());
+        let error = scaler.load_state_dict(&state).unwrap_err().to_string();
+        assert!(error.contains(key), "{error}");
+        assert_eq!(scaler.state_dict()?, good);
+    }
+    // A whole number may be written as a float.
+    let mut state = good.clone();
+    state.insert("growth_interval".into(), 500.0.into());
+    scaler.load_state_dict(&state)?;
+    assert_eq!(scaler.state_dict()?["growth_interval"], 500);
+    Ok(())
+}
+
+#[test]
 fn a_window_goes_on_after_its_state_is_restored() -> Result<()> {
     for saved_after in 1..3 {
         let mut results = vec![];
@@ -1177,6 +1285,45 @@ fn update_bn_computes_torchs_averages() -> Result<()> {
     for (ours, theirs) in computed.into_iter().zip(numbers(&expected.detach())) {
         close(ours, theirs);
     }
+    Ok(())
+}
+
+#[test]
+fn a_refused_batch_leaves_the_running_averages_of_all_layers() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let path = vs.root();
+    let padding = nn::ConvConfig { padding: 1, ..Default::default() };
+    let net = nn::seq_t()
+        .add(nn::conv2d(&path / "conv", 3, 4, 3, padding))
+        .add(nn::batch_norm2d(&path / "wide", 4, Default::default()))
+        .add_fn(|x| x.mean_dim([2i64, 3].as_slice(), false, None::<Kind>))
+        .add(nn::batch_norm1d(&path / "narrow", 4, Default::default()))
+        .add(nn::linear(&path / "head", 4, 1, Default::default()));
+    let optimizer = Optimizer::sgd(&vs).lr(0.1).build()?;
+    let loss = |y_pred: &Tensor, y: &Tensor| y_pred.mse_loss(y, tch::Reduction::Mean);
+    let mut cx = Supervised::new(net, optimizer, loss);
+    let batch = |samples: i64| {
+        let options = (Kind::Float, Device::Cpu);
+        (Tensor::randn([samples, 3, 8, 8], options), Tensor::zeros([samples, 1], options))
+    };
+    let all = || {
+        let variables = vs.variables();
+        let mut all: Vec<_> = variables
+            .iter()
+            .map(|(name, v)| (name.clone(), numbers(&v.detach().flatten(0, -1))))
+            .collect();
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        all
+    };
+    let start = all();
+    let _ = cx.train_step(batch(4))?;
+    let before = all();
+    assert_ne!(before, start);
+    let error = format!("{:#}", cx.train_step(batch(1)).unwrap_err());
+    assert!(error.contains("'narrow'") && !error.contains("'wide'"), "{error}");
+    assert_eq!(all(), before);
+    let _ = cx.train_step(batch(4))?;
+    assert_ne!(all(), before);
     Ok(())
 }
 
