@@ -306,6 +306,33 @@ fn pickles_that_are_no_plain_data_are_refused() {
     }
 }
 
+#[test]
+fn small_files_that_stand_for_much_memory_are_refused() -> Result<()> {
+    // Two names of 1 kB, joined by each 5 bytes.
+    let name = "a".repeat(1000);
+    let text = [b"X\xe8\x03\x00\x00", name.as_bytes()].concat();
+    let mut pickle = [b"\x80\x04(", &text[..], b"q\x00", &text, b"q\x01"].concat();
+    pickle.extend(b"h\x00h\x01\x93".repeat(40_000));
+    pickle.extend(b"t.");
+    let reader = Reader::new().allow(&format!("{name}.{name}"));
+    let error = reader.read_bytes(archive(&[("data.pkl", &pickle)])).unwrap_err().to_string();
+    assert!(error.contains("copies more than it holds"), "{error}");
+    let error = refused(&pickle);
+    assert!(error.contains("not plain data") && error.len() < 1000, "{error}");
+
+    // One element, as often as a tensor of 8 GB has it.
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("expanded.pt");
+    let huge = Tensor::zeros([1], (Kind::Uint8, Device::Cpu)).expand([1 << 33], false);
+    pytorch::write(&path, &Value::tensor(&huge)?)?;
+    let value = pytorch::read(&path)?;
+    let stored = value.as_tensor().context("a tensor")?;
+    assert_eq!(stored.tensor()?.size(), [1 << 33]);
+    let error = stored.to_bytes().unwrap_err().to_string();
+    assert!(error.contains("copies of a storage of 1"), "{error}");
+    Ok(())
+}
+
 /// A dict of one tensor "w" with these numbers: elements of its storage, offset, length and stride.
 fn one_tensor(class: &str, elements: u8, offset: u8, length: u8, stride: u8) -> Vec<u8> {
     let mut pickle =
@@ -739,6 +766,26 @@ fn moments_of_tied_parameters_go_to_the_right_parameters() -> Result<()> {
     let expected = states(&optimizer)?;
     assert_eq!(expected.len(), 8);
     assert_eq!(states(&loaded)?, expected);
+
+    // A state whose parts do not belong together is refused before anything is copied.
+    let with = |part: &str, value: Value| -> Result<Value> {
+        let state = saved.require("state")?;
+        let mut parts = state.require("2")?.as_dict().context("a dict")?.clone();
+        parts.insert(part, value);
+        let (mut states, mut changed) = (Dict::new(), saved.as_dict().context("a dict")?.clone());
+        states.push(2, parts);
+        changed.insert("state", states);
+        Ok(changed.into())
+    };
+    let huge = Tensor::zeros([1], (Kind::Double, Device::Cpu)).expand([1 << 33], false);
+    for (part, value, reason) in [
+        ("step", Value::None, "'fc.bias' has tensors but no step"),
+        ("exp_avg", Value::tensor(&huge)?, "'fc.bias/exp_avg' is of shape [8589934592]"),
+    ] {
+        let error = pytorch::load_optimizer(&mut loaded, &with(part, value)?, &TIED);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+    }
 
     // Python's optimizer may know the names itself: a tied parameter's is the first there.
     let group = |names: &[&str]| -> Result<Value> {

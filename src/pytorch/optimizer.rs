@@ -119,6 +119,10 @@ pub fn load_optimizer(
         check_rest(dict, form, optimizer.name(), &mut report)?;
     }
 
+    let mut shapes = HashMap::new();
+    for group in &ours {
+        shapes.extend(group.variables()?.into_iter().map(|own| (own.name, own.tensor.size())));
+    }
     let mut state = StateDict::new();
     let mut steps: BTreeMap<String, Option<i64>> = BTreeMap::new();
     let saved_state = saved.require("state")?.as_dict();
@@ -136,6 +140,14 @@ pub fn load_optimizer(
                 Value::None => {}
                 value if key == "step" => step = Some(step_of(name, value)?),
                 Value::Tensor(stored) => {
+                    // A few bytes may claim to be a tensor of any shape: it is copied only if it fits.
+                    let shape = shapes.get(name).map_or(&[][..], Vec::as_slice);
+                    if stored.size() != shape {
+                        return Err(fault(format!(
+                            "'{name}/{key}' is of shape {:?}, and the parameter of shape {shape:?}",
+                            stored.size()
+                        )));
+                    }
                     // Of its own: the optimizer changes it.
                     let tensor = tch::no_grad(|| {
                         stored.tensor()?.f_detach_copy().map_err(|error| {
@@ -149,6 +161,10 @@ pub fn load_optimizer(
                     return Err(fault(format!("'{name}/{key}' is a {}", other.type_name())));
                 }
             }
+        }
+        // Python's SGD counts no steps.
+        if tensors > 0 && step.is_none() && optimizer.name() != "SGD" {
+            return Err(fault(format!("'{name}' has tensors but no step")));
         }
         if tensors > 0 || step.is_some() {
             steps.insert(name.to_owned(), step);
