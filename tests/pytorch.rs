@@ -12,6 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result};
 use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
+use tch_ignite::checkpoint::Stateful;
 use tch_ignite::optim::{Optimizer, OptimizerBuilder, lr};
 use tch_ignite::pytorch::{
     self, DType, Dict, Loaded, Names, Reader, StoredTensor, Value, Weights, load_weights,
@@ -303,6 +304,33 @@ fn pickles_that_are_no_plain_data_are_refused() {
         let error = refused(&pickle);
         assert!(error.contains(reason), "{shown:?}: {error}");
     }
+}
+
+#[test]
+fn small_files_that_stand_for_much_memory_are_refused() -> Result<()> {
+    // Two names of 1 kB, joined by each 5 bytes.
+    let name = "a".repeat(1000);
+    let text = [b"X\xe8\x03\x00\x00", name.as_bytes()].concat();
+    let mut pickle = [b"\x80\x04(", &text[..], b"q\x00", &text, b"q\x01"].concat();
+    pickle.extend(b"h\x00h\x01\x93".repeat(40_000));
+    pickle.extend(b"t.");
+    let reader = Reader::new().allow(&format!("{name}.{name}"));
+    let error = reader.read_bytes(archive(&[("data.pkl", &pickle)])).unwrap_err().to_string();
+    assert!(error.contains("copies more than it holds"), "{error}");
+    let error = refused(&pickle);
+    assert!(error.contains("not plain data") && error.len() < 1000, "{error}");
+
+    // One element, as often as a tensor of 8 GB has it.
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("expanded.pt");
+    let huge = Tensor::zeros([1], (Kind::Uint8, Device::Cpu)).expand([1 << 33], false);
+    pytorch::write(&path, &Value::tensor(&huge)?)?;
+    let value = pytorch::read(&path)?;
+    let stored = value.as_tensor().context("a tensor")?;
+    assert_eq!(stored.tensor()?.size(), [1 << 33]);
+    let error = stored.to_bytes().unwrap_err().to_string();
+    assert!(error.contains("copies of a storage of 1"), "{error}");
+    Ok(())
 }
 
 /// A dict of one tensor "w" with these numbers: elements of its storage, offset, length and stride.
@@ -661,6 +689,120 @@ fn variables_of_any_layout_are_loaded() -> Result<()> {
     );
     assert_eq!(f64::try_from(turned.get(1).get(2))?, 25.);
     assert_eq!(Vec::<f64>::try_from(half.detach())?, [40., 41., 42., 43.]);
+    Ok(())
+}
+
+/// A store whose last layer has the embedding's weight, in float64. Alphabetically, the later name is the first.
+fn tied() -> VarStore {
+    let mut vs = VarStore::new(Device::Cpu);
+    let root = vs.root();
+    let wte = (&root / "wte").ones("weight", &[4, 3]);
+    let _fc = nn::linear(&root / "fc", 3, 2, Default::default());
+    let _weight = (&root / "lm_head").add("weight", wte, true);
+    let _bias = (&root / "lm_head").zeros("bias", &[4]);
+    vs.double();
+    vs
+}
+
+/// As Python's `state_dict()` of that model has them.
+const TIED: [&str; 5] = ["wte.weight", "fc.weight", "fc.bias", "lm_head.weight", "lm_head.bias"];
+
+#[test]
+fn a_tied_tensor_is_saved_and_loaded_under_all_its_names() -> Result<()> {
+    let _guard = serial();
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("tied.pt");
+    let vs = tied();
+    let expected = ["lm_head.weight", "wte.weight", "fc.weight", "fc.bias", "lm_head.bias"];
+    for _ in 0..10 {
+        assert_eq!(Weights::of_store(&tied())?.names(), expected);
+    }
+    tch::no_grad(|| vs.variables().values().for_each(|v| drop(v.shallow_clone().fill_(3.))));
+    save_weights(&vs, &path, &Names::new())?;
+    let weights = Weights::read(&path)?;
+    assert_eq!(weights.names(), expected);
+    let get = |name: &str| weights.get(name).context("a tensor");
+    assert!(get("wte.weight")?.shares_storage_with(get("lm_head.weight")?));
+    let other = tied();
+    let loaded = weights.load(&other)?;
+    assert_eq!(loaded.loaded.len(), 5);
+    assert_eq!(values(&other), values(&vs));
+    let script = r#"
+state = torch.load(sys.argv[1], weights_only=True)
+print(json.dumps([list(state), state["wte.weight"].data_ptr() == state["lm_head.weight"].data_ptr()]))
+"#;
+    let Some(output) = python(script, &[&path])? else { return Ok(()) };
+    let read: (Vec<String>, bool) = serde_json::from_str(&output)?;
+    assert_eq!(read, (expected.map(str::to_owned).to_vec(), true));
+    Ok(())
+}
+
+#[test]
+fn moments_of_tied_parameters_go_to_the_right_parameters() -> Result<()> {
+    let _guard = serial();
+    let (vs, other) = (tied(), tied());
+    let optimizer = Optimizer::adam(&vs).build()?;
+    let all = vs.trainable_variables();
+    let loss = all.iter().map(|v| v.square().sum(Kind::Double)).sum::<Tensor>();
+    optimizer.backward_step(&loss)?;
+    let saved = pytorch::optimizer_value(&optimizer, &TIED)?;
+    let shape = |number: &str| {
+        let moment = saved.get("state")?.get(number)?.get("exp_avg")?.as_tensor()?;
+        Some(moment.size().to_vec())
+    };
+    let shapes: Vec<_> = ["0", "1", "2", "3"].map(shape).into_iter().flatten().collect();
+    assert_eq!(shapes, [vec![4, 3], vec![2, 3], vec![2], vec![4]]);
+    assert!(shape("4").is_none());
+
+    let mut loaded = Optimizer::adam(&other).build()?;
+    pytorch::load_optimizer(&mut loaded, &saved, &TIED)?;
+    let states = |optimizer: &Optimizer| -> Result<Vec<(String, String)>> {
+        let state = optimizer.state_dict()?;
+        Ok(state
+            .tensors()
+            .map(|(name, tensor)| (name.into(), tensor.to_string(20).unwrap_or_default()))
+            .collect())
+    };
+    let expected = states(&optimizer)?;
+    assert_eq!(expected.len(), 8);
+    assert_eq!(states(&loaded)?, expected);
+
+    // A state whose parts do not belong together is refused before anything is copied.
+    let with = |part: &str, value: Value| -> Result<Value> {
+        let state = saved.require("state")?;
+        let mut parts = state.require("2")?.as_dict().context("a dict")?.clone();
+        parts.insert(part, value);
+        let (mut states, mut changed) = (Dict::new(), saved.as_dict().context("a dict")?.clone());
+        states.push(2, parts);
+        changed.insert("state", states);
+        Ok(changed.into())
+    };
+    let huge = Tensor::zeros([1], (Kind::Double, Device::Cpu)).expand([1 << 33], false);
+    for (part, value, reason) in [
+        ("step", Value::None, "'fc.bias' has tensors but no step"),
+        ("exp_avg", Value::tensor(&huge)?, "'fc.bias/exp_avg' is of shape [8589934592]"),
+    ] {
+        let error = pytorch::load_optimizer(&mut loaded, &with(part, value)?, &TIED);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+    }
+
+    // Python's optimizer may know the names itself: a tied parameter's is the first there.
+    let group = |names: &[&str]| -> Result<Value> {
+        let groups = saved.require("param_groups")?.as_slice().context("groups")?;
+        let mut group = groups[0].as_dict().context("a group")?.clone();
+        group.insert("param_names", Value::list(names.iter().copied()));
+        let mut named = saved.as_dict().context("a dict")?.clone();
+        named.insert("param_groups", Value::list([group]));
+        Ok(named.into())
+    };
+    let mut loaded = Optimizer::adam(&other).build()?;
+    let python = ["wte.weight", "fc.weight", "fc.bias", "lm_head.bias"];
+    pytorch::load_optimizer(&mut loaded, &group(&python)?, &[])?;
+    assert_eq!(states(&loaded)?, expected);
+    let twice = ["wte.weight", "lm_head.weight", "fc.bias", "lm_head.bias"];
+    let error = pytorch::load_optimizer(&mut loaded, &group(&twice)?, &[]).unwrap_err().to_string();
+    assert!(error.contains("'lm_head.weight' is in group") && error.contains("twice"), "{error}");
     Ok(())
 }
 

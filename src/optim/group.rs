@@ -3,6 +3,7 @@ use std::fmt;
 use super::hyper::Hyper;
 use super::{Knob, Optimizer};
 use crate::error::Result;
+use crate::variables::Variable;
 
 /// One parameter group: reads and writes its hyper-parameters in libtorch's optimizer.
 ///
@@ -83,8 +84,12 @@ impl Group {
     /// # Errors
     /// See [`Optimizer`].
     pub fn parameters(&self) -> Result<Vec<String>> {
-        let parameters = self.optimizer.named_parameters_of([self.index])?;
-        Ok(parameters.into_iter().map(|parameter| parameter.name).collect())
+        Ok(self.variables()?.into_iter().map(|parameter| parameter.name).collect())
+    }
+
+    /// The group's parameters with all their names, in libtorch's order.
+    pub(crate) fn variables(&self) -> Result<Vec<Variable>> {
+        self.optimizer.named_parameters_of([self.index])
     }
 
     /// Learning rate.

@@ -280,6 +280,8 @@ impl<'i, 's> Machine<'i, 's> {
                 if module.len() + name.len() > 2048 {
                     return Err("a name in it is too long".into());
                 }
+                // Both texts may be used again and again by a few bytes.
+                self.copies(module.len() + name.len())?;
                 self.global(module, name)?;
             }
             // REDUCE, NEWOBJ, BUILD, BINPERSID
@@ -461,6 +463,8 @@ impl<'i, 's> Machine<'i, 's> {
         }
         match global {
             Global::Constant => self.plain(Value::Constant(full)),
+            // The names that the error lists are kept apart.
+            Global::Refused => self.push(Item::Global("".into(), global)),
             global => self.push(Item::Global(full, global)),
         }
     }

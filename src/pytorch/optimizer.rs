@@ -1,14 +1,15 @@
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::value::{Dict, Value};
-use super::weights::in_order;
+use super::weights::parameters_in_order;
 use crate::error::{Error, Result};
 use crate::optim::{Group, Optimizer};
 use crate::state::{StateDict, Stateful};
+use crate::variables::Variable;
 
 /// Options of Python's groups that do not change what a step does, or that only its schedulers use.
 const WITHOUT_EFFECT: [&str; 12] = [
@@ -118,6 +119,10 @@ pub fn load_optimizer(
         check_rest(dict, form, optimizer.name(), &mut report)?;
     }
 
+    let mut shapes = HashMap::new();
+    for group in &ours {
+        shapes.extend(group.variables()?.into_iter().map(|own| (own.name, own.tensor.size())));
+    }
     let mut state = StateDict::new();
     let mut steps: BTreeMap<String, Option<i64>> = BTreeMap::new();
     let saved_state = saved.require("state")?.as_dict();
@@ -135,6 +140,14 @@ pub fn load_optimizer(
                 Value::None => {}
                 value if key == "step" => step = Some(step_of(name, value)?),
                 Value::Tensor(stored) => {
+                    // A few bytes may claim to be a tensor of any shape: it is copied only if it fits.
+                    let shape = shapes.get(name).map_or(&[][..], Vec::as_slice);
+                    if stored.size() != shape {
+                        return Err(fault(format!(
+                            "'{name}/{key}' is of shape {:?}, and the parameter of shape {shape:?}",
+                            stored.size()
+                        )));
+                    }
                     // Of its own: the optimizer changes it.
                     let tensor = tch::no_grad(|| {
                         stored.tensor()?.f_detach_copy().map_err(|error| {
@@ -148,6 +161,10 @@ pub fn load_optimizer(
                     return Err(fault(format!("'{name}/{key}' is a {}", other.type_name())));
                 }
             }
+        }
+        // Python's SGD counts no steps.
+        if tensors > 0 && step.is_none() && optimizer.name() != "SGD" {
+            return Err(fault(format!("'{name}' has tensors but no step")));
         }
         if tensors > 0 || step.is_some() {
             steps.insert(name.to_owned(), step);
@@ -172,8 +189,8 @@ pub fn optimizer_value(optimizer: &Optimizer, names: &[&str]) -> Result<Value> {
     let template = optimizer.state_dict()?;
     let groups: Vec<SavedGroup> = template.value("groups")?;
     let (mut states, mut saved_groups, mut all) = (Dict::new(), vec![], vec![]);
-    for group in &groups {
-        let members = ordered(group.parameters.clone(), names)?;
+    for (group, own) in groups.iter().zip(optimizer.groups()?) {
+        let members = ordered(own.variables()?, names)?;
         // Python numbers the parameters of all groups in their order.
         let numbers: Vec<_> = (all.len()..all.len() + members.len()).collect();
         saved_groups.push(group_value(optimizer.name(), group, &numbers));
@@ -201,16 +218,21 @@ pub fn optimizer_value(optimizer: &Optimizer, names: &[&str]) -> Result<Value> {
     Ok(saved.into())
 }
 
-/// A group's parameters in Python's order.
-fn ordered(members: Vec<String>, names: &[&str]) -> Result<Vec<String>> {
+/// The names by which our state knows a group's parameters, in Python's order. Python numbers a tied parameter where the
+/// first of its names is.
+fn ordered(members: Vec<Variable>, names: &[&str]) -> Result<Vec<String>> {
     if names.is_empty() {
-        return Ok(in_order(members));
+        return Ok(parameters_in_order(members).into_iter().map(|member| member.name).collect());
     }
-    let places: HashMap<_, _> =
-        names.iter().enumerate().map(|(place, name)| (*name, place)).collect();
-    let placed = members.into_iter().map(|name| match places.get(name.as_str()) {
-        Some(place) => Ok((*place, name)),
-        None => Err(fault(format!("parameter '{name}' is not among the names"))),
+    let mut places = HashMap::new();
+    for (place, name) in names.iter().enumerate() {
+        places.entry(*name).or_insert(place);
+    }
+    let placed = members.into_iter().map(|member| {
+        let place = member.names().filter_map(|name| places.get(name)).min();
+        let place = place
+            .ok_or_else(|| fault(format!("parameter '{}' is not among the names", member.name)))?;
+        Ok((*place, member.name))
     });
     let mut placed = placed.collect::<Result<Vec<_>>>()?;
     placed.sort_unstable();
@@ -251,7 +273,7 @@ fn matched(saved: &[&Dict], ours: Vec<Group>) -> Result<Vec<Group>> {
     names.iter().map(|name| find(name).ok_or_else(|| fault("two groups of one name"))).collect()
 }
 
-/// Names of parameters by Python's numbers.
+/// The names by which our state knows parameters, by Python's numbers.
 struct Numbers(BTreeMap<i64, String>);
 
 impl Numbers {
@@ -264,9 +286,19 @@ impl Numbers {
                 dict.get("param_names").and_then(Value::as_slice).and_then(|names| {
                     names.iter().map(|name| name.as_str().map(str::to_owned)).collect()
                 });
+            let members = group.variables()?;
             let names = match of_python.filter(|_| names.is_empty()) {
-                Some(names) => names,
-                None => ordered(group.parameters()?, names)?,
+                Some(mut names) => {
+                    // Python may know a tied parameter by another of its names.
+                    for name in &mut names {
+                        let known = |member: &&Variable| member.names().any(|own| own == name);
+                        if let Some(member) = members.iter().find(known) {
+                            name.clone_from(&member.name);
+                        }
+                    }
+                    names
+                }
+                None => ordered(members, names)?,
             };
             if names.len() != numbers.len() {
                 return Err(fault(format!(
@@ -302,6 +334,10 @@ fn check_members(dict: &Dict, form: &SavedGroup, names: &Numbers) -> Result<()> 
     let only_there = theirs.iter().find(|name| !form.parameters.iter().any(|own| own == **name));
     let only_here = form.parameters.iter().find(|name| !theirs.contains(&name.as_str()));
     let group = &form.name;
+    let mut seen = HashSet::new();
+    if let Some(name) = theirs.iter().find(|name| !seen.insert(**name)) {
+        return Err(fault(format!("'{name}' is in group '{group}' twice")));
+    }
     match (only_there, only_here) {
         (Some(name), _) => Err(fault(format!("'{name}' is in group '{group}' there and not here"))),
         (_, Some(name)) => Err(fault(format!("'{name}' is in group '{group}' here and not there"))),

@@ -29,6 +29,9 @@ pub struct StoredTensor {
     pub(super) bare: bool,
 }
 
+/// How many bytes of an expanded tensor are gathered, however small its storage is.
+const FREE_EXPANSION: u64 = 64 << 20;
+
 /// What a tensor's elements are in.
 pub(super) enum Memory {
     File(Arc<Storage>),
@@ -201,7 +204,7 @@ impl StoredTensor {
     /// those that tch does not have.
     ///
     /// # Errors
-    /// The file cannot be read; more elements than memory could hold.
+    /// The file cannot be read; more bytes than the storage has and than 64 MB, which are those of an expanded tensor.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         self.gathered().map_err(|why| Error::State(format!("{self:?} cannot be read: {why}")))
     }
@@ -211,6 +214,13 @@ impl StoredTensor {
             return Ok(bytes(&dense(&self.view()?)?)?.to_vec());
         }
         let Memory::File(storage) = &self.memory else { return Ok(vec![]) };
+        let length = (self.numel() as u64).saturating_mul(self.dtype.size());
+        if length > storage.length.max(FREE_EXPANSION) {
+            return Err(format!(
+                "its {length} bytes are copies of a storage of {}: use tensor() or copy_to",
+                storage.length
+            ));
+        }
         if self.conjugate || self.negative {
             return Ok(bytes(&dense(&self.view()?)?)?.to_vec());
         }

@@ -11,8 +11,8 @@ use super::reader::Reader;
 use super::tensor::StoredTensor;
 use super::value::{Dict, Value};
 use super::writer::write;
-use crate::bridge::TensorId;
 use crate::error::{Error, Result};
+use crate::variables::{Variable, variables};
 
 /// Tensors by name, as a module's `state_dict()` has them.
 ///
@@ -120,10 +120,9 @@ impl Weights {
     /// # Errors
     /// A variable that cannot be saved, by name.
     pub fn of_store(vs: &VarStore) -> Result<Self> {
-        let variables = vs.variables();
-        let mut tensors = Vec::with_capacity(variables.len());
-        for name in names_of_store(vs, &variables) {
-            let Some(variable) = variables.get(&name) else { continue };
+        let named = names_of_store(variables(&vs.variables_));
+        let mut tensors = Vec::with_capacity(named.len());
+        for (name, variable) in named {
             // state_dict() has tensors without their gradients' history.
             let stored = variable
                 .f_detach()
@@ -164,7 +163,8 @@ impl Weights {
 
     /// The names in the order of the file: for a `state_dict()` that of the modules and of their parameters, by
     /// which PyTorch's optimizers number them. Those of a store are in the order in which the modules were made, and
-    /// in each with biases behind other parameters, and buffers behind both: the order of PyTorch's own modules.
+    /// in each with biases behind other parameters, and buffers behind both: the order of PyTorch's own modules. All
+    /// names of a tied parameter stand at its place.
     pub fn names(&self) -> Vec<&str> {
         self.tensors.iter().map(|(name, _)| name.as_str()).collect()
     }
@@ -257,43 +257,49 @@ impl fmt::Debug for Weights {
     }
 }
 
-/// Names of all variables: parameters in [PyTorch's order](in_order), and buffers behind those of their module.
-fn names_of_store(vs: &VarStore, variables: &HashMap<String, Tensor>) -> Vec<String> {
-    let names: HashMap<_, _> =
-        variables.iter().map(|(name, tensor)| (TensorId::of(tensor), name)).collect();
-    let made = vs.trainable_variables();
-    let made = made.iter().filter_map(|tensor| names.get(&TensorId::of(tensor)));
-    let mut names: Vec<String> = made.map(|name| (*name).clone()).collect();
-    let known: BTreeSet<_> = names.iter().cloned().collect();
-    let mut rest: Vec<_> =
-        variables.keys().filter(|name| !known.contains(*name)).cloned().collect();
-    rest.sort();
-    names = in_order(names);
-    for buffer in rest {
-        let behind = names.iter().rposition(|name| module_of(name) == module_of(&buffer));
-        names.insert(behind.map_or(names.len(), |place| place + 1), buffer);
+/// The names of all variables of a store: parameters in [PyTorch's order](parameters_in_order), and buffers behind those
+/// of their module.
+fn names_of_store(variables: Vec<Variable>) -> Vec<(String, Tensor)> {
+    let (parameters, buffers): (Vec<_>, Vec<_>) =
+        variables.into_iter().partition(|variable| variable.trainable);
+    let named = |variable: Variable| {
+        let names: Vec<_> =
+            variable.names().filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        let tensor = variable.tensor;
+        names.into_iter().map(move |name| (name, tensor.shallow_clone()))
+    };
+    let mut all: Vec<_> = parameters_in_order(parameters).into_iter().flat_map(named).collect();
+    for (name, tensor) in buffers.into_iter().flat_map(named) {
+        let behind = all.iter().rposition(|(other, _)| module_of(other) == module_of(&name));
+        all.insert(behind.map_or(all.len(), |place| place + 1), (name, tensor));
     }
-    names
+    all
 }
 
 fn module_of(name: &str) -> &str {
     name.rsplit_once('.').map_or("", |(module, _)| module)
 }
 
-/// Names in PyTorch's order, from the order in which a store got them: tch makes a layer's bias first, PyTorch last.
-pub(super) fn in_order(names: Vec<String>) -> Vec<String> {
+/// Parameters in PyTorch's order, from the order in which a store got them: tch makes a layer's bias first, PyTorch last.
+/// A tied parameter belongs to the first of its modules.
+pub(super) fn parameters_in_order(mut parameters: Vec<Variable>) -> Vec<Variable> {
     let mut modules: HashMap<String, usize> = HashMap::new();
-    for name in &names {
-        let next = modules.len();
-        modules.entry(module_of(name).to_owned()).or_insert(next);
+    let (tied, single): (Vec<_>, Vec<_>) =
+        parameters.iter().enumerate().partition(|(_, p)| !p.other_names.is_empty());
+    // The store does not tell which name of a tied parameter came first: modules with other parameters stand where the
+    // first of those was made.
+    for (place, parameter) in single.into_iter().chain(tied) {
+        for name in parameter.names() {
+            modules.entry(module_of(name).to_owned()).or_insert(place);
+        }
     }
-    let mut names = names;
-    names.sort_by_key(|name| {
-        let module = module_of(name);
-        let is_bias = name[module.len()..].trim_start_matches('.').starts_with("bias");
-        (modules.get(module).copied(), is_bias)
+    parameters.sort_by_cached_key(|parameter| {
+        let place = |name: &str| modules.get(module_of(name)).copied();
+        let is_bias =
+            |name: &str| name[module_of(name).len()..].trim_start_matches('.').starts_with("bias");
+        parameter.names().map(|name| (place(name), is_bias(name))).min()
     });
-    names
+    parameters
 }
 
 /// Whether a value is a dict of tensors.
