@@ -92,6 +92,13 @@ pub trait Source<B> {
         true
     }
 
+    /// Whether the last [`seek`](Self::seek) may have gone beyond the end of the pass. Data of unknown length is asked
+    /// this after a run went on in the middle of a pass: false says that the pass has at least the batches that were
+    /// passed over, so that its end tells its length.
+    fn may_be_beyond_end(&self) -> bool {
+        true
+    }
+
     /// Returns where the next batch begins, or with `again` where the batch that [`next`](Self::next) gave last
     /// begins; `None` where the source counts batches only.
     fn sample_position(&self, again: bool) -> Option<SamplePosition> {
@@ -160,7 +167,7 @@ pub fn source<'a, B, S: Source<B> + 'a>(source: S) -> Custom<'a, B> {
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 pub fn restartable<'a, I: Iterator + 'a>(make: impl FnMut() -> I + 'a) -> Custom<'a, I::Item> {
-    source(Restartable { make, current: None })
+    source(Restartable { make, current: None, is_beyond_end: false })
 }
 
 /// Data that can be walked once, such as a stream. It may be infinite, with
@@ -236,6 +243,8 @@ impl<'a, B: Clone> IntoSource<'a, B> for &'a Vec<B> {
 struct Restartable<F, I> {
     make: F,
     current: Option<I>,
+    /// The last pass was shorter than the position that `seek` was to go to.
+    is_beyond_end: bool,
 }
 
 impl<I: Iterator, F: FnMut() -> I> Source<I::Item> for Restartable<F, I> {
@@ -245,9 +254,13 @@ impl<I: Iterator, F: FnMut() -> I> Source<I::Item> for Restartable<F, I> {
 
     fn seek(&mut self, _pass: u64, batch: u64) -> Result<()> {
         let mut iterator = (self.make)();
-        skip(&mut iterator, batch);
+        self.is_beyond_end = !skip(&mut iterator, batch);
         self.current = Some(iterator);
         Ok(())
+    }
+
+    fn may_be_beyond_end(&self) -> bool {
+        self.is_beyond_end
     }
 
     fn next(&mut self) -> Option<Result<I::Item>> {
@@ -292,12 +305,9 @@ fn common_len(inputs: &Tensor, targets: &Tensor) -> crate::error::Result<usize> 
     Ok(samples as usize)
 }
 
-fn skip(iterator: &mut impl Iterator, batches: u64) {
-    for _ in 0..batches {
-        if iterator.next().is_none() {
-            break;
-        }
-    }
+/// Passes over batches. Returns false where there are fewer.
+fn skip(iterator: &mut impl Iterator, batches: u64) -> bool {
+    (0..batches).all(|_| iterator.next().is_some())
 }
 
 struct NoData;

@@ -69,4 +69,11 @@ impl Requests {
     pub(super) fn after_the_end(&self) -> Self {
         Self { skip_completed: self.skip_completed, ..Self::default() }
     }
+
+    /// The requests that the next run of this engine follows after an error: those that a checkpoint would hold.
+    pub(super) fn of_failed_run(&self) -> Self {
+        let mut kept = Self { limit: false, interrupt: false, repeat: false, ..self.clone() };
+        kept.any = kept.is_any();
+        kept
+    }
 }

@@ -363,7 +363,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             }
         } else {
             state.samples = 0;
-            self.requests = Requests::default();
+            self.requests = match plan.previous {
+                // What was asked for before the error is done now.
+                PreviousRun::Failed => self.requests.of_failed_run(),
+                _ => Requests::default(),
+            };
         }
         if !was_restored {
             self.random = None;
@@ -435,7 +439,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             set_generators(now)?;
         }
         placed?;
-        self.position.skipped_to = (fetched > 0).then_some(fetched);
+        let may_be_beyond_end =
+            fetched > 0 && self.ask_data(|data| data.may_be_beyond_end())? == Some(true);
+        self.position.skipped_to = may_be_beyond_end.then_some(fetched);
         match before_pass {
             Some(before) => self.position.before_pass = Some(before),
             None if pass > 0 || fetched > 0 => self.warn_if_order_was_drawn()?,
@@ -1112,7 +1118,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         // A batch that has to be fetched again stays so.
         if !position.refetch {
             let cursor = &mut position.cursor;
-            cursor.phase = match cursor.phase {
+            let failed = cursor.phase;
+            cursor.phase = match failed {
                 Phase::NextEpoch => Phase::Started,
                 Phase::EpochBegun => Phase::EpochStarted,
                 Phase::Fetch | Phase::RestartData => Phase::GetBatch,
@@ -1124,13 +1131,20 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 Phase::Step => Phase::IterationCompleted,
                 phase => phase,
             };
+            if cursor.phase != failed && failed != Phase::Step {
+                // The event comes again, and its handlers ask again for what they want.
+                self.requests = Requests::default();
+            }
         }
         position.cursor.restarted = false;
         position.previous = PreviousRun::Failed;
         // An event after which the run failed may have left handlers of metrics uncalled.
         self.discard_pending_updates();
         self.exception = Some(error);
+        // The run has ended: what handlers of EXCEPTION_RAISED ask for is for no other run.
+        let requests = self.requests.clone();
         let raised = self.fire(Event::ExceptionRaised, cx);
+        self.requests = requests;
         let (data, batch) = (self.let_go_of_data(), self.let_go_of_batch());
         let error = self.exception.take();
         let error = error.unwrap_or_else(|| Error::invalid("the run failed"));

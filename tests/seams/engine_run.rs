@@ -176,6 +176,10 @@ impl Source<Batch> for Faulty<'_> {
         self.0.is_random()
     }
 
+    fn may_be_beyond_end(&self) -> bool {
+        self.0.may_be_beyond_end()
+    }
+
     fn sample_position(&self, again: bool) -> Option<SamplePosition> {
         self.0.sample_position(again)
     }

@@ -628,10 +628,10 @@ pub mod names {
 /// What is right, and waits for a change.
 mod switches {
     /// A run that goes on at the end of the first pass of data of unknown length knows the length.
-    pub const END_OF_THE_FIRST_PASS: bool = false;
+    pub const END_OF_THE_FIRST_PASS: bool = true;
     /// What a handler asked for before another one of the same event failed is the same for the engine that goes on and
     /// for one that resumes what was written after the error.
-    pub const REQUESTS_BESIDE_AN_ERROR: bool = false;
+    pub const REQUESTS_BESIDE_AN_ERROR: bool = true;
 }
 
 /// The share of programs in processes: starting them takes long.
