@@ -66,12 +66,11 @@ impl<'e, C, B, O, D: IntoSource<'e, B> + Clone> Evaluate<'e, C, B, O, D> {
     ) -> Self {
         let stops = Rc::new(Cell::new(false));
         let listens = stops.clone();
-        let mut since = 0;
         evaluator.on(Event::IterationCompleted, move |_, evaluator| {
             if listens.get()
-                && let Some(signal) = signals::take_signal(&mut since)
+                && let Some(signal) = signals::take_signal()
             {
-                signals::obey(evaluator, signal);
+                evaluator.interrupt_for_signal(signal);
             }
             Ok(())
         });
@@ -146,14 +145,13 @@ where
             engine.repeat_from_here();
             return Ok(());
         }
-        signals::rearm(engine);
         // Each evaluation starts anew, also after a run that was left early, and without values of an earlier run for
         // metrics that this one does not compute.
         self.evaluator.reset()?;
         self.evaluator.follow(engine);
         let outcome = self.evaluate(cx, may_stop);
         if let Ok(Outcome::Stopped(signal)) = outcome {
-            signals::obey(engine, signal);
+            engine.interrupt_for_signal(signal);
             engine.repeat_from_here();
             return Ok(());
         }
@@ -170,7 +168,7 @@ where
                 engine.warn(format!("evaluator {}: {warning}", self.name));
             }
             if let Some(signal) = came {
-                signals::obey(engine, signal);
+                engine.interrupt_for_signal(signal);
             }
         }
         Ok(())
