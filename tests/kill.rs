@@ -480,6 +480,90 @@ fn engines_listen_to_signals_one_after_the_other() {
     assert_eq!(child.wait().unwrap().signal(), Some(15));
 }
 
+#[cfg(feature = "signals")]
+#[test]
+fn an_old_signal_does_not_stop_a_run_of_a_new_thread() {
+    const NAME: &str = "an_old_signal_does_not_stop_a_run_of_a_new_thread";
+    if role().is_some() {
+        let run = |steps, wait| {
+            let mut evaluator = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+            evaluator.metric("mean", Mean::new());
+            let mut trainer = Engine::new(move |_: &mut (), _, _: ()| {
+                std::thread::sleep(Duration::from_millis(wait));
+                Ok(())
+            });
+            trainer.attach(InterruptOn::signals().unwrap());
+            trainer.attach(Evaluate::on(Event::Started, "val", evaluator, vec![1.; 3]));
+            trainer.on(Event::IterationCompleted.once(3), |_, _| {
+                println!("training");
+                Ok(())
+            });
+            trainer.run(&mut (), vec![(); steps], Until::epochs(1)).unwrap().stop
+        };
+        assert!(matches!(run(100_000, 1), Stop::Signal(15)));
+        let stop = std::thread::spawn(move || run(5, 0)).join().unwrap();
+        assert!(matches!(stop, Stop::Completed), "{stop:?}");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = spawn(NAME, "", folder.path(), 0);
+    let output = child.stdout.take().unwrap();
+    let mut lines = BufReader::new(output).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.contains("training")));
+    send(&child, "-TERM");
+    lines.for_each(drop);
+    assert!(child.wait().unwrap().success());
+}
+
+#[cfg(feature = "signals")]
+#[test]
+fn a_signal_in_an_engine_that_a_handler_runs_stops_both_and_a_second_one_ends_the_process() {
+    const NAME: &str =
+        "a_signal_in_an_engine_that_a_handler_runs_stops_both_and_a_second_one_ends_the_process";
+    if role().is_some() {
+        let evaluator = || {
+            let mut evaluator =
+                Engine::new(|_: &mut (), engine: &mut Engine<'_, _, _, _>, _: ()| {
+                    if engine.state.iteration == 3 {
+                        println!("evaluating");
+                    }
+                    std::thread::sleep(Duration::from_millis(1));
+                    Ok(())
+                });
+            evaluator.attach(InterruptOn::signals().unwrap());
+            evaluator
+        };
+        let mut trainer = Engine::new(|_: &mut (), _, _: ()| Ok(()));
+        trainer.attach(InterruptOn::signals().unwrap());
+        let (mut first, mut second) = (evaluator(), evaluator());
+        trainer.on(Event::EpochCompleted.once(1), move |_, _| {
+            let stop = first.run(&mut (), vec![(); 100_000], Until::epochs(1))?.stop;
+            anyhow::ensure!(matches!(stop, Stop::Signal(15)), "{stop:?}");
+            Ok(())
+        });
+        trainer.on(Event::Interrupt, move |_, _| {
+            println!("the trainer stops");
+            let stop = second.run(&mut (), vec![(); 5000], Until::epochs(1))?.stop;
+            println!("the evaluation after it ended: {stop:?}");
+            Ok(())
+        });
+        trainer.run(&mut (), vec![(); 3], Until::epochs(10)).unwrap();
+        return;
+    }
+    use std::os::unix::process::ExitStatusExt;
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = spawn(NAME, "", folder.path(), 0);
+    let output = child.stdout.take().unwrap();
+    let mut lines = BufReader::new(output).lines().map(Result::unwrap);
+    let mut says = |line: &str| lines.any(|read| read.contains(line));
+    assert!(says("evaluating"));
+    send(&child, "-TERM");
+    assert!(says("the trainer stops"));
+    assert!(says("evaluating"));
+    send(&child, "-TERM");
+    assert_eq!(child.wait().unwrap().signal(), Some(15));
+}
+
 /// Where evaluations say that they are under way, and how many batches one has.
 #[cfg(feature = "signals")]
 const BATCHES: u64 = 20;

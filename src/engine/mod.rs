@@ -30,6 +30,8 @@ pub use handler::{Handler, HandlerId, Priority};
 pub use log::Log;
 pub use peers::Ranks;
 pub use profile::{Profile, ProfileRow};
+#[cfg(feature = "signals")]
+pub(crate) use run::is_running_here;
 pub use state::{Metrics, State};
 pub use summary::{Stop, Summary};
 pub use until::Until;

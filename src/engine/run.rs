@@ -1183,6 +1183,12 @@ thread_local! {
     static ANEW: Cell<bool> = const { Cell::new(false) };
 }
 
+/// Whether an engine runs on this thread.
+#[cfg(feature = "signals")]
+pub(crate) fn is_running_here() -> bool {
+    RUNNING.get() > 0
+}
+
 impl Running {
     fn begin(anew: bool) -> Self {
         if RUNNING.get() == 0 {

@@ -66,11 +66,12 @@ impl<'e, C, B, O, D: IntoSource<'e, B> + Clone> Evaluate<'e, C, B, O, D> {
     ) -> Self {
         let stops = Rc::new(Cell::new(false));
         let listens = stops.clone();
+        let mut since = 0;
         evaluator.on(Event::IterationCompleted, move |_, evaluator| {
             if listens.get()
-                && let Some(signal) = signals::take_signal()
+                && let Some(signal) = signals::take_signal(&mut since)
             {
-                evaluator.interrupt_for_signal(signal);
+                signals::obey(evaluator, signal);
             }
             Ok(())
         });
@@ -145,13 +146,14 @@ where
             engine.repeat_from_here();
             return Ok(());
         }
+        signals::rearm(engine);
         // Each evaluation starts anew, also after a run that was left early, and without values of an earlier run for
         // metrics that this one does not compute.
         self.evaluator.reset()?;
         self.evaluator.follow(engine);
         let outcome = self.evaluate(cx, may_stop);
         if let Ok(Outcome::Stopped(signal)) = outcome {
-            engine.interrupt_for_signal(signal);
+            signals::obey(engine, signal);
             engine.repeat_from_here();
             return Ok(());
         }
@@ -168,7 +170,7 @@ where
                 engine.warn(format!("evaluator {}: {warning}", self.name));
             }
             if let Some(signal) = came {
-                engine.interrupt_for_signal(signal);
+                signals::obey(engine, signal);
             }
         }
         Ok(())

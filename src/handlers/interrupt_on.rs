@@ -1,7 +1,7 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use super::signals::Signals;
+use super::signals::{self, Signals};
 use crate::engine::{Engine, Handler};
 use crate::error::Result;
 use crate::event::Event;
@@ -43,7 +43,7 @@ pub struct InterruptOn {
 
 struct Listener {
     signals: &'static Signals,
-    /// Number of signals that were noticed before this listener began.
+    /// Number of signals that were noticed before this listener began, or that stopped its engine.
     since: u64,
 }
 
@@ -97,14 +97,12 @@ impl<C, B, O> Handler<C, B, O> for InterruptOn {
             self.deadline = None;
             return Ok(());
         }
-        if let Some(listener) = &self.signals {
-            if let Some(signal) = listener.signals.take(listener.since) {
-                engine.interrupt_for_signal(signal);
+        if let Some(listener) = &mut self.signals {
+            if let Some(signal) = listener.signals.take(&mut listener.since) {
+                signals::obey(engine, signal);
                 return Ok(());
             }
-            if !engine.is_stopped_by_signal() {
-                listener.signals.rearm();
-            }
+            signals::rearm(engine);
         }
         if let Some(after) = self.after {
             let now = Instant::now();

@@ -23,9 +23,15 @@ mod signals {
         false
     }
 
-    pub(super) fn take_signal() -> Option<i32> {
+    pub(super) fn take_signal(_since: &mut u64) -> Option<i32> {
         None
     }
+
+    pub(super) fn obey<C, B, O>(engine: &mut crate::engine::Engine<'_, C, B, O>, signal: i32) {
+        engine.interrupt_for_signal(signal);
+    }
+
+    pub(super) fn rearm<C, B, O>(_engine: &crate::engine::Engine<'_, C, B, O>) {}
 }
 mod skip_batch;
 mod terminate_on_nan;

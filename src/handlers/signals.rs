@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::{flag, low_level};
 
+use crate::engine::{Engine, is_running_here};
 use crate::error::{Error, Result};
 
 /// The signals of this process. The handlers are registered once and never removed, because a system's default action
@@ -25,7 +26,8 @@ pub(super) struct Signals {
 static SIGNALS: OnceLock<Signals> = OnceLock::new();
 
 thread_local! {
-    /// The count of noticed signals up to which the engines of this thread were stopped.
+    /// The count of noticed signals up to which the outermost engines of this thread were stopped, or which came before
+    /// this thread listened.
     static OBEYED: Cell<u64> = const { Cell::new(0) };
 }
 
@@ -66,6 +68,11 @@ impl Signals {
         if *listeners == 1 && self.raised.load(Ordering::Relaxed) == 0 {
             self.is_last.store(false, Ordering::Relaxed);
         }
+        // An old signal, which stopped engines of other threads, does not concern a run that begins later. A run under
+        // way may still have to obey it.
+        if !is_running_here() {
+            OBEYED.set(OBEYED.get().max(self.noticed()));
+        }
     }
 
     /// Counts one listener less.
@@ -77,9 +84,9 @@ impl Signals {
         }
     }
 
-    /// Returns the number of a signal that came after the first `since`, and that has not stopped an engine of this
-    /// thread yet. The signal counts as obeyed on this thread from then on.
-    pub(super) fn take(&self, since: u64) -> Option<i32> {
+    /// Returns the number of a signal that came after the first `since`, and that has not stopped the outermost engine
+    /// of this thread yet. `since` then counts the signal too.
+    pub(super) fn take(&self, since: &mut u64) -> Option<i32> {
         if self.raised.load(Ordering::Relaxed) != 0 {
             let number = self.raised.swap(0, Ordering::Relaxed);
             if number != 0 {
@@ -87,11 +94,11 @@ impl Signals {
                 self.noticed.fetch_add(1, Ordering::Release);
             }
         }
-        let noticed = self.noticed.load(Ordering::Acquire);
-        if noticed <= OBEYED.get().max(since) {
+        let noticed = self.noticed();
+        if noticed <= OBEYED.get().max(*since) {
             return None;
         }
-        OBEYED.set(noticed);
+        *since = noticed;
         i32::try_from(self.number.load(Ordering::Relaxed)).ok()
     }
 
@@ -101,9 +108,12 @@ impl Signals {
     }
 
     /// Makes the next signal a first one again, when engines run again after a stop.
-    pub(super) fn rearm(&self) {
+    fn rearm(&self) {
         if self.is_last.load(Ordering::Relaxed) && self.raised.load(Ordering::Relaxed) == 0 {
-            self.is_last.store(false, Ordering::Relaxed);
+            let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+            if *listeners > 0 {
+                self.is_last.store(false, Ordering::Relaxed);
+            }
         }
     }
 }
@@ -115,7 +125,29 @@ pub(super) fn is_listening() -> bool {
     })
 }
 
-/// Returns the number of a signal that has not stopped an engine of this thread yet, and counts it as obeyed.
-pub(super) fn take_signal() -> Option<i32> {
-    SIGNALS.get()?.take(0)
+/// Returns the number of a signal that came after the first `since`, as [`Signals::take`] does.
+pub(super) fn take_signal(since: &mut u64) -> Option<i32> {
+    SIGNALS.get()?.take(since)
+}
+
+/// Stops an engine for a signal. Only the outermost engine of a thread settles the signal, because those around a
+/// nested one have to stop, too.
+pub(super) fn obey<C, B, O>(engine: &mut Engine<'_, C, B, O>, signal: i32) {
+    engine.interrupt_for_signal(signal);
+    if let Some(signals) = SIGNALS.get()
+        && !engine.is_nested()
+    {
+        OBEYED.set(signals.noticed());
+    }
+}
+
+/// Makes the next signal a first one again, unless an engine of this thread is about to stop. Only the outermost engine
+/// knows that.
+pub(super) fn rearm<C, B, O>(engine: &Engine<'_, C, B, O>) {
+    if let Some(signals) = SIGNALS.get()
+        && !engine.is_nested()
+        && !engine.is_stopped_by_signal()
+    {
+        signals.rearm();
+    }
 }
