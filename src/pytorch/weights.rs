@@ -407,7 +407,7 @@ pub fn load_weights(vs: &VarStore, path: impl AsRef<Path>, names: &Names) -> Res
 /// Writes the variables of a store, parameters and buffers, for `model.load_state_dict(torch.load(path))`.
 ///
 /// # Errors
-/// As [`write`] and [`Weights::rename`].
+/// As [`write()`] and [`Weights::rename`].
 pub fn save_weights(vs: &VarStore, path: impl AsRef<Path>, names: &Names) -> Result<()> {
     write(path, &Weights::of_store(vs)?.rename(names)?.to_value())
 }
