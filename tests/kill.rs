@@ -27,6 +27,8 @@ use tch_ignite::schedule::{CosineAnnealing, ParamScheduler};
 const ROLE: &str = "TCH_IGNITE_TEST_ROLE";
 const FOLDER: &str = "TCH_IGNITE_TEST_FOLDER";
 const ITERATIONS: &str = "TCH_IGNITE_TEST_ITERATIONS";
+/// Set for a process that is to be killed: it waits in its last iteration until that happens.
+const WAITS: &str = "TCH_IGNITE_TEST_WAITS";
 
 fn long() -> bool {
     std::env::var_os("TCH_IGNITE_LONG_TESTS").is_some()
@@ -71,6 +73,7 @@ fn train(folder: &Path, background: bool) -> anyhow::Result<()> {
         });
     }
     println!("training");
+    tell_progress(&mut trainer, iterations);
     trainer.run(&mut cx, &data, Until::iterations(iterations))?;
     let mut bits = String::new();
     let mut variables: Vec<_> = vs.variables().into_iter().collect();
@@ -83,15 +86,80 @@ fn train(folder: &Path, background: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn spawn(test: &str, role: &str, folder: &Path, iterations: u64) -> Child {
-    Command::new(std::env::current_exe().unwrap())
+fn command(test: &str, role: &str, folder: &Path, iterations: u64) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(ROLE, role)
         .env(FOLDER, folder)
         .env(ITERATIONS, iterations.to_string())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap()
+        .stdout(Stdio::piped());
+    command
+}
+
+fn spawn(test: &str, role: &str, folder: &Path, iterations: u64) -> Child {
+    command(test, role, folder, iterations).spawn().unwrap()
+}
+
+/// In a process that is to be killed: writes a line for each iteration, and waits in the last one.
+fn tell_progress<C: 'static, B: 'static, O: 'static>(
+    trainer: &mut Engine<'_, C, B, O>,
+    iterations: u64,
+) {
+    if std::env::var_os(WAITS).is_none() {
+        return;
+    }
+    trainer.on(Event::IterationStarted, move |_, engine| {
+        println!("iteration");
+        if engine.state.iteration == iterations {
+            std::thread::sleep(Duration::from_secs(600));
+        }
+        Ok(())
+    });
+}
+
+/// A run that is killed at random instants. Iterations are counted, so that neither a fast machine gets to the end
+/// before the last kill, nor a slow one never gets past the start.
+struct Killer {
+    random: u64,
+    killed: u64,
+}
+
+impl Killer {
+    fn new() -> Self {
+        Self { random: 88_172_645_463_325_252, killed: 0 }
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random % bound
+    }
+
+    /// Starts the process, lets it do less than `most` iterations, and kills it up to `micros` later.
+    fn kill(&mut self, mut command: Command, most: u64, micros: u64) {
+        let mut child = command.env(WAITS, "1").spawn().unwrap();
+        let output = child.stdout.take().unwrap();
+        let mut lines = BufReader::new(output).lines().map(Result::unwrap);
+        assert!(lines.any(|line| line.contains("training")), "after {} kills", self.killed);
+        let iterations = self.below(most);
+        // In its last iteration the process waits, and writes no further line: time runs out there.
+        let (told, done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut begun = 0;
+            while begun < iterations && lines.next().is_some() {
+                begun += 1;
+            }
+            let _ = told.send(());
+            lines.for_each(drop);
+        });
+        let _ = done.recv_timeout(Duration::from_secs(2));
+        std::thread::sleep(Duration::from_micros(self.below(micros)));
+        child.kill().unwrap();
+        assert!(!child.wait().unwrap().success(), "the process ended before it was killed");
+        self.killed += 1;
+    }
 }
 
 /// Waits for the line; false if the process ended without it.
@@ -120,27 +188,18 @@ fn a_run_killed_again_and_again_ends_bit_for_bit_the_same() {
     }
     let kills = if long() { 1000 } else { 200 };
     for (role, kills) in [("here", kills / 2), ("background", kills / 2)] {
-        let iterations = 40 * kills;
+        // Half of the processes do 10 iterations or more.
+        let iterations = 20 * kills;
         let straight = tempfile::tempdir().unwrap();
         assert!(spawn(NAME, role, straight.path(), iterations).wait().unwrap().success());
         let expected = std::fs::read_to_string(straight.path().join("outcome")).unwrap();
 
         let folder = tempfile::tempdir().unwrap();
-        let mut random = 88_172_645_463_325_252_u64;
-        let mut killed = 0;
-        while killed < kills {
-            let mut child = spawn(NAME, role, folder.path(), iterations);
-            assert!(says(&mut child, "training"), "after {killed} kills");
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            std::thread::sleep(Duration::from_micros(random % 30_000));
-            child.kill().unwrap();
-            if child.wait().unwrap().success() {
-                break;
-            }
-            killed += 1;
+        let mut killer = Killer::new();
+        while killer.killed < kills {
+            killer.kill(command(NAME, role, folder.path(), iterations), 20, 2000);
             if folder.path().join("begun").exists() {
+                let killed = killer.killed;
                 assert!(whole_checkpoints(folder.path()) > 0, "kill {killed} left none");
                 let checkpoints = folder.path().join("checkpoints");
                 let latest = std::fs::read_to_string(checkpoints.join("latest")).unwrap();
@@ -149,10 +208,9 @@ fn a_run_killed_again_and_again_ends_bit_for_bit_the_same() {
         }
         assert!(spawn(NAME, role, folder.path(), iterations).wait().unwrap().success());
         let outcome = std::fs::read_to_string(folder.path().join("outcome")).unwrap();
-        assert!(outcome == expected, "after {killed} kills, {role}");
+        assert!(outcome == expected, "after {kills} kills, {role}");
         // Nothing that was about to be removed when the process was killed stays for ever.
         assert_eq!(whole_checkpoints(folder.path()), 2);
-        assert!(killed > kills / 2, "the run ended after {killed} kills: make it longer");
     }
 }
 
@@ -258,6 +316,7 @@ fn log(folder: &Path, role: &str) -> anyhow::Result<()> {
     }
     println!("training");
     trainer.resume(&mut (), folder.join("checkpoints"))?;
+    tell_progress(&mut trainer, iterations);
     let summary = trainer.run(&mut (), vec![1.; 10], Until::iterations(iterations))?;
     if role == "exits" {
         // Nothing is dropped.
@@ -347,23 +406,12 @@ fn logs_of_a_run_killed_again_and_again_have_each_step_once() {
     assert_eq!(rows(straight.path())[2].1.len() as u64, 1 + 2 * iterations);
 
     let folder = tempfile::tempdir().unwrap();
-    let (mut random, mut killed) = (0x2545_f491_4f6c_dd1d_u64, 0);
-    while killed < kills {
-        let mut child = spawn(NAME, "", folder.path(), iterations);
-        assert!(says(&mut child, "training"), "after {killed} kills");
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
+    let mut killer = Killer::new();
+    while killer.killed < kills {
         // Some before the first checkpoint, most after it.
-        let most = if killed < 4 { 20_000 } else { 400_000 };
-        std::thread::sleep(Duration::from_micros(random % most));
-        child.kill().unwrap();
-        if child.wait().unwrap().success() {
-            break;
-        }
-        killed += 1;
+        let most = if killer.killed < 4 { 5 } else { 50 };
+        killer.kill(command(NAME, "", folder.path(), iterations), most, 2000);
     }
-    assert!(killed > kills / 2, "the run ended after {killed} kills: make it longer");
     assert!(spawn(NAME, "", folder.path(), iterations).wait().unwrap().success());
     let boards = std::fs::read_dir(folder.path().join("board")).unwrap().count();
     assert!(boards > 3, "most processes were killed before their first checkpoint");
@@ -604,6 +652,12 @@ fn train_and_evaluate(folder: &Path, role: &str) -> anyhow::Result<()> {
     let batches = vec![0.; BATCHES as usize];
     let history =
         History::new().epoch_metric("val/loss").epoch_metric("own/loss").metric("often/loss");
+    // This one sees the end of an epoch before the evaluations whose values belong to it.
+    let early = History::new().epoch_metric("val/loss").epoch_metric("own/loss");
+    let mut often = evaluator("often")?;
+    let rows = CsvLogger::open(folder.join("often.csv"))?;
+    let loss = OutputHandler::new(&rows, "often", Event::IterationCompleted);
+    often.attach(loss.output("loss", |loss: &Tensor| loss.double_value(&[])));
     if role != "only the evaluator" {
         trainer.attach(InterruptOn::signals()?);
     }
@@ -611,13 +665,9 @@ fn train_and_evaluate(folder: &Path, role: &str) -> anyhow::Result<()> {
         .track("model", &vs)
         .track("optimizer", &optimizer)
         .metric("loss", Mean::new())
+        .attach(early.clone())
         .attach(Evaluate::on(Event::Started, "first", evaluator("at the start")?, batches.clone()))
-        .attach(Evaluate::on(
-            Event::IterationCompleted.every(4),
-            "often",
-            evaluator("often")?,
-            batches.clone(),
-        ))
+        .attach(Evaluate::on(Event::IterationCompleted.every(4), "often", often, batches.clone()))
         .attach(Evaluate::each_epoch("val", evaluator("each epoch")?, batches.clone()))
         .attach(Evaluate::each_epoch("own", own, batches.clone()))
         .attach(EarlyStopping::min("val/loss", 100))
@@ -654,7 +704,10 @@ fn train_and_evaluate(folder: &Path, role: &str) -> anyhow::Result<()> {
     for (name, tensor) in trainer_values(&vs) {
         bits += &format!("{name} {tensor:x?}\n");
     }
-    for name in history.names() {
+    for (history, name) in [&history, &early]
+        .into_iter()
+        .flat_map(|history| history.names().into_iter().map(move |name| (history, name)))
+    {
         let series: Vec<_> =
             history.series(&name)?.into_iter().map(|(at, value)| (at, value.to_bits())).collect();
         bits += &format!("{name} {series:x?}\n");
@@ -681,10 +734,12 @@ fn a_signal_in_an_evaluation_stops_it_at_once_and_the_resumed_run_repeats_it() {
         return train_and_evaluate(&folder, &role).unwrap();
     }
     let outcome = |folder: &Path| {
-        let csv = std::fs::read_to_string(folder.join("log.csv")).unwrap();
-        let rows = csv.lines().map(|row| row.split_once(',').unwrap().1.to_owned());
         let text = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
-        (text("outcome"), text("calls"), rows.collect::<Vec<_>>())
+        let rows = |name: &str| {
+            let csv = text(name);
+            csv.lines().map(|row| row.split_once(',').unwrap().1.to_owned()).collect::<Vec<_>>()
+        };
+        (text("outcome"), text("calls"), rows("log.csv"), rows("often.csv"))
     };
     let straight = tempfile::tempdir().unwrap();
     assert!(spawn(NAME, "", straight.path(), 0).wait().unwrap().success());
