@@ -11,7 +11,7 @@ use tch::{Device, Tensor, nn};
 use tch_ignite::checkpoint::{IntoStateful, StateDict, Stateful};
 use tch_ignite::data::{Dataset, SplitMix64};
 use tch_ignite::engine::{
-    Engine, Event, Events, Handler, Log, MetricValue, Priority, Ranks, Stop, Until,
+    Engine, Event, Handler, HandlerSpec, Log, MetricValue, Priority, Ranks, Stop, Until,
 };
 use tch_ignite::handlers::{
     EMAHandler, EarlyStopping, Evaluate, History, ProgressBar, SkipBatch, TimeLimit,
@@ -320,20 +320,15 @@ fn a_metric_that_never_has_a_value_is_a_warning_that_lists_what_there_is() -> Re
 struct Loud;
 
 impl Handler<(), (), ()> for Loud {
-    fn name(&self) -> String {
-        "loud".into()
-    }
-    fn events(&self) -> Events {
-        Event::Completed.into()
-    }
-    fn validate(&self) -> tch_ignite::Result<()> {
-        Err(tch_ignite::Error::State("loud".into()))
-    }
-    fn priority(&self) -> Priority {
-        Priority::First
-    }
-    fn ranks(&self) -> Ranks {
-        Ranks::MainWithAll
+    fn spec(&self) -> tch_ignite::Result<HandlerSpec> {
+        let spec = HandlerSpec::new("loud", Event::Completed).priority(Priority::First);
+        let log: Rc<dyn Log> = Rc::new(LoudLog);
+        Ok(spec
+            .ranks(Ranks::MainWithAll)
+            .runs_in_trials(true)
+            .unique_names(["loud".into()])
+            .drives([Knob::new("loud", || 0., |_| {})])
+            .logs([log]))
     }
     fn save_state(&self) -> tch_ignite::Result<Option<StateDict>> {
         Ok(Some(StateDict::new()))
@@ -341,20 +336,8 @@ impl Handler<(), (), ()> for Loud {
     fn load_state(&mut self, _: StateDict) -> tch_ignite::Result<()> {
         Ok(())
     }
-    fn drives(&self) -> Vec<Knob> {
-        vec![Knob::new("loud", || 0., |_| {})]
-    }
-    fn runs_in_trials(&self) -> bool {
-        true
-    }
     fn load_state_partially(&mut self, _: StateDict) -> tch_ignite::Result<Vec<String>> {
         Ok(vec!["loud".into()])
-    }
-    fn unique_names(&self) -> Vec<String> {
-        vec!["loud".into()]
-    }
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        vec![Box::new(LoudLog)]
     }
     fn call(&mut self, _: Event, _: &mut (), _: &mut Engine<'_, (), (), ()>) -> Result<()> {
         anyhow::bail!("loud")
@@ -379,14 +362,9 @@ impl Log for LoudLog {
 #[test]
 fn a_wrapped_handler_answers_as_the_handler_itself() -> Result<()> {
     fn check(mut handler: impl Handler<(), (), ()>) -> Result<()> {
-        assert_eq!(handler.name(), "loud");
-        assert_eq!(format!("{:?}", handler.events()), "Events([COMPLETED])");
-        assert!(handler.validate().is_err());
-        assert_eq!((handler.priority(), handler.ranks()), (Priority::First, Ranks::MainWithAll));
+        assert_eq!(format!("{:?}", handler.spec()?), format!("{:?}", Loud.spec()?));
         assert!(handler.save_state()?.is_some());
         handler.load_state(StateDict::new())?;
-        assert_eq!((handler.drives().len(), handler.logs().len()), (1, 1));
-        assert_eq!((handler.runs_in_trials(), handler.unique_names().len()), (true, 1));
         assert_eq!(handler.load_state_partially(StateDict::new())?, ["loud"]);
         let mut engine = Engine::new(|_: &mut (), _, _: ()| Ok(()));
         assert!(handler.call(Event::Completed, &mut (), &mut engine).is_err());

@@ -7,9 +7,7 @@
 mod common;
 
 mod bad_input;
-mod data;
 mod data_loader;
-mod engine;
 mod handlers;
 mod host_syncs;
 mod ignite_names;

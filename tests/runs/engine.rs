@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::data::{Batch, Loader, Source, no_data, one_shot, restartable, source};
-use tch_ignite::engine::{Engine, Event, Events, Handler, Stop, Until};
+use tch_ignite::engine::{Engine, Event, Events, Handler, HandlerSpec, Stop, Until};
 use tch_ignite::handlers::Evaluate;
 use tch_ignite::metrics::{Mean, RunningAverage};
 use tch_ignite::{Error, Panicked, Result};
@@ -156,11 +156,8 @@ fn a_failing_step_is_named_with_epoch_and_iteration() {
 fn a_failing_handler_is_named_by_place_or_name_and_event() {
     struct Named;
     impl Handler<Trace, i64, i64> for Named {
-        fn name(&self) -> String {
-            "saver".into()
-        }
-        fn events(&self) -> Events {
-            Event::EpochCompleted.into()
+        fn spec(&self) -> Result<HandlerSpec> {
+            Ok(HandlerSpec::new("saver", Event::EpochCompleted))
         }
         fn call(&mut self, _: Event, _: &mut Trace, _: &mut Traced) -> anyhow::Result<()> {
             panic!("disk full");
@@ -1201,11 +1198,8 @@ fn closures_borrow_and_engines_live_in_structs() -> Result<()> {
 fn a_handler_kept_outside_can_be_read_after_the_run() -> Result<()> {
     struct Counter(u64);
     impl Handler<Vec<i64>, i64, f64> for Counter {
-        fn name(&self) -> String {
-            "counter".into()
-        }
-        fn events(&self) -> Events {
-            Event::IterationCompleted.every(2).into()
+        fn spec(&self) -> Result<HandlerSpec> {
+            Ok(HandlerSpec::new("counter", Event::IterationCompleted.every(2)))
         }
         fn call(
             &mut self,
@@ -1672,16 +1666,9 @@ fn what_panics_when_it_is_dropped_is_named_and_the_engine_runs_again() -> Result
 fn a_panic_is_told_of_whom_it_is() {
     struct Silent(&'static str);
     impl Handler<Vec<i64>, i64, f64> for Silent {
-        fn name(&self) -> String {
-            "silent".into()
-        }
-        fn events(&self) -> Events {
-            assert!(self.0 != "events", "no events");
-            Event::IterationCompleted.into()
-        }
-        fn priority(&self) -> tch_ignite::engine::Priority {
-            assert!(self.0 != "priority", "no priority");
-            tch_ignite::engine::Priority::Normal
+        fn spec(&self) -> Result<HandlerSpec> {
+            assert!(self.0 != "spec", "no events");
+            Ok(HandlerSpec::new("silent", Event::IterationCompleted))
         }
         fn save_state(&self) -> Result<Option<tch_ignite::checkpoint::StateDict>> {
             assert!(self.0 != "save_state", "no state");
@@ -1699,10 +1686,10 @@ fn a_panic_is_told_of_whom_it_is() {
             Ok(())
         }
     }
-    for what in ["events", "priority", "save_state"] {
-        let all = chain(plain().add_handler(Silent(what)));
-        assert!(all.starts_with("attaching handler 'silent': panicked: no "), "{all}");
-    }
+    let all = chain(plain().add_handler(Silent("spec")));
+    assert!(all.starts_with("attaching ") && all.ends_with("Silent: panicked: no events"), "{all}");
+    let all = chain(plain().add_handler(Silent("save_state")));
+    assert_eq!(all, "attaching handler 'silent': panicked: no state");
     let mut engine = plain();
     engine.attach(Silent("later"));
     engine.run(&mut vec![], vec![1], Until::epochs(1)).unwrap();
@@ -1738,11 +1725,8 @@ fn a_panic_is_told_of_whom_it_is() {
 fn a_handler_that_is_refused_leaves_nothing_behind() -> Result<()> {
     struct NotYet(Rc<Cell<bool>>, Rc<Cell<u64>>);
     impl Handler<Vec<i64>, i64, f64> for NotYet {
-        fn name(&self) -> String {
-            "not yet".into()
-        }
-        fn events(&self) -> Events {
-            Event::IterationCompleted | Event::EpochStarted
+        fn spec(&self) -> Result<HandlerSpec> {
+            Ok(HandlerSpec::new("not yet", Event::IterationCompleted | Event::EpochStarted))
         }
         fn save_state(&self) -> Result<Option<tch_ignite::checkpoint::StateDict>> {
             match self.0.get() {
