@@ -1,4 +1,5 @@
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use serde_json::{Value, json};
 
@@ -71,8 +72,8 @@ impl Logger for JsonLinesLogger {
         locked(&self.file).begin(anew)
     }
 
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        vec![Box::new(self.clone())]
+    fn logs(&self) -> Vec<Rc<dyn Log>> {
+        vec![Rc::new(self.clone())]
     }
 }
 

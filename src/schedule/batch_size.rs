@@ -3,7 +3,7 @@ use serde_json::{Map, Value};
 use super::scheduler::{is_due, with_start};
 use super::{Schedule, load_position, save_position, value};
 use crate::data::BatchSize;
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event_filter::Events;
@@ -94,16 +94,10 @@ impl<S: Schedule> BatchSizeScheduler<S> {
 }
 
 impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
-    fn name(&self) -> String {
-        "batch size".into()
-    }
-
-    fn events(&self) -> Events {
-        with_start(&self.events, self.events.are_after_step())
-    }
-
-    fn validate(&self) -> Result<()> {
-        self.schedule.validate()
+    fn spec(&self) -> Result<HandlerSpec> {
+        self.schedule.validate()?;
+        let events = with_start(&self.events, self.events.are_after_step());
+        Ok(HandlerSpec::new("batch size", events))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

@@ -13,7 +13,9 @@ use tch_ignite::checkpoint::{
     save_weights, verify, write_state,
 };
 use tch_ignite::data::{Batch, Loader, restartable};
-use tch_ignite::engine::{Engine, Event, Events, FilteredEvent, Handler, Priority, Stop, Until};
+use tch_ignite::engine::{
+    Engine, Event, Events, FilteredEvent, Handler, HandlerSpec, Log, Priority, Stop, Until,
+};
 use tch_ignite::handlers::{
     EMAHandler, EarlyStopping, EpochOutputStore, Evaluate, History, LrFinder, SWAHandler, TimeLimit,
 };
@@ -213,14 +215,8 @@ struct Killer {
 }
 
 impl Handler<Net, Batch, Tensor> for Killer {
-    fn name(&self) -> String {
-        "killer".into()
-    }
-    fn events(&self) -> Events {
-        self.event.into()
-    }
-    fn priority(&self) -> Priority {
-        Priority::Last
+    fn spec(&self) -> Result<HandlerSpec> {
+        Ok(HandlerSpec::new("killer", self.event).priority(Priority::Last))
     }
     fn call(&mut self, _: Event, cx: &mut Net, engine: &mut Trainer<'_>) -> anyhow::Result<()> {
         self.left -= 1;
@@ -1963,5 +1959,100 @@ fn a_signal_during_a_search_ends_it_with_an_error() -> Result<()> {
     let found = finder.run(trainer, cx, &program.data, |loss: &Tensor| loss.shallow_clone());
     assert!(text(found).contains("signal 15 came"));
     assert!(program.outcome()? == before && files(folder.path()).is_empty());
+    Ok(())
+}
+
+/// A log that cannot be written to, of a handler that fails where a run is interrupted.
+struct BrokenLog;
+
+impl Log for BrokenLog {
+    fn path(&self) -> PathBuf {
+        "broken.csv".into()
+    }
+    fn commit(&self) -> Result<serde_json::Value> {
+        Err(tch_ignite::Error::State("the disk is full".into()))
+    }
+    fn rewind(&self, _: &serde_json::Value) -> Result<Option<String>> {
+        Ok(None)
+    }
+}
+
+impl<C, B, O> Handler<C, B, O> for BrokenLog {
+    fn spec(&self) -> Result<HandlerSpec> {
+        let log: Rc<dyn Log> = Rc::new(BrokenLog);
+        Ok(HandlerSpec::new("broken", Event::Interrupt).priority(Priority::Last).logs([log]))
+    }
+    fn call(&mut self, _: Event, _: &mut C, _: &mut Engine<'_, C, B, O>) -> anyhow::Result<()> {
+        anyhow::bail!("the log cannot be flushed")
+    }
+}
+
+#[test]
+fn a_broken_log_keeps_no_checkpoint_from_being_written() -> anyhow::Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir()?;
+    let make = || {
+        let mut trainer = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+        trainer.attach(BrokenLog).attach(Checkpoint::new(folder.path()).on_exception(true));
+        trainer
+    };
+    let error = make().run(&mut (), vec![1., 2.], Until::epochs(3)).unwrap_err();
+    let text = format!("{:#}", anyhow::Error::from(error));
+    assert!(text.contains("log 'broken.csv': the disk is full"), "{text}");
+    for file in ["checkpoint_2.safetensors", "emergency.safetensors"] {
+        verify(folder.path().join(file))?;
+    }
+    let resumed = make().resume(&mut (), folder.path())?;
+    assert_eq!(resumed.map(|resumed| resumed.iteration), Some(2));
+
+    let folder = tempfile::tempdir()?;
+    let mut trainer = Engine::new(|_: &mut (), engine: &mut Engine<'_, _, _, _>, x: f64| {
+        engine.interrupt();
+        Ok(x)
+    });
+    trainer.attach(BrokenLog).attach(Checkpoint::new(folder.path()));
+    let error = trainer.run(&mut (), vec![1., 2.], Until::epochs(3)).unwrap_err();
+    let text = format!("{:#}", anyhow::Error::from(error));
+    assert!(text.contains("handler 'broken' of INTERRUPT"), "{text}");
+    verify(folder.path().join("interrupted.safetensors"))?;
+    Ok(())
+}
+
+#[test]
+fn a_run_that_goes_on_after_a_limit_leaves_the_rest_of_the_last_event() -> anyhow::Result<()> {
+    let _serial = serial();
+    let make = || {
+        let mut trainer =
+            Engine::new(|log: &mut Vec<u64>, engine: &mut Engine<'_, _, _, _>, ()| {
+                log.push(engine.state.iteration);
+                Ok(())
+            });
+        let evaluator = Engine::new(|log: &mut Vec<u64>, _, ()| {
+            log.push(0);
+            Ok(())
+        });
+        trainer.attach(Evaluate::on(Event::Completed, "last", evaluator, vec![()]));
+        trainer
+    };
+    let mut first = make();
+    first.on(Event::IterationCompleted.once(2), |_, engine| {
+        engine.terminate_at_limit();
+        Ok(())
+    });
+    first.run(&mut vec![], vec![(); 4], Until::epochs(1))?;
+    let mut state = first.checkpoint(&vec![])?.copy()?;
+    // As if a signal had stopped that evaluation.
+    let mut engine = state.take_part("engine")?;
+    let mut position: serde_json::Value = engine.value("position")?;
+    let cursor = &mut position["position"]["cursor"];
+    cursor["phase"] = "Completed".into();
+    cursor["again"] = serde_json::json!({"handler": "evaluator last", "registration": 0});
+    position["event"] = "COMPLETED".into();
+    engine.set_value("position", position)?;
+    state.set_part("engine", engine);
+    let (mut resumed, mut log) = (make(), vec![]);
+    resumed.restore(&mut log, state, true)?;
+    resumed.run(&mut log, vec![(); 4], Until::epochs(1))?;
+    assert_eq!(log, [3, 4, 0]);
     Ok(())
 }

@@ -14,7 +14,7 @@ use tch_ignite::data::{
     Batch, DataLoader, Loader, RandomSampler, SequentialSampler, SubsetRandomSampler,
     TensorDataset, WeightedRandomSampler,
 };
-use tch_ignite::engine::{Engine, Event, Events, Handler, Priority, Until};
+use tch_ignite::engine::{Engine, Event, Handler, HandlerSpec, Priority, Until};
 use tch_ignite::handlers::*;
 use tch_ignite::metrics::*;
 use tch_ignite::optim::{Knob, Optimizer, lr};
@@ -151,14 +151,8 @@ struct Killer {
 }
 
 impl Handler<Cx, Batch, Tensor> for Killer {
-    fn name(&self) -> String {
-        "killer".into()
-    }
-    fn events(&self) -> Events {
-        self.event.into()
-    }
-    fn priority(&self) -> Priority {
-        Priority::Last
+    fn spec(&self) -> Result<HandlerSpec> {
+        Ok(HandlerSpec::new("killer", self.event).priority(Priority::Last))
     }
     fn call(
         &mut self,
@@ -463,11 +457,8 @@ struct Late {
 }
 
 impl Handler<Cx, Batch, Tensor> for Late {
-    fn name(&self) -> String {
-        self.name.into()
-    }
-    fn events(&self) -> Events {
-        Event::IterationCompleted.after(4).into()
+    fn spec(&self) -> Result<HandlerSpec> {
+        Ok(HandlerSpec::new(self.name, Event::IterationCompleted.after(4)))
     }
     fn save_state(&self) -> Result<Option<StateDict>> {
         let Some(count) = self.count else { return Ok(None) };

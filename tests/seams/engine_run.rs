@@ -15,7 +15,7 @@ use tch_ignite::data::{
     Batch, IntoSource, Loader, SamplePosition, Source, one_shot, restartable, source,
 };
 use tch_ignite::engine::{
-    Evaluator, Event, Events, Handler, Priority, Stop, Summary, Trainer, Until,
+    Evaluator, Event, Events, Handler, HandlerSpec, Priority, Stop, Summary, Trainer, Until,
 };
 use tch_ignite::handlers::{
     EMAHandler, EarlyStopping, Evaluate, InterruptOn, SWAHandler, TimeLimit,
@@ -377,16 +377,9 @@ struct Recorder {
 }
 
 impl Handler<Cx, Batch, Tensor> for Recorder {
-    fn name(&self) -> String {
-        "recorder".into()
-    }
-
-    fn events(&self) -> Events {
-        world::RECORDED.iter().map(|at| at.event().into()).collect()
-    }
-
-    fn priority(&self) -> Priority {
-        Priority::Last
+    fn spec(&self) -> tch_ignite::Result<HandlerSpec> {
+        let events: Events = world::RECORDED.iter().map(|at| at.event().into()).collect();
+        Ok(HandlerSpec::new("recorder", events).priority(Priority::Last))
     }
 
     fn call(&mut self, event: Event, _cx: &mut Cx, engine: &mut Run<'_>) -> anyhow::Result<()> {

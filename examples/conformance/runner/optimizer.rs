@@ -270,15 +270,11 @@ impl Driver {
 }
 
 impl<C, B, O> tch_ignite::engine::Handler<C, B, O> for Driver {
-    fn name(&self) -> String {
-        "scheduler".into()
-    }
-
-    fn events(&self) -> Events {
+    fn spec(&self) -> tch_ignite::Result<tch_ignite::engine::HandlerSpec> {
         match self {
-            Self::One(scheduler) => <_ as tch_ignite::engine::Handler<C, B, O>>::events(scheduler),
+            Self::One(scheduler) => <_ as tch_ignite::engine::Handler<C, B, O>>::spec(scheduler),
             Self::Several(scheduler) => {
-                <_ as tch_ignite::engine::Handler<C, B, O>>::events(scheduler)
+                <_ as tch_ignite::engine::Handler<C, B, O>>::spec(scheduler)
             }
         }
     }

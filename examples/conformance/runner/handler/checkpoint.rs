@@ -8,7 +8,7 @@ use tch::nn::VarStore;
 use tch::{Device, nn};
 use tch_ignite::checkpoint::{Checkpoint, Score, read_state, setup_filename_pattern, verify};
 use tch_ignite::data::no_data;
-use tch_ignite::engine::{Engine, Event, Events, Until};
+use tch_ignite::engine::{Engine, Event, Events, HandlerSpec, Priority, Until};
 use tch_ignite::optim::Optimizer;
 
 use std::cell::RefCell;
@@ -115,16 +115,8 @@ struct Note {
 }
 
 impl tch_ignite::engine::Handler<(), (), ()> for Note {
-    fn name(&self) -> String {
-        "note".into()
-    }
-
-    fn events(&self) -> Events {
-        self.event.clone()
-    }
-
-    fn priority(&self) -> tch_ignite::engine::Priority {
-        tch_ignite::engine::Priority::Save
+    fn spec(&self) -> tch_ignite::Result<HandlerSpec> {
+        Ok(HandlerSpec::new("note", self.event.clone()).priority(Priority::Save))
     }
 
     fn call(&mut self, _: Event, _: &mut (), engine: &mut Engine<'_, (), (), ()>) -> Result<()> {
