@@ -1,4 +1,4 @@
-//! Shows what the schedules of a file do over a run, without any training: a table and a picture.
+//! Shows what the schedules of a file do over a run, without any training, as a table and a picture.
 //!
 //! `cargo run --release --example preview -- examples/schedules/mnist.toml --epoch-length 938 --epochs 8`
 
@@ -62,7 +62,7 @@ fn preview(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Four digits that count.
+/// A number with four significant digits.
 fn short(value: f64) -> String {
     let zeros = |text: &str| match text.contains('.') {
         true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
