@@ -1,5 +1,5 @@
-//! The same test for everything that has a state: a run that is killed at any event and resumed in
-//! another process's place ends, and goes there, bit for bit as one that was not.
+//! Tests everything that has a state in the same way: a run is killed at any event and resumed by a program that was
+//! built anew; from there to its end it must be bit for bit the same as a run that was not killed.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -41,7 +41,7 @@ struct Program {
     cx: Cx,
     trainer: Trainer,
     data: Data,
-    /// What the run shows at its events.
+    /// One line for each iteration and epoch, with everything that can be observed then.
     lines: Lines,
 }
 
@@ -84,7 +84,7 @@ impl Program {
         Self { vs, cx, trainer, data: Data::Loader(loader()), lines: Rc::default() }
     }
 
-    /// Notes all metrics, knobs and what else there is, after each iteration and epoch.
+    /// Writes a line with all metrics, knobs and the text of `watch` after each iteration and epoch.
     fn watched(mut self, watch: impl Fn() -> String + 'static) -> Self {
         let lines = self.lines.clone();
         self.trainer.on(Event::IterationCompleted | Event::EpochCompleted, move |cx, engine| {
@@ -122,7 +122,7 @@ fn is_time(name: &str) -> bool {
     ["throughput", "samples/s"].iter().any(|begin| name.starts_with(begin))
 }
 
-/// All of a state but times.
+/// A state as a text, without times.
 fn bits(state: &StateDict) -> String {
     let timed = ["total", "elapsed", "times", "seconds", "samples", "samples/s"];
     let untimed = |name: &str| !timed.contains(&name) && !is_time(name);
@@ -143,7 +143,7 @@ fn bits(state: &StateDict) -> String {
     text
 }
 
-/// Saves as the last handler of an event, and fails.
+/// A handler that runs last at an event, saves a checkpoint, and fails.
 struct Killer {
     event: Event,
     left: u64,
@@ -175,13 +175,13 @@ impl Handler<Cx, Batch, Tensor> for Killer {
     }
 }
 
-/// In memory where that is possible: there are thousands of files, and each is synced.
+/// A temporary folder, in memory where that is possible, because there are thousands of files and each is synced.
 fn temporary() -> tempfile::TempDir {
     let in_memory = tempfile::tempdir_in("/dev/shm");
     in_memory.or_else(|_| tempfile::tempdir()).unwrap()
 }
 
-/// `make` builds the program, with random numbers of that seed.
+/// Kills and resumes the program that `make` builds, at every event; `make` gets a seed for random numbers.
 fn survives(what: &str, make: impl Fn(i64) -> Program) {
     let _serial = serial();
     let mut straight = make(1);
@@ -214,7 +214,7 @@ fn survives(what: &str, make: impl Fn(i64) -> Program) {
     }
 }
 
-/// A program with something attached.
+/// Tests a program to which `attach` attaches something.
 fn with(what: &str, attach: impl Fn(&mut Program)) {
     survives(what, |seed| {
         let mut program = Program::new(seed);
@@ -232,7 +232,7 @@ fn evaluator() -> Engine<'static, Cx, Batch, Prediction> {
     evaluator
 }
 
-/// A knob of one's own.
+/// A knob that turns a number, which is returned too.
 fn knob(name: &str) -> (Knob, Arc<Mutex<f64>>) {
     let value = Arc::new(Mutex::new(1.));
     let (get, set) = (value.clone(), value.clone());
@@ -393,7 +393,7 @@ fn metrics_of_all_usages() {
         program
             .trainer
             .metric_with("variance", &square - &sum * &sum, Usage::EpochWise)
-            // Begins before the other, and is called after it.
+            // This metric shares `sum` with the one above; its usage resets it earlier, and it is called later.
             .metric_with("sum", sum, Usage::RunningBatchWise)
             .metric("group", group)
             .metric("group/b", Mean::new());
@@ -455,7 +455,7 @@ fn schedulers_of_knobs_of_ones_own() {
     });
 }
 
-/// A handler with a state, but not at all times.
+/// A handler that has a state at some times and none at others.
 struct Late {
     name: &'static str,
     count: Option<u64>,
@@ -599,7 +599,7 @@ fn parts_of_ones_own() {
     });
 }
 
-/// One matrix in two layers, under both their names.
+/// Two layers share one matrix, which the store knows by both their names.
 #[test]
 fn tied_weights() {
     survives("tied weights", |seed| {
@@ -628,7 +628,7 @@ fn tied_weights() {
     });
 }
 
-/// Convolutions with channels last: parameters, moments and averages lie so too.
+/// Convolutions have their channels last in memory, and so have their moments and averages.
 #[test]
 fn memory_formats() {
     let make = |seed: i64| {
@@ -636,7 +636,7 @@ fn memory_formats() {
         let vs = VarStore::new(Device::Cpu);
         let config = nn::ConvConfig { bias: false, ..Default::default() };
         let mut conv = nn::conv2d(vs.root() / "base", 3, 2, 3, config);
-        // tch has no memory formats: the parameter itself gets other strides.
+        // tch has no memory formats, so the parameter itself gets other strides.
         let last = Tensor::empty_strided(conv.ws.size(), [27, 1, 9, 3], (Kind::Float, Device::Cpu));
         tch::no_grad(|| {
             let mut last = last;

@@ -1,4 +1,4 @@
-//! Metrics without golden cases, against numbers that pytorch-ignite 0.5.5 computed in float64 (torch
+//! Tests of metrics without golden cases, against numbers that pytorch-ignite 0.5.5 computed in float64 (torch
 //! 2.13.0, scikit-learn, scipy) from the same inputs.
 
 use tch::{Kind, Tensor};
@@ -11,7 +11,7 @@ use tch_ignite::metrics::*;
 
 type Pair = (Tensor, Tensor);
 
-/// sin(a i + b), the same as `torch.sin(torch.arange(n) * a + b)`.
+/// sin(a i + b) for i = 0, 1, …, the same as `torch.sin(torch.arange(n) * a + b)`.
 fn waves(shape: &[i64], a: f64, b: f64) -> Tensor {
     let numbers: Vec<_> = (0..shape.iter().product()).map(|i| (i as f64 * a + b).sin()).collect();
     Tensor::from_slice(&numbers).reshape(shape)
@@ -27,7 +27,7 @@ fn batches() -> [Pair; 2] {
     [first, (waves(&[5, 4], 0.71, 0.11), waves(&[5, 4], 0.29, 0.9))]
 }
 
-/// The same x with other y.
+/// The batches with the same x and other y.
 fn with(y: impl Fn(usize, &Pair) -> Tensor) -> Vec<Pair> {
     let pairs = batches().into_iter().enumerate();
     pairs.map(|(i, pair)| (pair.0.shallow_clone(), y(i, &pair))).collect()
@@ -120,7 +120,7 @@ fn error_rates_of_text() {
         [first, [vec!["abc"], vec![""]]]
     };
     close(over(CharacterErrorRate::of(texts), outputs()), &[0.47058823529411764]);
-    // By hand: 1 + 2 + 1 edits over 1 + 2 + 0 words.
+    // The value was computed by hand: 1 + 2 + 1 edits over 1 + 2 + 0 words.
     close(over(WordErrorRate::of(texts), outputs()), &[4. / 3.]);
     let empty = || [[vec![""], vec![""]]];
     close(over(WordErrorRate::of(texts), empty()), &[0.]);
@@ -181,7 +181,7 @@ fn rouge_of_several_references() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Relevant items of both batches; the second has but one user with any.
+/// The relevant items of both batches. In the second batch only one user has any.
 fn relevances() -> Vec<Pair> {
     with(|i, pair| {
         if i == 0 {
@@ -198,7 +198,8 @@ fn recommendations() {
     close(over(HitRate::of([3, 1], pair), relevances()), &[0.8, 0.8]);
     let all = HitRate::of([2], pair).ignore_zero_hits(false);
     close(over(all, relevances()), &[0.36363636363636365]);
-    // ignite's discounts are float32, 0.8861353158950805: the last by hand in float64.
+    // ignite gives 0.8861353158950805 for the last value, because its discounts are float32. The number here was
+    // computed by hand in float64.
     close(over(NDCG::of([1, 3, 9], pair), relevances()), &[0.8, 0.8, 0.8861353116146786]);
     let linear = NDCG::of([2], pair)
         .ignore_zero_hits(false)
@@ -305,11 +306,11 @@ fn generated_samples() {
 
 #[test]
 fn a_singular_covariance_has_a_distance() -> anyhow::Result<()> {
-    // All but: computed with 40 digits, where ignite's root gives ...147.
+    // This covariance is nearly singular. The number was computed with 40 digits; ignite's matrix root gives ...147.
     let identity = |x: &Tensor| Ok(x.shallow_clone());
     let distance = over(gan::FID::of(4, identity, pair), batches())?.read()?;
     assert!((distance - 0.21921518096138572).abs() < 1e-10, "{distance}");
-    // Of 11 samples with 8 features that depend on each other.
+    // Here there are 11 samples with 8 features that depend on each other.
     let features = |x: &Tensor| Ok(Tensor::f_cat(&[x.f_square()?, x.f_abs()?], 1)?);
     let distance = over(gan::FID::of(8, features, pair), batches())?.read()?;
     assert!((distance - 0.3366893125434389).abs() < 1e-6, "{distance}");
