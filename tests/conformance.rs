@@ -22,43 +22,43 @@ fn check(name: &str, skipped: u64) {
 }
 
 #[test]
-fn schedules() {
+fn schedules_agree_with_ignite() {
     check("schedule.jsonl", 0);
 }
 
 #[test]
-fn resumed_schedules() {
+fn resumed_schedules_agree_with_ignite() {
     check("schedule_resume.jsonl", 0);
 }
 
 /// The skipped cases have arguments that Rust's types rule out.
 #[test]
-fn refusals() {
+fn refusals_agree_with_ignite() {
     check("schedule_error.jsonl", 111);
 }
 
 #[test]
-fn engine_traces() {
+fn engine_traces_agree_with_ignite() {
     check("engine_trace.jsonl", 0);
 }
 
 #[test]
-fn training() {
+fn training_agrees_with_ignite() {
     check("train.jsonl", 0);
 }
 
 #[test]
-fn learning_rate_finder() {
+fn the_learning_rate_finder_agrees_with_ignite() {
     check("lr_finder.jsonl", 0);
 }
 
 #[test]
-fn handlers() {
+fn handlers_agree_with_ignite() {
     check("handler.jsonl", 0);
 }
 
 #[test]
-fn metrics() {
+fn metrics_agree_with_ignite() {
     check("metric.jsonl", 0);
 }
 

@@ -27,7 +27,8 @@ const WITHOUT_EFFECT: [&str; 12] = [
     "decoupled_weight_decay",
 ];
 
-/// What [`load_optimizer`] took over from Python's state and what it ignored. `Display` shows it in one line.
+/// The parts of Python's state that [`load_optimizer`] took over, and those that it ignored. `Display` shows them in
+/// one line.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LoadedOptimizer {

@@ -110,7 +110,7 @@ impl Object {
     }
 }
 
-/// Which of Python's classes a [`Dict`] is.
+/// The class that a [`Dict`] has in Python.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum DictClass {
     #[default]

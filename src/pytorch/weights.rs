@@ -47,7 +47,8 @@ pub struct Weights {
     skipped: Vec<String>,
 }
 
-/// What was loaded into a store, and what was not. `Display` shows it in a line or a few.
+/// The variables of a store that were loaded from a file, and everything that did not fit. `Display` shows it in a
+/// line or a few.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Loaded {
@@ -179,7 +180,7 @@ impl Weights {
         self.places.get(name).and_then(|place| self.tensors.get(*place)).map(|(_, tensor)| tensor)
     }
 
-    /// What [`load`](Self::load) would do; nothing is read.
+    /// Tells which variables [`load`](Self::load) would load and what would not fit; nothing is read.
     pub fn compare(&self, vs: &VarStore) -> Loaded {
         let variables: BTreeMap<String, Tensor> = vs.variables().into_iter().collect();
         let mut found = Loaded { skipped: self.skipped.clone(), ..Loaded::default() };

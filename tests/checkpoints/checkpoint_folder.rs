@@ -161,7 +161,7 @@ fn handlers_at_one_event_do_not_lose_each_others_files() -> Result<()> {
 }
 
 #[test]
-fn of_more_files_than_asked_for_the_best_counts() -> Result<()> {
+fn the_best_counts_when_there_are_more_files_than_asked_for() -> Result<()> {
     let _serial = serial();
     let (folder, aside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let worse = "checkpoint_score=0.5000.safetensors";
@@ -219,7 +219,7 @@ fn a_broken_file_with_any_extension_is_told() -> Result<()> {
 }
 
 #[test]
-fn what_is_no_folder_is_an_error_but_none_is_not() -> Result<()> {
+fn a_file_instead_of_a_folder_is_an_error_but_no_folder_is_not() -> Result<()> {
     let _serial = serial();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file.safetensors");

@@ -240,7 +240,7 @@ fn knob(name: &str) -> (Knob, Arc<Mutex<f64>>) {
 }
 
 #[test]
-fn averages() {
+fn averages_survive_a_kill() {
     with("EMA whose momentum a handler changes", |program| {
         let ema = EMAHandler::new(&program.vs, 0.1).unwrap().warmup(0.9, 5).unwrap();
         let knob = ema.knob();
@@ -268,7 +268,7 @@ fn averages() {
 }
 
 #[test]
-fn evaluations() {
+fn evaluations_survive_a_kill() {
     const SEEN: Event = Event::custom("seen");
     with("an evaluator with metrics of some epochs and events of its own", |program| {
         let mut evaluator = evaluator();
@@ -308,7 +308,7 @@ fn evaluations() {
 }
 
 #[test]
-fn what_watches() {
+fn handlers_that_watch_the_run_survive_a_kill() {
     survives("timers and rates", |seed| {
         let mut program = Program::new(seed);
         let timer = Timer::average()
@@ -364,7 +364,7 @@ fn what_watches() {
 }
 
 #[test]
-fn metrics_of_all_usages() {
+fn metrics_of_all_usages_survive_a_kill() {
     use Usage::*;
     let usages = [
         EpochWise,
@@ -401,7 +401,7 @@ fn metrics_of_all_usages() {
 }
 
 #[test]
-fn all_schedules() {
+fn all_schedules_survive_a_kill() {
     type Named = (&'static str, fn() -> AnySchedule);
     let schedules: Vec<Named> = vec![
         ("LinearCyclical", || LinearCyclical::new(1e-2, 1e-3, 5).cycle_mult(1.5).into()),
@@ -435,7 +435,7 @@ fn all_schedules() {
 }
 
 #[test]
-fn schedulers_of_knobs_of_ones_own() {
+fn schedulers_of_a_users_own_knobs_survive_a_kill() {
     survives("groups of schedulers", |seed| {
         let mut program = Program::new(seed);
         let ((one, first), (two, second)) = (knob("one"), knob("two"));
@@ -494,7 +494,7 @@ impl Handler<Cx, Batch, Tensor> for Late {
 }
 
 #[test]
-fn handlers_of_ones_own() {
+fn a_users_own_handlers_survive_a_kill() {
     survives("handlers with a state at times, whose names look like those of others", |seed| {
         let mut program = Program::new(seed);
         let seen = Rc::new(RefCell::new(vec![]));
@@ -506,7 +506,7 @@ fn handlers_of_ones_own() {
 }
 
 #[test]
-fn groups_that_are_frozen_in_between() {
+fn groups_that_are_frozen_in_between_survive_a_kill() {
     with("freezing and thawing", |program| {
         program.trainer.on(Event::IterationStarted, |cx, engine| {
             let base = cx.optimizer.group("base")?;
@@ -522,7 +522,7 @@ fn groups_that_are_frozen_in_between() {
 }
 
 #[test]
-fn positions_in_the_data() {
+fn positions_in_the_data_survive_a_kill() {
     with("a batch size that is scheduled", |program| {
         let data = loader();
         let schedule = PiecewiseLinear::new([(0, 2.), (2, 5.)]);
@@ -570,7 +570,7 @@ fn data_loader() -> DataLoader<TensorDataset, Batch> {
 }
 
 #[test]
-fn parts_of_ones_own() {
+fn a_users_own_parts_survive_a_kill() {
     struct Odd(f64, Option<f64>);
     impl Stateful for Odd {
         fn state_dict(&self) -> Result<StateDict> {
@@ -601,7 +601,7 @@ fn parts_of_ones_own() {
 
 /// Two layers share one matrix, which the store knows by both their names.
 #[test]
-fn tied_weights() {
+fn tied_weights_survive_a_kill() {
     survives("tied weights", |seed| {
         tch::manual_seed(seed);
         let vs = VarStore::new(Device::Cpu);
@@ -630,7 +630,7 @@ fn tied_weights() {
 
 /// Convolutions have their channels last in memory, and so have their moments and averages.
 #[test]
-fn memory_formats() {
+fn memory_formats_survive_a_kill() {
     let make = |seed: i64| {
         tch::manual_seed(seed);
         let vs = VarStore::new(Device::Cpu);

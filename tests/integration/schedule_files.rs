@@ -158,7 +158,7 @@ fn lengths_are_resolved_wherever_they_stand() {
 }
 
 #[test]
-fn lengths_in_code() {
+fn code_reads_lengths_as_files_do() {
     let run = RunLength::new(938, 8);
     assert_eq!(run.iterations(), Some(7504));
     assert_eq!((run.epochs(0.5).unwrap(), run.fraction(1.).unwrap()), (469, 7504));
@@ -275,7 +275,7 @@ fn errors_name_the_place_in_the_file() {
 }
 
 #[test]
-fn errors_outside_of_entries() {
+fn errors_outside_of_entries_name_their_place() {
     let json = |text: &str| SchedulePlan::from_json(text).unwrap_err().to_string();
     assert!(json("{\"schedule\": [}").starts_with("JSON: expected value at line 1 column 15"));
     assert_eq!(json("{}"), "missing field `schedule`");
@@ -353,7 +353,7 @@ fn schedules_longer_than_the_run_are_refused_or_cut() {
 }
 
 #[test]
-fn lengths_of_schedules() {
+fn every_schedule_knows_its_length() {
     let cosine = CosineAnnealing::new(1., 0., 100);
     let cases: Vec<(AnySchedule, Option<u64>)> = vec![
         (LinearCyclical::new(1., 0., 100).into(), Some(100)),

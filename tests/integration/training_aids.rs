@@ -72,7 +72,7 @@ fn a_norm_below_the_bound_changes_nothing() -> Result<()> {
 }
 
 #[test]
-fn other_norms() -> Result<()> {
+fn norms_of_other_orders_are_computed_or_refused() -> Result<()> {
     let (_vs, optimizer, _) = with_gradients(Kind::Double);
     let norm = |p| optimizer.gradients().and_then(|all| all.order(p).norm());
     assert_eq!((value(&norm(f64::INFINITY)?), value(&norm(1.)?)), (12., 19.));
@@ -311,7 +311,7 @@ fn accumulated_steps_are_those_of_the_joined_batches() -> Result<()> {
 }
 
 #[test]
-fn all_options_of_the_ready_step_together() -> Result<()> {
+fn all_options_of_the_ready_step_work_together() -> Result<()> {
     let vs = VarStore::new(Device::Cpu);
     let scaler = GradScaler::new();
     let mut cx = supervised(&vs)
@@ -375,7 +375,7 @@ fn averages_are_swapped_back_after_errors_and_panics() -> Result<()> {
 }
 
 #[test]
-fn averages_of_buffers_integers_and_other_types() -> Result<()> {
+fn buffers_integers_and_other_types_are_averaged_as_asked() -> Result<()> {
     for kind in [Kind::Double, Kind::Float, Kind::Half, Kind::BFloat16] {
         for (buffers, expected) in [(Buffers::Copy, 8.), (Buffers::Update, 4.), (Buffers::Keep, 0.)]
         {
@@ -569,9 +569,10 @@ fn frozen_groups_do_not_train_and_go_on_later() -> Result<()> {
     Ok(())
 }
 
-/// Gradients that the CPU's one pass cannot handle go through libtorch's kernels, as on CUDA.
+/// Tensors that the CPU's one pass cannot handle, because their memory has gaps or they are sparse, go through
+/// libtorch's kernels, as on CUDA.
 #[test]
-fn memory_with_gaps_and_sparse_gradients() -> Result<()> {
+fn memory_with_gaps_and_sparse_gradients_are_handled() -> Result<()> {
     let mut vs = VarStore::new(Device::Cpu);
     vs.set_kind(Kind::Double);
     let all = Tensor::zeros([4, 6], (Kind::Double, Device::Cpu));

@@ -82,7 +82,7 @@ fn hyper_parameters(class: &str) -> &'static [&'static str] {
     }
 }
 
-/// Which parameters of a case stand beside the optimizer.
+/// The parameters of a case that are kept beside the optimizer.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Beside {
     /// Only the parameters that torch's groups do not have; ignite writes them into the groups all the same.
