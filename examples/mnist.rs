@@ -45,7 +45,7 @@ struct Args {
     /// Pictures in a batch, over all ranks
     #[arg(long, value_name = "N", default_value_t = 64)]
     batch_size: usize,
-    /// What updates the parameters
+    /// Optimizer of the parameters
     #[arg(long, value_enum, default_value_t = Algorithm::Sgd)]
     optimizer: Algorithm,
     /// How much of the hidden layer is dropped out in training

@@ -24,7 +24,7 @@ struct Args {
     /// Batches that share an update of the optimizer
     #[arg(long, value_name = "N", default_value_t = 1)]
     accumulate: u64,
-    /// Where the picture goes
+    /// File for the picture
     #[arg(long, value_name = "FILE", default_value = "runs/preview.svg")]
     out: PathBuf,
 }
