@@ -13,7 +13,7 @@ STEPS, LOCAL = 12, 8
 
 
 class Linear(torch.nn.Module):
-    """A linear layer whose bias comes first, as tch makes it, because parameters must have the same order on all ranks."""
+    """A linear layer whose bias comes first, as tch makes it, because all ranks need one order of parameters."""
 
     def __init__(self, inputs, outputs):
         super().__init__()

@@ -79,7 +79,7 @@ class Recorder:
 
 
 def plateau_run(config):
-    """Runs one training step in each epoch, then an evaluator that calls the scheduler with the metric of that epoch."""
+    """Runs one training step in each epoch, then an evaluator that calls the scheduler with the epoch's metric."""
     entry = config["schedulers"][0]
     spec = entry["scheduler"]
     optimizer = build_optimizer(config["optimizer"])
@@ -119,7 +119,7 @@ def add_torch_native(expect, native, closed_form=None):
 
 
 def torch_native_values(optimizer_spec, torch_spec, steps):
-    """Returns the learning rates when torch's scheduler is stepped as torch intends, and those of its closed form if it has one."""
+    """Returns the rates of torch's scheduler, stepped as torch intends, and those of its closed form if it has one."""
     optimizer = build_optimizer(optimizer_spec)
     scheduler = build_torch_scheduler(torch_spec, optimizer)
     native = []
