@@ -1,6 +1,6 @@
-//! Processes that are killed at any instant, in training and while a checkpoint is written: no kill
-//! leaves the folder without a whole checkpoint, and what is resumed ends as if there had been none, in its logs too.
-//! Processes that are asked to end by a signal.
+//! Tests of processes that are killed at any instant, in training and while a checkpoint is written: no kill leaves
+//! the folder without a whole checkpoint, and a resumed run ends as if there had been no kill, in its logs too. Other
+//! tests ask processes to end by a signal.
 
 #![cfg(unix)]
 
@@ -23,7 +23,7 @@ use tch_ignite::metrics::Mean;
 use tch_ignite::optim::Optimizer;
 use tch_ignite::schedule::{CosineAnnealing, ParamScheduler};
 
-/// What the process is to do, and in which folder.
+/// These variables say what a process is to do, and in which folder.
 const ROLE: &str = "TCH_IGNITE_TEST_ROLE";
 const FOLDER: &str = "TCH_IGNITE_TEST_FOLDER";
 const ITERATIONS: &str = "TCH_IGNITE_TEST_ITERATIONS";
@@ -34,11 +34,12 @@ fn long() -> bool {
     std::env::var_os("TCH_IGNITE_LONG_TESTS").is_some()
 }
 
-/// Trains to the end, from the newest checkpoint, and leaves the bits of the parameters.
+/// Trains from the newest checkpoint to the end, and writes the bits of the parameters to a file.
 fn train(folder: &Path, background: bool) -> anyhow::Result<()> {
     tch::set_num_threads(1);
     let iterations: u64 = std::env::var(ITERATIONS)?.parse()?;
-    // Another start each time: only what is restored counts.
+    // Each process but the first starts from other parameters, so the result is right only if the checkpoint restores
+    // them.
     let begun_before = folder.join("begun").exists();
     tch::manual_seed(if begun_before { i64::from(std::process::id()) } else { 1 });
     let vs = VarStore::new(Device::Cpu);
@@ -64,7 +65,7 @@ fn train(folder: &Path, background: bool) -> anyhow::Result<()> {
     trainer.attach(checkpoint.on(Event::IterationCompleted));
     let mut cx = (net, optimizer);
     let resumed = trainer.resume(&mut cx, folder.join("checkpoints"))?;
-    // From its first whole checkpoint on, a start without one would be seen.
+    // A process that begins anew, although an earlier one had a checkpoint, must fail here.
     anyhow::ensure!(resumed.is_some() || !begun_before, "nothing to resume");
     if resumed.is_none() {
         trainer.on(Event::IterationStarted.once(4), {
@@ -162,7 +163,7 @@ impl Killer {
     }
 }
 
-/// Waits for the line; false if the process ended without it.
+/// Waits until the process prints the line; false if the process ended before that.
 fn says(child: &mut Child, line: &str) -> bool {
     let output = child.stdout.as_mut().unwrap();
     BufReader::new(output).lines().any(|read| read.unwrap().contains(line))
@@ -209,7 +210,7 @@ fn a_run_killed_again_and_again_ends_bit_for_bit_the_same() {
         assert!(spawn(NAME, role, folder.path(), iterations).wait().unwrap().success());
         let outcome = std::fs::read_to_string(folder.path().join("outcome")).unwrap();
         assert!(outcome == expected, "after {kills} kills, {role}");
-        // Nothing that was about to be removed when the process was killed stays for ever.
+        // Files that were about to be removed when the process was killed do not stay for ever.
         assert_eq!(whole_checkpoints(folder.path()), 2);
     }
 }
@@ -261,7 +262,7 @@ fn send(child: &Child, signal: &str) {
     assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
 }
 
-/// Logs to all loggers there are, from the newest checkpoint to the end.
+/// Runs from the newest checkpoint to the end, and logs to every kind of logger.
 fn log(folder: &Path, role: &str) -> anyhow::Result<()> {
     let iterations: u64 = std::env::var(ITERATIONS)?.parse()?;
     let run = RunFolder::create(folder.join("run"))?;
@@ -296,7 +297,7 @@ fn log(folder: &Path, role: &str) -> anyhow::Result<()> {
         .attach(csv.clone())
         .attach(json.clone())
         .attach(run.clone());
-    // On the disk before the next checkpoint, so that something is to be taken back.
+    // Logs are flushed between checkpoints, so that a resumed run has rows to remove.
     let flushed = run.clone();
     trainer.on(every.every(3), move |_, _| {
         board.flush()?;
@@ -319,13 +320,13 @@ fn log(folder: &Path, role: &str) -> anyhow::Result<()> {
     tell_progress(&mut trainer, iterations);
     let summary = trainer.run(&mut (), vec![1.; 10], Until::iterations(iterations))?;
     if role == "exits" {
-        // Nothing is dropped.
+        // The process exits at once, so that no destructor runs.
         std::process::exit(if let Stop::Signal(number) = summary.stop { 128 + number } else { 0 });
     }
     Ok(())
 }
 
-/// Rows without their times, by file.
+/// The rows of each log file, without their times.
 fn rows(folder: &Path) -> Vec<(&'static str, Vec<String>)> {
     let csv = |text: &str| {
         text.lines().map(|row| row.split_once(',').map_or(row, |row| row.1).to_owned()).collect()
@@ -357,12 +358,12 @@ for folder in sys.argv[1:]:
             print(tag, scalar.step, scalar.value)
 "#;
 
-/// All scalars that TensorBoard's own reader finds; `None` where there is none.
+/// All scalars that TensorBoard's own reader finds; `None` where TensorBoard is not installed.
 fn seen_by_tensorboard(folder: &Path) -> Option<String> {
     let python = std::env::var("TENSORBOARD_PYTHON").unwrap_or_else(|_| "python3".into());
     let has = Command::new(&python).args(["-c", "import tensorboard"]).output();
     if !has.is_ok_and(|output| output.status.success()) {
-        // Not captured by the test runner.
+        // The test runner does not capture what is written to stderr directly.
         let text = format!("SKIPPED: {python} has no tensorboard (pip install tensorboard)\n");
         let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
         return None;
@@ -408,7 +409,7 @@ fn logs_of_a_run_killed_again_and_again_have_each_step_once() {
     let folder = tempfile::tempdir().unwrap();
     let mut killer = Killer::new();
     while killer.killed < kills {
-        // Some before the first checkpoint, most after it.
+        // Some kills come before the first checkpoint, most after it.
         let most = if killer.killed < 4 { 5 } else { 50 };
         killer.kill(command(NAME, "", folder.path(), iterations), most, 2000);
     }
@@ -434,7 +435,7 @@ fn logs_are_whole_when_a_program_exits_after_a_signal() {
         std::thread::sleep(Duration::from_millis(wait));
         send(&child, "-TERM");
         assert!(matches!(child.wait().unwrap().code(), Some(0 | 143)));
-        // Before anybody resumes: as many rows as there were iterations, and the same of each kind.
+        // After a signal, even before a process resumes, every logger has a row for each iteration.
         let rows = rows(folder.path());
         let losses = rows[0].1.iter().filter(|row| row.contains("training/loss")).count();
         let (own, notes) = ((rows[2].1.len() - 1) / 2, rows[3].1.len());
@@ -497,7 +498,7 @@ fn engines_listen_to_signals_one_after_the_other() {
         let summary = second.run(&mut (), data(), Until::epochs(1)).unwrap();
         assert!(matches!(summary.stop, Stop::Signal(15)));
         println!("saved");
-        // The same engine goes on, and another signal is a first one again.
+        // The same engine goes on, and the next signal again only suspends the run.
         second.on(Event::IterationCompleted.once(summary.iterations + 3), |_, _| {
             println!("goes on");
             Ok(())
@@ -612,11 +613,12 @@ fn a_signal_in_an_engine_that_a_handler_runs_stops_both_and_a_second_one_ends_th
     assert_eq!(child.wait().unwrap().signal(), Some(15));
 }
 
-/// Where evaluations say that they are under way, and how many batches one has.
+/// How many batches an evaluation has.
 #[cfg(feature = "signals")]
 const BATCHES: u64 = 20;
 
-/// Trains and evaluates at several events, random numbers in both, to the end or a signal, from the newest checkpoint.
+/// Trains from the newest checkpoint to the end or a signal, evaluates at several events, and draws random numbers in
+/// both.
 #[cfg(feature = "signals")]
 fn train_and_evaluate(folder: &Path, role: &str) -> anyhow::Result<()> {
     tch::set_num_threads(1);
@@ -632,7 +634,7 @@ fn train_and_evaluate(folder: &Path, role: &str) -> anyhow::Result<()> {
                 if engine.state.iteration == 3 {
                     println!("evaluating {name}");
                     if name == "at the end" {
-                        // The process ends after this evaluation: the signal has to come before.
+                        // The process ends after this evaluation, so it waits until the signal has come.
                         std::thread::sleep(Duration::from_secs(1));
                     }
                 }
