@@ -76,6 +76,8 @@
 //! until somebody reads them. [`host_syncs()`] finds what waits in a step of your own; [`keep_freed_memory()`] and
 //! [`memory_format`] make training on the CPU faster.
 
+// docs.rs marks what needs a feature.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(
     // Safe code cannot crash: what is unsafe lives in `bridge` alone.
     unsafe_code,
@@ -142,9 +144,17 @@ pub use tch;
 
 /// What most programs need.
 pub mod prelude {
+    pub use crate::checkpoint::Checkpoint;
     pub use crate::data::{Batch, DataLoader, Dataset, Loader};
     pub use crate::engine::{Engine, Evaluator, Event, Trainer, Until};
-    pub use crate::handlers::*;
+    #[cfg(feature = "signals")]
+    pub use crate::handlers::InterruptOn;
+    #[cfg(feature = "progress")]
+    pub use crate::handlers::ProgressBar;
+    pub use crate::handlers::{
+        EMAHandler, EarlyStopping, Evaluate, History, LrFinder, SWAHandler, TerminateOnNan,
+        TimeLimit, Timer,
+    };
     pub use crate::metrics::{
         Accuracy, ConfusionMatrix, Loss, Mean, Metric, MetricGroup, Precision, Recall,
         RunningAverage, Usage, pair,

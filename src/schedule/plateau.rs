@@ -62,6 +62,7 @@ use crate::state::{StateDict, json_floats};
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct ReduceLROnPlateauScheduler {
     name: String,
     knobs: Vec<Knob>,

@@ -49,6 +49,10 @@ use crate::state::StateDict;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug)]
+#[doc(alias = "LRScheduler")]
+#[doc(alias = "lr_scheduler")]
+#[doc(alias = "LearningRateMonitor")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct ParamScheduler<S = Box<dyn Schedule>> {
     name: String,
     knob: Knob,
