@@ -60,7 +60,7 @@ impl Logger for CsvLogger {
     }
 
     fn begin(&self, anew: bool) -> Result<()> {
-        locked(&self.file).begin(anew)
+        locked(&self.file).begin(anew).map(drop)
     }
 
     fn logs(&self) -> Vec<Box<dyn Log>> {
