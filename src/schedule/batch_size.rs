@@ -1,12 +1,13 @@
 use serde_json::{Map, Value};
 
-use super::scheduler::{is_due, with_start};
+use super::scheduler::{is_due, unless_ended, with_start};
 use super::{Schedule, load_position, save_position, value};
 use crate::data::BatchSize;
 use crate::engine::{Engine, Handler};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event_filter::Events;
+use crate::optim::Knob;
 use crate::state::StateDict;
 
 /// Drives the batch size of a [`Loader`](crate::data::Loader) or [`DataLoader`](crate::data::DataLoader):
@@ -106,6 +107,10 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
         self.schedule.validate()
     }
 
+    fn drives(&self) -> Vec<Knob> {
+        if self.events.are_filtered() { vec![] } else { vec![self.batch_size.knob().clone()] }
+    }
+
     fn save_state(&self) -> Result<Option<StateDict>> {
         let mut state = self.state_dict().into();
         save_position(&self.schedule, self.events_done, &mut state)?;
@@ -134,10 +139,18 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
         _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
-        if self.events.are_after_step() && !is_due(&self.schedule, event, &mut self.events_done) {
+        let after_step = self.events.are_after_step();
+        if after_step && !is_due(event, &mut self.events_done) {
             return Ok(());
         }
-        self.set(self.events_done)?;
+        let written = self.set(self.events_done);
+        if after_step {
+            if unless_ended(&self.schedule, &mut self.events_done, written)?.is_none() {
+                return Ok(());
+            }
+        } else {
+            written?;
+        }
         if matches!(event, Event::Started | Event::EpochStarted | Event::EpochCompleted) {
             let (batches, size) = (self.batch_size.batches(), self.batch_size.get());
             anyhow::ensure!(
