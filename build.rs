@@ -52,8 +52,8 @@ fn main() {
         .include(api)
         .define("_GLIBCXX_USE_CXX11_ABI", abi.as_str())
         .define("GLOG_USE_GLOG_EXPORT", None);
-    // Loops for the compiler to vectorise. Products and sums are rounded as written, so that results do not
-    // depend on the compiler.
+    // The compiler has to vectorise the loops of these files. It must round products and sums as they are written, so
+    // that results do not depend on the compiler.
     build
         .clone()
         .opt_level(3)
@@ -66,15 +66,17 @@ fn main() {
     if env::var_os("CARGO_FEATURE_DISTRIBUTED").is_some() {
         compile_distributed(build.clone(), &include);
     }
-    // After what it calls was compiled, because it is linked in this order, reversed.
+    // The linker gets the libraries in the reverse of this order, and a library must come before the ones that it
+    // calls. So this one is compiled last.
     build.files(FILES).compile("tch_ignite_bridge");
 
-    // For binaries of this package that are started by hand.
+    // Binaries of this package that are started by hand find libtorch by this path.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
     link_into_target(&lib);
 }
 
-/// libtorch's process groups. gloo's own headers do not come with it; ours declare what is needed of them.
+/// Compiles the code that calls libtorch's process groups. libtorch comes without gloo's headers, so
+/// `src/bridge/declarations` declares the few classes of gloo that libtorch's headers name.
 fn compile_distributed(mut build: cc::Build, include: &Path) {
     let header = "torch/csrc/distributed/c10d/ProcessGroupGloo.hpp";
     if !include.join(header).exists() {
@@ -90,7 +92,7 @@ fn compile_distributed(mut build: cc::Build, include: &Path) {
     build.compile("tch_ignite_distributed");
 }
 
-/// Its process group is in the CUDA half of libtorch, which also brings NCCL itself.
+/// Adds the code for NCCL. Its process group is in the CUDA half of libtorch, which also brings NCCL itself.
 fn nccl(build: &mut cc::Build) {
     println!("cargo:rerun-if-env-changed=NCCL_INCLUDE");
     println!("cargo:rerun-if-env-changed=CUDA_INCLUDE");
@@ -122,9 +124,10 @@ fn nccl(build: &mut cc::Build) {
     println!("cargo:rustc-link-lib=c10_cuda");
 }
 
-/// Cargo puts search paths inside the target folder on the loader's path of all that it runs
-/// (tests, doc tests, examples), in crates that depend on this one too. So libtorch is shown there.
-/// A link to the folder, not to its files: libtorch looks for its own libraries relative to itself.
+/// Links libtorch's folder into the target folder. Cargo puts search paths inside the target folder on the loader's
+/// path of everything that it runs (tests, doc tests, examples), also in crates that depend on this one, so all of
+/// these find libtorch. The link is to the folder and not to its files, because libtorch looks for its own libraries
+/// relative to itself.
 fn link_into_target(lib: &Path) {
     #[cfg(unix)]
     if let Some(out) = env::var_os("OUT_DIR") {

@@ -1,6 +1,6 @@
-//! Saving and loading a model of 100 million parameters with Adam's state, against writing (with fsync)
-//! and reading the same bytes, on the same disk in the same run. `-- FOLDER` says where, `-- FOLDER 10`
-//! for 10 million.
+//! Compares saving and loading a model of 100 million parameters with Adam's state to writing (with fsync) and
+//! reading the same bytes, on the same disk in the same run. `cargo bench --bench checkpoint -- FOLDER` says where
+//! the files go; a number behind it, as in `-- FOLDER 10`, sets the millions of parameters.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -21,8 +21,9 @@ fn seconds<T>(call: impl FnOnce() -> T) -> f64 {
     begun.elapsed().as_secs_f64()
 }
 
-/// Beside the old file, which goes at the end, as checkpoints are written: memory of the page cache that
-/// was used before is much faster than new one.
+/// Writes the bytes as checkpoints are written: to a new file, which replaces the old one at the end. The old file
+/// must exist until then in both measurements, because its pages stay in memory, and writing to reused pages of the
+/// page cache is much faster than to new ones.
 fn plain_write(path: &Path, bytes: &[u8]) {
     let beside = path.with_extension("new");
     let mut file = File::create(&beside).unwrap();

@@ -1,4 +1,4 @@
-"""The same as data_loading.rs with PyTorch's DataLoader: OMP_NUM_THREADS=1 python benches/data_loading.py"""
+"""Measures the same as data_loading.rs with PyTorch's DataLoader: OMP_NUM_THREADS=1 python benches/data_loading.py"""
 
 import time
 
@@ -10,7 +10,7 @@ MEAN, STD = 0.2860, 0.3530
 
 
 class Whole(torch.utils.data.Dataset):
-    """One gather for each batch: the fastest that DataLoader offers."""
+    """Gathers a whole batch with one call, which is the fastest way that DataLoader offers."""
 
     def __init__(self, images, labels):
         self.images, self.labels = images, labels

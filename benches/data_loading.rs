@@ -1,8 +1,8 @@
-//! What a sample costs to load, ours beside tch's `Iter2`, in one run: shuffled batches of
-//! Fashion-MNIST's size (60,000 x 1 x 28 x 28), with labels, order included.
+//! Measures the time to load a sample with our loader and with tch's `Iter2`, in one run: shuffled batches of
+//! Fashion-MNIST's size (60,000 x 1 x 28 x 28), with labels. Making the random order counts too.
 //!
-//! `OMP_NUM_THREADS=1 cargo bench --bench data_loading`. The contenders take turns, a pass each; the
-//! best and the median of the rounds are shown. `benches/data_loading.py` is PyTorch's DataLoader.
+//! `OMP_NUM_THREADS=1 cargo bench --bench data_loading`. The contenders take turns, a pass each; the best and the
+//! median of the rounds are shown. `benches/data_loading.py` measures PyTorch's DataLoader.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -17,7 +17,7 @@ const ROUNDS: u64 = 15;
 struct Contender<'a> {
     name: String,
     pass: Box<dyn FnMut(u64) -> anyhow::Result<i64> + 'a>,
-    /// Nanoseconds a sample, of each round.
+    /// Nanoseconds for each sample, one number for each round.
     times: Vec<f64>,
 }
 
@@ -78,7 +78,7 @@ fn main() -> anyhow::Result<()> {
                 let samples = (contender.pass)(round)?;
                 let time = start.elapsed().as_nanos() as f64 / samples as f64;
                 anyhow::ensure!(samples == SAMPLES, "{}: {samples} samples", contender.name);
-                // The first round warms up.
+                // The first round only warms up.
                 if round > 0 {
                     contender.times.push(time);
                 }

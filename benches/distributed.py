@@ -1,4 +1,4 @@
-"""What benches/distributed.rs measures, with torch's own DistributedDataParallel: one rank of the group."""
+"""Measures the same as benches/distributed.rs with torch's own DistributedDataParallel. Each process is one rank."""
 
 import os
 import statistics

@@ -1,5 +1,5 @@
-//! All-reduce of 10 MB and a step of data-parallel training, two processes, beside torch's own in the same run:
-//! `scripts/bench.sh distributed`. `TORCH_PYTHON` names a Python with torch (`python3` unless set).
+//! Measures an all-reduce of 10 MB and a step of data-parallel training in two processes, ours and torch's in the
+//! same run: `scripts/bench.sh distributed`. `TORCH_PYTHON` names a Python with torch (`python3` unless set).
 
 #[path = "../tests/distributed/ranks.rs"]
 #[allow(dead_code)]
@@ -15,7 +15,7 @@ use tch_ignite::distributed::{
 };
 use tch_ignite::optim::Optimizer;
 
-// Those of distributed.py.
+// These numbers are the same as in distributed.py.
 const REPEATS: usize = 30;
 const STEPS: usize = 20;
 const LAYERS: usize = 8;
@@ -76,7 +76,7 @@ fn rank() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Milliseconds of an all-reduce and of a step, of rank 0.
+/// Milliseconds that an all-reduce and a step take on rank 0.
 fn measured(python: Option<&str>) -> [f64; 2] {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/distributed.py");
     let command = |_| {
@@ -102,7 +102,7 @@ fn main() -> anyhow::Result<()> {
     if python.is_none() {
         eprintln!("no Python with torch: set TORCH_PYTHON; only this crate is measured");
     }
-    // One after the other, in turns, so that both meet the same machine.
+    // Ours and theirs run in turns, so that a busy machine slows both.
     let (mut ours, mut theirs) = (vec![], vec![]);
     for round in 0..ROUNDS {
         ours.push(measured(None));

@@ -1,10 +1,11 @@
-//! What watching a run costs: the network of the MNIST example on its digits, trained in a bare loop of
-//! tch and with accuracy, loss, running average, progress bar, CSV and TensorBoard, by turns in one process.
+//! Measures how much slower logging makes a run: the network of the MNIST example is trained on its digits in a bare
+//! loop of tch, and by an engine with accuracy, loss, running average, progress bar, CSV and TensorBoard, by turns in
+//! one process.
 //!
-//! `cargo bench --bench logging` prints the median of the ratios of pairs of epochs, one after the other;
-//! with `-- --check` it fails where that is above 1.03. Then comes what the engine's own profile says of
-//! data and handlers, which busy neighbours disturb less. One thread; `MNIST_DIR` or `data/mnist`. Other
-//! programs on the machine widen the quartiles.
+//! `cargo bench --bench logging` runs epochs in pairs, one each way, and prints the median of the ratios of their
+//! times; with `-- --check` it fails if the median is above 1.03. Then it prints the time that the engine's own
+//! profile counts for data and handlers, which other programs on the machine disturb less; they widen the quartiles
+//! of the ratios. Everything runs in one thread, on the digits in `MNIST_DIR` or `data/mnist`.
 
 use std::time::{Duration, Instant};
 
@@ -50,7 +51,7 @@ fn cross_entropy(y_pred: &Tensor, y: &Tensor) -> Tensor {
     y_pred.cross_entropy_for_logits(y)
 }
 
-/// The one at this share of the sorted.
+/// The value below which this share of the values lies.
 fn quantile(values: &mut [f64], share: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     values[((values.len() - 1) as f64 * share).round() as usize]
@@ -69,7 +70,7 @@ fn main() -> Result<()> {
     let (images, labels) =
         (images.narrow(0, 0, batches * BATCH_SIZE), labels.narrow(0, 0, batches * BATCH_SIZE));
 
-    // As fast as it goes: batches are views of the data.
+    // The bare loop is as fast as possible: its batches are views of the data.
     let bare_vs = VarStore::new(Device::Cpu);
     let bare_net = network(&bare_vs);
     let mut bare_optimizer = nn::sgd(0.9, 0., 5e-4, false).build(&bare_vs, 0.01)?;
@@ -90,7 +91,7 @@ fn main() -> Result<()> {
     let vs = VarStore::new(Device::Cpu);
     let net = network(&vs);
     let optimizer = Optimizer::builder(nn::sgd(0.9, 0., 5e-4, false), &vs).lr(0.01).build()?;
-    // tch's step on both sides: what is measured is the watching.
+    // Both ways use tch's step, so that only the logging makes a difference.
     optimizer.set_fused(false)?;
     let mut trainer = Engine::new(|_: &mut (), _, (x, y): (Tensor, Tensor)| {
         let y_pred = net.forward_t(&x, true);
@@ -122,7 +123,7 @@ fn main() -> Result<()> {
     watched()?;
     let (mut ratios, mut bares) = (vec![], vec![]);
     for round in 0..rounds {
-        // Who is first changes, so that neither always has the warmer caches.
+        // The two ways take turns in going first, so that neither always has the warmer caches.
         let (bare, watched) = match round % 2 {
             0 => (bare(), watched()?),
             _ => {

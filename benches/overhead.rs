@@ -1,6 +1,7 @@
-//! What the engine costs per iteration over a plain `for` loop, and what schedules cost.
+//! Measures how much longer an iteration of the engine takes than one of a plain `for` loop, and how long schedules
+//! take.
 //!
-//! `cargo bench`. Figures are for 10,000 iterations a sample; divide. The allocation count at the
+//! `cargo bench`. The times are for 10,000 iterations; divide them for the time of one. The allocation count at the
 //! start is exact: allocations of the engine in 10,000 iterations beyond those of one.
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -15,12 +16,12 @@ use tch_ignite::schedule::*;
 
 const ITERATIONS: u64 = 10_000;
 
-/// Counts allocations.
+/// An allocator that counts allocations.
 struct Counting;
 
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 
-// SAFETY: forwards to the system allocator.
+// SAFETY: all calls are forwarded to the system allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
@@ -93,7 +94,7 @@ fn run(engine: &mut Bench<'_>, iterations: u64) -> u64 {
     sum
 }
 
-/// Allocations that grow with the number of iterations.
+/// How many allocations `ITERATIONS` more iterations make, after a first run has warmed up.
 fn allocations(engine: &mut Bench<'_>) -> u64 {
     let mut count = |iterations| {
         let before = ALLOCATIONS.load(Ordering::Relaxed);
@@ -140,7 +141,8 @@ fn engine(c: &mut Criterion) {
 fn schedule(c: &mut Criterion) {
     let mut group = c.benchmark_group("10000 values");
     group.throughput(Throughput::Elements(ITERATIONS));
-    // Far into a run; with cycles of 2 events that each differ, a million cycles.
+    // This event is far into a run: a schedule whose cycles last 2 events has gone through a million cycles, each
+    // different.
     let late = 2_000_000;
     let changing =
         || CosineAnnealing::new(1., 0., 2).start_value_mult(0.999_999).end_value_mult(1.000_001);

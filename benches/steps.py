@@ -1,6 +1,6 @@
-"""The same as steps.rs with PyTorch: python benches/steps.py [--threads N] [--out FILE]
+"""Measures the same as steps.rs with PyTorch: python benches/steps.py [--threads N] [--out FILE]
 
-Writes one JSON object a line: group, name, median in ns.
+Writes a JSON object on each line: group, name, median in ns.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def optimizers():
 
 
 def contenders(shapes):
-    """Group and name of each, and what to time."""
+    """Yields group, name and the function to time, for each contender."""
     for name, way, make, kwargs in optimizers():
         own = parameters(shapes)
         optimizer = make(own, lr=1e-6, **kwargs)
@@ -63,7 +63,7 @@ def contenders(shapes):
         if name == "AdamW":
             bound = [1e3]
 
-            # A smaller bound every time keeps clipping active.
+            # The bound gets smaller every time, so that clipping always has to scale the gradients.
             def clipped(own=own, optimizer=optimizer, bound=bound, foreach=way != "torch default"):
                 bound[0] *= 0.999
                 torch.nn.utils.clip_grad_norm_(own, bound[0], foreach=foreach)

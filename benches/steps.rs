@@ -1,7 +1,7 @@
-//! Optimizer steps, clipping and averages: ours against tch's own, on the shapes of real models.
+//! Compares our optimizer steps, clipping and averages with tch's own, on the shapes of real models.
 //!
-//! `scripts/bench.sh` runs this with one and with two threads, `steps.py` beside it, and makes a table.
-//! "floor" measures how fast memory is updated in place, for the least time that anything else could take.
+//! `scripts/bench.sh` runs this and `steps.py` with one and with two threads, and makes a table. The group "floor"
+//! measures how fast memory can be updated in place, which bounds how fast the others could be.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 use tch_ignite::handlers::EMAHandler;
 use tch_ignite::optim::Optimizer;
 
-/// Shapes of all parameters.
+/// The names of models and the shapes of all their parameters.
 fn shapes() -> Vec<(&'static str, Vec<Vec<i64>>)> {
     vec![
         ("200 of 16x16", vec![vec![16, 16]; 200]),
@@ -36,7 +36,7 @@ fn gpt2_small() -> Vec<Vec<i64>> {
     shapes
 }
 
-/// Few samples where one takes long.
+/// Makes a benchmark group that takes fewer samples of large models, because each takes long.
 fn group<'c>(
     c: &'c mut Criterion,
     name: String,
@@ -70,7 +70,7 @@ fn resnet18() -> Vec<Vec<i64>> {
     shapes
 }
 
-/// Parameters with gradients.
+/// A store with parameters of these shapes, all of which have gradients.
 fn store(shapes: &[Vec<i64>]) -> VarStore {
     let vs = VarStore::new(Device::Cpu);
     let root = vs.root();
@@ -108,7 +108,7 @@ fn compare(
         group.bench_function(way, |b| b.iter(|| optimizer.step().expect("steps")));
     }
     if name == "AdamW" {
-        // Gradients shrink a little every time, so that clipping stays active.
+        // The bound shrinks a little every time, so that clipping always has to scale the gradients.
         optimizer.set_fused(false).expect("not lent");
         let mut max = 1e3;
         group.bench_function("clip + step, tch", |b| {
@@ -193,7 +193,7 @@ fn averages(c: &mut Criterion) {
 }
 
 fn floor(c: &mut Criterion) {
-    // Memory that no cache holds; 8 bytes an element.
+    // The tensor is larger than any cache. An update in place reads and writes 8 bytes for each element.
     let mut large = Tensor::ones([1 << 26], (Kind::Float, Device::Cpu));
     let mut group = c.benchmark_group("floor");
     group.measurement_time(Duration::from_secs(2)).sample_size(10);

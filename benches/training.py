@@ -1,4 +1,4 @@
-"""The same as training.rs with PyTorch's plain loop and with ignite: python benches/training.py --way ignite"""
+"""Measures as training.rs does, with PyTorch's plain loop and with ignite: python benches/training.py --way ignite"""
 
 import time
 

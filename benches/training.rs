@@ -1,8 +1,8 @@
-//! Whole training on Fashion-MNIST, one epoch: this crate with schedules, metrics and a bar against tch's
-//! plain loop. `scripts/bench.sh training` runs it, and PyTorch's and ignite's ways in `training.py`.
+//! Trains one epoch on Fashion-MNIST, either with this crate, schedules, metrics and a bar, or with tch's plain loop.
+//! `scripts/bench.sh training` runs both, and PyTorch's and ignite's ways in `training.py`.
 //!
-//! Prints one line of JSON: samples a second, seconds from the start of the process to the first loss, the
-//! most memory that was used, and the accuracy on the test set.
+//! Prints one line of JSON: samples per second, seconds from the start of the process to the first loss, the most
+//! memory that the process used, and the accuracy on the test set.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ struct Args {
     /// Both: memory that was freed stays with the process
     #[arg(long)]
     keep_freed_memory: bool,
-    /// What cargo bench adds
+    /// cargo bench always passes this option
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -88,7 +88,7 @@ fn idx(folder: &Path, name: &str, shape: &[i64]) -> Result<Tensor> {
     Ok(Tensor::from_slice(&bytes[bytes.len() - count..]).f_reshape(shape)?)
 }
 
-/// Since the process was started.
+/// Seconds since the process was started.
 fn seconds() -> Result<f64> {
     let uptime = fs::read_to_string("/proc/uptime")?;
     let stat = fs::read_to_string("/proc/self/stat")?;
@@ -117,7 +117,7 @@ fn parts((_, y_pred, y): &Output) -> (&Tensor, &Tensor) {
     (y_pred, y)
 }
 
-/// Uint8 pictures in memory, two schedules, three metrics, a bar.
+/// Trains with this crate: uint8 pictures in memory, two schedules, three metrics and a bar.
 fn ours(args: &Args, vs: &VarStore, net: nn::SequentialT) -> Result<(f64, f64, nn::SequentialT)> {
     let images = idx(&args.data, "train-images-idx3-ubyte", &[60_000, 1, 28, 28])?;
     let labels = idx(&args.data, "train-labels-idx1-ubyte", &[60_000])?.to_kind(Kind::Int64);
@@ -172,7 +172,7 @@ fn ours(args: &Args, vs: &VarStore, net: nn::SequentialT) -> Result<(f64, f64, n
     Ok((start.elapsed().as_secs_f64(), cx.first.context("no batch")?, cx.net))
 }
 
-/// As tch's examples do it.
+/// Trains in a plain loop, as tch's examples do.
 fn plain(args: &Args, vs: &VarStore, net: nn::SequentialT) -> Result<(f64, f64, nn::SequentialT)> {
     let images = idx(&args.data, "train-images-idx3-ubyte", &[60_000, 1, 28, 28])?;
     let images = ((images.to_kind(Kind::Float) / 255.) - MEAN) / STD;

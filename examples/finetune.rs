@@ -1,6 +1,6 @@
-//! Fine-tunes a network: learns the digits 0 to 4, then takes its convolutions over to learn 5 to 9
-//! from few pictures. First only the new layer learns, then all of it, each group by its own
-//! schedule, until the accuracy of the averaged weights has stopped getting better.
+//! Fine-tunes a network: it learns the digits 0 to 4, and then a second network takes over its convolutions to learn
+//! 5 to 9 from few pictures. First only the new layer learns, then all layers do, each group with its own schedule,
+//! until the accuracy of the averaged weights has stopped getting better.
 //!
 //! Leaves a run folder: open `report.html` in a browser, or the folder in TensorBoard.
 
@@ -56,7 +56,7 @@ const BATCH_SIZE: usize = 50;
 const LR_HEAD: f64 = 0.05;
 const LR_BASE: f64 = 0.01;
 
-/// The convolutions are named `base…`, the last layer as told.
+/// A network whose convolutions are named `base…` and whose last layer is named `head`.
 fn network(vs: &VarStore, head: &str) -> impl ModuleT + use<> {
     let root = vs.root();
     nn::seq_t()
@@ -67,7 +67,7 @@ fn network(vs: &VarStore, head: &str) -> impl ModuleT + use<> {
         .add(nn::linear(&root / head, 512, 5, Default::default()))
 }
 
-/// Five digits from `first` on, as classes 0 to 4; at most so many pictures.
+/// Pictures of the five digits from `first` on, as classes 0 to 4; at most `at_most` pictures.
 fn digits(images: &Tensor, labels: &Tensor, first: i64, at_most: i64) -> Result<Loader> {
     let chosen = labels.ge(first).logical_and(&labels.lt(first + 5)).nonzero().squeeze_dim(1);
     let chosen = chosen.narrow(0, 0, at_most.min(chosen.size()[0]));
@@ -80,7 +80,7 @@ fn cross_entropy(y_pred: &Tensor, y: &Tensor) -> Tensor {
     y_pred.cross_entropy_for_logits(y)
 }
 
-/// Learns the first five digits and saves the parameters.
+/// Trains on the first five digits and saves the parameters.
 fn pretrain(args: &Args, train: &Loader, bar: &ProgressBar) -> Result<PathBuf> {
     let vs = VarStore::new(Device::Cpu);
     let net = network(&vs, "digits 0 to 4");
@@ -124,7 +124,8 @@ fn train(mut args: Args) -> Result<()> {
         .group("base", |name| name.starts_with("base"), lr(LR_BASE))
         .group("head", |name| name.starts_with("digits"), lr(LR_HEAD))
         .build()?;
-    // The convolutions stand still, warm up, and come to rest with the new layer.
+    // The learning rate of the convolutions is 0 at first, then it rises, and at the end it is as low as the new
+    // layer's.
     let at = |epoch: u64| (epoch * new.batches()) as i64;
     let (thawed, end) = (args.frozen, args.epochs.max(args.frozen + 2));
     let base = PiecewiseLinear::new([
@@ -150,7 +151,7 @@ fn train(mut args: Args) -> Result<()> {
             .attach(bar.child(name));
         evaluator
     };
-    // The averages follow within some twenty steps: two epochs of so few pictures.
+    // The averages follow the weights within some twenty steps, which are two epochs of so few pictures.
     let ema = EMAHandler::decay(&vs, 0.95)?.warmup_by_count();
     let mut trainer = create_supervised_trainer();
     let often = Event::IterationCompleted.every(5);

@@ -1,6 +1,5 @@
-//! Two networks against each other (Goodfellow and others 2014): one draws digits, the other tells
-//! them from real ones. Two optimizers, an event of our own between their steps, and pictures for
-//! TensorBoard.
+//! Trains two networks against each other (Goodfellow and others 2014): one draws digits, the other tells them from
+//! real ones. There are two optimizers, a custom event between their steps, and pictures for TensorBoard.
 
 use std::path::PathBuf;
 
@@ -56,17 +55,17 @@ fn noise(pictures: i64) -> Tensor {
     Tensor::randn([pictures, NOISE], (Kind::Float, Device::Cpu))
 }
 
-/// Weights as in DCGAN (Radford and others 2015).
+/// Initial weights as in DCGAN (Radford and others 2015).
 const SMALL: nn::Init = nn::Init::Randn { mean: 0., stdev: 0.02 };
 
-/// Doubles height and width.
+/// A layer that doubles height and width.
 fn doubled(path: nn::Path, from: i64, to: i64) -> nn::ConvTranspose2D {
     let config =
         nn::ConvTransposeConfig { stride: 2, padding: 1, ws_init: SMALL, ..Default::default() };
     nn::conv_transpose2d(path, from, to, 4, config)
 }
 
-/// Halves height and width.
+/// A layer that halves height and width.
 fn halved(path: nn::Path, from: i64, to: i64) -> nn::Conv2D {
     let config = nn::ConvConfig { stride: 2, padding: 1, ws_init: SMALL, ..Default::default() };
     nn::conv2d(path, from, to, 4, config)
@@ -76,7 +75,7 @@ fn leaky(x: &Tensor) -> Tensor {
     x.maximum(&(x * 0.2))
 }
 
-/// Pixels from -1 (black) to 1.
+/// The network that draws; its pixels are from -1 (black) to 1.
 fn generator(vs: &VarStore) -> nn::SequentialT {
     let root = vs.root();
     let normed = nn::BatchNormConfig::default();
@@ -92,7 +91,7 @@ fn generator(vs: &VarStore) -> nn::SequentialT {
         .add_fn(|x| x.tanh())
 }
 
-/// One score a picture, above 0 for a real one.
+/// The network that scores each picture, above 0 if it takes the picture for real.
 fn discriminator(vs: &VarStore) -> nn::SequentialT {
     let root = vs.root();
     nn::seq_t()
@@ -109,7 +108,8 @@ fn adam(vs: &VarStore) -> Result<Optimizer> {
     Ok(Optimizer::builder(config, vs).lr(2e-4).build()?)
 }
 
-/// `-log(sigmoid(score))`, or of its complement, so that it stays finite.
+/// The mean of `-log(sigmoid(score))` for real pictures and of `-log(1 - sigmoid(score))` for others, computed with
+/// softplus so that it stays finite.
 fn loss(scores: &Tensor, real: bool) -> Tensor {
     let scores = if real { -scores } else { scores.shallow_clone() };
     scores.softplus().mean(Kind::Float)
@@ -169,7 +169,8 @@ fn main() -> Result<()> {
         .attach(TerminateOnNan::of(|losses: &Losses| {
             [losses.g.shallow_clone(), losses.d.shallow_clone()]
         }))
-        // Later, the generator's loss would have gone through these parameters too.
+        // The norm is taken at this event, because later the generator's loss has added to the gradients of these
+        // parameters.
         .attach(GradNorm::new(&vs_d).name("grad_norm_d").on(DISC_STEPPED.every(10)))
         .attach(ProgressBar::new().metric("g").metric("d"))
         .attach(OutputHandler::new(&run, "loss", often.clone()).metric("g").metric("d"))

@@ -23,13 +23,13 @@ struct Args {
     most: usize,
 }
 
-/// Texts are cut off here.
+/// Texts are cut off after this many characters.
 const MAX_TEXT: usize = 60;
 
 struct Tree<'v> {
     most: usize,
     tensors: Vec<&'v StoredTensor>,
-    /// The first path to each tensor whose storage others may share.
+    /// The first path at which each tensor was found, to show which tensors are the same or share a storage.
     paths: HashMap<*const StoredTensor, String>,
     bytes: u64,
 }

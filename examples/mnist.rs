@@ -1,8 +1,8 @@
-//! Trains a small network on MNIST: two parameter groups, each with a schedule of its learning rate
-//! on every iteration. Leaves a history as CSV and as a picture.
+//! Trains a small network on MNIST. There are two parameter groups, and a schedule sets the learning rate of each in
+//! every iteration. The run leaves a history as CSV and as a picture.
 //!
-//! `scripts/mnist.sh` fetches what is needed and runs it; `--help` lists the options. With the feature `distributed` it
-//! trains on several processes: `--ranks 2`, or started by torchrun or Slurm.
+//! `scripts/mnist.sh` fetches what is needed and runs the example; `--help` lists the options. With the feature
+//! `distributed` it trains on several processes: with `--ranks 2`, or when torchrun or Slurm starts it.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -45,7 +45,7 @@ struct Args {
     /// Pictures in a batch, over all ranks
     #[arg(long, value_name = "N", default_value_t = 64)]
     batch_size: usize,
-    /// What updates the parameters
+    /// Optimizer of the parameters
     #[arg(long, value_enum, default_value_t = Algorithm::Sgd)]
     optimizer: Algorithm,
     /// How much of the hidden layer is dropped out in training
@@ -111,7 +111,7 @@ fn probability(text: &str) -> Result<f64> {
 
 fn network(vs: &VarStore, dropout: f64) -> impl ModuleT + use<> {
     let root = vs.root();
-    // Starts with the same score for every digit.
+    // With weights of 0 in the last layer, every digit has the same score at the start.
     let zero = nn::LinearConfig { ws_init: nn::Init::Const(0.), ..Default::default() };
     nn::seq_t()
         .add(nn::conv2d(&root / "conv1", 1, 16, 5, Default::default()))
@@ -145,14 +145,15 @@ fn optimizer(args: &Args, vs: &VarStore) -> Result<Optimizer> {
     }
 }
 
-/// Which of the processes that train together this is.
+/// The rank of this process, and the number of processes that train together.
 #[derive(Clone, Copy)]
 struct SamplePosition {
     rank: usize,
     ranks: usize,
 }
 
-/// Loaders of this rank's share of the training and test set, on the device, normalised as the training set needs it.
+/// Loaders of this rank's share of the training and test set, on the device, normalised by mean and standard
+/// deviation of the training set.
 fn data(args: &Args, place: SamplePosition) -> Result<(Loader, Loader)> {
     let SamplePosition { rank, ranks } = place;
     ensure!(
@@ -206,7 +207,7 @@ fn train(mut args: Args) -> Result<()> {
     let cross_entropy = |y_pred: &Tensor, y: &Tensor| y_pred.cross_entropy_for_logits(y);
     let mut model = Supervised::new(net, optimizer.clone(), cross_entropy);
     if place.ranks > 1 {
-        // The same weights on all ranks, another dropout on each.
+        // All ranks have made the same weights with the same seed; from here on each draws its own dropout.
         tch::manual_seed(i64::from(args.seed) + place.rank as i64);
     }
     #[cfg(feature = "distributed")]
@@ -229,7 +230,8 @@ fn train(mut args: Args) -> Result<()> {
             trainer.attach(scheduler.save_history(true));
         }
     } else {
-        // The convolutions go through a cycle in every epoch, the linear layers through one in all.
+        // The learning rate of the convolutions goes through a cycle in every epoch, that of the linear layers falls
+        // once over the whole run.
         let (high, start) = (base.get()?, fc.get()?);
         let epoch = train_loader.batches().max(2);
         let cyclical = LinearCyclical::new(high / 20., high, epoch).end_value_mult(0.7);
@@ -295,7 +297,7 @@ fn train(mut args: Args) -> Result<()> {
     Ok(())
 }
 
-/// Trains, in this process or in several that it starts.
+/// Trains in this process, or in several processes that it starts.
 fn start(args: Args) -> Result<ExitCode> {
     if args.ranks > 1 {
         #[cfg(feature = "distributed")]
@@ -316,7 +318,7 @@ fn main() -> ExitCode {
             help.print().map(|()| ExitCode::SUCCESS).map_err(Into::into)
         }
         Err(error) => {
-            // Its first paragraph, on one line.
+            // Only the first paragraph of clap's message is printed, on one line.
             let text = error.to_string();
             let text = text.split("\n\n").next().unwrap_or_default().replace("\n  ", " ");
             Err(anyhow::anyhow!("{}; see --help", text.trim_start_matches("error: ").trim()))

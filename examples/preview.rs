@@ -1,4 +1,4 @@
-//! Shows what the schedules of a file do over a run, without any training: a table and a picture.
+//! Shows what the schedules of a file do over a run, without any training, as a table and a picture.
 //!
 //! `cargo run --release --example preview -- examples/schedules/mnist.toml --epoch-length 938 --epochs 8`
 
@@ -24,7 +24,7 @@ struct Args {
     /// Batches that share an update of the optimizer
     #[arg(long, value_name = "N", default_value_t = 1)]
     accumulate: u64,
-    /// Where the picture goes
+    /// File for the picture
     #[arg(long, value_name = "FILE", default_value = "runs/preview.svg")]
     out: PathBuf,
 }
@@ -62,7 +62,7 @@ fn preview(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Four digits that count.
+/// A number with four significant digits.
 fn short(value: f64) -> String {
     let zeros = |text: &str| match text.contains('.') {
         true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),

@@ -1,7 +1,7 @@
-//! A run that is killed and resumed ends bit for bit where an uninterrupted one does.
+//! Shows that a run that is killed and resumed ends with bit for bit the parameters of an uninterrupted one.
 //!
-//! Starts itself twice more: once to be killed in mid epoch, as by a power cut, and once to go on.
-//! Then it trains without a break and compares every bit of the parameters.
+//! The program starts itself three times: once to be killed in mid epoch, as by a power cut, once to go on from
+//! there, and once to train without a break. Then it compares every bit of the parameters.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -43,7 +43,7 @@ fn train(folder: &Path, iterations: u64) -> Result<()> {
     let root = vs.root();
     let net = nn::seq_t()
         .add(nn::linear(&root / "fc1", 16, 64, Default::default()))
-        // Random numbers in every step: they go on where they were, too.
+        // Dropout draws random numbers in every step; these are resumed too.
         .add_fn_t(|x, train| x.relu().dropout(0.2, train))
         .add(nn::linear(&root / "fc2", 64, 1, Default::default()));
     let optimizer = Optimizer::adam(&vs).build()?;
@@ -74,7 +74,7 @@ fn train(folder: &Path, iterations: u64) -> Result<()> {
     Ok(())
 }
 
-/// This program again, training in that folder.
+/// The command that starts this program again, to train in `folder`.
 fn start(folder: &Path, iterations: u64) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("--train").arg("--out").arg(folder).args(["--iterations", &iterations.to_string()]);
@@ -104,7 +104,7 @@ fn compare(folder: &Path, iterations: u64) -> Result<()> {
     ensure!(start(&straight, iterations)?.status()?.success(), "the straight run failed");
     let bytes = |folder: &Path| std::fs::read(folder.join("weights.bin"));
     ensure!(bytes(&killed)? == bytes(&straight)?, "the parameters differ");
-    // And it can be used.
+    // The saved parameters can be loaded.
     let vs = VarStore::new(Device::Cpu);
     let root = vs.root();
     let _layers = (

@@ -1,10 +1,11 @@
-"""A Markdown table of what `scripts/bench.sh` measured.
+"""Makes a Markdown table of the times that `scripts/bench.sh` measured.
 
 bench-table.py steps CRITERION_FOLDER BASELINE [PYTHON_FILE]
 bench-table.py training FILE
 
-Steps: medians; how many times as fast as tch's own and as the fastest of torch's; and the time over the least that
-the memory allows: the bytes that an operation reads and writes, at the rate of an update in place.
+The table of steps has medians, how many times as fast as tch's own and as the fastest of torch's they are, and the
+ratio to the least time that the memory allows: the bytes that an operation reads and writes, at the rate of an
+update in place.
 """
 
 import json
@@ -12,7 +13,7 @@ import pathlib
 import statistics
 import sys
 
-# Bytes an element, each read or written once.
+# How many bytes an operation reads and writes for each element, if it touches each of them once.
 BYTES = {
     "SGD": 20, "Adam": 28, "AdamW": 28, "RMSprop": 20, "AdamW clip": 32,
     "clip": 12, "norm": 4, "EMA": 12, "zeros": 4,
@@ -33,7 +34,7 @@ def medians(folder, baseline, python):
 
 
 def operations(rows):
-    """Medians by operation and by who does it."""
+    """Returns the medians by operation and contender."""
     found = {}
     for name, median in rows.items():
         operation, _, who = name.rpartition(", ")
@@ -73,7 +74,7 @@ def training(file):
 def steps(folder, baseline, *python):
     groups = medians(folder, baseline, python[0] if python else None)
     in_place = groups.pop("floor", {}).get("in place, 256 MiB")
-    bandwidth = (1 << 29) / in_place if in_place else None  # bytes a ns, read and written
+    bandwidth = (1 << 29) / in_place if in_place else None  # bytes read and written per ns
     if bandwidth:
         print(f"Memory is updated in place at {bandwidth:.1f} GB/s, read and written.\n")
     print("| | µs | tch's / ours | torch's best / ours | × floor |\n|---|---|---|---|---|")

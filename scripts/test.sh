@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up what is needed and runs every check. All in the release profile: torch-sys, by far
-# the longest to compile, is then compiled once.
+# Sets up what is needed and runs every check. Everything uses the release profile, so that
+# torch-sys, which takes by far the longest to compile, is compiled once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -42,7 +42,8 @@ cargo clippy --version >/dev/null 2>&1 || die "no clippy found. Install it (rust
 # The tests are many small networks side by side: more threads each would only spin.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# All that can be built without CUDA; one set for everything, so that nothing is compiled twice.
+# These are all features that can be built without CUDA. Every command uses the same set, so that
+# nothing is compiled twice.
 features=distributed,mlflow
 
 out=$(mktemp -d)
@@ -55,7 +56,7 @@ say "set-up"
 scripts/setup-libtorch.sh
 scripts/fetch-mnist.sh
 
-# Tests that read our files with Python, or train beside it, say SKIPPED without.
+# Without Python, the tests that read our files with it, or train beside it, print SKIPPED.
 python=(scripts/setup-python.sh)
 [ -z "${CI:-}" ] || python+=(--torch)
 if [ -n "${TORCH_PYTHON:-}" ] && [ -n "${TENSORBOARD_PYTHON:-}" ]; then

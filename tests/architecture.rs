@@ -1,4 +1,4 @@
-//! Holds the imports of `src` to the floors that docs/ARCHITECTURE.md draws: a room imports only from
+//! Checks that the imports of `src` keep to the floors that docs/ARCHITECTURE.md draws: a room imports only from
 //! floors below its own.
 
 use std::collections::BTreeMap;
@@ -46,7 +46,7 @@ fn imports(text: &str) -> Vec<(usize, String)> {
     found
 }
 
-/// What is wrong with the imports of one file, a sentence for each.
+/// One sentence for each import of a file that breaks the rule.
 fn violations(floors: &Floors, file: &Path, text: &str) -> Vec<String> {
     let room = room_of(file);
     let Some(own) = floors.get(&room) else {

@@ -1,4 +1,4 @@
-//! All golden cases, as in `cargo run --release --example conformance -- tests/golden/*.jsonl`.
+//! Runs all golden cases, as `cargo run --release --example conformance -- tests/golden/*.jsonl` does.
 
 #[path = "../examples/conformance/runner/mod.rs"]
 mod runner;
@@ -11,7 +11,7 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
 }
 
-/// Every case of a file passes, but for this many that say nothing about us.
+/// Checks that every case of a file passes, but for `skipped` cases, which cannot be compared with this crate.
 fn check(name: &str, skipped: u64) {
     let mut tally = runner::Tally::default();
     runner::run_file(&golden(name), &mut tally).unwrap();
@@ -22,48 +22,48 @@ fn check(name: &str, skipped: u64) {
 }
 
 #[test]
-fn schedules() {
+fn schedules_agree_with_ignite() {
     check("schedule.jsonl", 0);
 }
 
 #[test]
-fn resumed_schedules() {
+fn resumed_schedules_agree_with_ignite() {
     check("schedule_resume.jsonl", 0);
 }
 
-/// Skipped are wrong types, which ours rules out.
+/// The skipped cases have arguments that Rust's types rule out.
 #[test]
-fn refusals() {
+fn refusals_agree_with_ignite() {
     check("schedule_error.jsonl", 111);
 }
 
 #[test]
-fn engine_traces() {
+fn engine_traces_agree_with_ignite() {
     check("engine_trace.jsonl", 0);
 }
 
 #[test]
-fn training() {
+fn training_agrees_with_ignite() {
     check("train.jsonl", 0);
 }
 
 #[test]
-fn learning_rate_finder() {
+fn the_learning_rate_finder_agrees_with_ignite() {
     check("lr_finder.jsonl", 0);
 }
 
 #[test]
-fn handlers() {
+fn handlers_agree_with_ignite() {
     check("handler.jsonl", 0);
 }
 
 #[test]
-fn metrics() {
+fn metrics_agree_with_ignite() {
     check("metric.jsonl", 0);
 }
 
-/// Cases with a field of another type, or without it, fail or are skipped one by one: nothing panics,
-/// and what follows is run.
+/// A case that lacks a field, or has one of another type, fails or is skipped alone: nothing panics, and the cases
+/// behind it are run.
 #[test]
 fn cases_of_any_shape_end_in_a_line_each() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Real processes that train together, and some that die.
+//! Tests with real processes that train together, some of which die.
 
 #![cfg(unix)]
 
@@ -15,7 +15,7 @@ mod interop;
 #[path = "distributed/ranks.rs"]
 mod ranks;
 
-/// What our declarations of gloo's types rest on: that libtorch has the only tables of them.
+/// Our declarations of gloo's classes are only right while libtorch has the only virtual tables of these classes.
 #[test]
 fn no_gloo_tables_of_our_own() {
     let library = concat!(env!("OUT_DIR"), "/libtch_ignite_distributed.a");

@@ -1,6 +1,6 @@
-//! Processes that are killed at any instant, in training and while a checkpoint is written: no kill
-//! leaves the folder without a whole checkpoint, and what is resumed ends as if there had been none, in its logs too.
-//! Processes that are asked to end by a signal.
+//! Tests of processes that are killed at any instant, in training and while a checkpoint is written: no kill leaves
+//! the folder without a whole checkpoint, and a resumed run ends as if there had been no kill, in its logs too. Other
+//! tests ask processes to end by a signal.
 
 #![cfg(unix)]
 
@@ -23,20 +23,23 @@ use tch_ignite::metrics::Mean;
 use tch_ignite::optim::Optimizer;
 use tch_ignite::schedule::{CosineAnnealing, ParamScheduler};
 
-/// What the process is to do, and in which folder.
+/// These variables say what a process is to do, and in which folder.
 const ROLE: &str = "TCH_IGNITE_TEST_ROLE";
 const FOLDER: &str = "TCH_IGNITE_TEST_FOLDER";
 const ITERATIONS: &str = "TCH_IGNITE_TEST_ITERATIONS";
+/// Set for a process that is to be killed: it waits in its last iteration until that happens.
+const WAITS: &str = "TCH_IGNITE_TEST_WAITS";
 
 fn long() -> bool {
     std::env::var_os("TCH_IGNITE_LONG_TESTS").is_some()
 }
 
-/// Trains to the end, from the newest checkpoint, and leaves the bits of the parameters.
+/// Trains from the newest checkpoint to the end, and writes the bits of the parameters to a file.
 fn train(folder: &Path, background: bool) -> anyhow::Result<()> {
     tch::set_num_threads(1);
     let iterations: u64 = std::env::var(ITERATIONS)?.parse()?;
-    // Another start each time: only what is restored counts.
+    // Each process but the first starts from other parameters, so the result is right only if the checkpoint restores
+    // them.
     let begun_before = folder.join("begun").exists();
     tch::manual_seed(if begun_before { i64::from(std::process::id()) } else { 1 });
     let vs = VarStore::new(Device::Cpu);
@@ -62,7 +65,7 @@ fn train(folder: &Path, background: bool) -> anyhow::Result<()> {
     trainer.attach(checkpoint.on(Event::IterationCompleted));
     let mut cx = (net, optimizer);
     let resumed = trainer.resume(&mut cx, folder.join("checkpoints"))?;
-    // From its first whole checkpoint on, a start without one would be seen.
+    // A process that begins anew, although an earlier one had a checkpoint, must fail here.
     anyhow::ensure!(resumed.is_some() || !begun_before, "nothing to resume");
     if resumed.is_none() {
         trainer.on(Event::IterationStarted.once(4), {
@@ -71,6 +74,7 @@ fn train(folder: &Path, background: bool) -> anyhow::Result<()> {
         });
     }
     println!("training");
+    tell_progress(&mut trainer, iterations);
     trainer.run(&mut cx, &data, Until::iterations(iterations))?;
     let mut bits = String::new();
     let mut variables: Vec<_> = vs.variables().into_iter().collect();
@@ -83,18 +87,83 @@ fn train(folder: &Path, background: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn spawn(test: &str, role: &str, folder: &Path, iterations: u64) -> Child {
-    Command::new(std::env::current_exe().unwrap())
+fn command(test: &str, role: &str, folder: &Path, iterations: u64) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(ROLE, role)
         .env(FOLDER, folder)
         .env(ITERATIONS, iterations.to_string())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap()
+        .stdout(Stdio::piped());
+    command
 }
 
-/// Waits for the line; false if the process ended without it.
+fn spawn(test: &str, role: &str, folder: &Path, iterations: u64) -> Child {
+    command(test, role, folder, iterations).spawn().unwrap()
+}
+
+/// In a process that is to be killed: writes a line for each iteration, and waits in the last one.
+fn tell_progress<C: 'static, B: 'static, O: 'static>(
+    trainer: &mut Engine<'_, C, B, O>,
+    iterations: u64,
+) {
+    if std::env::var_os(WAITS).is_none() {
+        return;
+    }
+    trainer.on(Event::IterationStarted, move |_, engine| {
+        println!("iteration");
+        if engine.state.iteration == iterations {
+            std::thread::sleep(Duration::from_secs(600));
+        }
+        Ok(())
+    });
+}
+
+/// A run that is killed at random instants. Iterations are counted, so that neither a fast machine gets to the end
+/// before the last kill, nor a slow one never gets past the start.
+struct Killer {
+    random: u64,
+    killed: u64,
+}
+
+impl Killer {
+    fn new() -> Self {
+        Self { random: 88_172_645_463_325_252, killed: 0 }
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random % bound
+    }
+
+    /// Starts the process, lets it do less than `most` iterations, and kills it up to `micros` later.
+    fn kill(&mut self, mut command: Command, most: u64, micros: u64) {
+        let mut child = command.env(WAITS, "1").spawn().unwrap();
+        let output = child.stdout.take().unwrap();
+        let mut lines = BufReader::new(output).lines().map(Result::unwrap);
+        assert!(lines.any(|line| line.contains("training")), "after {} kills", self.killed);
+        let iterations = self.below(most);
+        // In its last iteration the process waits, and writes no further line: time runs out there.
+        let (told, done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut begun = 0;
+            while begun < iterations && lines.next().is_some() {
+                begun += 1;
+            }
+            let _ = told.send(());
+            lines.for_each(drop);
+        });
+        let _ = done.recv_timeout(Duration::from_secs(2));
+        std::thread::sleep(Duration::from_micros(self.below(micros)));
+        child.kill().unwrap();
+        assert!(!child.wait().unwrap().success(), "the process ended before it was killed");
+        self.killed += 1;
+    }
+}
+
+/// Waits until the process prints the line; false if the process ended before that.
 fn says(child: &mut Child, line: &str) -> bool {
     let output = child.stdout.as_mut().unwrap();
     BufReader::new(output).lines().any(|read| read.unwrap().contains(line))
@@ -120,27 +189,18 @@ fn a_run_killed_again_and_again_ends_bit_for_bit_the_same() {
     }
     let kills = if long() { 1000 } else { 200 };
     for (role, kills) in [("here", kills / 2), ("background", kills / 2)] {
-        let iterations = 40 * kills;
+        // Half of the processes do 10 iterations or more.
+        let iterations = 20 * kills;
         let straight = tempfile::tempdir().unwrap();
         assert!(spawn(NAME, role, straight.path(), iterations).wait().unwrap().success());
         let expected = std::fs::read_to_string(straight.path().join("outcome")).unwrap();
 
         let folder = tempfile::tempdir().unwrap();
-        let mut random = 88_172_645_463_325_252_u64;
-        let mut killed = 0;
-        while killed < kills {
-            let mut child = spawn(NAME, role, folder.path(), iterations);
-            assert!(says(&mut child, "training"), "after {killed} kills");
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            std::thread::sleep(Duration::from_micros(random % 30_000));
-            child.kill().unwrap();
-            if child.wait().unwrap().success() {
-                break;
-            }
-            killed += 1;
+        let mut killer = Killer::new();
+        while killer.killed < kills {
+            killer.kill(command(NAME, role, folder.path(), iterations), 20, 2000);
             if folder.path().join("begun").exists() {
+                let killed = killer.killed;
                 assert!(whole_checkpoints(folder.path()) > 0, "kill {killed} left none");
                 let checkpoints = folder.path().join("checkpoints");
                 let latest = std::fs::read_to_string(checkpoints.join("latest")).unwrap();
@@ -149,10 +209,9 @@ fn a_run_killed_again_and_again_ends_bit_for_bit_the_same() {
         }
         assert!(spawn(NAME, role, folder.path(), iterations).wait().unwrap().success());
         let outcome = std::fs::read_to_string(folder.path().join("outcome")).unwrap();
-        assert!(outcome == expected, "after {killed} kills, {role}");
-        // Nothing that was about to be removed when the process was killed stays for ever.
+        assert!(outcome == expected, "after {kills} kills, {role}");
+        // Files that were about to be removed when the process was killed do not stay for ever.
         assert_eq!(whole_checkpoints(folder.path()), 2);
-        assert!(killed > kills / 2, "the run ended after {killed} kills: make it longer");
     }
 }
 
@@ -203,7 +262,7 @@ fn send(child: &Child, signal: &str) {
     assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
 }
 
-/// Logs to all loggers there are, from the newest checkpoint to the end.
+/// Runs from the newest checkpoint to the end, and logs to every kind of logger.
 fn log(folder: &Path, role: &str) -> anyhow::Result<()> {
     let iterations: u64 = std::env::var(ITERATIONS)?.parse()?;
     let run = RunFolder::create(folder.join("run"))?;
@@ -238,7 +297,7 @@ fn log(folder: &Path, role: &str) -> anyhow::Result<()> {
         .attach(csv.clone())
         .attach(json.clone())
         .attach(run.clone());
-    // On the disk before the next checkpoint, so that something is to be taken back.
+    // Logs are flushed between checkpoints, so that a resumed run has rows to remove.
     let flushed = run.clone();
     trainer.on(every.every(3), move |_, _| {
         board.flush()?;
@@ -258,15 +317,16 @@ fn log(folder: &Path, role: &str) -> anyhow::Result<()> {
     }
     println!("training");
     trainer.resume(&mut (), folder.join("checkpoints"))?;
+    tell_progress(&mut trainer, iterations);
     let summary = trainer.run(&mut (), vec![1.; 10], Until::iterations(iterations))?;
     if role == "exits" {
-        // Nothing is dropped.
+        // The process exits at once, so that no destructor runs.
         std::process::exit(if let Stop::Signal(number) = summary.stop { 128 + number } else { 0 });
     }
     Ok(())
 }
 
-/// Rows without their times, by file.
+/// The rows of each log file, without their times.
 fn rows(folder: &Path) -> Vec<(&'static str, Vec<String>)> {
     let csv = |text: &str| {
         text.lines().map(|row| row.split_once(',').map_or(row, |row| row.1).to_owned()).collect()
@@ -298,12 +358,12 @@ for folder in sys.argv[1:]:
             print(tag, scalar.step, scalar.value)
 "#;
 
-/// All scalars that TensorBoard's own reader finds; `None` where there is none.
+/// All scalars that TensorBoard's own reader finds; `None` where TensorBoard is not installed.
 fn seen_by_tensorboard(folder: &Path) -> Option<String> {
     let python = std::env::var("TENSORBOARD_PYTHON").unwrap_or_else(|_| "python3".into());
     let has = Command::new(&python).args(["-c", "import tensorboard"]).output();
     if !has.is_ok_and(|output| output.status.success()) {
-        // Not captured by the test runner.
+        // The test runner does not capture what is written to stderr directly.
         let text = format!("SKIPPED: {python} has no tensorboard (pip install tensorboard)\n");
         let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
         return None;
@@ -347,23 +407,12 @@ fn logs_of_a_run_killed_again_and_again_have_each_step_once() {
     assert_eq!(rows(straight.path())[2].1.len() as u64, 1 + 2 * iterations);
 
     let folder = tempfile::tempdir().unwrap();
-    let (mut random, mut killed) = (0x2545_f491_4f6c_dd1d_u64, 0);
-    while killed < kills {
-        let mut child = spawn(NAME, "", folder.path(), iterations);
-        assert!(says(&mut child, "training"), "after {killed} kills");
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        // Some before the first checkpoint, most after it.
-        let most = if killed < 4 { 20_000 } else { 400_000 };
-        std::thread::sleep(Duration::from_micros(random % most));
-        child.kill().unwrap();
-        if child.wait().unwrap().success() {
-            break;
-        }
-        killed += 1;
+    let mut killer = Killer::new();
+    while killer.killed < kills {
+        // Some kills come before the first checkpoint, most after it.
+        let most = if killer.killed < 4 { 5 } else { 50 };
+        killer.kill(command(NAME, "", folder.path(), iterations), most, 2000);
     }
-    assert!(killed > kills / 2, "the run ended after {killed} kills: make it longer");
     assert!(spawn(NAME, "", folder.path(), iterations).wait().unwrap().success());
     let boards = std::fs::read_dir(folder.path().join("board")).unwrap().count();
     assert!(boards > 3, "most processes were killed before their first checkpoint");
@@ -386,7 +435,7 @@ fn logs_are_whole_when_a_program_exits_after_a_signal() {
         std::thread::sleep(Duration::from_millis(wait));
         send(&child, "-TERM");
         assert!(matches!(child.wait().unwrap().code(), Some(0 | 143)));
-        // Before anybody resumes: as many rows as there were iterations, and the same of each kind.
+        // After a signal, even before a process resumes, every logger has a row for each iteration.
         let rows = rows(folder.path());
         let losses = rows[0].1.iter().filter(|row| row.contains("training/loss")).count();
         let (own, notes) = ((rows[2].1.len() - 1) / 2, rows[3].1.len());
@@ -449,7 +498,7 @@ fn engines_listen_to_signals_one_after_the_other() {
         let summary = second.run(&mut (), data(), Until::epochs(1)).unwrap();
         assert!(matches!(summary.stop, Stop::Signal(15)));
         println!("saved");
-        // The same engine goes on, and another signal is a first one again.
+        // The same engine goes on, and the next signal again only suspends the run.
         second.on(Event::IterationCompleted.once(summary.iterations + 3), |_, _| {
             println!("goes on");
             Ok(())
@@ -564,11 +613,12 @@ fn a_signal_in_an_engine_that_a_handler_runs_stops_both_and_a_second_one_ends_th
     assert_eq!(child.wait().unwrap().signal(), Some(15));
 }
 
-/// Where evaluations say that they are under way, and how many batches one has.
+/// How many batches an evaluation has.
 #[cfg(feature = "signals")]
 const BATCHES: u64 = 20;
 
-/// Trains and evaluates at several events, random numbers in both, to the end or a signal, from the newest checkpoint.
+/// Trains from the newest checkpoint to the end or a signal, evaluates at several events, and draws random numbers in
+/// both.
 #[cfg(feature = "signals")]
 fn train_and_evaluate(folder: &Path, role: &str) -> anyhow::Result<()> {
     tch::set_num_threads(1);
@@ -584,7 +634,7 @@ fn train_and_evaluate(folder: &Path, role: &str) -> anyhow::Result<()> {
                 if engine.state.iteration == 3 {
                     println!("evaluating {name}");
                     if name == "at the end" {
-                        // The process ends after this evaluation: the signal has to come before.
+                        // The process ends after this evaluation, so it waits until the signal has come.
                         std::thread::sleep(Duration::from_secs(1));
                     }
                 }
@@ -604,6 +654,12 @@ fn train_and_evaluate(folder: &Path, role: &str) -> anyhow::Result<()> {
     let batches = vec![0.; BATCHES as usize];
     let history =
         History::new().epoch_metric("val/loss").epoch_metric("own/loss").metric("often/loss");
+    // This one sees the end of an epoch before the evaluations whose values belong to it.
+    let early = History::new().epoch_metric("val/loss").epoch_metric("own/loss");
+    let mut often = evaluator("often")?;
+    let rows = CsvLogger::open(folder.join("often.csv"))?;
+    let loss = OutputHandler::new(&rows, "often", Event::IterationCompleted);
+    often.attach(loss.output("loss", |loss: &Tensor| loss.double_value(&[])));
     if role != "only the evaluator" {
         trainer.attach(InterruptOn::signals()?);
     }
@@ -611,13 +667,9 @@ fn train_and_evaluate(folder: &Path, role: &str) -> anyhow::Result<()> {
         .track("model", &vs)
         .track("optimizer", &optimizer)
         .metric("loss", Mean::new())
+        .attach(early.clone())
         .attach(Evaluate::on(Event::Started, "first", evaluator("at the start")?, batches.clone()))
-        .attach(Evaluate::on(
-            Event::IterationCompleted.every(4),
-            "often",
-            evaluator("often")?,
-            batches.clone(),
-        ))
+        .attach(Evaluate::on(Event::IterationCompleted.every(4), "often", often, batches.clone()))
         .attach(Evaluate::each_epoch("val", evaluator("each epoch")?, batches.clone()))
         .attach(Evaluate::each_epoch("own", own, batches.clone()))
         .attach(EarlyStopping::min("val/loss", 100))
@@ -654,7 +706,10 @@ fn train_and_evaluate(folder: &Path, role: &str) -> anyhow::Result<()> {
     for (name, tensor) in trainer_values(&vs) {
         bits += &format!("{name} {tensor:x?}\n");
     }
-    for name in history.names() {
+    for (history, name) in [&history, &early]
+        .into_iter()
+        .flat_map(|history| history.names().into_iter().map(move |name| (history, name)))
+    {
         let series: Vec<_> =
             history.series(&name)?.into_iter().map(|(at, value)| (at, value.to_bits())).collect();
         bits += &format!("{name} {series:x?}\n");
@@ -681,10 +736,12 @@ fn a_signal_in_an_evaluation_stops_it_at_once_and_the_resumed_run_repeats_it() {
         return train_and_evaluate(&folder, &role).unwrap();
     }
     let outcome = |folder: &Path| {
-        let csv = std::fs::read_to_string(folder.join("log.csv")).unwrap();
-        let rows = csv.lines().map(|row| row.split_once(',').unwrap().1.to_owned());
         let text = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
-        (text("outcome"), text("calls"), rows.collect::<Vec<_>>())
+        let rows = |name: &str| {
+            let csv = text(name);
+            csv.lines().map(|row| row.split_once(',').unwrap().1.to_owned()).collect::<Vec<_>>()
+        };
+        (text("outcome"), text("calls"), rows("log.csv"), rows("often.csv"))
     };
     let straight = tempfile::tempdir().unwrap();
     assert!(spawn(NAME, "", straight.path(), 0).wait().unwrap().success());

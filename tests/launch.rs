@@ -1,4 +1,5 @@
-//! Engines of several processes, started by the launcher: what they decide together, metrics of all, and checkpoints.
+//! Tests of engines in several processes that the launcher starts: decisions that they make together, metrics over
+//! all ranks, and checkpoints.
 
 #![cfg(unix)]
 
@@ -29,12 +30,12 @@ use tch_ignite::supervised::{
 const ROLE: &str = "TCH_IGNITE_TEST_ROLE";
 const FOLDER: &str = "TCH_IGNITE_TEST_FOLDER";
 
-/// The part that this process is to play, and where it leaves what came of it.
+/// The part of a test that this process is to play, and the folder for its results.
 fn role() -> Option<(String, PathBuf)> {
     Some((std::env::var(ROLE).ok()?, PathBuf::from(std::env::var_os(FOLDER)?)))
 }
 
-/// One job at a time: a signal to this process is meant for all its jobs.
+/// Only one job runs at a time, because the launcher passes a signal to this process on to all its jobs.
 static ONE: Mutex<()> = Mutex::new(());
 
 fn start(test: &str, role: &str, ranks: usize, folder: &Path) -> Ended {
@@ -50,7 +51,7 @@ fn start(test: &str, role: &str, ranks: usize, folder: &Path) -> Ended {
         .unwrap()
 }
 
-/// What each rank left, after all have succeeded.
+/// Runs a job, whose ranks must succeed, and returns the numbers that each rank wrote.
 fn outcomes(test: &str, role: &str, ranks: usize, folder: &Path) -> Vec<Vec<f64>> {
     let ended = start(test, role, ranks, folder);
     let log = |rank: usize| {
@@ -89,8 +90,9 @@ fn samples(count: i64) -> (Tensor, Tensor) {
     (x, (Tensor::arange(count, double) * 0.3).cos().view([count, 1]))
 }
 
-/// Trains to so many iterations of 4 in an epoch, from the newest checkpoint, with 12 samples over all ranks in a step. Leaves the
-/// parameters, the values after the last epoch, and the loss of each iteration.
+/// Trains from the newest checkpoint up to the number of iterations that the role begins with. An epoch has 4
+/// iterations, and a step 12 samples over all ranks. Writes the parameters, the values after the last epoch, and the
+/// loss of each iteration.
 fn train(role: &str, folder: &Path) {
     let pg = join();
     let iterations: u64 = role.split(' ').next().unwrap().parse().unwrap();
@@ -162,7 +164,7 @@ fn train(role: &str, folder: &Path) {
     leave(folder, &pg, &values);
 }
 
-/// Parameters and values after the last epoch.
+/// How many numbers the parameters, and the values after the last epoch, are.
 const ENDS: usize = 6 * 32 + 32 + 32 + 1 + 2;
 
 fn checkpoints(folder: &Path) -> usize {
@@ -197,7 +199,7 @@ fn all_ranks_resume_one_checkpoint_also_with_another_number_of_them() {
     }
     let straight = tempfile::tempdir().unwrap();
     let straight = outcomes(NAME, "12 dropout", 2, straight.path());
-    // In mid epoch, with the metrics and random numbers of both ranks.
+    // A run that is stopped in mid epoch goes on with the metrics and random numbers of both ranks.
     let folder = tempfile::tempdir().unwrap();
     outcomes(NAME, "7 dropout", 2, folder.path());
     assert_eq!(checkpoints(folder.path()), 1);
@@ -215,7 +217,7 @@ fn all_ranks_resume_one_checkpoint_also_with_another_number_of_them() {
     }
 }
 
-/// From iteration `from` on these are the bits of the straight run.
+/// Checks that from iteration `from` on a resumed run has the bits of the straight run.
 fn go_on_as(straight: &[Vec<f64>], resumed: &[Vec<f64>], from: usize) {
     assert_eq!(straight.len(), resumed.len());
     for (resumed, straight) in resumed.iter().zip(straight) {
@@ -223,7 +225,7 @@ fn go_on_as(straight: &[Vec<f64>], resumed: &[Vec<f64>], from: usize) {
         assert_eq!(resumed[..ENDS - 2], straight[..ENDS - 2]);
         let losses = |values: &[f64]| values.iter().step_by(2).copied().collect::<Vec<_>>();
         assert_eq!(losses(&resumed[ENDS..]), losses(rest));
-        // Sums and averages of both ranks were joined in between.
+        // Metrics may differ by rounding, because the sums and averages of both ranks were joined in between.
         close(&resumed[ENDS - 2..], &[&straight[ENDS - 2..ENDS], rest].concat());
     }
 }
@@ -236,7 +238,7 @@ fn gradients_within_a_window_are_those_of_each_rank_again() {
     }
     let folder = tempfile::tempdir().unwrap();
     let straight = outcomes(NAME, "12 windows dropout", 2, folder.path());
-    // After the first and the second batch of a window of three.
+    // The runs stop after the first and the second batch of a window of three.
     for stop in [5, 6] {
         let folder = tempfile::tempdir().unwrap();
         outcomes(NAME, &format!("{stop} windows dropout"), 2, folder.path());
@@ -324,7 +326,7 @@ fn what_one_rank_asks_for_all_do_at_the_same_iteration() {
                 "signal" if second => {
                     let id = std::process::id().to_string();
                     assert!(Command::new("kill").args(["-TERM", &id]).status()?.success());
-                    // Another thread may take it.
+                    // Another thread may receive the signal, so this one waits for it.
                     std::thread::sleep(Duration::from_millis(200));
                 }
                 _ => {}
@@ -398,7 +400,7 @@ fn a_signal_goes_to_all_ranks() {
     assert_eq!(all[0], all[1]);
 }
 
-/// A sum that does not do all that it should.
+/// A metric that sums its inputs and fails in one of its methods, chosen by `role`.
 struct Odd {
     sum: f64,
     role: String,
@@ -429,7 +431,7 @@ impl Metric<f64> for Odd {
 
     fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
         self.loads += 1;
-        // The state of all first, then its own.
+        // The engine loads the joined state of all ranks first, then the rank's own state.
         anyhow::ensure!(self.role != "back" || self.loads != 2, "odd in load_state");
         anyhow::ensure!(self.role != "saved", "a checkpoint loads no metric");
         self.sum = f64::try_from(Accumulated::find(state, "sum")?)?;
@@ -442,7 +444,7 @@ fn a_metric_that_fails_where_ranks_join_is_named_and_counts_nothing_twice() {
     const NAME: &str = "a_metric_that_fails_where_ranks_join_is_named_and_counts_nothing_twice";
     if let Some((role, folder)) = role() {
         let pg = join();
-        // The other rank is what it should be; each has one batch of 1 and one of 2.
+        // Only the main rank's metric fails. Each rank has one batch of 1 and one of 2.
         let odd = if pg.is_main() { role.clone() } else { String::new() };
         let mut trainer = Engine::new(|_: &mut (), _, x: f64| Ok(x));
         trainer.distributed(&pg).metric("first", Mean::new());
@@ -450,7 +452,8 @@ fn a_metric_that_fails_where_ranks_join_is_named_and_counts_nothing_twice() {
         trainer.metric_with("odd", Odd { sum: 0., role: odd, loads: 0 }, usage);
         trainer.metric("last", Mean::new());
         if role == "saved" {
-            // In mid epoch, with something accumulated; the value at its end is not the matter here.
+            // The checkpoint is written in mid epoch, when the metric has accumulated something. The run then ends,
+            // because the value at the epoch's end is not tested here.
             let checkpoint = Checkpoint::new(folder.join("checkpoints"));
             trainer.attach(checkpoint.on(Event::IterationCompleted.once(1)));
             trainer.agree_every(1).on(Event::IterationCompleted.once(1), |_, engine| {

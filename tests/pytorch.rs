@@ -1,4 +1,5 @@
-//! Files of `torch.save`: read path by path, refused without harm, written so that Python reads them.
+//! Tests of files of `torch.save`: they are read value by value, hostile ones are refused without harm, and Python
+//! reads the written ones.
 
 #[path = "../examples/conformance/interop.rs"]
 mod interop;
@@ -23,7 +24,7 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/interop")
 }
 
-/// The files whose names begin so.
+/// The golden files whose names begin with `kind`.
 fn fixtures(kind: &str) -> Result<Vec<PathBuf>> {
     let mut files = vec![];
     for entry in fs::read_dir(golden())? {
@@ -43,7 +44,7 @@ fn serial() -> MutexGuard<'static, ()> {
     SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// xorshift
+/// A random number generator, xorshift.
 struct Random(u64);
 
 impl Random {
@@ -55,7 +56,7 @@ impl Random {
     }
 }
 
-/// A zip archive with these files stored, without checksums.
+/// Makes a zip archive of these files, uncompressed and without checksums.
 fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
     let (mut bytes, mut directory) = (vec![], vec![]);
     for (name, content) in files {
@@ -156,7 +157,8 @@ fn values_are_the_same_after_they_are_written() -> Result<()> {
         for (path, result) in interop::tensors(&copy)? {
             assert_eq!(result, Ok(()), "{} {path}", copy.display());
         }
-        // The same value is the same bytes, and a value may be written over the file it comes from.
+        // Writing the same value gives the same bytes, and a value may be written over the file that it was read
+        // from.
         let bytes = fs::read(&copy)?;
         pytorch::write(&copy, &pytorch::read(&copy)?)?;
         assert!(fs::read(&copy)? == bytes, "{}", copy.display());
@@ -207,7 +209,7 @@ fn memory_that_tensors_of_the_program_share_is_written_once() -> Result<()> {
 fn containers_that_are_shared_stay_shared() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("shared.pt");
-    // a = [1]; [a, a, (a,)]
+    // The pickle is [a, a, (a,)] with a = [1].
     let value = read_pickle(b"\x80\x02](]q\x00K\x01ah\x00h\x00\x85e.", &[])?;
     pytorch::write(&path, &value)?;
     for value in [value, pytorch::read(&path)?] {
@@ -224,7 +226,7 @@ fn containers_that_are_shared_stay_shared() -> Result<()> {
 
 #[test]
 fn names_that_are_no_plain_data_are_all_listed() -> Result<()> {
-    // [argparse.Namespace object with a state, builtins.eval("1")]
+    // The pickle is a list of an argparse.Namespace with a state, and builtins.eval("1").
     let pickle = b"\x80\x02](cargparse\nNamespace\n)\x81}X\x02\x00\x00\x00lrG?\x50\x62\x4d\xd2\xf1\xa9\xfcsbc__builtin__\neval\nX\x01\x00\x00\x001\x85Re.";
     let error = refused(pickle);
     assert!(error.contains("argparse.Namespace, builtins.eval"), "{error}");
@@ -248,7 +250,7 @@ fn pickles_that_are_no_plain_data_are_refused() {
         let closed = depth - usize::from(open == b"]");
         [b"\x80\x02".to_vec(), open.repeat(depth), close.repeat(closed), b".".to_vec()].concat()
     };
-    // Each list holds the one before ten times: 10^30 values for whoever walks over it.
+    // Each list holds the one before ten times, so whoever walks over it meets 10^30 values.
     let mut bomb = b"\x80\x02]q\x00".to_vec();
     for level in 1..=30u8 {
         bomb.extend(
@@ -257,7 +259,7 @@ fn pickles_that_are_no_plain_data_are_refused() {
     }
     bomb.extend(b"\x85.");
     let bomb = [&b"\x80\x02("[..], &bomb[2..bomb.len() - 2], b"t."].concat();
-    // Sets of one long list, each a copy of it.
+    // Many sets are made from one long list, and each would be a copy of it.
     let mut copies = b"\x80\x02]q\x00(".to_vec();
     (0..60_000u32).for_each(|int| copies.extend([&b"J"[..], &int.to_le_bytes()].concat()));
     copies.extend(b"ec__builtin__\nset\nq\x010(");
@@ -308,7 +310,7 @@ fn pickles_that_are_no_plain_data_are_refused() {
 
 #[test]
 fn small_files_that_stand_for_much_memory_are_refused() -> Result<()> {
-    // Two names of 1 kB, joined by each 5 bytes.
+    // Every 5 bytes of this pickle join two names of 1 kB.
     let name = "a".repeat(1000);
     let text = [b"X\xe8\x03\x00\x00", name.as_bytes()].concat();
     let mut pickle = [b"\x80\x04(", &text[..], b"q\x00", &text, b"q\x01"].concat();
@@ -320,7 +322,7 @@ fn small_files_that_stand_for_much_memory_are_refused() -> Result<()> {
     let error = refused(&pickle);
     assert!(error.contains("not plain data") && error.len() < 1000, "{error}");
 
-    // One element, as often as a tensor of 8 GB has it.
+    // The file has one element, which a tensor of 8 GB repeats.
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("expanded.pt");
     let huge = Tensor::zeros([1], (Kind::Uint8, Device::Cpu)).expand([1 << 33], false);
@@ -333,7 +335,8 @@ fn small_files_that_stand_for_much_memory_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// A dict of one tensor "w" with these numbers: elements of its storage, offset, length and stride.
+/// A pickle of a dict of one tensor "w". The numbers are the elements of its storage, and the tensor's offset, length
+/// and stride.
 fn one_tensor(class: &str, elements: u8, offset: u8, length: u8, stride: u8) -> Vec<u8> {
     let mut pickle =
         b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storage"
@@ -396,7 +399,7 @@ fn files_of_machines_with_the_other_byte_order_are_read() -> Result<()> {
 
 #[test]
 fn archives_whose_parts_overlap_are_refused() -> Result<()> {
-    // Two entries of the directory for one file: a few bytes would be many storages.
+    // Two entries of the directory point to one file. Such entries could make many storages of a few bytes.
     let good = archive(&[("data.pkl", b"\x80\x02N."), ("data/0", &[0; 1000])]);
     assert!(matches!(Reader::new().read_bytes(good.clone())?, Value::None));
     let begin = good.windows(4).position(|bytes| bytes == b"PK\x01\x02").context("a directory")?;
@@ -467,12 +470,13 @@ fn values_go_from_thread_to_thread() -> Result<()> {
     Ok(())
 }
 
-/// Everything that can be asked of a value.
+/// Calls everything that can be called on a value.
 fn use_all(value: &Value) {
     let mut tensors: Vec<&StoredTensor> = vec![];
     value.walk(&mut |_, value| tensors.extend(value.as_tensor()));
     for tensor in tensors {
-        // A hostile shape may be expanded without end; what is read is bounded by the file.
+        // A hostile shape may claim any number of elements, so large tensors are left alone. The storage that is read
+        // is no larger than the file.
         if tensor.tensor().is_ok() && tensor.numel() < 1 << 20 {
             let _ = tensor.to_bytes();
         }
@@ -481,7 +485,7 @@ fn use_all(value: &Value) {
     let _ = value.to_string();
 }
 
-/// The most memory that this process has had, in bytes.
+/// The most memory that this process has had so far, in bytes.
 fn peak_memory() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or("0");
@@ -498,7 +502,7 @@ fn no_change_of_a_file_makes_a_panic_a_file_or_much_memory() -> Result<()> {
     let mut outcomes = [0; 2];
     for (number, file) in files.iter().enumerate() {
         let whole = fs::read(file)?;
-        // Without checksums, changes reach what is behind them.
+        // Without checksums, changed bytes reach the code behind that check.
         let mut open = whole.clone();
         let heads: Vec<_> = open
             .windows(4)
@@ -507,7 +511,7 @@ fn no_change_of_a_file_makes_a_panic_a_file_or_much_memory() -> Result<()> {
             .map(|(at, _)| at)
             .collect();
         heads.iter().for_each(|at| open[at + 16..at + 20].fill(0));
-        // The one large file is read more slowly.
+        // The one large file is tried less often, because reading it takes longer.
         let times = if whole.len() > 100_000 { 300 } else { 4000 };
         let before = peak_memory();
         let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (number as u64 + 1));
@@ -560,7 +564,7 @@ fn no_change_of_a_file_makes_a_panic_a_file_or_much_memory() -> Result<()> {
     Ok(())
 }
 
-// Weights and names
+// These tests are about weights and names.
 
 fn small(root: &nn::Path) {
     let _conv = nn::conv2d(root / "0", 1, 4, 3, Default::default());
@@ -600,7 +604,7 @@ fn a_store_is_loaded_from_a_state_dict_of_python() -> Result<()> {
     // Gradients are recorded as before.
     assert!(vs.trainable_variables().iter().all(Tensor::requires_grad));
     assert_eq!(vs.trainable_variables().len(), 6);
-    // Types are converted to the store's.
+    // The numbers are converted to the store's type.
     let mut double = VarStore::new(Device::Cpu);
     small(&double.root());
     double.double();
@@ -640,7 +644,7 @@ fn names_are_mapped_and_misfits_are_listed() -> Result<()> {
     load_weights(&expected, golden().join("tensors-state-dict.pt"), &Names::new())?;
     assert_eq!(values(&vs), values(&expected));
 
-    // Another head: its shape is told, the rest can be loaded.
+    // The store has another head, whose shape the error tells; the rest can be loaded.
     let other = VarStore::new(Device::Cpu);
     let root = other.root();
     let _parts = (
@@ -668,7 +672,7 @@ fn names_are_mapped_and_misfits_are_listed() -> Result<()> {
 fn variables_of_any_layout_are_loaded() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("views.pt");
-    // Parts of one storage, in other strides than the store's, also channels last there.
+    // The tensors are parts of one storage and have other strides than the store's, one of which has channels last.
     let all = Tensor::arange(48, (Kind::Float, Device::Cpu));
     let mut state = Dict::ordered();
     state.insert("image", Value::tensor(&all.narrow(0, 0, 24).view([2, 3, 2, 2]))?);
@@ -692,7 +696,8 @@ fn variables_of_any_layout_are_loaded() -> Result<()> {
     Ok(())
 }
 
-/// A store whose last layer has the embedding's weight, in float64. Alphabetically, the later name is the first.
+/// A store in float64 whose last layer has the embedding's weight. The weight's second name, `lm_head.weight`, comes
+/// before its first, `wte.weight`, in the alphabet.
 fn tied() -> VarStore {
     let mut vs = VarStore::new(Device::Cpu);
     let root = vs.root();
@@ -704,7 +709,7 @@ fn tied() -> VarStore {
     vs
 }
 
-/// As Python's `state_dict()` of that model has them.
+/// The names in the order in which Python's `state_dict()` of that model has them.
 const TIED: [&str; 5] = ["wte.weight", "fc.weight", "fc.bias", "lm_head.weight", "lm_head.bias"];
 
 #[test]
@@ -787,7 +792,7 @@ fn moments_of_tied_parameters_go_to_the_right_parameters() -> Result<()> {
         assert!(error.contains(reason), "{error}");
     }
 
-    // Python's optimizer may know the names itself: a tied parameter's is the first there.
+    // Python's optimizer may have names itself, the first one for a tied parameter.
     let group = |names: &[&str]| -> Result<Value> {
         let groups = saved.require("param_groups")?.as_slice().context("groups")?;
         let mut group = groups[0].as_dict().context("a group")?.clone();
@@ -890,7 +895,7 @@ fn states_of_another_optimizer_are_refused_and_change_nothing() -> Result<()> {
     Ok(())
 }
 
-// Python's torch as the judge
+// These tests let Python's torch read our files and write files for us.
 
 #[test]
 fn a_run_that_begins_here_goes_on_in_python_and_back() -> Result<()> {
@@ -955,7 +960,7 @@ fn python(script: &str, arguments: &[&Path]) -> Result<Option<String>> {
     let python = std::env::var("TORCH_PYTHON").unwrap_or_else(|_| "python3".into());
     let has_torch = Command::new(&python).args(["-c", "import torch"]).output();
     if !has_torch.is_ok_and(|output| output.status.success()) {
-        // Past the test runner's capture, so that nobody takes it for done.
+        // The line is written past the test runner's capture, so that nobody believes that the test has passed.
         let name = std::thread::current().name().unwrap_or_default().to_owned();
         let text =
             format!("\nSKIPPED: {name}: {python} has no torch; set TORCH_PYTHON to one that has\n");
@@ -1102,7 +1107,7 @@ print(json.dumps(texts))
         assert_eq!((uint16.dtype(), uint16.to_bytes()?), (DType::UInt16, vec![1, 0, 1, 0, 1, 0]));
         let conjugate = value.require("conjugate")?.as_tensor().context("a tensor")?.tensor()?;
         assert_eq!(f64::try_from(conjugate.imag().sum(Kind::Double))?, -15.);
-        // Python finds its values in what is written again.
+        // Python finds the same values in a file that we write again.
         pytorch::write(folder.path().join("again.pt"), &value)?;
         let script = r#"
 one, two = (torch.load(path, weights_only=True) for path in sys.argv[1:])
@@ -1149,7 +1154,7 @@ print(json.dumps({name: tensor.flatten().double().tolist() for name, tensor in n
     Ok(())
 }
 
-/// 1 GB of weights, beside reading the bytes and `torch.load`: run with `--ignored --nocapture`.
+/// Measures loading 1 GB of weights beside reading the bytes and `torch.load`. Run it with `--ignored --nocapture`.
 #[test]
 #[ignore = "takes a GB of disk and two of memory"]
 fn reading_takes_little_longer_than_reading_the_bytes() -> Result<()> {
@@ -1204,7 +1209,7 @@ for _ in range(5):
     Ok(())
 }
 
-/// Numbers that need more than 32 bits: run with `--ignored`.
+/// Sizes and positions in this file need more than 32 bits. Run it with `--ignored`.
 #[test]
 #[ignore = "takes 5 GB of disk and memory"]
 fn files_of_more_than_4_gb_are_read_by_both() -> Result<()> {

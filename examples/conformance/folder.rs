@@ -1,4 +1,4 @@
-//! Folders of files that PyTorch writes.
+//! Runs the cases in folders of files that PyTorch wrote.
 
 use std::path::Path;
 

@@ -1,4 +1,5 @@
-//! Files that PyTorch writes, beside what is in them as JSON; the format is that of tests/golden/interop/README.md.
+//! Reads files that PyTorch wrote and compares them with JSON files that say what is in them.
+//! tests/golden/interop/README.md describes the format.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,23 +12,24 @@ use tch::{Device, Tensor, kind, nn};
 use tch_ignite::optim::{Optimizer, OptimizerBuilder, lr};
 use tch_ignite::pytorch::{self, DType, StoredTensor, Value, Weights};
 
-/// Paths, and what was different there.
+/// The path of each value, with the difference found there, if any.
 pub type Cases = Vec<(String, Result<(), String>)>;
 
-/// How long reading a hostile file may take, and how much memory.
+/// How long reading a hostile file may take, and (below) how many bytes of memory.
 const MAX_TIME: Duration = Duration::from_secs(5);
 const MAX_MEMORY: u64 = 64 << 20;
-/// The file that the first hostile ones would make.
+/// Some hostile files try to make a file of this name.
 const PWNED: &str = "pwned";
 
-/// Compares each path of a file with what the JSON beside it says, both ways.
+/// Compares the value at each path of a file with the JSON beside it. A path that only one of the two has is a
+/// difference.
 pub fn tensors(file: &Path) -> Result<Cases> {
     let text = fs::read_to_string(file.with_extension("json"))?;
     let expected: Map<String, Json> = serde_json::from_str(&text)?;
     let value = pytorch::read(file)?;
     let mut found: BTreeMap<String, &Value> = BTreeMap::new();
     value.walk(&mut |path, value| {
-        // Attributes of objects are no paths of the JSON.
+        // `walk` does not visit attributes of dicts, and the JSON has no paths for them either.
         found.insert(path.to_owned(), value);
     });
     let mut results = vec![];
@@ -52,12 +54,13 @@ pub fn tensors(file: &Path) -> Result<Cases> {
     Ok(results)
 }
 
-/// Reads a file that must be refused or be plain data, without harm.
+/// Reads a hostile file. The reader must refuse it or find plain data in it, and must take little time and memory and
+/// write no file.
 pub fn hostile(file: &Path) -> Result<()> {
     let (begin, before, pwned) = (Instant::now(), memory(), Path::new(PWNED).exists());
     let outcome = match pytorch::read(file) {
         Ok(value) => {
-            // What can be read can be walked over, and its tensors have no more elements than the file has bytes.
+            // If the file can be read, walking over the value and reading its tensors must do no harm either.
             let mut tensors = vec![];
             value.walk(&mut |_, value| tensors.extend(value.as_tensor()));
             tensors.iter().filter_map(|tensor| tensor.tensor().err()).count();
@@ -74,18 +77,19 @@ pub fn hostile(file: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The most memory that this process has had in bytes, where the system tells.
+/// The most memory that this process has had so far, in bytes; `None` where the system does not tell.
 fn memory() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? << 10)
 }
 
-/// The most by which losses and weights of a run that goes on may differ from Python's uninterrupted one.
+/// The most by which losses and weights may differ between a run that Python began and we finish, and Python's
+/// uninterrupted run.
 const MAX_DIFFERENCE: f64 = 1e-12;
 
 /// Goes on with a run that Python saved, and compares losses, weights and random numbers with Python's; `None` where
-/// there is no such optimizer here. Learning rates are set to what the JSON says.
+/// this crate lacks the optimizer. Learning rates are set to those in the JSON.
 pub fn handover(file: &Path) -> Result<Option<Cases>> {
     let text = fs::read_to_string(file.with_extension("json"))?;
     let json: Json = serde_json::from_str(&text)?;
@@ -124,7 +128,7 @@ pub fn handover(file: &Path) -> Result<Option<Cases>> {
         let x: Vec<Vec<f64>> = serde_json::from_value(batch["x"].clone())?;
         let y: Vec<i64> = serde_json::from_value(batch["y"].clone())?;
         let x = Tensor::from_slice2(&x);
-        // tch's `cross_entropy_for_logits` goes through float32.
+        // tch's `cross_entropy_for_logits` rounds to float32, so the loss is computed here.
         let (y, mean) = (Tensor::from_slice(&y), tch::Reduction::Mean);
         let logits = x.apply(&base).tanh().apply(&fc);
         let loss = logits.cross_entropy_loss::<Tensor>(&y, None, mean, -100, 0.);
@@ -200,7 +204,7 @@ fn compare(value: &Value, expected: &Json) -> Result<()> {
     }
 }
 
-/// A device as Python's `repr` has it.
+/// The name of a device as Python's `repr` writes it.
 fn device(name: &str) -> String {
     match name.split_once(':') {
         Some((kind, index)) => format!("device(type='{kind}', index={index})"),
@@ -208,7 +212,7 @@ fn device(name: &str) -> String {
     }
 }
 
-/// Sets have no order.
+/// The parts of a set's text in sorted order, because sets have no order of their own.
 fn sorted(text: &str) -> Vec<&str> {
     let mut parts: Vec<_> = text.trim_matches(['{', '}']).split(", ").collect();
     parts.sort_unstable();
@@ -308,7 +312,7 @@ fn is_element(dtype: DType, bytes: &[u8], expected: &Json) -> Result<bool> {
     }
 }
 
-/// A float16 as a float64.
+/// Converts the bits of a float16 to a float64.
 fn half(bits: u16) -> f64 {
     let (exponent, mantissa) = (i32::from(bits >> 10 & 31), f64::from(bits & 1023));
     let magnitude = match exponent {

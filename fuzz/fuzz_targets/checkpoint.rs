@@ -1,8 +1,8 @@
-//! The reader of checkpoints: whatever the bytes, an error or a state, never a panic, a hang or much
-//! memory. From the repository's root: `cargo +nightly fuzz run checkpoint -- -rss_limit_mb=3000`.
+//! Fuzzes the reader of checkpoints: whatever the bytes, it must return an error or a state, and never panic, hang or
+//! take much memory. Run it from the repository's root: `cargo +nightly fuzz run checkpoint -- -rss_limit_mb=3000`.
 //!
-//! The first byte says whether the checksum and the length of the header are made right, so that what lies
-//! behind them is reached too; the rest is the file.
+//! The first byte of the input says whether this program corrects the checksum and the length of the header, so that
+//! the code behind these checks is reached too. The rest is the file.
 
 #![no_main]
 
@@ -27,7 +27,7 @@ thread_local! {
     };
 }
 
-/// Where the eight digits of the checksum are.
+/// The range of the checksum's eight digits in the file.
 fn digits(bytes: &[u8]) -> Option<std::ops::Range<usize>> {
     let key = b"\"crc32c\":\"";
     let at = bytes.windows(key.len()).position(|window| window == key)? + key.len();
@@ -37,7 +37,7 @@ fn digits(bytes: &[u8]) -> Option<std::ops::Range<usize>> {
 fn mended(how: u8, rest: &[u8]) -> Vec<u8> {
     let mut bytes = rest.to_vec();
     if how & 1 != 0 && bytes.len() > 8 {
-        // The header ends with the last brace.
+        // The header is taken to end with the last brace.
         let end = bytes.iter().rposition(|byte| *byte == b'}').map_or(8, |at| at + 1).max(8);
         bytes[..8].copy_from_slice(&(end as u64 - 8).to_le_bytes());
     }
@@ -57,7 +57,7 @@ fuzz_target!(|data: &[u8]| {
     let whole = verify(&*FILE).is_ok();
     if let Ok(state) = read_state(&*FILE) {
         assert!(whole, "read, but not whole");
-        // What could be read can be written, and read again.
+        // A state that could be read can be written, and read again.
         write_state(&*FILE, &state).expect("written");
         read_state(&*FILE).expect("read again");
     }

@@ -1,8 +1,8 @@
-//! The reader of PyTorch's files: whatever the bytes, an error or a value, never a panic, a hang, a file or much
-//! memory. From the repository's root, with Python's files to begin with:
-//! `cargo +nightly fuzz run pytorch fuzz/corpus/pytorch tests/golden/interop -- -rss_limit_mb=2000`.
+//! Fuzzes the reader of PyTorch's files: whatever the bytes, it must return an error or a value, and never panic,
+//! hang, write a file or take much memory. Run it from the repository's root, with files that Python wrote to begin
+//! with: `cargo +nightly fuzz run pytorch fuzz/corpus/pytorch tests/golden/interop -- -rss_limit_mb=2000`.
 //!
-//! Checksums are taken out of the archives first, so that what lies behind them is reached.
+//! Checksums are taken out of the archives first, so that the code behind them is reached.
 
 #![no_main]
 
@@ -23,7 +23,8 @@ fn use_all(value: &Value) {
     let mut tensors = vec![];
     value.walk(&mut |_, value| tensors.extend(value.as_tensor()));
     for tensor in tensors {
-        // A tensor may be expanded without end in a few bytes; the storage it reads is bounded by the file.
+        // A few bytes may claim a tensor of any number of elements, by strides of 0; the storage that it reads is no
+        // larger than the file.
         if tensor.tensor().is_ok() && tensor.numel() < 1 << 16 {
             tensor.to_bytes().expect("read before");
         }

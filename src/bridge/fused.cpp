@@ -417,7 +417,8 @@ class Step {
     return static_cast<typename Rules::Options&>(optimizer_.param_groups()[group].options());
   }
 
-  // Reads the factor as a number, which the pass on the CPU needs. A host sync only if the factor is on a device.
+  // Reads the factor as a number, which the pass on the CPU needs. This costs a host sync only if the factor is on a
+  // device.
   void read_factor(bool wanted) { host_factor_ = factor_ && wanted ? factor_->item<double>() : 1.; }
 
   bool for_kernels(const Tensor& p) const {

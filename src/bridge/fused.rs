@@ -101,7 +101,7 @@ impl Native {
         })
     }
 
-    /// Corrects the step counts after steps that were skipped on a device. A host sync if there were steps
+    /// Corrects the step counts after steps that were skipped on a device. This costs a host sync if there were steps
     /// with `found_inf` on a device since the last call.
     pub(crate) fn settle(&self) -> Result<(), BridgeError> {
         // SAFETY: as in `step`; the borrow of `self` keeps other threads out, because Native is not Sync.

@@ -21,7 +21,7 @@ fn checked_pointer(tensor: &Tensor) -> Result<(*mut c_void, usize), BridgeError>
     Ok((start, len))
 }
 
-/// The bytes of a dense, contiguous CPU tensor, in memory order. An error for other tensors.
+/// The bytes of a dense, contiguous CPU tensor, in memory order. Other tensors are an error.
 pub(crate) fn bytes(tensor: &Tensor) -> Result<&[u8], BridgeError> {
     let (start, len) = checked_pointer(tensor)?;
     if len == 0 {

@@ -191,7 +191,7 @@ pub(crate) fn warn_once(text: &str) {
     let _ = checked(|error| unsafe { tig_warn(text.as_ptr(), error) });
 }
 
-/// A copy of a tensor in pinned memory. An error without CUDA.
+/// A copy of a tensor in pinned memory. Without CUDA this is an error.
 pub(crate) fn pin_memory(tensor: &Tensor) -> Result<Tensor, BridgeError> {
     let mut pinned = null_mut();
     // SAFETY: the pointer of a live tch tensor is a live torch::Tensor.

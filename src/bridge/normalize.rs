@@ -25,9 +25,9 @@ pub(crate) enum Rows<'a> {
     These(&'a [i64]),
 }
 
-/// Gathers rows of `data` (uint8, on the CPU, contiguous) as f32: each byte becomes the float that its
-/// channel's table has for it. `tables` has 256 floats for each channel. With several channels, the channels are the
-/// second dimension of `data`. An error for other tensors, for rows that do not exist, or for tables that do not fit.
+/// Gathers rows of `data` (uint8, on the CPU, contiguous) as f32: each byte becomes the float that its channel's
+/// table has for it. `tables` has 256 floats for each channel. With several channels, the channels are the second
+/// dimension of `data`. Other tensors, rows that do not exist, and tables that do not fit are errors.
 pub(crate) fn normalize_rows(
     data: &Tensor,
     rows: Rows<'_>,

@@ -16,9 +16,10 @@ namespace {
 
 // With fewer elements in all, one thread is faster than waking another, and much faster where the cores are busy.
 constexpr int64_t PARALLEL_FROM = 1 << 17;
-// Elements in a chunk: many against the cost of fetching a chunk, few against a time slice of the scheduler.
+// How many elements a chunk has. Updating them takes long compared to fetching a chunk, and short compared to a time
+// slice of the scheduler.
 constexpr int64_t CHUNK = 1 << 15;
-// Elements of f16 or bf16 that are converted at a time: five buffers of this many floats stay in the L1 cache.
+// How many elements of f16 or bf16 are converted at a time. Five buffers of this many floats stay in the L1 cache.
 constexpr int64_t BLOCK = 512;
 
 // Asks for 512-bit registers, of which compilers use only half by default. clang and GCC spell this differently, and

@@ -139,7 +139,7 @@ impl Reducer {
         })
     }
 
-    /// Backward from a scalar; the reducer's hooks reduce the gradients in it.
+    /// Runs backward from a scalar; the reducer's hooks reduce the gradients meanwhile.
     pub(crate) fn backward(&self, loss: &Tensor) -> Result<(), DistException> {
         // SAFETY: as above.
         dist_checked(|cause, error| unsafe { tig_ddp_backward(loss.as_ptr(), cause, error) })

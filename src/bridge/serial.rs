@@ -13,7 +13,8 @@ pub(crate) struct Serial {
 }
 
 impl Serial {
-    /// Begins; `None`, and nothing is changed, if libtorch has no OpenMP.
+    /// Makes libtorch's operations run on this thread alone. Returns `None`, and changes nothing, if libtorch has no
+    /// OpenMP.
     pub(crate) fn begin() -> Option<Self> {
         let open_mp = OpenMp::find()?;
         // libtorch sets a thread's number when the thread first asks for it. Asking now keeps a later

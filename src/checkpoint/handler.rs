@@ -11,7 +11,7 @@ use super::retention::{Retention, Saved};
 use super::score::{Mode, Score, Scoring};
 use super::writer::{Job, Writer, both};
 use super::{StateDict, Stateful};
-use crate::engine::{Engine, Handler, Priority, Ranks, State};
+use crate::engine::{Engine, Handler, HandlerSpec, Priority, Ranks, State};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event_filter::Events;
@@ -373,22 +373,25 @@ impl<B, O> Checkpoint<B, O> {
         let stamp = Stamp { written: folder.time(), kept: Some(kept) };
         let before = self.list.clone();
         let remove = self.list.keep(new.clone());
-        let written = self.contents(cx, engine).and_then(|state| {
+        let written = self.contents(cx, engine).and_then(|(state, logs)| {
             let (plain, name, owner) = (self.weights.is_some(), new.name, self.owner(run));
             let job = Job { folder, state, plain, name, stamp, remove, owner };
-            self.writer.submit(job, self.background)
+            self.writer.submit(job, self.background).map(|()| logs)
         });
-        if written.is_err() {
-            // The old files are still there.
-            self.list = before;
-            return both(written, self.reconcile()).map(|()| true);
+        match written {
+            Ok(logs) => logs.map(|()| true),
+            Err(error) => {
+                // The old files are still there.
+                self.list = before;
+                both(Err(error), self.reconcile()).map(|()| true)
+            }
         }
-        Ok(true)
     }
 
-    fn contents<C>(&self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<StateDict> {
+    /// The state to write, and the error of logs that lack steps which the state has.
+    fn contents<C>(&self, cx: &C, engine: &Engine<'_, C, B, O>) -> Result<(StateDict, Result<()>)> {
         match &self.weights {
-            Some(model) => model.state_dict(),
+            Some(model) => Ok((model.state_dict()?, Ok(()))),
             None => engine.checkpoint_of_all(cx, Some(self.state()?)),
         }
     }
@@ -401,7 +404,7 @@ impl<B, O> Checkpoint<B, O> {
         }
         // An error of the background is returned only after this checkpoint is safe.
         let before = self.writer.wait();
-        let written = self.contents(cx, engine).and_then(|state| {
+        let written = self.contents(cx, engine).and_then(|(state, logs)| {
             if !engine.is_main() {
                 return Ok(());
             }
@@ -409,48 +412,28 @@ impl<B, O> Checkpoint<B, O> {
             let (name, owner) = (format!("{name}.{}", self.parts.ext), self.owner(0));
             let stamp = Stamp { written: folder.time(), kept: None };
             let job = Job { folder, state, plain: false, name, stamp, remove: vec![], owner };
-            self.writer.submit(job, false)
+            both(self.writer.submit(job, false), logs)
         });
         both(written, before)
     }
 }
 
 impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
-    fn name(&self) -> String {
-        if self.weights.is_some() { "model checkpoint".into() } else { "checkpoint".into() }
-    }
-
-    fn events(&self) -> Events {
+    fn spec(&self) -> Result<HandlerSpec> {
+        if self.list.most == Some(0) {
+            return Err(Error::invalid("n_saved must be a positive integer or None, got 0"));
+        }
+        let (file, folder) = (self.sample()?, self.folder.display());
         let mut events = self.events.clone();
         for event in [Event::Started].into_iter().chain(ENDS) {
             if !events.names(event) {
                 events = events | event;
             }
         }
-        events
-    }
-
-    fn validate(&self) -> Result<()> {
-        if self.list.most == Some(0) {
-            return Err(Error::invalid("n_saved must be a positive integer or None, got 0"));
-        }
-        self.sample().map(drop)
-    }
-
-    fn unique_names(&self) -> Vec<String> {
-        let folder = self.folder.display();
-        self.sample()
-            .map(|file| format!("Checkpoint with files such as '{file}' in {folder}"))
-            .into_iter()
-            .collect()
-    }
-
-    fn priority(&self) -> Priority {
-        Priority::Save
-    }
-
-    fn ranks(&self) -> Ranks {
-        Ranks::MainWithAll
+        let name = if self.weights.is_some() { "model checkpoint" } else { "checkpoint" };
+        let spec = HandlerSpec::new(name, events).priority(Priority::Save);
+        let files = format!("Checkpoint with files such as '{file}' in {folder}");
+        Ok(spec.ranks(Ranks::MainWithAll).unique_names([files]))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

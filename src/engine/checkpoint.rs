@@ -93,8 +93,7 @@ pub struct Restored {
     /// Parts that a run may need, but that this engine's state lacks because they are not tracked.
     pub untracked: Vec<&'static str>,
     /// Differences that were left out: parts that only the state or only the engine has, and parts that do not fit.
-    /// With `strict` these are errors, except devices whose random numbers were not saved or are not here, and logs
-    /// that could not be rewound.
+    /// With `strict` these are errors, except devices whose random numbers were not saved or are not here.
     pub ignored: Vec<String>,
     /// Settings of tracked parts that differ from those in the state, such as the learning rate that an optimizer was
     /// built with; the state's settings are used. Without `strict` also arguments of handlers that differ, such as a
@@ -174,19 +173,21 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// see [`Priority`](super::Priority).
     ///
     /// # Errors
-    /// A part cannot be saved (the text names it), or the call comes from a step or from a handler of an event that is
-    /// fired within a step or another handler.
+    /// A part cannot be saved (the text names it), a log cannot be synced, or the call comes from a step or from a
+    /// handler of an event that is fired within a step or another handler.
     pub fn checkpoint(&self, cx: &C) -> Result<StateDict> {
-        self.checkpoint_within(cx, None)
+        let (state, logs) = self.checkpoint_within(cx, None)?;
+        logs.map(|()| state)
     }
 
     /// Like [`checkpoint`](Self::checkpoint), for a handler: `caller` is the state of the running handler, which cannot
-    /// be asked for it.
+    /// be asked for it. The second result is the error of logs that cannot be synced: the state lacks their places, and
+    /// is worth saving all the same.
     pub(crate) fn checkpoint_within(
         &self,
         cx: &C,
         mut caller: Option<StateDict>,
-    ) -> Result<StateDict> {
+    ) -> Result<(StateDict, Result<()>)> {
         if self.step.is_none() || self.handlers.firings_under_way() > 1 {
             return Err(Error::State(
                 "a checkpoint cannot be made within a step, nor in handlers of events that are fired within a step or another handler: it would not know how far these have come".into(),
@@ -211,12 +212,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         all.set_part(SETTINGS, settings);
         // Logs come last, so that what the checkpoint covers is on the disk before the checkpoint can count.
-        if self.is_main()
-            && let Some(places) = self.commit_logs()?
-        {
-            all.set_part(LOGS, places);
+        let mut logs = Ok(());
+        if self.is_main() {
+            let (places, committed) = self.commit_logs();
+            if !places.values.is_empty() {
+                all.set_part(LOGS, places);
+            }
+            logs = committed;
         }
-        Ok(all)
+        Ok((all, logs))
     }
 
     /// The parts that differ between ranks, under their usual names: random numbers, and parts whose `differs_by_rank`
@@ -250,7 +254,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Loads a state; the next `run` goes on there, exactly as if there had been no break. Tensors of the state are
-    /// taken over where that saves a copy.
+    /// taken over where that saves a copy. When that run begins, it removes from logs what was logged after the state was
+    /// saved; the summary warns of logs that cannot be rewound.
     ///
     /// With `strict`, the state and the engine must have the same parts. Otherwise missing and unknown parts, and parts
     /// that do not fit, are left out and reported.
@@ -262,14 +267,12 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if self.running {
             return Err(Error::invalid("restore() was called within a run"));
         }
-        if self.refused.as_deref() == Some(IN_PART) {
-            self.refused = None;
-        }
         let changed = guarded_state(|| Ok(self.changed_settings(&state)))?;
         let mut report = Report { restored: Restored { changed, ..Restored::default() }, strict };
         let result = guarded_state(|| self.restore_parts(cx, state, &mut report));
-        if result.is_err() {
-            self.refuse_until_restored();
+        match result {
+            Ok(()) => drop(self.forgive_part()),
+            Err(_) => self.refuse_until_restored(),
         }
         result.map(|()| Restored {
             untracked: self.untracked(),
@@ -385,10 +388,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         report.load_whole(ENGINE, position, |state| self.load_own_state(state))?;
         self.position.before_pass = before_pass;
         self.random = again;
-        if let Some(places) = places {
-            // Rewinding comes last, so that nothing is removed for a state that is refused.
-            report.restored.ignored.extend(self.rewind_logs(&places)?);
-        }
+        // Nothing is removed from logs for a state that is refused, or that nobody runs from.
+        self.log_places = places;
+        Ok(())
+    }
+
+    /// Removes from logs what was logged after the restored state was saved.
+    pub(super) fn rewind_restored_logs(&mut self) -> Result<()> {
+        let Some(places) = self.log_places.take() else { return Ok(()) };
+        self.rewind_logs(&places)?.into_iter().for_each(|left| self.warn(left));
         Ok(())
     }
 
@@ -412,7 +420,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Loads the copies that [`tracked_copies`](Self::tracked_copies) made. Puts back all it can before it returns an
-    /// error.
+    /// error. What the copies lack, because it was made since, stays; the summary of the next run names it.
     pub(super) fn load_tracked_copies(
         &mut self,
         cx: &mut C,
@@ -420,13 +428,19 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         context: Option<StateDict>,
     ) -> Result<()> {
         let mut result = Ok(());
+        let position = &mut self.position;
+        let mut note = |name: &str, loaded: Result<Vec<String>>| match loaded {
+            Ok(new) => {
+                new.iter().for_each(|new| position.note(format!("{name} after a trial run: {new}")))
+            }
+            Err(error) if result.is_ok() => result = Err(of_part(name, error)),
+            Err(_) => {}
+        };
         for ((name, part), state) in self.tracked.parts.iter_mut().zip(parts) {
-            let loaded = part.load_state_dict(state).map_err(|error| of_part(name, error));
-            result = result.and(loaded);
+            note(name, part.load_state_dict_partially(state));
         }
         if let Some((tracked, state)) = self.tracked.context.as_ref().zip(context) {
-            let loaded = (tracked.load)(cx, state).map_err(|error| of_part(CONTEXT, error));
-            result = result.and(loaded);
+            note(CONTEXT, (tracked.load_partially)(cx, state));
         }
         result
     }
@@ -452,14 +466,18 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(state)
     }
 
-    /// A copy of everything that a run changes of an evaluator and of the process.
+    /// A copy of everything that a run changes of an evaluator and of the process. Logs are synced to the disk.
     pub(crate) fn moment(&self) -> Result<Moment> {
-        Ok(Moment { lasting: self.lasting_state()?.copy()?, random: generators()? })
+        let lasting = self.lasting_state()?.copy()?;
+        let (logs, committed) = self.commit_logs();
+        committed?;
+        Ok(Moment { lasting, random: generators()?, logs })
     }
 
     /// Goes back to an earlier moment of this process.
     pub(crate) fn go_back(&mut self, moment: Moment) -> Result<()> {
         self.load_lasting_state(moment.lasting)?;
+        self.rewind_logs(&moment.logs)?;
         load_generators_strictly(moment.random)
     }
 
@@ -490,7 +508,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     fn save_handlers(&self, caller: &mut Option<StateDict>) -> Result<StateDict> {
         let mut states = StateDict::new();
-        for NamedHandler { name, handler, had_state } in self.handlers.objects() {
+        for NamedHandler { name, handler, had_state, .. } in self.handlers.objects() {
             let state = match handler {
                 Some(handler) => of_named(&format!("handler '{name}'"), || handler.save_state())?,
                 None if had_state && caller.is_none() => {
@@ -509,10 +527,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     fn load_handlers(&mut self, mut states: StateDict, report: &mut Report) -> Result<()> {
         let (is_main, strict) = (self.is_main(), report.strict);
-        for (name, handler) in self.handlers.objects_mut() {
+        for (name, ranks, handler) in self.handlers.objects_mut() {
             let saved = states.parts.remove(&name);
             let name = format!("handler '{name}'");
-            if of_named(&name, || Ok(handler.ranks()))? != Ranks::All && !is_main {
+            if ranks != Ranks::All && !is_main {
                 continue;
             }
             // The handler is asked now, because handlers may have no state at times.
@@ -682,6 +700,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 pub(crate) struct Moment {
     lasting: StateDict,
     random: StateDict,
+    /// The places of the logs that the evaluator's handlers write to.
+    logs: StateDict,
 }
 
 /// Collects what was restored and what does not fit. With `strict`, what does not fit is an error.

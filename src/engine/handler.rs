@@ -2,6 +2,7 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 use std::rc::Rc;
 
+use super::position::CallAgain;
 use super::{Engine, Event, Events, Log, Ranks};
 use crate::error::{Error, Result};
 use crate::event::BUILT_IN;
@@ -12,45 +13,38 @@ use crate::state::StateDict;
 
 /// A handler with a name and a state that is called at events. All built-in handlers are of this kind; implement it for
 /// your own where a closure is not enough.
+///
+/// ```
+/// use tch_ignite::engine::{Engine, Event, Handler, HandlerSpec, Until};
+///
+/// /// Counts the epochs.
+/// #[derive(Default)]
+/// struct Epochs(u64);
+///
+/// impl<C, B, O> Handler<C, B, O> for Epochs {
+///     fn spec(&self) -> tch_ignite::Result<HandlerSpec> {
+///         Ok(HandlerSpec::new("epochs", Event::EpochCompleted))
+///     }
+///
+///     fn call(&mut self, _: Event, _: &mut C, _: &mut Engine<'_, C, B, O>) -> anyhow::Result<()> {
+///         self.0 += 1;
+///         Ok(())
+///     }
+/// }
+///
+/// let epochs = std::rc::Rc::new(std::cell::RefCell::new(Epochs::default()));
+/// let mut trainer = Engine::new(|_: &mut (), _, _: i64| Ok(()));
+/// trainer.attach(epochs.clone());
+/// trainer.run(&mut (), vec![1, 2], Until::epochs(3))?;
+/// assert_eq!(epochs.borrow().0, 3);
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
 pub trait Handler<C, B, O> {
-    /// The name that errors show, and under which checkpoints keep the state.
-    fn name(&self) -> String;
-
-    /// The events at which the engine calls the handler.
-    fn events(&self) -> Events;
-
-    /// Checks the handler's arguments. The engine calls this when the handler is attached.
+    /// Describes the handler. The engine asks once, when the handler is attached.
     ///
     /// # Errors
-    /// The arguments are wrong.
-    fn validate(&self) -> Result<()> {
-        Ok(())
-    }
-
-    /// The knobs whose values this handler sets, without regard to their old values. A second handler that drives one
-    /// of them is refused.
-    fn drives(&self) -> Vec<Knob> {
-        vec![]
-    }
-
-    /// The handler's place among the handlers of an event. Handlers of equal priority are called in the order in which
-    /// they were attached.
-    fn priority(&self) -> Priority {
-        Priority::Normal
-    }
-
-    /// The ranks that call the handler, in an engine of several processes.
-    fn ranks(&self) -> Ranks {
-        Ranks::All
-    }
-
-    /// Whether a trial run, such as that of [`LrFinder`](crate::handlers::LrFinder), calls the handler. A trial run
-    /// must leave no trace. By default it calls the handlers that all ranks call ([`Ranks::All`]), because a handler of
-    /// the main rank writes, draws or sends. Afterwards the engine restores the state that
-    /// [`save_state`](Self::save_state) gave before.
-    fn runs_in_trials(&self) -> bool {
-        self.ranks() == Ranks::All
-    }
+    /// The handler's arguments are wrong. The handler is then refused.
+    fn spec(&self) -> Result<HandlerSpec>;
 
     /// The state that the handler needs to go on in another process; `None` where it needs none.
     ///
@@ -66,7 +60,7 @@ pub trait Handler<C, B, O> {
     /// The state does not fit, or the handler keeps none.
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         let _ = state;
-        Err(Error::State(format!("handler '{}' keeps no state", self.name())))
+        Err(Error::State("the handler keeps no state".into()))
     }
 
     /// Loads as much as possible of a state that [`save_state`](Self::save_state) gave, and returns a line for each
@@ -79,17 +73,6 @@ pub trait Handler<C, B, O> {
         self.load_state(state).map(|()| vec![])
     }
 
-    /// Names that no other handler of the engine may have, such as `"metric 'loss'"`: two handlers of that name would
-    /// overwrite each other's values.
-    fn unique_names(&self) -> Vec<String> {
-        vec![]
-    }
-
-    /// The logs that the handler writes to. They are rewound with the engine when a run is resumed.
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        vec![]
-    }
-
     /// Handles an event. The engine calls this at each of the handler's events.
     ///
     /// # Errors
@@ -100,6 +83,99 @@ pub trait Handler<C, B, O> {
         cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()>;
+}
+
+/// A handler's description of itself, for the engine: see [`Handler::spec`].
+#[derive(Clone)]
+pub struct HandlerSpec {
+    pub(crate) name: String,
+    pub(crate) events: Events,
+    pub(crate) priority: Priority,
+    pub(crate) ranks: Ranks,
+    runs_in_trials: Option<bool>,
+    pub(crate) unique_names: Vec<String>,
+    pub(crate) drives: Vec<Knob>,
+    pub(crate) logs: Vec<Rc<dyn Log>>,
+}
+
+impl HandlerSpec {
+    /// A handler of this name that is called at these events. Errors show the name, and checkpoints keep the handler's
+    /// state under it.
+    pub fn new(name: impl Into<String>, events: impl Into<Events>) -> Self {
+        Self {
+            name: name.into(),
+            events: events.into(),
+            priority: Priority::Normal,
+            ranks: Ranks::All,
+            runs_in_trials: None,
+            unique_names: vec![],
+            drives: vec![],
+            logs: vec![],
+        }
+    }
+
+    /// Sets the handler's place among the handlers of an event; by default [`Priority::Normal`]. Handlers of equal
+    /// priority are called in the order in which they were attached.
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
+        self
+    }
+
+    /// Sets the ranks that call the handler, in an engine of several processes; by default [`Ranks::All`].
+    pub fn ranks(mut self, ranks: Ranks) -> Self {
+        self.ranks = ranks;
+        self
+    }
+
+    /// Sets whether a trial run, such as that of [`LrFinder`](crate::handlers::LrFinder), calls the handler. A trial
+    /// run must leave no trace: afterwards the engine restores the state that [`save_state`](Handler::save_state) gave
+    /// before. By default a trial run calls the handlers that all ranks call ([`Ranks::All`]), because a handler of the
+    /// main rank writes, draws or sends.
+    pub fn runs_in_trials(mut self, runs: bool) -> Self {
+        self.runs_in_trials = Some(runs);
+        self
+    }
+
+    /// Adds names that no other handler of the engine may have, such as `"metric 'loss'"`: two handlers of that name
+    /// would overwrite each other's values.
+    pub fn unique_names(mut self, names: impl IntoIterator<Item = String>) -> Self {
+        self.unique_names.extend(names);
+        self
+    }
+
+    /// Adds knobs whose values the handler sets, without regard to their old values. A second handler that drives one
+    /// of them is refused.
+    pub fn drives(mut self, knobs: impl IntoIterator<Item = Knob>) -> Self {
+        self.drives.extend(knobs);
+        self
+    }
+
+    /// Adds logs that the handler writes to. They are rewound with the engine when a run is resumed.
+    pub fn logs(mut self, logs: impl IntoIterator<Item = Rc<dyn Log>>) -> Self {
+        self.logs.extend(logs);
+        self
+    }
+
+    /// Whether a trial run calls the handler.
+    pub(super) fn is_called_in_trials(&self) -> bool {
+        self.runs_in_trials.unwrap_or(self.ranks == Ranks::All)
+    }
+}
+
+impl std::fmt::Debug for HandlerSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let logs: Vec<_> = self.logs.iter().map(|log| log.path()).collect();
+        f.debug_struct("HandlerSpec")
+            .field("name", &self.name)
+            .field("events", &self.events)
+            .field("priority", &self.priority)
+            .field("ranks", &self.ranks)
+            .field("runs_in_trials", &self.is_called_in_trials())
+            .field("unique_names", &self.unique_names)
+            .field("drives", &self.drives)
+            .field("logs", &logs)
+            .finish()
+    }
 }
 
 /// When a handler is called among the handlers of the same event.
@@ -121,62 +197,21 @@ pub(super) const PRIORITIES: usize = 4;
 /// A shared handler: attach a clone, and read the handler through the other.
 #[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
-    fn name(&self) -> String {
-        self.try_borrow().map_or_else(|_| "a handler that is borrowed".into(), |h| h.name())
-    }
-
-    fn events(&self) -> Events {
-        // A handler without events is refused.
-        self.try_borrow().map_or_else(|_| Events(vec![]), |h| h.events())
-    }
-
-    fn validate(&self) -> Result<()> {
-        self.try_borrow().map_or(Ok(()), |h| h.validate())
-    }
-
-    fn drives(&self) -> Vec<Knob> {
-        self.try_borrow().map_or(vec![], |h| h.drives())
-    }
-
-    fn priority(&self) -> Priority {
-        self.try_borrow().map_or(Priority::Normal, |h| h.priority())
-    }
-
-    fn ranks(&self) -> Ranks {
-        self.try_borrow().map_or(Ranks::All, |h| h.ranks())
-    }
-
-    fn runs_in_trials(&self) -> bool {
-        self.try_borrow().map_or(true, |h| h.runs_in_trials())
+    fn spec(&self) -> Result<HandlerSpec> {
+        let handler = self.try_borrow();
+        handler.map_err(|_| Error::invalid("the handler is borrowed mutably"))?.spec()
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
-        let handler = self.try_borrow();
-        handler
-            .map_err(|_| Error::State("a handler that is running has no state".into()))?
-            .save_state()
+        self.try_borrow().map_err(running)?.save_state()
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
-        let handler = self.try_borrow_mut();
-        handler
-            .map_err(|_| Error::State("a handler that is running has no state".into()))?
-            .load_state(state)
+        self.try_borrow_mut().map_err(running)?.load_state(state)
     }
 
     fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
-        let handler = self.try_borrow_mut();
-        handler
-            .map_err(|_| Error::State("a handler that is running has no state".into()))?
-            .load_state_partially(state)
-    }
-
-    fn unique_names(&self) -> Vec<String> {
-        self.try_borrow().map_or(vec![], |h| h.unique_names())
-    }
-
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        self.try_borrow().map_or_else(|_| vec![], |h| h.logs())
+        self.try_borrow_mut().map_err(running)?.load_state_partially(state)
     }
 
     fn call(
@@ -187,6 +222,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
     ) -> anyhow::Result<()> {
         self.try_borrow_mut()?.call(event, cx, engine)
     }
+}
+
+fn running<E>(_: E) -> Error {
+    Error::State("a handler that is running has no state".into())
 }
 
 /// Identifies a registered handler, to remove it.
@@ -201,50 +240,35 @@ pub(super) enum Callable<'a, C, B, O> {
     Object(Box<dyn Handler<C, B, O> + 'a>),
 }
 
-/// What the engine asks a handler when it is attached.
-pub(super) struct Subscription {
-    pub(super) name: String,
-    pub(super) events: Events,
-    pub(super) priority: Priority,
-    /// The handler's own name, and whether it had a state when it was attached; `None` for a closure.
-    pub(super) object: Option<(String, bool)>,
-    pub(super) unique_names: Vec<String>,
-    pub(super) drives: Vec<Knob>,
-}
-
-impl Subscription {
-    pub(super) fn of_closure(name: String, events: Events) -> Self {
-        let (object, unique_names, drives) = (None, vec![], vec![]);
-        Self { name, events, priority: Priority::Normal, object, unique_names, drives }
-    }
-
-    /// # Errors
-    /// The handler's arguments are wrong, or its state cannot be saved now.
-    pub(super) fn of<C, B, O>(handler: &impl Handler<C, B, O>, name: &str) -> Result<Self> {
-        handler.validate()?;
-        let has_state = handler.save_state()?.is_some();
-        Ok(Self {
-            events: handler.events(),
-            priority: handler.priority(),
-            object: Some((name.to_owned(), has_state)),
-            unique_names: handler.unique_names(),
-            drives: handler.drives(),
-            name: format!("'{name}'"),
-        })
-    }
-}
-
 /// A handler in the engine. It is taken out while it runs.
 struct Slot<'a, C, B, O> {
     id: HandlerId,
-    name: String,
+    spec: HandlerSpec,
     callable: Option<Callable<'a, C, B, O>>,
-    object: Option<(String, bool)>,
-    unique_names: Vec<String>,
+    kind: SlotKind,
     /// The events at which the handler is called, once for each of its registrations.
     events: Vec<EventIndex>,
     /// The number of the removal that removed the handler; `None` while it is attached.
     removed: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SlotKind {
+    Closure,
+    Object {
+        /// Whether the handler had a state when it was attached.
+        had_state: bool,
+    },
+}
+
+impl<C, B, O> Slot<'_, C, B, O> {
+    /// The handler's name as errors show it: a closure's is the place where it was registered.
+    fn shown_name(&self) -> String {
+        match self.kind {
+            SlotKind::Closure => self.spec.name.clone(),
+            SlotKind::Object { .. } => format!("'{}'", self.spec.name),
+        }
+    }
 }
 
 /// A handler's place in the list of an event.
@@ -341,56 +365,51 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
     /// The events, filters, names or knobs are refused. Nothing is registered then.
     pub(super) fn add(
         &mut self,
-        subscription: Subscription,
+        spec: HandlerSpec,
         callable: Callable<'a, C, B, O>,
+        kind: SlotKind,
     ) -> Result<HandlerId> {
-        let Subscription { name, events, priority, object, unique_names, drives } = subscription;
-        if events.0.is_empty() {
-            return Err(Error::invalid(format!("handler {name} names no event to be called at")));
+        if spec.events.0.is_empty() {
+            let name = &spec.name;
+            return Err(Error::invalid(format!("handler '{name}' names no event to be called at")));
         }
-        let mut indices = Vec::with_capacity(events.0.len());
-        let events: Vec<_> = events.0.iter().map(|event| self.known(event)).collect();
+        let mut indices = Vec::with_capacity(spec.events.0.len());
+        let events: Vec<_> = spec.events.0.iter().map(|event| self.known(event)).collect();
         for event in &events {
             event.validate()?;
             indices.push(self.index(event.event)?);
         }
         let living = self.slots.iter().filter(|slot| slot.removed.is_none());
-        let mut names: HashSet<_> = living.flat_map(|slot| &slot.unique_names).collect();
-        if let Some(taken) = unique_names.iter().find(|name| !names.insert(name)) {
+        let mut names: HashSet<_> = living.flat_map(|slot| &slot.spec.unique_names).collect();
+        if let Some(taken) = spec.unique_names.iter().find(|name| !names.insert(name)) {
             return Err(Error::invalid(format!(
                 "there is a {taken} already: give one of them another name"
             )));
         }
-        self.check_knobs(&name, &drives)?;
+        self.check_knobs(&spec)?;
         let id = HandlerId(self.next_id);
         self.next_id += 1;
         let slot = self.slots.len();
         for (index, event) in indices.iter().zip(events) {
             let filter = (!event.always()).then(|| event.clone());
             let lists = &mut self.lists[index.0];
-            lists.by_priority[priority as usize].push(Registration { slot, filter });
+            lists.by_priority[spec.priority as usize].push(Registration { slot, filter });
             lists.live += 1;
         }
         let (callable, events, removed) = (Some(callable), indices, None);
-        self.slots.push(Slot { id, name, callable, object, unique_names, events, removed });
+        self.slots.push(Slot { id, spec, callable, kind, events, removed });
         Ok(id)
     }
 
     /// Refuses a handler that drives a knob which another one drives.
-    fn check_knobs(&self, name: &str, knobs: &[Knob]) -> Result<()> {
-        if knobs.is_empty() {
+    fn check_knobs(&self, spec: &HandlerSpec) -> Result<()> {
+        if spec.drives.is_empty() {
             return Ok(());
         }
-        for slot in self.slots.iter().filter(|slot| slot.removed.is_none()) {
-            let (Some(Callable::Object(other)), Some((others, _))) = (&slot.callable, &slot.object)
-            else {
-                continue;
-            };
-            let driven = other.drives();
-            let twice = knobs.iter().find(|knob| driven.iter().any(|other| other.overlaps(knob)));
-            if let Some(knob) = twice {
-                // The name is quoted already, as it stands in errors.
-                return Err(knob.driven_twice(others, name.trim_matches('\'')));
+        for Slot { spec: other, .. } in self.slots.iter().filter(|slot| slot.removed.is_none()) {
+            let overlaps = |knob: &&Knob| other.drives.iter().any(|driven| driven.overlaps(knob));
+            if let Some(knob) = spec.drives.iter().find(overlaps) {
+                return Err(knob.driven_twice(&other.name, &spec.name));
             }
         }
         Ok(())
@@ -446,7 +465,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             let slot = &mut self.slots[slot];
             let dropped = guarded_drop(slot.callable.take()).map_err(|source| {
                 let source = source.context("dropping it after its removal");
-                HandlerPanicked { name: slot.name.clone(), source }
+                HandlerPanicked { name: slot.shown_name(), source }
             });
             result = result.and(dropped);
         }
@@ -588,12 +607,19 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
                 Ok(true) => {}
                 Ok(false) => return Some(Ok(None)),
                 Err(source) => {
-                    return Some(Err(HandlerPanicked { name: slot.name.clone(), source }));
+                    return Some(Err(HandlerPanicked { name: slot.shown_name(), source }));
                 }
             }
         }
         // A handler that is already running further out is not entered again.
-        Some(Ok(slot.callable.take().map(|callable| RunningHandler { slot: index, callable })))
+        let (ranks, in_trials) = (slot.spec.ranks, slot.spec.is_called_in_trials());
+        let callable = slot.callable.take();
+        Some(Ok(callable.map(|callable| RunningHandler {
+            slot: index,
+            callable,
+            ranks,
+            in_trials,
+        })))
     }
 
     #[inline]
@@ -607,35 +633,36 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         let mut names = Names::default();
         let mut objects = vec![];
         for slot in self.slots.iter().filter(|slot| slot.removed.is_none()) {
-            let Some((name, had_state)) = &slot.object else { continue };
+            let SlotKind::Object { had_state } = slot.kind else { continue };
             let handler = match &slot.callable {
                 Some(Callable::Object(handler)) => Some(&**handler),
                 _ => None,
             };
-            objects.push(NamedHandler {
-                name: names.distinct(name),
-                handler,
-                had_state: *had_state,
-            });
+            let name = names.distinct(&slot.spec.name);
+            objects.push(NamedHandler { name, handler, spec: &slot.spec, had_state });
         }
         objects
     }
 
-    /// The name of the handler object at a place in an event's lists, as in [`objects`](Self::objects).
-    pub(super) fn object_at(
+    /// The call of the handler object at a place in an event's lists.
+    pub(super) fn call_at(
         &self,
         index: EventIndex,
         (priority, position): (usize, usize),
-    ) -> Option<String> {
-        let slot = self.lists[index.0].by_priority[priority].get(position)?.slot;
-        self.object_names().find_map(|(at, name)| (at == slot).then_some(name))
+    ) -> Option<CallAgain> {
+        let list = &self.lists[index.0].by_priority[priority];
+        let slot = list.get(position)?.slot;
+        let handler = self.object_names().find_map(|(at, name)| (at == slot).then_some(name))?;
+        let registration = list[..position].iter().filter(|entry| entry.slot == slot).count();
+        Some(CallAgain { handler, registration })
     }
 
-    /// The place in an event's lists of the handler object of this name.
-    pub(super) fn place_of(&self, index: EventIndex, name: &str) -> Option<(usize, usize)> {
-        let (slot, _) = self.object_names().find(|(_, known)| known == name)?;
+    /// The place in an event's lists of a call.
+    pub(super) fn place_of(&self, index: EventIndex, call: &CallAgain) -> Option<(usize, usize)> {
+        let (slot, _) = self.object_names().find(|(_, known)| *known == call.handler)?;
         self.lists[index.0].by_priority.iter().enumerate().find_map(|(priority, list)| {
-            Some((priority, list.iter().position(|entry| entry.slot == slot)?))
+            let mut places = list.iter().enumerate().filter(|(_, entry)| entry.slot == slot);
+            places.nth(call.registration).map(|(position, _)| (priority, position))
         })
     }
 
@@ -644,24 +671,32 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         let mut names = Names::default();
         let slots = self.slots.iter().enumerate().filter(|(_, slot)| slot.removed.is_none());
         slots.filter_map(move |(at, slot)| {
-            let (name, _) = slot.object.as_ref()?;
-            Some((at, names.distinct(name)))
+            matches!(slot.kind, SlotKind::Object { .. })
+                .then(|| (at, names.distinct(&slot.spec.name)))
         })
     }
 
     /// All handler objects that are not running, with their distinct names.
     pub(super) fn objects_mut(
         &mut self,
-    ) -> impl Iterator<Item = (String, &mut (dyn Handler<C, B, O> + 'a))> {
+    ) -> impl Iterator<Item = (String, Ranks, &mut (dyn Handler<C, B, O> + 'a))> {
         let mut names = Names::default();
         self.slots.iter_mut().filter(|slot| slot.removed.is_none()).filter_map(move |slot| {
-            let (name, _) = slot.object.as_ref()?;
-            let name = names.distinct(name);
+            if slot.kind == SlotKind::Closure {
+                return None;
+            }
+            let name = names.distinct(&slot.spec.name);
             match &mut slot.callable {
-                Some(Callable::Object(handler)) => Some((name, &mut **handler)),
+                Some(Callable::Object(handler)) => Some((name, slot.spec.ranks, &mut **handler)),
                 _ => None,
             }
         })
+    }
+
+    /// The logs that handlers write to, as often as handlers name them.
+    pub(super) fn logs(&self) -> impl Iterator<Item = &Rc<dyn Log>> {
+        let living = self.slots.iter().filter(|slot| slot.removed.is_none());
+        living.flat_map(|slot| &slot.spec.logs)
     }
 
     /// The custom events, and how often each was fired.
@@ -680,7 +715,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
     }
 
     pub(super) fn name(&self, taken: &RunningHandler<'a, C, B, O>) -> String {
-        self.slots[taken.slot].name.clone()
+        self.slots[taken.slot].shown_name()
     }
 }
 
@@ -707,6 +742,7 @@ type MaybeRunning<'a, C, B, O> = Result<Option<RunningHandler<'a, C, B, O>>, Han
 pub(super) struct NamedHandler<'s, 'a, C, B, O> {
     pub(super) name: String,
     pub(super) handler: Option<&'s (dyn Handler<C, B, O> + 'a)>,
+    pub(super) spec: &'s HandlerSpec,
     /// Whether the handler had a state when it was attached.
     pub(super) had_state: bool,
 }
@@ -721,4 +757,45 @@ pub(super) struct HandlerPanicked {
 pub(super) struct RunningHandler<'a, C, B, O> {
     slot: usize,
     pub(super) callable: Callable<'a, C, B, O>,
+    pub(super) ranks: Ranks,
+    pub(super) in_trials: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Twice;
+
+    impl Handler<(), (), ()> for Twice {
+        fn spec(&self) -> Result<HandlerSpec> {
+            let every = Event::IterationCompleted;
+            Ok(HandlerSpec::new("twice", every.every(2) | every.every(3)))
+        }
+        fn call(
+            &mut self,
+            _: Event,
+            _: &mut (),
+            _: &mut Engine<'_, (), (), ()>,
+        ) -> anyhow::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_call_is_found_again_among_several_of_one_handler() -> Result<()> {
+        let mut handlers = Handlers::new();
+        for _ in 0..2 {
+            let kind = SlotKind::Object { had_state: false };
+            handlers.add(Twice.spec()?, Callable::Object(Box::new(Twice)), kind)?;
+        }
+        let index = handlers.index(Event::IterationCompleted)?;
+        for position in 0..4 {
+            let place = (Priority::Normal as usize, position);
+            let call = handlers.call_at(index, place).expect("there are four calls");
+            assert_eq!(call.handler == "twice #2", position > 1);
+            assert_eq!(handlers.place_of(index, &call), Some(place));
+        }
+        Ok(())
+    }
 }

@@ -1,17 +1,19 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use serde_json::Value;
 
 use super::Engine;
 use super::handler::Names;
 use crate::error::{Error, Result};
+use crate::guard::guarded_state;
 use crate::state::StateDict;
 
 /// An output outside of the engine that grows during a run, such as the file of a logger, and is rewound when a run is
 /// resumed.
 ///
-/// A handler names its logs by [`Handler::logs`](super::Handler::logs). Before a checkpoint is written the engine asks
+/// A handler names its logs by [`HandlerSpec::logs`](super::HandlerSpec::logs). Before a checkpoint is written the engine asks
 /// each log for its place; when a run goes on from that checkpoint, each log goes back to its place, so that it has
 /// every step once. A checkpoint that lacks the place of a log, or has the place of a log that is not here, fits all
 /// the same.
@@ -36,13 +38,12 @@ pub trait Log {
 
 impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// All logs that handlers write to, as often as handlers name them.
-    pub(crate) fn logs(&self) -> Vec<Box<dyn Log>> {
-        let handlers = self.handlers.objects().into_iter().filter_map(|object| object.handler);
-        handlers.flat_map(|handler| handler.logs()).collect()
+    pub(crate) fn logs(&self) -> Vec<Rc<dyn Log>> {
+        self.handlers.logs().cloned().collect()
     }
 
     /// All logs, each once, by their names in checkpoints.
-    fn named_logs(&self) -> BTreeMap<String, Box<dyn Log>> {
+    fn named_logs(&self) -> BTreeMap<String, Rc<dyn Log>> {
         let (mut paths, mut names) = (HashSet::new(), Names::default());
         let mut logs = BTreeMap::new();
         for log in self.logs() {
@@ -55,13 +56,19 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         logs
     }
 
-    /// Commits all logs and returns their places; nothing up to these can be lost. `None` where there is no log.
-    pub(super) fn commit_logs(&self) -> Result<Option<StateDict>> {
+    /// Commits all logs and returns their places; nothing up to these can be lost. A log that cannot be committed has no
+    /// place, and its error is returned.
+    pub(super) fn commit_logs(&self) -> (StateDict, Result<()>) {
         let mut places = StateDict::new();
+        let mut committed = Ok(());
         for (name, log) in self.named_logs() {
-            places.set_value(&name, log.commit()?)?;
+            let place = guarded_state(|| log.commit());
+            match place.and_then(|place| places.set_value(&name, place)) {
+                Ok(()) => {}
+                Err(error) => committed = committed.and(Err(of_log(&name, error))),
+            }
         }
-        Ok((!places.values.is_empty()).then_some(places))
+        (places, committed)
     }
 
     /// Rewinds the logs to the places in a checkpoint. Returns a line for each log that could not be rewound.
@@ -69,11 +76,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let mut left = vec![];
         for (name, log) in self.named_logs() {
             let Ok(place) = places.value::<Value>(&name) else { continue };
-            let rewound = log.rewind(&place).map_err(|error| {
-                Error::State(format!("log '{name}': {:#}", anyhow::Error::from(error)))
-            })?;
+            let rewound = guarded_state(|| log.rewind(&place));
+            let rewound = rewound.map_err(|error| of_log(&name, error))?;
             left.extend(rewound.map(|why| format!("log '{name}' stays as it is: {why}")));
         }
         Ok(left)
     }
+}
+
+fn of_log(name: &str, error: Error) -> Error {
+    Error::State(format!("log '{name}': {:#}", anyhow::Error::from(error)))
 }

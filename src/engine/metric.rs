@@ -1,6 +1,6 @@
 //! Metrics as handlers of an engine, and the joining of metrics in an engine of several processes.
 
-use super::{Engine, Event, Events, Handler};
+use super::{Engine, Event, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::guard::guarded;
 use crate::metrics::{Accumulated, Metric, MetricValue, Reduce, Usage, exchange};
@@ -126,35 +126,24 @@ impl<O, M: Metric<O>> RankMetric<O> for MetricHandler<M> {
 }
 
 impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
-    fn name(&self) -> String {
-        format!("metric {}", self.name)
-    }
-
-    fn events(&self) -> Events {
+    fn spec(&self) -> Result<HandlerSpec> {
+        self.metric.validate()?;
         let (reset, update, compute) = self.usage.events();
-        match &self.usage {
+        let events = match &self.usage {
+            Usage::BatchFiltered(filtered) if filtered.event() != Event::IterationCompleted => {
+                return Err(Error::invalid(format!(
+                    "Usage::BatchFiltered filters ITERATION_COMPLETED, not {}",
+                    filtered.event()
+                )));
+            }
             Usage::BatchFiltered(filtered) => reset | filtered.clone() | compute,
             // Metrics within a running average may have to see every iteration.
             Usage::RunningEpochWise => reset | Event::IterationCompleted | update,
             _ if update == compute => reset | update,
             _ => reset | update | compute,
-        }
-    }
-
-    fn validate(&self) -> Result<()> {
-        if let Usage::BatchFiltered(filtered) = &self.usage
-            && filtered.event() != Event::IterationCompleted
-        {
-            return Err(Error::invalid(format!(
-                "Usage::BatchFiltered filters ITERATION_COMPLETED, not {}",
-                filtered.event()
-            )));
-        }
-        self.metric.validate()
-    }
-
-    fn unique_names(&self) -> Vec<String> {
-        vec![format!("metric '{}'", self.name)]
+        };
+        let spec = HandlerSpec::new(format!("metric {}", self.name), events);
+        Ok(spec.unique_names([format!("metric '{}'", self.name)]))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

@@ -26,7 +26,7 @@ pub use crate::event_filter::{Events, FilteredEvent};
 pub use crate::metrics::MetricValue;
 pub(crate) use checkpoint::HANDLERS;
 pub use checkpoint::Restored;
-pub use handler::{Handler, HandlerId, Priority};
+pub use handler::{Handler, HandlerId, HandlerSpec, Priority};
 pub use log::Log;
 pub use peers::Ranks;
 pub use profile::{Profile, ProfileRow};
@@ -43,7 +43,7 @@ use crate::guard::{Entered, guarded, guarded_drop, guarded_within};
 use crate::metrics::{Metric, Usage};
 use crate::state::StateDict;
 use checkpoint::Tracked;
-use handler::{Callable, EventIndex, Handlers, RunningHandler, Subscription};
+use handler::{Callable, EventIndex, Handlers, RunningHandler, SlotKind};
 use metric::{MetricHandler, RankMetric};
 use peers::Peers;
 use position::Position;
@@ -148,6 +148,8 @@ pub struct Engine<'a, C, B, O> {
     tracked: Tracked<'a, C, O>,
     /// States of the random number generators from a restored checkpoint, to be set when the next run begins.
     random: Option<StateDict>,
+    /// The places of the logs in the state that was restored, until the run from there begins.
+    log_places: Option<StateDict>,
     profile: Option<Profile>,
     peers: Option<Peers>,
     /// How often the ranks meet, in iterations.
@@ -174,6 +176,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             refused: None,
             tracked: Tracked::default(),
             random: None,
+            log_places: None,
             profile: None,
             peers: None,
             agree_every: peers::PERIOD,
@@ -216,9 +219,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         F: FnMut(&mut C, &mut Engine<'a, C, B, O>) -> anyhow::Result<()> + 'a,
     {
         let place = Location::caller();
-        let name = format!("at {}:{}", place.file(), place.line());
-        let subscription = Subscription::of_closure(name, events.into());
-        self.handlers.add(subscription, Callable::Closure(Box::new(handler)))
+        let spec = HandlerSpec::new(format!("at {}:{}", place.file(), place.line()), events);
+        self.handlers.add(spec, Callable::Closure(Box::new(handler)), SlotKind::Closure)
     }
 
     /// Attaches a handler like [`attach`](Self::attach), and returns its id.
@@ -228,13 +230,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// knob, or its state cannot be saved.
     pub fn add_handler(&mut self, handler: impl Handler<C, B, O> + 'a) -> Result<HandlerId> {
         // The engine asks the handler everything first, so that a refused handler leaves nothing behind.
-        let panicked =
-            |name: &str, panic| Error::invalid(format!("attaching handler{name}: {panic}"));
-        let name = guarded(|| Ok(handler.name())).map_err(|panic| panicked("", panic))?;
-        let described = guarded(|| Ok(Subscription::of(&handler, &name)));
-        let described =
-            described.unwrap_or_else(|panic| Err(panicked(&format!(" '{name}'"), panic)));
-        self.handlers.add(described?, Callable::Object(Box::new(handler)))
+        let type_name = std::any::type_name_of_val(&handler);
+        let refused = |name: &str, panic| Error::invalid(format!("attaching {name}: {panic}"));
+        let spec = guarded(|| Ok(handler.spec())).map_err(|panic| refused(type_name, panic))??;
+        let has_state = guarded(|| Ok(handler.save_state().map(|state| state.is_some())));
+        let had_state =
+            has_state.map_err(|panic| refused(&format!("handler '{}'", spec.name), panic))??;
+        let object = Callable::Object(Box::new(handler));
+        self.handlers.add(spec, object, SlotKind::Object { had_state })
     }
 
     /// Computes a metric, and stores the value under this name in `state.metrics`. The metric is computed over each
@@ -362,14 +365,21 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             };
             if called.is_err() {
                 result = result.and(called);
-                // The other handlers are still called, because nothing else tells them of the error.
-                if event != Event::ExceptionRaised {
-                    break;
+                match event {
+                    // The other handlers are still called, because nothing else tells them of the error.
+                    Event::ExceptionRaised => {}
+                    // Work is saved though another handler failed, because no further event of the run follows.
+                    Event::Interrupt | Event::Terminate | Event::Completed => {
+                        if priority < Priority::Save as usize {
+                            (priority, position) = (Priority::Save as usize, 0);
+                        }
+                    }
+                    _ => break,
                 }
             }
             if self.requests.repeat {
                 self.requests.repeat = false;
-                self.position.cursor.again = self.handlers.object_at(index, place);
+                self.position.cursor.again = self.handlers.call_at(index, place);
                 break;
             }
         }
@@ -398,10 +408,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let begun = self.clock();
         let result = guarded_within(|| match &mut taken.callable {
             Callable::Closure(closure) => closure(cx, self),
-            Callable::Object(handler) if handler.ranks() == Ranks::Main && !self.is_main() => {
-                Ok(())
-            }
-            Callable::Object(handler) if trial::in_trial() && !handler.runs_in_trials() => Ok(()),
+            Callable::Object(_) if taken.ranks == Ranks::Main && !self.is_main() => Ok(()),
+            Callable::Object(_) if trial::in_trial() && !taken.in_trials => Ok(()),
             Callable::Object(handler) => handler.call(event, cx, self),
         });
         if let (Some(profile), Some(begun)) = (&self.profile, begun) {
@@ -550,7 +558,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return Err(Error::invalid("load_state_dict() was called within a run"));
         }
         self.state.load(state)?;
-        (self.requests, self.random) = (Requests::default(), None);
+        (self.requests, self.random, self.log_places) = (Requests::default(), None, None);
         let budgeted = self.state.max_epochs.is_some() || self.state.max_iters.is_some();
         self.position = Position::loaded(budgeted);
         self.data = None;

@@ -313,9 +313,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(all.first().is_some_and(|main| main == &[1]))
     }
 
-    /// The state of all ranks, in one checkpoint. All ranks must call this; only the main rank's result is complete,
-    /// the others get an empty one.
-    pub(crate) fn checkpoint_of_all(&self, cx: &C, caller: Option<StateDict>) -> Result<StateDict> {
+    /// The state of all ranks, in one checkpoint, and the error of logs as in
+    /// [`checkpoint_within`](Self::checkpoint_within). All ranks must call this; only the main rank's result is
+    /// complete, the others get an empty one.
+    pub(crate) fn checkpoint_of_all(
+        &self,
+        cx: &C,
+        caller: Option<StateDict>,
+    ) -> Result<(StateDict, Result<()>)> {
         let Some(peers) = self.others() else { return self.checkpoint_within(cx, caller) };
         let metrics = self.living_metrics();
         let mut own = vec![sent(&self.rank_local_state(cx)?)?];
@@ -325,7 +330,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         let mut all = peers.share(&self.occasion("a checkpoint"), &own)?;
         if peers.rank() != 0 {
-            return Ok(StateDict::new());
+            return Ok((StateDict::new(), Ok(())));
         }
         let mut ranks = StateDict::new();
         for (rank, states) in all.iter_mut().enumerate().skip(1) {
@@ -344,9 +349,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let saved = guarded(|| Ok(self.checkpoint_within(cx, caller)));
         metrics.iter().for_each(|metric| metric.borrow_mut().save_as(None));
         let saved = saved.map_err(|error| Error::State(format!("{error:#}")))?;
-        let mut saved = saved?;
+        let (mut saved, logs) = saved?;
         saved.set_part(RANKS, ranks);
-        Ok(saved)
+        Ok((saved, logs))
     }
 
     /// Clears, on ranks other than the main one, what would be counted twice after the joined state was loaded on all.

@@ -104,9 +104,16 @@ pub(super) struct Cursor {
     pub(super) terminated_by: Option<String>,
     /// Set where the data gave the epoch its length, not the program.
     pub(super) length: Option<DataLength>,
-    /// The first handler of the last event that is to be called when a suspended run goes on; `None` where all were
-    /// called.
-    pub(super) again: Option<String>,
+    /// The first call of the last event that is to be made when a suspended run goes on; `None` where all were made.
+    pub(super) again: Option<CallAgain>,
+}
+
+/// A call of a handler, in a form that holds in another process.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct CallAgain {
+    pub(super) handler: String,
+    /// Which of the handler's registrations for the event it is, from 0: `every(2) | every(3)` makes two.
+    pub(super) registration: usize,
 }
 
 /// The epoch length, where it is one pass over the data.

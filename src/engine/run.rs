@@ -5,7 +5,9 @@ use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use super::checkpoint::{generators, same_generators, set_generators};
-use super::position::{Cursor, DataLength, DataStart, LastData, Phase, Position, PreviousRun};
+use super::position::{
+    CallAgain, Cursor, DataLength, DataStart, LastData, Phase, Position, PreviousRun,
+};
 use super::requests::Requests;
 use super::state::check_budget;
 use super::{Engine, Event, State, Stop, Summary, Until};
@@ -99,7 +101,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.position = Position::default();
         self.requests = Requests::default();
         self.exception = None;
-        self.random = None;
+        (self.random, self.log_places) = (None, None);
         self.handlers.reset_firings();
         if self.forgive_part() {
             self.position.note(
@@ -330,7 +332,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             }
             PreviousRun::Restored => {
                 if let Some(phase) = plan.phase {
-                    (cursor.phase, cursor.ended_early) = (phase, false);
+                    (cursor.phase, cursor.ended_early, cursor.again) = (phase, false, None);
                 }
                 if cursor.phase.has_batch() && !position.refetch {
                     position.refetch = true;
@@ -600,6 +602,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if self.position.cursor.phase.in_epoch() {
             self.position.epoch_start = Some(Instant::now());
         }
+        self.rewind_restored_logs()?;
         self.restore_random_numbers()?;
         if self.requests.any {
             // A restored state may hold requests that were made before it was saved.
@@ -734,7 +737,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                         self.note_run_time();
                         self.position.completing = true;
                         let fired = match self.position.cursor.again.take() {
-                            Some(handler) => self.fire_again(Event::Completed, &handler, cx),
+                            Some(call) => self.fire_again(Event::Completed, &call, cx),
                             None => self.fire(Event::Completed, cx),
                         };
                         self.position.completing = false;
@@ -759,7 +762,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             };
             self.position.event = event;
             match self.position.cursor.again.take() {
-                Some(handler) => self.fire_again(event, &handler, cx)?,
+                Some(call) => self.fire_again(event, &call, cx)?,
                 None => {
                     self.join_metrics(event)?;
                     self.fire(event, cx)?;
@@ -803,6 +806,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             && !(asked.ends() || asked.terminate_epoch || asked.skip_batch)
     }
 
+    /// Whether handlers of the event before INTERRUPT were not called yet: they are called when the run goes on.
+    pub(crate) fn is_within_event(&self) -> bool {
+        self.position.cursor.again.is_some()
+    }
+
     /// Whether the run is about to be suspended because of a signal.
     pub(crate) fn is_stopped_by_signal(&self) -> bool {
         self.requests.interrupt && self.position.signal.is_some()
@@ -815,14 +823,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.requests.repeat = true;
     }
 
-    /// Calls the rest of an event's handlers when a suspended run goes on, from the named one on.
-    fn fire_again(&mut self, event: Event, handler: &str, cx: &mut C) -> Result<()> {
+    /// Makes the rest of an event's calls when a suspended run goes on, from this one on.
+    fn fire_again(&mut self, event: Event, first: &CallAgain, cx: &mut C) -> Result<()> {
         let index = self.handlers.index(event)?;
-        match self.handlers.place_of(index, handler) {
+        match self.handlers.place_of(index, first) {
             Some(place) => self.fire_from(event, index, place, cx),
             None => {
                 self.warn(format!(
-                    "the run was stopped at handler '{handler}' of {event}, which is not attached any more: the handlers after it were not called"
+                    "the run was stopped at handler '{}' of {event}, which is not attached any more: the handlers after it were not called",
+                    first.handler
                 ));
                 Ok(())
             }

@@ -59,7 +59,7 @@ impl Drop for Trial {
 impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Runs `call` on this engine and leaves no trace of it, also after an error or a panic. For `call` the engine
     /// looks as if it had never run, but has its handlers. Handlers whose
-    /// [`runs_in_trials`](super::Handler::runs_in_trials) is false are not called, and neither are such handlers of
+    /// [`runs_in_trials`](super::HandlerSpec::runs_in_trials) is false are not called, and neither are such handlers of
     /// engines that run within the trial. Afterwards the engine is at its old position, with its data; handlers,
     /// tracked parts, the context (where it is tracked) and libtorch's generators have their old states, and handlers
     /// that `call` added or removed are gone or back.
@@ -93,8 +93,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return Err(Error::invalid("the engine is running already"));
         }
         let mut handlers = StateDict::new();
-        for NamedHandler { name, handler, .. } in self.handlers.objects() {
-            if let Some(handler) = handler.filter(|handler| handler.runs_in_trials())
+        for NamedHandler { name, handler, spec, .. } in self.handlers.objects() {
+            if let Some(handler) = handler.filter(|_| spec.is_called_in_trials())
                 && let Some(state) = handler.save_state()?
             {
                 handlers.set_part(&name, state.copy()?);
@@ -120,7 +120,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         })
     }
 
-    /// Brings the run back. It puts back all it can before it returns an error.
+    /// Brings the run back. It puts back all it can before it returns an error. Variables that the trial made stay, and
+    /// the summary of the next run names them.
     fn resume_suspended(
         &mut self,
         cx: &mut C,
@@ -142,7 +143,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         });
         self.handlers.put_back_firings(&suspended.firings);
         result = result.and(self.load_tracked_copies(cx, suspended.parts, suspended.context));
-        for (name, handler) in self.handlers.objects_mut() {
+        for (name, _, handler) in self.handlers.objects_mut() {
             if let Some(state) = suspended.handlers.parts.remove(&name) {
                 let loaded = handler.load_state(state);
                 result = result.and(loaded.map_err(|error| {

@@ -1,6 +1,6 @@
 use serde_json::{Map, Value};
 
-use crate::engine::{Engine, Handler, Metrics};
+use crate::engine::{Engine, Handler, HandlerSpec, Metrics};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event_filter::Events;
@@ -262,19 +262,13 @@ impl EarlyStopping {
 }
 
 impl<C, B, O> Handler<C, B, O> for EarlyStopping {
-    fn name(&self) -> String {
-        match &self.score {
+    fn spec(&self) -> Result<HandlerSpec> {
+        self.check()?;
+        let name = match &self.score {
             Score::Metric(metric) => format!("early stopping on {metric}"),
             Score::Of(_) => "early stopping".into(),
-        }
-    }
-
-    fn events(&self) -> Events {
-        Event::Started | self.events.clone()
-    }
-
-    fn validate(&self) -> Result<()> {
-        self.check()
+        };
+        Ok(HandlerSpec::new(name, Event::Started | self.events.clone()))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

@@ -6,7 +6,7 @@ use tch::nn::VarStore;
 
 use super::weight_averages::{Buffers, Swapped, WeightAverages, WithAverages};
 use crate::bridge::Average;
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::event::{Event, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 use crate::event_filter::Events;
@@ -259,12 +259,10 @@ impl EMAHandler {
 }
 
 impl<C, B, O> Handler<C, B, O> for EMAHandler {
-    fn name(&self) -> String {
-        self.name.clone()
-    }
-
-    fn events(&self) -> Events {
-        self.events.clone()
+    fn spec(&self) -> Result<HandlerSpec> {
+        // The name must be unique only where it names a history.
+        let history = self.save_history.then(|| format!("history of '{}'", self.name));
+        Ok(HandlerSpec::new(&*self.name, self.events.clone()).unique_names(history))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -293,11 +291,6 @@ impl<C, B, O> Handler<C, B, O> for EMAHandler {
         let misfits = self.shadow.load_partially(state.take_part("averages")?)?;
         *locked(&self.momentum) = momentum;
         Ok(misfits)
-    }
-
-    fn unique_names(&self) -> Vec<String> {
-        // The name must be unique only where it names a history.
-        if self.save_history { vec![format!("history of '{}'", self.name)] } else { vec![] }
     }
 
     fn call(

@@ -1,10 +1,9 @@
 use std::cell::{Ref, RefCell};
 use std::rc::Rc;
 
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::event_filter::Events;
 use crate::state::{Saveable, StateDict};
 
 /// Keeps a value from the output of each iteration until the epoch ends: ignite's `EpochOutputStore`.
@@ -78,18 +77,10 @@ impl<T, F: Clone> Clone for EpochOutputStore<T, F> {
 }
 
 impl<C, B, O, T, F: Fn(&O) -> T> Handler<C, B, O> for EpochOutputStore<T, F> {
-    fn name(&self) -> String {
-        "epoch output store".into()
-    }
-
-    fn events(&self) -> Events {
-        Event::EpochStarted | Event::IterationCompleted
-    }
-
-    /// A trial run calls this only if the list can be restored afterwards, which needs
-    /// [`tracked`](EpochOutputStore::tracked).
-    fn runs_in_trials(&self) -> bool {
-        self.states.is_some()
+    fn spec(&self) -> Result<HandlerSpec> {
+        let events = Event::EpochStarted | Event::IterationCompleted;
+        // A trial run calls the handler only if the list can be restored afterwards.
+        Ok(HandlerSpec::new("epoch output store", events).runs_in_trials(self.states.is_some()))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

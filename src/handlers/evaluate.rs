@@ -3,7 +3,7 @@ use std::rc::Rc;
 
 use super::signals;
 use crate::data::IntoSource;
-use crate::engine::{Engine, Handler, Log, Stop, Summary, Until};
+use crate::engine::{Engine, Handler, HandlerSpec, Stop, Summary, Until};
 use crate::error::Result;
 use crate::event::Event;
 use crate::event_filter::Events;
@@ -104,16 +104,10 @@ impl<'e, C, B, O, D, TB, TO> Handler<C, TB, TO> for Evaluate<'e, C, B, O, D>
 where
     D: IntoSource<'e, B> + Clone,
 {
-    fn name(&self) -> String {
-        format!("evaluator {}", self.name)
-    }
-
-    fn events(&self) -> Events {
-        self.events.clone()
-    }
-
-    fn unique_names(&self) -> Vec<String> {
-        vec![format!("evaluation '{}'", self.name)]
+    fn spec(&self) -> Result<HandlerSpec> {
+        let spec = HandlerSpec::new(format!("evaluator {}", self.name), self.events.clone());
+        let spec = spec.unique_names([format!("evaluation '{}'", self.name)]);
+        Ok(spec.logs(self.evaluator.logs()))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -128,10 +122,6 @@ where
         self.evaluator.load_lasting_state(state.take_part("evaluator")?)?;
         self.left = left;
         Ok(())
-    }
-
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        self.evaluator.logs()
     }
 
     fn call(

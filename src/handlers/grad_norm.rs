@@ -1,7 +1,8 @@
 use tch::nn::VarStore;
 use tch::{Kind, Tensor};
 
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
+use crate::error::Result;
 use crate::event::Event;
 use crate::event_filter::Events;
 use crate::optim::Parameters;
@@ -64,16 +65,9 @@ impl GradNorm {
 }
 
 impl<C, B, O> Handler<C, B, O> for GradNorm {
-    fn name(&self) -> String {
-        format!("monitor {}", self.name)
-    }
-
-    fn events(&self) -> Events {
-        self.events.clone()
-    }
-
-    fn unique_names(&self) -> Vec<String> {
-        vec![format!("metric '{}'", self.name)]
+    fn spec(&self) -> Result<HandlerSpec> {
+        let spec = HandlerSpec::new(format!("monitor {}", self.name), self.events.clone());
+        Ok(spec.unique_names([format!("metric '{}'", self.name)]))
     }
 
     fn call(

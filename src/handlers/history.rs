@@ -6,10 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 use super::awaited::warn_of_missing;
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::event_filter::Events;
 use crate::fs::write_atomically;
 use crate::metrics::MetricValue;
 use crate::optim::Knob;
@@ -250,17 +249,7 @@ fn shared<C, B, O>(
 }
 
 impl<C, B, O> Handler<C, B, O> for History {
-    fn name(&self) -> String {
-        "history".into()
-    }
-
-    fn events(&self) -> Events {
-        use Event::*;
-        let after_epochs = EpochStarted | Terminate | Completed | ExceptionRaised | Interrupt;
-        Started | IterationCompleted | EpochCompleted | after_epochs
-    }
-
-    fn validate(&self) -> Result<()> {
+    fn spec(&self) -> Result<HandlerSpec> {
         let mut names = self.names();
         names.extend(["iteration".into(), "epoch".into()]);
         names.sort();
@@ -269,7 +258,12 @@ impl<C, B, O> Handler<C, B, O> for History {
                 "the history has two columns '{}'; give each series a name of its own, other than 'iteration' and 'epoch'",
                 pair[0]
             ))),
-            None => Ok(()),
+            None => {
+                use Event::*;
+                let after = EpochStarted | Terminate | Completed | ExceptionRaised | Interrupt;
+                let events = Started | IterationCompleted | EpochCompleted | after;
+                Ok(HandlerSpec::new("history", events))
+            }
         }
     }
 
@@ -307,7 +301,10 @@ impl<C, B, O> Handler<C, B, O> for History {
                 self.record_epoch(engine)?;
             }
             _ => {
-                self.record_epoch(engine)?;
+                // A signal may stop an evaluation whose values belong to this epoch: they come when the run goes on.
+                if !(event == Event::Interrupt && engine.is_within_event()) {
+                    self.record_epoch(engine)?;
+                }
                 self.record().read()?;
                 self.warn_of_empty_series(event, engine);
             }

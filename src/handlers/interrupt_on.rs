@@ -2,10 +2,9 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use super::signals::{self, Signals};
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::Result;
 use crate::event::Event;
-use crate::event_filter::Events;
 
 /// Suspends the run in good order when the process is asked to end, or after a time: the step is finished,
 /// [`Checkpoint`](crate::checkpoint::Checkpoint) writes a checkpoint that can be resumed, and `run` returns
@@ -78,13 +77,10 @@ impl InterruptOn {
 }
 
 impl<C, B, O> Handler<C, B, O> for InterruptOn {
-    fn name(&self) -> String {
-        "interrupt".into()
-    }
-
-    fn events(&self) -> Events {
+    fn spec(&self) -> Result<HandlerSpec> {
         let ends = Event::Interrupt | Event::Completed | Event::ExceptionRaised;
-        Event::Started | Event::IterationCompleted | Event::EpochCompleted | ends
+        let events = Event::Started | Event::IterationCompleted | Event::EpochCompleted | ends;
+        Ok(HandlerSpec::new("interrupt", events))
     }
 
     fn call(

@@ -10,10 +10,9 @@ use anyhow::Context;
 use tch::nn::{VarStore, Variables};
 
 use crate::data::IntoSource;
-use crate::engine::{Engine, Handler, Stop, Until};
+use crate::engine::{Engine, Handler, HandlerSpec, Stop, Until};
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::event_filter::Events;
 use crate::metrics::MetricValue;
 use crate::optim::{Knob, Optimizer, OptimizerSnapshot, StoreSnapshot};
 
@@ -58,7 +57,7 @@ use crate::optim::{Knob, Optimizer, OptimizerSnapshot, StoreSnapshot};
 /// The trainer's own handlers run too, and so do those of its evaluators. The finder sets the learning rate after them,
 /// so the trainer's schedulers do not interfere. Handlers that write, draw or send
 /// ([`Checkpoint`](crate::checkpoint::Checkpoint), loggers, progress bars: those whose
-/// [`runs_in_trials`](Handler::runs_in_trials) is false) are not called.
+/// [`runs_in_trials`](HandlerSpec::runs_in_trials) is false) are not called.
 ///
 /// The search leaves no trace. Afterwards, also after an error, all of this is bit for bit as before: the optimizer's
 /// hyper-parameters and state, the variables of the store with their gradients, the trainer's position (even in the
@@ -404,12 +403,9 @@ impl<F> Search<F> {
 }
 
 impl<C, B, O, V: Into<MetricValue>, F: Fn(&O) -> V> Handler<C, B, O> for Search<F> {
-    fn name(&self) -> String {
-        "learning rate finder".into()
-    }
-
-    fn events(&self) -> Events {
-        Event::Started | Event::IterationStarted | Event::IterationCompleted
+    fn spec(&self) -> Result<HandlerSpec> {
+        let events = Event::Started | Event::IterationStarted | Event::IterationCompleted;
+        Ok(HandlerSpec::new("learning rate finder", events))
     }
 
     fn call(

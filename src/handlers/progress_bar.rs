@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use indicatif::{MultiProgress, ProgressDrawTarget, ProgressStyle};
 
 use super::awaited::warn_of_missing;
-use crate::engine::{Engine, Handler, Ranks, State};
+use crate::engine::{Engine, Handler, HandlerSpec, Ranks, State};
+use crate::error::Result;
 use crate::event::Event;
-use crate::event_filter::Events;
 use crate::optim::Knob;
 
 /// Time between two drawings of the bar.
@@ -321,18 +321,11 @@ impl ProgressBar {
 }
 
 impl<C, B, O> Handler<C, B, O> for ProgressBar {
-    fn name(&self) -> String {
-        "progress bar".into()
-    }
-
-    fn ranks(&self) -> Ranks {
-        Ranks::Main
-    }
-
-    fn events(&self) -> Events {
+    fn spec(&self) -> Result<HandlerSpec> {
         use Event::*;
         let ends = Terminate | Completed | ExceptionRaised | Interrupt;
-        EpochStarted | IterationCompleted | EpochCompleted | ends
+        let events = EpochStarted | IterationCompleted | EpochCompleted | ends;
+        Ok(HandlerSpec::new("progress bar", events).ranks(Ranks::Main))
     }
 
     fn call(

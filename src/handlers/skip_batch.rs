@@ -1,10 +1,9 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::Result;
 use crate::event::Event;
-use crate::event_filter::Events;
 use crate::state::StateDict;
 
 /// Skips batches: they get no step and no iteration.
@@ -50,12 +49,8 @@ impl<F: Clone> Clone for SkipBatch<F> {
 }
 
 impl<C, B, O, F: Fn(&B) -> bool> Handler<C, B, O> for SkipBatch<F> {
-    fn name(&self) -> String {
-        "skip batch".into()
-    }
-
-    fn events(&self) -> Events {
-        Event::GetBatchCompleted.into()
+    fn spec(&self) -> Result<HandlerSpec> {
+        Ok(HandlerSpec::new("skip batch", Event::GetBatchCompleted))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

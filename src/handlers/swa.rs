@@ -6,7 +6,7 @@ use tch::nn::VarStore;
 
 use super::weight_averages::{Buffers, Swapped, WeightAverages, WithAverages};
 use crate::bridge::Average;
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::Result;
 use crate::event::Event;
 use crate::event_filter::Events;
@@ -109,12 +109,8 @@ impl SWAHandler {
 }
 
 impl<C, B, O> Handler<C, B, O> for SWAHandler {
-    fn name(&self) -> String {
-        "SWA".into()
-    }
-
-    fn events(&self) -> Events {
-        self.events.clone()
+    fn spec(&self) -> Result<HandlerSpec> {
+        Ok(HandlerSpec::new("SWA", self.events.clone()))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

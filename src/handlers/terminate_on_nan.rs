@@ -2,10 +2,9 @@ use std::collections::{BTreeMap, HashMap};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::event_filter::Events;
 use crate::metrics::MetricValue;
 use crate::prediction::Prediction;
 use crate::state::StateDict;
@@ -126,12 +125,9 @@ impl<F> TerminateOnNan<F> {
 }
 
 impl<C, B, O, F: Fn(&O, &mut dyn FnMut(MetricValue))> Handler<C, B, O> for TerminateOnNan<F> {
-    fn name(&self) -> String {
-        "terminate on NaN".into()
-    }
-
-    fn events(&self) -> Events {
-        Event::Started | Event::IterationCompleted | Event::EpochCompleted
+    fn spec(&self) -> Result<HandlerSpec> {
+        let events = Event::Started | Event::IterationCompleted | Event::EpochCompleted;
+        Ok(HandlerSpec::new("terminate on NaN", events))
     }
 
     /// Saves the sum of the flags that were not read yet. Waits for the devices.

@@ -1,9 +1,8 @@
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Handler, State};
+use crate::engine::{Engine, Handler, HandlerSpec, State};
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::event_filter::Events;
 use crate::state::StateDict;
 
 /// Measures the speed of a run: samples and iterations a second, and percentiles of the time of an iteration.
@@ -79,13 +78,11 @@ impl Throughput {
 }
 
 impl<C, B, O> Handler<C, B, O> for Throughput {
-    fn name(&self) -> String {
-        "throughput".into()
-    }
-
-    fn events(&self) -> Events {
+    fn spec(&self) -> Result<HandlerSpec> {
         use Event::*;
-        EpochStarted | IterationCompleted | EpochCompleted | Interrupt | ExceptionRaised
+        let events =
+            EpochStarted | IterationCompleted | EpochCompleted | Interrupt | ExceptionRaised;
+        Ok(HandlerSpec::new("throughput", events))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

@@ -1,6 +1,6 @@
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event_filter::Events;
@@ -54,12 +54,8 @@ impl TimeLimit {
 }
 
 impl<C, B, O> Handler<C, B, O> for TimeLimit {
-    fn name(&self) -> String {
-        "time limit".into()
-    }
-
-    fn events(&self) -> Events {
-        self.events.clone()
+    fn spec(&self) -> Result<HandlerSpec> {
+        Ok(HandlerSpec::new("time limit", self.events.clone()))
     }
 
     fn call(

@@ -1,6 +1,6 @@
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::Result;
 use crate::event::Event;
 use crate::event_filter::Events;
@@ -134,11 +134,7 @@ impl Timer {
 }
 
 impl<C, B, O> Handler<C, B, O> for Timer {
-    fn name(&self) -> String {
-        "timer".into()
-    }
-
-    fn events(&self) -> Events {
+    fn spec(&self) -> Result<HandlerSpec> {
         let given = [self.start, self.resume, self.pause, self.step];
         let mut events = vec![Event::Started];
         for event in given.into_iter().flatten() {
@@ -146,7 +142,8 @@ impl<C, B, O> Handler<C, B, O> for Timer {
                 events.push(event);
             }
         }
-        events.into_iter().map(Into::into).collect()
+        let events: Events = events.into_iter().map(Into::into).collect();
+        Ok(HandlerSpec::new("timer", events))
     }
 
     /// The state is the time so far; the time between saving and loading does not count.

@@ -1,9 +1,9 @@
 use tracing::span::EnteredSpan;
 use tracing::{Level, debug_span, error, info, info_span};
 
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
+use crate::error::Result;
 use crate::event::Event;
-use crate::event_filter::Events;
 
 /// Reports the progress of the run to subscribers of the `tracing` crate.
 ///
@@ -70,18 +70,12 @@ fn metrics<C, B, O>(engine: &Engine<'_, C, B, O>) -> String {
 }
 
 impl<C, B, O> Handler<C, B, O> for Tracing {
-    fn name(&self) -> String {
-        format!("tracing of {}", self.name)
-    }
-
-    fn events(&self) -> Events {
+    fn spec(&self) -> Result<HandlerSpec> {
         use Event::*;
         let ends = Terminate | Completed | ExceptionRaised | Interrupt;
-        Started | EpochStarted | IterationStarted | IterationCompleted | EpochCompleted | ends
-    }
-
-    fn runs_in_trials(&self) -> bool {
-        false
+        let events =
+            Started | EpochStarted | IterationStarted | IterationCompleted | EpochCompleted | ends;
+        Ok(HandlerSpec::new(format!("tracing of {}", self.name), events).runs_in_trials(false))
     }
 
     fn call(

@@ -7,11 +7,9 @@ use tch::nn::VarStore;
 use tch::{TchError, Tensor};
 
 use crate::bridge::{Average, Pairs};
-use crate::engine::{Engine, Handler, Log, Priority, Ranks};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::event_filter::Events;
-use crate::optim::Knob;
 use crate::state::{StateDict, misfits};
 use crate::variables::variables;
 
@@ -218,32 +216,8 @@ pub struct WithAverages<H> {
 
 #[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
-    fn name(&self) -> String {
-        self.handler.name()
-    }
-
-    fn events(&self) -> Events {
-        self.handler.events()
-    }
-
-    fn validate(&self) -> Result<()> {
-        self.handler.validate()
-    }
-
-    fn drives(&self) -> Vec<Knob> {
-        self.handler.drives()
-    }
-
-    fn priority(&self) -> Priority {
-        self.handler.priority()
-    }
-
-    fn runs_in_trials(&self) -> bool {
-        self.handler.runs_in_trials()
-    }
-
-    fn ranks(&self) -> Ranks {
-        self.handler.ranks()
+    fn spec(&self) -> Result<HandlerSpec> {
+        self.handler.spec()
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -256,14 +230,6 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
 
     fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
         self.handler.load_state_partially(state)
-    }
-
-    fn unique_names(&self) -> Vec<String> {
-        self.handler.unique_names()
-    }
-
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        self.handler.logs()
     }
 
     fn call(

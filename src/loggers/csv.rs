@@ -1,4 +1,5 @@
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use serde_json::Value;
 
@@ -63,8 +64,8 @@ impl Logger for CsvLogger {
         locked(&self.file).begin(anew).map(drop)
     }
 
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        vec![Box::new(self.clone())]
+    fn logs(&self) -> Vec<Rc<dyn Log>> {
+        vec![Rc::new(self.clone())]
     }
 }
 
@@ -210,18 +211,26 @@ mod tests {
         first.run(&mut (), vec![1.; 2], Until::epochs(1))?;
         let saved = first.checkpoint(&())?.copy()?;
         first.run(&mut (), vec![1.; 2], Until::epochs(2))?;
-        // A restore in the same process cuts the table, too.
+        // A restore in the same process cuts the table too, when the run goes on.
+        let whole = rows(&path("a"));
         let restored = first.restore(&mut (), saved.copy()?, true)?;
-        assert_eq!((rows(&path("a")).len(), restored.ignored.len()), (3, 0));
+        assert_eq!((rows(&path("a")), restored.ignored.len()), (whole.clone(), 0));
+        let rerun = first.run(&mut (), vec![1.; 2], Until::epochs(2))?;
+        assert_eq!((rows(&path("a")), rerun.warnings), (whole.clone(), vec![]));
+        // After a reset the state counts for nothing, and neither do its places.
+        first.restore(&mut (), saved.copy()?, true)?;
+        first.reset()?;
+        first.run(&mut (), vec![1.; 2], Until::epochs(1))?;
+        assert_eq!(rows(&path("a")), [&whole[..], &whole[1..3]].concat());
         drop((first, csv));
 
         // This logger writes to another folder, which has other rows.
         let other = CsvLogger::open(path("b"))?;
         other.scalar("x", 4., 1)?;
         let mut moved = trainer(&other);
-        let restored = moved.restore(&mut (), saved.copy()?, true)?.ignored;
-        assert!(restored[0].contains("log 'scalars.csv' stays as it is"), "{restored:?}");
-        moved.run(&mut (), vec![1.; 2], Until::epochs(2))?;
+        moved.restore(&mut (), saved.copy()?, true)?;
+        let warnings = moved.run(&mut (), vec![1.; 2], Until::epochs(2))?.warnings;
+        assert!(warnings[0].contains("log 'scalars.csv' stays as it is"), "{warnings:?}");
         assert_eq!(rows(&path("b"))[1..], ["1,x,4", "3,x,1", "4,x,1"]);
 
         // Programs with other loggers, or none, resume all the same.

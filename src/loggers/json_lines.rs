@@ -1,4 +1,5 @@
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use serde_json::{Value, json};
 
@@ -76,8 +77,8 @@ impl Logger for JsonLinesLogger {
         self.begins(anew).map(drop)
     }
 
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        vec![Box::new(self.clone())]
+    fn logs(&self) -> Vec<Rc<dyn Log>> {
+        vec![Rc::new(self.clone())]
     }
 }
 

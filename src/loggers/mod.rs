@@ -70,7 +70,9 @@ pub use self::parameter_handlers::{
 pub use self::run_folder::RunFolder;
 pub use self::tensorboard::{HyperParameter, TensorBoard};
 
-use crate::engine::{Engine, Log, State};
+use std::rc::Rc;
+
+use crate::engine::{Engine, HandlerSpec, Log, Priority, Ranks, State};
 use crate::error::Result;
 use crate::event::Event;
 use crate::event_filter::Events;
@@ -127,7 +129,7 @@ pub trait Logger {
     }
 
     /// The logs that are rewound when a run is resumed from a checkpoint: see [`Log`].
-    fn logs(&self) -> Vec<Box<dyn Log>> {
+    fn logs(&self) -> Vec<Rc<dyn Log>> {
         vec![]
     }
 }
@@ -136,10 +138,13 @@ pub trait Logger {
 const ENDS: [Event; 4] =
     [Event::Terminate, Event::Completed, Event::ExceptionRaised, Event::Interrupt];
 
-/// A handler's own events, and those at which its logger has to know that the run begins or ends.
-fn with_ends(own: &Events) -> Events {
+/// The description of a handler that writes to a logger. Besides at its own events the handler is called where its
+/// logger has to know that the run begins or ends.
+fn spec_of(logger: &dyn Logger, name: impl Into<String>, own: &Events) -> HandlerSpec {
     let missing = [Event::Started].into_iter().chain(ENDS).filter(|event| !own.names(*event));
-    missing.fold(own.clone(), |events, event| events | event)
+    let events = missing.fold(own.clone(), |events, event| events | event);
+    let spec = HandlerSpec::new(name, events).priority(Priority::Last);
+    spec.ranks(Ranks::Main).logs(logger.logs())
 }
 
 /// The common part of all handlers that write to a logger: tells the logger of the beginning and the end of a run, and
@@ -169,24 +174,8 @@ macro_rules! logger_as_handler {
         /// An attached logger is flushed at each end of a run and is part of the engine's checkpoints. Attach it if you
         /// log values yourself; the handlers that write to it do the same.
         impl<C, B, O> crate::engine::Handler<C, B, O> for $logger {
-            fn name(&self) -> String {
-                $name.into()
-            }
-
-            fn ranks(&self) -> crate::engine::Ranks {
-                crate::engine::Ranks::Main
-            }
-
-            fn events(&self) -> crate::event_filter::Events {
-                super::with_ends(&crate::event_filter::Events::none())
-            }
-
-            fn priority(&self) -> crate::engine::Priority {
-                crate::engine::Priority::Last
-            }
-
-            fn logs(&self) -> Vec<Box<dyn Log>> {
-                Logger::logs(self)
+            fn spec(&self) -> Result<crate::engine::HandlerSpec> {
+                Ok(super::spec_of(self, $name, &crate::event_filter::Events::none()))
             }
 
             fn call(

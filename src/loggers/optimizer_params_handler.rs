@@ -1,5 +1,6 @@
-use super::{Logger, attend, step_at, tagged, with_ends};
-use crate::engine::{Engine, Handler, Log, Priority, Ranks};
+use super::{Logger, attend, spec_of, step_at, tagged};
+use crate::engine::{Engine, Handler, HandlerSpec};
+use crate::error::Result;
 use crate::event::Event;
 use crate::event_filter::Events;
 use crate::optim::Optimizer;
@@ -68,24 +69,8 @@ impl OptimizerParamsHandler {
 }
 
 impl<C, B, O> Handler<C, B, O> for OptimizerParamsHandler {
-    fn name(&self) -> String {
-        format!("logger of {}", self.param)
-    }
-
-    fn ranks(&self) -> Ranks {
-        Ranks::Main
-    }
-
-    fn events(&self) -> Events {
-        with_ends(&self.events)
-    }
-
-    fn priority(&self) -> Priority {
-        Priority::Last
-    }
-
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        self.logger.logs()
+    fn spec(&self) -> Result<HandlerSpec> {
+        Ok(spec_of(&*self.logger, format!("logger of {}", self.param), &self.events))
     }
 
     fn call(

@@ -1,5 +1,6 @@
-use super::{Logger, attend, each_epoch, step_at, tagged, with_ends};
-use crate::engine::{Engine, Handler, Log, Priority, Ranks, State};
+use super::{Logger, attend, each_epoch, spec_of, step_at, tagged};
+use crate::engine::{Engine, Handler, HandlerSpec, State};
+use crate::error::Result;
 use crate::event::Event;
 use crate::event_filter::Events;
 use crate::handlers::awaited::Awaited;
@@ -148,24 +149,8 @@ impl<B, O> OutputHandler<B, O> {
 }
 
 impl<C, B, O> Handler<C, B, O> for OutputHandler<B, O> {
-    fn name(&self) -> String {
-        self.title()
-    }
-
-    fn ranks(&self) -> Ranks {
-        Ranks::Main
-    }
-
-    fn events(&self) -> Events {
-        with_ends(&self.events)
-    }
-
-    fn priority(&self) -> Priority {
-        Priority::Last
-    }
-
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        self.logger.logs()
+    fn spec(&self) -> Result<HandlerSpec> {
+        Ok(spec_of(&*self.logger, self.title(), &self.events))
     }
 
     fn call(

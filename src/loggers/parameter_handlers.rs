@@ -3,8 +3,9 @@
 use tch::nn::VarStore;
 use tch::{Device, Tensor};
 
-use super::{Histogram, Logger, attend, step_at, tagged, with_ends};
-use crate::engine::{Engine, Handler, Log, Priority, Ranks};
+use super::{Histogram, Logger, attend, spec_of, step_at, tagged};
+use crate::engine::{Engine, Handler, HandlerSpec};
+use crate::error::Result;
 use crate::event::Event;
 use crate::event_filter::Events;
 use crate::optim::Parameters;
@@ -43,24 +44,8 @@ macro_rules! handler {
         }
 
         impl<C, B, O> Handler<C, B, O> for $name {
-            fn name(&self) -> String {
-                concat!("logger of ", $kind).into()
-            }
-
-            fn ranks(&self) -> Ranks {
-                Ranks::Main
-            }
-
-            fn events(&self) -> Events {
-                with_ends(&self.events)
-            }
-
-            fn priority(&self) -> Priority {
-                Priority::Last
-            }
-
-            fn logs(&self) -> Vec<Box<dyn Log>> {
-                self.logger.logs()
+            fn spec(&self) -> Result<HandlerSpec> {
+                Ok(spec_of(&*self.logger, concat!("logger of ", $kind), &self.events))
             }
 
             fn call(

@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,12 +15,12 @@ use super::json_lines::scalar_of;
 use super::report::{self, Report, TAGS};
 use super::{
     CsvLogger, Histogram, HyperParameter, Image, JsonLinesLogger, Logger, TensorBoard, flat,
+    spec_of,
 };
 use crate::checkpoint::Folder;
-use crate::engine::{Engine, Handler, Log, Priority, Ranks, State};
+use crate::engine::{Engine, Handler, HandlerSpec, Log, State};
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::event_filter::Events;
 use crate::fs::{open_file, write_atomically};
 
 /// The report is written again at the end of an epoch when it is at least this old.
@@ -311,35 +312,15 @@ impl Logger for RunFolder {
         }
     }
 
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        vec![
-            Box::new(self.csv.clone()),
-            Box::new(Curves(self.clone())),
-            Box::new(self.board.clone()),
-        ]
+    fn logs(&self) -> Vec<Rc<dyn Log>> {
+        vec![Rc::new(self.csv.clone()), Rc::new(Curves(self.clone())), Rc::new(self.board.clone())]
     }
 }
 
 impl<C, B, O> Handler<C, B, O> for RunFolder {
-    fn name(&self) -> String {
-        format!("run folder {}", self.path.display())
-    }
-
-    fn ranks(&self) -> Ranks {
-        Ranks::Main
-    }
-
-    fn events(&self) -> Events {
-        use Event::*;
-        Started | EpochCompleted | Terminate | Completed | ExceptionRaised | Interrupt
-    }
-
-    fn priority(&self) -> Priority {
-        Priority::Last
-    }
-
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        Logger::logs(self)
+    fn spec(&self) -> Result<HandlerSpec> {
+        let name = format!("run folder {}", self.path.display());
+        Ok(spec_of(self, name, &Event::EpochCompleted.into()))
     }
 
     fn call(

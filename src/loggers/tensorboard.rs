@@ -1,6 +1,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
@@ -444,8 +445,8 @@ impl Logger for TensorBoard {
         locked(&self.board).begin(anew)
     }
 
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        vec![Box::new(self.clone())]
+    fn logs(&self) -> Vec<Rc<dyn Log>> {
+        vec![Rc::new(self.clone())]
     }
 }
 

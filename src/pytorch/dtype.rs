@@ -79,7 +79,7 @@ const ROWS: [Row; 24] = [
 
 impl DType {
     fn row(self) -> &'static Row {
-        // The table has the variants in their order; a test holds it to that.
+        // The table lists the variants in the order of the enum, which a test checks.
         &ROWS[self as usize]
     }
 
@@ -104,7 +104,7 @@ impl DType {
         self.row().4
     }
 
-    /// The type of that kind.
+    /// The type whose kind in tch is `kind`; `None` where this table has none.
     pub fn from_kind(kind: Kind) -> Option<Self> {
         ROWS.iter().find(|row| row.3 == Some(kind)).map(|row| row.0)
     }

@@ -1,4 +1,4 @@
-//! From the containers of the machine to values.
+//! Turns the numbered containers that the pickle machine made into values.
 
 use std::collections::HashMap;
 use std::mem;
@@ -7,12 +7,13 @@ use std::sync::Arc;
 use super::machine::{DictNode, Item, MAX_DEPTH, Made, Node, ObjectNode};
 use super::value::{BigInt, Dict, Object, Value};
 
-/// How many values there may be at least, counting shared ones as often as they are met: somebody will walk over them.
+/// A result may always have this many values; a longer program may make as many as it has bytes. Shared values count
+/// as often as the result refers to them, because whoever walks over it meets them that often.
 const MIN_VALUES: u64 = 1 << 20;
-/// How many parts a key may have, counted in the same way.
+/// How many values the key of a dict or an element of a set may consist of, counted in the same way.
 const MAX_KEY: u64 = 1000;
 
-/// Makes the value of a program's result. A container that several refer to becomes one that they share.
+/// Makes the value of a program's result. A container that several others refer to becomes one value that they share.
 pub(super) fn freeze(made: &mut Made) -> Result<Value, String> {
     let result = mem::replace(&mut made.result, Item::Plain(Value::None));
     let nodes = mem::take(&mut made.nodes);
@@ -32,15 +33,15 @@ pub(super) fn freeze(made: &mut Made) -> Result<Value, String> {
 #[derive(Clone)]
 struct Frozen {
     value: Value,
-    /// Values in it and itself, shared ones counted each time.
+    /// The value itself and all values in it; a shared one counts each time.
     count: u64,
-    /// Containers in each other.
+    /// How many containers are nested in each other; 0 for a value that is no container.
     depth: usize,
 }
 
 enum Place {
     Node(Node),
-    /// Being frozen: meeting it again is a cycle.
+    /// The container is being frozen: whoever meets it again has found a cycle.
     Busy,
     Done(Frozen),
 }
@@ -50,7 +51,7 @@ struct Freezer<'m> {
     made: &'m Made,
 }
 
-/// What is known of a container while its parts are frozen.
+/// The `count` and `depth` of a container, summed up while its parts are frozen.
 struct Sums {
     count: u64,
     depth: usize,
@@ -173,7 +174,7 @@ impl Freezer<'_> {
     }
 }
 
-/// What makes keys equal in Python: `1`, `1.0` and `True` are.
+/// Two keys are equal here where Python takes them for equal, as it does `1`, `1.0` and `True`.
 #[derive(PartialEq, Eq, Hash)]
 enum Key {
     None,

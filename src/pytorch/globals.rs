@@ -3,8 +3,8 @@ use std::sync::Arc;
 
 use super::dtype::DType;
 
-/// What a name in a pickle stands for. These are the names that `torch.load(weights_only=True)` allows; each is
-/// given its meaning here, and nothing else of that name is looked for anywhere.
+/// The meaning of a name in a pickle. The known names are those that `torch.load(weights_only=True)` allows. This
+/// crate alone gives each its meaning; no code is looked up by such a name.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Global {
     OrderedDict,
@@ -12,23 +12,23 @@ pub(super) enum Global {
     Set,
     ByteArray,
     Complex,
-    /// `_codecs.encode`: bytes, in protocols before 3.
+    /// `_codecs.encode`, with which protocols before 3 write bytes.
     Encode,
     Size,
     Device,
     Layout,
     Parameter,
-    /// `torch.Tensor`, as the type of a tensor that is built again.
+    /// `torch.Tensor`, as the type that a rebuilt tensor is to have.
     TensorClass,
     Rebuild(Rebuild),
     /// A class of typed storages.
     Storage(DType),
     UntypedStorage,
-    /// A value of PyTorch, such as a type.
+    /// A constant of PyTorch, such as `torch.float32`.
     Constant,
     /// A function or class of PyTorch that is not built here, or a class that the caller allowed.
     Inert,
-    /// A name that is refused: the pickle is followed to its end to list all of these.
+    /// A name that is refused. The pickle is still followed to its end, so that the error lists all of them.
     Refused,
 }
 
@@ -43,7 +43,7 @@ pub(super) enum Rebuild {
     FromType,
 }
 
-/// Constants of PyTorch that are no types of elements we know.
+/// PyTorch's constants that no [`DType`] stands for.
 const CONSTANTS: [&str; 26] = [
     "bits1x8",
     "bits2x4",
@@ -73,7 +73,8 @@ const CONSTANTS: [&str; 26] = [
     "per_channel_symmetric",
 ];
 
-/// Functions of `torch._utils` whose tensors are not built: values show what the file says of them.
+/// Functions of `torch._utils` that build tensors which this module does not build. Values show the function and its
+/// arguments instead.
 const INERT: [&str; 7] = [
     "_rebuild_qtensor",
     "_rebuild_sparse_tensor",
@@ -84,7 +85,7 @@ const INERT: [&str; 7] = [
     "_rebuild_device_tensor_from_cpu_tensor",
 ];
 
-/// Modules that Python 3 names otherwise than Python 2, whose names protocol 2 has.
+/// Modules that Python 3 renamed. Pickles of protocol 2 have Python 2's names.
 const MODULES: [(&str, &str); 3] =
     [("__builtin__", "builtins"), ("copy_reg", "copyreg"), ("UserDict", "collections")];
 
@@ -113,7 +114,7 @@ fn known(module: &str, name: &str, full: &str) -> Option<Global> {
         ("torch.serialization", "_get_layout") => Global::Layout,
         ("torch.nn.parameter", "Parameter") => Global::Parameter,
         ("torch._tensor", "_rebuild_from_type_v2") => Global::Rebuild(Rebuild::FromType),
-        // The module's name in files of torch 1.8 and before.
+        // Torch 1.8 and before had this name of the module.
         ("torch.tensor", "_rebuild_from_type_v2") => Global::Rebuild(Rebuild::FromType),
         ("torch._utils", "_rebuild_tensor") => Global::Rebuild(Rebuild::Tensor),
         ("torch._utils", "_rebuild_tensor_v2") => Global::Rebuild(Rebuild::V2),

@@ -1,4 +1,4 @@
-//! The container before torch 1.6: five pickles behind each other, then the storages.
+//! The container that torch wrote before 1.6: five pickles behind each other, then the storages.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -9,11 +9,11 @@ use super::source::{Input, Source};
 use super::storage::Place;
 use super::value::Value;
 
-/// The number at the beginning, as a pickle.
+/// The number that the first pickle holds, lowest byte first.
 const MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
 const PROTOCOL: i64 = 1001;
 
-/// Whether a file begins like one.
+/// Whether a file begins as this container does: with a pickle of the magic number.
 pub(super) fn begins_like_one(begin: &[u8]) -> bool {
     begin.len() >= 14 && begin[0] == 0x80 && begin[2..4] == [0x8a, 10] && begin[4..14] == MAGIC
 }
@@ -53,7 +53,7 @@ pub(super) fn read(source: &Arc<Source>, allowed: &BTreeSet<String>) -> Result<V
         };
         let unknown = "its list of storages has one twice, or one that no tensor uses";
         let storage = storages.remove(&key).ok_or(unknown)?;
-        // Each is behind its number of elements.
+        // The number of elements stands before each storage.
         let count = u64::from_le_bytes(input.array()?);
         if count.checked_mul(storage.dtype.size()) != Some(storage.length) {
             return Err(format!(

@@ -1,9 +1,10 @@
 //! The pickle machine: runs the opcodes that plain data and tensors need, and no others.
 //!
 //! A pickle is a program. This machine has no way to import, call or open anything: the names a program may use are
-//! those of [`globals`](super::globals), and each stands for building a value here. What a program builds is bounded
-//! by its own length: containers are nodes of a list and refer to each other by number, so that sharing costs
-//! nothing, cycles and depth are found before a value is made, and what copies is paid from a budget of bytes read.
+//! those of [`globals`](super::globals), and each stands for building a value here. The length of a program bounds
+//! how much it can build: containers are nodes of a list and refer to each other by number, so that sharing costs
+//! nothing, cycles and depth are found before a value is made, and every copy is paid from a budget that grows with
+//! the bytes read.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -15,16 +16,16 @@ use super::storage::Storage;
 use super::tensor::{Memory, StoredTensor};
 use super::value::{BigInt, DictClass, Value};
 
-/// How deep containers may be in each other. Checkpoints are some ten deep.
+/// How deep containers may be nested. Checkpoints are some ten deep.
 pub(super) const MAX_DEPTH: usize = 200;
-/// As libtorch's own loops over dimensions.
+/// The most dimensions that libtorch's own loops can go over.
 const MAX_DIMENSIONS: usize = 64;
-/// What may be copied at first: names and the like in small files.
+/// How many bytes a program may copy before its length counts, so that small files may repeat names.
 const FREE_COPIES: u64 = 1 << 16;
 /// How many refused names an error lists.
 const MAX_REFUSED: usize = 10;
 
-/// What is on the stack.
+/// An entry of the machine's stack.
 #[derive(Clone)]
 pub(super) enum Item {
     /// A value that is no container.
@@ -36,7 +37,7 @@ pub(super) enum Item {
     Storage(u32),
 }
 
-/// A container. It may be changed while the program runs, by whoever knows its number.
+/// A container. The program may change it as long as it runs, through each item that has its number.
 pub(super) enum Node {
     List(Vec<Item>),
     Tuple(Vec<Item>),
@@ -74,7 +75,7 @@ pub(super) struct Part {
     length: u64,
 }
 
-/// What a program made.
+/// The result of a program, and the containers and storages that it refers to by number.
 pub(super) struct Made {
     pub(super) nodes: Vec<Node>,
     pub(super) result: Item,
@@ -144,7 +145,7 @@ impl<'i, 's> Machine<'i, 's> {
         }
     }
 
-    /// Runs one opcode; the result is there at the last.
+    /// Runs one opcode. Only the last one, STOP, returns the program's result.
     fn step(&mut self) -> Result<Option<Item>, String> {
         match self.input.byte()? {
             // PROTO, FRAME
@@ -280,7 +281,7 @@ impl<'i, 's> Machine<'i, 's> {
                 if module.len() + name.len() > 2048 {
                     return Err("a name in it is too long".into());
                 }
-                // Both texts may be used again and again by a few bytes.
+                // A few bytes may use both texts again and again.
                 self.copies(module.len() + name.len())?;
                 self.global(module, name)?;
             }
@@ -314,7 +315,8 @@ impl<'i, 's> Machine<'i, 's> {
     // The stack
 
     fn push(&mut self, item: Item) -> Result<(), String> {
-        // Below the first mark there are a container, a key and a value for each level.
+        // A program that writes plain data keeps a container, a key and a value for each level of nesting, so more
+        // entries without a mark mean that it nests too deeply.
         if self.marks.is_empty() && self.stack.len() > 4 * MAX_DEPTH {
             return Err(too_deep());
         }
@@ -337,7 +339,7 @@ impl<'i, 's> Machine<'i, 's> {
         Ok(Item::Node(number))
     }
 
-    /// Takes the last item that was put behind the last mark.
+    /// Takes the top item; an item below the last mark cannot be taken.
     fn pop(&mut self) -> Result<Item, String> {
         let floor = self.marks.last().copied().unwrap_or(0);
         match self.stack.len() > floor {
@@ -366,7 +368,7 @@ impl<'i, 's> Machine<'i, 's> {
         self.stack.get(floor..).and_then(<[Item]>::last).ok_or_else(empty)
     }
 
-    /// The container on top; `None` where something refused is there instead.
+    /// The container on top of the stack; `None` where a refused name stands in its place.
     fn top_node(&mut self) -> Result<Option<&mut Node>, String> {
         let number = match self.top()? {
             Item::Node(number) => *number as usize,
@@ -424,7 +426,8 @@ impl<'i, 's> Machine<'i, 's> {
         Ok(())
     }
 
-    /// Counts what is copied and is not in the program itself: in a real file each part is used once.
+    /// Counts bytes that the machine copies although the program holds them once. In a real file each part is used
+    /// once, so that too many copies mean an attack on memory.
     fn copies(&mut self, bytes: usize) -> Result<(), String> {
         self.copied = self.copied.saturating_add(bytes as u64);
         let read = self.input.position() - self.begin;
@@ -463,13 +466,13 @@ impl<'i, 's> Machine<'i, 's> {
         }
         match global {
             Global::Constant => self.plain(Value::Constant(full)),
-            // The names that the error lists are kept apart.
+            // `refused` keeps the names for the error.
             Global::Refused => self.push(Item::Global("".into(), global)),
             global => self.push(Item::Global(full, global)),
         }
     }
 
-    /// The items of a tuple, by their number.
+    /// The items of the tuple that an item refers to.
     fn tuple(&self, item: &Item) -> Result<&[Item], String> {
         match item {
             Item::Node(number) => match self.nodes.get(*number as usize) {
@@ -480,7 +483,7 @@ impl<'i, 's> Machine<'i, 's> {
         }
     }
 
-    /// The few arguments of a call, copied.
+    /// A copy of a call's arguments, of which there are few.
     fn arguments(&mut self, item: &Item) -> Result<Vec<Item>, String> {
         let items = self.tuple(item)?;
         if items.len() > 16 {
@@ -504,7 +507,7 @@ impl<'i, 's> Machine<'i, 's> {
                 let [function, _, arguments, _] = &items[..] else { return Err(wrong(&name)) };
                 return match function {
                     Item::Global(_, Global::Rebuild(Rebuild::FromType)) => Err(wrong(&name)),
-                    // The attributes that a program gave the tensor are left out.
+                    // The last argument, the attributes that Python code set on the tensor, is left out.
                     Item::Global(_, Global::Rebuild(_)) => self.call(function.clone(), arguments),
                     Item::Global(_, Global::Refused) => Ok(function.clone()),
                     _ => Err(wrong(&name)),
@@ -584,7 +587,7 @@ impl<'i, 's> Machine<'i, 's> {
         }
     }
 
-    /// The entries of an `OrderedDict` as Python 2 wrote it: a list of lists or tuples of two.
+    /// The entries of an `OrderedDict` as Python 2 wrote them: a list of lists or tuples of two.
     fn pairs(&mut self, list: &Item) -> Result<Vec<(Item, Item)>, String> {
         let wrong = || wrong("collections.OrderedDict");
         let Some(Node::List(pairs)) = self.list_or_dict(list) else { return Err(wrong()) };
@@ -636,7 +639,7 @@ impl<'i, 's> Machine<'i, 's> {
 
     fn build(&mut self, state: Item) -> Result<(), String> {
         match self.top()? {
-            // Attributes that a program gave the tensor are left out.
+            // Attributes that Python code set on the tensor are left out.
             Item::Plain(Value::Tensor(_)) => return Ok(()),
             Item::Global(_, Global::Refused) => return Ok(()),
             _ => {}
@@ -656,8 +659,8 @@ impl<'i, 's> Machine<'i, 's> {
 
     // Tensors
 
-    /// A storage by its id: `("storage", class, key, location, number of elements)`, and in old files the part
-    /// of it: `(key of the part, first element, number of elements)`.
+    /// The storage with an id of this form: `("storage", class, key, location, number of elements)`. In old files a
+    /// sixth item names a part of the storage: `(key of the part, first element, number of elements)`.
     fn storage(&mut self, id: &Item) -> Result<Item, String> {
         let wrong = || "a storage's id is damaged".to_owned();
         let items = self.arguments(id)?;
@@ -667,7 +670,7 @@ impl<'i, 's> Machine<'i, 's> {
         let dtype = match class {
             Item::Global(_, Global::Storage(dtype)) => *dtype,
             Item::Global(_, Global::UntypedStorage) => DType::UInt8,
-            // The name is told when the program is at its end.
+            // The error at the program's end lists the name.
             refused @ Item::Global(_, Global::Refused) => return Ok(refused.clone()),
             _ => return Err(wrong()),
         };
@@ -747,7 +750,7 @@ impl<'i, 's> Machine<'i, 's> {
                 let tensor = match data {
                     Item::Plain(Value::Tensor(tensor)) => tensor,
                     Item::Global(_, Global::Refused) => return Ok(data.clone()),
-                    // A parameter that is quantized or sparse: shown as what it is of.
+                    // A quantized or sparse parameter comes out as the object that its tensor is.
                     Item::Node(_) => return Ok(data.clone()),
                     _ => return Err(wrong(name)),
                 };
@@ -804,7 +807,7 @@ impl<'i, 's> Machine<'i, 's> {
         };
         let (conjugate, negative) = (self.bit(bits, "conj"), self.bit(bits, "neg"));
         check_bounds(&shape, &strides, offset, length / dtype.size())?;
-        // Parts begin at an element, so this is whole.
+        // Parts begin at an element of the storage, so the division leaves no remainder.
         let offset = offset + (begin / dtype.size()) as i64;
         let tensor = StoredTensor {
             memory: Memory::File(storage),
@@ -833,7 +836,7 @@ impl<'i, 's> Machine<'i, 's> {
         items.iter().map(dimension).collect()
     }
 
-    /// Whether this bit is set in what PyTorch notes of a lazily conjugated or negated tensor.
+    /// Whether PyTorch's dict for a lazily conjugated or negated tensor sets the bit `name`, "conj" or "neg".
     fn bit(&self, bits: Option<&Item>, name: &str) -> bool {
         let Some(Node::Dict(dict)) = bits.and_then(|bits| self.list_or_dict(bits)) else {
             return false;
@@ -873,7 +876,7 @@ impl Node {
     }
 }
 
-/// Whether all elements lie within a storage of so many.
+/// Fails unless all elements of the tensor lie within a storage of `elements` elements.
 fn check_bounds(shape: &[i64], strides: &[i64], offset: i64, elements: u64) -> Result<(), String> {
     let outside =
         || format!("a tensor of shape {shape:?} lies outside its storage of {elements} elements");

@@ -1,4 +1,4 @@
-//! PyTorch's own files, without Python: what `torch.save` writes is read, and what is written here `torch.load` reads.
+//! Reads the files that `torch.save` writes, and writes files that `torch.load` reads, without Python.
 //!
 //! ```
 //! # let folder = tempfile::tempdir()?;
@@ -8,37 +8,37 @@
 //! use tch_ignite::pytorch::{self, Names};
 //! let vs = nn::VarStore::new(Device::Cpu);
 //! let fc = nn::linear(vs.root() / "fc", 2, 3, Default::default());
-//! // Of Python: torch.save(model.state_dict(), "model.pt")
+//! // Python wrote it: torch.save(model.state_dict(), "model.pt")
 //! println!("{}", pytorch::load_weights(&vs, &path, &Names::new())?);
-//! // For Python: model.load_state_dict(torch.load("model.pt"))
+//! // Python reads it: model.load_state_dict(torch.load("model.pt"))
 //! pytorch::save_weights(&vs, &path, &Names::new())?;
 //! # Ok::<(), anyhow::Error>(())
 //! ```
 //!
-//! [`read`] gives the whole content of a `.pt`, `.pth` or `.ckpt` as a [`Value`], of both containers: the zip archive
-//! that torch writes since 1.6, and the one before. [`write()`] writes one. [`Weights`] are what a `state_dict()`
-//! holds; [`Names`] map their names to those of a store. [`load_optimizer`] takes over `optimizer.state_dict()`,
-//! [`set_rng_state`] the random numbers.
+//! [`read`] gives the whole content of a `.pt`, `.pth` or `.ckpt` file as a [`Value`]. It reads both containers: the
+//! zip archive that torch writes since 1.6, and the one before. [`write()`] writes the zip archive. [`Weights`] are
+//! the tensors of a `state_dict()`; [`Names`] map their names to those of a store. [`load_optimizer`] takes over
+//! `optimizer.state_dict()`, [`set_rng_state`] the random numbers.
 //!
 //! # Safety of files from elsewhere
 //!
-//! A pickle is a program, and Python runs it. Here it is only read: a machine of about forty opcodes builds
-//! plain data, and the names it may use are those of `torch.load(weights_only=True)`. Any other name is an error
-//! that lists it. A size in a file is believed only once the bytes are there: reading takes memory for the
-//! tensors that are asked for, and for the rest a small multiple of the file. Parts of an archive may not overlap,
-//! tensors may not reach outside their storages, containers may not be within themselves or more than 200 deep.
-//! Checksums are compared where the writer made them; the old container has none.
+//! A pickle is a program, and Python runs it. This module only reads it: a machine of about forty opcodes builds
+//! plain data, and a pickle may use only the names that `torch.load(weights_only=True)` allows. Any other name is an
+//! error that lists the name. A size in a file is believed only once the bytes are there: reading takes memory for
+//! the tensors that the caller asks for, and beyond them a small multiple of the file's size. Parts of an archive may
+//! not overlap, tensors may not reach outside their storages, containers may not contain themselves or be nested more
+//! than 200 deep. Checksums are compared where the writer made them; the old container has none.
 //!
 //! # Memory
 //!
-//! [`read`] reads the description alone. The elements of a tensor are read once, when it is asked for, by a few
-//! threads and straight to where they stay: [`Weights::load`] into the store's own memory. The file is not
-//! mapped: one that is cut off meanwhile would end the process.
+//! [`read`] reads the description alone. The elements of a tensor are read once, when the caller asks for the tensor,
+//! by a few threads and straight to where they stay: [`Weights::load`] reads into the store's own memory. The file is
+//! not mapped into memory, because a mapped file that somebody cuts off meanwhile would end the process.
 //!
 //! # What is not built
 //!
 //! Sparse, quantized and nested tensors come out as [`Value::Object`], with everything the file says of them.
-//! Attributes that a program gave its tensors are left out. All tensors are on the CPU.
+//! Attributes that Python code set on its tensors are left out. All tensors are on the CPU.
 
 mod dtype;
 mod freeze;

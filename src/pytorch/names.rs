@@ -6,7 +6,7 @@ use std::sync::Arc;
 /// ```
 /// use tch_ignite::pytorch::Names;
 /// let names = Names::new()
-///     .strip_prefix("module.") // of DataParallel; where it is not there, nothing is changed
+///     .strip_prefix("module.") // DataParallel puts it there; other names stay as they are
 ///     .skip("head.*")
 ///     .rename("layer*.*", "block*.*")
 ///     .map(|name| name.replace(".bn.", ".norm."));
@@ -31,7 +31,7 @@ enum Rule {
 }
 
 impl Names {
-    /// Names as they are.
+    /// Rules that leave all names as they are.
     pub fn new() -> Self {
         Self::default()
     }
@@ -41,18 +41,19 @@ impl Names {
         self
     }
 
-    /// Takes this off the beginning of the names that begin with it.
+    /// Removes the prefix from the names that begin with it.
     pub fn strip_prefix(self, prefix: &str) -> Self {
         self.with(Rule::StripPrefix(prefix.into()))
     }
 
-    /// Puts this before all names.
+    /// Puts the prefix before all names.
     pub fn add_prefix(self, prefix: &str) -> Self {
         self.with(Rule::AddPrefix(prefix.into()))
     }
 
-    /// Gives names that match the pattern another one. A `*` in the pattern stands for any characters, also none
-    /// and dots; the first for as few as possible. The stars of `to` are what those of `from` stood for, in their order.
+    /// Renames tensors whose names match the pattern `from`. A `*` in it stands for any characters, also none and dots;
+    /// each but the last for as few as possible. The stars of `to` are replaced, in their order, by the characters that
+    /// the stars of `from` stood for.
     pub fn rename(self, from: &str, to: &str) -> Self {
         self.with(Rule::Rename(from.into(), to.into()))
     }
@@ -67,12 +68,12 @@ impl Names {
         self.with(Rule::Only(pattern.into()))
     }
 
-    /// Gives each name what the function makes of it.
+    /// Replaces each name by the one that the function returns for it.
     pub fn map(self, map: impl Fn(&str) -> String + Send + Sync + 'static) -> Self {
         self.with(Rule::Map(Arc::new(map)))
     }
 
-    /// What becomes of a name; `None` if it is left out.
+    /// The name in the store for a name in the file; `None` if a rule leaves the tensor out.
     pub fn apply(&self, name: &str) -> Option<String> {
         let mut name = name.to_owned();
         for rule in &self.rules {
@@ -107,7 +108,7 @@ impl fmt::Debug for Names {
     }
 }
 
-/// What the stars of a pattern stand for in a name, if it matches.
+/// The characters that each star of the pattern stands for in a name; `None` if the name does not match.
 fn matched<'n>(pattern: &str, name: &'n str) -> Option<Vec<&'n str>> {
     let mut literals = pattern.split('*');
     let mut rest = name.strip_prefix(literals.next()?)?;
@@ -118,7 +119,7 @@ fn matched<'n>(pattern: &str, name: &'n str) -> Option<Vec<&'n str>> {
     }
     while let Some(literal) = literals.next() {
         let at = match literals.peek() {
-            // The last literal is at the end.
+            // The last literal must be the end of the name.
             None => rest.len().checked_sub(literal.len()).filter(|_| rest.ends_with(literal))?,
             Some(_) => rest.find(literal)?,
         };

@@ -27,13 +27,14 @@ const WITHOUT_EFFECT: [&str; 12] = [
     "decoupled_weight_decay",
 ];
 
-/// What was not taken over from Python's state. Displayed, it is one line.
+/// The parts of Python's state that [`load_optimizer`] took over, and those that it ignored. `Display` shows them in
+/// one line.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LoadedOptimizer {
     /// Parameters whose state was loaded.
     pub loaded: Vec<String>,
-    /// Options that have no place here, as `group.option`, and that do not change what a step does.
+    /// Options, as `group.option`, that this crate's optimizers do not have and that do not change what a step does.
     pub ignored: Vec<String>,
 }
 
@@ -47,7 +48,7 @@ impl fmt::Display for LoadedOptimizer {
     }
 }
 
-/// A group in the state of our optimizer.
+/// A parameter group in the state that our [`Optimizer`] saves.
 #[derive(Serialize, Deserialize)]
 struct SavedGroup {
     name: String,
@@ -58,11 +59,12 @@ struct SavedGroup {
 /// Loads `optimizer.state_dict()` of Python's SGD, Adam, AdamW or RMSprop: options of all groups, and the state of each
 /// parameter. The learning rate comes along; schedulers are on their own.
 ///
-/// Groups are matched by their names if Python's have such, else by their order. Python numbers the parameters of each
-/// group: `names` says in which order, for most programs that of the model's
-/// [`state_dict()`](super::Weights::names), which may have other names too. Where `names` is empty, the order is
-/// Python's own (`param_names`, of an optimizer made with `named_parameters()`), else that of
-/// [`Weights::of_store`](super::Weights::of_store).
+/// Groups are matched by their names if Python's groups have the names of ours, else by their order. Python's state
+/// numbers the parameters of each group instead of naming them; `names` lists names in the order by which Python
+/// numbered them. For most programs that is the order of the model's [`state_dict()`](super::Weights::names), and
+/// names of anything else in the list do no harm. Where `names` is empty, Python's own `param_names` give the order
+/// (an optimizer made with `named_parameters()` has them), or else [`Weights::of_store`](super::Weights::of_store)
+/// does.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -73,12 +75,12 @@ struct SavedGroup {
 /// let vs = nn::VarStore::new(Device::Cpu);
 /// let fc = nn::linear(vs.root() / "fc", 2, 3, Default::default());
 /// let mut optimizer = Optimizer::adam(&vs).build()?;
-/// // For Python: optimizer.load_state_dict(torch.load("checkpoint.pt")["optimizer"])
+/// // Python reads it: optimizer.load_state_dict(torch.load("checkpoint.pt")["optimizer"])
 /// let mut checkpoint = Dict::new();
 /// checkpoint.insert("model", Weights::of_store(&vs)?.to_value());
 /// checkpoint.insert("optimizer", pytorch::optimizer_value(&optimizer, &[])?);
 /// pytorch::write(&path, &checkpoint.into())?;
-/// // Of Python: torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "checkpoint.pt")
+/// // Python wrote it: torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "checkpoint.pt")
 /// let checkpoint = pytorch::read(&path)?;
 /// let weights = Weights::of(checkpoint.require("model")?)?;
 /// weights.load(&vs)?;
@@ -88,8 +90,8 @@ struct SavedGroup {
 /// ```
 ///
 /// # Errors
-/// A state of another optimizer, other groups or parameters, options that would change what a step does and are not
-/// here (`maximize`), by name. Nothing is changed then.
+/// The state is of another optimizer, or has other groups or parameters, or sets options that would change what a
+/// step does and that this crate does not have (such as `maximize`); the error names them. Nothing is changed then.
 pub fn load_optimizer(
     optimizer: &mut Optimizer,
     saved: &Value,
@@ -101,7 +103,8 @@ pub fn load_optimizer(
     let names = Numbers::of(&groups, &ours, names)?;
     let mut report = LoadedOptimizer::default();
 
-    // Our own state is the form that is filled in: it has the names of what there is.
+    // The optimizer's own state serves as a form that is filled in, because it has all groups, options and
+    // parameters.
     let template = optimizer.state_dict()?;
     let mut ours_saved: Vec<SavedGroup> = template.value("groups")?;
     for (dict, group) in groups.iter().zip(&ours) {
@@ -140,7 +143,8 @@ pub fn load_optimizer(
                 Value::None => {}
                 value if key == "step" => step = Some(step_of(name, value)?),
                 Value::Tensor(stored) => {
-                    // A few bytes may claim to be a tensor of any shape: it is copied only if it fits.
+                    // A few bytes may claim to be a tensor of any shape, so a tensor is copied only if its shape
+                    // fits.
                     let shape = shapes.get(name).map_or(&[][..], Vec::as_slice);
                     if stored.size() != shape {
                         return Err(fault(format!(
@@ -148,7 +152,7 @@ pub fn load_optimizer(
                             stored.size()
                         )));
                     }
-                    // Of its own: the optimizer changes it.
+                    // The state gets a copy, because the optimizer's steps change it.
                     let tensor = tch::no_grad(|| {
                         stored.tensor()?.f_detach_copy().map_err(|error| {
                             Error::libtorch(format!("copying '{name}/{key}'"), error)
@@ -180,11 +184,11 @@ pub fn load_optimizer(
     Ok(report)
 }
 
-/// An optimizer as Python's `optimizer.load_state_dict()` takes it. `names` says in which order Python's gets the
-/// parameters of each group, as for [`load_optimizer`].
+/// The state of an optimizer as Python's `optimizer.load_state_dict()` takes it. `names` lists the parameters' names
+/// in the order in which Python numbers them, as for [`load_optimizer`].
 ///
 /// # Errors
-/// A parameter that is not among the names.
+/// A parameter is not among the names.
 pub fn optimizer_value(optimizer: &Optimizer, names: &[&str]) -> Result<Value> {
     let template = optimizer.state_dict()?;
     let groups: Vec<SavedGroup> = template.value("groups")?;
@@ -201,7 +205,7 @@ pub fn optimizer_value(optimizer: &Optimizer, names: &[&str]) -> Result<Value> {
         let Some(step) = steps.get(name) else { continue };
         let mut parts = Dict::new();
         if let Some(step) = step {
-            // Python's steps are tensors of float32.
+            // Python saves step counts as tensors of float32.
             parts.insert("step", Value::tensor(&Tensor::from(*step as f64).to_kind(Kind::Float))?);
         }
         let prefix = format!("{name}/");
@@ -250,7 +254,7 @@ fn saved_groups(saved: &Value) -> Result<Vec<&Dict>> {
     groups.iter().map(dict).collect()
 }
 
-/// Our groups in the order of Python's.
+/// Our groups in the order of Python's: matched by name if the names agree, else left in their own order.
 fn matched(saved: &[&Dict], ours: Vec<Group>) -> Result<Vec<Group>> {
     if saved.len() != ours.len() {
         return Err(fault(format!(
@@ -324,7 +328,7 @@ impl Numbers {
     }
 }
 
-/// Both groups have the same parameters.
+/// Fails unless Python's group and ours have the same parameters.
 fn check_members(dict: &Dict, form: &SavedGroup, names: &Numbers) -> Result<()> {
     let numbers = dict.get("params").and_then(Value::as_slice).unwrap_or_default();
     let mut theirs = vec![];
@@ -367,7 +371,8 @@ fn option_of(dict: &Dict, option: &str) -> Result<Option<f64>, String> {
     }
 }
 
-/// Options that are not ours must not change what a step does.
+/// Fails if Python's group sets an option that ours does not have and that changes what a step does; lists the
+/// harmless ones in the report.
 fn check_rest(
     dict: &Dict,
     form: &SavedGroup,
@@ -398,7 +403,7 @@ fn check_rest(
     Ok(())
 }
 
-/// A step count: PyTorch's is a tensor since 1.12 and was a number before.
+/// Reads a step count, which PyTorch saves as a tensor since 1.12 and saved as a number before.
 fn step_of(name: &str, value: &Value) -> Result<i64> {
     let number = match value {
         Value::Tensor(stored) if stored.numel() == 1 => {
@@ -413,7 +418,7 @@ fn step_of(name: &str, value: &Value) -> Result<i64> {
     }
 }
 
-/// A group as Python has it, with all options that its optimizer looks for.
+/// A group as Python saves it, with all options that Python's optimizer looks for.
 fn group_value(optimizer: &str, group: &SavedGroup, numbers: &[usize]) -> Value {
     let mut dict = Dict::new();
     for (option, value) in &group.options {

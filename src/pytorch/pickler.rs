@@ -1,4 +1,4 @@
-//! Values as a pickle of protocol 2, which every `torch.load` reads.
+//! Writes values as a pickle of protocol 2, which every `torch.load` reads.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -7,11 +7,11 @@ use super::machine::MAX_DEPTH;
 use super::storages::{Placed, Storages};
 use super::value::{Dict, DictClass, Object, Value};
 
-/// Writes the program that makes a value again. What is shared is written once and then referred to.
+/// Writes the pickle program that makes a value again. A shared part is written once and then referred to.
 pub(super) struct Pickler<'s> {
     out: Vec<u8>,
     storages: &'s mut Storages,
-    /// Numbers in the memo, of containers and tensors by their address.
+    /// The memo's numbers of containers, bytes and tensors, by their address.
     shared: HashMap<*const (), u32>,
     texts: HashMap<Arc<str>, u32>,
     globals: HashMap<(&'static str, String), u32>,
@@ -36,7 +36,7 @@ impl<'s> Pickler<'s> {
         Ok(self.out)
     }
 
-    /// Lets later opcodes refer to what is on top.
+    /// Puts the top of the stack into the memo, so that later opcodes can refer to it.
     fn memoize(&mut self) -> Result<u32, String> {
         let number = self.next;
         self.next = number.checked_add(1).ok_or("the value has too many parts")?;
@@ -169,10 +169,10 @@ impl<'s> Pickler<'s> {
         self.text(&text.into())
     }
 
-    /// As Python does in this protocol: a text of the same code points.
+    /// Writes bytes as Python does in this protocol: as a text of the same code points.
     fn bytes(&mut self, bytes: &[u8]) -> Result<(), String> {
         if bytes.is_empty() {
-            // The way of `b''` is one that torch.load(weights_only=True) refuses.
+            // Python writes `b''` in a way that torch.load(weights_only=True) refuses.
             self.global("__builtin__", "bytearray")?;
             self.out.extend([b')', b'R']);
             return Ok(());
@@ -201,7 +201,7 @@ impl<'s> Pickler<'s> {
         if module.contains('\n') || name.contains('\n') || module.is_empty() || name.is_empty() {
             return Err(format!("'{module}.{name}' is no name"));
         }
-        // Protocol 2 has Python 2's name of this module.
+        // Pickles of protocol 2 use Python 2's name of this module.
         let module = if module == "builtins" { "__builtin__" } else { module };
         self.out.push(b'c');
         self.out.extend(format!("{module}\n{name}\n").into_bytes());
@@ -383,7 +383,7 @@ impl<'s> Pickler<'s> {
         Ok(())
     }
 
-    /// An empty `OrderedDict`, where PyTorch once had hooks.
+    /// Writes the empty `OrderedDict` that stands where PyTorch once had hooks.
     fn hooks(&mut self) -> Result<(), String> {
         self.global("collections", "OrderedDict")?;
         self.out.extend([b')', b'R']);

@@ -4,7 +4,8 @@ use super::value::Value;
 use crate::bridge::{generator_state, set_generator_state};
 use crate::error::{Error, Result};
 
-/// The state of the CPU's random numbers, as `torch.get_rng_state()` has it: a tensor of bytes, to be written.
+/// The state of the CPU's random number generator as a tensor of bytes, which [`write()`](super::write()) can put
+/// into a file. `torch.get_rng_state()` returns the same bytes.
 ///
 /// # Errors
 /// libtorch's.
@@ -13,7 +14,8 @@ pub fn rng_state() -> Result<Value> {
     Value::tensor(&state.map_err(|text| Error::libtorch("reading the generator's state", text))?)
 }
 
-/// Goes on with the CPU's random numbers where `torch.get_rng_state()` was called: they are the same to the bit.
+/// Sets the CPU's random number generator to a state of `torch.get_rng_state()`: the next random numbers are bit for
+/// bit those that Python would have drawn next.
 ///
 /// # Errors
 /// A value that is no such state.

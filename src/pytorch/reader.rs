@@ -11,14 +11,14 @@ use super::value::Value;
 use super::zip::Archive;
 use crate::error::{Error, Result};
 
-/// How a file is read.
+/// Reads files of `torch.save`; its options say which classes it accepts.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
 /// # let path = folder.path().join("model.pt");
 /// # tch_ignite::pytorch::write(&path, &3.into())?;
 /// use tch_ignite::pytorch::Reader;
-/// // Classes that a checkpoint is known to hold come out as `Value::Object`; none of their code is run.
+/// // Objects of an allowed class come out as `Value::Object`; none of their code is run.
 /// let value = Reader::new().allow("argparse.Namespace").read(&path)?;
 /// # Ok::<(), anyhow::Error>(())
 /// ```
@@ -28,13 +28,13 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Reads what `torch.load(weights_only=True)` reads.
+    /// A reader that accepts the classes that `torch.load(weights_only=True)` accepts.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Reads objects of this class, by its full name, too: as [`Value::Object`], which says what the file
-    /// holds of it. Nothing is executed, whatever the name.
+    /// Also accepts objects of the class with this full name. They come out as [`Value::Object`], which has
+    /// everything that the file says of them. Nothing is executed, whatever the name.
     pub fn allow(mut self, class: &str) -> Self {
         self.allowed.insert(class.into());
         self
@@ -43,8 +43,8 @@ impl Reader {
     /// Reads a file. Its tensors are read when they are asked for: see [`StoredTensor`](super::StoredTensor).
     ///
     /// # Errors
-    /// The file cannot be read, is no file of `torch.save`, is damaged, or uses names that are no plain data:
-    /// these are listed.
+    /// The file cannot be read, is no file of `torch.save`, is damaged, or uses names that are no plain data; the
+    /// error lists such names.
     pub fn read(&self, path: impl AsRef<Path>) -> Result<Value> {
         let path = path.as_ref();
         let source =
@@ -52,7 +52,7 @@ impl Reader {
         self.value(source).map_err(|why| Error::State(format!("{}: {why}", path.display())))
     }
 
-    /// Reads a file that is in memory.
+    /// Reads a file whose bytes are in memory.
     ///
     /// # Errors
     /// As [`read`](Self::read).

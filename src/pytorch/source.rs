@@ -2,7 +2,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
-/// Where a file's bytes come from: read by position, so that threads can share it.
+/// The bytes of a file, on disk or in memory. They are read by position, so that threads can share a source.
 pub(super) enum Source {
     File { file: File, length: u64 },
     Memory(Vec<u8>),
@@ -25,7 +25,7 @@ impl Source {
         }
     }
 
-    /// Fills `bytes` with what is in the file from `offset` on.
+    /// Fills `bytes` with the bytes of the file from `offset` on.
     pub(super) fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         match self {
             Self::File { file, .. } => read_at(file, bytes, offset),
@@ -63,7 +63,7 @@ const MAX_LINE: usize = 1024;
 /// How much is read from the file at once.
 const BLOCK: u64 = 1 << 16;
 
-/// A range of a file, read from its beginning on. No more memory is taken than the range has bytes left.
+/// Reads a range of a file from its beginning on, and never takes more memory than the range has bytes left.
 pub(super) struct Input<'s> {
     source: &'s Source,
     /// Position in the file of the first byte that is not in `block` yet.
@@ -75,7 +75,7 @@ pub(super) struct Input<'s> {
 }
 
 impl<'s> Input<'s> {
-    /// The bytes from `begin` to `end`, which must be within the file.
+    /// Reads the bytes from `begin` to `end`, or to the end of the file if that comes first.
     pub(super) fn new(source: &'s Source, begin: u64, end: u64) -> Self {
         Self { source, next: begin, end: end.min(source.length()), block: vec![], used: 0 }
     }
@@ -106,7 +106,7 @@ impl<'s> Input<'s> {
         Ok(byte)
     }
 
-    /// The next `length` bytes. Memory for them is taken only if there are as many.
+    /// The next `length` bytes. Memory for them is taken only if the range has as many.
     pub(super) fn take(&mut self, length: u64) -> Result<Vec<u8>, String> {
         let left = self.left();
         if length > left {

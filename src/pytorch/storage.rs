@@ -11,23 +11,23 @@ const PIECE: usize = 1 << 23;
 /// How much is read before it is hashed, while it is in the cache.
 const CHUNK: usize = 1 << 18;
 
-/// Where the bytes of a storage are in a file.
+/// The position of a storage's bytes in a file.
 #[derive(Clone)]
 pub(super) struct Place {
     pub(super) source: Arc<Source>,
     pub(super) begin: u64,
     pub(super) crc: Option<u32>,
-    /// Whether the file has the other order of bytes than this machine.
+    /// Whether the machine that wrote the file had the other order of bytes than this one.
     pub(super) swapped: bool,
 }
 
-/// Memory that tensors of a file share. It is read when one of them is first asked for.
+/// Memory that tensors of a file share. Its elements are read when the first of these tensors is asked for.
 pub(super) struct Storage {
-    /// Type of its elements; `uint8` for untyped storages.
+    /// The type of the elements; `uint8` for untyped storages.
     pub(super) dtype: DType,
     /// Length in bytes.
     pub(super) length: u64,
-    /// Set before a value leaves the reader.
+    /// The reader sets it before it returns a value.
     place: OnceLock<Place>,
     /// All elements in one dimension, once they are read; bytes where tch does not have the type.
     read: Mutex<Option<Tensor>>,
@@ -43,7 +43,7 @@ impl Storage {
         let _ = self.place.set(place);
     }
 
-    /// The kind of the tensor that holds it.
+    /// The kind of the tensor that holds this storage's elements.
     fn kind(&self) -> Kind {
         // libtorch cannot make quantized tensors without their scales.
         match self.dtype.kind() {
@@ -52,7 +52,7 @@ impl Storage {
         }
     }
 
-    /// All of it in one dimension, shared with whoever asked before.
+    /// All elements in one dimension. The tensor shares its memory with those that earlier calls returned.
     pub(super) fn tensor(&self) -> Result<Tensor, String> {
         let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(tensor) = &*read {
@@ -61,7 +61,8 @@ impl Storage {
         Ok(read.insert(self.fresh()?).shallow_clone())
     }
 
-    /// The same in memory that is given back when the tensor is dropped, if nobody asked before.
+    /// All elements in one dimension, like [`tensor`](Self::tensor), but the storage does not keep what it reads:
+    /// unless `tensor` was called before, dropping the result frees the memory.
     pub(super) fn passing(&self) -> Result<Tensor, String> {
         if self.is_read() { self.tensor() } else { self.fresh() }
     }
@@ -76,12 +77,13 @@ impl Storage {
         Ok(tensor)
     }
 
-    /// Whether it has been read, so that there is memory to share.
+    /// Whether [`tensor`](Self::tensor) has read the elements, so that there is memory to share.
     pub(super) fn is_read(&self) -> bool {
         self.read.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    /// Reads all of it from the file to this place, which must be as long, and compares the checksum.
+    /// Reads all elements from the file into `bytes`, which must be as long as the storage, and compares the
+    /// checksum.
     pub(super) fn read_into(&self, bytes: &mut [u8]) -> Result<(), String> {
         let place = self.place.get().ok_or("a storage without a place in the file")?;
         if bytes.len() as u64 != self.length {
@@ -131,7 +133,7 @@ impl Storage {
         }
     }
 
-    /// Puts the bytes of each number into this machine's order; refuses what no Bool can be.
+    /// Puts the bytes of each number into this machine's order, and refuses Bools that are neither 0 nor 1.
     fn settle(&self, bytes: &mut [u8], swapped: bool) -> Result<(), String> {
         let size = self.dtype.number_size();
         if swapped && size > 1 {

@@ -1,4 +1,4 @@
-//! Which storages a file gets: memory that tensors share is written once.
+//! Decides which storages a file gets, so that memory that tensors share is written once.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,14 +10,14 @@ use super::storage::Storage;
 use super::tensor::{Memory, StoredTensor, text};
 use super::value::Value;
 
-/// A tensor as it is written: a view of a storage.
+/// A tensor as the file describes it: a view of a storage.
 pub(super) struct Placed {
     pub(super) storage: usize,
     pub(super) storage_dtype: DType,
-    /// In bytes.
+    /// Length of the storage in bytes.
     pub(super) storage_length: u64,
     pub(super) dtype: DType,
-    /// In elements.
+    /// The tensor's first element, counted in elements from the beginning of the storage.
     pub(super) offset: i64,
     pub(super) shape: Vec<i64>,
     pub(super) strides: Vec<i64>,
@@ -28,7 +28,7 @@ pub(super) struct Placed {
     pub(super) bare: bool,
 }
 
-/// The storages in the order of their numbers.
+/// The storages that a file gets, numbered in the order in which the tensors that need them are written.
 #[derive(Default)]
 pub(super) struct Storages {
     of_file: HashMap<*const Storage, usize>,
@@ -38,13 +38,13 @@ pub(super) struct Storages {
 
 /// The bytes of one storage.
 pub(super) enum Written {
-    /// All of a storage that was read from a file, or is yet to be read.
+    /// All of a storage of a file that was opened before; its elements may not have been read yet.
     Whole(Arc<Storage>),
-    /// Memory of the program: a tensor of one dimension.
+    /// Memory of a tensor that this program made, seen as a tensor of one dimension.
     Memory(Tensor),
 }
 
-/// Memory of the program that one tensor covers, or several that overlap.
+/// Memory that one tensor of this program covers, or several tensors that overlap.
 struct Range {
     device: Device,
     kind: Kind,
@@ -57,8 +57,8 @@ struct Range {
 }
 
 impl Storages {
-    /// Looks for memory that tensors of the program share. libtorch's own storages cannot be asked for through
-    /// tch; addresses show the same, and what no tensor needs of a large storage is not written.
+    /// Finds memory that tensors of this program share, by their addresses. tch has no way to ask for libtorch's own
+    /// storages; with addresses, moreover, only the parts of a large storage that some tensor needs are written.
     pub(super) fn of(value: &Value) -> Result<Self, String> {
         let mut ranges: Vec<Range> = vec![];
         let mut failed = None;
@@ -95,7 +95,7 @@ impl Storages {
         Ok(Self { of_program: merged, ..Self::default() })
     }
 
-    /// Where a tensor is written.
+    /// The storage and the place in it at which a tensor is written.
     pub(super) fn place(&mut self, stored: &Arc<StoredTensor>) -> Result<Placed, String> {
         let (storage, storage_dtype, storage_length, offset, strides) = match &stored.memory {
             Memory::File(storage) => {
@@ -165,7 +165,7 @@ impl Storages {
     }
 }
 
-/// The memory that a tensor of the program covers; none if it is empty.
+/// The memory that a tensor of this program covers; `None` if the tensor is empty.
 fn range(stored: &StoredTensor) -> Result<Option<Range>, String> {
     let tensor = stored.view()?;
     if stored.numel() == 0 {

@@ -8,7 +8,7 @@ use super::storage::Storage;
 use crate::bridge::{bytes, bytes_mut};
 use crate::error::{Error, Result};
 
-/// A tensor of a file: its type and shape are known, its elements are read when they are asked for.
+/// A tensor of a file: its type and shape are known, and its elements are read when the caller asks for them.
 ///
 /// Tensors that share memory in the file share it here: [`tensor`](Self::tensor) gives views of one storage,
 /// which is read once. Everything is on the CPU, wherever it was when it was saved.
@@ -20,28 +20,28 @@ pub struct StoredTensor {
     /// In elements, from the beginning of the storage.
     pub(super) offset: i64,
     pub(super) requires_grad: bool,
-    /// Whether it is an `nn.Parameter` and no plain tensor.
+    /// Whether the tensor is an `nn.Parameter` and no plain tensor.
     pub(super) parameter: bool,
     /// Whether the elements are the conjugates, or the negatives, of what is stored.
     pub(super) conjugate: bool,
     pub(super) negative: bool,
-    /// Whether it is a storage itself, in one dimension.
+    /// Whether this stands for a whole storage that the pickle uses as a value, in one dimension.
     pub(super) bare: bool,
 }
 
-/// How many bytes of an expanded tensor are gathered, however small its storage is.
+/// [`StoredTensor::to_bytes`] gathers up to this many bytes of an expanded tensor, however small its storage is.
 const FREE_EXPANSION: u64 = 64 << 20;
 
-/// What a tensor's elements are in.
+/// The memory that holds a tensor's elements.
 pub(super) enum Memory {
     File(Arc<Storage>),
-    /// A tensor of the program, which may share its memory with others. tch's tensors may be sent to another
-    /// thread, but not used by two at once.
+    /// A tensor of this program, which may share its memory with others. The mutex is there because tch's tensors may
+    /// be sent to another thread, but two threads may not use one at once.
     Program(Mutex<Tensor>),
 }
 
 impl StoredTensor {
-    /// Takes a tensor of the program, to be written; it is shared, not copied.
+    /// Wraps a tensor of this program, so that it can be written to a file. The memory is shared, not copied.
     ///
     /// # Errors
     /// A tensor that is undefined, sparse or quantized.
@@ -57,7 +57,7 @@ impl StoredTensor {
         let Some(dtype) = DType::from_kind(kind).filter(|dtype| !dtype.is_quantized()) else {
             return refused(&format!("it is of type {kind:?}"));
         };
-        // Lazily conjugated elements are written as what they are.
+        // Lazily conjugated or negated elements are written as the values that they stand for.
         let tensor = tensor
             .f_resolve_conj()
             .and_then(|tensor| tensor.f_resolve_neg())
@@ -96,17 +96,17 @@ impl StoredTensor {
         self.shape.iter().product()
     }
 
-    /// Whether gradients were recorded for it.
+    /// Whether autograd recorded gradients for the tensor.
     pub fn requires_grad(&self) -> bool {
         self.requires_grad
     }
 
-    /// Whether it was saved as an `nn.Parameter`.
+    /// Whether the tensor was saved as an `nn.Parameter`.
     pub fn is_parameter(&self) -> bool {
         self.parameter
     }
 
-    /// Whether both are views of one storage of a file.
+    /// Whether both tensors are views of one storage of a file.
     pub fn shares_storage_with(&self, other: &Self) -> bool {
         match (&self.memory, &other.memory) {
             (Memory::File(one), Memory::File(two)) => Arc::ptr_eq(one, two),
@@ -136,7 +136,8 @@ impl StoredTensor {
         let viewed = || {
             let all = typed(&storage.tensor()?, kind)?;
             let mut view = Tensor::f_empty([0], (kind, Device::Cpu)).map_err(text)?;
-            // The same call with which PyTorch makes them: no view of another tensor, but of its storage.
+            // PyTorch's `torch.load` makes the same call. The result is a view of the storage, not of the tensor
+            // `all`.
             let _ = view
                 .f_set_source_tensor_storage_offset_(
                     &all,
@@ -159,9 +160,9 @@ impl StoredTensor {
         tch::no_grad(viewed)
     }
 
-    /// Copies the elements into a tensor of the same shape, converted to its type. Where that is a contiguous
-    /// CPU tensor of the same type, and this one is a whole storage, the file is read straight into it and
-    /// takes no other memory.
+    /// Copies the elements into a tensor of the same shape, converted to its type. Where the destination is a
+    /// contiguous CPU tensor of the same type, and this tensor is a whole storage, the file is read straight into the
+    /// destination and takes no other memory.
     ///
     /// # Errors
     /// Another shape, or the file cannot be read; the tensor may hold a part of it then.
@@ -190,21 +191,21 @@ impl StoredTensor {
         tch::no_grad(|| tensor.f_copy_(&source)).map_err(text)
     }
 
-    /// The storage, if it holds the elements of this tensor in their order and nothing else.
+    /// The storage, if it holds exactly the elements of this tensor, in their order.
     fn whole_storage(&self) -> Option<&Storage> {
         let Memory::File(storage) = &self.memory else { return None };
         let plain = !self.conjugate && !self.negative && self.offset == 0;
         let whole = self.numel() as u64 * self.dtype.size() == storage.length;
-        // Checked by type too: bytes other than 0 and 1 are refused by storages of Bool alone.
+        // The types must agree, because only a storage of Bool refuses bytes other than 0 and 1.
         let typed = storage.dtype == self.dtype;
         (plain && whole && typed && is_contiguous(&self.shape, &self.strides)).then_some(storage)
     }
 
-    /// The elements in the order of the dimensions, as bytes of this machine's order: for all types, also
-    /// those that tch does not have.
+    /// The elements in the order of the dimensions, as bytes in this machine's order. This works for all types, also
+    /// for those that tch does not have.
     ///
     /// # Errors
-    /// The file cannot be read; more bytes than the storage has and than 64 MB, which are those of an expanded tensor.
+    /// The file cannot be read; an expanded tensor has more bytes than its storage and more than 64 MiB.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         self.gathered().map_err(|why| Error::State(format!("{self:?} cannot be read: {why}")))
     }
@@ -265,14 +266,16 @@ pub(super) fn text(error: tch::TchError) -> String {
     text.split("\nException raised from").next().unwrap_or_default().to_owned()
 }
 
-/// The elements on the CPU, contiguous, without lazy conjugation; the tensor itself where it is that already.
+/// The elements on the CPU, contiguous, without lazy conjugation or negation. A tensor that is all this already is
+/// returned without a copy.
 pub(super) fn dense(tensor: &Tensor) -> Result<Tensor, String> {
     let tensor =
         tensor.f_detach().and_then(|t| t.f_resolve_conj()?.f_resolve_neg()).map_err(text)?;
     tensor.f_to_device(Device::Cpu).and_then(|tensor| tensor.f_contiguous()).map_err(text)
 }
 
-/// A storage as one of another type. Bytes of Bool are checked: libtorch takes them for true and false as they are.
+/// The bytes of a storage as elements of another type. Bytes that become Bool must be 0 or 1, because libtorch does
+/// not check them.
 fn typed(all: &Tensor, kind: Kind) -> Result<Tensor, String> {
     if all.f_kind().map_err(text)? == kind {
         return Ok(all.shallow_clone());

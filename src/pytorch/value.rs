@@ -8,8 +8,8 @@ use crate::error::{Error, Result};
 
 /// A value of a PyTorch file: plain data of Python, and tensors.
 ///
-/// Containers are shared where Python's are: cloning a value is cheap, and what is referred to twice is there
-/// once. Displayed, a value looks as in Python, tensors as their type and shape.
+/// Containers are shared where Python's are: cloning a value is cheap, and a container that two others refer to
+/// exists once. `Display` shows a value as Python does, and a tensor as its type and shape.
 ///
 /// ```
 /// use tch::Tensor;
@@ -55,7 +55,7 @@ pub enum Value {
     Constant(Arc<str>),
     /// A `torch.device`, such as `cuda:0`.
     Device(Arc<str>),
-    /// An object that was not built: what the file says of it.
+    /// An object that was not built; the value has everything that the file says of it.
     Object(Arc<Object>),
 }
 
@@ -66,17 +66,19 @@ pub struct BigInt {
     pub(super) bytes: Arc<[u8]>,
 }
 
-/// What a file says of an object whose class is no plain data, such as a sparse tensor, or one that was
-/// [allowed](super::Reader::allow). Nothing of that class was run.
+/// An object whose class is no plain data, such as a sparse tensor, or a class that was
+/// [allowed](super::Reader::allow): it has everything that the file says of the object. None of the class's code was
+/// run.
 #[derive(Clone, Debug)]
 pub struct Object {
     /// The class or function by its full name.
     pub(super) class: Arc<str>,
-    /// Whether the class is made by `__new__` and not called.
+    /// Whether the file makes the object with the class's `__new__`; otherwise it calls the class or function.
     pub(super) new: bool,
     pub(super) arguments: Value,
     pub(super) state: Option<Value>,
-    /// What was put into it as into a list, or as into a dict.
+    /// Elements that the file appends to the object as if it were a list, and entries that it sets as if it were a
+    /// dict.
     pub(super) elements: Vec<Value>,
     pub(super) entries: Vec<(Value, Value)>,
 }
@@ -87,28 +89,28 @@ impl Object {
         &self.class
     }
 
-    /// The arguments it is called with: a tuple.
+    /// The arguments with which the class or function is called, as a tuple.
     pub fn arguments(&self) -> &Value {
         &self.arguments
     }
 
-    /// The state that is set afterwards: for most classes a dict of its attributes.
+    /// The state that the file sets afterwards: for most classes a dict of the object's attributes.
     pub fn state(&self) -> Option<&Value> {
         self.state.as_ref()
     }
 
-    /// What is appended to it, if it is like a list.
+    /// The elements that the file appends to the object, if it is like a list.
     pub fn elements(&self) -> &[Value] {
         &self.elements
     }
 
-    /// What is put into it by keys, if it is like a dict.
+    /// The entries that the file sets in the object, if it is like a dict.
     pub fn entries(&self) -> &[(Value, Value)] {
         &self.entries
     }
 }
 
-/// Which of Python's classes a [`Dict`] is.
+/// The class that a [`Dict`] has in Python.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum DictClass {
     #[default]
@@ -152,12 +154,12 @@ impl Dict {
         self.entries.iter().map(|(key, value)| (key, value))
     }
 
-    /// The value of the key that is this text. It looks through the entries in their order.
+    /// The value of the key that is this text. The entries are searched one by one.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.entries.iter().find(|(k, _)| k.as_str() == Some(key)).map(|(_, value)| value)
     }
 
-    /// The value of the key that is this integer. It looks through the entries in their order.
+    /// The value of the key that is this integer. The entries are searched one by one.
     pub fn get_int(&self, key: i64) -> Option<&Value> {
         self.entries
             .iter()
@@ -174,14 +176,14 @@ impl Dict {
         }
     }
 
-    /// Adds an entry without looking for its key, which may be of any hashable type.
+    /// Adds an entry without a check that its key is new. The key may be of any hashable type.
     pub fn push(&mut self, key: impl Into<Value>, value: impl Into<Value>) {
         self.entries.push((key.into(), value.into()));
     }
 }
 
 impl Value {
-    /// A tensor, shared and not copied: it is read when the value is written.
+    /// A tensor as a value. The memory is shared, not copied: its elements are read when the value is written.
     ///
     /// # Errors
     /// A tensor that is undefined, sparse or quantized.
@@ -199,7 +201,8 @@ impl Value {
         Self::Tuple(Arc::new(values.into_iter().map(Into::into).collect()))
     }
 
-    /// What a dict has under this key (a text, or the text of an integer), or a list or tuple at this index.
+    /// The value that a dict has under this key (a text, or the text of an integer), or that a list or tuple has at
+    /// this index.
     pub fn get(&self, key: &str) -> Option<&Value> {
         match self {
             Self::Dict(dict) => dict
@@ -210,10 +213,10 @@ impl Value {
         }
     }
 
-    /// Like [`get`](Self::get).
+    /// Like [`get`](Self::get), but a missing value is an error.
     ///
     /// # Errors
-    /// There is none; the text says what there is.
+    /// There is no such value; the error's text lists what there is.
     pub fn require(&self, key: &str) -> Result<&Value> {
         self.get(key).ok_or_else(|| {
             let there = match self {
@@ -330,7 +333,7 @@ impl Value {
     }
 }
 
-/// As Python's `str` has it: texts without quotes.
+/// Displays a value as Python's `str` does: a text has no quotes.
 struct Plain<'v>(&'v Value);
 
 impl fmt::Display for Plain<'_> {
@@ -434,7 +437,7 @@ fn quote(contains: impl Fn(char) -> bool) -> char {
     if contains('\'') && !contains('"') { '"' } else { '\'' }
 }
 
-/// A text in quotes, without what would move a terminal's cursor.
+/// Writes a text in quotes and escapes control characters, which could move a terminal's cursor.
 fn quoted(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
     let quote = quote(|quote| text.contains(quote));
     write!(f, "{quote}")?;
@@ -462,7 +465,7 @@ fn python_float(float: f64) -> String {
     }
     let text = format!("{float:?}");
     match text.split_once('e') {
-        // Python has a sign and two digits.
+        // Python writes an exponent with a sign and at least two digits.
         Some((number, exponent)) => {
             let number = number.trim_end_matches(".0");
             match exponent.strip_prefix('-') {
@@ -475,7 +478,7 @@ fn python_float(float: f64) -> String {
 }
 
 impl BigInt {
-    /// The same bytes from where they are as few as possible; an `Int` where 64 bits are enough.
+    /// The integer that these bytes are, without superfluous high bytes; an `Int` where 64 bits are enough.
     pub(super) fn value(bytes: &[u8]) -> Value {
         let fill = if bytes.last().is_some_and(|byte| byte & 0x80 != 0) { 0xff } else { 0 };
         if bytes.len() <= 8 {
@@ -494,7 +497,7 @@ impl BigInt {
     }
 }
 
-/// In decimal.
+/// Writes the integer in decimal.
 impl fmt::Display for BigInt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let negative = self.bytes.last().is_some_and(|byte| byte & 0x80 != 0);

@@ -39,41 +39,43 @@ use crate::variables::{Variable, variables};
 /// ```
 #[derive(Clone)]
 pub struct Weights {
-    /// In the order of the file.
+    /// Names and tensors in the order of the file.
     tensors: Vec<(String, Arc<StoredTensor>)>,
-    /// Places in `tensors`.
+    /// Maps each name to its index in `tensors`.
     places: HashMap<String, usize>,
     /// Names that [`rename`](Self::rename) left out.
     skipped: Vec<String>,
 }
 
-/// What was loaded into a store, and what was not. Displayed, it is a line or a few.
+/// The variables of a store that were loaded from a file, and everything that did not fit. `Display` shows it in a
+/// line or a few.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Loaded {
     /// Variables of the store that were loaded, in the order of their names.
     pub loaded: Vec<String>,
-    /// Variables of the store that the file does not have: they are as they were.
+    /// Variables of the store that the file does not have. They keep their values.
     pub missing: Vec<String>,
     /// Tensors of the file that have no place in the store.
     pub unexpected: Vec<String>,
-    /// Variables whose shapes differ: their names, and how.
+    /// Variables whose shapes differ: the name, and a text with both shapes.
     pub mismatched: Vec<(String, String)>,
     /// Tensors of the file that the mapping of names left out.
     pub skipped: Vec<String>,
-    /// What the names in the file begin with that the store's do not, if that is why they do not fit.
+    /// Advice to strip or add a prefix, if that would make most names fit.
     hint: Option<String>,
 }
 
-/// Counters of batch norm, which tch's does not have: no fault if they have no place.
+/// PyTorch's batch norm counts its batches under this name. tch's does not, so a file may have these counters
+/// although the store has no place for them.
 const COUNTER: &str = "num_batches_tracked";
 
 impl Weights {
     /// The tensors of a dict whose values are all tensors.
     ///
     /// # Errors
-    /// No dict; a value that is no tensor or a name that is no text, by name. The text says which of its parts
-    /// look like a module's state.
+    /// The value is no dict, or an entry is no tensor or has a name that is no text; the error names the entry, and
+    /// the parts that look like a module's `state_dict()`.
     pub fn of(value: &Value) -> Result<Self> {
         let Some(dict) = value.as_dict() else {
             return Err(Error::State(format!("a {} is no state_dict()", value.type_name())));
@@ -118,7 +120,7 @@ impl Weights {
     /// The variables of a store, parameters and buffers, in PyTorch's usual [order](Self::names); shared, not copied.
     ///
     /// # Errors
-    /// A variable that cannot be saved, by name.
+    /// A variable cannot be saved; the error names it.
     pub fn of_store(vs: &VarStore) -> Result<Self> {
         let named = names_of_store(variables(&vs.variables_));
         let mut tensors = Vec::with_capacity(named.len());
@@ -137,7 +139,7 @@ impl Weights {
     /// Gives the tensors other names.
     ///
     /// # Errors
-    /// Two of them would have the same.
+    /// Two tensors would get the same name.
     pub fn rename(self, names: &Names) -> Result<Self> {
         let (mut tensors, mut skipped) = (Vec::with_capacity(self.tensors.len()), self.skipped);
         let mut before: HashMap<String, String> = HashMap::new();
@@ -161,10 +163,10 @@ impl Weights {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), &**tensor))
     }
 
-    /// The names in the order of the file: for a `state_dict()` that of the modules and of their parameters, by
-    /// which PyTorch's optimizers number them. Those of a store are in the order in which the modules were made, and
-    /// in each with biases behind other parameters, and buffers behind both: the order of PyTorch's own modules. All
-    /// names of a tied parameter stand at its place.
+    /// The names in the order of the file. A `state_dict()` has the order of the modules and of their parameters, by
+    /// which PyTorch's optimizers number parameters. The names of a store are in the order in which the modules were
+    /// made; within a module biases come behind other parameters, and buffers behind both, which is the order of
+    /// PyTorch's own modules. All names of a tied parameter stand at its place.
     pub fn names(&self) -> Vec<&str> {
         self.tensors.iter().map(|(name, _)| name.as_str()).collect()
     }
@@ -178,7 +180,7 @@ impl Weights {
         self.places.get(name).and_then(|place| self.tensors.get(*place)).map(|(_, tensor)| tensor)
     }
 
-    /// What [`load`](Self::load) would do; nothing is read.
+    /// Tells which variables [`load`](Self::load) would load and what would not fit; nothing is read.
     pub fn compare(&self, vs: &VarStore) -> Loaded {
         let variables: BTreeMap<String, Tensor> = vs.variables().into_iter().collect();
         let mut found = Loaded { skipped: self.skipped.clone(), ..Loaded::default() };
@@ -205,8 +207,8 @@ impl Weights {
     /// `num_batches_tracked`, which tch's batch norm does not have, may have no place: it is listed as unexpected.
     ///
     /// # Errors
-    /// Names or shapes that do not fit, all of them listed: nothing is changed then. If the file cannot be read to
-    /// its end, or a checksum is wrong, the error says so and the store holds a part of it.
+    /// Names or shapes do not fit; the error lists all of them, and nothing is changed. If the file cannot be read to
+    /// its end, or a checksum is wrong, the error says so, and the store then holds a part of the file.
     pub fn load(&self, vs: &VarStore) -> Result<Loaded> {
         let found = self.compare(vs);
         match found.fits() {
@@ -215,7 +217,8 @@ impl Weights {
         }
     }
 
-    /// Loads what fits by name and shape and leaves the rest as it is; what was left is told.
+    /// Loads the tensors whose names and shapes fit and leaves the other variables as they are; the result lists
+    /// them.
     ///
     /// # Errors
     /// Nothing fits; the file cannot be read.
@@ -257,8 +260,8 @@ impl fmt::Debug for Weights {
     }
 }
 
-/// The names of all variables of a store: parameters in [PyTorch's order](parameters_in_order), and buffers behind those
-/// of their module.
+/// The names and tensors of all variables of a store: parameters in [PyTorch's order](parameters_in_order), and each
+/// buffer behind the parameters of its module.
 fn names_of_store(variables: Vec<Variable>) -> Vec<(String, Tensor)> {
     let (parameters, buffers): (Vec<_>, Vec<_>) =
         variables.into_iter().partition(|variable| variable.trainable);
@@ -280,14 +283,14 @@ fn module_of(name: &str) -> &str {
     name.rsplit_once('.').map_or("", |(module, _)| module)
 }
 
-/// Parameters in PyTorch's order, from the order in which a store got them: tch makes a layer's bias first, PyTorch last.
-/// A tied parameter belongs to the first of its modules.
+/// Sorts parameters from the order in which the store got them into PyTorch's order: tch makes a layer's bias first,
+/// PyTorch last. A tied parameter belongs to the first of its modules.
 pub(super) fn parameters_in_order(mut parameters: Vec<Variable>) -> Vec<Variable> {
     let mut modules: HashMap<String, usize> = HashMap::new();
     let (tied, single): (Vec<_>, Vec<_>) =
         parameters.iter().enumerate().partition(|(_, p)| !p.other_names.is_empty());
-    // The store does not tell which name of a tied parameter came first: modules with other parameters stand where the
-    // first of those was made.
+    // The store does not tell which name of a tied parameter came first. So a module that also has untied parameters
+    // gets the place of the first of these.
     for (place, parameter) in single.into_iter().chain(tied) {
         for name in parameter.names() {
             modules.entry(module_of(name).to_owned()).or_insert(place);
@@ -310,7 +313,8 @@ fn is_state(value: &Value) -> bool {
     })
 }
 
-/// The beginning that would make most missing names those of unexpected tensors, or the other way round.
+/// Looks for a prefix that, taken off the unexpected names or put before them, would turn them into most of the
+/// missing names, and returns advice to strip or add it.
 fn hint(missing: &[String], unexpected: &[String]) -> Option<String> {
     let beginnings = |long: &[String], short: &[String]| {
         let short: BTreeSet<_> = short.iter().collect();
@@ -344,14 +348,14 @@ impl Loaded {
         self.missing.is_empty() && self.mismatched.is_empty() && self.faults().next().is_none()
     }
 
-    /// Unexpected tensors that are a fault.
+    /// Unexpected tensors that must not be left over: all but batch norm's counters.
     fn faults(&self) -> impl Iterator<Item = &String> {
         let is_counter = |name: &str| name.rsplit('.').next() == Some(COUNTER);
         self.unexpected.iter().filter(move |name| !is_counter(name))
     }
 }
 
-/// How many names a line lists.
+/// How many names one line of `Display` lists.
 const MAX_LISTED: usize = 10;
 
 impl fmt::Display for Loaded {

@@ -1,4 +1,5 @@
-//! Writing the container: a zip archive whose files are stored and aligned, so that `torch.load(mmap=True)` can map them.
+//! Writes the container: a zip archive whose files are stored uncompressed and aligned, so that `torch.load(mmap=True)`
+//! can map them.
 
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::Path;
@@ -11,26 +12,26 @@ use crate::bridge::bytes;
 use crate::error::{Error, Result};
 use crate::fs::write_atomically;
 
-/// Where the bytes of each file begin: at multiples of this, as torch does it.
+/// The bytes of each file in the archive begin at a multiple of this, as in archives that torch writes.
 const ALIGNMENT: u64 = 64;
-/// The extra field with which torch fills the gap.
+/// The id of the extra field with which torch fills the gap before an aligned file.
 const PADDING: [u8; 2] = *b"FB";
 const PADDING_HEAD: u64 = 4;
 const LOCAL_LENGTH: u64 = 30;
-/// The largest number of a field of 32 bits; this one says that the number is in the extra field.
+/// In a field of 32 bits this value says that the number stands in the extra field instead.
 const FULL: u64 = 0xffff_ffff;
 /// How much is hashed before it is written, while it is in the cache.
 const CHUNK: usize = 1 << 18;
-/// Names are UTF-8.
+/// The flag which says that names are UTF-8.
 const FLAGS: u16 = 1 << 11;
-/// 1 January 1980: the same value is the same bytes.
+/// All files get the date 1 January 1980, so that the same value is always written as the same bytes.
 const DATE: u16 = 1 << 5 | 1;
 
-/// Writes a value so that `torch.load` reads it, also with `weights_only=True` and `mmap=True`. The file is there
-/// whole or not at all: it is written beside its place, synced and renamed. Folders above it are made.
+/// Writes a value so that `torch.load` reads it, also with `weights_only=True` and `mmap=True`. The file appears
+/// whole or not at all: it is written under another name, synced and renamed. Missing parent folders are made.
 ///
-/// Memory that tensors share is written once and shared again when read. Tensors are read from where they
-/// lie; those on a GPU are copied to the CPU one at a time.
+/// Memory that tensors share is written once and shared again when read. Tensors on the CPU are written straight from
+/// their memory; those on a GPU are copied to the CPU one at a time.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -47,7 +48,7 @@ const DATE: u16 = 1 << 5 | 1;
 /// ```
 ///
 /// # Errors
-/// A tensor that cannot be read, containers that are too deep in each other, or the disk's.
+/// A tensor cannot be read, containers are nested too deeply, or the file cannot be written.
 pub fn write(path: impl AsRef<Path>, value: &Value) -> Result<()> {
     let path = path.as_ref();
     let failed = |why| Error::State(format!("{}: {why}", path.display()));
@@ -89,7 +90,7 @@ impl<F: Write + Seek> ArchiveWriter<'_, F> {
     fn add(&mut self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let name = format!("{}/{name}", self.name);
         let (header, length) = (self.at, bytes.len() as u64);
-        // Sizes that need more than 32 bits are in a field of their own.
+        // Sizes that need more than 32 bits stand in an extra field.
         let wide = match length >= FULL {
             true => extra_field(1, &[length.to_le_bytes(), length.to_le_bytes()].concat()),
             false => vec![],
@@ -143,7 +144,7 @@ impl<F: Write + Seek> ArchiveWriter<'_, F> {
         entry.extend([short.to_le_bytes(), short.to_le_bytes()].concat());
         entry.extend((name.len() as u16).to_le_bytes());
         entry.extend((extra.len() as u16).to_le_bytes());
-        // No comment, the first disk, no attributes.
+        // The file has no comment, is on the first disk, and has no attributes.
         entry.extend([0; 10]);
         entry.extend((header.min(FULL) as u32).to_le_bytes());
         entry.extend(name.as_bytes());
@@ -162,7 +163,7 @@ impl<F: Write + Seek> ArchiveWriter<'_, F> {
             for number in [self.count, self.count, length, begin] {
                 record.extend(number.to_le_bytes());
             }
-            // Where that record is.
+            // The locator says where the 64-bit record begins.
             record.extend(b"PK\x06\x07\0\0\0\0");
             record.extend((begin + length).to_le_bytes());
             record.extend(1u32.to_le_bytes());
@@ -182,7 +183,8 @@ fn extra_field(id: u16, bytes: &[u8]) -> Vec<u8> {
     [&id.to_le_bytes()[..], &(bytes.len() as u16).to_le_bytes(), bytes].concat()
 }
 
-/// The version a reader needs (and in the directory before it the writer's), flags, no compression, the date.
+/// These fields: in the directory the version that the writer has; then the version that a reader needs, flags, no
+/// compression, and the date.
 fn versions_and_flags(wide: bool, with_writer: bool) -> Vec<u8> {
     let version = if wide { 45u16 } else { 20 };
     let mut bytes = if with_writer { version.to_le_bytes().to_vec() } else { vec![] };

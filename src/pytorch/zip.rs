@@ -1,8 +1,8 @@
 //! The container of `torch.save` since 1.6: a zip archive whose files are stored, not compressed.
 //!
-//! Our own reader of the directory, about 150 lines: a storage must be read from its place in the file straight
-//! into a tensor, and files of an archive must not overlap (a few bytes would be gigabytes of storages
-//! otherwise). A general crate gives streams, and brings decompression that PyTorch never uses.
+//! We read the directory ourselves, in about 150 lines, because a storage must be read from its place in the file
+//! straight into a tensor, and because files of an archive must not overlap (a few bytes could claim to be gigabytes
+//! of storages otherwise). A general zip crate gives streams, and brings decompression that PyTorch never uses.
 
 use std::collections::HashMap;
 
@@ -20,7 +20,7 @@ const LOCAL_LENGTH: usize = 30;
 /// A file of the archive.
 #[derive(Debug, Clone)]
 pub(super) struct Entry {
-    /// Where its bytes are.
+    /// Position of the entry's first byte in the archive file.
     pub(super) begin: u64,
     pub(super) length: u64,
     /// CRC-32 of its bytes; `None` if the writer did not compute it (PyTorch can be told not to).
@@ -29,7 +29,8 @@ pub(super) struct Entry {
     unreadable: Option<&'static str>,
 }
 
-/// The files of an archive, by their names without the archive's own.
+/// The files of an archive, by their names without the folder that all of them are in, which is named after the
+/// archive.
 pub(super) struct Archive {
     entries: HashMap<String, Entry>,
 }
@@ -50,7 +51,7 @@ impl Archive {
             let end =
                 end.ok_or_else(|| format!("'{}' lies outside the file", shown(&listed.name)))?;
             places.push((listed.header, end));
-            // Names of other archives in it are of no meaning to PyTorch.
+            // PyTorch ignores files in other folders.
             let Some(name) = listed.name.strip_prefix(&prefix) else { continue };
             let (crc, length) = ((listed.crc != 0).then_some(listed.crc), listed.length);
             let entry = Entry { begin, length, crc, unreadable: listed.unreadable };
@@ -151,7 +152,7 @@ fn directory(source: &Source) -> Result<Directory, String> {
 struct Listed {
     name: String,
     header: u64,
-    /// Bytes in the archive, and of the file.
+    /// How many bytes the file takes in the archive; `length` is that of the file itself.
     stored: u64,
     length: u64,
     crc: u32,
@@ -163,7 +164,7 @@ fn listed(source: &Source, directory: &Directory) -> Result<Vec<Listed>, String>
     if directory.count > directory.length / CENTRAL_LENGTH as u64 {
         return Err(damaged());
     }
-    // The directory is a part of the file, so this is no more than the file has.
+    // `directory` checked that the file has this many bytes, so a small file cannot make this allocation large.
     let mut bytes = vec![0; directory.length as usize];
     source.read_at(&mut bytes, directory.begin).map_err(|error| error.to_string())?;
     let mut files = Vec::with_capacity(directory.count as usize);
@@ -204,7 +205,7 @@ fn listed(source: &Source, directory: &Directory) -> Result<Vec<Listed>, String>
     Ok(files)
 }
 
-/// The numbers that did not fit into 32 bits, in their order.
+/// The numbers that did not fit into 32 bits, in the order of the zip64 extra field.
 fn zip64_numbers(mut extra: &[u8]) -> impl Iterator<Item = u64> {
     let mut numbers = &[][..];
     while extra.len() >= 4 {
@@ -219,7 +220,7 @@ fn zip64_numbers(mut extra: &[u8]) -> impl Iterator<Item = u64> {
     numbers.chunks_exact(8).map(|bytes| u64_at(bytes, 0))
 }
 
-/// Where the bytes of a file begin: behind its own header, which must be of the same name.
+/// Position of a file's first byte, behind its own header, which must have the name that the directory has.
 fn local_begin(source: &Source, listed: &Listed) -> Result<u64, String> {
     let damaged = || format!("the header of '{}' in the archive is damaged", shown(&listed.name));
     let header: [u8; LOCAL_LENGTH] = read(source, listed.header)?;

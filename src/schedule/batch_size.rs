@@ -3,11 +3,10 @@ use serde_json::{Map, Value};
 use super::scheduler::{is_due, unless_ended, with_start};
 use super::{Schedule, load_position, save_position, value};
 use crate::data::BatchSize;
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event_filter::Events;
-use crate::optim::Knob;
 use crate::state::StateDict;
 
 /// Drives the batch size of a [`Loader`](crate::data::Loader) or [`DataLoader`](crate::data::DataLoader):
@@ -95,20 +94,11 @@ impl<S: Schedule> BatchSizeScheduler<S> {
 }
 
 impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
-    fn name(&self) -> String {
-        "batch size".into()
-    }
-
-    fn events(&self) -> Events {
-        with_start(&self.events, self.events.are_after_step())
-    }
-
-    fn validate(&self) -> Result<()> {
-        self.schedule.validate()
-    }
-
-    fn drives(&self) -> Vec<Knob> {
-        if self.events.are_filtered() { vec![] } else { vec![self.batch_size.knob().clone()] }
+    fn spec(&self) -> Result<HandlerSpec> {
+        self.schedule.validate()?;
+        let events = with_start(&self.events, self.events.are_after_step());
+        let drives = (!self.events.are_filtered()).then(|| self.batch_size.knob().clone());
+        Ok(HandlerSpec::new("batch size", events).drives(drives))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

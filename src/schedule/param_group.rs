@@ -2,11 +2,10 @@ use serde_json::{Map, Value, json};
 
 use super::scheduler::with_start;
 use super::{ParamScheduler, Schedule, read};
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event_filter::Events;
-use crate::optim::Knob;
 use crate::state::StateDict;
 
 /// Several schedulers as one handler, which calls them one after the other at each event: ignite's
@@ -123,29 +122,21 @@ impl<S: Schedule> ParamGroupScheduler<S> {
 }
 
 impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamGroupScheduler<S> {
-    fn name(&self) -> String {
-        let names: Vec<_> = self.schedulers.iter().map(|scheduler| scheduler.name()).collect();
-        names.join(", ")
-    }
-
-    fn events(&self) -> Events {
-        with_start(&self.events, self.writes_at_start())
-    }
-
-    fn validate(&self) -> Result<()> {
+    fn spec(&self) -> Result<HandlerSpec> {
+        let (mut names, mut unique, mut knobs) = (vec![], vec![], vec![]);
         for (index, scheduler) in self.schedulers.iter().enumerate() {
-            <_ as Handler<C, B, O>>::validate(scheduler)?;
+            let spec = <_ as Handler<C, B, O>>::spec(scheduler)?;
+            names.push(spec.name);
+            unique.extend(spec.unique_names);
+            knobs.push(scheduler.knob().clone());
             let mut before = self.schedulers[..index].iter();
             if let Some(other) = before.find(|other| other.knob().overlaps(scheduler.knob())) {
                 return Err(scheduler.knob().driven_twice(other.name(), scheduler.name()));
             }
         }
-        Ok(())
-    }
-
-    fn drives(&self) -> Vec<Knob> {
-        let all = self.schedulers.iter().map(|scheduler| scheduler.knob().clone());
-        if self.events.are_filtered() { vec![] } else { all.collect() }
+        let events = with_start(&self.events, self.writes_at_start());
+        let spec = HandlerSpec::new(names.join(", "), events).unique_names(unique);
+        Ok(if self.events.are_filtered() { spec } else { spec.drives(knobs) })
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -164,10 +155,6 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamGroupScheduler<S> {
 
     fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
         self.load(state, false)
-    }
-
-    fn unique_names(&self) -> Vec<String> {
-        self.schedulers.iter().flat_map(<_ as Handler<C, B, O>>::unique_names).collect()
     }
 
     fn call(

@@ -2,7 +2,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::check::within;
-use crate::engine::{Engine, Handler};
+use super::scheduler::unique_names;
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event_filter::Events;
@@ -292,20 +293,10 @@ impl ReduceLROnPlateauScheduler {
 }
 
 impl<C, B, O> Handler<C, B, O> for ReduceLROnPlateauScheduler {
-    fn name(&self) -> String {
-        self.name.clone()
-    }
-
-    fn events(&self) -> Events {
-        self.events.clone()
-    }
-
-    fn validate(&self) -> Result<()> {
-        self.check()
-    }
-
-    fn unique_names(&self) -> Vec<String> {
-        vec![format!("scheduler '{}'", self.name)]
+    fn spec(&self) -> Result<HandlerSpec> {
+        self.check()?;
+        let spec = HandlerSpec::new(&*self.name, self.events.clone());
+        Ok(spec.unique_names(unique_names(&self.name, self.save_history)))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

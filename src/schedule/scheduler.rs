@@ -1,7 +1,7 @@
 use serde_json::{Map, Value};
 
 use super::{Schedule, load_position, read, save_position, value};
-use crate::engine::{Engine, Handler};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event_filter::Events;
@@ -231,20 +231,13 @@ impl<S: Schedule> ParamScheduler<S> {
 }
 
 impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamScheduler<S> {
-    fn name(&self) -> String {
-        self.name.clone()
-    }
-
-    fn events(&self) -> Events {
-        with_start(&self.event, self.writes_at_start())
-    }
-
-    fn validate(&self) -> Result<()> {
-        self.schedule.validate()
-    }
-
-    fn drives(&self) -> Vec<Knob> {
-        if self.event.are_filtered() { vec![] } else { vec![self.knob.clone()] }
+    fn spec(&self) -> Result<HandlerSpec> {
+        self.schedule.validate()?;
+        let events = with_start(&self.event, self.writes_at_start());
+        let spec = HandlerSpec::new(&*self.name, events);
+        let spec = spec.unique_names(unique_names(&self.name, self.save_history));
+        let drives = (!self.event.are_filtered()).then(|| self.knob.clone());
+        Ok(spec.drives(drives))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -262,10 +255,6 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamScheduler<S> {
         Ok(changed.into_iter().collect())
     }
 
-    fn unique_names(&self) -> Vec<String> {
-        vec![format!("scheduler '{}'", self.name)]
-    }
-
     fn call(
         &mut self,
         event: Event,
@@ -274,6 +263,12 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamScheduler<S> {
     ) -> anyhow::Result<()> {
         self.handle(event, self.writes_at_start(), engine)
     }
+}
+
+/// The names that only one handler may have: the scheduler's, and that of the history that it saves.
+pub(super) fn unique_names(name: &str, saves_history: bool) -> Vec<String> {
+    let history = saves_history.then(|| format!("history of '{name}'"));
+    [format!("scheduler '{name}'")].into_iter().chain(history).collect()
 }
 
 /// Returns whether an event writes a value, for a scheduler that writes value 0 at [`Event::Started`]. Moves the

@@ -1,4 +1,5 @@
-//! Checkpoints: what is restored is what was saved, bit for bit, wherever the run was stopped.
+//! Tests of checkpoints: a run that is restored goes on bit for bit as the run that was saved, wherever it was
+//! stopped.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,9 @@ use tch_ignite::checkpoint::{
     save_weights, verify, write_state,
 };
 use tch_ignite::data::{Batch, Loader, restartable};
-use tch_ignite::engine::{Engine, Event, Events, FilteredEvent, Handler, Priority, Stop, Until};
+use tch_ignite::engine::{
+    Engine, Event, Events, FilteredEvent, Handler, HandlerSpec, Log, Priority, Stop, Until,
+};
 use tch_ignite::handlers::{
     EMAHandler, EarlyStopping, EpochOutputStore, Evaluate, History, LrFinder, SWAHandler, TimeLimit,
 };
@@ -38,7 +41,7 @@ struct Net {
 
 type Trainer<'a> = Engine<'a, Net, Batch, Tensor>;
 
-/// Everything that a small program has.
+/// A small training program, with model, optimizer, schedule, data, metrics and history.
 struct Program {
     vs: VarStore,
     cx: Net,
@@ -48,7 +51,7 @@ struct Program {
 }
 
 const EPOCHS: u64 = 3;
-/// Another length than the data's 5 batches.
+/// Epochs are shorter than the data, which has 5 batches.
 const EPOCH_LENGTH: u64 = 4;
 
 fn until() -> Until {
@@ -80,7 +83,7 @@ fn optimizer(name: &str, vs: &VarStore) -> Result<Optimizer> {
 }
 
 impl Program {
-    /// Seeds with something else each time: nothing may depend on it when a run goes on.
+    /// Makes the program named `name`. Tests give a resumed program another seed, on which nothing may depend.
     fn new(name: &str, seed: i64) -> Result<Self> {
         tch::manual_seed(seed);
         let mut vs = VarStore::new(Device::Cpu);
@@ -125,10 +128,10 @@ impl Program {
         self.trainer.run(&mut self.cx, &self.data, until()).map(drop)
     }
 
-    /// All bits that training leaves.
+    /// Everything that training leaves, with the bits of all numbers, as a text.
     fn outcome(&self) -> Result<String> {
         let mut state = self.trainer.checkpoint(&self.cx)?;
-        // What belongs to this process.
+        // These parts belong to the process and differ between runs that are equal.
         let _ = (state.take_part("settings"), state.take_part("logs"));
         let mut text = bits(&state);
         let folder = tempfile::tempdir().unwrap();
@@ -147,12 +150,12 @@ fn data() -> Result<Loader> {
 
 fn bits(state: &StateDict) -> String {
     let mut text = String::new();
-    // Which run it was is not the same.
+    // The value "run" identifies the run, so it differs between runs that are equal.
     for (name, value) in state.values().iter().filter(|(name, _)| *name != "run") {
         text += &format!("{name} {value}\n");
     }
     for (name, tensor) in state.tensors() {
-        // A tensor's own text rounds.
+        // The bits are printed, because a tensor's own text rounds its numbers.
         let flat = tensor.detach().reshape([-1]).to_kind(match tensor.kind() {
             Kind::Double | Kind::Float => Kind::Double,
             _ => Kind::Int64,
@@ -196,8 +199,8 @@ const EVENTS: [Event; 8] = [
     Event::EpochCompleted,
 ];
 
-/// Runs until the `n`-th time that event is fired, writes a checkpoint there and stops dead; false if
-/// it is not fired so often.
+/// Runs until the event is fired for the `n`-th time, writes a checkpoint there and fails. Returns false if the event
+/// is not fired so often.
 fn killed_at(event: Event, n: u64, name: &str, folder: &Path) -> Result<bool> {
     let mut program = Program::new(name, 1)?;
     let path = folder.join("checkpoint.safetensors");
@@ -205,7 +208,7 @@ fn killed_at(event: Event, n: u64, name: &str, folder: &Path) -> Result<bool> {
     Ok(program.run().is_err() && path.exists())
 }
 
-/// Saves as the last handler of an event, and fails.
+/// A handler that runs last at an event, saves a checkpoint, and fails.
 struct Killer {
     event: Event,
     left: u64,
@@ -213,14 +216,8 @@ struct Killer {
 }
 
 impl Handler<Net, Batch, Tensor> for Killer {
-    fn name(&self) -> String {
-        "killer".into()
-    }
-    fn events(&self) -> Events {
-        self.event.into()
-    }
-    fn priority(&self) -> Priority {
-        Priority::Last
+    fn spec(&self) -> Result<HandlerSpec> {
+        Ok(HandlerSpec::new("killer", self.event).priority(Priority::Last))
     }
     fn call(&mut self, _: Event, cx: &mut Net, engine: &mut Trainer<'_>) -> anyhow::Result<()> {
         self.left -= 1;
@@ -315,7 +312,7 @@ fn the_newest_are_kept_and_latest_names_the_last() -> Result<()> {
         checkpoint.borrow().last_checkpoint(),
         Some(folder.join("checkpoint_6.safetensors"))
     );
-    // A run that goes on rotates the files of the one before.
+    // A resumed run also removes old files of the run before.
     let mut next = small(&store());
     next.attach(Checkpoint::new(&folder).n_saved(2));
     let resumed = next.resume(&mut (), &folder)?.unwrap();
@@ -467,7 +464,7 @@ fn what_does_not_fit_is_named() -> Result<()> {
         let ignored = load(change, false)?;
         assert!(ignored.iter().any(|text| text.contains(what)), "{ignored:?} / {what}");
     }
-    // After a restore in part, nothing runs until a whole one.
+    // After a restore that failed in the middle, the engine refuses to run until one succeeds.
     let mut other = Program::new("SGD", 2)?;
     let error = text(other.trainer.load_checkpoint(&mut other.cx, &path, true));
     assert_eq!(error, "optimizer: it is of Adam, and this is SGD");
@@ -497,7 +494,7 @@ fn changed_settings_are_told() -> Result<()> {
     Ok(())
 }
 
-/// A counter, as somebody's own state.
+/// A counter, to test state of a type that the user defines.
 #[derive(Default)]
 struct Counter(u64);
 
@@ -632,7 +629,7 @@ fn in_the_background_the_state_of_the_event_is_written() -> Result<()> {
         };
         assert!(state(&folder)? == state(&other)?, "{name}");
     }
-    // An error in the background surfaces.
+    // An error in the background comes out of `run`.
     let mut trainer = small(&store());
     trainer.attach(Checkpoint::new(folder.path()).background(true).name("new"));
     let path = folder.path().to_owned();
@@ -754,7 +751,7 @@ fn damaged_files_are_errors() {
         refused(&whole[..len], &format!("the first {len} bytes"));
     }
     refused(&[&whole[..], &[0]].concat(), "one byte more");
-    // xorshift; the long mode is for the night.
+    // Random numbers by xorshift. The long mode takes too long for every day.
     let rounds = if std::env::var_os("TCH_IGNITE_LONG_TESTS").is_some() { 100_000 } else { 2_000 };
     let mut random = 0x9e37_79b9_7f4a_7c15_u64;
     let mut next = |below: usize| {
@@ -834,7 +831,7 @@ fn two_processes_cannot_share_a_folder() {
         trainer
     };
     if let Some(folder) = std::env::var_os(HOLD) {
-        // The other process: holds the folder until it is killed.
+        // The other process runs this: it holds the folder's lock until it is killed.
         let mut trainer = attached(Path::new(&folder));
         trainer.on(Event::Completed, |_, _| {
             std::fs::write(Path::new(&std::env::var_os(HOLD).unwrap()).join("held"), "")?;
@@ -874,7 +871,7 @@ fn a_folder_that_cannot_be_written_is_an_error_that_keeps_the_last() -> Result<(
     trainer.attach(Checkpoint::new(file.join("sub")));
     assert!(trainer.run(&mut (), vec![1], Until::epochs(1)).is_err());
 
-    // In the place of the second file there is a folder: it cannot be written.
+    // The second file cannot be written, because a folder is in its place.
     let mut trainer = small(&store());
     trainer.attach(Checkpoint::new(folder.path()));
     let blocked = folder.path().join("checkpoint_2.safetensors");
@@ -887,7 +884,7 @@ fn a_folder_that_cannot_be_written_is_an_error_that_keeps_the_last() -> Result<(
     Ok(())
 }
 
-/// A run with everything that today's training adds.
+/// A run with accumulation, gradient scaling, clipping, and two kinds of averages.
 struct Aided {
     cx: Supervised<nn::SequentialT>,
     trainer: tch_ignite::engine::Trainer<'static, Supervised<nn::SequentialT>>,
@@ -1133,14 +1130,14 @@ fn a_finished_run_stays_finished() -> Result<()> {
         assert_eq!((again.epochs, again.iterations), (done.epochs, done.iterations));
         assert_eq!(again.stop, done.stop);
         assert_eq!(again.warnings.len(), usize::from(stops), "{again}");
-        // And a larger budget goes on.
+        // With a larger budget the run goes on.
         let more = next.run(&mut (), vec![1, 2], Until::epochs(4))?;
         assert_eq!(more.epochs, 4);
     }
     Ok(())
 }
 
-/// All files below a folder with their contents.
+/// The paths and contents of all files below a folder.
 fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut all = vec![];
     for entry in std::fs::read_dir(folder).unwrap() {
@@ -1154,8 +1151,8 @@ fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     all
 }
 
-/// A program that writes checkpoints and logs, in its trainer and in an evaluator, and stops after 7
-/// iterations; and how often closures and the store of outputs saw something.
+/// Makes a program that writes checkpoints and logs, in its trainer and in an evaluator, and stops after 7
+/// iterations. The second value counts how often closures were called.
 fn writing(folder: &Path) -> Result<(Program, Rc<RefCell<u32>>)> {
     let mut program = Program::new("Adam", 1)?;
     let run = RunFolder::create(folder.join("run"))?;
@@ -1186,7 +1183,8 @@ fn writing(folder: &Path) -> Result<(Program, Rc<RefCell<u32>>)> {
         .attach(EMAHandler::new(&program.vs, 0.25)?)
         .on(Event::IterationCompleted, move |_, engine| {
             *closures.borrow_mut() += 1;
-            // Added and removed within the search, these are as they were after it.
+            // The search for a learning rate must leave the handlers as they are now, so one is added and removed
+            // within it.
             let id = engine.add_event_handler(Event::EpochCompleted, |_, _| Ok(()))?;
             engine.remove_event_handler(id)?;
             assert!(kept.data().len() <= EPOCH_LENGTH as usize);
@@ -1253,9 +1251,9 @@ fn a_search_for_a_learning_rate_leaves_no_trace() -> Result<()> {
     Ok(())
 }
 
-// Limits, other data, and passes that are drawn anew.
+// These tests are about limits, other data on resuming, and passes whose order is drawn anew.
 
-/// A trainer over numbers that writes down what it sees, with checkpoints in a folder.
+/// A trainer that writes down the numbers that its data gives, and saves checkpoints in a folder.
 fn seeing(folder: &Path, checkpoint_at: impl Into<Events>) -> Engine<'static, Vec<i64>, i64, f64> {
     let mut trainer = Engine::new(|seen: &mut Vec<i64>, _, batch: i64| {
         seen.push(batch);
@@ -1271,7 +1269,7 @@ fn seeing(folder: &Path, checkpoint_at: impl Into<Events>) -> Engine<'static, Ve
 fn a_limit_that_ended_a_run_is_none_of_the_run_that_is_resumed() -> Result<()> {
     let _serial = serial();
     let data = || vec![0, 1, 2];
-    // The data is exhausted in mid epoch.
+    // An epoch has 4 iterations and the data 3 batches, so the data is exhausted in mid epoch.
     let until = || Until::epochs(3).epoch_length(4);
     let mut straight = vec![];
     seeing(tempfile::tempdir().unwrap().path(), Event::Completed).run(
@@ -1299,7 +1297,7 @@ fn a_limit_that_ended_a_run_is_none_of_the_run_that_is_resumed() -> Result<()> {
                 }
                 assert_eq!(summary.stop, Stop::Terminated, "{event}");
                 drop(limited);
-                // One limit after the other, each after a few iterations.
+                // The resumed run must equal the straight one.
                 let mut resumed = seeing(folder.path(), saved_at);
                 let told = resumed.resume(&mut seen, folder.path())?.unwrap();
                 let restored = &told.restored;
@@ -1382,7 +1380,7 @@ fn checkpoints_without_a_model_are_warned_about_and_what_is_missing_is_told() ->
     let resumed = trainer.resume(&mut cx, folder.path())?.unwrap();
     assert_eq!(resumed.restored.parts[..3], ["model", "optimizer", "context"]);
     assert!(resumed.restored.untracked.is_empty() && !resumed.to_string().contains("not restored"));
-    // Weights alone are of no run.
+    // Files with weights alone belong to no run, so the run does not warn that something is not tracked.
     let vs = store();
     let mut trainer = Engine::new(|_: &mut (), _, batch: i64| Ok(batch));
     trainer.attach(Checkpoint::new(folder.path()).weights(&vs));
@@ -1484,7 +1482,7 @@ fn weights_of_python_with_batch_norm_are_loaded_and_other_names_can_be_allowed()
     let _serial = serial();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
-    // The names that torch.save of a Sequential with a BatchNorm1d has.
+    // These are the names that PyTorch gives to a Sequential with a BatchNorm1d.
     let theirs = VarStore::new(Device::Cpu);
     let net = |vs: &VarStore| {
         let norm = nn::batch_norm1d(vs.root() / "norm", 4, Default::default());
@@ -1509,7 +1507,7 @@ fn weights_of_python_with_batch_norm_are_loaded_and_other_names_can_be_allowed()
     let keys = load_weights_with(&ours, &path, false)?;
     assert_eq!((&*keys.missing, &*keys.unexpected), (&["new".into()][..], &["old".into()][..]));
     assert_eq!(ours.variables()["fc.bias"], theirs.variables()["fc.bias"]);
-    // A file that PyTorch itself wrote, with what its batch norm has.
+    // PyTorch itself writes a file, with all that its batch norm has.
     let script = "import sys, torch
 from safetensors.torch import save_file
 net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
@@ -1533,7 +1531,7 @@ print(net(torch.ones(1, 3)).sum().item())";
         }
         _ => eprintln!("SKIPPED: no Python with torch and safetensors (set TORCH_PYTHON)"),
     }
-    // Another shape is an error, as in PyTorch.
+    // A variable of another shape is an error, as in PyTorch.
     let small = VarStore::new(Device::Cpu);
     let _ = (small.root() / "fc").ones("bias", &[5]);
     let error = text(load_weights_with(&small, &path, false));
@@ -1560,7 +1558,7 @@ fn the_model_alone_comes_out_of_a_training_checkpoint() -> Result<()> {
     assert!(error.contains("no part 'net'") && error.contains("model, optimizer"), "{error}");
     let error = text(load_weights(&vs, &path));
     assert!(error.contains("load_part(&vs, path, \"model\")"), "{error}");
-    // A damaged optimizer is noticed too.
+    // `load_part` also notices damage in a part that it does not load, here the optimizer.
     let mut bytes = std::fs::read(&path).unwrap();
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
@@ -1607,7 +1605,7 @@ fn a_longer_schedule_goes_on_at_its_place() -> Result<()> {
     assert!(told.contains("it goes on at event 6") && !told.contains("'decay':"), "{told}");
     rates.clear();
     longer.run(&mut rates, vec![0.; 6], Until::epochs(2))?;
-    // Values of events 6 and 7 of the new schedule, not 0 and 1, nor those of its second cycle.
+    // The rates are those of events 6 and 7 of the new schedule, not of 0 and 1, nor those of its second cycle.
     assert_eq!(rates[..2], [1. - 6. / 8., 1. - 7. / 8.]);
     Ok(())
 }
@@ -1665,7 +1663,8 @@ fn limits_of_time_and_samples_leave_the_rest_of_the_budget() -> Result<()> {
                 trainer.run(&mut seen, data(), limit(Until::epochs(3)))?;
             }
             assert_eq!(seen, straight, "{name}, saved at {saved_at}");
-            // 4, 4 and 2 samples in an epoch; some processes are slow.
+            // An epoch has batches of 4, 4 and 2 samples, so there are several runs; a slow machine may need more of
+            // them.
             assert!(runs >= 4, "{name}: {runs}");
         }
     }
@@ -1770,7 +1769,7 @@ fn epochs_are_passes_over_the_data_there_is_now() -> Result<()> {
                 let passes: Vec<_> =
                     (1..=4).flat_map(|epoch| (0..12).map(move |x| (epoch, x))).collect();
                 assert_eq!(seen, passes, "{what}");
-                // The number of iterations is told before they are done.
+                // Each run knows the number of its iterations before they are done.
                 for (length, done) in lengths.take() {
                     assert_eq!(length, Some(done), "{what}");
                 }
@@ -1779,7 +1778,7 @@ fn epochs_are_passes_over_the_data_there_is_now() -> Result<()> {
             }
         }
     }
-    // A length that the program gave stays.
+    // An epoch length that the program gave stays as it is.
     let folder = tempfile::tempdir().unwrap();
     let mut first = make(folder.path(), Event::IterationCompleted.once(3));
     let until = Until::epochs(3).epoch_length(4);
@@ -1828,11 +1827,12 @@ fn epochs_follow_batches_and_streams_of_another_length_too() -> Result<()> {
                 let summary = run(&mut next, &mut vec![], after as i64)?;
                 let what = format!("{before} to {after} at {n}, walked: {walked}");
                 assert_eq!(summary.epochs, 6, "{what}");
-                // In the first pass of a stream nothing is known that could have changed.
+                // There is no warning in the first pass of a stream, because its length is not known yet.
                 assert_eq!(summary.warnings.is_empty(), walked && n <= before, "{what}");
                 let whole: Vec<i64> = (0..after as i64).collect();
                 let epochs = epochs.take();
-                // Where only walking tells, epochs keep their length to the end of the pass.
+                // Where the length is only found by walking through the data, epochs keep their old length to the end
+                // of the pass.
                 let settled = if walked { after.div_ceil(before) as usize + 1 } else { 1 };
                 assert!(epochs.len() > settled || n > before, "{what}");
                 for epoch in epochs.iter().skip(settled) {
@@ -1844,7 +1844,7 @@ fn epochs_follow_batches_and_streams_of_another_length_too() -> Result<()> {
     Ok(())
 }
 
-/// Numbers as tch's own programs get them: shuffled by libtorch's random numbers.
+/// Batches of numbers that tch's own `Iter2` shuffles with libtorch's random numbers.
 fn shuffled(batch_size: i64) -> impl FnMut() -> tch::data::Iter2 {
     let x = Tensor::arange(8, (Kind::Int64, Device::Cpu));
     let images = x.shallow_clone();
@@ -1864,7 +1864,7 @@ fn shuffled(batch_size: i64) -> impl FnMut() -> tch::data::Iter2 {
 
 type Drawn = Engine<'static, Vec<(u64, i64)>, (Tensor, Tensor), f64>;
 
-/// A step that draws random numbers itself.
+/// A trainer whose step draws random numbers.
 fn drawing() -> Drawn {
     Engine::new(|seen: &mut Vec<(u64, i64)>, engine: &mut Drawn, (x, _)| {
         let epoch = engine.state.epoch;
@@ -1889,7 +1889,8 @@ fn an_order_drawn_from_libtorchs_random_numbers_goes_on_in_mid_pass() -> Result<
     for event in [Event::GetBatchCompleted, Event::IterationCompleted, Event::EpochCompleted] {
         for n in 1..=if event == Event::EpochCompleted { 3 } else { 12 } {
             let number = if event == Event::GetBatchCompleted { n - 1 } else { n };
-            // Suspended, or failed: an error gives up no iteration after its step.
+            // The first run is suspended or fails. An error behind the step gives up no iteration, so both must go on
+            // alike.
             for fails in [false, true] {
                 let folder = tempfile::tempdir().unwrap();
                 tch::manual_seed(7);
@@ -1934,7 +1935,7 @@ fn an_order_is_drawn_again_in_the_same_engine_after_an_error() -> Result<()> {
     seen.sort();
     let passes: Vec<_> = (1..=2).flat_map(|epoch| (0..8).map(move |x| (epoch, x))).collect();
     assert_eq!(seen, passes);
-    // ignite's state has no random numbers: the summary says that the order is another one.
+    // A state in ignite's format has no random numbers, so the summary must warn that the order is another one.
     let mut trainer = drawing();
     let state = serde_json::json!({"iteration": 2, "epoch_length": 4, "max_epochs": 2});
     trainer.load_state_dict(state.as_object().unwrap())?;
@@ -1963,5 +1964,100 @@ fn a_signal_during_a_search_ends_it_with_an_error() -> Result<()> {
     let found = finder.run(trainer, cx, &program.data, |loss: &Tensor| loss.shallow_clone());
     assert!(text(found).contains("signal 15 came"));
     assert!(program.outcome()? == before && files(folder.path()).is_empty());
+    Ok(())
+}
+
+/// A log that cannot be written to, of a handler that fails where a run is interrupted.
+struct BrokenLog;
+
+impl Log for BrokenLog {
+    fn path(&self) -> PathBuf {
+        "broken.csv".into()
+    }
+    fn commit(&self) -> Result<serde_json::Value> {
+        Err(tch_ignite::Error::State("the disk is full".into()))
+    }
+    fn rewind(&self, _: &serde_json::Value) -> Result<Option<String>> {
+        Ok(None)
+    }
+}
+
+impl<C, B, O> Handler<C, B, O> for BrokenLog {
+    fn spec(&self) -> Result<HandlerSpec> {
+        let log: Rc<dyn Log> = Rc::new(BrokenLog);
+        Ok(HandlerSpec::new("broken", Event::Interrupt).priority(Priority::Last).logs([log]))
+    }
+    fn call(&mut self, _: Event, _: &mut C, _: &mut Engine<'_, C, B, O>) -> anyhow::Result<()> {
+        anyhow::bail!("the log cannot be flushed")
+    }
+}
+
+#[test]
+fn a_broken_log_keeps_no_checkpoint_from_being_written() -> anyhow::Result<()> {
+    let _serial = serial();
+    let folder = tempfile::tempdir()?;
+    let make = || {
+        let mut trainer = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+        trainer.attach(BrokenLog).attach(Checkpoint::new(folder.path()).on_exception(true));
+        trainer
+    };
+    let error = make().run(&mut (), vec![1., 2.], Until::epochs(3)).unwrap_err();
+    let text = format!("{:#}", anyhow::Error::from(error));
+    assert!(text.contains("log 'broken.csv': the disk is full"), "{text}");
+    for file in ["checkpoint_2.safetensors", "emergency.safetensors"] {
+        verify(folder.path().join(file))?;
+    }
+    let resumed = make().resume(&mut (), folder.path())?;
+    assert_eq!(resumed.map(|resumed| resumed.iteration), Some(2));
+
+    let folder = tempfile::tempdir()?;
+    let mut trainer = Engine::new(|_: &mut (), engine: &mut Engine<'_, _, _, _>, x: f64| {
+        engine.interrupt();
+        Ok(x)
+    });
+    trainer.attach(BrokenLog).attach(Checkpoint::new(folder.path()));
+    let error = trainer.run(&mut (), vec![1., 2.], Until::epochs(3)).unwrap_err();
+    let text = format!("{:#}", anyhow::Error::from(error));
+    assert!(text.contains("handler 'broken' of INTERRUPT"), "{text}");
+    verify(folder.path().join("interrupted.safetensors"))?;
+    Ok(())
+}
+
+#[test]
+fn a_run_that_goes_on_after_a_limit_leaves_the_rest_of_the_last_event() -> anyhow::Result<()> {
+    let _serial = serial();
+    let make = || {
+        let mut trainer =
+            Engine::new(|log: &mut Vec<u64>, engine: &mut Engine<'_, _, _, _>, ()| {
+                log.push(engine.state.iteration);
+                Ok(())
+            });
+        let evaluator = Engine::new(|log: &mut Vec<u64>, _, ()| {
+            log.push(0);
+            Ok(())
+        });
+        trainer.attach(Evaluate::on(Event::Completed, "last", evaluator, vec![()]));
+        trainer
+    };
+    let mut first = make();
+    first.on(Event::IterationCompleted.once(2), |_, engine| {
+        engine.terminate_at_limit();
+        Ok(())
+    });
+    first.run(&mut vec![], vec![(); 4], Until::epochs(1))?;
+    let mut state = first.checkpoint(&vec![])?.copy()?;
+    // As if a signal had stopped that evaluation.
+    let mut engine = state.take_part("engine")?;
+    let mut position: serde_json::Value = engine.value("position")?;
+    let cursor = &mut position["position"]["cursor"];
+    cursor["phase"] = "Completed".into();
+    cursor["again"] = serde_json::json!({"handler": "evaluator last", "registration": 0});
+    position["event"] = "COMPLETED".into();
+    engine.set_value("position", position)?;
+    state.set_part("engine", engine);
+    let (mut resumed, mut log) = (make(), vec![]);
+    resumed.restore(&mut log, state, true)?;
+    resumed.run(&mut log, vec![(); 4], Until::epochs(1))?;
+    assert_eq!(log, [3, 4, 0]);
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Files that are damaged, hostile or large: an error, never a panic, a hang or more memory than they
-//! are worth.
+//! Tests of files that are damaged, hostile or large: reading them must give an error or a state, and never panic,
+//! hang or take much more memory than the file has bytes.
 
 use std::io::Write;
 use std::path::Path;
@@ -32,7 +32,7 @@ fn small(vs: &VarStore) -> Small {
     trainer
 }
 
-/// xorshift
+/// A random number generator, xorshift.
 struct Random(u64);
 
 impl Random {
@@ -44,7 +44,7 @@ impl Random {
     }
 }
 
-/// Makes the checksum right again, where there is one, and the length of the header.
+/// Corrects the checksum, if there is one, and the length of the header.
 fn mend(bytes: &mut [u8]) {
     let key = b"\"crc32c\":\"";
     let place = bytes.windows(key.len()).position(|window| window == key);
@@ -58,7 +58,7 @@ fn mend(bytes: &mut [u8]) {
     bytes[at..at + 8].copy_from_slice(crc.as_bytes());
 }
 
-/// One of the things that happen to files, and some that do not.
+/// Changes bytes at random, as a faulty disk or an attacker could.
 fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
     let len = bytes.len();
     match random.below(9) {
@@ -80,7 +80,7 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
             bytes.splice(to..to, block);
         }
         7 => {
-            // Digits of the JSON: shapes, places, counts.
+            // Changes a digit of the JSON, where shapes, positions and counts are.
             let digits: Vec<_> = (8..len).filter(|at| bytes[*at].is_ascii_digit()).collect();
             if let Some(at) = digits.get(random.below(digits.len())) {
                 bytes[*at] = b'0' + random.below(10) as u8;
@@ -93,7 +93,7 @@ fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
     }
 }
 
-/// A new file: some file systems wait for the disk when one is overwritten.
+/// Replaces a file by a new one, because some file systems wait for the disk when a file is overwritten.
 fn rewrite(path: &Path, bytes: &[u8]) {
     std::fs::remove_file(path).unwrap();
     std::fs::write(path, bytes).unwrap();
@@ -123,7 +123,7 @@ fn ten_thousand_corrupted_files_are_errors_or_whole_but_never_panics() -> Result
                 mutate(&mut bytes, &mut random);
             }
         }
-        // So that what lies behind the checksum is reached too.
+        // Every other file gets a right checksum, so that the code behind that check is reached too.
         let mended = round % 2 == 0;
         if mended {
             mend(&mut bytes);
@@ -153,7 +153,7 @@ fn ten_thousand_corrupted_files_are_errors_or_whole_but_never_panics() -> Result
     Ok(())
 }
 
-/// A file with this header and so many bytes of tensors.
+/// Writes a file with this header and `data` bytes of tensors.
 fn file(path: &Path, header: &str, data: u64) {
     let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
     file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
@@ -162,10 +162,10 @@ fn file(path: &Path, header: &str, data: u64) {
     file.get_ref().set_len(8 + header.len() as u64 + data).unwrap();
 }
 
-/// As long as a header may be.
+/// About the longest header that the reader accepts.
 const LENGTH: usize = 27_900_000;
 
-/// That much JSON.
+/// JSON of nearly that length: `begin`, then as many numbered `part`s as fit, then `end`.
 fn filled(begin: &str, part: &str, end: &str, escapes: bool) -> String {
     let most = LENGTH - begin.len() - end.len();
     let mut text = String::with_capacity(LENGTH);
@@ -183,7 +183,7 @@ fn filled(begin: &str, part: &str, end: &str, escapes: bool) -> String {
 
 const VARIANT: &str = "TCH_IGNITE_TEST_HEADER";
 
-/// What the process has ever had in memory, in MB.
+/// The most memory that the process has had so far, in MB.
 #[cfg(target_os = "linux")]
 fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -209,7 +209,7 @@ fn a_hostile_header_takes_150_mb_at_most() {
     let state = |begin: &str| {
         format!(r#"{{"__metadata__":{{"tch-ignite":"1","crc32c":"00000000","state":"{begin}"#)
     };
-    // Nearly as many as the state may have of each.
+    // These states have nearly as many values or tensors as a state may have.
     let many = |begin: &str, part: &str, end: &str, count: usize| {
         let numbered = (0..count).map(|number| part.replace('#', &format!("{number:x}")));
         let parts = numbered.collect::<String>().replace('"', "\\\"");
@@ -270,7 +270,7 @@ fn a_hostile_header_takes_150_mb_at_most() {
             std::fs::metadata(&path).unwrap().len() / 1_000_000
         );
         assert!(took < 150, "{what}: {line}");
-        // The limits are tried from both sides.
+        // Cases named "some" stay below the limits and must be read; the others may be refused for a limit.
         let is_read = !line.contains("the limit");
         assert!(is_read || !what.starts_with("some"), "{what}: {line}");
     }
@@ -417,7 +417,7 @@ fn a_tied_tensor_is_written_once_and_found_under_both_names() -> Result<()> {
     let (path, checkpoint) = (folder.path().join("a.safetensors"), folder.path().join("b"));
     let (vs, w) = tied(0.1, Kind::Float);
     save_weights(&vs, &path)?;
-    // Two matrices would be 48 bytes.
+    // The file must hold the matrix once: two matrices would be 48 bytes.
     let data = |path: &Path| {
         let bytes = std::fs::read(path).unwrap();
         bytes.len() as u64 - 8 - u64::from_le_bytes(bytes[..8].try_into().unwrap())
@@ -428,7 +428,7 @@ fn a_tied_tensor_is_written_once_and_found_under_both_names() -> Result<()> {
     assert_eq!(v, w);
     assert_eq!(other.variables()["emb.weight"].data_ptr(), v.data_ptr());
 
-    // A store that has one of the names, and one that has them apart.
+    // The file loads into a store that has one of the two names, and into one whose two names are separate tensors.
     let one = VarStore::new(Device::Cpu);
     let emb = (one.root() / "emb").zeros("weight", &[2, 3]);
     let _ = (one.root() / "head").zeros("bias", &[2]);
@@ -442,7 +442,7 @@ fn a_tied_tensor_is_written_once_and_found_under_both_names() -> Result<()> {
     let _ = (apart.root() / "head").zeros("bias", &[2]);
     load_weights(&apart, &path)?;
     assert_eq!((&emb, &head), (&w, &w));
-    // The other way round: the same values are fine, others are two variables and not one.
+    // Two equal tensors of a file can be loaded into one tied variable, two different ones cannot.
     let untied = folder.path().join("untied.safetensors");
     save_weights(&apart, &untied)?;
     assert_eq!(data(&untied), 24 + 24 + 8);
@@ -498,7 +498,7 @@ fn a_tied_tensor_is_written_once_and_found_under_both_names() -> Result<()> {
     Ok(())
 }
 
-/// Names that mean something in the metadata, or could be taken for it, are written as tensors of their own.
+/// A name that means something in the metadata must not be mistaken for metadata.
 #[test]
 fn a_tied_tensor_may_have_any_names() -> Result<()> {
     let _serial = serial();

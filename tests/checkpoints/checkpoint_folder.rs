@@ -1,5 +1,5 @@
-//! What a folder of checkpoints holds, whatever happened to it: kills between two steps of a write, full
-//! disks, several handlers, other programs' files.
+//! Tests of folders of checkpoints: which files are in them after kills between two steps of a write, full disks,
+//! several handlers, and files of other programs.
 
 use std::cell::RefCell;
 use std::path::Path;
@@ -72,7 +72,7 @@ fn text(error: tch_ignite::Error) -> String {
     format!("{:#}", anyhow::Error::from(error))
 }
 
-/// Ends the epochs with these values of the metric.
+/// Sets the metric "score" to the next of these values at the end of each epoch.
 fn scores(trainer: &mut Small, scores: &'static [f64]) {
     trainer.on(Event::EpochCompleted, move |_, engine| {
         engine.state.metrics.set("score", scores[engine.state.epoch as usize - 1]);
@@ -91,7 +91,8 @@ fn files_of_a_killed_process_go_on_the_list() -> Result<()> {
         trainer
     };
     make().run(&mut (), vec![1], Until::epochs(3))?;
-    // Killed between the rename of the third and the removal of the first.
+    // The folder now looks as if the process had been killed between the rename of the third file and the removal of
+    // the first.
     std::fs::copy(path("checkpoint_3.safetensors"), path("copy")).unwrap();
     std::fs::remove_file(path("checkpoint_3.safetensors")).unwrap();
     let orphan = std::fs::read(path("checkpoint_2.safetensors")).unwrap();
@@ -103,7 +104,7 @@ fn files_of_a_killed_process_go_on_the_list() -> Result<()> {
         ["checkpoint_4.safetensors", "checkpoint_5.safetensors", "copy", "latest"]
     );
     std::fs::write(path("checkpoint_2.safetensors"), &orphan).unwrap();
-    // One that is damaged, and one of another run, are nobody's.
+    // A damaged file, and one of another run, must not be adopted and removed.
     let mut damaged = orphan.clone();
     *damaged.last_mut().unwrap() ^= 1;
     std::fs::write(path("checkpoint_1.safetensors"), &damaged).unwrap();
@@ -139,7 +140,7 @@ fn handlers_at_one_event_do_not_lose_each_others_files() -> Result<()> {
     let make = || {
         let mut trainer = small();
         scores(&mut trainer, &[0.5, 0.9, 0.7, 0.8]);
-        // The first is written before the second has chosen.
+        // The first handler writes its checkpoint before the second one has chosen the best.
         let best = Rc::new(RefCell::new(best()));
         trainer.attach(Checkpoint::new(folder.path())).attach(best.clone());
         (trainer, best)
@@ -160,7 +161,7 @@ fn handlers_at_one_event_do_not_lose_each_others_files() -> Result<()> {
 }
 
 #[test]
-fn of_more_files_than_asked_for_the_best_counts() -> Result<()> {
+fn the_best_counts_when_there_are_more_files_than_asked_for() -> Result<()> {
     let _serial = serial();
     let (folder, aside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let worse = "checkpoint_score=0.5000.safetensors";
@@ -176,7 +177,7 @@ fn of_more_files_than_asked_for_the_best_counts() -> Result<()> {
         trainer
     };
     make().run(&mut (), vec![1], Until::epochs(2))?;
-    // Killed before the worse one was removed.
+    // The folder now looks as if the process had been killed before it removed the worse file.
     std::fs::copy(aside.path().join(worse), folder.path().join(worse)).unwrap();
     for (epochs, expected) in [
         (3, &[worse, "checkpoint_score=0.9000.safetensors"][..]),
@@ -209,7 +210,7 @@ fn a_broken_file_with_any_extension_is_told() -> Result<()> {
         assert_eq!((resumed.iteration, resumed.skipped.len()), (1, 1), "{resumed}");
         assert!(resumed.to_string().contains("checkpoint_2.ckpt"), "{resumed}");
     }
-    // By its content alone.
+    // Files are recognised by their content, whatever their names.
     std::fs::write(&newest, &whole).unwrap();
     std::fs::write(folder.path().join("odd.bin"), &whole[..whole.len() / 2]).unwrap();
     let resumed = make().resume(&mut (), folder.path())?.unwrap();
@@ -218,7 +219,7 @@ fn a_broken_file_with_any_extension_is_told() -> Result<()> {
 }
 
 #[test]
-fn what_is_no_folder_is_an_error_but_none_is_not() -> Result<()> {
+fn a_file_instead_of_a_folder_is_an_error_but_no_folder_is_not() -> Result<()> {
     let _serial = serial();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("file.safetensors");
@@ -240,7 +241,7 @@ fn an_evaluators_checkpoints_are_not_the_trainers() -> Result<()> {
         evaluator.attach(best.clone());
         let mut trainer = small();
         trainer.attach(Checkpoint::new(folder.path()));
-        // Each evaluation sees a larger mean.
+        // The mean grows from evaluation to evaluation.
         let data = Rc::new(RefCell::new(0));
         let next = move || {
             *data.borrow_mut() += 1;
@@ -258,7 +259,7 @@ fn an_evaluators_checkpoints_are_not_the_trainers() -> Result<()> {
                 _ = trainer.attach(Evaluate::on(Event::EpochStarted, "val", evaluator, next()))
             }
         }
-        // The last that is written.
+        // This handler does nothing, at the trainer's last event.
         trainer.on(Event::Completed, |_, _| Ok(()));
         (trainer, best)
     };
@@ -295,7 +296,7 @@ fn checkpoints_of_another_program_are_passed_over_and_told() -> Result<()> {
     assert_eq!(resumed.iteration, 2);
     let told = resumed.to_string();
     assert!(told.contains("of another program: its handler 'ema_momentum'"), "{told}");
-    // Where none fits, the newest says what does not.
+    // If no checkpoint fits, the error is that of the newest.
     let mut misfit = small();
     misfit.attach(Checkpoint::new(folder.path())).attach(History::new());
     let error = text(misfit.resume(&mut (), folder.path()).unwrap_err());
@@ -312,7 +313,8 @@ fn time_passes_only_with_a_file() -> Result<()> {
     let pause = Duration::from_millis(40);
     let best = Checkpoint::new(folder.path()).best(9, "score", Mode::Max).every(2 * pause);
     trainer.attach(best);
-    // NaN at 90 ms; at 130 ms it is still due, then not before 210 ms.
+    // The first score, at 90 ms, is NaN and not saved; so at 130 ms a checkpoint is still due, and the next not
+    // before 210 ms.
     trainer.on(Event::EpochStarted, move |_, engine| {
         std::thread::sleep(if engine.state.epoch == 1 { 9 * pause / 4 } else { pause / 2 });
         Ok(())
@@ -332,7 +334,7 @@ fn a_clock_that_was_put_back_does_not_make_the_old_the_newest() -> Result<()> {
         trainer
     };
     make().run(&mut (), vec![1], Until::epochs(1))?;
-    // As if it had been written in a hundred years.
+    // The file now looks as if it had been written in a hundred years.
     let path = folder.path().join("checkpoint_1.safetensors");
     let mut bytes = std::fs::read(&path).unwrap();
     let key = b"\"written\":\"1";
@@ -394,7 +396,7 @@ fn other_data_is_told_and_another_batch_size_keeps_the_place() -> Result<()> {
         let mut next = make(folder.path());
         next.resume(&mut seen, folder.path())?.unwrap();
         let summary = run(&mut next, &x, 2, 1, &mut seen)?;
-        // 8 samples are left of the pass, and so of the epoch.
+        // The pass has 8 samples left, and so has the epoch.
         assert_eq!(summary.warnings, ["batch_size of the data: 4 then, 2 now"]);
         assert_eq!((seen.len(), summary.iterations), (20, 7));
         let mut distinct = seen.clone();
@@ -465,7 +467,7 @@ fn what_fails_or_panics_leaves_an_emergency_checkpoint_to_go_on_from() -> Result
             next.resume(&mut (), folder.path())?.unwrap();
             next.run(&mut (), data("nothing"), until)?;
             assert_eq!(next.state.iteration, 6, "{at} {panics}");
-            // A step that failed is given up; all else is repeated.
+            // A failed step is not repeated, but a failed fetch is, so that its mean is the same.
             if at == "data" {
                 assert_eq!(next.state.metrics.get("mean")?, expected, "{at} {panics}");
             }
@@ -489,8 +491,8 @@ fn an_error_in_the_background_does_not_keep_the_emergency_checkpoint() -> Result
     verify(folder.path().join("checkpoint_1.safetensors"))
 }
 
-/// Runs a test of this file in a namespace of its own, where disks can be mounted; false if this system
-/// does not let us.
+/// Runs a test of this file in a namespace of its own, where the test can mount disks. Returns false if the system
+/// does not allow this.
 fn in_namespace(test: &str, script: &str) -> bool {
     let allowed = Command::new("unshare").args(["-rm", "true"]).output();
     if !allowed.is_ok_and(|output| output.status.success()) {
@@ -513,14 +515,14 @@ fn in_namespace(test: &str, script: &str) -> bool {
     true
 }
 
-/// Where the tests of this file are in the program.
+/// The module path of this file's tests, by which the test runner knows them.
 const PATH: &str = module_path!();
 
 const DISK: &str = "TCH_IGNITE_TEST_DISK";
 
 type Writes = (&'static str, Box<dyn Fn() -> Result<()>>);
 
-/// Each way of writing a file, under a name.
+/// The name of each way of writing a file, and a function that does so.
 fn writers(folder: &Path) -> Vec<Writes> {
     let vs = VarStore::new(Device::Cpu);
     let _ = vs.root().ones("weight", &[50_000]);
@@ -596,7 +598,7 @@ fn a_full_disk_is_an_error_that_leaves_what_was_there() {
         assert_eq!(rest, [""; 0], "nothing half-written stays");
         free();
     }
-    // Loggers that were open before keep what they could not write.
+    // Loggers that were opened before the disk was full keep the values that they could not write.
     let loggers: [(&str, Box<dyn Logger>); 3] = [
         ("scalars.csv", Box::new(CsvLogger::open(disk.join("scalars.csv")).unwrap())),
         ("scalars.jsonl", Box::new(JsonLinesLogger::open(disk.join("scalars.jsonl")).unwrap())),
@@ -613,7 +615,7 @@ fn a_full_disk_is_an_error_that_leaves_what_was_there() {
     for (name, rows) in [("scalars.csv", 501), ("scalars.jsonl", 500)] {
         assert_eq!(std::fs::read_to_string(disk.join(name)).unwrap().lines().count(), rows);
     }
-    // Training goes on from where it was once there is room.
+    // Training goes on from where it was as soon as there is room.
     let folder = disk.join("checkpoints");
     for background in [false, true] {
         let make = || {
@@ -628,7 +630,8 @@ fn a_full_disk_is_an_error_that_leaves_what_was_there() {
         let (ballast, latest) = (disk.join("ballast"), folder.join("latest"));
         let before = folder.join("checkpoint_2.safetensors");
         trainer.on(Event::EpochStarted.once(3), move |_, _| {
-            // In the background it may still be on its way, and the one before leave room when it goes.
+            // In the background the last checkpoint may not be written yet, and the removal of the one before would
+            // make room on the disk. So both are waited for.
             let is_latest = || std::fs::read_to_string(&latest).is_ok_and(|n| n.contains("_4."));
             while !is_latest() || before.exists() {
                 std::thread::sleep(Duration::from_millis(5));
@@ -677,7 +680,7 @@ fn a_read_only_folder_is_an_error_that_leaves_what_was_there() {
         let error = text(write().expect_err(name));
         assert!(error.contains(name) && error.contains("Read-only"), "{name}: {error}");
     }
-    // Reading needs no lock.
+    // A run that only reads checkpoints needs no lock.
     let mut plain = small();
     assert_eq!(plain.resume_with(&mut (), &folder, false).unwrap().unwrap().iteration, 2);
     let error = text(make().run(&mut (), vec![1], Until::epochs(3)).unwrap_err());
@@ -708,7 +711,7 @@ fn a_damaged_file_does_not_go_on_the_list() -> Result<()> {
     trainer.run(&mut (), vec![1], Until::epochs(3))?;
     drop(trainer);
     for damaged in [false, true] {
-        // As if the process had been killed before it removed its first file.
+        // The folder now looks as if the process had been killed before it removed its first file.
         let mut bytes = std::fs::read(path("aside")).unwrap();
         *bytes.last_mut().unwrap() ^= u8::from(damaged);
         std::fs::write(path("checkpoint_1.safetensors"), bytes).unwrap();
@@ -735,7 +738,7 @@ fn a_list_in_a_checkpoint_removes_only_files_with_the_stamp_of_its_run() -> Resu
         trainer
     };
     make(folder.path(), "checkpoint").run(&mut (), vec![1], Until::epochs(1))?;
-    // The files of somebody else, of another run, of another handler, and a copy.
+    // The folder gets files of somebody else, of another run and of another handler, and a copy of a checkpoint.
     std::fs::write(path("notes.txt"), "notes").unwrap();
     save_weights(&store(), path("weights.safetensors"))?;
     let other = tempfile::tempdir().unwrap();
@@ -763,7 +766,7 @@ fn a_list_in_a_checkpoint_removes_only_files_with_the_stamp_of_its_run() -> Resu
     }
     assert!(path("checkpoint_4.safetensors").exists());
     assert!(!path("checkpoint_1.safetensors").exists(), "its own is removed");
-    // A file that took the place of one of its own meanwhile is somebody's too.
+    // A file that has replaced one of the handler's own files must not be removed either.
     let mut next = make(folder.path(), "checkpoint");
     next.load_checkpoint(&mut (), path("checkpoint_4.safetensors"), true)?;
     let (from, to) = (path("notes.txt"), path("checkpoint_4.safetensors"));
@@ -832,14 +835,15 @@ fn two_handlers_of_the_same_files_are_refused() -> Result<()> {
         error.contains("'checkpoint_0.safetensors'") && error.contains("another name"),
         "{error}"
     );
-    // By other arguments the same names.
+    // A handler with other arguments that would use the same file names is refused.
     let by_score = here().score_function(|_| Ok(1));
     assert!(trainer.add_handler(by_score).is_err());
     trainer.attach(here().name("other")).attach(here().best(1, "mean", Mode::Max));
     trainer.attach(here().filename_prefix("more"));
     trainer.run(&mut (), vec![1], Until::epochs(1))?;
 
-    // In two engines of one run, also by a path of another form; one after the other they may.
+    // Two engines of one run must not write the same files either, even if their paths are written differently; one
+    // engine after the other may.
     let mut evaluator = small();
     evaluator
         .attach(Checkpoint::new(folder.path().join("..").join(folder.path().file_name().unwrap())));
@@ -850,16 +854,16 @@ fn two_handlers_of_the_same_files_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// Counts the calls that make files safe in the order they come, and lets some fail: a library that is
-/// loaded before the system's.
+/// A library that is loaded before the system's C library. It writes down the calls that make files safe, in their
+/// order, and lets some of them fail.
 #[cfg(target_os = "linux")]
 mod shim {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
-    /// Where the calls are written down.
+    /// This variable names the file to which the calls are written.
     pub const LOG: &str = "TCH_IGNITE_TEST_CALLS";
-    /// A file with the names of the calls that fail.
+    /// This variable names a file that lists the calls that are to fail.
     pub const FAILING: &str = "TCH_IGNITE_TEST_FAILING";
 
     const SOURCE: &str = r#"
@@ -921,7 +925,7 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*start)
 }
 "#;
 
-    /// Runs a test of this file anew, with the library.
+    /// Runs a test of this file in a new process with the library.
     pub fn run(test: &str) {
         let folder = tempfile::tempdir().unwrap();
         let (source, library) = (folder.path().join("shim.c"), folder.path().join("shim.so"));
@@ -956,17 +960,17 @@ int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*start)
         std::env::var_os(name).map(PathBuf::from)
     }
 
-    /// Whether this is the process with the library.
+    /// Whether the library is loaded into this process.
     pub fn is_loaded() -> bool {
         path(LOG).is_some()
     }
 
-    /// Calls of these names fail from now on.
+    /// Lets calls of these functions fail from now on.
     pub fn fail(calls: &str) {
         std::fs::write(path(FAILING).unwrap(), calls).unwrap();
     }
 
-    /// The calls about files below a folder since the last time, with names instead of paths.
+    /// The calls about files below a folder since `calls` was last called, with names relative to the folder.
     pub fn calls(folder: &Path) -> Vec<String> {
         let log = path(LOG).unwrap();
         let text = std::fs::read_to_string(&log).unwrap_or_default();
@@ -996,7 +1000,7 @@ fn files_and_their_folder_are_on_the_disk_before_old_files_go() -> Result<()> {
     shim::calls(folder.path());
     trainer.run(&mut (), vec![1], Until::epochs(2))?;
     let calls = shim::calls(folder.path());
-    // Each new folder is in the one above it, then each file in its folder.
+    // Each new folder is synced into the one above it, then each file into its folder.
     let written = |name: &str| {
         ["fsync new/run/", "rename new/run/"]
             .map(|call| call.to_owned() + name)
@@ -1025,9 +1029,9 @@ fn errors_of_a_write_and_of_tidying_are_both_told() -> Result<()> {
     }
     for background in [false, true] {
         for (failing, at, told) in [
-            // The new file cannot be written, and the folder not be looked through after that.
+            // The new file cannot be renamed into place, and after that the folder cannot be listed.
             ("rename opendir", 4, ["checkpoint_4.safetensors: Input/output", "Permission denied"]),
-            // It can, but two old ones cannot be removed.
+            // The new file can be written, but two old ones cannot be removed.
             ("unlink", 3, ["checkpoint_1.safetensors: Device or resource busy", "checkpoint_2"]),
         ] {
             let folder = tempfile::tempdir().unwrap();
@@ -1043,7 +1047,7 @@ fn errors_of_a_write_and_of_tidying_are_both_told() -> Result<()> {
             trainer.resume(&mut (), folder.path())?.unwrap();
             let latest = path("latest");
             trainer.on(Event::IterationCompleted.once(at), move |_, _| {
-                // In the background the last one may still be on its way.
+                // In the background the last checkpoint may not be written yet.
                 let last = format!("checkpoint_{}.", at - 1);
                 while !std::fs::read_to_string(&latest).is_ok_and(|name| name.starts_with(&last)) {
                     std::thread::sleep(Duration::from_millis(5));
@@ -1056,7 +1060,7 @@ fn errors_of_a_write_and_of_tidying_are_both_told() -> Result<()> {
             for told in told {
                 assert!(error.contains(told), "{background} {failing}: {error}");
             }
-            // The newest that could be written is there.
+            // The newest checkpoint that could be written is whole.
             verify(path("checkpoint_3.safetensors"))?;
             assert!(!path("checkpoint_4.safetensors").exists());
         }

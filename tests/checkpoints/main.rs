@@ -1,4 +1,4 @@
-//! What is saved and restored. Checkpoints hold the state of libtorch's generator, which all threads share: tests
+//! Tests of saving and restoring. Checkpoints hold the state of libtorch's generator, which all threads share: tests
 //! that draw from it or restore it take turns (`common::serial`).
 
 #[path = "../common/mod.rs"]

@@ -1,5 +1,5 @@
-//! The same test for everything that has a state: a run that is killed at any event and resumed in
-//! another process's place ends, and goes there, bit for bit as one that was not.
+//! Tests everything that has a state in the same way: a run is killed at any event and resumed by a program that was
+//! built anew; from there to its end it must be bit for bit the same as a run that was not killed.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -14,7 +14,7 @@ use tch_ignite::data::{
     Batch, DataLoader, Loader, RandomSampler, SequentialSampler, SubsetRandomSampler,
     TensorDataset, WeightedRandomSampler,
 };
-use tch_ignite::engine::{Engine, Event, Events, Handler, Priority, Until};
+use tch_ignite::engine::{Engine, Event, Handler, HandlerSpec, Priority, Until};
 use tch_ignite::handlers::*;
 use tch_ignite::metrics::*;
 use tch_ignite::optim::{Knob, Optimizer, lr};
@@ -41,7 +41,7 @@ struct Program {
     cx: Cx,
     trainer: Trainer,
     data: Data,
-    /// What the run shows at its events.
+    /// One line for each iteration and epoch, with everything that can be observed then.
     lines: Lines,
 }
 
@@ -84,7 +84,7 @@ impl Program {
         Self { vs, cx, trainer, data: Data::Loader(loader()), lines: Rc::default() }
     }
 
-    /// Notes all metrics, knobs and what else there is, after each iteration and epoch.
+    /// Writes a line with all metrics, knobs and the text of `watch` after each iteration and epoch.
     fn watched(mut self, watch: impl Fn() -> String + 'static) -> Self {
         let lines = self.lines.clone();
         self.trainer.on(Event::IterationCompleted | Event::EpochCompleted, move |cx, engine| {
@@ -122,7 +122,7 @@ fn is_time(name: &str) -> bool {
     ["throughput", "samples/s"].iter().any(|begin| name.starts_with(begin))
 }
 
-/// All of a state but times.
+/// A state as a text, without times.
 fn bits(state: &StateDict) -> String {
     let timed = ["total", "elapsed", "times", "seconds", "samples", "samples/s"];
     let untimed = |name: &str| !timed.contains(&name) && !is_time(name);
@@ -143,7 +143,7 @@ fn bits(state: &StateDict) -> String {
     text
 }
 
-/// Saves as the last handler of an event, and fails.
+/// A handler that runs last at an event, saves a checkpoint, and fails.
 struct Killer {
     event: Event,
     left: u64,
@@ -151,14 +151,8 @@ struct Killer {
 }
 
 impl Handler<Cx, Batch, Tensor> for Killer {
-    fn name(&self) -> String {
-        "killer".into()
-    }
-    fn events(&self) -> Events {
-        self.event.into()
-    }
-    fn priority(&self) -> Priority {
-        Priority::Last
+    fn spec(&self) -> Result<HandlerSpec> {
+        Ok(HandlerSpec::new("killer", self.event).priority(Priority::Last))
     }
     fn call(
         &mut self,
@@ -175,13 +169,13 @@ impl Handler<Cx, Batch, Tensor> for Killer {
     }
 }
 
-/// In memory where that is possible: there are thousands of files, and each is synced.
+/// A temporary folder, in memory where that is possible, because there are thousands of files and each is synced.
 fn temporary() -> tempfile::TempDir {
     let in_memory = tempfile::tempdir_in("/dev/shm");
     in_memory.or_else(|_| tempfile::tempdir()).unwrap()
 }
 
-/// `make` builds the program, with random numbers of that seed.
+/// Kills and resumes the program that `make` builds, at every event; `make` gets a seed for random numbers.
 fn survives(what: &str, make: impl Fn(i64) -> Program) {
     let _serial = serial();
     let mut straight = make(1);
@@ -214,7 +208,7 @@ fn survives(what: &str, make: impl Fn(i64) -> Program) {
     }
 }
 
-/// A program with something attached.
+/// Tests a program to which `attach` attaches something.
 fn with(what: &str, attach: impl Fn(&mut Program)) {
     survives(what, |seed| {
         let mut program = Program::new(seed);
@@ -232,7 +226,7 @@ fn evaluator() -> Engine<'static, Cx, Batch, Prediction> {
     evaluator
 }
 
-/// A knob of one's own.
+/// A knob that turns a number, which is returned too.
 fn knob(name: &str) -> (Knob, Arc<Mutex<f64>>) {
     let value = Arc::new(Mutex::new(1.));
     let (get, set) = (value.clone(), value.clone());
@@ -240,7 +234,7 @@ fn knob(name: &str) -> (Knob, Arc<Mutex<f64>>) {
 }
 
 #[test]
-fn averages() {
+fn averages_survive_a_kill() {
     with("EMA whose momentum a handler changes", |program| {
         let ema = EMAHandler::new(&program.vs, 0.1).unwrap().warmup(0.9, 5).unwrap();
         let knob = ema.knob();
@@ -268,7 +262,7 @@ fn averages() {
 }
 
 #[test]
-fn evaluations() {
+fn evaluations_survive_a_kill() {
     const SEEN: Event = Event::custom("seen");
     with("an evaluator with metrics of some epochs and events of its own", |program| {
         let mut evaluator = evaluator();
@@ -308,7 +302,7 @@ fn evaluations() {
 }
 
 #[test]
-fn what_watches() {
+fn handlers_that_watch_the_run_survive_a_kill() {
     survives("timers and rates", |seed| {
         let mut program = Program::new(seed);
         let timer = Timer::average()
@@ -364,7 +358,7 @@ fn what_watches() {
 }
 
 #[test]
-fn metrics_of_all_usages() {
+fn metrics_of_all_usages_survive_a_kill() {
     use Usage::*;
     let usages = [
         EpochWise,
@@ -393,7 +387,7 @@ fn metrics_of_all_usages() {
         program
             .trainer
             .metric_with("variance", &square - &sum * &sum, Usage::EpochWise)
-            // Begins before the other, and is called after it.
+            // This metric shares `sum` with the one above; its usage resets it earlier, and it is called later.
             .metric_with("sum", sum, Usage::RunningBatchWise)
             .metric("group", group)
             .metric("group/b", Mean::new());
@@ -401,7 +395,7 @@ fn metrics_of_all_usages() {
 }
 
 #[test]
-fn all_schedules() {
+fn all_schedules_survive_a_kill() {
     type Named = (&'static str, fn() -> AnySchedule);
     let schedules: Vec<Named> = vec![
         ("LinearCyclical", || LinearCyclical::new(1e-2, 1e-3, 5).cycle_mult(1.5).into()),
@@ -435,7 +429,7 @@ fn all_schedules() {
 }
 
 #[test]
-fn schedulers_of_knobs_of_ones_own() {
+fn schedulers_of_a_users_own_knobs_survive_a_kill() {
     survives("groups of schedulers", |seed| {
         let mut program = Program::new(seed);
         let ((one, first), (two, second)) = (knob("one"), knob("two"));
@@ -455,7 +449,7 @@ fn schedulers_of_knobs_of_ones_own() {
     });
 }
 
-/// A handler with a state, but not at all times.
+/// A handler that has a state at some times and none at others.
 struct Late {
     name: &'static str,
     count: Option<u64>,
@@ -463,11 +457,8 @@ struct Late {
 }
 
 impl Handler<Cx, Batch, Tensor> for Late {
-    fn name(&self) -> String {
-        self.name.into()
-    }
-    fn events(&self) -> Events {
-        Event::IterationCompleted.after(4).into()
+    fn spec(&self) -> Result<HandlerSpec> {
+        Ok(HandlerSpec::new(self.name, Event::IterationCompleted.after(4)))
     }
     fn save_state(&self) -> Result<Option<StateDict>> {
         let Some(count) = self.count else { return Ok(None) };
@@ -494,7 +485,7 @@ impl Handler<Cx, Batch, Tensor> for Late {
 }
 
 #[test]
-fn handlers_of_ones_own() {
+fn a_users_own_handlers_survive_a_kill() {
     survives("handlers with a state at times, whose names look like those of others", |seed| {
         let mut program = Program::new(seed);
         let seen = Rc::new(RefCell::new(vec![]));
@@ -506,7 +497,7 @@ fn handlers_of_ones_own() {
 }
 
 #[test]
-fn groups_that_are_frozen_in_between() {
+fn groups_that_are_frozen_in_between_survive_a_kill() {
     with("freezing and thawing", |program| {
         program.trainer.on(Event::IterationStarted, |cx, engine| {
             let base = cx.optimizer.group("base")?;
@@ -522,7 +513,7 @@ fn groups_that_are_frozen_in_between() {
 }
 
 #[test]
-fn positions_in_the_data() {
+fn positions_in_the_data_survive_a_kill() {
     with("a batch size that is scheduled", |program| {
         let data = loader();
         let schedule = PiecewiseLinear::new([(0, 2.), (2, 5.)]);
@@ -570,7 +561,7 @@ fn data_loader() -> DataLoader<TensorDataset, Batch> {
 }
 
 #[test]
-fn parts_of_ones_own() {
+fn a_users_own_parts_survive_a_kill() {
     struct Odd(f64, Option<f64>);
     impl Stateful for Odd {
         fn state_dict(&self) -> Result<StateDict> {
@@ -599,9 +590,9 @@ fn parts_of_ones_own() {
     });
 }
 
-/// One matrix in two layers, under both their names.
+/// Two layers share one matrix, which the store knows by both their names.
 #[test]
-fn tied_weights() {
+fn tied_weights_survive_a_kill() {
     survives("tied weights", |seed| {
         tch::manual_seed(seed);
         let vs = VarStore::new(Device::Cpu);
@@ -628,15 +619,15 @@ fn tied_weights() {
     });
 }
 
-/// Convolutions with channels last: parameters, moments and averages lie so too.
+/// Convolutions have their channels last in memory, and so have their moments and averages.
 #[test]
-fn memory_formats() {
+fn memory_formats_survive_a_kill() {
     let make = |seed: i64| {
         tch::manual_seed(seed);
         let vs = VarStore::new(Device::Cpu);
         let config = nn::ConvConfig { bias: false, ..Default::default() };
         let mut conv = nn::conv2d(vs.root() / "base", 3, 2, 3, config);
-        // tch has no memory formats: the parameter itself gets other strides.
+        // tch has no memory formats, so the parameter itself gets other strides.
         let last = Tensor::empty_strided(conv.ws.size(), [27, 1, 9, 3], (Kind::Float, Device::Cpu));
         tch::no_grad(|| {
             let mut last = last;

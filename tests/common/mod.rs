@@ -6,7 +6,8 @@ use std::io::Write;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Tells that a test did not run, past the test runner's capture, so that nobody takes the test for done.
+/// Prints that a test did not run. The line is written past the test runner's capture, so that nobody believes that
+/// the test has passed.
 ///
 /// `scripts/test.sh` lists these lines again, and in CI fails on those that name Python.
 pub fn skipped(why: impl Display) {
@@ -21,15 +22,15 @@ pub fn exact(module: &str, test: &str) -> String {
     }
 }
 
-/// libtorch's generator of random numbers is one for all threads of the process: tests that seed it, draw
-/// from it or restore it take turns.
+/// All threads of the process share libtorch's random number generator, so tests that seed it, draw from it or
+/// restore it hold this lock and take turns.
 pub fn serial() -> MutexGuard<'static, ()> {
     static SERIAL: Mutex<()> = Mutex::new(());
     SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The Python that an environment variable names (`python3` unless set), if it can import these
-/// modules. Tells that the test is skipped otherwise.
+/// The Python that an environment variable names (`python3` unless set), if it can import these modules. Otherwise
+/// this prints that the test is skipped.
 pub fn python(test: &str, variable: &str, modules: &str) -> Option<String> {
     let python = std::env::var(variable).unwrap_or_else(|_| "python3".into());
     let has = Command::new(&python).args(["-c", &format!("import {modules}")]).output();

@@ -1,4 +1,4 @@
-//! Collectives between processes, and what happens where the ranks do not agree.
+//! Tests of collectives between processes, and of the errors if the ranks do not agree.
 
 use std::time::{Duration, Instant};
 
@@ -43,7 +43,8 @@ fn collectives_of_tensors() {
         pg.all_reduce(&[&tensor], op).unwrap();
         assert_eq!(values(&tensor), [expected; 3], "{op:?}");
     }
-    // Several types, a view that is not contiguous, a parameter with a graph, one without elements.
+    // The list has tensors of several types, a view that is not contiguous, a parameter with gradients, and a tensor
+    // without elements.
     let base = Tensor::full([2, 3], rank, (Kind::Float, Device::Cpu));
     let parameter = Tensor::full([2], rank, (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let empty = Tensor::zeros([0], (Kind::Float, Device::Cpu));
@@ -89,11 +90,11 @@ fn messages() {
     let mut values = vec![pg.rank() as f64; 3];
     control.all_reduce_f64(&mut values, ReduceOp::Sum).unwrap();
     assert_eq!(values, [sum; 3]);
-    // More than fits into a frame.
+    // These values do not fit into one frame.
     let mut values = vec![pg.rank() as f64; 1000];
     control.all_reduce_f64(&mut values, ReduceOp::Max).unwrap();
     assert_eq!(values, [world as f64 - 1.; 1000]);
-    // Bits, not decimals.
+    // The bits of numbers are exchanged, not decimal texts, so NaN and -0 stay what they are.
     let mut values = [if pg.is_main() { f64::NAN } else { 1. }, -0.];
     control.all_reduce_f64(&mut values, ReduceOp::Max).unwrap();
     assert!(values[0].is_nan() && values[1].is_sign_negative());

@@ -1,4 +1,4 @@
-//! Several processes train the model that one would train with their batches joined.
+//! Tests that several processes train the same model as one process with their batches joined.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ fn join() -> ProcessGroup {
     ProcessGroup::from_env_or_single(options).unwrap()
 }
 
-/// Samples and targets by arithmetic, the same in all processes.
+/// Samples and targets, computed from a formula, so that they are the same in all processes.
 pub fn data(kind: Kind) -> (Tensor, Tensor) {
     let x = (Tensor::arange(96 * 6, (Kind::Double, Device::Cpu)) * 0.7).sin().view([96, 6]);
     let y = (Tensor::arange(96, (Kind::Double, Device::Cpu)) * 0.3).cos().view([96, 1]);
@@ -40,7 +40,7 @@ fn net(vs: &VarStore) -> nn::Sequential {
         .add(layer("c", 32, 1))
 }
 
-/// All parameters in one row, by name.
+/// All parameters in one row, in the order of their names.
 fn flat(vs: &VarStore) -> Tensor {
     let mut variables: Vec<_> = vs.variables().into_iter().collect();
     variables.sort_by(|(a, _), (b, _)| a.cmp(b));
@@ -54,7 +54,7 @@ pub fn print(case: &str, values: &Tensor) {
     println!("\nCASE {case} = {}", bits.join(" "));
 }
 
-/// The cases that a rank printed.
+/// The names of the cases that a rank printed, and the numbers of each.
 pub fn printed(output: &str) -> Vec<(&str, Vec<f64>)> {
     let case = |line: &'_ str| -> Option<(usize, usize)> {
         line.starts_with("CASE ").then(|| (5, line.find(" = ").unwrap()))
@@ -81,7 +81,7 @@ struct Case {
 
 fn train(pg: &ProcessGroup, case: Case) -> Tensor {
     const STEPS: i64 = 24;
-    // Other weights on each rank: those of rank 0 count.
+    // Each rank makes other weights; all must then get those of rank 0.
     tch::manual_seed(5 + pg.rank() as i64);
     let mut vs = VarStore::new(Device::Cpu);
     let net = net(&vs);
@@ -104,7 +104,7 @@ fn train(pg: &ProcessGroup, case: Case) -> Tensor {
             .accumulate(case.accumulate)
             .unwrap();
     let (x, y) = data(Kind::Double);
-    // 24 samples of all ranks together for each step.
+    // Each step uses 24 samples, divided among the ranks and accumulated batches.
     let (world, rank) = (pg.world_size() as i64, pg.rank() as i64);
     let local = 24 / case.accumulate as i64 / world;
     for iteration in 0..STEPS * case.accumulate as i64 {
@@ -156,7 +156,7 @@ fn two_and_four_ranks_train_as_one_does() {
             assert!(difference < 1e-12, "{world} ranks, {case}: {difference}");
         }
     }
-    // Accumulation gives the step of the joined batch.
+    // Cases with accumulation give the same step as those with the joined batch.
     let of = |index: usize| &one[index].1;
     for (a, b) in [(0, 3), (5, 8)] {
         let difference = of(a).iter().zip(of(b)).map(|(a, b)| (a - b).abs()).fold(0., f64::max);
@@ -164,8 +164,9 @@ fn two_and_four_ranks_train_as_one_does() {
     }
 }
 
-/// Two ranks with batches of 1 to 4 samples, or of some tokens and padding, in windows of `accumulate`, the last of
-/// which is cut short; or all of a window as one batch.
+/// Trains on batches of 1 to 4 samples each, or of some tokens and padding, in windows of `accumulate` batches, the
+/// last of which is cut short. With a group each of two ranks has its own batches; without one, all samples of a
+/// window are one batch.
 fn train_unequal(pg: Option<&ProcessGroup>, accumulate: u64, tokens: bool) -> Tensor {
     tch::manual_seed(5);
     let mut vs = VarStore::new(Device::Cpu);
@@ -187,7 +188,7 @@ fn train_unequal(pg: Option<&ProcessGroup>, accumulate: u64, tokens: bool) -> Te
         cx = cx.data_parallel(ddp).accumulate(accumulate).unwrap();
     }
     let (x, y) = data(Kind::Double);
-    // So that no window is all padding.
+    // The samples are mixed, so that no window is all padding.
     let order = (Tensor::arange(96, (Kind::Int64, Device::Cpu)) * 37).remainder(96);
     let (x, y) = (x.index_select(0, &order), y.index_select(0, &order));
     let mut from = 0;
@@ -235,7 +236,7 @@ fn ranks_with_unequal_batches_train_as_one_does_with_all_samples() {
             assert_eq!(all[0], all[1]);
         }
     }
-    // Equal batches: the same bits as without weights, which is torch's way.
+    // Equal batches give the same bits as without weights, which is torch's way.
     let (x, y) = data(Kind::Float);
     let train = |equal: bool| {
         tch::manual_seed(5);
@@ -291,7 +292,7 @@ fn buffers_follow_rank_0_unless_told_otherwise() {
             ddp.backward(&loss).unwrap();
         };
         step();
-        // Before the next forward each has its own running mean.
+        // Until the next forward each rank has its own running mean.
         let mean = &vs.variables()["bn.running_mean"];
         let means = pg.all_gather(mean).unwrap();
         assert_ne!(means[0], means[1]);
@@ -302,7 +303,7 @@ fn buffers_follow_rank_0_unless_told_otherwise() {
             let hidden = x.linear(&vs.variables()["a.weight"], Some(&vs.variables()["a.bias"]));
             before * 0.9 + hidden.mean_dim(0i64, false, Kind::Float) * 0.1
         };
-        // What rank 1 has made of rank 0's mean, or of its own.
+        // Rank 1 has continued rank 0's mean if buffers are broadcast, and its own otherwise.
         let first = |rank| expected(&Tensor::zeros([8], (Kind::Float, Device::Cpu)), rank);
         let before = first(if broadcast { 0 } else { 1 });
         let difference = (expected(&before, 1) - &means[1]).abs().max().double_value(&[]);
@@ -341,7 +342,8 @@ fn parameters_without_gradients() {
     }
     let gradient = |name: &str| vs.variables()[name].grad();
     assert!(!gradient("none.weight").defined() && !gradient("frozen.weight").defined());
-    // Three backwards without zeroing: sums; half of rank 0's where rank 1 has none.
+    // After three backwards without zeroing, the gradients are sums, and half of rank 0's gradient where rank 1 has
+    // none.
     let values =
         |name| Vec::<f64>::try_from(gradient(name).view([-1]).to_kind(Kind::Double)).unwrap();
     assert_eq!(values("all.weight").len(), 3);
@@ -480,7 +482,7 @@ fn models_that_differ_are_refused() {
     let _ = nn::linear(vs.root(), 2, 2, Default::default());
     let text = refused(&vs, DdpOptions::new().bucket_cap_mb(1. + odd as f64));
     assert!(text.contains("bucket_bytes: 1048576"), "{text}");
-    // The group lives on.
+    // The group can still be used.
     let options = DdpOptions::new();
     let ddp = DistributedDataParallel::new(&pg, &vs, options).unwrap();
     let _ = nn::linear(vs.root() / "late", 2, 2, Default::default());

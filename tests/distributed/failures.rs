@@ -1,4 +1,4 @@
-//! Ranks that die, freeze, or have fewer batches: the others end with an error, in time.
+//! Tests of ranks that die, freeze, or have fewer batches: the other ranks must end with an error, in time.
 
 use std::time::{Duration, Instant};
 
@@ -14,8 +14,8 @@ use tch_ignite::supervised::Supervised;
 use crate::ranks::{Ended, Ranks, role};
 
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// More than that is a hang. Joining may take 8 seconds for the store and 11 for the connections, each survivor looks for
-/// the others for 2 seconds, and the machine may be busy.
+/// A rank that takes longer hangs. Joining may take 8 seconds for the store and 11 for the connections, each survivor
+/// looks for the others for 2 seconds, and the machine may be busy.
 const LATEST: Duration = Duration::from_secs(40);
 
 fn join() -> Result<ProcessGroup, Error> {
@@ -23,7 +23,7 @@ fn join() -> Result<ProcessGroup, Error> {
     ProcessGroup::from_env(ProcessGroupOptions::new().timeout(TIMEOUT))
 }
 
-/// Trains until something fails: steps, and now and then a metric, a barrier, a gathering.
+/// Trains until something fails. Now and then there is a metric, a barrier or a gathering between the steps.
 fn train() -> anyhow::Result<()> {
     let pg = join()?;
     tch::manual_seed(1);
@@ -56,7 +56,7 @@ fn train() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs the whole as `main` of a program would: an error ends the process with a code other than 0.
+/// Runs `body` as the `main` of a program: an error ends the process with a code other than 0.
 fn main_of(body: impl FnOnce() -> anyhow::Result<()>) {
     if let Err(error) = body() {
         println!("ERROR {error:?}");
@@ -83,7 +83,7 @@ fn random(state: &mut u64) -> u64 {
     *state
 }
 
-/// Kills or freezes ranks after random times: `count` for each signal and number of ranks.
+/// Kills or freezes ranks after random times, `count` times for each number of ranks.
 fn lose_ranks(test: &str, signal: &str, count: u64) {
     if role().is_some() {
         return main_of(train);
@@ -95,7 +95,7 @@ fn lose_ranks(test: &str, signal: &str, count: u64) {
         for trial in 0..count {
             let mut ranks = Ranks::start(test, "train", world);
             let lost = random(&mut state) as usize % world;
-            // At any instant of joining, or of training.
+            // The rank is lost at any instant of joining, or of training.
             let (phase, most) = if trial % 3 == 0 {
                 ("start", 600_000)
             } else {
@@ -118,7 +118,7 @@ fn lose_ranks(test: &str, signal: &str, count: u64) {
             }
         }
     }
-    // Not where rank 0 has gone with the store before others could ask it.
+    // Survivors cannot name the lost rank if rank 0 and its store were gone before they could ask.
     let survivors = 4 * count;
     assert!(named * 10 >= survivors * 8, "{named} of {survivors} named just the lost rank");
 }
@@ -182,12 +182,13 @@ fn uneven_numbers_of_batches_are_an_error_that_says_so() {
     assert_eq!((kind, missing), (FailureKind::Mismatch, vec![]), "{message}");
     let each = "rank 0 was in all_reduce_f64, rank 1 was in DistributedDataParallel::backward";
     assert!(message.contains("another number of batches") && message.contains(each), "{message}");
-    // The group is dead, and says why.
+    // Later calls of the failed group say why it failed.
     let text = pg.barrier().unwrap_err().to_string();
     assert!(text.contains("barrier") && text.contains("the group failed before"), "{text}");
 }
 
-/// In an exchange, and in a step: where the others wait. Their time-out is much longer.
+/// The other rank waits in an exchange or in a step when this one aborts. Its time-out is much longer than the test
+/// waits.
 #[test]
 fn a_rank_that_aborts_and_lives_on_is_noticed_at_once() {
     const NAME: &str = "failures::a_rank_that_aborts_and_lives_on_is_noticed_at_once";
@@ -210,7 +211,7 @@ fn a_rank_that_aborts_and_lives_on_is_noticed_at_once() {
         pg.abort();
         let error = pg.barrier().unwrap_err().to_string();
         assert!(error.contains("abort"), "{error}");
-        // It lives on for longer than the other may take.
+        // This rank lives on for longer than the other one may take to notice.
         return std::thread::sleep(Duration::from_secs(8));
     }
     let begin = Instant::now();

@@ -1,6 +1,6 @@
-//! Ranks in Rust and ranks in Python, with torch's own `DistributedDataParallel`, train in one group.
+//! Tests that ranks in Rust and ranks in Python, with torch's own `DistributedDataParallel`, can train in one group.
 //!
-//! `TORCH_PYTHON` names a Python that has the torch of our libtorch's version; `python3` unless set.
+//! `TORCH_PYTHON` names a Python whose torch has the version of our libtorch; it is `python3` unless set.
 
 use std::process::Command;
 use std::time::Duration;
@@ -61,7 +61,7 @@ fn python_and_rust_train_in_one_group() {
     }
     let Some(python) = python(NAME, "TORCH_PYTHON", "torch.distributed") else { return };
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/distributed/peer.py");
-    // r: Rust, p: Python.
+    // In these texts each letter is a rank: r in Rust, p in Python.
     let mut results = vec![];
     for group in ["rr", "pp", "rp", "pr", "rppr"] {
         let is_python = |rank: usize| group.as_bytes()[rank] == b'p';

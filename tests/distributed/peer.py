@@ -13,7 +13,7 @@ STEPS, LOCAL = 12, 8
 
 
 class Linear(torch.nn.Module):
-    """The bias first, as tch makes it: parameters have to come in one order on all ranks."""
+    """A linear layer whose bias comes first, as tch makes it, because all ranks need one order of parameters."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -32,11 +32,11 @@ def main():
     timeout = timedelta(seconds=30)
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0, timeout, multi_tenant=True,
                           **({"master_listen_fd": int(fd)} if fd else {}))
-    # What init_process_group puts around a store that it makes itself.
+    # init_process_group puts this prefix around a store that it makes itself.
     store = dist.PrefixStore("default_pg", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     net = torch.nn.Sequential(Linear(6, 16), torch.nn.Tanh(), Linear(16, 1))
-    with torch.no_grad():  # where rank 0 is in Python all take these
+    with torch.no_grad():  # if rank 0 is in Python, all ranks take these values
         for index, parameter in enumerate(net.parameters()):
             values = torch.arange(parameter.numel(), dtype=torch.float64)
             parameter.copy_(torch.sin(values + index).view_as(parameter) * 0.3)

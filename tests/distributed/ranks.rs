@@ -1,5 +1,5 @@
-//! Processes of one group, on this machine: the test's own executable, started anew for every rank with the name of
-//! the test that is to play it.
+//! Starts the processes of a group on this machine. Each rank is the test's own executable, started with the name of
+//! the test, which then plays the rank's role.
 
 use std::io::Read;
 use std::net::TcpListener;
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// What a rank is to do.
+/// This variable says which part of a test a rank is to play.
 pub const ROLE: &str = "TCH_IGNITE_TEST_ROLE";
 
 /// The part of the test that this process is to play; `None` in the process that runs the tests.
@@ -27,13 +27,13 @@ struct Rank {
     err: Pipe,
 }
 
-/// Read while the process runs: a full pipe would stop it.
+/// A pipe from a process. A thread reads it while the process runs, because a full pipe would stop the process.
 struct Pipe {
     text: Arc<Mutex<Vec<u8>>>,
     reader: Option<JoinHandle<()>>,
 }
 
-/// How a rank ended, and what it printed.
+/// A rank that has ended: its status, and the text that it printed.
 pub struct Ended {
     pub status: ExitStatus,
     pub out: String,
@@ -57,7 +57,7 @@ impl Pipe {
         String::from_utf8_lossy(&self.text.lock().unwrap()).into_owned()
     }
 
-    /// All of it, once the process has ended.
+    /// The whole text, once the process has ended.
     fn end(&mut self) -> String {
         if let Some(reader) = self.reader.take() {
             reader.join().unwrap();
@@ -77,7 +77,7 @@ impl Rank {
     }
 }
 
-/// This executable, to run just that test.
+/// The command that runs just this test of this executable.
 fn own(test: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture", "--test-threads=1"]);
@@ -90,7 +90,7 @@ impl Ranks {
         Self::start_with(test, role, world, |_, _| {})
     }
 
-    /// The same; `change` changes the command of a rank.
+    /// Does the same as `start`; `change` may change the command of each rank.
     pub fn start_with(
         test: &str,
         role: &str,
@@ -100,7 +100,7 @@ impl Ranks {
         Self::start_commands(role, world, |_| own(test), &change)
     }
 
-    /// The same; some ranks are other programs.
+    /// Does the same as `start`; where `other` gives a command, the rank is that program.
     pub fn start_some(
         test: &str,
         role: &str,
@@ -133,7 +133,7 @@ impl Ranks {
                 .env("GLOO_SOCKET_IFNAME", "lo")
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped());
-            // Rank 0 takes the socket over, as its standard input.
+            // Rank 0 inherits the listening socket as its standard input.
             match listener.take().filter(|_| rank == 0) {
                 Some(socket) => {
                     command.stdin(OwnedFd::from(socket)).env("TCH_IGNITE_LISTEN_FD", "0")
@@ -149,7 +149,7 @@ impl Ranks {
         Self { ranks: (0..world).map(start).collect() }
     }
 
-    /// Waits until the rank prints that; false if it ended, or a minute passed, without it.
+    /// Waits until the rank prints the text; false if the rank ended, or a minute passed, before that.
     pub fn says(&mut self, rank: usize, text: &str) -> bool {
         let begin = Instant::now();
         loop {
@@ -169,7 +169,7 @@ impl Ranks {
         assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
     }
 
-    /// How each rank ended; `None` for those that had not ended after that time. None is left.
+    /// Waits for all ranks. The result is `None` for a rank that has not ended after `time`; such ranks are killed.
     pub fn wait(mut self, time: Duration) -> Vec<Option<Ended>> {
         let begin = Instant::now();
         while begin.elapsed() < time && self.ranks.iter_mut().any(Rank::running) {
@@ -186,7 +186,7 @@ impl Ranks {
         self.ranks.iter_mut().map(end).collect()
     }
 
-    /// As `wait`, for all but one rank, which is killed then; and how long that took.
+    /// Waits for all ranks but `lost`, which is killed afterwards, and returns how long that took.
     pub fn wait_for_others(
         mut self,
         lost: usize,
@@ -204,7 +204,7 @@ impl Ranks {
         (took, self.wait(Duration::from_millis(200)))
     }
 
-    /// What each rank printed; all have to succeed.
+    /// Waits for all ranks, which must succeed, and returns the text that each printed.
     pub fn succeed(self) -> Vec<String> {
         let outputs = self.wait(Duration::from_secs(120)).into_iter().enumerate();
         let text = |(rank, ended): (usize, Option<Ended>)| {

@@ -138,7 +138,7 @@ def report(identifier, found):
 
 
 def in_order_of(stored, computed):
-    """The computed value with the keys of its objects in the stored order, new ones last."""
+    """Returns the computed value with the keys of its objects in the stored order, new ones last."""
     if isinstance(stored, dict) and isinstance(computed, dict):
         keys = [key for key in stored if key in computed] + [key for key in computed if key not in stored]
         return {key: in_order_of(stored.get(key), computed[key]) for key in keys}

@@ -197,7 +197,8 @@ def schedule(draw):
     count = draw.choice([1, 1, 2, 3])
     entries = [{"scheduler": scheduler(draw, spec), "event": draw.events()} for _ in range(count)]
     if count > 1 and draw.chance(0.4):
-        # The second overwrites what the first has written at the same event.
+        # The second scheduler overwrites the value that the first one has written at the same
+        # event.
         entries[0]["scheduler"] = leaf(draw, spec, "lr", 0, 0.8)
         entries[1]["scheduler"] = leaf(draw, spec, "lr", 0, 0)
         entries[1]["event"] = entries[0]["event"]
@@ -289,7 +290,7 @@ def classes(draw, count, size):
 
 
 def expression(draw, depth=0):
-    """Arithmetic of per-class precision P and recall R."""
+    """Draws an arithmetic expression of per-class precision P and recall R."""
     kind = draw.choice(["name", "number"] + ([] if depth > 2 else ["two", "two", "two", "reduced"]))
     if kind == "name":
         return draw.choice(["P", "R"])
@@ -540,7 +541,7 @@ def engine_trace(draw):
                 action[guard] = draw.randint(1, 4)
             spec["action"] = action
             if action["type"] in controls:
-                # What several requests at one event come to is another matter.
+                # Cases do not test several requests at one event.
                 if any(other.get("action", {}).get("type") in controls for other in handlers):
                     del spec["action"]
         handlers.append(spec)
@@ -550,7 +551,7 @@ def engine_trace(draw):
     return {"family": "any", "handlers": handlers, "steps": steps}
 
 
-# ignite goes on for ever with some configs.
+# With some configs ignite never ends, so a run is stopped after this time.
 SECONDS = 2
 
 KINDS = {
@@ -565,7 +566,7 @@ KINDS = {
 
 
 class TooLong(BaseException):
-    """Not an Exception, so that no case takes it for an error of its run."""
+    """Raised when a run takes too long. It is no Exception, so that no case takes it for an error of its run."""
 
 
 def too_long(signum, frame):
@@ -574,7 +575,7 @@ def too_long(signum, frame):
 
 def main():
     signal.signal(signal.SIGALRM, too_long)
-    build_optimizer({"type": "SGD", "groups": [{"lr": 0.1}]})  # imports what must not be interrupted
+    build_optimizer({"type": "SGD", "groups": [{"lr": 0.1}]})  # imports modules, which must not be interrupted
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int, help="cases of each kind")
     parser.add_argument("seed", type=int)

@@ -1,4 +1,4 @@
-//! What is wrong with the data, or with the disk, is told clearly, and what was trained is left as it was.
+//! Tests that errors in the data, or of the disk, are reported clearly, and leave the trained model as it was.
 
 use std::path::Path;
 use std::process::Command;
@@ -18,11 +18,11 @@ use crate::common;
 
 type Model = Supervised<nn::Linear>;
 
-/// A small model, its weights, and two batches a pass.
+/// A small model, the store of its weights, and data of two batches in a pass.
 fn model() -> Result<(VarStore, Model, Loader)> {
     let vs = VarStore::new(Device::Cpu);
     let mut net = nn::linear(vs.root(), 4, 3, Default::default());
-    // Not drawn: tests run side by side, and torch's default generator is one.
+    // The weights are not drawn at random, because tests run side by side and share torch's default generator.
     tch::no_grad(|| net.ws.copy_(&(floats(&[3, 4]) * 0.7).sin()));
     if let Some(bias) = &mut net.bs {
         tch::no_grad(|| bias.copy_(&floats(&[3]).cos()));
@@ -46,8 +46,8 @@ fn trained(epochs: u64) -> Result<Vec<f32>> {
     Ok(weights(&vs))
 }
 
-/// Trains with an evaluation that gives these predictions and targets: the error, after which training
-/// stands where it would without, and goes on.
+/// Trains with an evaluation that gives these predictions and targets, and returns its error. Checks that training is
+/// then where it would be without the evaluation, and goes on.
 fn evaluated(outputs: Vec<(Tensor, Tensor)>, metric: impl Metric<Prediction>) -> Result<String> {
     let (vs, mut cx, train) = model()?;
     let batches: Vec<_> = (0..outputs.len()).collect();
@@ -119,7 +119,8 @@ fn labels_out_of_range_are_errors() {
         evaluated(outputs(&[0, 7]), Recall::of(parts)),
         &["metric metric", "fewer classes than y"],
     );
-    // ignite's accuracy only compares, and its matrix leaves such labels out (for 255, say): so do ours.
+    // As in ignite, the accuracy only compares labels, and the matrix leaves out labels that are no class (such as
+    // 255).
     let mut accuracy = Accuracy::of(pair);
     let mut matrix = ConfusionMatrix::of(3, pair);
     accuracy.update(&(floats(&[2, 3]), ints(&[2, 7]))).unwrap();
@@ -148,7 +149,7 @@ fn a_label_out_of_range_in_training_costs_that_iteration_only() -> Result<()> {
 #[test]
 fn predictions_that_are_nan_have_the_documented_value() -> Result<()> {
     let nan = || (Tensor::full([2, 3], f64::NAN, (Kind::Float, Device::Cpu)), ints(&[0, 2]));
-    // The first of what is no number counts as the largest, as in torch.
+    // The first NaN counts as the largest score, as in torch.
     let mut accuracy = Accuracy::of(pair);
     accuracy.update(&nan())?;
     assert_eq!(accuracy.compute()?.read()?, 0.5);
@@ -156,7 +157,7 @@ fn predictions_that_are_nan_have_the_documented_value() -> Result<()> {
     loss.update(&nan())?;
     assert!(loss.compute()?.read()?.is_nan());
 
-    // Early stopping does not take it for the best, and TerminateOnNan ends the run.
+    // Early stopping does not take NaN for the best score, and TerminateOnNan ends the run.
     let mut evaluator =
         Engine::new(|epoch: &mut f64, _, (): ()| Ok(if *epoch == 1. { f64::NAN } else { *epoch }));
     evaluator.metric("loss", Mean::new());
@@ -166,7 +167,7 @@ fn predictions_that_are_nan_have_the_documented_value() -> Result<()> {
     });
     let stop = EarlyStopping::min("val/loss", 2);
     trainer.attach(Evaluate::each_epoch("val", evaluator, vec![()])).attach(stop);
-    // NaN is no better; 2 is the best; 3 and 4 are not.
+    // The losses are NaN, 2, 3 and 4. NaN is never the best; 2 is, and 3 and 4 are not better, so the run ends.
     assert_eq!(trainer.run(&mut 0., vec![()], Until::epochs(9))?.epochs, 4);
     let mut trainer = Engine::new(|_: &mut (), _, x: f64| Ok(x));
     trainer.attach(TerminateOnNan::new());
@@ -219,7 +220,8 @@ impl SmallDisk {
     }
 
     fn empty(&self) -> Result<()> {
-        // Truncated, not removed: a process that another test starts just now may hold it open.
+        // The file is truncated and not removed, because a process that another test starts just now may hold it
+        // open.
         let junk = self.0.path().join("junk");
         Ok(std::fs::OpenOptions::new().write(true).open(junk)?.set_len(0)?)
     }
@@ -231,8 +233,8 @@ impl Drop for SmallDisk {
     }
 }
 
-/// Trains with this logger on a disk that is full from the third iteration on: an error, after which
-/// training goes on from where it was; and then logging does, once there is room.
+/// Trains with this logger on a disk that is full from the third iteration on. That must be an error, after which
+/// training goes on from where it was, and logging too, once there is room.
 fn on_a_full_disk<L: Logger + Clone + 'static>(
     what: &str,
     make: impl FnOnce(&Path) -> tch_ignite::Result<L>,
@@ -241,7 +243,7 @@ fn on_a_full_disk<L: Logger + Clone + 'static>(
     let logger = make(&disk.0.path().join("run"))?;
     let (vs, mut cx, train) = model()?;
     let every = Event::IterationCompleted;
-    // Longer than what is left of a page.
+    // The tag is longer than the space that is left in a page of the disk.
     let tag = "t".repeat(5000);
     let flushed = logger.clone();
     let disk_full = std::cell::Cell::new(false);

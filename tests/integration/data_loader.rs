@@ -1,5 +1,5 @@
-//! The loader over datasets: the same batches whatever the number of workers, from any position, also
-//! after errors, and no thread left behind.
+//! Tests of the loader over datasets: it gives the same batches whatever the number of workers, from any position,
+//! also after errors, and leaves no thread behind.
 
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -15,10 +15,10 @@ use tch_ignite::data::{
 use tch_ignite::engine::{Engine, Event, Until};
 use tch_ignite::schedule::{BatchSizeScheduler, StepLR};
 
-/// Numbers of workers that must make no difference.
+/// The numbers of workers with which tests are run; they must make no difference.
 const WORKERS: [usize; 4] = [0, 1, 2, 5];
 
-/// Samples 0, 1, 2, …
+/// A dataset of the samples 0, 1, 2, …
 fn numbers(len: usize) -> impl Dataset<Item = i64> + 'static {
     from_fn(len, |index, _| Ok(index as i64))
 }
@@ -142,7 +142,7 @@ fn augmentation_depends_on_seed_pass_and_index_alone() {
         let dataset = numbers(30).map(|index, rng| Ok((index, rng.uniform())));
         DataLoader::new(dataset, batch_size).unwrap().num_workers(workers)
     };
-    // By index: the random number of each sample.
+    // The random number of each sample, in the order of the samples' indices.
     let drawn = |batches: Vec<(Tensor, Tensor)>| {
         let mut all = vec![];
         for (index, number) in batches {
@@ -156,11 +156,11 @@ fn augmentation_depends_on_seed_pass_and_index_alone() {
         for size in [1, 7, 30] {
             assert_eq!(drawn(pass(&loader(workers, size).shuffle(3), 1, 0)), one);
         }
-        // From the middle of the pass on.
+        // Read from the middle of the pass on, each sample still has the same number.
         let late = drawn(pass(&loader(workers, 5).shuffle(3), 1, 4));
         assert!(late.len() == 10 && late.iter().all(|sample| one.contains(sample)));
     }
-    // The order is no part of it, seed and pass are.
+    // The numbers do not depend on the order, but on seed and pass.
     assert_eq!(drawn(pass(&loader(2, 4).seed(3), 1, 0)), one);
     assert_eq!(drawn(pass(&loader(2, 4).seed(3).shuffle(8), 1, 0)), one);
     assert_eq!(drawn(pass(&loader(2, 4).shuffle(8).seed(3), 1, 0)), one);
@@ -190,7 +190,7 @@ fn a_sample_drawn_twice_is_augmented_twice() {
     assert_eq!(Vec::<f64>::try_from(&pass(&loader.num_workers(2), 0, 0)[0]).unwrap(), one);
 }
 
-/// What a run saw: the bits of each augmented sample, in order.
+/// Adds the bits of each augmented sample of a batch to those that the run has seen.
 fn augmented(seen: &mut Vec<u64>, batch: &Tensor) {
     let values = Vec::<f64>::try_from(batch).unwrap();
     seen.extend(values.into_iter().map(f64::to_bits));
@@ -255,7 +255,7 @@ fn an_error_names_its_sample_and_comes_with_its_batch() {
                     assert_eq!(ints(&source.next().unwrap().unwrap())[0], first);
                 }
                 assert_eq!(text(source.next().unwrap()), expected);
-                // What follows is there, and so is any other position.
+                // After the error, the next batch can be read, and so can any other position.
                 assert_eq!(ints(&source.next().unwrap().unwrap()), [9, 10, 11]);
                 source.seek(4, 1).unwrap();
                 assert_eq!(ints(&source.next().unwrap().unwrap()), [3, 4, 5]);
@@ -318,7 +318,7 @@ fn samples_that_fail_can_be_left_out_and_are_counted() -> anyhow::Result<()> {
             loader.last_skipped().as_deref(),
             Some("sample 9 of the dataset: sample of threes")
         );
-        // Position and number of batches stay those of the samples asked for.
+        // Positions and the number of batches are counted as if no sample had been skipped.
         assert_eq!(batches(pass(&loader, 0, 1)), [vec![4, 5, 7], vec![8]]);
         let panics = DataLoader::new(failing("panic"), 20)?.num_workers(workers).skip_errors(true);
         assert!(text(panics.into_source().next().unwrap()).contains("sample 7"));
@@ -351,7 +351,7 @@ fn a_collate_function_that_fails_is_an_error() {
     }
 }
 
-/// Counts datasets and samples that are alive.
+/// A part of datasets and samples that counts how many of them are alive.
 struct Alive(Arc<AtomicUsize>);
 
 impl Alive {
@@ -384,7 +384,8 @@ fn dropping_a_source_ends_its_threads_and_frees_all_it_made() {
         });
         let loader = DataLoader::with_collate(dataset, 2000, Ok).unwrap();
         let loader = loader.num_workers(4).prefetch_factor(2);
-        // Small batches first, so that there is one; large ones are under way at the end.
+        // Small batches come first, so that some can be read soon; large ones are under way when the loader is
+        // dropped.
         loader.set_batch_size(1).unwrap();
         let mut source = (&loader).into_source();
         source.seek(0, 0).unwrap();
@@ -419,7 +420,7 @@ fn threads_and_memory_are_bounded() {
     source.seek(0, 0).unwrap();
     for delivered in 1..=4 {
         let _batch = source.next().unwrap().unwrap();
-        // Six batches ahead of what was delivered, and no more.
+        // Workers begin six batches ahead of the delivered ones, and no more.
         let (enough, start) = (5 * (delivered + 6), Instant::now());
         while begun.load(SeqCst) < enough && start.elapsed() < Duration::from_secs(20) {
             std::thread::yield_now();
@@ -604,13 +605,13 @@ fn weighted_samples_come_as_often_as_their_weights_say() -> anyhow::Result<()> {
     }
     for (count, weight) in counts.iter().zip(weights) {
         let p = weight / 10.;
-        // Four standard deviations.
+        // The counts may differ from the expected ones by four standard deviations.
         let bound = 4. * (1e5 * p * (1f64 - p)).sqrt();
         assert!((count - 1e5 * p).abs() <= bound, "{counts:?}");
     }
     assert_eq!(sampler.order(3)?, sampler.clone().order(3)?);
     assert_ne!(sampler.order(3)?, sampler.order(4)?);
-    // Weights so small and large that rounding could reach beyond the last.
+    // With weights as small and large as these, rounding could choose an index beyond the last.
     let extreme = WeightedRandomSampler::new(&[1e-300, 1e300, 1e-300, 0.], 10_000, 1)?;
     assert!(extreme.order(0)?.iter().all(|index| *index == 1));
     let last = WeightedRandomSampler::new(&[0., f64::MIN_POSITIVE, 0.], 1000, 1)?;
@@ -667,7 +668,7 @@ fn samplers_that_do_not_fit_are_refused() {
     assert!(error.contains("the loader has no batch"), "{error}");
 }
 
-/// Tells what was done with it.
+/// A batch that notes to which devices it was moved.
 #[derive(Debug, PartialEq)]
 struct Told(Vec<(Device, bool)>);
 

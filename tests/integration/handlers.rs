@@ -1,4 +1,4 @@
-//! Handlers at work together: evaluators, what acts on their metrics, profiles, batches passed over.
+//! Tests of handlers that work together: evaluators, handlers that act on their metrics, profiles, skipped batches.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -11,7 +11,7 @@ use tch::{Device, Tensor, nn};
 use tch_ignite::checkpoint::{IntoStateful, StateDict, Stateful};
 use tch_ignite::data::{Dataset, SplitMix64};
 use tch_ignite::engine::{
-    Engine, Event, Events, Handler, Log, MetricValue, Priority, Ranks, Stop, Until,
+    Engine, Event, Handler, HandlerSpec, Log, MetricValue, Priority, Ranks, Stop, Until,
 };
 use tch_ignite::handlers::{
     EMAHandler, EarlyStopping, Evaluate, History, ProgressBar, SkipBatch, TimeLimit,
@@ -24,7 +24,7 @@ use tch_ignite::schedule::{AnySchedule, ReduceLROnPlateauScheduler, Schedule, St
 
 type Evaluator<'a> = Engine<'a, f64, f64, f64>;
 
-/// Gives `epoch` times each number.
+/// An evaluator whose context is the epoch; its step multiplies each number by it.
 fn evaluator<'a>() -> Evaluator<'a> {
     let mut evaluator = Engine::new(|epoch: &mut f64, _, x: f64| Ok(*epoch * x));
     evaluator.metric("loss", Mean::new());
@@ -60,7 +60,7 @@ fn plateaus_of_an_evaluation_lower_the_rate() -> Result<()> {
     let knob =
         Knob::new("lr", move || *read.lock().unwrap(), move |lr| *write.lock().unwrap() = lr);
     let mut trainer = trainer();
-    // The loss grows from epoch to epoch: the first is best.
+    // The loss grows from epoch to epoch, so the first is the best.
     trainer.attach(Evaluate::each_epoch("val", evaluator(), vec![1.])).attach(
         ReduceLROnPlateauScheduler::min("lr", knob, "val/loss")?
             .factor(0.5)
@@ -136,7 +136,7 @@ fn a_profile_tells_who_took_the_time() -> Result<()> {
     let counts: Vec<_> =
         basic.iter().map(|row| (row.name.as_str(), row.event, row.count)).collect();
     let (iteration, epoch) = (Some(Event::IterationCompleted), Some(Event::EpochCompleted));
-    // The data is asked once more when it is exhausted.
+    // The data is asked once more than it has batches, to learn that it is exhausted.
     let expected =
         [("data", None, 9), ("step", None, 8), ("handlers", iteration, 8), ("handlers", epoch, 2)];
     assert_eq!(counts, expected);
@@ -254,7 +254,8 @@ fn a_running_average_of_a_metric_over_epochs_goes_on_in_mid_epoch() -> Result<()
     let values = |metrics: &tch_ignite::engine::Metrics| -> Result<Vec<f64>> {
         ["alone", "in/average", "shared"].iter().map(|name| Ok(metrics.get(name)?)).collect()
     };
-    // The mean of sums over each epoch: 0.4666…, 0.9666… and 1.4666…, and ignite's average of them.
+    // The expected value is ignite's running average of the mean of sums over each epoch: 0.4666…, 0.9666… and
+    // 1.4666….
     let mut expected = 0.;
     let (mut sum, mut first_epoch) = (0., true);
     for _ in 0..3 {
@@ -297,7 +298,7 @@ fn a_metric_that_never_has_a_value_is_a_warning_that_lists_what_there_is() -> Re
         .attach(OutputHandler::new(&csv, "never", Event::EpochCompleted.once(9)).metric("no"))
         .attach(History::new().metric("a").epoch_metric("b").epoch_metric("val/loss"))
         .attach(ProgressBar::new().metric("val/lose").hidden());
-    // Suspended: it may come yet.
+    // While a run is suspended, there is no warning of metrics that may still come.
     trainer.on(Event::EpochCompleted.once(1), |_, engine| {
         engine.interrupt();
         Ok(())
@@ -316,24 +317,19 @@ fn a_metric_that_never_has_a_value_is_a_warning_that_lists_what_there_is() -> Re
     Ok(())
 }
 
-/// Answers everything otherwise than by default.
+/// A handler whose methods all give something else than the trait's default.
 struct Loud;
 
 impl Handler<(), (), ()> for Loud {
-    fn name(&self) -> String {
-        "loud".into()
-    }
-    fn events(&self) -> Events {
-        Event::Completed.into()
-    }
-    fn validate(&self) -> tch_ignite::Result<()> {
-        Err(tch_ignite::Error::State("loud".into()))
-    }
-    fn priority(&self) -> Priority {
-        Priority::First
-    }
-    fn ranks(&self) -> Ranks {
-        Ranks::MainWithAll
+    fn spec(&self) -> tch_ignite::Result<HandlerSpec> {
+        let spec = HandlerSpec::new("loud", Event::Completed).priority(Priority::First);
+        let log: Rc<dyn Log> = Rc::new(LoudLog);
+        Ok(spec
+            .ranks(Ranks::MainWithAll)
+            .runs_in_trials(true)
+            .unique_names(["loud".into()])
+            .drives([Knob::new("loud", || 0., |_| {})])
+            .logs([log]))
     }
     fn save_state(&self) -> tch_ignite::Result<Option<StateDict>> {
         Ok(Some(StateDict::new()))
@@ -341,20 +337,8 @@ impl Handler<(), (), ()> for Loud {
     fn load_state(&mut self, _: StateDict) -> tch_ignite::Result<()> {
         Ok(())
     }
-    fn drives(&self) -> Vec<Knob> {
-        vec![Knob::new("loud", || 0., |_| {})]
-    }
-    fn runs_in_trials(&self) -> bool {
-        true
-    }
     fn load_state_partially(&mut self, _: StateDict) -> tch_ignite::Result<Vec<String>> {
         Ok(vec!["loud".into()])
-    }
-    fn unique_names(&self) -> Vec<String> {
-        vec!["loud".into()]
-    }
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        vec![Box::new(LoudLog)]
     }
     fn call(&mut self, _: Event, _: &mut (), _: &mut Engine<'_, (), (), ()>) -> Result<()> {
         anyhow::bail!("loud")
@@ -375,18 +359,14 @@ impl Log for LoudLog {
     }
 }
 
-/// Clippy sees to it that no method is forgotten (`missing_trait_methods`); here, that each goes to the right one.
+/// Clippy checks that wrappers forget no method (`missing_trait_methods`); this test checks that each method calls
+/// the right one.
 #[test]
 fn a_wrapped_handler_answers_as_the_handler_itself() -> Result<()> {
     fn check(mut handler: impl Handler<(), (), ()>) -> Result<()> {
-        assert_eq!(handler.name(), "loud");
-        assert_eq!(format!("{:?}", handler.events()), "Events([COMPLETED])");
-        assert!(handler.validate().is_err());
-        assert_eq!((handler.priority(), handler.ranks()), (Priority::First, Ranks::MainWithAll));
+        assert_eq!(format!("{:?}", handler.spec()?), format!("{:?}", Loud.spec()?));
         assert!(handler.save_state()?.is_some());
         handler.load_state(StateDict::new())?;
-        assert_eq!((handler.drives().len(), handler.logs().len()), (1, 1));
-        assert_eq!((handler.runs_in_trials(), handler.unique_names().len()), (true, 1));
         assert_eq!(handler.load_state_partially(StateDict::new())?, ["loud"]);
         let mut engine = Engine::new(|_: &mut (), _, _: ()| Ok(()));
         assert!(handler.call(Event::Completed, &mut (), &mut engine).is_err());
@@ -400,7 +380,7 @@ fn a_wrapped_handler_answers_as_the_handler_itself() -> Result<()> {
     check(Rc::new(RefCell::new(EMAHandler::new(&vs, 0.5)?.with_averages(Loud))))
 }
 
-/// Notes what is called.
+/// A metric that notes which of its methods are called.
 #[derive(Clone, Default)]
 struct LoudMetric(Rc<RefCell<Vec<&'static str>>>);
 
@@ -454,7 +434,7 @@ fn a_metric_within_another_is_asked_everything() -> Result<()> {
         metric.reset();
         metric.update(output).unwrap();
         metric.observe(output).unwrap();
-        // A difference needs two groups.
+        // The value of a `SubgroupDifference` needs two groups, so an error is fine.
         let _ = metric.compute();
         metric.usage();
         metric.validate().unwrap();
@@ -474,7 +454,8 @@ fn a_metric_within_another_is_asked_everything() -> Result<()> {
     let make = || loud.clone();
     check(SubgroupMetric::of([1], make, parts), &output, &loud, all);
     check(SubgroupDifference::of([1], make, parts), &output, &loud, all);
-    // These have a usage of their own, and the last feeds its metric itself.
+    // These metrics have a usage of their own, and the last one does not pass on `observe`, because it updates its
+    // inner metric itself.
     let own = "compute load_state observe reset state update validate";
     check(MetricGroup::new().metric("a", loud.clone()), &(), &loud, own);
     let fed = "compute load_state reset state update validate";

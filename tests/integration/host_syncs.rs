@@ -1,4 +1,5 @@
-//! Nothing in a training step waits for a GPU. Seen on the CPU: libtorch is told of the same operations there.
+//! Tests that nothing in a training step waits for a GPU. They run on the CPU, where libtorch's observers see the
+//! same operations.
 
 use anyhow::{Context, Result};
 use tch::nn::{self, VarStore};
@@ -12,8 +13,9 @@ use tch_ignite::optim::Optimizer;
 use tch_ignite::schedule::{CosineAnnealing, LinearCyclical, ParamScheduler};
 use tch_ignite::supervised::{OPTIMIZER_STEPPED, Supervised, create_supervised_trainer};
 
-/// The waits of a run of so many epochs of ten batches. Without what looks at a CPU tensor at once, because that costs nothing
-/// there, and leaves it on the device elsewhere: the factor of clipping, a scaler's finding, `TerminateOnNan`.
+/// The operations that wait, in a run of `epochs` epochs of ten batches. Clipping, gradient scaling and
+/// `TerminateOnNan` are left out: they read CPU tensors at once, because that costs nothing, and leave tensors of other
+/// devices there.
 fn waits(
     epochs: u64,
     build: fn(&VarStore) -> Result<Optimizer>,
@@ -26,7 +28,8 @@ fn waits(
         .add(nn::linear(vs.root() / "b", 8, 1, Default::default()));
     let optimizer = build(&vs)?;
     let group = optimizer.groups()?.pop().context("a group")?;
-    // A weight that only the device knows, another one for each batch.
+    // The loss has a weight that is a tensor and differs from batch to batch, so that on a GPU only the device knows
+    // it.
     let mse = |y_pred: &Tensor, y: &Tensor| {
         (y_pred.mse_loss(y, Reduction::Mean), y.ge(0.).sum(Kind::Int64).clamp_min(1))
     };
@@ -85,7 +88,7 @@ fn calls_do_not_nest_and_survive_panics() {
     let x = Tensor::from_slice(&[1f32, 2.]);
     let (_, waits) = host_syncs(|| x.double_value(&[0])).unwrap();
     assert_eq!(waits, ["aten::_local_scalar_dense"]);
-    // A mask as an index, and a read within backward.
+    // A mask as an index makes the host wait too.
     let mask = Tensor::from_slice(&[true, false]);
     let (_, waits) = host_syncs(|| x.index(&[Some(mask)])).unwrap();
     assert_eq!(waits, ["aten::nonzero"]);

@@ -1,6 +1,7 @@
-//! Every class of ignite's metrics and handlers is here, and on the page that says where.
+//! Tests that this crate has every class of ignite's metrics and handlers, and that a page of the documentation names
+//! each.
 
-/// ignite's name and ours, which has to exist.
+/// Makes a list of pairs of ignite's name and ours. The code compiles only if ours exists.
 macro_rules! names {
     ($list:ident: $($ignite:literal $($ours:ident)::+;)*) => {
         $(const _: () = {
@@ -89,7 +90,7 @@ names! { METRICS:
     "BatchFiltered" metrics::Usage;
 }
 
-/// Methods here, and what is told not to be here.
+/// ignite's names that are methods here, or that the page says this crate does not have.
 const METRICS_ELSEWHERE: [&str; 13] = [
     "IoU",
     "mIoU",
@@ -141,7 +142,7 @@ const HANDLERS_ELSEWHERE: [&str; 11] = [
     "global_step_from_engine",
 ];
 
-/// Whether the name is in the left column of the page, and ours beside it.
+/// Whether a table of the page has ignite's name in its left column and our name beside it.
 fn is_told(page: &str, ignite: &str, ours: &str) -> bool {
     let is_name = |c: char| c.is_alphanumeric() || c == '_';
     let has = |cell: &str, name: &str| cell.split(|c| !is_name(c)).any(|word| word == name);

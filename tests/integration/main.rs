@@ -1,15 +1,14 @@
-//! All that needs no process of its own: one program, because each links libtorch.
+//! The tests that need no process of their own. They are one program, because each program links libtorch, which
+//! takes long.
 //!
-//! Tests run side by side and share libtorch's generator of random numbers, so none of them may rely on a
-//! seed: those that do are in `tests/checkpoints`, and what ends processes or sends signals is in `tests/kill.rs`.
+//! Tests run side by side and share libtorch's generator of random numbers, so none of them may rely on a seed: tests
+//! that do are in `tests/checkpoints`, and tests that end processes or send signals are in `tests/kill.rs`.
 
 #[path = "../common/mod.rs"]
 mod common;
 
 mod bad_input;
-mod data;
 mod data_loader;
-mod engine;
 mod handlers;
 mod host_syncs;
 mod ignite_names;

@@ -1,4 +1,4 @@
-//! Metrics, against numbers by hand and against ignite's (tests/golden).
+//! Tests of metrics against numbers computed by hand and against ignite's (tests/golden).
 
 use serde_json::Value;
 use tch::{Device, Kind, Reduction, Tensor};
@@ -19,7 +19,7 @@ fn ints(values: &[i64], shape: &[i64]) -> Tensor {
     Tensor::from_slice(values).reshape(shape)
 }
 
-/// The value over these outputs.
+/// The value of a metric over these outputs.
 fn over<O>(
     mut metric: impl Metric<O>,
     outputs: impl IntoIterator<Item = O>,
@@ -41,7 +41,8 @@ fn accuracy_of_classes_counts_also_over_further_dimensions() -> anyhow::Result<(
     let scores = floats(&[0.1, 0.9, 0.8, 0.2, 0.3, 0.7], &[3, 2]);
     let few = (scores, ints(&[1, 0, 0], &[3]));
     assert_eq!(over(Accuracy::of(parts), [few])?, 2. / 3.);
-    // One image of 2 by 2 pixels, 3 classes; the largest scores are of classes 0, 1, 2, 0.
+    // The scores are for one image of 2 by 2 pixels and 3 classes. The largest scores are those of classes 0, 1, 2,
+    // 0.
     let scores = floats(&[9., 1., 1., 5., 2., 8., 2., 4., 3., 3., 7., 3.], &[1, 3, 2, 2]);
     let image = (scores, ints(&[0, 1, 2, 2], &[1, 2, 2]));
     assert_eq!(over(Accuracy::of(parts), [image])?, 0.75);
@@ -63,7 +64,7 @@ fn accuracy_of_labels_wants_all_labels_of_a_sample() -> anyhow::Result<()> {
     let flat = || (ints(&pred, &[3, 2]), ints(&y, &[3, 2]));
     assert_eq!(over(accuracy(), [flat()])?, 5. / 6.);
     assert_eq!(over(accuracy().is_multilabel(true), [flat()])?, 2. / 3.);
-    // Labels lie along dimension 1: columns (1, 1), (0, 1), (1, 0) against (1, 0), (0, 0), (1, 0).
+    // Labels lie along dimension 1, so the columns (1, 1), (0, 1), (1, 0) are compared with (1, 0), (0, 0), (1, 0).
     let deep = (ints(&pred, &[1, 2, 3]), ints(&y, &[1, 2, 3]));
     assert_eq!(over(accuracy().is_multilabel(true), [deep])?, 2. / 3.);
     Ok(())
@@ -208,7 +209,7 @@ fn the_running_average_starts_with_the_first_value() -> anyhow::Result<()> {
 
 #[test]
 fn values_are_detached_and_kept_apart_from_the_steps_tensors() -> anyhow::Result<()> {
-    // Of the accumulators' kind, where a conversion would copy nothing.
+    // The tensors have the kind of the accumulators, because a conversion to the same kind makes no copy.
     let weight = Tensor::ones([1], (Kind::Double, Device::Cpu)).set_requires_grad(true);
     let mut engine: Engine<(), f64, Pair> = Engine::new(|_, _, factor: f64| {
         let y_pred = &weight * factor;
@@ -262,8 +263,8 @@ fn values_that_do_not_exist_are_named_with_those_that_do() -> anyhow::Result<()>
     Ok(())
 }
 
-/// A metric over epochs of these outputs: its value after each iteration and each epoch, NaN before
-/// the first.
+/// Runs a metric over epochs of these outputs and returns its value after each iteration and each epoch; NaN where it
+/// has none yet.
 fn watched<O: 'static>(
     metric: impl Metric<O> + 'static,
     usage: Usage,
@@ -309,7 +310,7 @@ fn usages_say_when_a_mean_is_reset_and_computed() -> anyhow::Result<()> {
     Ok(())
 }
 
-// ignite's numbers.
+// These tests compare with ignite's numbers.
 
 fn golden(file: &str, wanted: impl Fn(&Value) -> bool) -> Vec<Value> {
     let path = format!("{}/tests/golden/{file}", env!("CARGO_MANIFEST_DIR"));
@@ -357,7 +358,7 @@ fn assert_all_close(case: &Value, ours: &[f64], theirs: &Value) {
     assert!(fits, "{}: {ours:?} instead of {theirs:?}", case["id"]);
 }
 
-/// The value after each update.
+/// Checks the value after each update.
 fn check_each<O>(case: &Value, mut metric: impl Metric<O>, outputs: Vec<O>) -> anyhow::Result<()> {
     let mut values = vec![];
     for output in &outputs {
@@ -391,7 +392,7 @@ fn accuracy_loss_and_mean_agree_with_ignite() -> anyhow::Result<()> {
                 let loss = |pred: &Tensor, y: &Tensor| match name {
                     "mse" => pred.mse_loss(y, Reduction::Mean),
                     "l1" => pred.l1_loss(y, Reduction::Mean),
-                    // tch's cross_entropy_for_logits computes in f32.
+                    // The loss is computed here, because tch's cross_entropy_for_logits computes in f32.
                     "cross_entropy" => {
                         pred.cross_entropy_loss::<Tensor>(y, None, Reduction::Mean, -100, 0.)
                     }
@@ -454,7 +455,8 @@ fn accuracy_agrees_with_ignite_in_every_usage() -> anyhow::Result<()> {
 
 #[test]
 fn running_averages_agree_with_ignite() -> anyhow::Result<()> {
-    // Where ignite averages an accuracy of whole epochs, there is no output to average here.
+    // Cases in which ignite averages the accuracy of whole epochs are left out, because there is no output to average
+    // here.
     let cases = golden("handler.jsonl", |case| {
         let config = &case["config"];
         let by_epoch = config["usage"] == "running_epoch_wise";
@@ -476,7 +478,7 @@ fn running_averages_agree_with_ignite() -> anyhow::Result<()> {
             outputs => numbers(outputs),
         };
         let alpha = config["alpha"].as_f64().unwrap();
-        // Numbers, and tensors on the device.
+        // The outputs are tested as numbers and as tensors.
         let tensors = outputs.iter().map(|output| Tensor::from(*output)).collect();
         check_watched(case, RunningAverage::new().alpha(alpha), outputs)?;
         check_watched::<Tensor>(case, RunningAverage::new().alpha(alpha), tensors)?;

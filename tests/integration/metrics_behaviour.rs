@@ -1,4 +1,4 @@
-//! What all metrics share: empty batches, resets, state, sharing, values that are tensors.
+//! Tests of what all metrics have in common: empty batches, resets, state, sharing, values that are tensors.
 
 use tch::{Device, Kind, Tensor};
 use tch_ignite::engine::{Engine, Event, MetricValue, Until};
@@ -21,24 +21,24 @@ fn classes(n: i64, of: i64, seed: i64) -> Tensor {
     (Tensor::arange(n, (Kind::Int64, Device::Cpu)) * 7 + seed).remainder(of)
 }
 
-/// What a metric takes.
+/// The form of a metric's inputs.
 #[derive(Clone, Copy, PartialEq)]
 enum Takes {
-    /// (N, 3) scores and class numbers.
+    /// (N, 3) scores, and class numbers.
     Classes,
-    /// (N,) 0/1 both.
+    /// Predictions and targets are (N,) zeros and ones.
     Binary,
-    /// (N, 3) 0/1 both.
+    /// Predictions and targets are (N, 3) zeros and ones.
     Labels,
-    /// (N,) scores and 0/1.
+    /// (N,) scores, and zeros and ones.
     Scores,
-    /// (N,) floats both.
+    /// Predictions and targets are (N,) floats.
     Columns,
-    /// (N, 3) floats both.
+    /// Predictions and targets are (N, 3) floats.
     Rows,
-    /// (N, 3) floats and 0/1 relevances.
+    /// (N, 3) floats, and relevances of 0 or 1.
     Relevances,
-    /// (N, 1, 8, 8) floats both.
+    /// Predictions and targets are (N, 1, 8, 8) floats.
     Images,
 }
 
@@ -63,7 +63,7 @@ impl Takes {
     }
 }
 
-/// Its name, what it takes, and how to make one.
+/// The name of a metric, the form of its inputs, and a function that makes one.
 type Listed = (&'static str, Takes, fn() -> Boxed);
 
 fn all() -> Vec<Listed> {
@@ -298,7 +298,7 @@ fn labels_outside_of_the_classes_are_left_out_of_a_matrix() -> anyhow::Result<()
     Ok(())
 }
 
-/// Counts its updates.
+/// A metric that counts its updates.
 struct Counting<'a>(&'a std::cell::Cell<u32>);
 
 impl Metric<f64> for Counting<'_> {

@@ -1,4 +1,4 @@
-//! Metrics without golden cases, against numbers that pytorch-ignite 0.5.5 computed in float64 (torch
+//! Tests of metrics without golden cases, against numbers that pytorch-ignite 0.5.5 computed in float64 (torch
 //! 2.13.0, scikit-learn, scipy) from the same inputs.
 
 use tch::{Kind, Tensor};
@@ -11,7 +11,7 @@ use tch_ignite::metrics::*;
 
 type Pair = (Tensor, Tensor);
 
-/// sin(a i + b), the same as `torch.sin(torch.arange(n) * a + b)`.
+/// sin(a i + b) for i = 0, 1, …, the same as `torch.sin(torch.arange(n) * a + b)`.
 fn waves(shape: &[i64], a: f64, b: f64) -> Tensor {
     let numbers: Vec<_> = (0..shape.iter().product()).map(|i| (i as f64 * a + b).sin()).collect();
     Tensor::from_slice(&numbers).reshape(shape)
@@ -27,7 +27,7 @@ fn batches() -> [Pair; 2] {
     [first, (waves(&[5, 4], 0.71, 0.11), waves(&[5, 4], 0.29, 0.9))]
 }
 
-/// The same x with other y.
+/// The batches with the same x and other y.
 fn with(y: impl Fn(usize, &Pair) -> Tensor) -> Vec<Pair> {
     let pairs = batches().into_iter().enumerate();
     pairs.map(|(i, pair)| (pair.0.shallow_clone(), y(i, &pair))).collect()
@@ -55,7 +55,7 @@ fn close(value: anyhow::Result<MetricValue>, expected: &[f64]) {
 }
 
 #[test]
-fn distances_of_distributions() {
+fn distances_of_distributions_agree_with_ignite() {
     let shifted = || with(|_, pair| &pair.1 * 2. + 1.);
     close(over(MaximumMeanDiscrepancy::of(pair).var(0.5), shifted()), &[0.34694294743743065]);
     let dependent = || with(|i, pair| if i == 0 { &pair.0 * &pair.0 } else { pair.0.abs() });
@@ -79,7 +79,7 @@ fn a_small_batch_is_left_out_of_hsic_or_refused() -> anyhow::Result<()> {
 }
 
 #[test]
-fn similarity_of_images() {
+fn the_similarity_of_images_agrees_with_ignite() {
     let image = |shape: &[i64], a, b| (waves(shape, a, b) + 1.) / 2.;
     let flat = || [(image(&[2, 3, 13, 12], 0.37, 0.1), image(&[2, 3, 13, 12], 0.38, 0.2))];
     close(over(SSIM::of(1., pair), flat()), &[-0.005365120092162612]);
@@ -114,13 +114,13 @@ fn texts(texts: &Texts) -> (&[&'static str], &[&'static str]) {
 }
 
 #[test]
-fn error_rates_of_text() {
+fn error_rates_of_text_agree_with_ignite() {
     let outputs = || {
         let first = [vec!["kitten", "naïve café"], vec!["sitting", "naive cafe"]];
         [first, [vec!["abc"], vec![""]]]
     };
     close(over(CharacterErrorRate::of(texts), outputs()), &[0.47058823529411764]);
-    // By hand: 1 + 2 + 1 edits over 1 + 2 + 0 words.
+    // The value was computed by hand: 1 + 2 + 1 edits over 1 + 2 + 0 words.
     close(over(WordErrorRate::of(texts), outputs()), &[4. / 3.]);
     let empty = || [[vec![""], vec![""]]];
     close(over(WordErrorRate::of(texts), empty()), &[0.]);
@@ -143,7 +143,7 @@ fn translations() -> [Tokens; 1] {
 }
 
 #[test]
-fn bleu_in_every_smoothing() {
+fn bleu_agrees_with_ignite_in_every_smoothing() {
     for (smooth, by_sentence, at_once, of_two) in [
         (Smooth::NoSmooth, 0.7251172802871957, 0.7115965735877551, 0.8857583749052298),
         (Smooth::Smooth1, 0.7251172802871957, 0.7115965735877551, 0.8857583749052298),
@@ -158,7 +158,7 @@ fn bleu_in_every_smoothing() {
 }
 
 #[test]
-fn rouge_of_several_references() -> anyhow::Result<()> {
+fn rouge_of_several_references_agrees_with_ignite() -> anyhow::Result<()> {
     let value = over(Rouge::of(tokens), translations())?;
     let names: Vec<_> = value.flatten("r")?.into_iter().map(|(name, _)| name).collect();
     assert_eq!(names[3..6], ["r/Rouge-2-P", "r/Rouge-2-R", "r/Rouge-2-F"]);
@@ -181,7 +181,7 @@ fn rouge_of_several_references() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Relevant items of both batches; the second has but one user with any.
+/// The relevant items of both batches. In the second batch only one user has any.
 fn relevances() -> Vec<Pair> {
     with(|i, pair| {
         if i == 0 {
@@ -194,11 +194,12 @@ fn relevances() -> Vec<Pair> {
 }
 
 #[test]
-fn recommendations() {
+fn metrics_of_recommendations_agree_with_ignite() {
     close(over(HitRate::of([3, 1], pair), relevances()), &[0.8, 0.8]);
     let all = HitRate::of([2], pair).ignore_zero_hits(false);
     close(over(all, relevances()), &[0.36363636363636365]);
-    // ignite's discounts are float32, 0.8861353158950805: the last by hand in float64.
+    // ignite gives 0.8861353158950805 for the last value, because its discounts are float32. The number here was
+    // computed by hand in float64.
     close(over(NDCG::of([1, 3, 9], pair), relevances()), &[0.8, 0.8, 0.8861353116146786]);
     let linear = NDCG::of([2], pair)
         .ignore_zero_hits(false)
@@ -210,7 +211,7 @@ fn recommendations() {
 }
 
 #[test]
-fn clusters() -> anyhow::Result<()> {
+fn metrics_of_clusters_agree_with_ignite() -> anyhow::Result<()> {
     let clusters = || labels(&[0, 1, 2, 2, 1, 0], &[0, 0, 1, 2, 3]);
     close(over(CalinskiHarabaszScore::of(pair), clusters()), &[2.3104294302859705]);
     close(over(DaviesBouldinScore::of(pair), clusters()), &[2.4048264660168384]);
@@ -228,7 +229,7 @@ fn classes() -> Vec<Pair> {
 }
 
 #[test]
-fn mean_average_precision() {
+fn mean_average_precision_agrees_with_ignite() {
     let relevant = || {
         let pairs = classes().into_iter().zip(relevances());
         pairs.map(|((x, _), (_, y))| (x, y.gt(0).to_kind(Kind::Int64))).collect::<Vec<_>>()
@@ -263,7 +264,7 @@ fn mean_average_precision() {
 }
 
 #[test]
-fn a_report_of_classes() {
+fn a_report_of_classes_agrees_with_ignite() {
     let plain = || labels(&[0, 1, 2, 3, 1, 0], &[2, 2, 1, 0, 2]);
     let expected = [
         [0.25, 0.3333333333333333, 0.3124999999999997],
@@ -276,7 +277,7 @@ fn a_report_of_classes() {
 }
 
 #[test]
-fn ranks_with_ties() {
+fn ranks_with_ties_agree_with_ignite() {
     let pairs = || {
         let floats = |numbers: &[i64]| ints(numbers).to_kind(Kind::Double);
         [(floats(&[1, 2, 2, 3, 5, 4, 4, 1]), floats(&[2, 2, 1, 5, 4, 4, 4, 3]))]
@@ -295,7 +296,7 @@ fn ranks_with_ties() {
 }
 
 #[test]
-fn generated_samples() {
+fn metrics_of_generated_samples_agree_with_ignite() {
     let features = |x: &Tensor| Ok((x * 5.).f_sin()?);
     close(over(gan::FID::of(4, features, pair), batches()), &[0.6175858460052197]);
     let classify = |x: &Tensor| Ok((x * 3.).f_softmax(1, Kind::Double)?);
@@ -305,11 +306,11 @@ fn generated_samples() {
 
 #[test]
 fn a_singular_covariance_has_a_distance() -> anyhow::Result<()> {
-    // All but: computed with 40 digits, where ignite's root gives ...147.
+    // This covariance is nearly singular. The number was computed with 40 digits; ignite's matrix root gives ...147.
     let identity = |x: &Tensor| Ok(x.shallow_clone());
     let distance = over(gan::FID::of(4, identity, pair), batches())?.read()?;
     assert!((distance - 0.21921518096138572).abs() < 1e-10, "{distance}");
-    // Of 11 samples with 8 features that depend on each other.
+    // Here there are 11 samples with 8 features that depend on each other.
     let features = |x: &Tensor| Ok(Tensor::f_cat(&[x.f_square()?, x.f_abs()?], 1)?);
     let distance = over(gan::FID::of(8, features, pair), batches())?.read()?;
     assert!((distance - 0.3366893125434389).abs() < 1e-6, "{distance}");
@@ -344,7 +345,7 @@ fn features_that_do_not_fit_are_errors() -> anyhow::Result<()> {
 }
 
 #[test]
-fn differences_between_groups() {
+fn differences_between_groups_agree_with_ignite() {
     type Sample = (Tensor, Tensor, Tensor);
     fn parts(sample: &Sample) -> fairness::Grouped<'_> {
         (&sample.0, &sample.1, &sample.2)

@@ -1,4 +1,4 @@
-//! The MLflow logger: with a server of our own that fails as asked, and with a real one.
+//! Tests of the MLflow logger, with a server of our own that fails on demand, and with a real one.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -14,12 +14,12 @@ use tch_ignite::loggers::{Image, Logger, MLflowLogger, OptimizerParamsHandler, O
 use tch_ignite::metrics::Mean;
 use tch_ignite::optim::Optimizer;
 
-/// Answers like MLflow, one request after the other.
+/// A server that answers like MLflow, one request after the other.
 struct Server {
     address: String,
-    /// What logging gets: a status, or 0 for a connection that is cut.
+    /// The answer to requests that log: an HTTP status, or 0 to cut the connection.
     status: Arc<AtomicU16>,
-    /// Path and body of what was taken.
+    /// Path and body of each request that was accepted.
     requests: Arc<Mutex<Vec<(String, Value)>>>,
 }
 
@@ -221,7 +221,7 @@ fn an_outage_is_bridged() -> Result<()> {
     let server = Server::start()?;
     let mlflow = MLflowLogger::new(&server.address)?;
     server.set(0);
-    trainer(&mlflow); // attached, not run
+    trainer(&mlflow); // the trainer is never run
     for step in 0..100 {
         mlflow.scalar("a", step as f64, step)?;
     }
@@ -252,7 +252,7 @@ fn a_server_that_is_gone_neither_stops_nor_delays_a_run() -> Result<()> {
     drop(trainer);
     assert!(training.context("an epoch")? < Duration::from_secs(5), "{training:?}");
     assert!(begun.elapsed() < Duration::from_secs(30));
-    // At least what was above the room of the queue.
+    // At least the values for which the queue had no room are lost.
     let warning = summary.warnings.join("\n");
     assert!(warning.contains("values were lost"), "{warning}");
     let error = mlflow.close().unwrap_err().to_string();

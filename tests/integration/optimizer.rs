@@ -1,4 +1,4 @@
-//! Groups, options and steps of the optimizer, against tch's own setters and updates computed by hand.
+//! Tests of the optimizer's groups, options and steps, against tch's own setters and updates computed by hand.
 
 use std::collections::BTreeMap;
 
@@ -19,14 +19,14 @@ fn store() -> VarStore {
     vs
 }
 
-/// Parameters `a.w` and `b.w`, one element each.
+/// A store with the parameters `a.w` and `b.w` of one element each.
 fn two() -> (VarStore, Tensor, Tensor) {
     let vs = store();
     let (a, b) = ((vs.root() / "a").ones("w", &ONE), (vs.root() / "b").ones("w", &ONE));
     (vs, a, b)
 }
 
-/// Groups `a` and `b` of [`two`].
+/// An optimizer with groups `a` and `b` over the parameters of [`two`].
 fn grouped<T: nn::OptimizerConfig>(config: T, vs: &VarStore) -> Optimizer {
     Optimizer::builder(config, vs)
         .lr(0.1)
@@ -47,7 +47,7 @@ fn optimizer(name: &str, vs: &VarStore) -> Optimizer {
 
 const NAMES: [&str; 4] = ["SGD", "Adam", "AdamW", "RMSprop"];
 
-/// PyTorch's defaults, with the learning rate of [`grouped`].
+/// PyTorch's default options, with the learning rate of [`grouped`].
 fn defaults(name: &str) -> Options {
     let own: &[(&str, f64)] = match name {
         "SGD" => &[("momentum", 0.), ("dampening", 0.), ("weight_decay", 0.), ("nesterov", 0.)],
@@ -69,7 +69,7 @@ fn defaults(name: &str) -> Options {
     own.iter().copied().chain([("lr", 0.1)]).collect()
 }
 
-/// Options to try, together: some have an effect only beside others.
+/// Sets of options to try. Some options have an effect only together with others.
 fn variants(name: &str) -> Vec<Options> {
     let lists: &[&[(&str, f64)]] = match name {
         "SGD" => &[
@@ -99,10 +99,10 @@ fn variants(name: &str) -> Vec<Options> {
     lists.iter().map(|list| list.iter().copied().collect()).collect()
 }
 
-/// The last is smaller, so that AMSGrad's maximum matters.
+/// Gradients for three steps. The last is small, so that AMSGrad's maximum matters.
 const GRADIENTS: [f64; 3] = [0.5, 2., 0.1];
 
-/// One parameter, from 1, with these gradients, by the formulas of PyTorch's documentation.
+/// The values of one parameter that starts at 1 and gets these gradients, by the formulas of PyTorch's documentation.
 fn by_hand(name: &str, o: &Options) -> Vec<f64> {
     let (mut w, mut first, mut second, mut max, mut buffer) = (1., 0., 0., 0f64, None);
     let step = |(t, g): (usize, &f64)| {
@@ -350,7 +350,7 @@ fn what_is_set_through_tch_is_read_here() -> Result<()> {
             optimizer.with_tch(|tch| tch.set_momentum_group(1, 0.5))?;
             assert_eq!(both(momentum)?, [0.75, 0.5]);
         }
-        // And a step of tch's is a step of ours.
+        // A step by tch counts like a step of ours.
         let gradient =
             || optimizer.with_tch(|tch| tch.backward_step(&(&a * 0.5).sum(Kind::Double)));
         gradient()?;
@@ -534,7 +534,7 @@ fn variables_added_after_build_are_taken_up_in_their_group_with_state() -> Resul
         Optimizer::step,
         Optimizer::zero_grad,
         |optimizer| optimizer.with_tch(|tch| tch.step()),
-        // tch does nothing with them here.
+        // This closure does nothing with tch's optimizer, but `with_tch` takes up new variables all the same.
         |optimizer| optimizer.with_tch(|_| ()).and_then(|()| optimizer.zero_grad()),
     ];
     for take_up in calls {
@@ -574,7 +574,7 @@ fn a_late_variable_in_no_group_is_an_error_that_changes_nothing() -> Result<()> 
     let (vs, a, _b) = two();
     let optimizer = optimizer("SGD", &vs);
     (&a * 1.).sum(Kind::Double).backward();
-    // The first of the two has a group.
+    // The first of the two new variables fits a group's rule.
     let _late = (vs.root() / "a").ones("late", &ONE);
     let _homeless = (vs.root() / "c").ones("w", &ONE);
     let error = "in no parameter group: 'c.w'; the groups are: a, b";
@@ -848,7 +848,7 @@ fn several_optimizers_group_one_store_each_in_its_way() -> Result<()> {
 fn a_panic_of_tchs_is_an_error_that_leaves_the_optimizer_usable() -> Result<()> {
     let (vs, a, _b) = two();
     let optimizer = optimizer("Adam", &vs);
-    // tch unwraps what libtorch refuses: a group that is not there, a loss that is no scalar.
+    // tch panics where libtorch refuses something, here a group that does not exist and a loss that is no scalar.
     let error = text(optimizer.with_tch(|tch| tch.set_lr_group(7, 0.1)));
     assert!(error.starts_with("with_tch: "), "{error}");
     let two_losses = Tensor::stack(&[&a, &a], 0);
@@ -856,7 +856,7 @@ fn a_panic_of_tchs_is_an_error_that_leaves_the_optimizer_usable() -> Result<()> 
     step_with(&optimizer, &a, 1.)
 }
 
-/// A parameter of two elements under the names `emb.weight` and `head.weight`, ones in f64.
+/// A store with one parameter, two ones in f64, under the names `emb.weight` and `head.weight`.
 fn tied(trainable_twice: bool) -> (VarStore, Tensor) {
     let vs = store();
     let w = (vs.root() / "head").ones("weight", &[2]);
@@ -872,7 +872,7 @@ fn a_tensor_under_two_names_is_one_parameter() -> Result<()> {
             let sgd = Optimizer::sgd(&vs).lr(0.1).build()?;
             sgd.set_fused(fused)?;
             assert_eq!(sgd.group("group_0")?.parameters()?, ["emb.weight"]);
-            // As a model uses it twice: the gradient is 2 + 3.
+            // A model uses the parameter twice, so the gradient is 2 + 3.
             ((&w * 2.).sum(Kind::Double) + (&w * 3.).sum(Kind::Double)).backward();
             assert_eq!(value(&sgd.gradients()?.norm()?), 50f64.sqrt());
             sgd.step()?;
@@ -892,15 +892,15 @@ fn a_tensor_under_two_names_is_one_parameter() -> Result<()> {
                     assert_eq!(value(&adam.state(name)?[0].1), f64::from(step));
                 }
             }
-            // Equal gradients: each step of Adam is one of lr.
+            // The gradients are equal, so each step of Adam changes the value by lr.
             assert!((value(&w) - 0.1).abs() < 1e-7, "{}", value(&w));
         }
     }
     Ok(())
 }
 
-/// As PyTorch warns of a parameter that an optimizer is given twice; a second name that is not trained is nothing
-/// to warn of.
+/// PyTorch also warns of a parameter that an optimizer gets twice. There is no warning if the second name is not
+/// trained.
 #[test]
 fn a_tensor_that_the_store_lists_twice_is_told_once() {
     const CHILD: &str = "TCH_IGNITE_TIED_CHILD";
@@ -944,7 +944,7 @@ fn a_name_that_is_tied_later_adds_no_parameter() -> Result<()> {
     optimizer.step()?;
     assert_eq!(value(&optimizer.state("w")?[0].1), 2.);
     assert_eq!(value(&optimizer.state("late")?[0].1), 1.);
-    // tch's own methods add variables too.
+    // tch's own methods take up new variables too.
     let _ = vs.root().add("once_more", w.shallow_clone(), true);
     optimizer.with_tch(|tch| {
         let _ = vs.root().add("and_more", w.shallow_clone(), true);
@@ -967,7 +967,7 @@ fn two_names_of_one_parameter_in_two_groups_are_refused_with_both_names() {
         for part in ["'emb.weight'", "'head.weight'", "'a' and 'b'", "put both into one"] {
             assert!(refused.contains(part), "{refused}");
         }
-        // One of the names is enough.
+        // A rule that matches one of the names is enough.
         let optimizer =
             Optimizer::sgd(&vs).group("a", |name| name == "head.weight", lr(0.1)).build();
         assert_eq!(optimizer.unwrap().group("a").unwrap().parameters().unwrap(), ["emb.weight"]);
@@ -991,7 +991,7 @@ fn views_are_parameters_of_their_own_and_are_stepped_in_order() -> Result<()> {
         optimizer.set_fused(fused)?;
         ((&w * 2.).sum(Kind::Double) + (&view * 4.).sum(Kind::Double)).backward();
         optimizer.step()?;
-        // w - 0.5 (2 + 0.5 w), and the second element once more: w - 0.5 (4 + 0.5 w).
+        // The first step gives w - 0.5 (2 + 0.5 w). The view steps the second element once more: w - 0.5 (4 + 0.5 w).
         let first = 1. - 0.5 * (2. + 0.5);
         let second = first - 0.5 * (4. + 0.5 * first);
         assert_eq!(Vec::<f64>::try_from(&w.detach()).unwrap(), [first, second]);
@@ -1013,7 +1013,7 @@ fn an_optimizer_built_before_its_variables_admits_them_first() -> Result<()> {
     step_with(&trained, &w, 1.)?;
     trained.knob("lr")?.set(0.3)?;
 
-    // Each of these is the first that a program does.
+    // Each block does something else first with a new optimizer.
     let (_vs, mut optimizer, _) = build();
     optimizer.load_state_dict(trained.state_dict()?.copy()?)?;
     assert_eq!(value(&optimizer.state("w")?[0].1), 1.);
@@ -1080,7 +1080,7 @@ fn a_refused_step_changes_nothing() -> Result<()> {
                 assert!(optimizer.state("a_w")?.is_empty() && optimizer.state("z_e")?.is_empty());
                 assert_eq!((w.double_value(&[0]), w.grad()), (1., gradient));
             }
-            // Adam by hand.
+            // The expected value is computed by Adam's formulas.
             let (mut m, mut v, mut expected) = (0., 0., 1.);
             for (step, gradient) in [1f64, 2., 3.].into_iter().enumerate() {
                 (m, v) = (0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient * gradient);
@@ -1106,7 +1106,8 @@ fn a_refused_step_changes_nothing() -> Result<()> {
     Ok(())
 }
 
-/// Each is refused by libtorch's loop in the middle of its work: before that, by name, and all is as it was.
+/// libtorch's loop would refuse each of these parameters in the middle of its work. Our step refuses them before it
+/// changes anything, and names the parameter.
 #[test]
 fn what_the_loop_would_refuse_midway_is_refused_before() -> Result<()> {
     type Spoil = fn(&Optimizer);
@@ -1179,7 +1180,7 @@ fn an_optimizer_goes_on_after_its_store_was_merged_into_another() -> Result<()> 
     assert_eq!(value(&optimizer.state("a.w")?[0].1), 2.);
     assert_eq!(optimizer.group("a")?.parameters()?, ["a.w"]);
     assert!(value(&merged.variables()["net.a.w"]) < 0.9);
-    // Rules over the new names are for an optimizer of the merged store.
+    // An optimizer that is built on the merged store sees the new names.
     let new =
         Optimizer::sgd(&merged).group("all", |name| name.starts_with("net."), lr(0.1)).build()?;
     assert_eq!(new.group("all")?.parameters()?.len(), 2);
@@ -1216,7 +1217,7 @@ fn a_state_is_loaded_as_far_as_it_fits() -> Result<()> {
     };
     let (head, new) = (own("head")?, own("new")?);
     let saved = before.state_dict()?.copy()?;
-    // All at once it does not fit, and changes nothing.
+    // The state as a whole does not fit, and loading it changes nothing.
     let strict = now.clone().load_state_dict(saved.copy()?);
     assert!(strict.unwrap_err().to_string().contains("'old'"));
     assert_eq!(now.group("body")?.lr()?, 0.1);
@@ -1270,7 +1271,7 @@ fn a_state_without_the_step_counts_that_the_optimizer_needs_is_refused() -> Resu
     Ok(())
 }
 
-/// Files of before have a tied parameter under any of its names.
+/// Files of earlier versions may have a tied parameter under any of its names.
 #[test]
 fn a_state_saved_under_another_name_of_a_tied_parameter_is_found() -> Result<()> {
     use tch_ignite::checkpoint::Stateful;

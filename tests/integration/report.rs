@@ -1,4 +1,4 @@
-//! The report of a run, looked at in a real browser: headless Chromium, found on the `PATH` or named by
+//! Tests that look at the report of a run in a real browser: headless Chromium, found on the `PATH` or named by
 //! `CHROMIUM`. `REPORT_SCREENSHOTS=FOLDER` keeps the pictures.
 
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ fn chromium() -> Option<PathBuf> {
     files.into_iter().find(|file| file.is_file())
 }
 
-/// Skipped where this gives none.
+/// The browser; without one, this prints that the test is skipped.
 fn browser() -> Option<PathBuf> {
     let browser = chromium();
     if browser.is_none() {
@@ -35,11 +35,11 @@ fn browser() -> Option<PathBuf> {
 }
 
 struct Look {
-    /// The page after it was laid out.
+    /// The page's HTML after its scripts have run.
     dom: String,
-    /// What the browser's console said.
+    /// The lines of the browser's console.
     console: Vec<String>,
-    /// (3, H, W).
+    /// The screenshot, as (3, H, W).
     pixels: Tensor,
 }
 
@@ -72,7 +72,7 @@ fn look(browser: &Path, page: &Path, name: &str, width: u32, dark: bool) -> Resu
 }
 
 impl Look {
-    /// Pixels of about this colour.
+    /// The number of pixels of about this colour.
     fn count(&self, colour: [i64; 3]) -> i64 {
         let colour = Tensor::from_slice(&colour).view([3, 1, 1]);
         let apart = (self.pixels.to_kind(tch::Kind::Int64) - colour).abs().amax([0i64], false);
@@ -92,7 +92,7 @@ const BLUE: [i64; 3] = [0x00, 0x72, 0xb2];
 const LIGHT_BLUE: [i64; 3] = [0x4a, 0xa8, 0xe0];
 const RED: [i64; 3] = [0xc8, 0x1e, 0x1e];
 
-/// A folder that curves were logged to, with its report.
+/// A run folder to which `log` writes curves, with its report.
 fn report(name: &str, log: impl Fn(&RunFolder) -> Result<()>) -> Result<tempfile::TempDir> {
     let folder = tempfile::tempdir()?;
     let run = RunFolder::create(folder.path().join(name))?;
@@ -103,7 +103,7 @@ fn report(name: &str, log: impl Fn(&RunFolder) -> Result<()>) -> Result<tempfile
     Ok(folder)
 }
 
-/// Pseudo-random, from -0.5 to 0.5.
+/// A pseudo-random number from -0.5 to 0.5.
 fn noise(i: u64) -> f64 {
     ((i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as f64 / (1u64 << 24) as f64) - 0.5
 }

@@ -1,4 +1,5 @@
-//! Plans of schedules from JSON and TOML files: what is read, what is refused and where.
+//! Tests of plans of schedules from JSON and TOML files: what is read, and what is refused with which place in the
+//! file.
 #![cfg(feature = "toml")]
 
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ fn toml(entry: &str) -> Result<SchedulePlan, String> {
     SchedulePlan::from_toml(&format!("[[schedule]]\n{entry}")).map_err(|error| error.to_string())
 }
 
-/// What is wrong with a plan of one entry, when it is read or resolved.
+/// The error of a plan of one entry, when it is read or resolved.
 fn refused(entry: &str) -> String {
     match toml(entry) {
         Ok(plan) => plan.resolve(RUN).unwrap_err().to_string(),
@@ -74,7 +75,7 @@ fn schedules_make_the_round_trip() {
     assert_eq!(from_toml, plan);
     assert_eq!(from_json, plan);
     assert_eq!(from_toml.resolve(RunLength::default()).unwrap(), schedules);
-    // As a part of somebody's own configuration too.
+    // A plan can also be read as a part of a user's own configuration.
     let own: SchedulePlan = serde_json::from_value(serde_json::to_value(&plan).unwrap()).unwrap();
     assert_eq!(own, plan);
 }
@@ -157,7 +158,7 @@ fn lengths_are_resolved_wherever_they_stand() {
 }
 
 #[test]
-fn lengths_in_code() {
+fn code_reads_lengths_as_files_do() {
     let run = RunLength::new(938, 8);
     assert_eq!(run.iterations(), Some(7504));
     assert_eq!((run.epochs(0.5).unwrap(), run.fraction(1.).unwrap()), (469, 7504));
@@ -173,7 +174,8 @@ fn lengths_in_code() {
     ] {
         assert_eq!(run.length(text).unwrap(), iterations, "{text}");
     }
-    // Shares that are whole stay so, and shares of all never make more than all.
+    // Percentages that give whole numbers are exact, and percentages that add up to 100 never give more than the
+    // whole.
     let hundred = RunLength::of_iterations(100);
     for percent in 0..=100u32 {
         assert_eq!(hundred.length(&format!("{percent}%")).unwrap(), u64::from(percent));
@@ -229,9 +231,9 @@ fn what_is_missing_of_the_run_is_said() {
 fn errors_name_the_place_in_the_file() {
     let linear = "type = 'LinearCyclical'\nstart_value = 1.0\nend_value = 0.0\n";
     for (entry, path, text) in [
-        // Unknown keys.
+        // These have unknown keys.
         (format!("{linear}cycle_size = 5\ncycle = 1"), ".cycle", "unknown field `cycle`, expected"),
-        // Wrong types.
+        // These have values of wrong types.
         (format!("{linear}cycle_size = 1.5"), ".cycle_size", "invalid type: floating point `1.5`"),
         (format!("{linear}cycle_size = true"), ".cycle_size", "invalid type: boolean `true`"),
         (format!("{linear}cycle_size = -3"), ".cycle_size", "invalid value: integer `-3`"),
@@ -243,24 +245,24 @@ fn errors_name_the_place_in_the_file() {
         (format!("{linear}cycle_size = 5\nparam = 3"), ".param", "invalid type: integer `3`, expected a string"),
         (format!("{linear}cycle_size = 5\nevent = 'batch'"), ".event", "unknown variant `batch`, expected one of `iteration`, `update`, `epoch`"),
         (format!("{linear}cycle_size = 5\nlonger = 'ignore'"), ".longer", "unknown variant `ignore`"),
-        // Missing.
+        // These lack a key.
         (linear.into(), "", "missing field `cycle_size`"),
         ("base = 1.0".into(), "", "missing field `type`: there are: LinearCyclical, CosineAnnealing"),
-        // Classes.
+        // These have wrong classes.
         ("type = 'Cosine'".into(), ".type", "no schedule class 'Cosine'; there are: LinearCyclical"),
         ("type = 3".into(), ".type", "3 is no schedule class"),
         ("type = 'LambdaLR'\nbase = 1.0".into(), ".type", "no schedule class 'LambdaLR'"),
-        // Values.
+        // These have wrong values.
         (format!("{linear}cycle_size = 0"), ".cycle_size", "Argument cycle_size should be positive and larger than 1, but given 0"),
         (format!("{linear}cycle_size = '0.1%'"), ".cycle_size", "Argument cycle_size should be positive and larger than 1, but given 1, which is \"0.1%\" of this run"),
         (format!("{linear}cycle_size = 5\ncycle_mult = 0.0"), ".cycle_mult", "Argument cycle_mult should be positive"),
         ("type = 'StepLR'\nbase = 1.0\nstep_size = 0".into(), ".step_size", "Argument step_size should be positive, but given 0"),
         ("type = 'PiecewiseLinear'\nmilestones_values = [['50%', 1.0], ['2ep', 0.5]]".into(), "", "Milestones should be increasing integers, but given 200"),
-        // Lengths.
+        // These have wrong lengths.
         (format!("{linear}cycle_size = '2 days'"), ".cycle_size", "\"2 days\" is no length: give a whole number, or"),
         ("type = 'MultiStepLR'\nbase = 1.0\nmilestones = ['1ep', 'x']".into(), ".milestones[1]", "\"x\" is no length"),
         ("type = 'PiecewiseLinear'\nmilestones_values = [['0', 1.0]]".into(), ".milestones_values[0][0]", "\"0\" is no length"),
-        // Within others.
+        // These have errors in schedules within others.
         ("type = 'Concat'\ndurations = [1]\nschedules = [{ type = 'StepLR', base = 1.0, step_size = 5 }, { type = 'StepLR', base = 1.0, step = 3 }]".to_string(), ".schedules[1].step", "unknown field `step`"),
         ("type = 'Concat'\ndurations = [1]\nschedules = [{ type = 'StepLR', base = 1.0, step_size = 5 }, { type = 'StepLR', base = 1.0, step_size = 0 }]".to_string(), ".schedules[1].step_size", "Argument step_size"),
         ("type = 'Concat'\ndurations = [1]\nschedules = [{ type = 'StepLR', base = 1.0, step_size = 5 }, 7]".into(), ".schedules[1]", "invalid type: expected a schedule, but given 7"),
@@ -273,7 +275,7 @@ fn errors_name_the_place_in_the_file() {
 }
 
 #[test]
-fn errors_outside_of_entries() {
+fn errors_outside_of_entries_name_their_place() {
     let json = |text: &str| SchedulePlan::from_json(text).unwrap_err().to_string();
     assert!(json("{\"schedule\": [}").starts_with("JSON: expected value at line 1 column 15"));
     assert_eq!(json("{}"), "missing field `schedule`");
@@ -343,7 +345,7 @@ fn schedules_longer_than_the_run_are_refused_or_cut() {
     assert_eq!(plan.simulate_values(RUN).unwrap()[0].len(), 1000);
     assert_eq!(toml(cosine).unwrap().allow_longer().check(RUN).unwrap(), warned);
     assert!(toml(&cosine.replace("2000", "1000")).unwrap().check(RUN).unwrap().is_empty());
-    // One that ends before the run would fail in the middle of it, whatever `longer` says.
+    // A schedule that ends before the run would fail in the middle of the run, whatever `longer` says.
     assert_eq!(
         refused("longer = 'warn'\ntype = 'OneCycleLR'\nmax_lr = 1.0\ntotal_steps = 500"),
         "schedule[0]: OneCycleLR ends after 501 iterations (total_steps is 500), but the run has 1000"
@@ -351,7 +353,7 @@ fn schedules_longer_than_the_run_are_refused_or_cut() {
 }
 
 #[test]
-fn lengths_of_schedules() {
+fn every_schedule_knows_its_length() {
     let cosine = CosineAnnealing::new(1., 0., 100);
     let cases: Vec<(AnySchedule, Option<u64>)> = vec![
         (LinearCyclical::new(1., 0., 100).into(), Some(100)),
@@ -476,7 +478,7 @@ fn a_plan_in_code_is_checked_too() {
     assert!(SchedulePlan::new([step(), step()]).is_err());
 }
 
-/// 10 batches by 4 are windows of 4, 4 and 2, so the run has 30 iterations and 9 updates.
+/// The 10 batches of an epoch are accumulated in windows of 4, 4 and 2, so the run has 30 iterations and 9 updates.
 #[test]
 fn a_term_with_minus_is_as_long_as_one_with_plus() {
     let run = RunLength::new(10, 3).accumulate(4);
@@ -511,7 +513,7 @@ fn a_term_with_minus_is_as_long_as_one_with_plus() {
 
 #[test]
 fn a_plan_counts_updates() {
-    // 10 batches by 4: windows of 4, 4 and 2.
+    // The 10 batches of an epoch are accumulated in windows of 4, 4 and 2.
     let run = RunLength::new(10, 3).accumulate(4);
     assert_eq!((run.iterations(), run.updates()), (Some(30), Some(9)));
     assert_eq!(RunLength::of_iterations(25).epoch_length(10).accumulate(4).updates(), Some(8));

@@ -1,4 +1,4 @@
-//! Properties that every schedule has, also in random compositions.
+//! Tests of properties that every schedule has, also in random compositions.
 
 use proptest::prelude::*;
 use tch_ignite::optim::Knob;
@@ -8,7 +8,7 @@ fn value() -> impl Strategy<Value = f64> {
     0.0..1.0f64
 }
 
-/// A schedule by itself, with arguments that are allowed.
+/// Generates a schedule that contains no other, with arguments that are allowed.
 fn single() -> impl Strategy<Value = AnySchedule> {
     let factor = || 0.5..1.5f64;
     let size = || 2u64..20;
@@ -108,7 +108,7 @@ fn ending() -> impl Strategy<Value = (AnySchedule, bool)> {
 
 const EVENTS: u64 = 120;
 
-/// Numbers that are easily wrong: at the edges, tiny, huge, none.
+/// Generates numbers that are easily handled wrongly: at the edges, tiny, huge, NaN and infinity.
 fn any_number() -> impl Strategy<Value = f64> {
     let edges = vec![
         0.,
@@ -129,7 +129,7 @@ fn any_number() -> impl Strategy<Value = f64> {
     prop_oneof![prop::sample::select(edges), -2.0..2.0f64]
 }
 
-/// A schedule with arguments that may be refused.
+/// Generates a schedule with arguments that may be refused.
 fn unchecked() -> impl Strategy<Value = AnySchedule> {
     let n = any_number;
     let size = || prop_oneof![0u64..12, Just(1 << 40)];
@@ -184,7 +184,7 @@ fn unchecked() -> impl Strategy<Value = AnySchedule> {
             }
         ),
         (1u64..12, 0.0..1.0f64, any::<bool>()).prop_map(|(steps, place, three)| {
-            // Shares that are whole events.
+            // The share is rounded to a whole number of events.
             let share = (place * steps as f64).round() / steps as f64;
             OneCycleLR::new(1., steps).pct_start(share).three_phase(three).into()
         }),
@@ -230,7 +230,8 @@ proptest! {
                 continue;
             }
             prop_assert!(schedule.at(0).is_finite(), "{schedule:?}");
-            // Until the end, or where values grow without bounds: `fits` finds that.
+            // Values are checked up to the schedule's end. `fits` must find schedules whose values grow without
+            // bounds.
             let events = schedule.end().map_or(40, |(end, _)| end.min(40));
             let finite = |events: u64| (0..events).all(|event| schedule.at(event).is_finite());
             for length in [1, events / 2, events, events + 1, 40] {

@@ -1,4 +1,4 @@
-//! Schedulers that are more than one schedule: resumed runs continue the uninterrupted one.
+//! Tests of schedulers that consist of several schedules: a resumed run must equal an uninterrupted one.
 
 use std::sync::{Arc, Mutex};
 
@@ -160,7 +160,7 @@ fn epochs_follow_the_batch_size() -> Result<()> {
     trainer.attach(BatchSizeScheduler::new(&loader, StepLR::new(6., 1).gamma(0.5)));
     let mut seen = vec![];
     let summary = trainer.run(&mut seen, &loader, Until::epochs(3))?;
-    // Batches of 6, 3 and 2 samples: every epoch is one pass.
+    // The batches have 6, 3 and 2 samples, and every epoch is one pass.
     assert_eq!(summary.iterations, 4 + 8 + 12);
     for epoch in &mut seen {
         epoch.sort_by(f64::total_cmp);

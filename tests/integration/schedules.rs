@@ -1,4 +1,5 @@
-//! Schedules and schedulers: against ignite's own algorithm step by step, at every position, in a run.
+//! Tests of schedules and schedulers: against ignite's own algorithm step by step, resumed at every position, and in
+//! a run.
 
 use serde_json::{Map, Value, json};
 use tch::nn::{self, VarStore};
@@ -10,7 +11,7 @@ use tch_ignite::optim::{Knob, Optimizer};
 use tch_ignite::schedule::*;
 use tch_ignite::{Error, Result};
 
-/// Random arguments of a cyclical schedule.
+/// Arguments of a cyclical schedule, drawn at random.
 #[derive(Debug, Clone, Copy)]
 struct Arguments {
     start: f64,
@@ -34,7 +35,7 @@ impl Arguments {
             size_mult: pick(&[1., 0.5, 0.8, 1.5, 2.]),
             start_mult: pick(&[1., 0.7, 1.1]),
             end_mult: pick(&[1., 0.7, 1.1]),
-            // There and back has none.
+            // Kind 1, which goes there and back, has no warm-up.
             warmup: if kind == 1 { 0 } else { pick(&[0., 1., 4.]) as u64 },
             kind,
         }
@@ -59,7 +60,8 @@ impl Arguments {
             .into()
     }
 
-    /// ignite's `CyclicalScheduler`, one event after the other; ends where a cycle would be empty.
+    /// Computes the values as ignite's `CyclicalScheduler` does, one event after the other. They end where a cycle
+    /// would be empty.
     fn walk(mut self, events: usize) -> Vec<f64> {
         let mut values = vec![];
         let mut index = 0;
@@ -115,7 +117,7 @@ fn idle() -> Knob {
     Knob::new("value", || 0., |_| {})
 }
 
-/// A weight of one element, 1 at the start, and plain SGD on it.
+/// A weight of one element that starts at 1, and plain SGD on it.
 fn sgd() -> (Tensor, Optimizer) {
     let mut vs = VarStore::new(Device::Cpu);
     vs.set_kind(Kind::Double);
@@ -125,7 +127,7 @@ fn sgd() -> (Tensor, Optimizer) {
 
 type Rates<'a> = Engine<'a, Vec<f64>, (), f64>;
 
-/// Writes down the learning rate that each step sees.
+/// An engine that writes down the learning rate that each step sees.
 fn rates(optimizer: &Optimizer) -> Rates<'static> {
     let optimizer = optimizer.clone();
     Engine::new(move |rates: &mut Vec<f64>, _, ()| {
@@ -167,7 +169,7 @@ fn cycles_are_ignites_at_every_event_in_any_order() {
 #[test]
 fn a_shrinking_cycle_ends_with_an_error_that_says_why() -> Result<()> {
     let schedule = LinearCyclical::new(1., 0., 4).cycle_mult(0.5);
-    // Cycles of 4, 2 and 1 events.
+    // The schedule has cycles of 4, 2 and 1 events.
     let why = "the schedule ends after 7 events (cycle_mult 0.5 shrinks the cycle of 4 events to 0 after cycle 2), but event 7 was asked for";
     assert_eq!(schedule.simulate_values(7)?.len(), 7);
     assert_eq!(text(schedule.simulate_values(8)), why);
@@ -378,7 +380,7 @@ fn a_scheduler_goes_on_from_any_saved_position() -> Result<()> {
             }
             scheduler.advance()?;
         }
-        // At the end too.
+        // A state from the end of the schedule can be loaded too.
         let mut other = fresh();
         other.load_state_dict(&scheduler.state_dict())?;
         assert_eq!(other.advance().is_ok(), arguments.walk(41).len() > 40, "{arguments:?}");
@@ -508,7 +510,7 @@ fn schedules_compose() -> Result<()> {
     let line = || PiecewiseLinear::new([(0, 0.), (100, 100.)]);
     let take = |schedule: AnySchedule, events: u64| -> Vec<f64> {
         schedule.validate().unwrap();
-        // Backwards, so that nothing hangs on the order.
+        // Values are asked for in reverse, because they must not depend on the order of the calls.
         let mut values: Vec<_> = (0..events).rev().map(|event| schedule.at(event)).collect();
         values.reverse();
         values
@@ -593,7 +595,7 @@ fn the_rate_falls_when_a_metric_stays() -> Result<()> {
     Ok(())
 }
 
-/// Runs of one iteration each that go on, in which the step fires an event of its own after its update.
+/// Runs of one iteration each that go on where the last one ended. The step fires a custom event after its update.
 #[test]
 fn update_k_uses_value_k_on_any_event_after_the_step() -> Result<()> {
     const STEPPED: Event = Event::custom("stepped");
@@ -629,7 +631,7 @@ fn update_k_uses_value_k_on_any_event_after_the_step() -> Result<()> {
             assert_eq!(rates, expected, "{events:?}");
         }
     }
-    // In ignite's way nothing is written before the first event.
+    // With `write_at_start(false)`, as in ignite, nothing is written before the first event.
     let (_w, optimizer) = sgd();
     let mut engine = rates(&optimizer);
     let scheduler = ParamScheduler::new("lr", optimizer.knob("lr")?, line());
@@ -690,7 +692,7 @@ fn a_plateau_and_another_schedule_on_one_knob_multiply() -> Result<()> {
             assert_eq!(seen.len(), torch.len());
         }
     }
-    // A state has the reductions; without the plateau there are none.
+    // A saved state has the plateau's reductions. Without a plateau there are none.
     let value = std::sync::Arc::new(std::sync::Mutex::new(8.));
     let (read, write) = (value.clone(), value.clone());
     let own = Knob::new("x", move || *read.lock().unwrap(), move |v| *write.lock().unwrap() = v);
@@ -748,13 +750,13 @@ fn two_schedulers_that_set_one_knob_are_refused() -> Result<()> {
             as_group?;
         }
     }
-    // Each has its own part of the run.
+    // Two schedulers may drive one value in different parts of the run.
     let mut engine = rates(&optimizer);
     engine
         .attach(scheduler("a", all()).on(Event::IterationStarted.before(3)))
         .attach(scheduler("b", all()).on(Event::IterationStarted.after(2)));
     engine.run(&mut vec![], vec![(); 4], Until::epochs(1))?;
-    // One that was removed is in nobody's way, and another engine has its own.
+    // A removed scheduler frees its value, and another engine has its own schedulers.
     let mut engine = rates(&optimizer);
     let id = engine.add_handler(scheduler("a", all()))?;
     engine.remove_event_handler(id)?;
@@ -784,7 +786,7 @@ fn a_first_metric_that_is_infinite_is_no_better_than_none() -> Result<()> {
     Ok(())
 }
 
-/// torch divides by zero there.
+/// torch divides by zero in this case.
 #[test]
 fn one_cycle_is_refused_where_it_rises_within_no_events() {
     for (steps, share) in [(10, 0.1), (4, 0.25), (1, 1.)] {
@@ -799,7 +801,7 @@ fn one_cycle_is_refused_where_it_rises_within_no_events() {
             assert!(schedule.momentum(0.8, 0.9).validate().is_err());
         }
     }
-    // Nothing is left to fall in: the end is the last event.
+    // With a share of 1 the schedule only rises, up to its last event.
     let rising = OneCycleLR::new(1., 10).pct_start(1.);
     assert_eq!((rising.at(9), rising.end().map(|(end, _)| end)), (1., Some(10)));
     rising.fits(10).unwrap();

@@ -1,4 +1,4 @@
-//! Clipping, mixed precision, accumulation, averages and group helpers, on the CPU.
+//! Tests of clipping, mixed precision, accumulation, averages and group helpers, on the CPU.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -27,7 +27,7 @@ fn close(a: f64, b: f64) {
     assert!((a - b).abs() <= 1e-6 * b.abs().max(1.), "{a} is not {b}");
 }
 
-/// Two groups of one parameter each, with gradients (3, 4) and (12).
+/// An optimizer with two groups of one parameter each, whose gradients are (3, 4) and (12).
 fn with_gradients(kind: Kind) -> (VarStore, Optimizer, [Tensor; 2]) {
     let mut vs = VarStore::new(Device::Cpu);
     vs.set_kind(kind);
@@ -72,7 +72,7 @@ fn a_norm_below_the_bound_changes_nothing() -> Result<()> {
 }
 
 #[test]
-fn other_norms() -> Result<()> {
+fn norms_of_other_orders_are_computed_or_refused() -> Result<()> {
     let (_vs, optimizer, _) = with_gradients(Kind::Double);
     let norm = |p| optimizer.gradients().and_then(|all| all.order(p).norm());
     assert_eq!((value(&norm(f64::INFINITY)?), value(&norm(1.)?)), (12., 19.));
@@ -139,7 +139,7 @@ fn adaptive_clipping_is_by_rows_of_the_weights() -> Result<()> {
     let optimizer = Optimizer::sgd(&vs).build()?;
     (&w * Tensor::from_slice2(&[[6f64, 8.], [0.3, 0.4]])).sum(Kind::Double).backward();
     optimizer.gradients()?.clip_adaptive(0.1, 1.)?;
-    // Rows of norm 5 and (at least) 1 may have gradients of norm 0.5 and 0.1.
+    // The rows have norms of 5 and less than 1, which counts as 1. So their gradients may have norms of 0.5 and 0.1.
     let expected = Tensor::from_slice2(&[[0.3f64, 0.4], [0.06, 0.08]]);
     assert!(value(&(w.grad() - expected).abs().max()) < 1e-12);
     Ok(())
@@ -258,7 +258,7 @@ fn scaled_steps_are_plain_steps_and_calls_out_of_order_are_errors() -> Result<()
 
 type Net = Box<dyn Fn(&Tensor, bool) -> Tensor + Send>;
 
-/// `y = w x`, mean squared error, SGD with lr 0.1.
+/// The model `y = w x` with the mean squared error and SGD with lr 0.1.
 fn supervised(vs: &VarStore) -> Supervised<nn::FuncT<'static>> {
     let w = vs.root().zeros("w", &[1, 1]);
     let forward: Net = Box::new(move |x, _| x.matmul(&w));
@@ -278,7 +278,8 @@ fn tensors((x, y): (f32, f32)) -> (Tensor, Tensor) {
 
 #[test]
 fn accumulated_steps_are_those_of_the_joined_batches() -> Result<()> {
-    // 7 batches by 3: windows of 3, 3 and 1. An epoch's length is known, or only learned at its end.
+    // The 7 batches are accumulated in windows of 3, 3 and 1. The epoch's length is known, or only learned at its
+    // end.
     for known in [true, false] {
         let vs = VarStore::new(Device::Cpu);
         let mut cx = supervised(&vs).accumulate(3)?;
@@ -310,7 +311,7 @@ fn accumulated_steps_are_those_of_the_joined_batches() -> Result<()> {
 }
 
 #[test]
-fn all_options_of_the_ready_step_together() -> Result<()> {
+fn all_options_of_the_ready_step_work_together() -> Result<()> {
     let vs = VarStore::new(Device::Cpu);
     let scaler = GradScaler::new();
     let mut cx = supervised(&vs)
@@ -356,7 +357,7 @@ fn averages_are_swapped_back_after_errors_and_panics() -> Result<()> {
     }));
     assert!(panicked.is_err() && now(&w) == 4.);
 
-    // An evaluator of the averages, in a trainer, whose second run fails.
+    // An evaluator of the averages runs in a trainer, and its second run fails.
     let mut evaluator = Engine::new(|w: &mut Tensor, _, fails: bool| {
         anyhow::ensure!(!fails, "as asked");
         Ok(now(w))
@@ -374,7 +375,7 @@ fn averages_are_swapped_back_after_errors_and_panics() -> Result<()> {
 }
 
 #[test]
-fn averages_of_buffers_integers_and_other_types() -> Result<()> {
+fn buffers_integers_and_other_types_are_averaged_as_asked() -> Result<()> {
     for kind in [Kind::Double, Kind::Float, Kind::Half, Kind::BFloat16] {
         for (buffers, expected) in [(Buffers::Copy, 8.), (Buffers::Update, 4.), (Buffers::Keep, 0.)]
         {
@@ -403,7 +404,7 @@ fn averages_of_buffers_integers_and_other_types() -> Result<()> {
     Ok(())
 }
 
-/// Averages of tied weights and of views, swapped in and back.
+/// The averages of tied weights and of views are swapped in and back.
 #[test]
 fn averages_of_shared_memory_are_swapped_back() -> Result<()> {
     type Share = fn(&Tensor) -> Tensor;
@@ -411,7 +412,7 @@ fn averages_of_shared_memory_are_swapped_back() -> Result<()> {
         ("tied, both trained", Tensor::shallow_clone, true),
         ("tied, one trained", Tensor::shallow_clone, false),
         ("a view of all", Tensor::detach, true),
-        // Too few for the one pass, because they have gaps.
+        // The one pass refuses this view, because its memory has gaps.
         ("a view of a part", |w| w.detach().slice(0, 0, None, 2), true),
     ];
     for (what, share, trained) in shares {
@@ -441,7 +442,7 @@ fn averages_of_shared_memory_are_swapped_back() -> Result<()> {
     Ok(())
 }
 
-/// A variable that got another shape cannot be averaged: told, before the others are.
+/// A variable whose shape has changed cannot be averaged. The error comes before the other averages are changed.
 #[test]
 fn averages_that_do_not_fit_any_more_are_refused_before_one_is_changed() -> Result<()> {
     let vs = VarStore::new(Device::Cpu);
@@ -568,9 +569,10 @@ fn frozen_groups_do_not_train_and_go_on_later() -> Result<()> {
     Ok(())
 }
 
-/// What the one pass of the CPU does not take goes the way of CUDA.
+/// Tensors that the CPU's one pass cannot handle, because their memory has gaps or they are sparse, go through
+/// libtorch's kernels, as on CUDA.
 #[test]
-fn memory_with_gaps_and_sparse_gradients() -> Result<()> {
+fn memory_with_gaps_and_sparse_gradients_are_handled() -> Result<()> {
     let mut vs = VarStore::new(Device::Cpu);
     vs.set_kind(Kind::Double);
     let all = Tensor::zeros([4, 6], (Kind::Double, Device::Cpu));
@@ -646,8 +648,8 @@ fn a_batch_whose_step_is_refused_leaves_the_scaler_ready_for_the_next() -> Resul
     Ok(())
 }
 
-/// A weight `w` of one f64, 1 at the start; plain SGD with lr 1. The loss of a batch is the mean of `w * x`, so its gradient
-/// is the mean of the batch. A batch that holds an infinity makes the model panic.
+/// A model with one weight `w` in f64 that starts at 1, and plain SGD with lr 1. The loss of a batch is the mean of `w
+/// * x`, so its gradient is the mean of the batch. A batch that holds an infinity makes the model panic.
 fn linear(vs: &mut VarStore) -> Supervised<nn::FuncT<'static>> {
     vs.set_kind(Kind::Double);
     let w = vs.root().ones("w", &[1]);
@@ -673,7 +675,7 @@ fn near(a: f64, b: f64) {
 
 #[test]
 fn a_window_that_loses_batches_to_errors_is_the_mean_of_the_others() -> Result<()> {
-    // Two windows of 4. The gradients are 1 to 8.
+    // There are two windows of 4 batches, whose gradients are 1 to 8.
     for lost in
         [vec![0], vec![1], vec![3], vec![3, 4], vec![0, 1, 2, 3], vec![2, 7], vec![4, 5, 6, 7]]
     {
@@ -757,7 +759,7 @@ fn a_window_that_is_cut_short_is_stepped_for_what_there_is() -> Result<()> {
     ];
     for (what, until, end, runs, stop) in cuts {
         let mut vs = VarStore::new(Device::Cpu);
-        // Gradients 1 to 8 by 4: after 5 the second window has one.
+        // The gradients 1 to 8 are accumulated by 4, so after 5 batches the second window has one.
         let mut cx = linear(&mut vs).accumulate(4)?;
         let mut stepped = vec![];
         let mut trainer = create_supervised_trainer();
@@ -784,7 +786,7 @@ fn a_window_that_is_cut_short_is_stepped_for_what_there_is() -> Result<()> {
     Ok(())
 }
 
-/// Batches of 1, 5, 2, 3, 1, 4 and 2 samples by three: 8, 8 and 2 samples a step.
+/// The samples of each batch. Three batches are accumulated at a time, so steps have 8, 8 and 2 samples.
 const SIZES: [usize; 7] = [1, 5, 2, 3, 1, 4, 2];
 
 fn samples() -> (Tensor, Tensor) {
@@ -804,7 +806,7 @@ fn batches_of(sizes: &[usize]) -> Vec<(Tensor, Tensor)> {
     sizes.iter().map(|size| next(*size)).collect()
 }
 
-/// Tensors do not implement `Clone`.
+/// A data source of these batches. It makes shallow clones, because tensors do not implement `Clone`.
 fn clones(batches: Vec<(Tensor, Tensor)>) -> tch_ignite::data::Custom<'static, (Tensor, Tensor)> {
     tch_ignite::data::restartable(move || {
         let shared = |(x, y): &(Tensor, Tensor)| (x.shallow_clone(), y.shallow_clone());
@@ -812,7 +814,7 @@ fn clones(batches: Vec<(Tensor, Tensor)>) -> tch_ignite::data::Custom<'static, (
     })
 }
 
-/// Gives the variables other values, the same at each call: the generator is shared with other tests.
+/// Gives the variables fixed values from a formula, because other tests share the random number generator.
 fn fill(vs: &VarStore) {
     let variables = vs.variables().into_iter().collect::<std::collections::BTreeMap<_, _>>();
     for (index, (_, mut variable)) in variables.into_iter().enumerate() {
@@ -822,7 +824,7 @@ fn fill(vs: &VarStore) {
     }
 }
 
-/// Two layers in f64, the same at each call, trained for two epochs; the weights afterwards in one row.
+/// Trains two layers in f64, which start the same at each call, for two epochs, and returns their weights in one row.
 fn two_layers(
     sizes: &[usize],
     set_up: impl FnOnce(Supervised<nn::Sequential>) -> Supervised<nn::Sequential>,
@@ -847,7 +849,7 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
     (a - b).abs().max().double_value(&[])
 }
 
-/// The mean over samples, and over tokens: targets below -0.5 are padding.
+/// The mean over samples. The function below takes the mean over tokens, where targets below -0.5 are padding.
 fn of_samples(y_pred: &Tensor, y: &Tensor) -> tch_ignite::WeightedLoss {
     (y_pred - y).square().mean(Kind::Double).into()
 }
@@ -856,7 +858,7 @@ fn of_tokens(y_pred: &Tensor, y: &Tensor) -> tch_ignite::WeightedLoss {
     let mask = y.ge(-0.5).to_kind(Kind::Double);
     let tokens = mask.sum(Kind::Double);
     let sum = ((y_pred - y).square() * mask).sum(Kind::Double);
-    // A batch without tokens has the weight 0 and a loss that is no number, as torch's cross-entropy.
+    // A batch without tokens has the weight 0 and the loss NaN, as torch's cross-entropy gives it.
     (sum / &tokens, tokens).into()
 }
 
@@ -877,11 +879,11 @@ fn batches_of_unequal_size_make_the_step_of_one_large_batch() -> Result<()> {
         assert!(largest_difference(&large, &small) < 1e-12, "{}", &large - &small);
         let means =
             two_layers(&SIZES, |cx| set_up(cx).accumulate(3).unwrap().equal_weights(), loss)?;
-        // Without tokens the mean of a batch is no number.
+        // The mean of a batch without tokens is NaN.
         let difference = largest_difference(&large, &means);
         assert!(difference.is_nan() || difference > 1e-6, "the test would not notice");
     }
-    // The first batch of a window, the only one, and all batches of a window without tokens.
+    // The first batch of a window has no tokens, or its only batch, or all of its batches.
     let token = |x: f64, tokens: i64| {
         let loss = Tensor::from(if tokens == 0 { f64::NAN } else { x });
         (loss, tokens)
@@ -1032,7 +1034,7 @@ fn a_scaler_refuses_counts_that_are_not_whole_or_too_large() -> Result<()> {
         assert!(error.contains(key), "{error}");
         assert_eq!(scaler.state_dict()?, good);
     }
-    // A whole number may be written as a float.
+    // A whole number in the state may be written as a float.
     let mut state = good.clone();
     state.insert("growth_interval".into(), 500.0.into());
     scaler.load_state_dict(&state)?;
@@ -1076,12 +1078,13 @@ fn averages_follow_the_updates_of_the_optimizer() -> Result<()> {
     let mut trainer = create_supervised_trainer();
     trainer.attach(ema.clone());
     trainer.run(&mut cx, data(), Until::epochs(1).epoch_length(6))?;
-    // w is 1, then 1 - 2.5, then that - 5.5: one average for each.
+    // w is 1, then -1.5 after a step of 2.5, then -7 after one of 5.5. Each step has an update of the averages.
     assert_eq!(ema.updates(), 2);
     let first = 0.5 + 0.5 * -1.5;
     near(ema.averages()[0].1.double_value(&[0]), 0.5 * first + 0.5 * -7.);
 
-    // A skipped step counts, unless it is told not to. The first loss overflows when it is scaled.
+    // The first loss overflows when it is scaled, so that step is skipped. The averages count it unless they are
+    // updated on OPTIMIZER_STEPPED.
     for (on, updates) in [(None, 3), (Some(OPTIMIZER_STEPPED), 2), (Some(WINDOW_COMPLETED), 3)] {
         let mut vs = VarStore::new(Device::Cpu);
         let scaler = GradScaler::new();
@@ -1097,7 +1100,7 @@ fn averages_follow_the_updates_of_the_optimizer() -> Result<()> {
         assert_eq!((ema.updates(), scaler.skipped()?), (updates, 1));
     }
 
-    // An engine of one's own says where it steps, or has one update in each iteration.
+    // A user's own engine fires OPTIMIZER_STEPPED where it steps; without that event, each iteration has one update.
     for registers in [true, false] {
         let mut vs = VarStore::new(Device::Cpu);
         let _ = linear(&mut vs);
@@ -1124,7 +1127,7 @@ fn a_schedule_that_counts_updates_gives_update_k_value_k() -> Result<()> {
     for skipped in [0, 2] {
         for events in [Events::from(OPTIMIZER_STEPPED), OPTIMIZER_STEPPED | Event::Terminate] {
             let mut vs = VarStore::new(Device::Cpu);
-            // Every gradient is 1, so that the weight shows the rates.
+            // Every gradient is 1, so that the weight shows the learning rates.
             let scaler = GradScaler::new();
             let mut cx = linear(&mut vs).accumulate(2)?.grad_scaler(scaler.clone());
             let optimizer = cx.optimizer.clone();
@@ -1133,7 +1136,7 @@ fn a_schedule_that_counts_updates_gives_update_k_value_k() -> Result<()> {
             let overflowing = std::iter::repeat_n(1e308, 2 * skipped);
             let data: Vec<_> = overflowing.chain([1.; 9]).map(|x| batch(&[x])).collect();
             trainer.run(&mut cx, clones(data), Until::epochs(1))?;
-            // Five updates; the last one has one batch.
+            // There are five updates, the last of which has one batch.
             assert_eq!(scaler.skipped()?, skipped as u64);
             near(weight(&vs), 1. - (1. + 2. + 3. + 4. + 5.));
             near(optimizer.group_at(0)?.lr()?, 6.);
@@ -1173,7 +1176,7 @@ fn a_resumed_schedule_of_updates_goes_on_at_its_place() -> Result<()> {
         Ok(weight(&vs))
     };
     let whole = run(None)?;
-    // Rates 1 to 8 of windows 1.5, 3.5, 5.5, 7, and again.
+    // Learning rates 1 to 8 are multiplied by the windows' gradients 1.5, 3.5, 5.5 and 7, twice in turn.
     near(whole, 1. - (1.5 + 7. + 16.5 + 28. + 7.5 + 21. + 38.5 + 56.));
     for stop in 1..14 {
         assert_eq!(run(Some(stop))?, whole, "{stop}");
@@ -1255,7 +1258,7 @@ fn update_bn_computes_torchs_averages() -> Result<()> {
             assert_eq!(update_bn(data(), twice)?, 1);
             close(&bn.running_mean, twice_mean);
             close(&bn.running_var, twice_var);
-            // What fails changes nothing.
+            // An `update_bn` that fails changes nothing.
             let mut calls = 0;
             let error = update_bn(data(), |x| {
                 calls += 1;
@@ -1274,7 +1277,7 @@ fn update_bn_computes_torchs_averages() -> Result<()> {
         }
     }
 
-    // The averages of the weights have averages of their own, and the model keeps what it had.
+    // Averaged weights get batch norm statistics of their own, and the model keeps its statistics.
     let vs = VarStore::new(Device::Cpu);
     let net = nn::seq_t()
         .add(nn::linear(vs.root() / "a", 2, 2, Default::default()))
@@ -1365,7 +1368,7 @@ fn a_last_batch_of_one_sample_is_refused_where_batch_normalisation_needs_more() 
         let run = trainer.run(&mut cx, loader(), Until::epochs(2));
         assert!(running(&vs).iter().all(|value| value.is_finite()), "{:?}", running(&vs));
         if !pooled {
-            // Four pixels are four values.
+            // Four pixels of one sample are four values, so this is no error.
             run?;
             continue;
         }
@@ -1373,7 +1376,7 @@ fn a_last_batch_of_one_sample_is_refused_where_batch_normalisation_needs_more() 
         for part in ["epoch 1", "iteration 3", "'block.bn'", "drop_last"] {
             assert!(error.contains(part), "{error}");
         }
-        // The same without the last batch.
+        // Without the last batch, the run succeeds.
         let (before, two) = (running(&vs), loader().drop_last(true));
         create_supervised_trainer().run(&mut cx, &two, Until::epochs(1))?;
         assert_ne!(running(&vs), before);

@@ -1,11 +1,11 @@
-//! What a program leaves, and whether two of them are the same.
+//! The outcome of a program, and the comparison of two outcomes.
 
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 use tch_ignite::Result;
 use tch_ignite::checkpoint::{StateDict, Stateful};
 
-/// Values at some point of a run.
+/// The values at one point of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     pub what: String,
@@ -13,19 +13,19 @@ pub struct Record {
     pub values: Vec<(String, Vec<f64>)>,
 }
 
-/// What happened in a run. It is part of the engine's checkpoints, so what a resumed run does again replaces
-/// what had been done after the checkpoint.
+/// The records of a run, and where the run is. The trace is a part of the engine's checkpoints, so a resumed run
+/// replaces the records that were made after its checkpoint.
 #[derive(Debug, Default, Clone, Serialize, Deserialize)]
 pub struct Trace {
     pub records: Vec<Record>,
-    /// Which errors happened, of those after which the same engine goes on.
+    /// Which of the planted breaks that leave a trace have happened.
     pub happened: Vec<bool>,
-    /// Where the run is, for what is planted.
+    /// The position of the run, which decides whether a planted break is due.
     pub epoch: u64,
     pub iteration: u64,
-    /// How many budgets are used up.
+    /// How many of the program's budgets are used up.
     pub budgets: usize,
-    /// A batch is being fetched for the first time.
+    /// Whether a batch is being fetched for the first time.
     pub fetching: bool,
 }
 
@@ -49,17 +49,17 @@ impl Stateful for Trace {
     }
 }
 
-/// All that a program leaves.
+/// Everything that a program leaves.
 #[derive(Debug, Default, Clone, Serialize, Deserialize)]
 pub struct Outcome {
     pub trace: Vec<Record>,
-    /// How it ended.
+    /// How the program ended, in words.
     pub end: String,
     /// Tag, step and value of each line.
     pub log: Vec<(String, u64, f64)>,
     /// Names of the files of the best epochs.
     pub best: Vec<String>,
-    /// The iteration after which batches had another size, because of a resume.
+    /// The iteration at which a resume gave batches another size.
     pub other_size_after: Option<u64>,
 }
 
@@ -71,8 +71,8 @@ pub fn numbers<'t>(tensors: impl IntoIterator<Item = &'t Tensor>) -> Vec<f64> {
     tensors.into_iter().flat_map(flat).collect()
 }
 
-/// Whether numbers differ by no more than this share of the largest of them, or of 1, which is the size of data and
-/// parameters: a weight or a loss may be the small difference of larger numbers.
+/// Whether numbers differ by no more than this share of the largest of them, or of 1 if that is larger. The data and
+/// parameters are about as large as 1, and a weight or a loss may be the small difference of such numbers.
 fn all_same(a: &[f64], b: &[f64], tolerance: f64) -> bool {
     let finite = a.iter().chain(b).filter(|value| value.is_finite());
     let largest = finite.fold(1f64, |largest, value| largest.max(value.abs()));
@@ -84,12 +84,13 @@ fn all_same(a: &[f64], b: &[f64], tolerance: f64) -> bool {
 
 /// A difference between two outcomes.
 pub struct Difference {
-    /// The number of the first record that differs; beyond all where the rest does.
+    /// The number of the first record that differs; larger than all numbers if only something else than the records
+    /// differs.
     pub place: usize,
     pub text: String,
 }
 
-/// The first difference.
+/// The first difference between two outcomes, if there is one.
 pub fn difference(expected: &Outcome, got: &Outcome, tolerance: f64) -> Option<Difference> {
     for (place, right) in expected.trace.iter().enumerate() {
         let differs = |text| Some(Difference { place, text });
@@ -138,7 +139,7 @@ pub fn difference(expected: &Outcome, got: &Outcome, tolerance: f64) -> Option<D
             return differs(format!("line {place} of the log: {line:?}; right is {right:?}"));
         }
     }
-    // Epochs may be equally good but for rounding.
+    // The losses are compared and not the epochs, because epochs may be equally good but for rounding.
     let losses = |names: &[String]| -> Vec<String> {
         let loss = |name: &String| name.split_once("loss=").map_or("", |(_, loss)| loss).to_owned();
         names.iter().map(loss).collect()

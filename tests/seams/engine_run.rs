@@ -1,4 +1,4 @@
-//! The same program through the public interface, with its stops and resumes.
+//! Runs a program by the engine, through the public interface, with its stops and resumes.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use tch_ignite::data::{
     Batch, IntoSource, Loader, SamplePosition, Source, one_shot, restartable, source,
 };
 use tch_ignite::engine::{
-    Evaluator, Event, Events, Handler, Priority, Stop, Summary, Trainer, Until,
+    Evaluator, Event, Events, Handler, HandlerSpec, Priority, Stop, Summary, Trainer, Until,
 };
 use tch_ignite::handlers::{
     EMAHandler, EarlyStopping, Evaluate, InterruptOn, SWAHandler, TimeLimit,
@@ -36,10 +36,10 @@ use super::program::*;
 use super::reference::{budgets, end};
 use super::world;
 
-/// The words of planted errors and panics.
+/// The word with which the texts of planted errors and panics begin.
 pub const PLANTED: &str = "planted";
 
-/// A model over tensors of a store.
+/// A model whose parameters are tensors of a store.
 struct Net {
     model: Model,
     parameters: Vec<Tensor>,
@@ -60,21 +60,21 @@ impl ModuleT for Net {
 type Cx = Supervised<Net>;
 type Run<'a> = Trainer<'a, Cx>;
 
-/// What is planted, and what of it has happened.
+/// The breaks that are planted in a program, and which of them have happened.
 #[derive(Clone)]
 struct Plants {
     program: Arc<Program>,
     trace: Arc<Mutex<Trace>>,
-    /// Of those that leave no trace: they are not undone by a resume.
+    /// Which of the breaks that leave no trace have happened. A resume does not undo them.
     happened: Arc<Mutex<Vec<bool>>>,
-    /// Where that is written, for the next process.
+    /// The folder to which `happened` is written, for the next process.
     folder: Option<PathBuf>,
-    /// Those of this call of `run`.
+    /// The breaks of this call of `run`.
     taken: Arc<Mutex<Vec<Break>>>,
 }
 
 impl Plants {
-    /// Notes where the run is.
+    /// Notes the position of the run.
     fn note(&self, event: Event, engine: &Run<'_>) {
         let mut trace = self.trace.lock().unwrap();
         match event {
@@ -85,7 +85,7 @@ impl Plants {
         (trace.epoch, trace.iteration) = (engine.state.epoch, engine.state.iteration);
     }
 
-    /// What is to happen here and now.
+    /// The break that is due here and now, which then counts as happened.
     fn take(&self, place: Place) -> Option<Break> {
         let mut trace = self.trace.lock().unwrap();
         let (epoch, iteration) = (trace.epoch, trace.iteration);
@@ -110,7 +110,7 @@ impl Plants {
     }
 }
 
-/// An error that says how the program goes on.
+/// The text of an error, which says how the program goes on.
 fn planted(then: Then) -> String {
     format!("{PLANTED}, then {then:?}")
 }
@@ -119,12 +119,12 @@ fn planted(then: Then) -> String {
 fn signal(name: &str) {
     let id = std::process::id().to_string();
     assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
-    // It may be another thread that gets it.
+    // Another thread may receive the signal, so this one waits for it.
     std::thread::sleep(Duration::from_millis(10));
 }
 
 impl Break {
-    /// Does it, where there is no engine to be asked.
+    /// Makes the break happen where there is no engine to ask.
     fn happen(self) -> anyhow::Result<()> {
         match self.how {
             How::Error => anyhow::bail!(planted(self.then)),
@@ -137,7 +137,7 @@ impl Break {
     }
 }
 
-/// A source that fails where something is planted.
+/// A source that fails where a break is planted.
 struct Faulty<'a>(Box<dyn Source<Batch> + 'a>, Plants);
 
 impl Source<Batch> for Faulty<'_> {
@@ -193,7 +193,7 @@ impl Source<Batch> for Faulty<'_> {
     }
 }
 
-/// Batches of a program, counted.
+/// A source of a program's listed batches, which knows how many there are.
 struct Listed {
     x: Tensor,
     y: Tensor,
@@ -223,10 +223,10 @@ fn select(x: &Tensor, y: &Tensor, batch: &[i64]) -> Batch {
     (x.index_select(0, &index), y.index_select(0, &index))
 }
 
-/// The processes that train together.
+/// The group of processes that train together.
 #[cfg(feature = "distributed")]
 type Group = tch_ignite::distributed::ProcessGroup;
-/// There are none without the feature.
+/// Without the feature there is no group.
 #[cfg(not(feature = "distributed"))]
 type Group = std::convert::Infallible;
 
@@ -241,7 +241,7 @@ fn group(_: &Program) -> Option<Group> {
     None
 }
 
-/// The share of this rank of the samples of a loader.
+/// Gives a loader this rank's share of the samples.
 #[cfg(feature = "distributed")]
 fn share(loader: Loader, samples: usize, seed: Option<u64>, uneven: bool, pg: &Group) -> Loader {
     let sampler = tch_ignite::data::DistributedSampler::of_group(samples, pg).unwrap();
@@ -365,28 +365,21 @@ impl Scheduled {
     }
 }
 
-/// Records what there is after all other handlers of an event.
+/// A handler that records the state after all other handlers of an event.
 struct Recorder {
     trace: Arc<Mutex<Trace>>,
     vs: VarStore,
     ema: Option<EMAHandler>,
     swa: Option<SWAHandler>,
     scaler: Option<GradScaler>,
-    /// The loss is the mean of those of all ranks.
+    /// Whether several ranks train together. The recorded loss is then the mean of the losses of all ranks.
     several_ranks: bool,
 }
 
 impl Handler<Cx, Batch, Tensor> for Recorder {
-    fn name(&self) -> String {
-        "recorder".into()
-    }
-
-    fn events(&self) -> Events {
-        world::RECORDED.iter().map(|at| at.event().into()).collect()
-    }
-
-    fn priority(&self) -> Priority {
-        Priority::Last
+    fn spec(&self) -> tch_ignite::Result<HandlerSpec> {
+        let events: Events = world::RECORDED.iter().map(|at| at.event().into()).collect();
+        Ok(HandlerSpec::new("recorder", events).priority(Priority::Last))
     }
 
     fn call(&mut self, event: Event, _cx: &mut Cx, engine: &mut Run<'_>) -> anyhow::Result<()> {
@@ -438,11 +431,11 @@ fn averages(mut named: Vec<(String, Tensor)>) -> Vec<f64> {
     numbers(named.iter().map(|(_, tensor)| tensor))
 }
 
-/// An engine with all that the program asks for.
+/// An engine with everything that the program asks for.
 struct Built<'a> {
     trainer: Run<'a>,
     cx: Cx,
-    /// Its batch size may change.
+    /// The loader, if the data has one; its batch size may change.
     loader: Option<Loader>,
 }
 
@@ -665,7 +658,7 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
     Built { trainer, cx, loader }
 }
 
-/// A store that shares the variables.
+/// Another store that shares the variables.
 fn clone_of(vs: &VarStore) -> VarStore {
     let mut clone = VarStore::new(vs.device());
     clone.variables_ = vs.variables_.clone();
@@ -696,20 +689,20 @@ fn until(program: &Program, budget: Budget) -> Until {
     }
 }
 
-/// Files through which processes tell each other what there is to know.
+/// Files through which the processes of a program pass on the program, and which breaks have happened.
 const PROGRAM: &str = "program.json";
 const HAPPENED: &str = "happened.json";
-/// How many engines there were before.
+/// This variable says how many engines ran before.
 const LIFE: &str = "SEAMS_LIFE";
-/// The iteration at which an engine went on.
+/// This file has the iteration at which an engine went on.
 const RESUMED: &str = "resumed";
 const ENDED: &str = "ended.safetensors";
-/// The folder of a program whose engine this process is to run.
+/// This variable names the folder of the program whose engine this process is to run.
 const FOLDER: &str = "SEAMS_FOLDER";
-/// The test that does.
+/// The test by which a process runs one engine.
 const CHILD: &str = "one_engine_of_a_program";
 
-/// Runs the program to its end, with all that is planted.
+/// Runs the program to its end, with all its breaks.
 pub fn run(program: &Program, folder: &Path) -> Outcome {
     let mut happened = vec![false; program.breaks.len()];
     if program.processes {
@@ -749,13 +742,14 @@ fn best(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Random numbers come back with the checkpoint; without one the program starts anew.
+/// Seeds the random numbers. A resumed run gets its random numbers from the checkpoint, so its seed must not matter;
+/// without a checkpoint the program starts anew.
 fn reseed(program: &Program, folder: &Path) {
     let resumes = folder.join("checkpoints/latest").exists();
     tch::manual_seed(if resumes { -1 } else { program.seed as i64 });
 }
 
-/// One engine in another process, or one in each of several; `None` if the next is to go on.
+/// Runs one engine in another process, or one in each of several processes; `None` if the next engine is to go on.
 fn in_a_process(program: &Program, life: usize, folder: &Path) -> Option<Outcome> {
     let ended = folder.join(ENDED);
     let _ = std::fs::remove_file(&ended);
@@ -774,7 +768,7 @@ fn in_a_process(program: &Program, life: usize, folder: &Path) -> Option<Outcome
 
 const ARGUMENTS: [&str; 5] = ["--exact", CHILD, "--ignored", "--nocapture", "--test-threads=1"];
 
-/// Starts them; gives their code and what they said.
+/// Starts these processes, and returns their exit code and their output.
 fn start(ranks: usize, life: usize, folder: &Path) -> (i32, String) {
     #[cfg(feature = "distributed")]
     if ranks > 1 {
@@ -795,7 +789,7 @@ fn start(ranks: usize, life: usize, folder: &Path) -> (i32, String) {
     (code.unwrap_or(-1), String::from_utf8_lossy(&output.stderr).into())
 }
 
-/// What such a process does.
+/// Runs one engine, in a process that `start` has started.
 pub fn child() {
     let Some(folder) = std::env::var_os(FOLDER).map(PathBuf::from) else { return };
     let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap();
@@ -808,13 +802,13 @@ pub fn child() {
     if std::env::var("RANK").is_ok_and(|rank| rank != "0") {
         return;
     }
-    // JSON itself has no infinities.
+    // The outcome is written as a state, because JSON itself has no infinities.
     let mut state = StateDict::new();
     state.set_value("ended", &ended).unwrap();
     write_state(folder.join(ENDED), &state).unwrap();
 }
 
-/// One engine; `None` if the next is to go on.
+/// Runs one engine in this process; `None` if the next engine is to go on.
 fn in_this_process(
     program: &Program,
     life: usize,
@@ -846,7 +840,7 @@ enum Ended {
     Resumes,
 }
 
-/// One engine, from the newest checkpoint.
+/// Runs one engine from the newest checkpoint on.
 fn live(program: &Program, life: usize, plants: &Plants, folder: &Path) -> Ended {
     let Built { mut trainer, mut cx, loader } = build(program, life, plants, folder);
     match trainer.resume(&mut cx, folder.join("checkpoints")) {

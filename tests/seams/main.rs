@@ -1,8 +1,8 @@
-//! Where features meet: random training programs, each run by the engine, with its stops and resumes, and by
-//! a textbook's loop that knows neither engine nor handlers. Both must leave the same.
+//! Tests of how features work together. Random training programs are run by the engine, with stops and resumes, and
+//! by a textbook's loop that knows neither engine nor handlers. Both must have the same outcome.
 //!
-//! `scripts/seams.sh` runs more of them. A program that differs is made smaller and printed as a test, to be
-//! pasted below.
+//! `scripts/seams.sh` runs more of them. A program whose outcomes differ is made smaller and printed as a test, which
+//! can be pasted below.
 
 #![cfg(unix)]
 
@@ -23,22 +23,22 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use program::names::*;
 use program::programs;
 
-/// A program that takes longer than this is named.
+/// A program that takes longer than this is printed.
 const SLOW: Duration = Duration::from_secs(2);
 
-/// How much numbers may differ. The second is for programs that make ten times as much of rounding; what they leave says
-/// nothing where they make even more of it.
+/// How much numbers may differ. The second tolerance is for programs that amplify rounding errors tenfold. Programs
+/// that amplify them even more are not compared.
 const TOLERANCES: [f64; 2] = [1e-12, 1e-9];
 
-/// How long a program is made smaller.
+/// How long the search for a smaller program that differs may take.
 const SHRINKING: Duration = Duration::from_secs(60);
 
-/// In memory where there is such a place: checkpoints are synced to the disk.
+/// A temporary folder, in memory where that is possible, because checkpoints are synced.
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
-/// Panics that are planted are not worth a word.
+/// Keeps planted panics from being printed.
 fn quiet() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -52,9 +52,9 @@ fn quiet() {
     });
 }
 
-/// What the engine does otherwise than the textbook, if anything.
+/// The difference between the outcomes of the engine and of the textbook's loop, if there is one.
 fn difference(program: &Program) -> Option<String> {
-    // Random numbers belong to the process.
+    // Only one program runs at a time, because the process has one random number generator.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     quiet();
@@ -72,7 +72,7 @@ fn difference(program: &Program) -> Option<String> {
         }
         None
     };
-    // A thread of its own, because gradients may be off in it afterwards.
+    // The program gets a thread of its own, because gradients may be off in the thread afterwards.
     let ran = std::thread::scope(|scope| scope.spawn(run).join());
     ran.unwrap_or_else(|payload| {
         let text = payload.downcast_ref::<String>().cloned();
@@ -91,7 +91,8 @@ fn as_a_test(program: &Program) -> String {
     format!("#[test]\nfn a_program() {{\n    equals_the_reference(\n        {program},\n    );\n}}")
 }
 
-/// The program of a number: the same for ever, as long as the generator stays as it is.
+/// The random numbers for the program with this number. A number stands for the same program as long as the generator
+/// of programs is not changed.
 fn runner(seed: u64) -> TestRunner {
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
@@ -99,7 +100,7 @@ fn runner(seed: u64) -> TestRunner {
     TestRunner::new_with_rng(Config { failure_persistence: None, ..Config::default() }, rng)
 }
 
-/// A program that differs, as small as was found, and its difference.
+/// If the program with this number differs: the smallest program found that still differs, and its difference.
 fn failing(seed: u64) -> Option<(Program, String)> {
     let mut smallest = programs().new_tree(&mut runner(seed)).unwrap().current();
     let mut text = difference(&smallest)?;
@@ -114,7 +115,7 @@ fn failing(seed: u64) -> Option<(Program, String)> {
     Some((smallest, text))
 }
 
-/// Runs the programs of these numbers; gives how many differ.
+/// Runs the programs with these numbers, and returns how many differ.
 fn differences(seeds: impl Iterator<Item = u64>) -> usize {
     let mut differ = 0;
     for seed in seeds {
@@ -129,7 +130,7 @@ fn differences(seeds: impl Iterator<Item = u64>) -> usize {
     differ
 }
 
-/// What a program in processes starts.
+/// A program that runs in processes starts this test in each of them.
 #[test]
 #[ignore = "is part of other tests"]
 fn one_engine_of_a_program() {
@@ -150,7 +151,8 @@ fn programs_of_fixed_seeds_equal_the_reference() {
     assert_eq!(differences(0..200), 0);
 }
 
-/// For `scripts/seams.sh`: this many programs, from this number on, by so many processes.
+/// Runs many programs for `scripts/seams.sh`; environment variables say how many, from which number on, and in how
+/// many processes.
 #[test]
 #[ignore = "runs as many programs as it is told"]
 fn more_programs_equal_the_reference() {
@@ -164,7 +166,7 @@ fn more_programs_equal_the_reference() {
         return;
     }
     let begun = Instant::now();
-    // Each takes the same share.
+    // Each job runs the same share of the programs.
     let job = |job: u64| {
         let (first, next) = (count * job / jobs, count * (job + 1) / jobs);
         let mut process = Command::new(std::env::current_exe().unwrap());

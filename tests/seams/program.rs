@@ -1,4 +1,4 @@
-//! What a random program is, how it is generated, and how it is printed as Rust.
+//! Describes random training programs, generates them, and prints them as Rust.
 
 use std::fmt::{self, Debug, Display};
 
@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use tch_ignite::engine::{Event, FilteredEvent};
 use tch_ignite::supervised::{OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 
-/// A struct of fields with defaults, a builder method for each, printed as those that differ.
+/// Makes a struct of fields with defaults and a builder method for each field. It is printed as the calls for the
+/// fields that differ from their defaults.
 macro_rules! program {
     ($($(#[$doc:meta])* $field:ident: $kind:ty = $default:expr,)*) => {
         /// A training program. The default is about the smallest there is.
@@ -52,21 +53,21 @@ macro_rules! program {
     };
 }
 
-/// A value as Rust: what `Debug` prints, with vectors.
+/// A value as Rust code: the text of `Debug`, with `vec![…]` for lists.
 fn rust(value: &impl Debug) -> String {
     format!("{value:?}").replace('[', "vec![")
 }
 
 program! {
-    /// Parameters and data are functions of it.
+    /// The seed, from which parameters and data are computed.
     seed: u64 = 1,
     model: Model = Model::Linear,
     /// How many samples there are.
     samples: usize = 6,
     data: Data = Data::Loader { batch: 2, shuffle: None, drop_last: false },
-    /// Batch sizes of the epochs of a loader.
+    /// A schedule of a loader's batch sizes, by epoch.
     batch_sizes: Option<Shape> = None,
-    /// Losses are multiplied by random numbers.
+    /// Whether losses are multiplied by random numbers.
     noise: bool = false,
     budget: Budget = Budget::Epochs(2),
     /// A smaller budget, which the engine runs first.
@@ -74,7 +75,7 @@ program! {
     epoch_length: Option<u64> = None,
     optimizer: Algorithm = Algorithm::Sgd { momentum: 0., dampening: 0., weight_decay: 0., nesterov: false },
     lr: f64 = 0.1,
-    /// Biases are a second group with this rate.
+    /// If given, biases are a second group with this learning rate.
     lr_of_biases: Option<f64> = None,
     accumulate: u64 = 1,
     weights: Weights = Weights::BySamples,
@@ -93,17 +94,17 @@ program! {
     /// When checkpoints are written.
     checkpoint: When = When { at: At::EpochCompleted, every: 1, after: 0 },
     background: bool = false,
-    /// One is written after an error, and resumed.
+    /// Whether a checkpoint is written after an error, too.
     on_exception: bool = false,
-    /// The weights of the two best epochs are kept.
+    /// Whether the weights of the two best epochs are kept.
     best: bool = false,
     /// The batch size after a resume.
     batch_after_resume: Option<usize> = None,
-    /// At the end a new engine resumes once more.
+    /// Whether a new engine resumes once more at the end.
     resumed_at_the_end: bool = false,
-    /// Each engine is in a process of its own.
+    /// Whether each engine runs in a process of its own.
     processes: bool = false,
-    /// Processes that train together.
+    /// How many processes train together.
     ranks: usize = 1,
     breaks: Vec<Break> = vec![],
 }
@@ -112,7 +113,7 @@ program! {
 pub enum Model {
     /// A matrix and a bias.
     Linear,
-    /// Two of them with a tanh between.
+    /// Two matrices with biases, and a tanh between them.
     TwoLayers,
     /// A matrix under two names, used twice, and a bias.
     Tied,
@@ -127,9 +128,9 @@ pub enum Data {
     },
     /// A vector of batches with so many samples each.
     Batches(Vec<usize>),
-    /// The same, as data of unknown length.
+    /// The same batches, as data of unknown length.
     Restartable(Vec<usize>),
-    /// The same again and again, as data without an end.
+    /// The same batches again and again, as data without an end.
     Stream(Vec<usize>),
 }
 
@@ -148,14 +149,14 @@ pub enum Algorithm {
     RmsProp { alpha: f64, momentum: f64, weight_decay: f64, centered: bool },
 }
 
-/// How much the batches of a window count.
+/// How the batches of a window are weighted.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Weights {
     BySamples,
     Equally,
-    /// By what the loss is a mean over, as a number.
+    /// By the number of tokens that the loss is a mean over.
     ByTokens,
-    /// The same as a tensor.
+    /// By the number of tokens, which is given as a tensor.
     ByTokensInATensor,
 }
 
@@ -209,7 +210,7 @@ pub struct EarlyStop {
     pub patience: u64,
 }
 
-/// The metric that decides.
+/// The metric that a handler watches.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Watch {
     /// The mean loss of each epoch.
@@ -221,13 +222,13 @@ pub enum Watch {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Ema {
     pub momentum: f64,
-    /// From this momentum in so many updates.
+    /// The momentum begins with this value and reaches its own in so many updates.
     pub warmup: Option<(f64, u64)>,
-    /// Once for each update of the optimizer unless given.
+    /// When the averages are updated; `None` is once for each update of the optimizer.
     pub on: Option<When>,
 }
 
-/// A group without gradients from one iteration to another.
+/// A group that has no gradients from one iteration to another.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Frozen {
     pub biases: bool,
@@ -238,7 +239,7 @@ pub struct Frozen {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     pub on: When,
-    /// Of the moving average, where there is one.
+    /// Whether the moving averages are evaluated, if the program has them.
     pub averages: bool,
 }
 
@@ -271,7 +272,7 @@ pub enum At {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Break {
     pub place: Place,
-    /// The iteration, or the epoch at events of epochs.
+    /// The iteration at which it happens, or the epoch at events of epochs.
     pub number: u64,
     pub how: How,
     pub then: Then,
@@ -283,7 +284,7 @@ pub enum Place {
     In(At),
     /// In the data source.
     Fetch,
-    /// Where a batch that was under way is fetched again.
+    /// In the data source, when a batch that was under way is fetched again.
     Refetch,
     /// In the loss, within `no_grad`.
     InTheLoss,
@@ -336,12 +337,12 @@ impl At {
         }
     }
 
-    /// Whether what counts there is the epoch.
+    /// Whether this event is counted by epochs and not by iterations.
     pub fn is_of_epochs(self) -> bool {
         matches!(self, At::Started | At::EpochStarted | At::EpochCompleted | At::Completed)
     }
 
-    /// Whether a schedule that acts there gives the value for the updates that follow.
+    /// Whether a schedule at this event sets the value for the updates that follow it.
     pub fn is_after_the_step(self) -> bool {
         use At::*;
         matches!(self, IterationCompleted | OptimizerStepped | WindowCompleted | EpochCompleted)
@@ -396,7 +397,7 @@ impl Program {
 }
 
 impl Break {
-    /// Whether a checkpoint of this very place is resumed.
+    /// Whether the break writes a checkpoint at its place, from which the run is resumed.
     fn writes_a_checkpoint(&self, program: &Program) -> bool {
         match self.how {
             How::Interrupt | How::Signal | How::Limit => self.then == Then::Resume,
@@ -405,13 +406,13 @@ impl Break {
         }
     }
 
-    /// Whether a run differs from one without it: an error gives up what it hits, and the same engine goes
-    /// on. Where a new one resumes, it does that again.
+    /// Whether the break changes the outcome. It does if the same engine goes on after an error, because the work
+    /// that failed is given up; a new engine that resumes does that work again.
     pub fn leaves_a_trace(&self, program: &Program) -> bool {
         match self.how {
             How::Interrupt | How::Limit | How::Signal | How::Kill => false,
             How::Error | How::Panic => {
-                // What is written after an error goes on after what failed, too.
+                // A checkpoint that is written after an error also goes on behind the work that failed.
                 let goes_on = self.then == Then::Again || program.on_exception;
                 goes_on && self.place != Place::Refetch
             }
@@ -442,7 +443,7 @@ impl Shape {
 }
 
 impl Program {
-    /// When the metric that decides is new.
+    /// When the watched metric gets a new value.
     pub fn watched_on(&self, watch: Watch) -> When {
         match (watch, &self.evaluation) {
             (Watch::Validation, Some(evaluation)) => evaluation.on,
@@ -450,7 +451,7 @@ impl Program {
         }
     }
 
-    /// This program without what contradicts the rest.
+    /// This program without the parts that contradict others.
     fn settled(self) -> Self {
         let mut this = self.of_ranks();
         let two_groups = this.lr_of_biases.is_some();
@@ -486,7 +487,7 @@ impl Program {
             _ => {}
         }
         match &mut this.data {
-            // There is at least one batch.
+            // A batch is no larger than the data, so that there is at least one.
             Data::Loader { batch, .. } => {
                 *batch = (*batch).min(this.samples);
                 if let Some(Shape::Lines(sizes)) = &mut this.batch_sizes {
@@ -499,7 +500,7 @@ impl Program {
                 this.batch_after_resume = None;
                 if let Data::Stream(_) = data {
                     this.epoch_length.get_or_insert(3);
-                    // A stream does not begin again.
+                    // A stream does not begin again, so an epoch cannot be ended early.
                     this.breaks.retain(|planted| planted.how != How::EndOfEpoch);
                 }
                 if let Budget::Samples(samples) = this.budget {
@@ -516,11 +517,11 @@ impl Program {
             }
         }
         if this.batch_sizes.is_some() {
-            // It is the length of the pass, which changes.
+            // The epoch is as long as the pass, whose length changes with the batch size.
             this.epoch_length = None;
         }
         if let Budget::Samples(_) = this.budget {
-            // These are the samples of a call of `run`, and breaks make several.
+            // This budget counts the samples of one call of `run`, and breaks make several calls.
             let asks = |how| matches!(how, How::EndOfEpoch | How::End);
             this.breaks.retain(|planted| asks(planted.how));
             (this.first_budget, this.resumed_at_the_end) = (None, false);
@@ -530,10 +531,10 @@ impl Program {
         }
         if this.batch_after_resume.is_some() {
             let whole = |at| matches!(at, At::IterationCompleted | At::EpochCompleted);
-            // What is left out at the end of a pass would come back.
+            // Samples that are left out at the end of a pass would come back with another batch size.
             let drops = matches!(this.data, Data::Loader { drop_last: true, .. });
             let fits = this.batch_sizes.is_none() && whole(this.checkpoint.at) && !drops;
-            // The batch under way would be another one.
+            // A break in the middle of an iteration would be resumed with another batch.
             let breaks_fit = this.breaks.iter().all(|planted| match planted.place {
                 Place::In(at) => whole(at) || !planted.writes_a_checkpoint(&this),
                 _ => !planted.writes_a_checkpoint(&this),
@@ -556,7 +557,7 @@ impl Program {
             let asks = |how| matches!(how, How::End | How::EndOfEpoch | How::Limit);
             this.breaks.retain(|planted| !asks(planted.how));
         }
-        // Infinite losses are no names of files.
+        // File names contain the loss, which must be finite.
         this.best &= this.scaler.as_ref().is_none_or(|scaler| scaler.overflows.is_empty());
         let watches_validation = |watch: &mut Watch| {
             if this.evaluation.is_none() {
@@ -571,14 +572,14 @@ impl Program {
         if this.evaluation.is_some_and(|evaluation| {
             matches!(evaluation.on.at, At::OptimizerStepped | At::WindowCompleted)
         }) {
-            // Handlers of this event run within the step.
+            // Handlers of these events run within the step, so programs do not evaluate there.
             this.evaluation = None;
             return this.settled();
         }
         this
     }
 
-    /// Without what several ranks do not do, or not at the same place.
+    /// This program without the parts that several ranks do not do, or not at the same place.
     fn of_ranks(mut self) -> Self {
         if self.ranks == 1 {
             return self;
@@ -598,14 +599,14 @@ impl Program {
         if let Budget::Samples(samples) = self.budget {
             self.budget = Budget::Iterations(samples);
         }
-        // A rank that failed leaves the others: all go on in new processes.
+        // After an error, all ranks go on in new processes, because the failed rank has left the others.
         self.breaks.retain(|planted| !matches!(planted.how, How::EndOfEpoch | How::End));
         for planted in &mut self.breaks {
             if planted.how != How::Interrupt {
                 planted.then = Then::Resume;
             }
         }
-        // They meet at these events.
+        // The ranks can evaluate only at these events, where all of them meet.
         if let Some(evaluation) = &mut self.evaluation
             && !matches!(evaluation.on.at, At::IterationCompleted | At::EpochCompleted)
         {
@@ -625,16 +626,17 @@ pub mod names {
     };
 }
 
-/// What is right, and waits for a change.
+/// Behaviour of the engine that was wrong at some time. A switch that is `false` keeps the generator from making
+/// programs that depend on it.
 mod switches {
-    /// A run that goes on at the end of the first pass of data of unknown length knows the length.
+    /// A run that goes on at the end of the first pass of data of unknown length knows that length.
     pub const END_OF_THE_FIRST_PASS: bool = true;
-    /// What a handler asked for before another one of the same event failed is the same for the engine that goes on and
-    /// for one that resumes what was written after the error.
+    /// A handler's request, made before another handler of the same event failed, has the same effect for the engine
+    /// that goes on and for one that resumes the checkpoint written after the error.
     pub const REQUESTS_BESIDE_AN_ERROR: bool = true;
 }
 
-/// The share of programs in processes: starting them takes long.
+/// The share of programs that run in processes of their own. It is small, because starting processes takes long.
 const PROCESSES: f64 = 0.01;
 /// The share of programs with two ranks.
 const RANKS: f64 = if cfg!(feature = "distributed") { 0.005 } else { 0. };
@@ -743,7 +745,7 @@ fn scheduled() -> impl Strategy<Value = Scheduled> {
         if knob == Driven::EmaMomentum
             && let Shape::Lines(points) = &mut shape
         {
-            // It must be above 0.
+            // The first value must be above 0.
             points[0].1 = points[0].1.max(0.01);
         }
         if on.at == At::Started {
@@ -793,7 +795,7 @@ fn breaks() -> impl Strategy<Value = Break> {
         let how = match place {
             Place::InTheLoss if asks_the_engine || how == How::Error => How::Panic,
             Place::Fetch | Place::Refetch | Place::InTheEvaluation if asks_the_engine => How::Error,
-            // Refused where no epoch is under way, and without effect where it ends anyway.
+            // Ending the epoch is refused where no epoch is under way, and has no effect where it ends anyway.
             Place::In(At::Started | At::EpochStarted | At::EpochCompleted)
                 if how == How::EndOfEpoch =>
             {
@@ -806,7 +808,7 @@ fn breaks() -> impl Strategy<Value = Break> {
     })
 }
 
-/// All programs.
+/// Generates all kinds of programs.
 pub fn programs() -> impl Strategy<Value = Program> {
     let world = (
         0u64..1000,

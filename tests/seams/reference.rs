@@ -1,5 +1,5 @@
-//! The textbook's loop: plain tensors and formulas, no engine, no handler, no optimizer of ours. It knows
-//! nothing of resuming: a run that was stopped and resumed is right if it equals one that was not.
+//! Runs a program by a textbook's loop: plain tensors and formulas, no engine, no handler, no optimizer of ours. The
+//! loop does not know about resuming: a run that was stopped and resumed is right if it equals one that was not.
 
 use tch::{Kind, Tensor};
 
@@ -9,7 +9,7 @@ use super::program::{
 };
 use super::world;
 
-/// What a handler, a source or a step did.
+/// Whether a handler, a source or a step went well.
 #[derive(Clone, Copy, PartialEq)]
 enum Went {
     Well,
@@ -21,16 +21,16 @@ use Went::*;
 struct Parameter {
     tensor: Tensor,
     group: usize,
-    /// The sum of the gradients of the window, each times its weight.
+    /// The sum of the window's gradients, each times the weight of its batch.
     gradient: Option<Vec<f64>>,
     step: i32,
-    /// Momentum or first moment, second moment, and the third that some variants keep.
+    /// The momentum or first moment, then the second moment, then a third buffer that some variants have.
     momentum: Option<Vec<f64>>,
     square: Vec<f64>,
     third: Vec<f64>,
 }
 
-/// Best value so far, and how many in a row were not better.
+/// The best value so far, and how many values in a row were not better.
 #[derive(Default)]
 struct Patience {
     best: Option<f64>,
@@ -43,21 +43,21 @@ struct Reference<'p> {
     x: Tensor,
     y: Tensor,
     validation: (Tensor, Tensor),
-    /// By name, sorted; two may be the same.
+    /// The parameters in the order of their names. Two may be the same tensor.
     tensors: Vec<Tensor>,
     parameters: Vec<Parameter>,
     lr: [f64; 2],
-    /// By how much the plateaus have lowered the rates.
+    /// The factors by which the plateaus have lowered the learning rates.
     reduction: [f64; 2],
     weight_decay: f64,
     momentum: f64,
     algorithm: Algorithm,
-    /// The scale of the loss, and steps since it changed.
+    /// The scale of the loss, and (below) how many steps were made since it changed.
     scale: f64,
     good_steps: u32,
-    /// Weights of the batches whose gradients wait for a step.
+    /// The sum of the weights of batches whose gradients wait for a step.
     pending: f64,
-    /// The number of the first batch of their window.
+    /// The number of the first batch of the window of these batches.
     window_began: u64,
     norm: Option<f64>,
     events_of_schedules: Vec<u64>,
@@ -88,14 +88,14 @@ struct Reference<'p> {
     happened: Vec<bool>,
     trace: Trace,
     log: Vec<(String, u64, f64)>,
-    /// Mean losses and names of files, the best first.
+    /// The mean losses and file names of the best epochs, the best first.
     best: Vec<(f64, String)>,
     budget: Budget,
     other_size_after: Option<u64>,
 }
 
-/// The program's outcome, from first parameters that are larger by a share. After an iteration that a resume
-/// chose, batches may have another size.
+/// The program's outcome, if all first parameters are larger by the share `shaken`. From the iteration
+/// `other_size_after` on, batches have the size that the program has for resumed runs.
 pub fn run(program: &Program, shaken: f64, other_size_after: Option<u64>) -> Outcome {
     tch::manual_seed(program.seed as i64);
     let mut this = Reference::new(program, shaken);
@@ -106,7 +106,7 @@ pub fn run(program: &Program, shaken: f64, other_size_after: Option<u64>) -> Out
         let early = loop {
             let early = this.train();
             if early && this.at(At::Terminate) == Wrong && !this.all_is_done() {
-                // An error here ends the call of `run`; the next one goes on with another epoch.
+                // An error at this event ends the call of `run`; the next call goes on with another epoch.
                 this.next_pass();
                 continue;
             }
@@ -130,13 +130,13 @@ pub fn budgets(program: &Program) -> Vec<Budget> {
     first.into_iter().chain([program.budget]).collect()
 }
 
-/// The end of a run in words.
+/// The text that describes the end of a run.
 pub fn end(early: bool, epochs: u64, iterations: u64) -> String {
     let how = if early { "terminated" } else { "completed" };
     format!("{how} after {epochs} epochs and {iterations} iterations")
 }
 
-/// Where the data is: pass, and sample (of a loader) or batch of it.
+/// The position in the data: the pass, and the sample (of a loader) or batch within it.
 #[derive(Clone, Copy, Default)]
 struct Position {
     pass: u64,
@@ -226,7 +226,7 @@ impl<'p> Reference<'p> {
             tensors,
         };
         this.epoch_length = program.epoch_length.or(this.batches_of_a_pass());
-        // The first update has the first value.
+        // Such a schedule sets its first value before the first update.
         for index in 0..program.schedules.len() {
             if program.schedules[index].on.at.is_after_the_step() {
                 this.next_value(index);
@@ -235,7 +235,7 @@ impl<'p> Reference<'p> {
         this
     }
 
-    /// Trains until the budget is used up; true if it left an epoch early.
+    /// Trains until the budget is used up; true if the run was ended early.
     fn train(&mut self) -> bool {
         self.terminate = false;
         self.until_it_goes_well(At::Started);
@@ -261,7 +261,7 @@ impl<'p> Reference<'p> {
         false
     }
 
-    /// Whether nothing is left of the budget after the run was ended.
+    /// Whether nothing of the budget is left after the run was ended early.
     fn all_is_done(&self) -> bool {
         match self.budget {
             Budget::Epochs(epochs) => self.epoch >= epochs,
@@ -274,7 +274,7 @@ impl<'p> Reference<'p> {
         self.position = Position { pass: self.position.pass + 1, next: 0 };
     }
 
-    /// Batches have another size from here on, if this is the place: the epoch under way ends with the pass.
+    /// Changes the batch size if this is the iteration for that. The epoch under way then ends with its pass.
     fn take_other_size(&mut self, batches: u64) {
         if self.other_size_after == Some(self.iteration)
             && let Some(size) = self.program.batch_after_resume
@@ -304,7 +304,7 @@ impl<'p> Reference<'p> {
         }
     }
 
-    /// The iterations of an epoch; true if the run is to end before the epoch does.
+    /// Does the iterations of an epoch; true if the run is to end before the epoch does.
     fn epoch_goes_on_too_long(&mut self) -> bool {
         let mut batches = 0;
         while self.epoch_length.is_none_or(|length| batches < length) {
@@ -324,7 +324,7 @@ impl<'p> Reference<'p> {
             };
             batches += 1;
             self.iteration += 1;
-            // An error here gives up the iteration.
+            // An error at this event gives up the iteration.
             if self.at(At::IterationStarted) == Well
                 && !self.terminate
                 && !self.end_of_epoch
@@ -352,7 +352,7 @@ impl<'p> Reference<'p> {
     /// The samples of the next batch; none if the epoch or the run is to end.
     fn batch(&mut self) -> Option<Vec<i64>> {
         loop {
-            // Errors up to the step repeat what failed.
+            // After an error before the step, the fetch is repeated.
             if self.at(At::GetBatchStarted) == Wrong {
                 continue;
             }
@@ -421,7 +421,8 @@ impl<'p> Reference<'p> {
         Some(batches as u64)
     }
 
-    /// The number of the first batch of the window of batch `number` of an epoch, and whether this is the last.
+    /// For batch `number` of an epoch: the number of the first batch of its window, and whether it is the window's
+    /// last batch.
     fn window(&self, number: u64) -> (u64, bool) {
         let size = self.program.accumulate;
         let last = number.is_multiple_of(size) || Some(number) == self.epoch_length;
@@ -429,7 +430,7 @@ impl<'p> Reference<'p> {
     }
 
     fn step(&mut self, batch: &[i64], number: u64, (begin, last): (u64, bool)) -> Went {
-        // Batches wait whose last one was lost.
+        // Batches of a window whose last batch was lost still wait for their step.
         let left_over = self.pending > 0. && (number == begin || self.window_began != begin);
         if left_over && self.update() == Wrong {
             return Wrong;
@@ -477,7 +478,7 @@ impl<'p> Reference<'p> {
         from.index_select(0, &Tensor::from_slice(batch))
     }
 
-    /// One update for the batches that wait.
+    /// Makes one update for the batches that wait.
     fn update(&mut self) -> Went {
         let factor = 1. / (self.pending * self.scale);
         self.pending = 0.;
@@ -520,7 +521,7 @@ impl<'p> Reference<'p> {
         self.at(At::WindowCompleted)
     }
 
-    /// The formulas of torch.optim.
+    /// Updates one parameter by the formulas of torch.optim.
     fn update_one(&mut self, index: usize, gradient: Vec<f64>) {
         let parameter = &mut self.parameters[index];
         let (lr, decay, first) = (self.lr[parameter.group], self.weight_decay, self.momentum);
@@ -529,7 +530,7 @@ impl<'p> Reference<'p> {
         let is_new = parameter.momentum.is_none();
         let size = values.len();
         let momentum = match self.algorithm {
-            // It begins with the first step that has a momentum.
+            // SGD's momentum buffer begins with the first step that has a momentum.
             Algorithm::Sgd { .. } if first == 0. => &mut vec![],
             _ => parameter.momentum.get_or_insert_with(|| vec![0.; size]),
         };
@@ -623,7 +624,8 @@ impl<'p> Reference<'p> {
             At::EpochCompleted => {
                 let losses = &self.losses_of_epoch;
                 if losses.is_empty() {
-                    // None was completed, and a mean of nothing is an error. The next call of `run` has its own samples.
+                    // No iteration was completed, and a mean of nothing is an error. The next call of `run` has its own
+                    // budget of samples.
                     self.samples = 0;
                     return Wrong;
                 }
@@ -713,7 +715,7 @@ impl<'p> Reference<'p> {
             }
         }
         if self.breaks(Place::In(at)) == Wrong {
-            // What was asked for goes with the error.
+            // An error also cancels requests to end the epoch or the run.
             (self.terminate, self.end_of_epoch) = (false, false);
             return Wrong;
         }
@@ -730,7 +732,7 @@ impl<'p> Reference<'p> {
         Well
     }
 
-    /// Two files are kept, and a new one that is better than the worse of them.
+    /// Keeps the files of the two best epochs: a new file replaces the worse one if it is better.
     fn keep_if_best(&mut self, epoch: u64) {
         let (loss, kept) = (self.mean_loss, &mut self.best);
         if loss.is_nan() || kept.len() == 2 && loss >= kept[1].0 {
@@ -752,7 +754,7 @@ impl<'p> Reference<'p> {
         }
         if at == At::EpochCompleted {
             values.push(("mean loss", vec![self.mean_loss]));
-            // Each rank has its own.
+            // With several ranks, each has a loss of its own, so none is recorded.
             let own = self.loss.filter(|_| self.program.ranks == 1);
             values.extend(own.map(|loss| ("last loss", vec![loss])));
         }
@@ -769,7 +771,7 @@ impl<'p> Reference<'p> {
         self.trace.record(format!("{at:?}"), number, values);
     }
 
-    /// Sets what a schedule drives to its next value.
+    /// Sets the value that a schedule drives to the schedule's next value.
     fn next_value(&mut self, index: usize) {
         let event = self.events_of_schedules[index];
         self.events_of_schedules[index] += 1;
@@ -829,7 +831,7 @@ impl<'p> Reference<'p> {
         }
     }
 
-    /// What was planted here. Only an error after which the same engine goes on makes a difference.
+    /// Makes the breaks that are planted here happen. Breaks that leave no trace are left out.
     fn breaks(&mut self, place: Place) -> Went {
         for (planted, happened) in self.program.breaks.iter().zip(&mut self.happened) {
             if planted.leaves_a_trace(self.program)

@@ -1,5 +1,5 @@
-//! What both sides are given: data, the model's formula, its first parameters, and what is about to go
-//! wrong.
+//! The things that both the engine and the textbook's loop get: data, the model's formula, its first parameters, and
+//! the planted breaks.
 
 use tch::{Device, Kind, Tensor};
 use tch_ignite::data::permutation;
@@ -12,13 +12,13 @@ fn waves(count: i64, phase: f64) -> Tensor {
     ((Tensor::arange(count, (Kind::Double, Device::Cpu)) + phase) * 0.7).sin()
 }
 
-/// Inputs and targets.
+/// Makes inputs and targets.
 pub fn samples(count: usize, seed: u64) -> (Tensor, Tensor) {
     let (count, phase) = (count as i64, seed as f64 * 1.3);
     (waves(count * INPUTS, phase).view([count, INPUTS]), waves(count, phase * 1.7).view([count, 1]))
 }
 
-/// Names and first values of the parameters. Two names may have one tensor.
+/// The names and first values of the parameters. Two names may share one tensor.
 pub fn parameters(model: Model, seed: u64) -> Vec<(&'static str, Tensor)> {
     let first = |place: u64, shape: &[i64]| {
         let phase = (seed * 10 + place) as f64 * 2.1;
@@ -43,7 +43,7 @@ pub fn parameters(model: Model, seed: u64) -> Vec<(&'static str, Tensor)> {
     }
 }
 
-/// The prediction, of parameters in the order of [`parameters`].
+/// The prediction of a model, whose parameters are in the order of [`parameters`].
 pub fn forward(model: Model, parameters: &[Tensor], x: &Tensor) -> Tensor {
     match (model, parameters) {
         (Model::Linear, [bias, weight]) => x.matmul(&weight.tr()) + bias,
@@ -58,12 +58,13 @@ pub fn forward(model: Model, parameters: &[Tensor], x: &Tensor) -> Tensor {
     }
 }
 
-/// Whether a parameter is in group 1, where there are two.
+/// Whether a parameter is in group 1, if there are two groups.
 pub fn is_bias(name: &str) -> bool {
     name.ends_with("bias")
 }
 
-/// The samples of a pass of a loader, in order: of all ranks in turns, each of which has as many.
+/// The samples of a pass of a loader, in order. The ranks take them in turns, and the first samples are repeated
+/// until all ranks have equally many.
 pub fn order(program: &Program, pass: u64) -> Vec<i64> {
     let (samples, ranks) = (program.samples, program.ranks);
     let order = match &program.data {
@@ -73,7 +74,7 @@ pub fn order(program: &Program, pass: u64) -> Vec<i64> {
     order.iter().cycle().take(samples.next_multiple_of(ranks)).copied().collect()
 }
 
-/// The samples of each batch, where batches are listed.
+/// The samples of each batch, if the program's data lists batches.
 pub fn listed(program: &Program) -> Vec<Vec<i64>> {
     let (Data::Batches(sizes) | Data::Restartable(sizes) | Data::Stream(sizes)) = &program.data
     else {
@@ -87,7 +88,7 @@ pub fn listed(program: &Program) -> Vec<Vec<i64>> {
 }
 
 impl Break {
-    /// Whether it is to happen here and now.
+    /// Whether the break is to happen here and now.
     pub fn is_due(&self, place: Place, epoch: u64, iteration: u64) -> bool {
         let number = match place {
             Place::In(at) if at.is_of_epochs() => epoch,
@@ -97,7 +98,8 @@ impl Break {
     }
 }
 
-/// The loss, and over how much it is a mean: over samples, or over the tokens that each sample is said to have.
+/// The loss, and the number of samples or tokens that it is a mean over. The number of tokens of each sample is
+/// computed from its target.
 pub fn loss(program: &Program, prediction: &Tensor, y: &Tensor) -> (Tensor, Tensor) {
     let errors = (prediction - y).square();
     let tokens = match program.weights {
@@ -108,7 +110,7 @@ pub fn loss(program: &Program, prediction: &Tensor, y: &Tensor) -> (Tensor, Tens
     ((errors * tokens).sum(Kind::Double) / &all, all)
 }
 
-/// A random factor.
+/// A random factor for the loss.
 pub fn noise() -> Tensor {
     Tensor::rand([], (Kind::Double, Device::Cpu)) + 0.5
 }
@@ -118,7 +120,7 @@ pub fn overflows(program: &Program, iteration: u64) -> bool {
     program.scaler.as_ref().is_some_and(|scaler| scaler.overflows.contains(&iteration))
 }
 
-/// Events of which there is a record.
+/// The events at which values are recorded.
 pub const RECORDED: [At; 8] = [
     At::Started,
     At::EpochStarted,

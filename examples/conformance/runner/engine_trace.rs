@@ -1,4 +1,5 @@
-//! Kind `engine_trace`: every event, handler and step of runs with all sorts of interference.
+//! Kind `engine_trace`: compares every event, handler call and step of runs, in which handlers raise, terminate,
+//! interrupt and so on.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -14,7 +15,7 @@ use tch_ignite::engine::{Engine, Event, HandlerId, Until};
 use super::Outcome;
 use super::json::{array, count, event_named, events, object, same_value, text};
 
-/// A Python exception of the case.
+/// A Python exception that the case raises.
 #[derive(Debug, Clone, PartialEq)]
 struct Raised {
     kind: String,
@@ -29,7 +30,7 @@ impl fmt::Display for Raised {
 
 impl std::error::Error for Raised {}
 
-/// What the runs leave behind.
+/// The context of the runs: the trace that they write, and what handlers need to know.
 #[derive(Default)]
 struct Log {
     trace: Vec<Value>,
@@ -56,14 +57,14 @@ const BUILT_IN: [Event; 13] = [
     Event::Interrupt,
 ];
 
-/// One step of a case: the error or warnings of a run, and the state after.
+/// The result of one step of a case: the error or warnings of a run, and the state afterwards.
 struct StepResult {
     error: Option<Error>,
     warnings: Vec<String>,
     ran: bool,
     state: Map<String, Value>,
     state_dict: Map<String, Value>,
-    /// Where its part of the trace begins.
+    /// Index of the first entry of the trace that belongs to this step.
     first: usize,
 }
 
@@ -77,7 +78,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     Ok(outcome)
 }
 
-/// Why ignite's trace says nothing about what is right, if so.
+/// The reason why ignite's trace cannot be compared with ours, if there is one.
 fn incomparable(config: &Value, expect: &Value) -> Result<Option<&'static str>> {
     let handlers = array(&config["handlers"])?;
     let of_several = |tag: &Value| {
@@ -111,7 +112,7 @@ fn compare(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
         }
     };
     let theirs = array(&expect["trace"])?;
-    // ignite fires it only where somebody listens, and our log always does.
+    // ignite fires EXCEPTION_RAISED only where a handler listens; here our log always does.
     let listens = config["handlers"].to_string().contains("EXCEPTION_RAISED");
     let raised = |entry: &Value| entry[1] == "EXCEPTION_RAISED";
     let heard: Vec<_> = trace.iter().filter(|entry| listens || !raised(entry)).cloned().collect();
@@ -120,7 +121,7 @@ fn compare(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     if let (None | Some(Rule::MaxEpochsFromMaxIters), Some(number)) = (&rule, refused)
         && affected.is_none_or(|affected| number <= affected)
     {
-        // Events that only our log hears are left out.
+        // EXCEPTION_RAISED is left out where only our log listens to it.
         let before = trace[..steps[number].first].iter().filter(|entry| listens || !raised(entry));
         let ours = &heard[..before.count()];
         *defect = Some("a run that is refused changes the state");
@@ -138,14 +139,14 @@ fn compare(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     .into())
 }
 
-/// ignite's defects that a case may show. What holds instead is in docs/DIFFERENCES.md.
+/// ignite's defects that a case may show. docs/DIFFERENCES.md says what this crate does instead.
 enum Rule {
-    /// Swallowed exceptions, EXCEPTION_RAISED twice, a next run that does nothing, an epoch count
-    /// that is off afterwards (IGNITE 2.1.8 to 2.1.11).
+    /// ignite swallows exceptions, fires EXCEPTION_RAISED twice, does nothing in the next run, or counts epochs
+    /// wrongly afterwards (IGNITE 2.1.8 to 2.1.11).
     Exceptions,
-    /// A run continued in mid epoch restarts the data at item 0 (2.1.1).
+    /// A run that is continued in mid epoch restarts the data at item 0 (2.1.1).
     DataRestartsOnResume,
-    /// A filter on an event without a number is only refused when it fires, also for custom events.
+    /// A filter on an event that has no number, custom events included, is refused only when the event fires.
     FilterWithoutNumber,
     /// max_iters over data of unknown length also sets max_epochs (2.1.3).
     MaxEpochsFromMaxIters,
@@ -203,7 +204,7 @@ fn rule_for(config: &Value, expect: &Value) -> Result<Option<Rule>> {
     Ok(steps.iter().any(iterates_unknown_length).then_some(Rule::MaxEpochsFromMaxIters))
 }
 
-// Playing a case.
+// These functions play a case.
 
 fn play(config: &Value) -> Result<(Vec<Value>, Vec<StepResult>)> {
     let raise = &config["process"];
@@ -300,7 +301,7 @@ impl IntoSource<'static, Batch> for Data {
     }
 }
 
-/// A list, as a source with a length.
+/// A list as a data source with a known length; the number is the position.
 struct List(Vec<i64>, usize);
 
 impl tch_ignite::data::Source<Batch> for List {
@@ -395,7 +396,7 @@ fn call_handler(spec: &Value, log: &mut Log, engine: &mut Traced) -> Result<()> 
             let removed = log.handlers.get(text(&action["tag"])?).copied();
             let refused = removed.and_then(|id| engine.remove_event_handler(id).err());
             if refused.is_some() {
-                // ignite's words, which show the function.
+                // ignite's message contains the function's repr.
                 let function = "<function TracedCase.add_handler.<locals>.handler at 0x0>";
                 bail!(Raised {
                     kind: "ValueError".into(),
@@ -420,7 +421,7 @@ fn root(error: &Error) -> Raised {
     source.cloned().unwrap_or(Raised { kind: "?".into(), message: error.to_string() })
 }
 
-// Comparing.
+// These functions compare our results with ignite's.
 
 fn same_trace(ours: &[Value], theirs: &[Value]) -> Result<(), String> {
     let end = json!("the end");
@@ -439,7 +440,7 @@ fn same_steps(ours: &[StepResult], expect: &Value) -> Result<Result<(), String>>
 }
 
 fn same_step(ours: &StepResult, theirs: &Value) -> Result<(), String> {
-    // ignite's text goes on with an address for feature requests.
+    // ignite's text ends with an address for feature requests, which is not compared.
     let expected = theirs["error"]["match"]
         .as_str()
         .map(|text| text.split("If this is a desired behaviour").next().unwrap_or_default());
@@ -451,7 +452,7 @@ fn same_step(ours: &StepResult, theirs: &Value) -> Result<(), String> {
     }
     let mut warnings: Vec<_> =
         theirs["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    // What Python shows of equal ones, and what we keep.
+    // Python shows only one of several equal warnings in a row, and so do we.
     warnings.dedup();
     if ours.warnings != warnings {
         return Err(format!("warnings {:?} instead of {warnings:?}", ours.warnings));
@@ -471,7 +472,7 @@ fn same_step(ours: &StepResult, theirs: &Value) -> Result<(), String> {
     Ok(())
 }
 
-// Our documented behaviour where ignite has a defect.
+// These functions check our documented behaviour where ignite has a defect.
 
 /// Whether a run failed before its first event.
 fn refused_at_once(step: &StepResult, trace: &[Value]) -> bool {
@@ -479,7 +480,8 @@ fn refused_at_once(step: &StepResult, trace: &[Value]) -> bool {
     step.error.is_some() && next.is_none_or(|entry| entry[0] == "step")
 }
 
-/// The same up to a run that is refused; where it leaves the state as it was, the rest begins elsewhere.
+/// Compares everything up to a run that is refused. Here a refused run must leave the state as it was, so that later
+/// steps start from another state than ignite's and are not compared.
 fn up_to_refusal(
     trace: &[Value],
     theirs: &[Value],
@@ -499,7 +501,7 @@ fn up_to_refusal(
     Ok(same_trace(trace, theirs).and(same_steps(steps, &expect)?))
 }
 
-/// Filters on custom events compare with the number of firings.
+/// Checks that filters on custom events compare with the number of firings.
 fn counts_firings(
     config: &Value,
     trace: &[Value],
@@ -540,8 +542,9 @@ fn iterates_unknown_length(step: &Value) -> bool {
     unknown_length(step) && !step["max_iters"].is_null()
 }
 
-/// The same up to the end of the first such run, but one whose data is at an end does not go on with
-/// empty epochs, and leaves `max_epochs` as it was. The steps after that begin elsewhere.
+/// Compares everything up to the end of the first run with `max_iters` over data of unknown length. Here a run whose
+/// data has ended does not go on with empty epochs, and leaves `max_epochs` as it was. Later steps start from another
+/// state than ignite's and are not compared.
 fn ends_without_data(
     config: &Value,
     trace: &[Value],
@@ -577,7 +580,7 @@ fn ends_without_data(
         let told = matches!(&result.warnings[..], [only] if only.starts_with(missing));
         let short = step["state"]["iteration"].as_f64() < step["state"]["max_iters"].as_f64();
         if empty_epochs == 0 && told && short {
-            // ignite takes the budget for used up with the last of the epochs that it derived.
+            // ignite ends without a warning after the number of epochs that it derived from `max_iters`.
             step["warnings"] = json!(result.warnings);
         }
         return Ok(same_trace(ours, theirs).and(same_step(result, &step)));
@@ -589,7 +592,7 @@ fn ends_without_data(
     Ok(same_trace(before, &theirs[..before.len().min(theirs.len())]))
 }
 
-/// A resumed run is the rest of an uninterrupted one.
+/// Checks that a resumed run is the rest of an uninterrupted one.
 fn resumes_in_place(
     config: &Value,
     trace: &[Value],
@@ -618,15 +621,15 @@ fn resumes_in_place(
     if theirs.is_empty() {
         return Ok(Err("nothing was left to run".into()));
     }
-    // The epoch that is gone on with starts as ignite has it.
+    // Until its first batch, the resumed run does the same as ignite's.
     let start = trace.iter().take_while(|entry| entry[1] != "GET_BATCH_STARTED").count();
     Ok(same_trace(&trace[..start], &array(&expect["trace"])?[..start])
         .and(same_trace(&ours, &theirs))
         .and(same_steps(steps, expect)?))
 }
 
-/// The length of the list and the number of iterations, if every step is the same run over a list, and
-/// exceptions are all that happens in it.
+/// The length of the list and the number of iterations, if every step is the same run over a list and its handlers do
+/// nothing but raise exceptions.
 fn same_runs(config: &Value) -> Result<Option<(u64, u64)>> {
     let steps = array(&config["steps"])?;
     let Some(first) = steps.first() else { return Ok(None) };
@@ -646,8 +649,8 @@ fn same_runs(config: &Value) -> Result<Option<(u64, u64)>> {
     Ok(len.zip(epochs).map(|(len, epochs)| (len, len * epochs)))
 }
 
-/// An error comes out of `run` once, after EXCEPTION_RAISED was fired once; the next run goes on with
-/// what follows, if only with COMPLETED.
+/// Checks that `run` returns an error once, after EXCEPTION_RAISED was fired once, and that the next run goes on
+/// behind the failed iteration, even if only COMPLETED is left to fire.
 fn fails_and_goes_on(
     config: &Value,
     trace: &[Value],
@@ -678,7 +681,7 @@ fn fails_and_goes_on(
         }
     }
     let Some((len, total)) = same_runs(config)? else {
-        // Only up to there.
+        // Other cases are compared only up to the first exception.
         return Ok(match steps.iter().any(|step| step.error.is_some()) {
             true => Ok(()),
             false => Err("the exception is swallowed".into()),
@@ -707,10 +710,10 @@ fn fails_and_goes_on(
             None if ours.len() < expected.len() => {
                 return Ok(Err(format!("run {number} ends at iteration {iteration}")));
             }
-            // The next run starts anew.
+            // This run is complete, so the next one starts anew.
             None => done = 0,
             Some(error) => {
-                // The same exception as in the first run, if it is raised again.
+                // A later run may fail only with the exception of the first run.
                 let message = root(error).to_string();
                 let first =
                     steps.first().and_then(|step| step.error.as_ref()).map(|e| root(e).to_string());

@@ -1,9 +1,9 @@
-//! Arithmetic of metrics in Python's notation: `(1.0-P).mean()`, `2.0*P[0]//R`.
+//! Parses arithmetic of metrics in Python's notation: `(1.0-P).mean()`, `2.0*P[0]//R`.
 
 use anyhow::{Context, Result, bail, ensure};
 use tch_ignite::metrics::MetricsLambda;
 
-/// The metric that an expression of named metrics means.
+/// The metric that computes an expression of named metrics.
 pub fn parse<'a, O>(
     text: &str,
     names: [(&'static str, MetricsLambda<'a, O>); 2],
@@ -14,7 +14,7 @@ pub fn parse<'a, O>(
     Ok(value.metric())
 }
 
-/// Python computes with its numbers before metrics come into it.
+/// A part of an expression. Numbers are kept apart, because Python computes with them before a metric is made.
 enum Operand<'a, O> {
     Number(f64),
     Metric(MetricsLambda<'a, O>),
@@ -43,7 +43,7 @@ impl<'a, O> Parser<'_, 'a, O> {
         self.rest = self.rest.trim_start();
     }
 
-    /// Whether the text goes on with this; it is taken then.
+    /// Whether the rest of the text begins with the token, which is then skipped.
     fn take(&mut self, token: &str) -> bool {
         self.skip_spaces();
         match self.rest.strip_prefix(token) {
@@ -103,7 +103,8 @@ impl<'a, O> Parser<'_, 'a, O> {
         }
     }
 
-    /// A sign before a power: `-P**2` is `-(P**2)`, and `P**-2` is a power too.
+    /// Parses a power with an optional sign: `-P**2` is `-(P**2)`, and the exponent may have a sign too, as in
+    /// `P**-2`.
     fn signed(&mut self) -> Result<Operand<'a, O>> {
         if self.take("-") {
             return Ok(match self.signed()? {
@@ -119,7 +120,7 @@ impl<'a, O> Parser<'_, 'a, O> {
         Ok(base)
     }
 
-    /// What stands before calls and indices, and those.
+    /// Parses an operand with the calls and indices behind it.
     fn called(&mut self) -> Result<Operand<'a, O>> {
         let mut value = self.atom()?;
         loop {
@@ -199,7 +200,7 @@ fn binary<'a, O>(
     }))
 }
 
-/// Python's `%` of floats, which has the sign of the divisor.
+/// Python's `%` of floats; the result has the sign of the divisor.
 fn remainder(a: f64, b: f64) -> f64 {
     let remainder = a % b;
     if remainder != 0. && (remainder < 0.) != (b < 0.) { remainder + b } else { remainder }

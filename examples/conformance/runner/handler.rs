@@ -1,4 +1,4 @@
-//! Kind `handler`: one file for each handler.
+//! Runs the cases of kind `handler`; each handler has a file.
 
 pub(super) mod checkpoint;
 mod early_stopping;

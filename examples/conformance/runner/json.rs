@@ -1,10 +1,10 @@
-//! The golden files' way of writing things.
+//! Reads values in the form in which the golden files write them.
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 use tch_ignite::engine::{Event, Events, FilteredEvent};
 
-/// A float; non-finite ones are strings.
+/// Reads a float. Infinities and NaN are strings in the files.
 pub fn float(value: &Value) -> Result<f64> {
     match value {
         Value::String(text) => match text.as_str() {
@@ -26,7 +26,7 @@ pub fn floats(value: &Value) -> Result<Vec<f64>> {
 /// comparing bits tells it from every value.
 pub const UNSET: f64 = f64::from_bits(0x7ff8_0000_0bad_cafe);
 
-/// Rows of values, of which some may be [`UNSET`].
+/// Reads rows of values; `null` becomes [`UNSET`].
 pub fn rows(value: &Value) -> Result<Vec<Vec<f64>>> {
     let value_of = |value: &Value| if value.is_null() { Ok(UNSET) } else { float(value) };
     array(value)?.iter().map(|row| array(row)?.iter().map(value_of).collect()).collect()
@@ -40,7 +40,7 @@ pub fn object(value: &Value) -> Result<&Map<String, Value>> {
     value.as_object().with_context(|| format!("{value} is no object"))
 }
 
-/// A whole number that is not negative; None where it is absent or null.
+/// Reads a whole number that is not negative; `None` where it is absent or null.
 pub fn count(value: &Value) -> Result<Option<u64>> {
     match value {
         Value::Null => Ok(None),
@@ -52,7 +52,8 @@ pub fn text(value: &Value) -> Result<&str> {
     value.as_str().with_context(|| format!("{value} is no text"))
 }
 
-/// Custom events live as long as the program: there are three names.
+/// The event of this name. The names of custom events must live as long as the program, so only three of them are
+/// known.
 pub fn event_named(name: &str) -> Event {
     use Event::*;
     match name {
@@ -73,7 +74,7 @@ pub fn event_named(name: &str) -> Event {
     }
 }
 
-/// An event with the filters of a spec, whose name is not looked at.
+/// The event with the filters that a spec gives; the spec's own event name is ignored.
 pub fn filtered(event: Event, value: &Value) -> Result<FilteredEvent> {
     let mut event = FilteredEvent::from(event);
     if let Some(n) = count(&value["every"])? {
@@ -96,7 +97,7 @@ pub fn filtered(event: Event, value: &Value) -> Result<FilteredEvent> {
     Ok(event)
 }
 
-/// An event, or a list of them.
+/// Reads an event, or a list of events.
 pub fn events(value: &Value) -> Result<Events> {
     let one = |value: &Value| filtered(event_named(text(&value["name"])?), value);
     match value {
@@ -116,7 +117,7 @@ pub fn same_bits(what: &str, ours: &[f64], theirs: &[f64]) -> Result<(), String>
     }
 }
 
-/// Equal values; numbers by value, so that 1 is 1.0.
+/// Whether two values are equal. Numbers are compared by value, so that 1 equals 1.0.
 pub fn same_value(a: &Value, b: &Value) -> bool {
     match (a, b) {
         (Value::Number(a), Value::Number(b)) => a.as_f64() == b.as_f64(),

@@ -1,4 +1,5 @@
-//! Kind `lr_finder`: runs of the learning rate finder on given losses, and suggestions from given curves.
+//! Runs the cases of kind `lr_finder`: runs of the learning rate finder on given losses, and suggestions from given
+//! curves.
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -11,10 +12,10 @@ use super::Outcome;
 use super::json::{array, count, float, floats, same_bits, text};
 use super::optimizer::{optimizer, store, values};
 
-/// The logged lr is that of the next step, and the first step does not use start_lr (IGNITE 1.7).
+/// ignite logs the lr of the next step, and its first step does not use start_lr (IGNITE 1.7).
 const FIRST_AND_LOGGED: &str =
     "the learning rate finder's first step ignores start_lr, and its log is one step ahead";
-/// The losses are rounded to float32 before the suggestion (1.7).
+/// ignite rounds the losses to float32 before the suggestion (1.7).
 const FLOAT32: &str = "the learning rate suggestion rounds the losses to float32";
 /// torch's argmin takes NaN for the smallest value.
 const NAN: &str = "a NaN loss counts as the smallest, and the fall to it as the steepest";
@@ -31,7 +32,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     .into())
 }
 
-/// A curve as a case has it: a number instead of a list where there is one group.
+/// Reads the curve of a case, which has a number instead of a list where there is one group.
 pub fn curve(history: &Value) -> Result<LrCurve> {
     let rows = |value: &Value| -> Result<Vec<Vec<f64>>> {
         let row = |lr: &Value| if lr.is_array() { floats(lr) } else { Ok(vec![float(lr)?]) };
@@ -43,7 +44,7 @@ pub fn curve(history: &Value) -> Result<LrCurve> {
     }
 }
 
-/// Where the loss falls fastest on its way to the smallest, in f64, before the first NaN.
+/// The index at which the loss falls fastest on its way to the smallest loss before the first NaN, computed in f64.
 fn steepest(losses: &[f64]) -> Option<usize> {
     let end = losses.iter().position(|loss| loss.is_nan()).unwrap_or(losses.len());
     let mut smallest = 0;
@@ -125,7 +126,7 @@ pub fn finder(config: &Value, optimizer: &Optimizer, vs: &tch::nn::VarStore) -> 
     })
 }
 
-/// What is wrong with the arguments of a finder.
+/// The error of running a finder with these arguments, if they are refused.
 pub fn refused(args: &Value) -> Result<Option<tch_ignite::Error>> {
     let spec = json!({"type": "SGD", "groups": [{"lr": 0.1}]});
     let vs = store(&spec)?;
@@ -173,8 +174,9 @@ fn finder_run(config: &Value, expect: &Value) -> Result<Result<(), String>> {
         Value::Array(_) => floats(&config["start_lr"])?,
         lr => vec![float(lr)?; before.len()],
     };
-    // Both series that ignite has are right from some place on: steps after the first with exp, whose
-    // log is ahead; the log with linear, whose steps are behind.
+    // ignite has two series of learning rates, and each is right in one mode, but for the first iteration. With "exp"
+    // the steps use the right rates and the log is one ahead; with "linear" the log has the right rates and the steps
+    // are one behind.
     let linear = config["step_mode"] == "linear";
     let theirs = match linear {
         true => &expect["history"]["lr"],

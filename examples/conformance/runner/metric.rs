@@ -1,4 +1,4 @@
-//! Kind `metric`: values of metrics over given batches.
+//! Runs the cases of kind `metric`, which say the values of metrics over given batches.
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -188,12 +188,12 @@ fn compare<O>(
     same(&value, &expect["value"], relative)
 }
 
-/// Equal shapes, and numbers to a part of theirs.
+/// Whether the shapes are equal and the numbers agree within the relative tolerance.
 fn same(ours: &MetricValue, theirs: &Value, relative: f64) -> Result<Result<(), String>> {
     let shape_of_ours = match ours {
         MetricValue::Number(_) => vec![],
         MetricValue::Tensor(tensor) => tensor.size(),
-        // Theirs is a list of vectors, each compared with its length.
+        // ignite's value is a list of vectors. Each is compared with ours, its length included.
         MetricValue::Named(parts) => {
             for ((name, part), theirs) in parts.iter().zip(array(theirs)?) {
                 if let Err(difference) = same(part, theirs, relative)? {
@@ -216,7 +216,7 @@ fn same(ours: &MetricValue, theirs: &Value, relative: f64) -> Result<Result<(), 
     })
 }
 
-/// What the metric is after each iteration and each epoch, when it is attached.
+/// Compares the values of an attached metric after each iteration and each epoch.
 fn with_usage(config: &Value, expect: &Value) -> Result<Outcome> {
     let usage = match &config["usage"] {
         Value::Object(filtered) => {
@@ -266,7 +266,7 @@ fn with_usage(config: &Value, expect: &Value) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// What an average takes: a number, or a tensor.
+/// Reads a value to average: a number, or a tensor.
 fn averaged(value: &Value) -> Result<MetricValue> {
     Ok(match value {
         Value::Array(_) => tensor(value, Kind::Double)?.into(),
@@ -336,7 +336,7 @@ fn regression(name: &str, _args: &Value) -> Result<Boxed> {
     })
 }
 
-/// What is wrong with a metric's arguments, or with computing it from these batches.
+/// The error of a metric with these arguments or batches, if they are refused.
 pub fn refused(target: &str, args: &Value) -> Result<Option<String>> {
     let text = |error: &dyn std::fmt::Display| Some(error.to_string());
     let (name, call) = target.split_once('.').unwrap_or((target, ""));
@@ -360,7 +360,7 @@ pub fn refused(target: &str, args: &Value) -> Result<Option<String>> {
             Ok(build(name, args)?.update(&output).err().and_then(|error| text(&error)))
         }
         (_, "compute") => Ok(build(name, args)?.compute().err().and_then(|error| text(&error))),
-        // Asked when it is attached.
+        // An engine validates an attached metric when it runs.
         _ => {
             let mut engine: Engine<(), (), Pair> = Engine::new(|_, _, ()| bail!("no step"));
             engine.metric("metric", build(name, args)?);

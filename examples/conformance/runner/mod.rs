@@ -1,4 +1,4 @@
-//! Reads cases, runs each and counts.
+//! Reads cases, runs each, and counts how many pass.
 
 mod engine_trace;
 mod expression;
@@ -23,11 +23,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-/// What came of one case.
+/// The outcome of one case.
 pub enum Outcome {
     Passed,
     Failed(String),
-    /// Not run, and why.
+    /// The case was not run, for this reason.
     Skipped(String),
 }
 
@@ -37,7 +37,7 @@ impl Outcome {
     }
 }
 
-/// Passed, or failed with the first difference.
+/// `Err` is the first difference between our result and ignite's.
 impl From<Result<(), String>> for Outcome {
     fn from(result: Result<(), String>) -> Self {
         result.map_or_else(Self::Failed, |()| Self::Passed)
@@ -50,10 +50,11 @@ pub struct Tally {
     pub passed: u64,
     pub failed: u64,
     pub skipped: u64,
-    /// Those of the failed that panicked.
+    /// How many of the failed cases panicked.
     pub panicked: u64,
     reasons: BTreeMap<String, u64>,
-    /// Cases where ignite is wrong on purpose of nobody, by the name of the defect.
+    /// How many cases show each of ignite's defects, by the defect's name. Such cases are held to our documented
+    /// behaviour.
     defects: BTreeMap<&'static str, u64>,
 }
 
@@ -82,7 +83,7 @@ impl fmt::Display for Tally {
 
 const PANICKED: &str = "panicked:";
 
-/// A case may have any shape: a panic is the failure of one case.
+/// Runs a case so that a panic fails this case and not the whole program, because a case may contain anything.
 fn guarded(run: impl FnOnce() -> Result<Outcome>) -> Result<Outcome> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|payload| {
         let text = payload.downcast_ref::<String>().map(String::as_str);
@@ -129,7 +130,7 @@ pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
             Outcome::Passed => tally.passed += 1,
             Outcome::Failed(why) => {
                 tally.panicked += u64::from(why.starts_with(PANICKED));
-                // libtorch's errors go on with a stack.
+                // Only the first line is printed, because libtorch's errors go on with a stack trace.
                 println!("{id}: {}", why.lines().next().unwrap_or_default());
                 tally.failed += 1;
             }

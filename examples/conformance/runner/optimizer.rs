@@ -1,4 +1,4 @@
-//! Optimizers from their specs, and schedulers on them.
+//! Makes optimizers from the specs in cases, and schedulers that drive their parameters.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -68,7 +68,7 @@ fn knob_of(param: &str, group: Option<usize>, optimizer: &Optimizer) -> Result<K
     })
 }
 
-/// A hyper-parameter of all groups.
+/// The value of a hyper-parameter in each group.
 pub fn values(optimizer: &Optimizer, name: &str) -> tch_ignite::Result<Vec<f64>> {
     optimizer.groups()?.iter().map(|group| group.get(name)).collect()
 }
@@ -82,28 +82,28 @@ fn hyper_parameters(class: &str) -> &'static [&'static str] {
     }
 }
 
-/// Which parameters of a case stand beside the optimizer.
+/// The parameters of a case that are kept beside the optimizer.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Beside {
-    /// Those that torch's groups do not have: ignite writes them there all the same.
+    /// Only the parameters that torch's groups do not have; ignite writes them into the groups all the same.
     Unknown,
-    /// All that schedulers drive: torch's groups take values that an optimizer here refuses.
+    /// All parameters that schedulers drive, because torch's groups accept values that an optimizer here refuses.
     Scheduled,
 }
 
 /// ignite's defect where a case needs [`Beside::Scheduled`].
 pub const NEGATIVE: &str = "a schedule may drive lr below 0";
 
-/// Parameters as a case has them: those of an optimizer, and those beside it.
+/// The parameters of a case: an optimizer's own, and those that are kept beside the optimizer.
 pub struct Params {
     pub optimizer: Optimizer,
-    /// A value for each group.
+    /// The name of each parameter, and its value in each group.
     beside: Vec<(String, Arc<Mutex<Vec<f64>>>)>,
     spec: Value,
 }
 
 impl Params {
-    /// `schedulers` are the specs of all schedulers of the case.
+    /// Makes the parameters of a case from the optimizer's spec; `schedulers` are the specs of all its schedulers.
     pub fn new(spec: &Value, vs: &VarStore, schedulers: &[&Value], beside: Beside) -> Result<Self> {
         let known = hyper_parameters(spec["type"].as_str().unwrap_or_default());
         let mut names = vec![];
@@ -195,7 +195,8 @@ impl Params {
             let knob = self.knob(&leaf)?;
             Ok(ParamScheduler::new(leaf.name, knob, leaf.schedule).save_history(history))
         };
-        // A knob of one's own has one value, and ignite's history one for each group.
+        // A knob beside the optimizer has one value, but ignite's history has one for each group; so each group gets
+        // its own scheduler.
         let each_group = |leaf: Leaf| -> Vec<Leaf> {
             if !history || leaf.group.is_some() || !self.is_beside(&leaf.param) {
                 return vec![leaf];
@@ -212,14 +213,14 @@ impl Params {
     }
 }
 
-/// One scheduler, or several as one.
+/// One scheduler, or several that advance together.
 pub enum Driver {
     One(ParamScheduler<AnySchedule>),
     Several(ParamGroupScheduler<AnySchedule>),
 }
 
 impl Driver {
-    /// In ignite no value is written before the first event.
+    /// Attaches to these events and, as in ignite, writes no value before the first of them.
     pub fn on(self, events: Events) -> Self {
         match self.torchs_on(events) {
             Self::One(scheduler) => Self::One(scheduler.write_at_start(false)),
@@ -227,7 +228,7 @@ impl Driver {
         }
     }
 
-    /// As torch's schedulers are stepped: update k uses value k.
+    /// Attaches to these events as torch's schedulers are stepped, so that update k uses value k.
     pub fn torchs_on(self, events: Events) -> Self {
         match self {
             Self::One(scheduler) => Self::One(scheduler.on(events)),
@@ -242,7 +243,7 @@ impl Driver {
         }
     }
 
-    /// The state of the first of several.
+    /// The state of the scheduler, or of the first of several.
     pub fn first_state(&self) -> serde_json::Map<String, Value> {
         let state = self.state_dict();
         match self {
@@ -270,15 +271,11 @@ impl Driver {
 }
 
 impl<C, B, O> tch_ignite::engine::Handler<C, B, O> for Driver {
-    fn name(&self) -> String {
-        "scheduler".into()
-    }
-
-    fn events(&self) -> Events {
+    fn spec(&self) -> tch_ignite::Result<tch_ignite::engine::HandlerSpec> {
         match self {
-            Self::One(scheduler) => <_ as tch_ignite::engine::Handler<C, B, O>>::events(scheduler),
+            Self::One(scheduler) => <_ as tch_ignite::engine::Handler<C, B, O>>::spec(scheduler),
             Self::Several(scheduler) => {
-                <_ as tch_ignite::engine::Handler<C, B, O>>::events(scheduler)
+                <_ as tch_ignite::engine::Handler<C, B, O>>::spec(scheduler)
             }
         }
     }
@@ -300,14 +297,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The negative value that an optimizer here refused, if that is what an error is about.
+/// The negative value, if the error says that an optimizer refused one.
 pub fn refused_negative(error: &anyhow::Error) -> Option<f64> {
     let text = format!("{error:#}");
     let (_, value) = text.split_once("must be finite and not negative, but ")?;
     value.split_once(' ')?.0.parse().ok().filter(|value: &f64| *value < 0.)
 }
 
-/// Runs a case with its parameters in the optimizer, and if that refuses a negative value beside it.
+/// Runs a case with its parameters in the optimizer. If the optimizer refuses a negative value, the case is run again
+/// with the scheduled parameters beside the optimizer.
 pub fn in_or_beside<T>(
     defect: &mut Option<&'static str>,
     mut run: impl FnMut(Beside, &mut Option<&'static str>) -> Result<T>,

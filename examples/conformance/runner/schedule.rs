@@ -1,4 +1,5 @@
-//! Kind `schedule`: what the step sees of a scheduled parameter, and what the scheduler remembers.
+//! Runs the cases of kind `schedule`, which say the value of a scheduled parameter in each step, and the state of the
+//! scheduler.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -16,7 +17,8 @@ use super::json::{array, count, events, float, floats, object, rows, text};
 use super::optimizer::{Beside, Params, in_or_beside, optimizer, refused_negative, store, values};
 use super::specs::{Bases, late_zero, leaves, simple};
 
-/// tests/golden/README.md, "Tolerances", for values not computed in ignite's order.
+/// The tolerance of tests/golden/README.md, "Tolerances", for values that are not computed in ignite's order of
+/// operations.
 const RELATIVE: f64 = 1e-12;
 
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
@@ -81,7 +83,7 @@ fn in_optimizer(
         if !text.as_ref().is_some_and(|text| text.contains("shrinks the cycle")) {
             return Ok(Outcome::Failed(format!("ends with {text:?}")));
         }
-        // ignite's counter is lost in the middle of the failing event.
+        // The counters are not compared, because ignite's event fails before it has counted.
         return Ok(compare(exact, expected, expect, &record, &seen, history)?.into());
     }
     ran?;
@@ -124,8 +126,8 @@ fn in_optimizer(
     Ok(result.and(simulated(spec, config, expect, defect)?).into())
 }
 
-/// Whether ignite's values of a scheduler depend on what others write, or are wrong: a scheduler of
-/// torch's computes its next value from the last in the group.
+/// Whether ignite's values of a scheduler are wrong, or depend on other schedulers' values. The latter holds for
+/// torch's schedulers, which compute the next value from the current one of the group.
 fn has_defect(spec: &Value, config: &Value) -> bool {
     let several = array(&config["optimizer"]["groups"]).is_ok_and(|groups| groups.len() > 1);
     spec.to_string().contains("torch")
@@ -133,7 +135,8 @@ fn has_defect(spec: &Value, config: &Value) -> bool {
         || late_zero(spec).unwrap_or(false)
 }
 
-/// ignite's own schedules are computed in its order: bit for bit.
+/// Compares rows of values: bit for bit if `exact`, as for ignite's own schedules, which are computed in ignite's
+/// order of operations.
 fn same(what: &str, ours: &[Vec<f64>], theirs: &Value, exact: bool) -> Result<Result<(), String>> {
     if exact { same_rows(what, ours, theirs) } else { near_rows(what, ours, theirs) }
 }
@@ -158,7 +161,8 @@ fn compare(
             return Ok(Err(format!("param_history has {:?}", history.keys())));
         }
         for (name, theirs) in theirs {
-            // Groups are entries of their own where each has its scheduler.
+            // The history has one entry for each group where each group has its scheduler, so entries are compared
+            // joined together.
             let (ours, theirs) = (history[name].concat(), rows(theirs)?.concat());
             if let Err(difference) = near("param_history", &ours, &theirs) {
                 return Ok(Err(difference));
@@ -168,7 +172,7 @@ fn compare(
     Ok(Ok(()))
 }
 
-/// Within the tolerance: for torch's schedules, whose order of operations may differ.
+/// Compares within the tolerance, for torch's schedules, whose order of operations may differ.
 fn near(what: &str, ours: &[f64], theirs: &[f64]) -> Result<(), String> {
     if ours.len() != theirs.len() {
         return Err(format!("{what}: {} values instead of {}", ours.len(), theirs.len()));
@@ -192,7 +196,7 @@ pub fn near_rows(what: &str, ours: &[Vec<f64>], theirs: &Value) -> Result<Result
     Ok(rows.find(Result::is_err).unwrap_or(Ok(())))
 }
 
-/// Bit for bit.
+/// Compares rows of values bit for bit.
 pub fn same_rows(what: &str, ours: &[Vec<f64>], theirs: &Value) -> Result<Result<(), String>> {
     let theirs = rows(theirs)?;
     if ours.len() != theirs.len() {
@@ -203,7 +207,7 @@ pub fn same_rows(what: &str, ours: &[Vec<f64>], theirs: &Value) -> Result<Result
     Ok(rows.find(Result::is_err).unwrap_or(Ok(())))
 }
 
-/// `simulate_values` against ignite's, or against the run where ignite's simulation is off.
+/// Compares `simulate_values` with ignite's, or with the values of a run where ignite's simulation has a defect.
 fn simulated(
     spec: &Value,
     config: &Value,
@@ -237,14 +241,14 @@ fn simulated(
         return Ok(Ok(()));
     }
     for (event, theirs) in theirs.iter().enumerate() {
-        // A number for all groups, or one for each.
+        // ignite gives one number for all groups, or one for each group.
         let theirs = array(theirs)?;
         let values = theirs.get(1).context("a simulated value")?;
         let values = if values.is_array() { floats(values)? } else { floats(&theirs[1..].into())? };
         let mut ours: Vec<_> =
             ours.iter().take(values.len()).map(|values| values[event].1).collect();
         if let [only] = ours[..] {
-            // One schedule of all groups.
+            // One schedule drives all groups.
             ours.resize(values.len(), only);
         }
         if let Err(difference) = near("simulate_values", &ours, &values) {
@@ -258,7 +262,7 @@ fn simulated(
     Ok(Ok(()))
 }
 
-/// A Concat is the same without its schedules of no duration.
+/// Checks that a Concat gives the same values without its schedules of duration 0.
 fn skips_zeros(spec: &Value, config: &Value, seen: &[Vec<f64>]) -> Result<Result<(), String>> {
     fn without_zeros(spec: &Value) -> Value {
         let mut spec = spec.clone();
@@ -287,8 +291,8 @@ fn skips_zeros(spec: &Value, config: &Value, seen: &[Vec<f64>]) -> Result<Result
 pub const UNEVEN_WARMUP: &str =
     "the warm-up of several groups follows the last one, and loses first values";
 
-/// ignite takes the length of the warm-up from the last group, and for torch's schedules forgets the
-/// first value of all groups but the first.
+/// Checks the warm-up of several groups, where ignite has a defect: it takes the length of the warm-up from the last
+/// group, and for torch's schedules forgets the first value of all groups but the first.
 fn uneven_warmup(
     spec: &Value,
     config: &Value,
@@ -310,12 +314,14 @@ fn uneven_warmup(
         return Ok(None);
     }
     *defect = Some(UNEVEN_WARMUP);
-    // Up to its end, which comes one event earlier where the schedule begins with the end value.
+    // Values are compared up to the end of the warm-up, which comes one event earlier where the schedule begins with
+    // the end value.
     let at_once = config["schedulers"][0]["event"].as_array().map_or(1, Vec::len).max(1);
     let steps = (last_of_warmup as usize / at_once).min(seen.len()).min(theirs.len());
     let ours: Vec<_> = seen[..steps].concat();
     let result = near("warm-up", &ours, &theirs[..steps].concat()).and_then(|()| {
-        // From there on, each group has its own schedule, at its own time.
+        // After the warm-up, ignite's groups follow their schedules at different times, so only the last group is
+        // compared.
         for (leaf, first) in leaves.iter().zip(&inner) {
             let end = at_start(leaf);
             if !end.is_finite() || !first.is_finite() {
@@ -329,7 +335,7 @@ fn uneven_warmup(
     Ok(Some(result.into()))
 }
 
-/// A value of the user's own, driven after the events of the case.
+/// Runs a case of ignite's state parameter schedulers, which drive a value of the user's own.
 fn state_param(config: &Value, expect: &Value) -> Result<Outcome> {
     let entry = &config["schedulers"][0];
     let schedule = simple(&entry["scheduler"])?.context("a state schedule")?;
@@ -372,7 +378,7 @@ fn state_param(config: &Value, expect: &Value) -> Result<Outcome> {
     Ok(result.into())
 }
 
-/// One epoch is one step; then the scheduler sees the epoch's metric.
+/// Runs a case of ReduceLROnPlateau. An epoch has one step; the scheduler reads the metric at its end.
 fn plateau(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
     let spec = &config["schedulers"][0]["scheduler"];
     let vs = store(&config["optimizer"])?;
@@ -424,7 +430,7 @@ fn plateau(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     let expected = if native { &expect["torch_native"] } else { &expect["values"] };
     let group = count(&spec["param_group_index"])?.map(|group| group as usize);
     if let (true, Some(group)) = (native, group) {
-        // torch would reduce all groups: look at the one that is driven.
+        // torch's own scheduler drives all groups, so only the group that the case drives is compared.
         let theirs =
             array(expected)?.iter().map(|row| float(&row[group])).collect::<Result<Vec<_>>>()?;
         let ours: Vec<_> = seen.iter().map(|row| row[group]).collect();

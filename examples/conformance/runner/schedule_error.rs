@@ -1,4 +1,5 @@
-//! Kind `schedule_error`: what is refused, with ignite's words where ignite refuses it.
+//! Runs the cases of kind `schedule_error`: arguments and states that are refused, with ignite's words where ignite
+//! refuses them.
 
 use std::time::Duration;
 
@@ -80,12 +81,12 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     Ok(said(refused.map(|error| error.to_string()), expect).into())
 }
 
-/// Whether a metric's argument is a name that no enum here has.
+/// Whether an argument of a metric is a text for which the enum here has no variant.
 fn args_ruled_out(args: &Value) -> bool {
     args["average"] == "x" || args["weights"] == "x"
 }
 
-/// Why a bad argument cannot even be written down here.
+/// The reason why a bad argument cannot be written in Rust, if the types rule it out.
 fn ruled_out(target: &str, args: &Value) -> Option<String> {
     let has = |key: &str, text: &str| args[key].to_string().contains(text);
     let reason = match target {
@@ -140,7 +141,7 @@ fn ruled_out(target: &str, args: &Value) -> Option<String> {
     Some(format!("the types rule out {reason}"))
 }
 
-/// The error's text begins with the language-neutral head of ignite's.
+/// Checks that the error's text begins with the part of ignite's text that the case gives.
 fn said(ours: Option<String>, expect: &Value) -> Result<(), String> {
     let theirs = expect["match"].as_str().unwrap_or_default();
     match ours {
@@ -150,12 +151,12 @@ fn said(ours: Option<String>, expect: &Value) -> Result<(), String> {
     }
 }
 
-/// Counts are unsigned here.
+/// Whether a value has a negative number outside of saved states. The types rule out negative counts.
 fn has_negative(value: &Value) -> bool {
     match value {
         Value::Number(number) => number.as_i64().is_some_and(|n| n < 0),
         Value::Array(list) => list.iter().any(has_negative),
-        // A saved state comes from a file: there, anything can stand.
+        // A saved state comes from a file, which may contain anything, so it is tried.
         Value::Object(map) => {
             map.iter().any(|(key, value)| key != "state_dict" && has_negative(value))
         }
@@ -231,12 +232,12 @@ fn concat(args: &Value) -> Result<Concat> {
     Ok(Concat::new(vec![CosineAnnealing::new(1., 0., 10); count], durations))
 }
 
-/// A knob that turns nothing.
+/// A knob that ignores all values.
 fn idle() -> Knob {
     Knob::new("lr", || 0., |_| {})
 }
 
-/// torch refuses to step once more than the run is long.
+/// Checks that a OneCycleLR refuses to advance beyond `total_steps`, as torch's does.
 fn one_cycle(config: &Value) -> Result<Outcome> {
     let total = config["args"]["torch"]["total_steps"].as_u64().context("total_steps")?;
     let at = config["at_event"].as_u64().context("at_event")?;
@@ -271,7 +272,8 @@ fn plateau(args: &Value) -> Result<Outcome> {
     })
 }
 
-/// Position and arguments are the state here: what is missing, or of another schedule, is named.
+/// Loads a bad state into a scheduler. A state here is the position and the schedule's arguments; the error must name
+/// a missing part, or say that the arguments are those of another schedule.
 fn load(target: &str, args: &Value, expect: &Value) -> Result<Outcome> {
     let schedule = |count: usize| -> AnySchedule {
         match target {
@@ -288,7 +290,7 @@ fn load(target: &str, args: &Value, expect: &Value) -> Result<Outcome> {
     let mut says = expect["match"].as_str().unwrap_or_default().to_owned();
     if let Some(missing) = args["missing"].as_str() {
         if state.remove(missing).is_none() {
-            // An argument of the schedule: they are saved together.
+            // The missing part is an argument of the schedule, and these are saved together.
             state.remove("schedule").context("arguments in the state")?;
             says = "Required state attribute 'schedule' is absent".into();
         }

@@ -1,4 +1,5 @@
-//! Kind `schedule_resume`: saved after k events, loaded into a new scheduler, the rest is the same.
+//! Runs the cases of kind `schedule_resume`: a scheduler is saved after k events and loaded into a new one, which
+//! must go on with the same values.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,7 +14,7 @@ use super::optimizer::{Beside, Params, in_or_beside, store};
 use super::schedule::{UNEVEN_WARMUP, near_rows, same_rows};
 use super::specs::simple;
 
-/// torch's classes whose numbers are the same in ignite's wrapper.
+/// Classes of torch's that give the same values in ignite's wrapper as without it.
 const SAME_WRAPPED: [&str; 4] = ["StepLR", "MultiStepLR", "OneCycleLR", "CyclicLR"];
 
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
@@ -45,7 +46,7 @@ fn in_optimizer(
         before.push(first_params.values(name)?);
     }
     let (saved, mut saved_first) = (first.state_dict(), first.first_state());
-    // The uninterrupted run.
+    // The first scheduler goes on without interruption, for comparison.
     let mut straight = vec![];
     for _ in k..total {
         first.advance()?;
@@ -85,14 +86,14 @@ fn in_optimizer(
         return Ok(result.and(same_before).into());
     }
     let result = result.and(same_before).and(same_after);
-    // Cyclical schedulers save what ignite saves.
+    // Only cyclical schedulers save the same values as ignite's.
     let cyclical = matches!(spec["type"].as_str(), Some("LinearCyclical" | "CosineAnnealing"));
     if !cyclical {
         return Ok(result.into());
     }
     let mut end = second.first_state();
     if second_params.is_beside(spec["param_name"].as_str().unwrap_or_default()) {
-        // A knob of one's own is in no group.
+        // A knob beside the optimizer belongs to no group, so its state lacks the index.
         for state in [&mut saved_first, &mut end] {
             state.insert("param_group_index".into(), spec["param_group_index"].clone());
         }
@@ -103,7 +104,7 @@ fn in_optimizer(
         .into())
 }
 
-/// Whether a warm-up is of several groups.
+/// Whether a scheduler warms up several groups.
 fn uneven_warmup(spec: &Value, config: &Value) -> bool {
     spec["type"] == "WithWarmup"
         && config["optimizer"]["groups"].as_array().is_some_and(|groups| groups.len() > 1)

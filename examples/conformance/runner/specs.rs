@@ -1,4 +1,4 @@
-//! Schedules and schedulers from their specs.
+//! Makes schedules from the specs in cases.
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -6,7 +6,7 @@ use tch_ignite::schedule::*;
 
 use super::json::{array, count, float, text};
 
-/// One value driven by one schedule: what a spec comes down to here.
+/// One value that one schedule drives. Every spec is turned into a list of these.
 #[derive(Clone)]
 pub struct Leaf {
     pub name: String,
@@ -15,7 +15,7 @@ pub struct Leaf {
     pub schedule: AnySchedule,
 }
 
-/// Values of the optimizer's parameters as built, by group: torch's schedules start from them.
+/// The values with which the optimizer was built, in each group. torch's schedules start from them.
 pub struct Bases<'v>(pub &'v Value);
 
 impl Bases<'_> {
@@ -46,7 +46,7 @@ fn counts(value: &Value) -> Result<Vec<u64>> {
     array(value)?.iter().map(|n| count(n)?.context("a count")).collect()
 }
 
-/// A schedule that is in the spec by itself.
+/// The schedule of a spec that contains no other specs; `None` for other specs.
 pub fn simple(spec: &Value) -> Result<Option<AnySchedule>> {
     let size = count(&spec["cycle_size"])?.unwrap_or(0);
     let warmup = count(&spec["warmup_duration"])?.unwrap_or(0);
@@ -90,7 +90,7 @@ pub fn simple(spec: &Value) -> Result<Option<AnySchedule>> {
     }))
 }
 
-/// torch's schedule for lr, and for the momentum it cycles, if it does.
+/// torch's schedule for lr, and that for the momentum if the class cycles the momentum too.
 pub fn torchs(spec: &Value, base: f64) -> Result<(AnySchedule, Option<AnySchedule>)> {
     let whole = |key: &str, default| Ok::<_, anyhow::Error>(count(&spec[key])?.unwrap_or(default));
     let real = |key: &str, default| number(spec, key, default);
@@ -151,7 +151,7 @@ pub fn torchs(spec: &Value, base: f64) -> Result<(AnySchedule, Option<AnySchedul
     Ok((lr, None))
 }
 
-/// What a spec drives, one entry for each value.
+/// The values that a spec drives, and the schedule of each.
 pub fn leaves(spec: &Value, bases: &Bases<'_>) -> Result<Vec<Leaf>> {
     if let Some(schedule) = simple(spec)? {
         let param = spec["param_name"].as_str().unwrap_or("lr").to_owned();
@@ -191,7 +191,7 @@ fn leaf(param: &str, group: usize, schedule: AnySchedule) -> Leaf {
     Leaf { name: param.into(), param: param.into(), group: Some(group), schedule }
 }
 
-/// For each value that the children drive, their schedules one after the other.
+/// For each value that the children of a Concat drive, the children's schedules one after the other.
 fn concat(spec: &Value, bases: &Bases<'_>) -> Result<Vec<Leaf>> {
     let durations = counts(&spec["durations"])?;
     let children: Vec<_> =
@@ -220,7 +220,7 @@ fn warmed_up(spec: &Value, bases: &Bases<'_>, group: usize) -> Result<AnySchedul
         "Torch" => torchs(&inner["torch"], bases.lr(group)?)?.0,
         _ => leaves(inner, bases)?.pop().context("a schedule to warm up for")?.schedule,
     };
-    // torch's schedules have set the group's lr to their first value by then.
+    // The warm-up ends at the group's lr, which torch's schedules have set to their first value before.
     let own = match text(&inner["type"])? {
         "Torch" => schedule.at(0),
         _ => bases.lr(group)?,
@@ -235,7 +235,7 @@ fn warmed_up(spec: &Value, bases: &Bases<'_>, group: usize) -> Result<AnySchedul
     )?)
 }
 
-/// Whether history is kept: where schedulers are combined, the outermost one says.
+/// Whether history is kept. Where schedulers are combined, only the outermost spec decides.
 pub fn keeps_history(spec: &Value) -> bool {
     spec["save_history"] == true
 }

@@ -1,4 +1,5 @@
-//! Kind `train`: a small net trained in f64, losses, parameters and the optimizer's state at the end.
+//! Runs the cases of kind `train`: a small net is trained in f64, and its losses, parameters and the optimizer's
+//! state at the end are compared.
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -11,7 +12,7 @@ use super::Outcome;
 use super::json::{array, count, events, float, floats, object, text};
 use super::optimizer::{Beside, NEGATIVE, Params, refused_negative, values};
 
-/// tests/golden/README.md, "Tolerances".
+/// The tolerance that tests/golden/README.md gives under "Tolerances".
 const RELATIVE: f64 = 1e-9;
 const FLOOR: f64 = 1e-11;
 
@@ -26,7 +27,7 @@ struct Net {
     momenta: Vec<Vec<f64>>,
 }
 
-/// A list of numbers, or of lists of numbers.
+/// Reads a list of numbers, or of lists of numbers, as a tensor.
 fn tensor(value: &Value) -> Result<Tensor> {
     let rows = array(value)?;
     let flat = match rows.first() {
@@ -80,7 +81,7 @@ impl Net {
 /// Whether the step of an iteration is fused.
 type Fused = fn(u64) -> bool;
 
-/// With fused steps, with libtorch's own, and with a switch at every other step.
+/// Runs a case three times: with fused steps, with libtorch's own loop, and with both in turn.
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
     let ways: [(&str, Fused); 3] = [
         ("fused", |_| true),
@@ -135,7 +136,7 @@ fn train(
     let epochs = count(&config["max_epochs"])?.unwrap_or(1);
     let ran = trainer.run(&mut net, batches, Until::epochs(epochs));
     if let Some(error) = ran.err().map(anyhow::Error::from) {
-        // ignite goes on with the negative value; up to there, both are the same.
+        // The optimizer refused a negative value, with which ignite goes on. Only the steps before are compared.
         refused_negative(&error).with_context(|| format!("{error:#}"))?;
         *defect = Some(NEGATIVE);
         let losses = floats(&expect["loss"])?;

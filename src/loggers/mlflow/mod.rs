@@ -6,6 +6,7 @@ mod rest;
 mod steps;
 
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -16,8 +17,8 @@ use serde_json::{Value, json};
 pub use self::builder::MLflowBuilder;
 use self::queue::{Item, Queue};
 use self::steps::Steps;
-use super::{Image, Logger, flat};
-use crate::engine::{Engine, Handler, Log, Priority, Ranks};
+use super::{Image, Logger, flat, spec_of};
+use crate::engine::{Engine, Handler, HandlerSpec, Log};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event_filter::Events;
@@ -228,8 +229,8 @@ impl Logger for MLflowLogger {
         Ok(())
     }
 
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        vec![Box::new(self.clone())]
+    fn logs(&self) -> Vec<Rc<dyn Log>> {
+        vec![Rc::new(self.clone())]
     }
 }
 
@@ -260,25 +261,8 @@ impl Log for MLflowLogger {
 }
 
 impl<C, B, O> Handler<C, B, O> for MLflowLogger {
-    fn name(&self) -> String {
-        format!("MLflow run {}", self.run_id())
-    }
-
-    fn events(&self) -> Events {
-        use Event::*;
-        Started | Terminate | Completed | ExceptionRaised | Interrupt
-    }
-
-    fn priority(&self) -> Priority {
-        Priority::Last
-    }
-
-    fn ranks(&self) -> Ranks {
-        Ranks::Main
-    }
-
-    fn logs(&self) -> Vec<Box<dyn Log>> {
-        Logger::logs(self)
+    fn spec(&self) -> Result<HandlerSpec> {
+        Ok(spec_of(self, format!("MLflow run {}", self.run_id()), &Events::none()))
     }
 
     fn call(

@@ -12,12 +12,12 @@ def exact(stored, computed):
 
 
 def within(relative, floor=0.0):
-    """A test for floats: relative to the stored value, but never stricter than the floor."""
+    """Returns a test whether floats are close: relative to the stored value, but never stricter than the floor."""
     return lambda stored, computed: math.isclose(stored, computed, rel_tol=relative, abs_tol=floor)
 
 
 def tolerance(case):
-    """How close the floats of a case must be, but for `value_f32_accumulator`."""
+    """Returns the test for the floats of a case, `value_f32_accumulator` excepted."""
     kind = case["kind"]
     if kind == "train":
         return within(1e-9, floor=1e-11)
@@ -57,7 +57,7 @@ def compare_objects(stored, computed, close, path):
         if key not in computed:
             yield f"{path}.{key}: missing in the computed"
         elif is_error and key == "message":
-            continue  # Python's text, which the README asks not to test
+            continue  # Python's own text, which the README says not to test
         else:
             yield from compare(value, computed[key], close, f"{path}.{key}")
     for key in computed:

@@ -1,4 +1,4 @@
-"""The kind `engine_trace`: what an engine does, in order."""
+"""Runs the cases of kind `engine_trace`, which record what an engine does, in order."""
 
 import itertools
 import warnings

@@ -1,4 +1,4 @@
-"""The kind `schedule_error`: what ignite refuses, and how.
+"""Runs the cases of kind `schedule_error`: arguments and states that ignite refuses, and its errors.
 
 Each function below provokes the error of one target. The `args` of a case name only what matters;
 `DEFAULTS` and the builders fill in valid values for the rest.

@@ -1,4 +1,4 @@
-"""The kind `handler`: one function per handler of the README's list."""
+"""Runs the cases of kind `handler`, with one function for each handler of the README's list."""
 
 import tempfile
 from pathlib import Path
@@ -225,7 +225,7 @@ def running_average(config):
 
 
 def metric_values(trainer, name, config):
-    """The value of an attached metric as handlers registered after it read it."""
+    """Returns the values of an attached metric that handlers registered after it read."""
     expect = {"after_iteration": [], "after_epoch": []}
 
     @trainer.on(Events.ITERATION_COMPLETED)

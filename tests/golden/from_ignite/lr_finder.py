@@ -1,4 +1,4 @@
-"""The kind `lr_finder`: FastaiLRFinder on given losses, and its suggestion on given histories."""
+"""Runs the cases of kind `lr_finder`: FastaiLRFinder on given losses, and its suggestion for given histories."""
 
 import torch
 from ignite.engine import Engine

@@ -1,4 +1,4 @@
-"""The kind `metric`: values of metrics over given batches."""
+"""Runs the cases of kind `metric`: values of metrics over given batches."""
 
 import ast
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ OF_CONFUSION_MATRIX = (
     "cmRecall",
     "mIoU",
 )
-# What an expression of P and R, per-class precision and recall, may consist of.
+# The parts that an expression of P and R, per-class precision and recall, may have.
 EXPRESSION_PARTS = (
     ast.Expression,
     ast.BinOp,
@@ -64,7 +64,7 @@ def metric(config):
 
 @contextmanager
 def default_dtype(dtype):
-    """Sets torch's default type, which is that of ignite's accumulators."""
+    """Sets torch's default type, which ignite's accumulators have."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -74,7 +74,7 @@ def default_dtype(dtype):
 
 
 def value_per_batch(config):
-    """The result after every update, and its type if it is a tensor."""
+    """Returns the result after every update, and its type if it is a tensor."""
     result, updated = build(config["metric"], config["args"])
     per_batch = []
     for batch in config["batches"]:
@@ -87,7 +87,7 @@ def value_per_batch(config):
 
 
 def build(name, args):
-    """The metric and the metrics to update, which are others if it is derived from them."""
+    """Returns the metric and the metrics to update. They are different if the metric is derived from others."""
     if name in OF_CONFUSION_MATRIX:
         matrix = metrics.ConfusionMatrix(num_classes=args["num_classes"])
         return getattr(metrics.confusion_matrix, name)(matrix, **without(args, "num_classes")), [matrix]
@@ -107,7 +107,7 @@ def build(name, args):
 
 
 def evaluate(text, names):
-    """The value of an arithmetic expression; Unsupported where it is anything else."""
+    """Returns the value of an arithmetic expression; raises Unsupported if the text is anything else."""
     tree = ast.parse(text, mode="eval")
     for node in ast.walk(tree):
         unknown = isinstance(node, ast.Name) and node.id not in names
@@ -117,7 +117,7 @@ def evaluate(text, names):
 
 
 def output_of(batch, config):
-    """A batch as the metric wants it: a pair of tensors, or what an average takes."""
+    """Returns a batch in the form that the metric takes: a pair of tensors, or the value to average."""
     if "x" in batch:
         if config["y_pred_dtype"] == "number":
             return batch["x"]

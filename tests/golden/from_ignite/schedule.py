@@ -1,4 +1,4 @@
-"""The kinds `schedule` and `schedule_resume`: parameter values during a run."""
+"""Runs the cases of kind `schedule` and `schedule_resume`: parameter values during a run."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ from .specs import (
 )
 from .values import Unsupported, plain, plain_error
 
-# Two runs of the same schedule through different formulas agree to this.
+# How far two runs of the same schedule through different formulas may differ.
 SAME_VALUES_TOLERANCE = 1e-9
 
 
@@ -79,7 +79,7 @@ class Recorder:
 
 
 def plateau_run(config):
-    """One training step an epoch, then an evaluator that calls the scheduler with the metric of that epoch."""
+    """Runs one training step in each epoch, then an evaluator that calls the scheduler with the epoch's metric."""
     entry = config["schedulers"][0]
     spec = entry["scheduler"]
     optimizer = build_optimizer(config["optimizer"])
@@ -119,7 +119,7 @@ def add_torch_native(expect, native, closed_form=None):
 
 
 def torch_native_values(optimizer_spec, torch_spec, steps):
-    """Learning rates when torch's scheduler is stepped as torch means it, and by its closed form if it has one."""
+    """Returns the rates of torch's scheduler, stepped as torch intends, and those of its closed form if it has one."""
     optimizer = build_optimizer(optimizer_spec)
     scheduler = build_torch_scheduler(torch_spec, optimizer)
     native = []
@@ -146,7 +146,7 @@ def plateau_native_values(config, spec):
 
 
 def simulated_values(config, spec):
-    """`simulate_values` of the scheduler's class, on a fresh optimizer."""
+    """Returns the result of `simulate_values` of the scheduler's class, on a fresh optimizer."""
     num_events = config["simulate"]
     optimizer = build_optimizer(config["optimizer"])
     kind = spec["type"]

@@ -41,7 +41,7 @@ def without(spec, *keys):
 
 
 def build_optimizer(spec, params=None):
-    """An optimizer with the given list of parameters per group, by default one scalar each."""
+    """Returns an optimizer with the given list of parameters for each group, by default one scalar each."""
     if params is None:
         params = [[torch.zeros(1, dtype=torch.float64, requires_grad=True)] for _ in spec["groups"]]
     groups = [{"params": own, **group} for own, group in zip(params, spec["groups"], strict=True)]
@@ -52,7 +52,7 @@ def build_optimizer(spec, params=None):
 
 
 def build_event(spec, custom_events=None):
-    """An event with its filter, or the OR-list of several; custom events are given by name."""
+    """Returns an event with its filter, or several joined by OR; custom events are given by name."""
     custom_events = custom_events or {}
     if isinstance(spec, list):
         events = EventsList()
@@ -70,7 +70,7 @@ def build_torch_scheduler(spec, optimizer):
 
 
 def constructor_arguments(spec):
-    """The keys of a leaf spec as keyword arguments."""
+    """Returns the keys of a leaf spec as keyword arguments."""
     arguments = without(spec, "type")
     if "milestones_values" in arguments:
         arguments["milestones_values"] = [tuple(pair) for pair in arguments["milestones_values"]]
@@ -78,7 +78,7 @@ def constructor_arguments(spec):
 
 
 def build_scheduler(spec, optimizer, trainer=None):
-    """Any spec of the README's table. A plateau scheduler writes its history to `trainer`."""
+    """Returns the scheduler of any spec of the README's table. A plateau scheduler writes its history to `trainer`."""
     kind = spec["type"]
     if kind in OPTIMIZER_SCHEDULERS:
         return OPTIMIZER_SCHEDULERS[kind](optimizer, **constructor_arguments(spec))

@@ -1,4 +1,4 @@
-"""The kind `train`: a small network trained with schedulers attached."""
+"""Runs the cases of kind `train`: a small network is trained with schedulers attached."""
 
 import torch
 from ignite.engine import Events, create_supervised_trainer
@@ -51,7 +51,7 @@ def train(config):
     if schedules_momentum(config["schedulers"]):
         seen["momentum"] = []
 
-    # Registered after the schedulers: this is what the step sees.
+    # This handler is registered after the schedulers, so it records the values that the step sees.
     @trainer.on(Events.ITERATION_STARTED)
     def record_parameters():
         for name in seen.keys() - {"loss"}:
@@ -73,7 +73,7 @@ def train(config):
 
 
 def schedules_momentum(schedulers):
-    """Whether any spec inside names the momentum."""
+    """Returns whether any spec inside names the momentum."""
     if isinstance(schedulers, dict):
         return schedulers.get("param_name") == "momentum" or schedules_momentum(list(schedulers.values()))
     if isinstance(schedulers, list):

@@ -1,4 +1,4 @@
-"""Plain JSON values from Python objects, and back."""
+"""Turns Python objects into plain JSON values, and back."""
 
 import math
 import re
@@ -8,18 +8,19 @@ import torch
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
-# Where the language-neutral head of a message ends: what follows quotes the argument as Python prints it.
+# The language-neutral head of a message ends here, because the rest quotes the argument as Python prints
+# it.
 MATCH_END = re.compile(r", but given|, got | in provided state_dict|\(filter=|\. Input state_dict")
 
 LONGEST_MULTI_LINE_MESSAGE = 80
 
 
 class Unsupported(Exception):
-    """A case that these scripts cannot run; the message is the reason."""
+    """Raised for a case that these scripts cannot run; the message is the reason."""
 
 
 def decode(value):
-    """Undo the JSON form of non-finite floats."""
+    """Undoes the JSON form of non-finite floats."""
     if isinstance(value, str):
         return NON_FINITE.get(value, value)
     if isinstance(value, list):
@@ -30,7 +31,7 @@ def decode(value):
 
 
 def plain(value):
-    """The JSON form of a value: lists for tuples and tensors, strings for keys and non-finite floats."""
+    """Returns the JSON form of a value: lists for tuples and tensors, strings for keys and non-finite floats."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -53,7 +54,7 @@ def plain_float(value):
 
 
 def plain_error(error):
-    """The error object of the golden format."""
+    """Returns the error object of the golden format."""
     message = re.sub(r"0x[0-9a-f]+", "0x0", str(error))
     if "\n" in message:
         message = message[:LONGEST_MULTI_LINE_MESSAGE] + " ..."

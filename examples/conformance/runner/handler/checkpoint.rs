@@ -1,4 +1,5 @@
-//! `Checkpoint` and `ModelCheckpoint`: which files there are after each call, and what they are called.
+//! Runs cases of `Checkpoint` and `ModelCheckpoint`, which say which files there are after each call, and their
+//! names.
 
 use std::path::Path;
 
@@ -8,7 +9,7 @@ use tch::nn::VarStore;
 use tch::{Device, nn};
 use tch_ignite::checkpoint::{Checkpoint, Score, read_state, setup_filename_pattern, verify};
 use tch_ignite::data::no_data;
-use tch_ignite::engine::{Engine, Event, Events, Until};
+use tch_ignite::engine::{Engine, Event, Events, HandlerSpec, Priority, Until};
 use tch_ignite::optim::Optimizer;
 
 use std::cell::RefCell;
@@ -17,7 +18,7 @@ use std::rc::Rc;
 use super::super::Outcome;
 use super::super::json::{array, count, event_named, events, floats, text};
 
-/// IGNITE 3.2. The new file is safe before an old one goes, so the order of save and remove is ours.
+/// IGNITE 3.2 describes this defect. Here the new file is safe on disk before the old one is deleted.
 const DELETES_FIRST: &str = "the old checkpoint is deleted before the new one is written";
 
 type Handler = Checkpoint<(), ()>;
@@ -72,7 +73,8 @@ fn files(folder: &Path) -> Vec<String> {
     files
 }
 
-/// Runs a trainer with the handler and notes, after each call, the files and what is kept.
+/// Runs a trainer with the handler and notes, after each call, the files in the folder and the checkpoints that the
+/// handler keeps.
 fn calls(config: &Value, folder: &Path, only_weights: bool) -> Result<Vec<Value>> {
     let vs = VarStore::new(Device::Cpu);
     let _model = nn::linear(vs.root(), 2, 1, Default::default());
@@ -106,7 +108,7 @@ fn calls(config: &Value, folder: &Path, only_weights: bool) -> Result<Vec<Value>
     Ok(noted.take())
 }
 
-/// Looks after the checkpoint was written.
+/// A handler that runs after the checkpoint was written, and notes the files in the folder.
 struct Note {
     event: Events,
     handler: Rc<RefCell<Handler>>,
@@ -115,16 +117,8 @@ struct Note {
 }
 
 impl tch_ignite::engine::Handler<(), (), ()> for Note {
-    fn name(&self) -> String {
-        "note".into()
-    }
-
-    fn events(&self) -> Events {
-        self.event.clone()
-    }
-
-    fn priority(&self) -> tch_ignite::engine::Priority {
-        tch_ignite::engine::Priority::Save
+    fn spec(&self) -> tch_ignite::Result<HandlerSpec> {
+        Ok(HandlerSpec::new("note", self.event.clone()).priority(Priority::Save))
     }
 
     fn call(&mut self, _: Event, _: &mut (), engine: &mut Engine<'_, (), (), ()>) -> Result<()> {
@@ -149,7 +143,7 @@ impl tch_ignite::engine::Handler<(), (), ()> for Note {
     }
 }
 
-/// Numbers are compared as numbers: steps are whole ones in ignite.
+/// Whether two values are equal. Numbers are compared by value, because 1 and 1.0 are different JSON.
 fn same(ours: &Value, theirs: &Value) -> bool {
     match (ours, theirs) {
         (Value::Array(a), Value::Array(b)) => {
@@ -226,7 +220,8 @@ pub fn run_model(
     Ok(Ok(()).into())
 }
 
-/// What ignite's `DiskSaver` refuses; the folder of a case is called `<dir>` in it.
+/// The error for arguments that ignite's `DiskSaver` refuses, if they are refused here. A case writes `<dir>` for its
+/// folder.
 pub fn refused(args: &Value) -> Result<Option<String>> {
     let folder = tempfile::tempdir()?;
     let real = folder.path().to_string_lossy().into_owned();
@@ -264,7 +259,8 @@ pub fn run_pattern(config: &Value, expect: &Value) -> Result<Outcome> {
     .into())
 }
 
-/// The number that file names have, read from the engine after its run, whether the event came or not.
+/// Compares the global step that file names get. It is read from the engine after its run, whether or not the event
+/// was fired.
 pub fn run_global_step(config: &Value, expect: &Value) -> Result<Outcome> {
     let mut trainer = Engine::new(|_: &mut (), _, _: ()| Ok(()));
     let event = event_named(text(&config["event"])?);

@@ -1,4 +1,4 @@
-//! `EarlyStopping`: what it makes of a list of scores.
+//! Runs cases of `EarlyStopping`, which say how it counts and when it stops for a list of scores.
 
 use std::cmp::Ordering;
 
@@ -10,13 +10,14 @@ use tch_ignite::schedule::ThresholdMode;
 use super::super::Outcome;
 use super::super::json::{array, count, float, floats, text};
 
-/// IGNITE 1.9.
+/// IGNITE 1.9 describes this defect.
 const NAN: &str = "a NaN score counts as an improvement and becomes the best";
 
-/// `(counter, best score)` after a score, the best `None` before the first.
+/// `(counter, best score)` after a score; the best score is `None` until there is one.
 type Step = (u64, Option<f64>);
 
-/// ignite's rules, written down again: they tell what a case expects once NaN is never better.
+/// Computes the steps by ignite's rules. With `nan_is_better` they must be ignite's results; without, they are what
+/// this crate must do.
 fn by_rule(config: &Value, nan_is_better: bool) -> Result<Vec<Step>> {
     let threshold = float(&config["threshold"])?;
     let (max, rel) = (config["mode"] == "max", config["threshold_mode"] == "rel");
@@ -26,7 +27,7 @@ fn by_rule(config: &Value, nan_is_better: bool) -> Result<Vec<Step>> {
         false => best + sign * threshold,
     };
     let passes = |score: f64, bar: f64| match nan_is_better {
-        // Not `score > bar`: that is false for NaN.
+        // `score > bar` would be false for NaN, which ignite takes for better.
         true if max => !matches!(score.partial_cmp(&bar), Some(Ordering::Less | Ordering::Equal)),
         true => !matches!(score.partial_cmp(&bar), Some(Ordering::Greater | Ordering::Equal)),
         false if max => score > bar,
@@ -128,7 +129,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     Ok(result.into())
 }
 
-/// All that ignite saves, with its value.
+/// Checks that our saved state has every value that ignite saves.
 fn saved_as(
     what: &str,
     ours: &serde_json::Map<String, Value>,

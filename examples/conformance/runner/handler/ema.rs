@@ -1,4 +1,4 @@
-//! `EMA`: averages of a weight and a buffer after each iteration.
+//! Runs cases of `EMA`, which say the averages of a weight and a buffer after each iteration.
 
 use std::cell::RefCell;
 
@@ -12,14 +12,14 @@ use tch_ignite::handlers::{Buffers, EMAHandler};
 use super::super::Outcome;
 use super::super::json::{array, count, events, float, floats, text};
 
-/// tests/golden/README.md, "Tolerances".
+/// The tolerance that tests/golden/README.md gives under "Tolerances".
 const RELATIVE: f64 = 1e-12;
 
 const WARMUP_NAME: &str =
     "the warm-up of an EMA attached under another name writes to an attribute that nobody reads";
 const SHARED_BUFFER: &str = "copied buffers of an EMA share the model's memory";
 
-/// What is refused when an EMA is made.
+/// The error of making an EMA with these arguments, if they are refused.
 pub fn refused(args: &Value) -> Result<Option<tch_ignite::Error>> {
     if let Some(buffers) = args["handle_buffers"].as_str() {
         return Ok(buffers.parse::<Buffers>().err());
@@ -56,7 +56,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     let rows = array(&config["weights"])?.iter().zip(array(&config["buffers"])?);
     let batches = rows.map(|(w, b)| Ok([row(w)?, row(b)?])).collect::<Result<Vec<_>>>()?;
     let mut seen = Seen::default();
-    // How many batches the model had seen at each update, and how many were recorded.
+    // Each update notes how many batches the model has seen and how many iterations are recorded.
     let (updates, done, recorded) = (RefCell::new(vec![]), RefCell::new(0), RefCell::new(0));
     let mut trainer = Engine::new(|model: &mut [Tensor; 2], _, index: usize| {
         let _guard = tch::no_grad_guard();
@@ -96,7 +96,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     let mut momentum = floats(&expect["momentum"])?;
     if warmup.is_some() && name != "ema_momentum" {
         *defect = Some(WARMUP_NAME);
-        // Before the first update, the attribute is not there.
+        // Before the first update, ignite's engine does not have the attribute.
         for (own, written) in momentum.iter_mut().zip(array(&expect["state_ema_momentum"])?) {
             if !written.is_null() {
                 *own = float(written)?;
@@ -124,20 +124,20 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
 
 /// An update of the averages.
 struct Update {
-    /// Batches that the model has seen before.
+    /// How many batches the model has seen before the update.
     done: usize,
-    /// Iterations that were recorded before.
+    /// How many iterations were recorded before the update.
     recorded: usize,
 }
 
-/// What an update does; averages with the momentum of the iteration that is recorded next.
+/// An update averages, with the momentum of the iteration that is recorded next, or copies.
 #[derive(Clone, Copy)]
 enum Rule<'m> {
     Average(&'m [f64]),
     Copy,
 }
 
-/// The averages that are recorded after each iteration, by the rule written down again.
+/// Computes the averages that must be recorded after each iteration.
 fn after_updates(
     initial: &Value,
     values: &Value,

@@ -1,4 +1,4 @@
-//! `EpochOutputStore`: the outputs of each epoch.
+//! Runs cases of `EpochOutputStore`, which say the outputs that it stores in each epoch.
 
 use anyhow::{Context, Result};
 use serde_json::Value;

@@ -1,4 +1,4 @@
-//! `ProgressBar`: what ours tells of the runs that ignite's is called for.
+//! Runs cases of `ProgressBar` and compares the lines that ours writes with the calls that ignite's makes to tqdm.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,12 +11,12 @@ use tch_ignite::handlers::ProgressBar;
 use super::super::Outcome;
 use super::super::json::{array, count, float};
 
-/// ignite calls tqdm at each event; ours draws at its own pace and reads metrics no more often (D9). What
-/// can be held to a case is what both must tell: epochs, iterations, and metrics that are numbers.
+/// ignite calls tqdm at each event; our bar draws at its own pace and reads metrics no more often (D9). So a case can
+/// only check what both must show: epochs, iterations, and metrics that are numbers.
 const OTHER_BAR: &str = "the progress bar redraws and reads metrics at every event, and counts from 1 \
                          in a bar of the run; ours has a bar an epoch and its own pace";
 
-/// Four digits of a number are shown.
+/// The bar shows four digits of a number.
 const TOLERANCE: f64 = 5e-4;
 
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
@@ -29,7 +29,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     let loss = float(&config["metrics"]["loss"])?;
     let shown = match &config["metric_names"] {
         Value::Null => None,
-        // "all", or a list with it.
+        // The names are "all", or a list that has "loss".
         _ => Some(loss),
     };
     let postfix: Vec<_> = named("postfix").iter().map(|call| call[1]["loss"].as_f64()).collect();
@@ -57,7 +57,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
             let until = Until::epochs(epochs).epoch_length(length);
             engine.run(&mut (), (0..data).collect::<Vec<_>>(), until)?;
         }
-        // Of unknown length, as for ignite.
+        // The data's length is unknown, as it is to ignite.
         None => drop(engine.run(&mut (), restartable(|| 0..data), Until::epochs(epochs))?),
     }
 

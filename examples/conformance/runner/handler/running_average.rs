@@ -1,4 +1,4 @@
-//! `RunningAverage`: of outputs, and of the accuracy.
+//! Runs cases of `RunningAverage` over outputs, and over the accuracy.
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -9,10 +9,10 @@ use tch_ignite::metrics::{Accuracy, RunningAverage, Usage};
 use super::super::Outcome;
 use super::super::json::{array, count, float, floats, text};
 
-/// A relative difference, from `tests/golden/README.md`.
+/// The largest relative difference, from `tests/golden/README.md`.
 const TOLERANCE: f64 = 1e-12;
 
-/// What the engine gives: a value, or predictions and targets.
+/// The output of a step: a value, or predictions and targets.
 enum Output {
     Value(f64),
     Labels(Tensor, Tensor),
@@ -47,7 +47,7 @@ fn outputs(config: &Value) -> Result<Vec<Output>> {
     }
 }
 
-/// (value after each iteration, value after each epoch); None before the first.
+/// The value after each iteration, and the value after each epoch; `None` where there is no value yet.
 type Seen = (Vec<Option<f64>>, Vec<Option<f64>>);
 
 pub fn run(config: &Value, expect: &Value) -> Result<Outcome> {

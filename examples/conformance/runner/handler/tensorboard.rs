@@ -1,4 +1,4 @@
-//! The handlers of loggers: tags, values and steps.
+//! Runs cases of the handlers that write to loggers, which say tags, values and steps.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -17,9 +17,9 @@ use super::super::Outcome;
 use super::super::json::{array, count, events, float, floats, text};
 use super::super::optimizer::{optimizer, store};
 
-/// A relative difference: norms are sums, in whatever order.
+/// The largest relative difference. Norms are sums, whose order is not fixed.
 const TOLERANCE: f64 = 1e-12;
-/// D9: what has no order of its own is told in that of its names.
+/// D9 of docs/DIFFERENCES.md: values that have no order of their own are logged in the order of their names.
 const ORDER: &str =
     "metric_names=\"all\" are in the order of their first values, not of their names";
 
@@ -37,7 +37,8 @@ impl Logger for Recorder {
 
 type Trainer<'a> = Engine<'a, (), (), Value>;
 
-/// Nested values have a name each; texts are no metrics here.
+/// Sets a metric. The parts of a nested value become metrics named `name/part`; texts are left out, because metrics
+/// here are numbers.
 fn set(metrics: &mut Metrics, name: &str, value: &Value) -> Result<()> {
     match value {
         Value::Object(parts) => {
@@ -56,7 +57,7 @@ fn set(metrics: &mut Metrics, name: &str, value: &Value) -> Result<()> {
     Ok(())
 }
 
-/// Of metrics, outputs and state attributes.
+/// Makes the handler of a case that logs metrics, outputs and attributes of the state.
 fn outputs(
     config: &Value,
     log: &Recorder,
@@ -107,7 +108,7 @@ fn layer(config: &Value) -> Result<VarStore> {
     Ok(vs)
 }
 
-/// Names that begin as one of the list.
+/// Whether a name begins with one of the case's prefixes; all names do if the case has none.
 fn whitelist(config: &Value) -> Result<impl Fn(&str) -> bool + use<>> {
     let prefixes = match &config["whitelist"] {
         Value::Null => vec![String::new()],
@@ -156,7 +157,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     if config["metric_names"] == "all" {
         *defect = Some(ORDER);
     }
-    // An object of a case is read by its names here.
+    // JSON objects here are sorted by name, so the calls are compared in that order.
     if config["metric_names"] == "all" || config["output"].is_object() {
         for calls in [&mut ours, &mut theirs] {
             calls.sort_by(|a, b| (a.2, &a.0).cmp(&(b.2, &b.0)));

@@ -1,4 +1,4 @@
-//! `TerminateOnNan`: where a run with these outputs ends.
+//! Runs cases of `TerminateOnNan`, which say where a run with some outputs ends.
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -9,7 +9,7 @@ use tch_ignite::handlers::{Numbers, TerminateOnNan};
 use super::super::Outcome;
 use super::super::json::{array, float};
 
-/// An output as a case has it; lists of numbers are tensors.
+/// An output in the JSON of a case; lists of numbers become tensors.
 struct Output(Value);
 
 impl Numbers for Output {

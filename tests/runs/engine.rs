@@ -1,4 +1,4 @@
-//! Runs of the engine: errors, budgets, leaving early and going on, handlers within handlers.
+//! Tests of the engine's runs: errors, budgets, leaving early and going on, handlers within handlers.
 
 use std::cell::{Cell, RefCell};
 use std::error::Error as _;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::data::{Batch, Loader, Source, no_data, one_shot, restartable, source};
-use tch_ignite::engine::{Engine, Event, Events, Handler, Stop, Until};
+use tch_ignite::engine::{Engine, Event, Events, Handler, HandlerSpec, Stop, Until};
 use tch_ignite::handlers::Evaluate;
 use tch_ignite::metrics::{Mean, RunningAverage};
 use tch_ignite::{Error, Panicked, Result};
@@ -32,7 +32,7 @@ const EVENTS: [Event; 13] = [
     Event::Interrupt,
 ];
 
-/// Where handlers may stop a run.
+/// The events at which handlers may stop a run.
 const STOPPABLE: [Event; 8] = [
     Event::Started,
     Event::EpochStarted,
@@ -44,7 +44,8 @@ const STOPPABLE: [Event; 8] = [
     Event::EpochCompleted,
 ];
 
-/// Writes down steps and events, as `"step 7 at 1/2"` and `"COMPLETED at 1/2"`: epoch and iteration.
+/// An engine that writes down steps and events, as `"step 7 at 1/2"` and `"COMPLETED at 1/2"`, with epoch and
+/// iteration.
 fn traced<'a>() -> Traced<'a> {
     let mut engine = Engine::new(|trace: &mut Trace, engine: &mut Traced, batch: i64| {
         let state = &engine.state;
@@ -61,13 +62,13 @@ fn traced<'a>() -> Traced<'a> {
     engine
 }
 
-/// Just the names of the events, and the steps' batches.
+/// The trace with just the names of events, and the batches of steps.
 fn short(trace: &Trace) -> String {
     let word = |line: &String| line.split(" at ").next().unwrap_or_default().replace("step ", "");
     trace.iter().map(word).collect::<Vec<_>>().join(" ")
 }
 
-/// Writes down batches.
+/// An engine that writes down its batches.
 fn plain<'a>() -> Engine<'a, Vec<i64>, i64, f64> {
     Engine::new(|seen: &mut Vec<i64>, _, batch| {
         seen.push(batch);
@@ -83,7 +84,7 @@ fn loader(samples: i64, batch_size: usize) -> Loader {
 
 type Seen = Vec<Vec<i64>>;
 
-/// Writes down the samples of each batch.
+/// An engine that writes down the samples of each batch.
 fn sampled<'a>() -> Engine<'a, Seen, Batch, ()> {
     Engine::new(|seen: &mut Seen, _, (x, _)| {
         seen.push(Vec::try_from(&x)?);
@@ -95,7 +96,7 @@ fn text<T>(result: Result<T>) -> String {
     result.err().expect("an error").to_string()
 }
 
-/// Error and causes, as `anyhow` shows them.
+/// The error and its causes, as `anyhow` shows them.
 fn chain<T>(result: Result<T>) -> String {
     format!("{:#}", anyhow::Error::from(result.err().expect("an error")))
 }
@@ -104,7 +105,7 @@ fn map(value: Value) -> Map<String, Value> {
     value.as_object().cloned().unwrap()
 }
 
-/// A source of 0, 1, 2, …, `len` in a pass, that fails at one of them, once.
+/// A source that gives `len` numbers in a pass, 0, 1, 2, …, and fails once, at one of them.
 struct Failing<'c> {
     len: u64,
     next: u64,
@@ -132,7 +133,7 @@ impl Source<i64> for Failing<'_> {
     }
 }
 
-// Errors.
+// These tests are about errors.
 
 #[test]
 fn a_failing_step_is_named_with_epoch_and_iteration() {
@@ -156,11 +157,8 @@ fn a_failing_step_is_named_with_epoch_and_iteration() {
 fn a_failing_handler_is_named_by_place_or_name_and_event() {
     struct Named;
     impl Handler<Trace, i64, i64> for Named {
-        fn name(&self) -> String {
-            "saver".into()
-        }
-        fn events(&self) -> Events {
-            Event::EpochCompleted.into()
+        fn spec(&self) -> Result<HandlerSpec> {
+            Ok(HandlerSpec::new("saver", Event::EpochCompleted))
         }
         fn call(&mut self, _: Event, _: &mut Trace, _: &mut Traced) -> anyhow::Result<()> {
             panic!("disk full");
@@ -286,14 +284,14 @@ fn after_an_error_at_any_event_the_rest_of_the_run_follows() {
         } else if at.starts_with("GET_BATCH") || at.starts_with("DATALOADER") {
             last(Event::GetBatchStarted)
         } else if is(at, Event::IterationStarted) {
-            // Its step, and ITERATION_COMPLETED.
+            // The step of the failed iteration and its ITERATION_COMPLETED are left out.
             fails_at + 3
         } else {
             fails_at + 1
         };
         let mut expected = all[goes_on..].to_vec();
         if is(at, Event::GetBatchCompleted) {
-            // The data was restarted already.
+            // The data was restarted before the error, so that is not repeated.
             expected.retain({
                 let mut index = goes_on;
                 move |entry| {
@@ -303,7 +301,7 @@ fn after_an_error_at_any_event_the_rest_of_the_run_follows() {
             });
         }
         assert_eq!(trace[rest..], expected, "after {at}");
-        // And the run after it starts anew.
+        // The run after that one starts anew.
         let mut anew = vec![];
         engine.run(&mut anew, vec![0, 1, 2], until()).unwrap();
         assert!(is(&anew[0], Event::Started) && anew.last() == all.last(), "{anew:?}");
@@ -513,7 +511,7 @@ fn refused_registrations_come_out_of_every_run() {
     assert_eq!(refused, "STARTED is there already");
 }
 
-// Budgets.
+// These tests are about budgets.
 
 #[test]
 fn iterations_in_mid_epoch_leave_it_with_terminate() -> Result<()> {
@@ -634,12 +632,12 @@ fn budgets_that_make_no_sense_are_errors() {
     assert_eq!(error, "epoch_length should be provided if data is None");
 }
 
-// Leaving early.
+// These tests are about leaving early.
 
 #[test]
 fn interrupting_anywhere_and_going_on_equals_an_uninterrupted_run() -> Result<()> {
     let data = || vec![0, 1, 2];
-    // The data is exhausted in mid epoch.
+    // An epoch has 4 iterations and the data 3 batches, so the data is exhausted in mid epoch.
     let until = || Until::epochs(2).epoch_length(4);
     let mut uninterrupted = vec![];
     traced().run(&mut uninterrupted, data(), until())?;
@@ -651,7 +649,7 @@ fn interrupting_anywhere_and_going_on_equals_an_uninterrupted_run() -> Result<()
             Ok(())
         });
         let (mut trace, mut runs) = (vec![], 1);
-        // Other data and no budget: both are those of the suspended run.
+        // A call with other data and no budget goes on with the data and the budget of the suspended run.
         let mut stop = engine.run(&mut trace, data(), until())?.stop;
         while stop == Stop::Interrupted {
             assert!(trace.pop().unwrap().starts_with("INTERRUPT"));
@@ -822,7 +820,7 @@ fn an_epoch_left_without_its_end_does_not_change_the_next() -> Result<()> {
     Ok(())
 }
 
-// Saved positions.
+// These tests are about saved positions.
 
 #[test]
 fn a_loaded_position_sees_the_batches_of_an_uninterrupted_run() -> Result<()> {
@@ -930,7 +928,7 @@ fn positions_that_do_not_fit_are_refused_and_change_nothing() -> Result<()> {
     Ok(())
 }
 
-// Data.
+// These tests are about data.
 
 #[test]
 fn data_goes_on_over_epochs_of_another_length() -> Result<()> {
@@ -1010,7 +1008,7 @@ fn handlers_may_replace_batch_and_output() -> Result<()> {
     Ok(())
 }
 
-// Handlers.
+// These tests are about handlers.
 
 #[test]
 fn filters_compare_with_iteration_epoch_or_firing() -> Result<()> {
@@ -1201,11 +1199,8 @@ fn closures_borrow_and_engines_live_in_structs() -> Result<()> {
 fn a_handler_kept_outside_can_be_read_after_the_run() -> Result<()> {
     struct Counter(u64);
     impl Handler<Vec<i64>, i64, f64> for Counter {
-        fn name(&self) -> String {
-            "counter".into()
-        }
-        fn events(&self) -> Events {
-            Event::IterationCompleted.every(2).into()
+        fn spec(&self) -> Result<HandlerSpec> {
+            Ok(HandlerSpec::new("counter", Event::IterationCompleted.every(2)))
         }
         fn call(
             &mut self,
@@ -1225,9 +1220,9 @@ fn a_handler_kept_outside_can_be_read_after_the_run() -> Result<()> {
     Ok(())
 }
 
-// Evaluation.
+// These tests are about evaluation.
 
-/// Step: the batch plus the context's first entry.
+/// An engine whose step gives the batch plus the context's first entry.
 fn evaluator<'a>() -> Engine<'a, Vec<i64>, i64, f64> {
     let mut engine = Engine::new(|seen: &mut Vec<i64>, _, batch: i64| {
         anyhow::ensure!(batch != 13, "unlucky");
@@ -1381,10 +1376,10 @@ fn two_of_one_name_are_refused_where_they_would_overwrite_each_other() -> Result
         let error = text(refused.map(drop));
         assert!(error.contains(what) && error.contains("another name"), "{error}");
     }
-    // Two in one are no better.
+    // Two schedulers of one name within one handler are refused too.
     let twice = ParamGroupScheduler::new([scheduler("a"), scheduler("a")]);
     assert!(text(trainer.add_handler(twice).map(drop)).contains("scheduler 'a'"));
-    // What was removed is not in the way, nor is another name, nor a second average of a store.
+    // A removed handler frees its name. Other names, and a second average of a store, are fine.
     trainer.remove_event_handler(first)?;
     trainer
         .attach(scheduler("lr"))
@@ -1399,7 +1394,7 @@ fn two_of_one_name_are_refused_where_they_would_overwrite_each_other() -> Result
     Ok(())
 }
 
-// What handlers find in the state.
+// These tests are about what handlers find in the engine's state.
 
 #[test]
 fn the_last_output_stays_until_there_is_another() -> Result<()> {
@@ -1428,7 +1423,7 @@ fn the_last_output_stays_until_there_is_another() -> Result<()> {
         outputs(restartable(|| vec![1, 3, 8].into_iter()), Until::epochs(3))?;
     assert_eq!(seen, [Some(8.), Some(8.), Some(8.)]);
     assert_eq!((stops, running), (vec![Some(8.), Some(8.)], 8.));
-    // The last epoch has no batch at all.
+    // The data ends with the second epoch, so the third has no batch at all.
     let (seen, stops, _) = outputs(one_shot(1..=5), Until::epochs(3).epoch_length(3))?;
     assert_eq!(seen, [Some(3.), Some(5.), Some(5.)]);
     assert_eq!(stops, [Some(5.), Some(5.)]);
@@ -1476,7 +1471,7 @@ fn times_are_those_of_this_run() -> Result<()> {
     for (event, run, _) in &times[3..] {
         assert!(*event == Event::Started || !run.is_zero(), "{event}");
     }
-    // The time between two runs is no time of the epoch that goes on.
+    // The time between two runs does not count for the epoch that goes on.
     let mut engine = plain();
     engine.on(Event::IterationCompleted.once(1), |_, engine| {
         engine.interrupt();
@@ -1513,7 +1508,7 @@ fn firings_are_counted_anew_in_each_run() -> Result<()> {
         engine.run(&mut seen, vec![1, 2, 3], Until::epochs(epochs))?;
         assert_eq!(seen, expected, "a run that goes on counts on");
     }
-    // Anew, by itself and by reset().
+    // A run after a complete one starts anew, with and without reset().
     engine.run(&mut seen, vec![1, 2, 3], Until::epochs(2))?;
     engine.run(&mut seen, vec![1, 2, 3], Until::epochs(2))?;
     engine.reset()?;
@@ -1523,7 +1518,7 @@ fn firings_are_counted_anew_in_each_run() -> Result<()> {
     Ok(())
 }
 
-// Panics.
+// These tests are about panics.
 
 /// Whether gradients are recorded on this thread.
 fn records_gradients() -> bool {
@@ -1534,7 +1529,7 @@ fn records_gradients() -> bool {
 #[test]
 fn a_panic_leaves_gradients_and_autocast_of_the_thread_as_they_were() -> Result<()> {
     const OWN: Event = Event::custom("own");
-    // In the step, a handler, a handler within the step, the data, and an evaluator.
+    // The panic comes in the step, a handler, a handler that the step fires, the data, or an evaluator.
     for (place, within) in (0..5).flat_map(|place| [(place, false), (place, true)]) {
         let fails = Rc::new(Cell::new(true));
         let here = move |at: i32, fails: &Cell<bool>| {
@@ -1567,7 +1562,7 @@ fn a_panic_leaves_gradients_and_autocast_of_the_thread_as_they_were() -> Result<
         assert_eq!((fails.get(), inside), (false, (true, !within)), "place {place}");
         assert!(records_gradients(), "place {place}");
 
-        // Weights are cast anew in each region: none is open any more.
+        // Weights are cast anew in each autocast region, so a changed weight shows that no region is still open.
         let w = Tensor::ones([2, 2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
         let product = || {
             let cast = || w.matmul(&w).sum(Kind::Float).double_value(&[]);
@@ -1582,7 +1577,7 @@ fn a_panic_leaves_gradients_and_autocast_of_the_thread_as_they_were() -> Result<
     Ok(())
 }
 
-/// Panics when it is dropped, while it is armed.
+/// A value that panics when it is dropped while it is armed.
 struct Bomb(Rc<Cell<bool>>);
 
 impl Drop for Bomb {
@@ -1672,16 +1667,9 @@ fn what_panics_when_it_is_dropped_is_named_and_the_engine_runs_again() -> Result
 fn a_panic_is_told_of_whom_it_is() {
     struct Silent(&'static str);
     impl Handler<Vec<i64>, i64, f64> for Silent {
-        fn name(&self) -> String {
-            "silent".into()
-        }
-        fn events(&self) -> Events {
-            assert!(self.0 != "events", "no events");
-            Event::IterationCompleted.into()
-        }
-        fn priority(&self) -> tch_ignite::engine::Priority {
-            assert!(self.0 != "priority", "no priority");
-            tch_ignite::engine::Priority::Normal
+        fn spec(&self) -> Result<HandlerSpec> {
+            assert!(self.0 != "spec", "no events");
+            Ok(HandlerSpec::new("silent", Event::IterationCompleted))
         }
         fn save_state(&self) -> Result<Option<tch_ignite::checkpoint::StateDict>> {
             assert!(self.0 != "save_state", "no state");
@@ -1699,10 +1687,10 @@ fn a_panic_is_told_of_whom_it_is() {
             Ok(())
         }
     }
-    for what in ["events", "priority", "save_state"] {
-        let all = chain(plain().add_handler(Silent(what)));
-        assert!(all.starts_with("attaching handler 'silent': panicked: no "), "{all}");
-    }
+    let all = chain(plain().add_handler(Silent("spec")));
+    assert!(all.starts_with("attaching ") && all.ends_with("Silent: panicked: no events"), "{all}");
+    let all = chain(plain().add_handler(Silent("save_state")));
+    assert_eq!(all, "attaching handler 'silent': panicked: no state");
     let mut engine = plain();
     engine.attach(Silent("later"));
     engine.run(&mut vec![], vec![1], Until::epochs(1)).unwrap();
@@ -1738,11 +1726,8 @@ fn a_panic_is_told_of_whom_it_is() {
 fn a_handler_that_is_refused_leaves_nothing_behind() -> Result<()> {
     struct NotYet(Rc<Cell<bool>>, Rc<Cell<u64>>);
     impl Handler<Vec<i64>, i64, f64> for NotYet {
-        fn name(&self) -> String {
-            "not yet".into()
-        }
-        fn events(&self) -> Events {
-            Event::IterationCompleted | Event::EpochStarted
+        fn spec(&self) -> Result<HandlerSpec> {
+            Ok(HandlerSpec::new("not yet", Event::IterationCompleted | Event::EpochStarted))
         }
         fn save_state(&self) -> Result<Option<tch_ignite::checkpoint::StateDict>> {
             match self.0.get() {
@@ -1871,7 +1856,7 @@ fn many_handlers_are_removed_in_a_time_that_grows_with_their_number() -> Result<
         assert_eq!(engine.run(&mut vec![], vec![1], Until::epochs(1))?.iterations, 1);
         Ok::<_, Error>(begun.elapsed())
     };
-    // Some 20 ms; removing them one by one from a list took 100 times as long.
+    // This takes some 20 ms. It took 100 times as long when handlers were removed one by one from a list.
     let time = remove(50_000)?;
     assert!(time < Duration::from_secs(1), "{time:?}");
     Ok(())

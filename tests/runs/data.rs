@@ -1,4 +1,4 @@
-//! The loader and the other sources: order, sizes, positions and refusals.
+//! Tests of the loader and the other data sources: order, sizes, positions and errors.
 
 use tch::{Device, Kind, Tensor};
 use tch_ignite::data::{
@@ -7,7 +7,7 @@ use tch_ignite::data::{
 };
 use tch_ignite::engine::{Engine, Until};
 
-/// Samples 0, 1, 2, …; their targets are the negatives.
+/// A loader of samples 0, 1, 2, …, whose targets are the negatives.
 fn loader(samples: i64, batch_size: usize) -> Loader {
     let x = Tensor::arange(samples, (Kind::Int64, Device::Cpu));
     Loader::new(&x, &-&x, batch_size).unwrap()
@@ -244,14 +244,14 @@ fn a_sampler_says_which_samples_a_pass_has() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Bytes of this shape; each row has others.
+/// A tensor of bytes of this shape, whose rows differ.
 fn bytes(shape: &[i64]) -> Tensor {
     let count: i64 = shape.iter().product();
     let values = Tensor::arange(count, (Kind::Int64, Device::Cpu)) * 7919;
     values.remainder(251).f_add_scalar(3).unwrap().to_kind(Kind::Uint8).view(shape)
 }
 
-/// What torchvision's ToTensor and Normalize do, with libtorch's operations.
+/// Does the same as torchvision's ToTensor and Normalize, with libtorch's operations.
 fn normalized(bytes: &Tensor, mean: &[f64], std: &[f64]) -> Tensor {
     let mut shape = vec![1; bytes.dim()];
     if mean.len() > 1 {
