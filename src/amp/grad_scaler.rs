@@ -163,9 +163,10 @@ impl GradScaler {
     /// # Errors
     /// The scale is not finite and above 0.
     pub fn init_scale(self, scale: f64) -> Result<Self> {
-        if !(scale > 0. && scale.is_finite()) {
+        // The scale and its inverse are kept in f32.
+        if !(scale > 0. && (scale as f32).is_finite() && (1. / scale as f32).is_finite()) {
             return Err(Error::invalid(format!(
-                "the scale must be finite and above 0, but {scale} was given"
+                "the scale must be above 0, and it and its inverse must be within f32, but {scale} was given"
             )));
         }
         let _ = self.locked().scale.f_fill_(scale).map_err(failed)?;

@@ -104,11 +104,13 @@ Tensor norm(Optimizer& optimizer, Groups groups, Plan& plan, double order) {
   const Sorted sorted = sort(optimizer, groups, plan.gradients, true, order != 2. && !infinity);
   std::vector<Tensor> parts;
   for (const auto& [device, list] : sorted.lists)
-    for (const Tensor& part : at::_foreach_norm(list, order)) parts.push_back(part.to(sorted.norm_type));
+    // In f64, because gradients that a GradScaler has scaled may have a norm beyond what f32 holds.
+    for (const Tensor& part : at::_foreach_norm(list, order, at::kDouble)) parts.push_back(part);
   parts = gathered(std::move(parts), plan.gradients, [&] {
-    return at::full({}, plan.gradients.norm(infinity ? tig::Norm::Infinity : tig::Norm::Two), sorted.norm_type);
+    return at::full({}, plan.gradients.norm(infinity ? tig::Norm::Infinity : tig::Norm::Two), at::kDouble);
   });
-  return parts.size() == 1 ? parts[0] : at::linalg_vector_norm(at::stack(parts), order);
+  const Tensor all = parts.size() == 1 ? parts[0] : at::linalg_vector_norm(at::stack(parts), order);
+  return all.to(sorted.norm_type);
 }
 
 Tensor* give(const Tensor& tensor) { return new Tensor(tensor); }

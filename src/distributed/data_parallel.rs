@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tch::Tensor;
 use tch::nn::{VarStore, Variables};
 
-use super::process_group::Turn;
+use super::process_group::{Turn, place_names};
 use super::{Outputs, ProcessGroup, ReduceOp};
 use crate::bridge::{Reducer, ReducerOptions};
 use crate::error::{Error, Result};
@@ -408,11 +408,13 @@ fn same_model(
     parameters: &Named,
     buffers: &Named,
 ) -> Result<()> {
-    let line = |(name, tensor): &(String, Tensor)| {
+    let all = || parameters.iter().chain(buffers);
+    let devices: Vec<_> = all().map(|(_, tensor)| tensor.device()).collect();
+    let line = |((name, tensor), device): (&(String, Tensor), String)| {
         let frozen = if tensor.requires_grad() { "" } else { ", without gradient" };
-        format!("{name} {:?} {:?}{frozen}", tensor.size(), tensor.kind())
+        format!("{name} {:?} {:?}{device}{frozen}", tensor.size(), tensor.kind())
     };
-    let tensors = parameters.iter().chain(buffers).map(line);
+    let tensors = all().zip(place_names(&devices)).map(line);
     let lines: Vec<_> = std::iter::once(format!("{options:?}")).chain(tensors).collect();
     let all = turn.exchange("DistributedDataParallel::new", lines.join("\n").as_bytes())?;
     let texts: Vec<_> = all.iter().map(|bytes| String::from_utf8_lossy(bytes)).collect();

@@ -58,9 +58,16 @@ impl Environment {
 
     /// Reads the environment through `variable`; `None` if no launcher set its variables.
     pub(super) fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Self>> {
+        // srun with PMI2 sets MPICH's variables for the same ranks, but not the rank on the machine.
+        let by_srun = variable("PMI_RANK") == variable("SLURM_PROCID")
+            && variable("PMI_SIZE") == variable("SLURM_STEP_NUM_TASKS");
         let Some(launcher) = LAUNCHERS.iter().find(|launcher| {
             variable(launcher.rank).is_some()
-                && (launcher.name != "Slurm" || variable(launcher.world_size).is_some())
+                && match launcher.name {
+                    "MPICH" => !by_srun,
+                    "Slurm" => variable(launcher.world_size).is_some(),
+                    _ => true,
+                }
         }) else {
             return Ok(None);
         };
@@ -138,18 +145,17 @@ fn number(name: &str, value: Option<String>) -> Result<Option<usize>> {
         .map_err(|_| Error::invalid(format!("{name} is '{value}'; it must be a number from 0")))
 }
 
-/// The first machine in one of Slurm's lists, such as `node[03-05,9],other`.
+/// The first machine in one of Slurm's lists, such as `node[03-05,9],other` or `rack[1-2]node[1-4]`.
 fn first_of_nodes(list: &str) -> Option<String> {
-    let end = list.find([',', '[']).unwrap_or(list.len());
-    let name = &list[..end];
-    if list[end..].starts_with('[') {
-        let inside = &list[end + 1..];
-        let number = &inside[..inside.find(['-', ',', ']'])?];
-        let after = &inside[inside.find(']')? + 1..];
-        let suffix = &after[..after.find(',').unwrap_or(after.len())];
-        return Some(format!("{name}{number}{suffix}"));
+    let (mut name, mut rest) = (String::new(), list);
+    while let Some(at) = rest.find([',', '[']).filter(|at| rest[*at..].starts_with('[')) {
+        let (numbers, after) = rest[at + 1..].split_once(']')?;
+        name += &rest[..at];
+        name += numbers.split(['-', ',']).next()?;
+        rest = after;
     }
-    (!name.is_empty()).then(|| name.to_owned())
+    name += rest.split(',').next()?;
+    (!name.is_empty()).then_some(name)
 }
 
 #[cfg(test)]
@@ -220,15 +226,36 @@ mod tests {
         ];
         let store = read(&slurm).unwrap().unwrap().store.unwrap();
         assert_eq!((store.host.as_str(), store.port), ("gpu07", 18456));
+        // With PMI2 srun sets MPICH's variables too.
+        let with_pmi2 = [&slurm[..], &[("PMI_RANK", "1"), ("PMI_SIZE", "8")]].concat();
+        let found = read(&with_pmi2).unwrap().unwrap();
+        let store = found.store.unwrap();
+        assert_eq!(
+            (found.rank, found.local_rank, store.host.as_str(), store.port),
+            (1, 1, "gpu07", 18456)
+        );
+        // An mpirun within a step has ranks of its own.
+        let within =
+            [&slurm[..], &[("PMI_RANK", "5"), ("PMI_SIZE", "16"), ("MPI_LOCALRANKID", "3")]];
+        let mut within = within.concat();
+        within.push(("MASTER_ADDR", "gpu07"));
+        let found = read(&within).unwrap().unwrap();
+        assert_eq!((found.rank, found.world_size, found.local_rank), (5, 16, 3));
         // These are the variables of a batch script, which is no step.
         assert!(read(&slurm[..4]).unwrap().is_none());
     }
 
     #[test]
     fn lists_of_nodes() {
-        for (list, first) in
-            [("a", "a"), ("a,b", "a"), ("n[1-3]", "n1"), ("n[01,3]", "n01"), ("n[7]-x,b", "n7-x")]
-        {
+        for (list, first) in [
+            ("a", "a"),
+            ("a,b", "a"),
+            ("n[1-3]", "n1"),
+            ("n[01,3]", "n01"),
+            ("n[7]-x,b", "n7-x"),
+            ("a,n[1-3]", "a"),
+            ("rack[1-2]node[03-4,7],b", "rack1node03"),
+        ] {
             assert_eq!(first_of_nodes(list).as_deref(), Some(first), "{list}");
         }
         assert_eq!(first_of_nodes(""), None);

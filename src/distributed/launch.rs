@@ -23,8 +23,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
@@ -37,6 +37,8 @@ use crate::error::{Error, Result};
 
 /// The time between two looks at the ranks.
 const PERIOD: Duration = Duration::from_millis(20);
+/// How long the output of ranks that have ended is waited for.
+const OUTPUT: Duration = Duration::from_secs(5);
 
 /// Starts `ranks` processes of this program with its arguments, waits for all of them, and returns how they ended.
 /// Returns `None` at once in the started processes, and in processes that another launcher started. [`Launch`] has
@@ -176,7 +178,7 @@ impl Launch {
             }
             sleep(PERIOD);
         }
-        ranks.finish(self.grace);
+        ranks.finish();
         let statuses = statuses.into_iter().flatten().collect();
         Ok(Ended { statuses, failed: failure.map(|(rank, _)| rank) })
     }
@@ -261,12 +263,12 @@ impl Ranks {
         }
     }
 
-    /// Waits until all output of the ranks is shown. Waits at most this long, because a process that a rank left behind
-    /// may hold the other end of a pipe.
-    fn finish(&mut self, at_most: Duration) {
-        let until = Instant::now() + at_most;
-        while self.pipes.iter().any(|pipe| !pipe.is_finished()) && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(5));
+    /// Waits until all output of the ranks is shown, but not for ever, because a process that a rank left behind may
+    /// hold the other end of a pipe.
+    fn finish(&mut self) {
+        let begin = Instant::now();
+        while self.pipes.iter().any(|pipe| !pipe.is_finished()) && begin.elapsed() < OUTPUT {
+            sleep(Duration::from_millis(5));
         }
         self.pipes.clear();
     }
@@ -314,14 +316,57 @@ struct Signals {
     registered: Vec<SigId>,
 }
 
+/// What decides whether a signal ends this process. A system's default action that was replaced cannot be brought back,
+/// so it is done by hand when no job runs.
+struct DefaultAction {
+    /// Whether a signal ends the process. `None` until the first job.
+    ends: Option<Arc<AtomicBool>>,
+    /// The number of jobs that run.
+    jobs: usize,
+    /// Whether [`leave_default`] was called.
+    left: bool,
+}
+
+static DEFAULT: Mutex<DefaultAction> =
+    Mutex::new(DefaultAction { ends: None, jobs: 0, left: false });
+
+impl DefaultAction {
+    fn change<R>(change: impl FnOnce(&mut Self) -> R) -> R {
+        let mut this = DEFAULT.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = change(&mut this);
+        let ends = this.jobs == 0 && !this.left;
+        this.ends.iter().for_each(|flag| flag.store(ends, Ordering::Relaxed));
+        changed
+    }
+}
+
+/// Leaves it to the caller whether a signal ends this process when no job runs. Engines that listen to signals decide
+/// that themselves.
+pub(crate) fn leave_default() {
+    DefaultAction::change(|default| default.left = true);
+}
+
 impl Signals {
     fn listen() -> Result<Self> {
+        let failed = |error| Error::invalid(format!("cannot listen to signals: {error}"));
         let mut signals = Self { number: Arc::default(), registered: vec![] };
+        DefaultAction::change(|default| {
+            default.jobs += 1;
+            if default.ends.is_some() {
+                return Ok(());
+            }
+            let ends = Arc::new(AtomicBool::new(false));
+            for signal in [SIGTERM, SIGINT] {
+                flag::register_conditional_default(signal, ends.clone())?;
+            }
+            default.ends = Some(ends);
+            Ok(())
+        })
+        .map_err(failed)?;
         for signal in [SIGTERM, SIGINT] {
             let number = signals.number.clone();
-            let registered = flag::register_usize(signal, number, signal as usize)
-                .map_err(|error| Error::invalid(format!("cannot listen to signals: {error}")))?;
-            signals.registered.push(registered);
+            let registered = flag::register_usize(signal, number, signal as usize);
+            signals.registered.push(registered.map_err(failed)?);
         }
         Ok(signals)
     }
@@ -337,6 +382,7 @@ impl Signals {
 
 impl Drop for Signals {
     fn drop(&mut self) {
+        DefaultAction::change(|default| default.jobs -= 1);
         for id in self.registered.drain(..) {
             low_level::unregister(id);
         }

@@ -3,7 +3,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::control_group::ControlGroup;
 use super::deadline::within;
@@ -471,11 +471,33 @@ fn defined<'t, T: Borrow<Tensor>>(op: &str, tensors: &'t [T]) -> Result<Vec<&'t 
 }
 
 fn described(tensors: &[&Tensor]) -> String {
-    let each = tensors.iter().map(|tensor| format!("{:?} {:?}", tensor.size(), tensor.kind()));
+    let devices: Vec<_> = tensors.iter().map(|tensor| tensor.device()).collect();
+    let each = tensors
+        .iter()
+        .zip(place_names(&devices))
+        .map(|(tensor, device)| format!("{:?} {:?}{device}", tensor.size(), tensor.kind()));
     match tensors.len() {
         1 => each.collect(),
         count => format!("{count} tensors: {}", each.collect::<Vec<_>>().join(", ")),
     }
+}
+
+/// Names the devices of a list so that equal names mean equal calls: the numbers of devices differ between ranks, but
+/// which tensors share a device, and so travel together, may not.
+pub(super) fn place_names(devices: &[Device]) -> Vec<String> {
+    let mut known: Vec<Device> = vec![];
+    let name = |device: &Device| {
+        if *device == Device::Cpu {
+            return String::new();
+        }
+        let number = known.iter().position(|other| other == device).unwrap_or_else(|| {
+            known.push(*device);
+            known.len() - 1
+        });
+        let kind = if device.is_cuda() { "Cuda".to_owned() } else { format!("{device:?}") };
+        format!(" on {kind}{}", if number > 0 { format!(" #{number}") } else { String::new() })
+    };
+    devices.iter().map(name).collect()
 }
 
 impl fmt::Debug for ProcessGroup {
@@ -485,5 +507,20 @@ impl fmt::Debug for ProcessGroup {
             .field("world_size", &self.world_size())
             .field("local_rank", &self.local_rank())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_on_other_kinds_of_devices_have_other_names() {
+        let on = |devices: &[Device]| place_names(devices).concat();
+        let (cpu, cuda) = (Device::Cpu, Device::Cuda);
+        assert_eq!(on(&[cpu, cpu]), "");
+        assert_eq!(on(&[cpu, cuda(0)]), on(&[cpu, cuda(3)]));
+        assert_ne!(on(&[cpu, cuda(0)]), on(&[cuda(0), cuda(0)]));
+        assert_ne!(on(&[cuda(0), cuda(1)]), on(&[cuda(1), cuda(1)]));
     }
 }

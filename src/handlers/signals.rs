@@ -55,6 +55,8 @@ impl Signals {
                 return Err(Error::invalid(format!("cannot listen to signals: {error}")));
             }
         }
+        #[cfg(all(unix, feature = "distributed"))]
+        crate::distributed::launch::leave_default();
         let listeners = Mutex::new(0);
         let (noticed, number) = Default::default();
         Ok(SIGNALS.get_or_init(|| Self { raised, is_last, listeners, noticed, number }))

@@ -50,6 +50,20 @@ impl Accumulated {
         Self::new(self.name.clone(), self.value.shallow_clone(), self.reduce)
     }
 
+    /// Refuses a state with parts under other prefixes than these.
+    pub(super) fn check_prefixes(state: &[Self], known: &[String]) -> anyhow::Result<()> {
+        for part in state {
+            let prefix = part.name.split_once('/').map_or("", |(prefix, _)| prefix);
+            anyhow::ensure!(
+                known.iter().any(|known| known == prefix),
+                "the state has a part '{}', and this metric is made of: {}",
+                part.name,
+                known.join(", ")
+            );
+        }
+        Ok(())
+    }
+
     /// Returns the parts whose names begin with `prefix/`, named by the rest.
     pub(super) fn within(state: &[Self], prefix: &str) -> Vec<Self> {
         let part = |part: &Self| {

@@ -10,7 +10,11 @@ const PARTS: Parts = &[("sum", Reduce::Sum)];
 /// Turns a value into the tensor that an average sums, in the accumulator's type, and the number of samples in it.
 fn batch(value: MetricValue) -> anyhow::Result<(Tensor, u64)> {
     let tensor = double(&value.tensor()?.f_detach()?)?;
-    let samples = if tensor.dim() > 1 { tensor.size()[0] } else { 1 };
+    let samples = match tensor.dim() {
+        _ if tensor.numel() == 0 => 0,
+        0 | 1 => 1,
+        _ => tensor.size()[0],
+    };
     Ok((tensor, samples as u64))
 }
 

@@ -97,6 +97,8 @@ impl<O> Metric<O> for MetricGroup<'_, O> {
     }
 
     fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
+        let names: Vec<_> = self.metrics.iter().map(|(name, _)| prefix(name)).collect();
+        Accumulated::check_prefixes(state, &names)?;
         self.metrics.iter_mut().try_for_each(|(name, metric)| {
             metric.load_state(&Accumulated::within(state, &prefix(name)))
         })

@@ -1,4 +1,4 @@
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::{Add, Div, Mul, Neg, Rem, Sub};
 use std::rc::{Rc, Weak};
 
@@ -14,8 +14,10 @@ use crate::metrics::MetricValue;
 /// computed from the values of others, as tensors and without a host sync. Clones share the metric.
 ///
 /// A metric that occurs several times, in one expression or in several attached ones, is updated once: the first of
-/// the living handles that is reset or updated, with its own [`Usage`], does so for all of them. All of them must
-/// be attached to one engine. Handles that are called by hand follow the same rule.
+/// the living handles that is reset or updated, with its own [`Usage`], does so for all of them, until its value is
+/// computed. So handles may be attached to several engines that run one after the other, each over whole epochs, but
+/// not to two whose epochs are under way at the same time. Handles that are called by hand follow the same rule.
+///
 /// ```
 /// use tch::Tensor;
 /// use tch_ignite::metrics::{Metric, Precision, Recall, pair};
@@ -38,6 +40,9 @@ struct Leaf<'a, O> {
     metric: RefCell<Box<dyn Metric<O> + 'a>>,
     /// The handle whose resets and updates count for the metric.
     user: RefCell<Weak<()>>,
+    /// Whether that handle has reset or updated the metric since it last computed the value. Until then no other handle
+    /// may take over.
+    under_way: Cell<bool>,
 }
 
 type Function<'a> = Box<dyn Fn(&[Tensor]) -> anyhow::Result<Tensor> + 'a>;
@@ -77,7 +82,7 @@ impl<'a, O> MetricsLambda<'a, O> {
     /// Makes a handle of a metric, as [`Metric::shared`] does.
     pub fn of(metric: impl Metric<O> + 'a) -> Self {
         let metric = RefCell::new(Box::new(metric) as Box<dyn Metric<O> + 'a>);
-        let leaf = Rc::new(Leaf { metric, user: RefCell::default() });
+        let leaf = Rc::new(Leaf { metric, user: RefCell::default(), under_way: Cell::new(false) });
         Self::from_node(Node::Metric(leaf.clone()), vec![leaf])
     }
 
@@ -155,15 +160,22 @@ impl<'a, O> MetricsLambda<'a, O> {
         self.with(other, |a, b| a.f_floor_divide(b))
     }
 
-    /// Returns the metrics that this handle updates: those that no other living handle has claimed.
+    /// Returns the metrics that this handle resets and updates: those that no other living handle has under way.
     fn mine(&self) -> impl Iterator<Item = &Leaf<'a, O>> {
         self.leaves.iter().map(|leaf| &**leaf).filter(|leaf| {
             let mut user = leaf.user.borrow_mut();
-            if user.strong_count() == 0 {
+            if user.strong_count() == 0 || !leaf.under_way.get() {
                 *user = Rc::downgrade(&self.user);
             }
-            user.as_ptr() == Rc::as_ptr(&self.user)
+            let is_mine = user.as_ptr() == Rc::as_ptr(&self.user);
+            leaf.under_way.set(true);
+            is_mine
         })
+    }
+
+    /// Whether this handle resets and updates the metric, and has it under way.
+    fn is_updating(&self, leaf: &Leaf<'a, O>) -> bool {
+        leaf.under_way.get() && leaf.user.borrow().as_ptr() == Rc::as_ptr(&self.user)
     }
 }
 
@@ -200,10 +212,13 @@ impl<O> Metric<O> for MetricsLambda<'_, O> {
     }
 
     fn compute(&self) -> anyhow::Result<MetricValue> {
-        match &*self.node {
+        let value = match &*self.node {
             Node::Metric(leaf) => leaf.metric.try_borrow()?.compute(),
-            node => Ok(node.tensor()?.into()),
-        }
+            node => node.tensor().map(MetricValue::from),
+        };
+        let mine = self.leaves.iter().filter(|leaf| self.is_updating(leaf));
+        mine.for_each(|leaf| leaf.under_way.set(false));
+        value
     }
 
     /// Returns the usage of the first metric in the expression.
@@ -221,7 +236,7 @@ impl<O> Metric<O> for MetricsLambda<'_, O> {
             for part in leaf.metric.try_borrow()?.state()? {
                 state.push(Accumulated { name: format!("{index}/{}", part.name), ..part });
             }
-            if leaf.user.borrow().as_ptr() == Rc::as_ptr(&self.user) {
+            if self.is_updating(leaf) {
                 let nothing = Tensor::f_zeros([0], (Kind::Int64, Device::Cpu))?;
                 state.push(Accumulated::new(updates_it(index), nothing, Reduce::Concat));
             }
@@ -234,11 +249,11 @@ impl<O> Metric<O> for MetricsLambda<'_, O> {
             let parts = Accumulated::within(state, &index.to_string());
             leaf.metric.try_borrow_mut()?.load_state(&parts)?;
             let updates_it = updates_it(index);
-            let is_mine = leaf.user.borrow().as_ptr() == Rc::as_ptr(&self.user);
             if state.iter().any(|part| part.name == updates_it) {
                 *leaf.user.borrow_mut() = Rc::downgrade(&self.user);
-            } else if is_mine {
-                *leaf.user.borrow_mut() = Weak::new();
+                leaf.under_way.set(true);
+            } else if self.is_updating(leaf) {
+                leaf.under_way.set(false);
             }
         }
         Ok(())

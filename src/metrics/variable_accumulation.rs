@@ -58,7 +58,12 @@ where
             Some(accumulator) => accumulator.f_to_device(value.device())?,
             None => Tensor::f_zeros([0i64; 0], (value.kind(), value.device()))?,
         };
-        self.accumulator = Some((self.op)(&accumulator, &value)?);
+        if value.numel() == 0 {
+            return Ok(());
+        }
+        // The copy stays as it is when the step writes into a tensor that the operation returned.
+        let accumulator = (self.op)(&accumulator, &value)?;
+        self.accumulator = Some(accumulator.f_to_dtype(accumulator.kind(), false, true)?);
         self.num_examples += if value.dim() > 1 { value.size()[0] as u64 } else { 1 };
         Ok(())
     }

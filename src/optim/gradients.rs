@@ -91,7 +91,11 @@ impl Gradients {
     /// There is no group of one of these names.
     pub fn groups<'n>(mut self, names: impl IntoIterator<Item = &'n str>) -> Result<Self> {
         let group = |name| Ok(self.optimizer.group(name)?.index());
-        self.groups = names.into_iter().map(group).collect::<Result<_>>()?;
+        let mut groups: Vec<_> = names.into_iter().map(group).collect::<Result<_>>()?;
+        // A group that is named twice counts once.
+        groups.sort_unstable();
+        groups.dedup();
+        self.groups = groups;
         Ok(self)
     }
 

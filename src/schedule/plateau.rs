@@ -208,6 +208,10 @@ impl ReduceLROnPlateauScheduler {
     fn check(&self) -> Result<()> {
         within("factor", self.factor, self.factor < 1. && self.factor > 0., "above 0 and below 1")?;
         within("threshold", self.threshold, self.threshold.is_finite(), "finite")?;
+        within("eps", self.eps, self.eps.is_finite(), "finite")?;
+        for min in &self.min_values {
+            within("min_value", *min, min.is_finite(), "finite")?;
+        }
         if self.min_values.len() != 1 && self.min_values.len() != self.knobs.len() {
             return Err(Error::invalid(format!(
                 "expected {} min values, one for each group, but given {}",
@@ -216,6 +220,50 @@ impl ReduceLROnPlateauScheduler {
             )));
         }
         Ok(())
+    }
+
+    /// The arguments, by which a checkpoint tells the scheduler from others.
+    fn arguments(&self) -> Map<String, Value> {
+        let Self { factor, patience, threshold, cooldown, eps, min_values, .. } = self;
+        let arguments = serde_json::json!({
+            "metric": self.metric,
+            "mode": format!("{:?}", self.mode),
+            "factor": factor,
+            "patience": patience,
+            "threshold": threshold,
+            "threshold_mode": format!("{:?}", self.threshold_mode),
+            "cooldown": cooldown,
+            "eps": eps,
+            "min_value": min_values,
+        });
+        if let Value::Object(arguments) = arguments { arguments } else { Map::new() }
+    }
+
+    /// Goes to the state of a checkpoint. Returns a line for each argument that differs from the saved one; with
+    /// `strict` that is an error.
+    fn load(&mut self, mut state: StateDict, strict: bool) -> Result<Vec<String>> {
+        let now = self.arguments();
+        let then: Map<String, Value> = match state.values.remove("arguments") {
+            Some(Value::Object(then)) => then,
+            Some(other) => return Err(Error::State(format!("'arguments' is {other}"))),
+            // A checkpoint of an older version.
+            None => now.clone(),
+        };
+        let differs = |(key, now): (&String, &Value)| {
+            let then = then.get(key).filter(|then| *then != now)?;
+            Some(format!("{key} was {then} when the state was saved, and is {now} now"))
+        };
+        let changed: Vec<_> = now.iter().filter_map(differs).collect();
+        if strict && !changed.is_empty() {
+            return Err(Error::State(format!(
+                "scheduler '{}' has other arguments: {}",
+                self.name,
+                changed.join("; ")
+            )));
+        }
+        self.load_state_dict(state.values())?;
+        self.knobs.iter().try_for_each(|knob| knob.load_value(&mut state))?;
+        Ok(changed)
     }
 
     fn is_better(&self, metric: f64) -> bool {
@@ -277,13 +325,24 @@ impl ReduceLROnPlateauScheduler {
     /// Goes to a saved position.
     ///
     /// # Errors
-    /// A missing or unknown key.
+    /// A missing or unknown key, or reductions of another number of groups.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
         let state = Value::Object(state.clone());
         let mut state: Progress = json_floats::from_value(&state).map_err(|error| {
             Error::State(format!("state of scheduler '{}': {error}", self.name))
         })?;
-        state.reductions.resize(self.reductions.len(), 1.);
+        if state.reductions.is_empty() {
+            state.reductions.resize(self.reductions.len(), 1.);
+        }
+        let fits = state.reductions.iter().all(|factor| *factor > 0. && *factor <= 1.);
+        if !fits || state.reductions.len() != self.reductions.len() {
+            return Err(Error::State(format!(
+                "scheduler '{}' reduces {} values by factors above 0 and up to 1, but the state has {:?}",
+                self.name,
+                self.reductions.len(),
+                state.reductions
+            )));
+        }
         for (reduction, factor) in self.reductions.iter().zip(&state.reductions) {
             reduction.set(*factor);
         }
@@ -300,15 +359,19 @@ impl<C, B, O> Handler<C, B, O> for ReduceLROnPlateauScheduler {
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
-        let mut state = self.state_dict().into();
+        let mut state = StateDict::from(self.state_dict());
+        state.set_value("arguments", self.arguments())?;
         // A knob that belongs to no optimizer is the only knob, so its value has no clash of names in the state.
         self.knobs.iter().try_for_each(|knob| knob.save_value(&mut state))?;
         Ok(Some(state))
     }
 
-    fn load_state(&mut self, mut state: StateDict) -> Result<()> {
-        self.load_state_dict(state.values())?;
-        self.knobs.iter().try_for_each(|knob| knob.load_value(&mut state))
+    fn load_state(&mut self, state: StateDict) -> Result<()> {
+        self.load(state, true).map(drop)
+    }
+
+    fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
+        self.load(state, false)
     }
 
     fn call(

@@ -188,7 +188,8 @@ impl<S: Schedule> ParamScheduler<S> {
     /// Takes everything but the position from a saved state.
     fn load_rest(&mut self, state: &Map<String, Value>) -> Result<()> {
         let param: String = read(state, "param_name")?;
-        let save_history = read(state, "save_history")?;
+        // ignite saves it, but it is an argument, and those of the program count.
+        let _: bool = read(state, "save_history")?;
         let group: Option<usize> = read(state, "param_group_index")?;
         if param != self.knob.name() || group != self.knob.group() {
             return Err(Error::State(format!(
@@ -198,7 +199,6 @@ impl<S: Schedule> ParamScheduler<S> {
                 self.knob.group()
             )));
         }
-        self.save_history = save_history;
         Ok(())
     }
 

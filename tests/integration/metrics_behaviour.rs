@@ -430,3 +430,139 @@ fn metrics_can_move_to_another_thread() {
     send(&Average::of(|x: &f64| *x));
     send(&Bleu::of(|o: &(Vec<Vec<u8>>, Vec<Vec<Vec<u8>>>)| (&o.0[..], &o.1[..])));
 }
+
+#[test]
+fn class_numbers_of_bytes_are_compared_with_more_classes_than_a_byte_holds() -> anyhow::Result<()> {
+    let scores = floats(6, 300, 1);
+    let wide = Tensor::from_slice(&[0i64, 44, 99, 156, 200, 255]);
+    let bytes = wide.to_kind(Kind::Uint8);
+    let metrics: [fn() -> Boxed; 3] = [
+        || Box::new(Perplexity::of(pair)),
+        || Box::new(Precision::of(pair).average(true)),
+        || Box::new(MeanAveragePrecision::of(pair)),
+    ];
+    for (index, make) in metrics.into_iter().enumerate() {
+        let value = |y: &Tensor| -> anyhow::Result<Vec<f64>> {
+            let mut metric = make();
+            metric.update(&(scores.shallow_clone(), y.shallow_clone()))?;
+            Ok(numbers(&*metric))
+        };
+        assert_eq!(value(&bytes)?, value(&wide)?, "{index}");
+    }
+    Ok(())
+}
+
+#[test]
+fn probabilities_are_not_taken_for_class_numbers() -> anyhow::Result<()> {
+    let y = Tensor::from_slice(&[1i64, 0, 1]);
+    let scores = Tensor::from_slice(&[0.9, 0.2, 0.7]);
+    let metrics: [Boxed; 3] = [
+        Box::new(MatthewsCorrCoef::of(pair)),
+        Box::new(CohenKappa::of(pair)),
+        Box::new(CohenKappa::of(pair).num_classes(2)),
+    ];
+    for mut metric in metrics {
+        let error = metric.update(&(scores.shallow_clone(), y.shallow_clone())).unwrap_err();
+        let text = format!("{error:#}");
+        assert!(text.contains("y_pred must hold class numbers"), "{text}");
+        metric.update(&(y.to_kind(Kind::Float), y.shallow_clone()))?;
+        assert_eq!(numbers(&*metric), [1.]);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_kappa_of_few_classes_with_large_numbers_is_that_of_their_places() -> anyhow::Result<()> {
+    let pair_of = |a: [i64; 6], b: [i64; 6]| (Tensor::from_slice(&a), Tensor::from_slice(&b));
+    for large in [2, 5, 1 << 40] {
+        let mut kappa = CohenKappa::of(pair).weights(KappaWeights::Linear);
+        kappa.update(&pair_of([0, 1, large, large, 1, 0], [0, large, large, 1, 1, 0]))?;
+        // scikit-learn 1.7: cohen_kappa_score(.., weights="linear")
+        assert!((kappa.compute()?.read()? - 0.625).abs() < 1e-12, "{large}");
+    }
+    Ok(())
+}
+
+#[test]
+fn zeros_of_both_signs_are_ties_in_kendalls_rank_correlation() -> anyhow::Result<()> {
+    let y = || Tensor::from_slice(&[5., 3., 3., 4., 5.]);
+    let value = |x: [f64; 5]| -> anyhow::Result<f64> {
+        let mut metric = KendallRankCorrelation::of(pair);
+        metric.update(&(Tensor::from_slice(&x), y()))?;
+        Ok(metric.compute()?.read()?)
+    };
+    assert_eq!(value([-0., 0., 1., 0., -0.])?, value([0., 0., 1., 0., 0.])?);
+    Ok(())
+}
+
+#[test]
+fn a_shared_metric_serves_engines_that_run_one_after_the_other() -> anyhow::Result<()> {
+    let mean = Mean::of(|x: &f64| *x).shared();
+    let doubled = mean.clone() * 2.;
+    let make = || {
+        let mut engine = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+        engine.metric("mean", mean.clone()).metric("doubled", doubled.clone());
+        engine
+    };
+    let (mut train, mut val) = (make(), make());
+    for (epoch, (a, b)) in [(1., 10.), (2., 20.)].into_iter().enumerate() {
+        for (engine, x) in [(&mut train, a), (&mut val, b)] {
+            engine.run(&mut (), vec![x, x + 2.], Until::epochs(epoch as u64 + 1))?;
+            let metrics = &engine.state.metrics;
+            assert_eq!((metrics.get("mean")?, metrics.get("doubled")?), (x + 1., 2. * x + 2.));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_state_of_other_metrics_is_refused() -> anyhow::Result<()> {
+    let group = |names: &[&str]| {
+        let group = MetricGroup::new();
+        names.iter().fold(group, |group, name| group.metric(*name, Mean::of(|x: &f64| *x)))
+    };
+    let mut both = group(&["a", "b/c"]);
+    both.update(&1.)?;
+    let state = both.state()?;
+    group(&["a", "b/c", "new"]).load_state(&state)?;
+    let error = group(&["a"]).load_state(&state).unwrap_err().to_string();
+    assert!(error.contains("b%2Fc") && error.contains("made of: a"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn an_empty_vector_counts_nothing_and_a_kept_value_is_a_copy() -> anyhow::Result<()> {
+    let empty = || Tensor::zeros([0], (Kind::Double, Device::Cpu));
+    let mut average = Average::of(|x: &Tensor| x.shallow_clone());
+    for batch in [empty(), Tensor::from_slice(&[4.]), empty()] {
+        average.update(&batch)?;
+    }
+    assert_eq!(average.compute()?.read()?, 4.);
+    let mut last =
+        VariableAccumulation::of(|_, x| Ok(x.shallow_clone()), |x: &Tensor| x.shallow_clone());
+    let mut output = Tensor::from_slice(&[4.]);
+    last.update(&output)?;
+    last.update(&empty())?;
+    let _ = output.fill_(9.);
+    let values = last.compute()?.flatten("last")?;
+    assert_eq!(values[0], ("last/accumulator/0".to_owned(), 4.));
+    assert_eq!(values[1], ("last/num_examples".to_owned(), 1.));
+    Ok(())
+}
+
+#[test]
+fn arguments_that_would_make_every_value_nan_are_refused() {
+    let refused: Vec<Boxed> = vec![
+        Box::new(PSNR::of(f64::INFINITY, pair)),
+        Box::new(SSIM::of(0., pair)),
+        Box::new(SSIM::of(f64::NAN, pair)),
+        Box::new(SSIM::of(1., pair).k1(0.)),
+        Box::new(Fbeta::of(f64::INFINITY, pair)),
+        Box::new(MaximumMeanDiscrepancy::of(pair).var(0.)),
+        Box::new(HSIC::of(pair).sigma_x(0.)),
+        Box::new(HSIC::of(pair).sigma_y(f64::NAN)),
+    ];
+    for (index, metric) in refused.iter().enumerate() {
+        assert!(metric.validate().is_err(), "{index}");
+    }
+}

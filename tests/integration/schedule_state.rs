@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use tch::{Device, Kind, Tensor};
 use tch_ignite::Result;
+use tch_ignite::checkpoint::StateDict;
 use tch_ignite::data::{Batch, Loader};
 use tch_ignite::engine::{Engine, Event, Handler, Until};
 use tch_ignite::optim::Knob;
@@ -261,5 +262,51 @@ fn a_batch_size_that_changes_after_epochs_is_that_of_the_whole_epoch() -> Result
         trainer.run(&mut sizes, &loader, Until::epochs(3))?;
         assert_eq!(sizes, [4, 4, 4, 6, 6, 9, 3], "{event}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_plateau_with_other_arguments_is_told_from_the_saved_one() -> Result<()> {
+    type Plateau = ReduceLROnPlateauScheduler;
+    fn save(plateau: &Plateau) -> Result<StateDict> {
+        <Plateau as Handler<(), (), ()>>::save_state(plateau)?
+            .ok_or_else(|| tch_ignite::Error::State("no state".into()))
+    }
+    let cell = Cell::default();
+    *cell.lock().unwrap() = 1.;
+    let make = || ReduceLROnPlateauScheduler::min("lr", knob(&cell), "loss");
+    let mut first = make()?.patience(0);
+    first.advance(1.)?;
+    first.advance(2.)?;
+    let load = |mut plateau: Plateau, state: StateDict, strict: bool| match strict {
+        true => <Plateau as Handler<(), (), ()>>::load_state(&mut plateau, state).map(|()| vec![]),
+        false => <Plateau as Handler<(), (), ()>>::load_state_partially(&mut plateau, state),
+    };
+    assert_eq!(load(make()?.patience(0), save(&first)?, true)?, [""; 0]);
+    let other = || -> Result<Plateau> {
+        Ok(ReduceLROnPlateauScheduler::max("lr", knob(&cell), "accuracy")?.patience(0))
+    };
+    let error = load(other()?, save(&first)?, true).unwrap_err().to_string();
+    assert!(error.contains("metric was \"loss\"") && error.contains("mode was \"Min\""), "{error}");
+    assert_eq!(load(other()?, save(&first)?, false)?.len(), 2);
+    // Of other groups, or with a factor that no reduction makes.
+    for reductions in [vec![0.1, 0.1], vec![0.], vec![2.]] {
+        let mut state = save(&first)?;
+        state.set_value("reductions", &reductions)?;
+        assert!(load(make()?.patience(0), state, true).is_err(), "{reductions:?}");
+    }
+    for refused in [make()?.eps(f64::NAN), make()?.min_value([f64::INFINITY])] {
+        assert!(<Plateau as Handler<(), (), ()>>::spec(&refused).is_err());
+    }
+    Ok(())
+}
+
+#[test]
+fn whether_a_history_is_saved_is_said_by_the_program() -> Result<()> {
+    let cell = Cell::default();
+    let make = |on| ParamScheduler::new("lr", knob(&cell), StepLR::new(1., 2)).save_history(on);
+    let mut scheduler = make(true);
+    scheduler.load_state_dict(&make(false).state_dict())?;
+    assert_eq!(scheduler.state_dict()["save_history"], true);
     Ok(())
 }

@@ -1,12 +1,14 @@
 use tch::{Kind, TchError, Tensor};
 
 use super::confusion_matrix::{check_classes, count};
+use super::labels::not_whole;
 use super::{double, gathered, of_pair};
 use crate::error::Result;
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
-/// How much a disagreement counts in [`CohenKappa`], by the distance between the two class numbers.
+/// How much a disagreement counts in [`CohenKappa`], by the distance of the two classes: the difference of their numbers
+/// with [`num_classes`](Of::num_classes), otherwise of their places among the classes that occur, as in scikit-learn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KappaWeights {
     /// In proportion to the distance.
@@ -17,7 +19,7 @@ pub enum KappaWeights {
 
 /// The agreement of two ratings beyond chance: ignite's `CohenKappa`.
 ///
-/// `y_pred` and `y` are (N,) or (N, 1), class numbers from 0. With [`num_classes`](Of::num_classes) the metric counts
+/// `y_pred` and `y` are (N,) or (N, 1), class numbers. With [`num_classes`](Of::num_classes) the metric counts
 /// them on the device without a host sync; otherwise it keeps all of them on the device, and `compute` takes one host
 /// sync.
 ///
@@ -100,12 +102,14 @@ impl Pairwise for CohenKappa {
                 }
             }
         };
+        let wrong = [not_whole("y_pred", y_pred)?, not_whole("y", y)?];
         let (y_pred, y) = (flat(y_pred)?, flat(y)?);
         let gathered = gathered::gather(&y_pred, &y)?;
-        Ok(match self.num_classes {
+        let contribution = match self.num_classes {
             Some(classes) => Contribution::new([count(&y_pred, &y, classes)?], gathered.samples),
             None => gathered,
-        })
+        };
+        Ok(contribution.wrong(wrong.into_iter().flatten().collect()))
     }
 
     fn value(&self, parts: &[Tensor], _samples: f64) -> anyhow::Result<MetricValue> {
@@ -113,10 +117,10 @@ impl Pairwise for CohenKappa {
             return Ok(self.kappa(&parts[0])?.into());
         }
         let both = Tensor::f_stack(parts, 0)?.f_to_device(tch::Device::Cpu)?;
-        let least = both.f_min()?.f_int64_value(&[])?;
-        anyhow::ensure!(least >= 0, "class numbers start with 0, but there is {least}");
-        let classes = both.f_max()?.f_int64_value(&[])? + 1;
-        let matrix = count(&both.f_select(0, 0)?, &both.f_select(0, 1)?, classes.max(2))?;
+        // As in scikit-learn, the classes are those that occur, and their distances are those of their places in order.
+        let (classes, both) = both.f_internal_unique(true, true)?;
+        let classes = (classes.numel() as i64).max(2);
+        let matrix = count(&both.f_select(0, 0)?, &both.f_select(0, 1)?, classes)?;
         Ok(self.kappa(&matrix)?.into())
     }
 }

@@ -1,6 +1,6 @@
 use tch::{Kind, TchError, Tensor};
 
-use super::labels::{Case, Labels, both_binary, occurrences, rows};
+use super::labels::{Case, Labels, any_outside, both_binary, occurrences, rows};
 use super::{accumulator_kind, double};
 use crate::metrics::{Contribution, Reduce};
 
@@ -73,7 +73,7 @@ impl Counts {
                 (rows.collect::<Result<_, _>>()?, wrong)
             }
             Case::Multiclass => {
-                let outside = y.f_ge(classes)?.f_logical_or(&y.f_lt(0)?)?.f_any()?;
+                let outside = any_outside(y, classes)?;
                 let reason = format!(
                     "y_pred contains fewer classes than y. Number of classes in the prediction is {classes} and an element in y is outside of [0, {classes})."
                 );

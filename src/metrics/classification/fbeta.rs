@@ -58,7 +58,7 @@ pub(super) fn fbeta(beta: f64, precision: &Tensor, recall: &Tensor) -> Result<Te
 }
 
 pub(super) fn check_beta(beta: f64) -> Result<()> {
-    match beta > 0. {
+    match beta > 0. && beta.is_finite() {
         true => Ok(()),
         false => Err(Error::invalid(format!(
             "Beta should be a positive integer, but given {beta}: any number above 0 will do"

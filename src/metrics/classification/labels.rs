@@ -59,6 +59,26 @@ impl Labels {
     }
 }
 
+/// Returns the condition that a number is outside of the classes, also for kinds that cannot hold `classes`.
+pub(super) fn any_outside(numbers: &Tensor, classes: i64) -> Result<Tensor, TchError> {
+    let numbers = numbers.f_to_kind(Kind::Int64)?;
+    numbers.f_lt(0)?.f_logical_or(&numbers.f_ge(classes)?)?.f_any()
+}
+
+/// Returns the condition that floating-point class numbers are no whole numbers, as probabilities are, with what to
+/// say then; `None` for other kinds.
+pub(super) fn not_whole(
+    name: &str,
+    numbers: &Tensor,
+) -> Result<Option<(Tensor, String)>, TchError> {
+    if !numbers.is_floating_point() {
+        return Ok(None);
+    }
+    let wrong = numbers.f_ne_tensor(&numbers.f_floor()?)?.f_any()?;
+    let reason = format!("{name} must hold class numbers, and has values that are not whole");
+    Ok(Some((wrong, reason)))
+}
+
 /// Returns the conditions that an element of `y` or `y_pred` is neither 0 nor 1, with what to say then.
 pub(super) fn both_binary(y_pred: &Tensor, y: &Tensor) -> Result<Vec<(Tensor, String)>, TchError> {
     let wrong = [not_binary("y", y)?, not_binary("y_pred", y_pred)?];

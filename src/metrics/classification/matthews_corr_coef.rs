@@ -1,5 +1,6 @@
 use tch::{Kind, TchError, Tensor};
 
+use super::labels::not_whole;
 use super::{gathered, host, of_pair};
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Pairwise, Parts};
@@ -23,11 +24,19 @@ pub struct MatthewsCorrCoef;
 
 of_pair!(MatthewsCorrCoef);
 
-/// Returns class numbers: scores (N, C) become the numbers of their largest, others are taken as they are.
-fn numbers(tensor: &Tensor) -> Result<Tensor, TchError> {
+/// Returns class numbers: scores (N, C) become the numbers of their largest, others are taken as they are. Adds what
+/// makes them wrong.
+fn numbers(
+    name: &str,
+    tensor: &Tensor,
+    wrong: &mut Vec<(Tensor, String)>,
+) -> Result<Tensor, TchError> {
     match tensor.size().as_slice() {
         [_, classes] if *classes > 1 => tensor.f_argmax(1, false),
-        _ => tensor.f_reshape([-1])?.f_to_kind(Kind::Int64),
+        _ => {
+            wrong.extend(not_whole(name, tensor)?);
+            tensor.f_reshape([-1])?.f_to_kind(Kind::Int64)
+        }
     }
 }
 
@@ -39,7 +48,10 @@ impl Pairwise for MatthewsCorrCoef {
     }
 
     fn batch(&mut self, y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution> {
-        gathered::gather(&numbers(y_pred)?, &numbers(y)?)
+        let mut wrong = vec![];
+        let y_pred = numbers("y_pred", y_pred, &mut wrong)?;
+        let y = numbers("y", y, &mut wrong)?;
+        Ok(gathered::gather(&y_pred, &y)?.wrong(wrong))
     }
 
     fn value(&self, parts: &[Tensor], samples: f64) -> anyhow::Result<MetricValue> {

@@ -1,6 +1,6 @@
 use tch::{Kind, TchError, Tensor};
 
-use super::labels::{Case, Labels, not_binary, rows};
+use super::labels::{Case, Labels, any_outside, not_binary, rows};
 use super::{double, gathered, of_pair, ranking};
 use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
@@ -113,7 +113,7 @@ impl Pairwise for MeanAveragePrecision {
                 (rows(y_pred)?, rows(y)?)
             }
             Case::Multiclass => {
-                let outside = y.f_ge(classes)?.f_logical_or(&y.f_lt(0)?)?.f_any()?;
+                let outside = any_outside(y, classes)?;
                 wrong.push((outside, format!("y_pred contains fewer classes than y: an element in y is outside of [0, {classes}).")));
                 let numbers = Tensor::f_arange(classes, (Kind::Int64, y.device()))?;
                 (rows(y_pred)?, y.f_reshape([-1, 1])?.f_eq_tensor(&numbers)?)

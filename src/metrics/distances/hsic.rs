@@ -1,6 +1,7 @@
 use tch::{Kind, TchError, Tensor};
 
 use super::{double, of_pair, squared_distances};
+use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
@@ -57,6 +58,17 @@ impl Pairwise for HSIC {
 
     fn parts(&self) -> Parts {
         &[("sum", Reduce::Sum)]
+    }
+
+    fn validate(&self) -> Result<()> {
+        for (name, sigma) in [("sigma_x", self.sigma_x), ("sigma_y", self.sigma_y)] {
+            if sigma.is_some_and(|sigma| !(sigma > 0. && sigma.is_finite())) {
+                return Err(Error::invalid(format!(
+                    "Argument {name} should be finite and above 0, but given {sigma:?}"
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn batch(&mut self, y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution> {

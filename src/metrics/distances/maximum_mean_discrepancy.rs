@@ -1,6 +1,7 @@
 use tch::Tensor;
 
 use super::{alike, of_pair, same_shape, squared_distances};
+use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
@@ -44,6 +45,16 @@ impl Pairwise for MaximumMeanDiscrepancy {
 
     fn parts(&self) -> Parts {
         &[("xx", Reduce::Sum), ("yy", Reduce::Sum), ("xy", Reduce::Sum)]
+    }
+
+    fn validate(&self) -> Result<()> {
+        match self.var > 0. && self.var.is_finite() {
+            true => Ok(()),
+            false => Err(Error::invalid(format!(
+                "Argument var should be finite and above 0, but given {}",
+                self.var
+            ))),
+        }
     }
 
     fn batch(&mut self, y_pred: &Tensor, y: &Tensor) -> anyhow::Result<Contribution> {

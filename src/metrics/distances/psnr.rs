@@ -43,10 +43,10 @@ impl Pairwise for PSNR {
     }
 
     fn validate(&self) -> Result<()> {
-        match self.data_range > 0. {
+        match self.data_range > 0. && self.data_range.is_finite() {
             true => Ok(()),
             false => Err(Error::invalid(format!(
-                "Argument data_range should be above 0, but given {}",
+                "Argument data_range should be finite and above 0, but given {}",
                 self.data_range
             ))),
         }

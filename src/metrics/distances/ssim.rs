@@ -147,7 +147,12 @@ impl Pairwise for SSIM {
                 self.kernel_size
             ));
         }
-        if !self.sigma.iter().all(|sigma| *sigma > 0.) {
+        for (name, value) in [("data_range", self.data_range), ("k1", self.k1), ("k2", self.k2)] {
+            if !(value > 0. && value.is_finite()) {
+                return refused(format!("Expected {name} to be finite and positive. Got {value}."));
+            }
+        }
+        if !self.sigma.iter().all(|sigma| *sigma > 0. && sigma.is_finite()) {
             return refused(format!(
                 "Expected sigma to have positive number. Got {:?}.",
                 self.sigma

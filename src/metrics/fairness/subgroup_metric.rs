@@ -1,6 +1,8 @@
-use tch::Tensor;
+use std::collections::HashSet;
 
-use crate::error::Result;
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
 use crate::metrics::{Accumulated, Metric, Usage};
 
@@ -78,6 +80,7 @@ impl<M, F> SubgroupMetric<M, F> {
             y.size(),
             labels.size()
         );
+        let labels = labels.f_to_kind(Kind::Int64)?;
         for group in &mut self.groups {
             let indices = labels.f_eq(group.label)?.f_nonzero()?.f_squeeze_dim(1)?;
             if indices.numel() > 0 {
@@ -123,6 +126,10 @@ where
     }
 
     fn validate(&self) -> Result<()> {
+        let mut labels = HashSet::new();
+        if let Some(twice) = self.groups.iter().find(|group| !labels.insert(group.label)) {
+            return Err(Error::invalid(format!("the group {} is named twice", twice.label)));
+        }
         self.groups.iter().try_for_each(|group| group.metric.validate())
     }
 
@@ -137,6 +144,8 @@ where
     }
 
     fn load_state(&mut self, state: &[Accumulated]) -> anyhow::Result<()> {
+        let labels: Vec<_> = self.groups.iter().map(|group| group.label.to_string()).collect();
+        Accumulated::check_prefixes(state, &labels)?;
         for group in &mut self.groups {
             let parts = Accumulated::within(state, &group.label.to_string());
             group.metric.load_state(&parts)?;

@@ -54,12 +54,14 @@ impl Pairwise for Perplexity {
                 && pred[2..] == shape[1..],
             "y_pred and y have incompatible shapes: y_pred={pred:?}, y={shape:?} (expected (N, C, …) and (N, …))"
         );
+        // Compared with a number beyond its kind, a tensor of bytes would wrap that number around.
+        let y = &y.f_to_kind(Kind::Int64)?;
         let counted = y.f_ne(self.ignore_index)?;
         let outside = y.f_lt(0)?.f_logical_or(&y.f_ge(pred[1])?)?;
         let wrong = outside.f_logical_and(&counted)?.f_any()?;
         let reason = format!("y has a class outside of [0, {})", pred[1]);
         // Tokens that do not count are looked up as class 0, and masked below.
-        let classes = y.f_to_kind(Kind::Int64)?.f_masked_fill(&outside, 0)?.f_unsqueeze(1)?;
+        let classes = y.f_masked_fill(&outside, 0)?.f_unsqueeze(1)?;
         let log = double(y_pred)?
             .f_log_softmax(1, None)?
             .f_gather(1, &classes, false)?

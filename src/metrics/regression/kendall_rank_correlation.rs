@@ -60,7 +60,8 @@ impl Pairwise for KendallRankCorrelation {
         if both.iter().any(|value| value.is_nan()) {
             return Ok(f64::NAN.into());
         }
-        let mut pairs: Vec<_> = y_pred.iter().copied().zip(y.iter().copied()).collect();
+        // Adding 0 makes -0 the 0 that it equals, for the order too.
+        let mut pairs: Vec<_> = y_pred.iter().zip(y).map(|(a, b)| (a + 0., b + 0.)).collect();
         Ok(tau(&mut pairs, self.variant).into())
     }
 }
