@@ -128,7 +128,16 @@ fn compare(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
         return Ok(up_to_refusal(ours, theirs, &steps[..=number], expect)?.into());
     }
     Ok(match rule {
-        None => same_trace(&heard, theirs).and(same_steps(&steps, expect)?),
+        None => match same_trace(&heard, theirs).and(same_steps(&steps, expect)?) {
+            Err(difference) => match keeps_epochs_of_before(config, expect)? {
+                Some(number) => {
+                    *defect = Some("a run after another keeps the epochs of other data, or the rest of an epoch");
+                    begins_whole_epochs(config, &heard, theirs, &steps, expect, number)?
+                }
+                None => Err(difference),
+            },
+            Ok(()) => Ok(()),
+        },
         Some(Rule::MaxEpochsFromMaxIters) => {
             ends_without_data(config, &heard, theirs, &steps, expect)?
         }
@@ -585,11 +594,93 @@ fn ends_without_data(
         }
         return Ok(same_trace(ours, theirs).and(same_step(result, &step)));
     }
-    let Some((last, before)) = ours.split_last() else { return Ok(Err("nothing ran".into())) };
+    let Some(end) = ours.iter().rposition(|entry| entry[0] == "event") else {
+        return Ok(Err("nothing ran".into()));
+    };
+    let (before, last) = (&ours[..end], &ours[end]);
     if last[1] != "COMPLETED" || result.warnings.len() != 1 {
         return Ok(Err(format!("ends with {last} and {} warnings", result.warnings.len())));
     }
     Ok(same_trace(before, &theirs[..before.len().min(theirs.len())]))
+}
+
+/// Finds the first run after another whose epochs ignite makes shorter or longer than they are: because it keeps the
+/// length of other data, or because an epoch of the run before was cut short, and the next one begins in the middle.
+fn keeps_epochs_of_before(config: &Value, expect: &Value) -> Result<Option<usize>> {
+    let length = |data: &Value| (data["type"].clone(), data["len"].clone());
+    for (number, pair) in array(&config["steps"])?.windows(2).enumerate() {
+        let [before, run] = pair else { continue };
+        if before["op"] != "run" || run["op"] != "run" {
+            continue;
+        }
+        let other_data = run["epoch_length"].is_null()
+            && before["epoch_length"].is_null()
+            && length(&run["data"]) != length(&before["data"]);
+        let state = &expect["steps"][number]["state"];
+        let epochs = state["epoch"].as_u64().zip(state["epoch_length"].as_u64());
+        let cut = epochs.is_some_and(|(epoch, length)| state["iteration"] != epoch * length);
+        if other_data || cut {
+            return Ok(Some(number + 1));
+        }
+    }
+    Ok(None)
+}
+
+/// All is as in ignite up to this run, whose epochs are whole passes, or have the length that the program gave. The
+/// steps after it begin elsewhere.
+fn begins_whole_epochs(
+    config: &Value,
+    trace: &[Value],
+    theirs: &[Value],
+    steps: &[StepResult],
+    expect: &Value,
+    number: usize,
+) -> Result<Result<(), String>> {
+    let place = |trace: &[Value], number: usize| {
+        let is = |entry: &Value| entry[0] == "step" && entry[1] == number;
+        trace.iter().position(is).unwrap_or(trace.len())
+    };
+    let (first, end) = (place(trace, number), place(trace, number + 1));
+    let expected = array(&expect["steps"])?;
+    let before = steps.iter().zip(&expected[..number]).try_for_each(|(a, b)| same_step(a, b));
+    let before = same_trace(&trace[..first], &theirs[..place(theirs, number)]).and(before);
+    if before.is_err() {
+        return Ok(before);
+    }
+    let (step, result) = (&config["steps"][number], steps.get(number).context("our result")?);
+    if let Some(error) = &result.error {
+        // The numbers in the error are those of the epochs here.
+        let head = |text: &str| text.split(": ").next().unwrap_or_default().to_owned();
+        let ours = root(error).message;
+        let theirs = expected[number]["error"]["match"].as_str().unwrap_or_default();
+        return Ok(match head(&ours) == head(theirs) {
+            true => Ok(()),
+            false => Err(format!("the run gives {ours:?} instead of {theirs:?}")),
+        });
+    }
+    let acts = |handler: &Value| !handler["action"].is_null();
+    if step["data"]["type"] != "list" || array(&config["handlers"])?.iter().any(acts) {
+        // Other data tells its length only by ending, and an action may change anything.
+        return Ok(Ok(()));
+    }
+    let len = count(&step["data"]["len"])?.context("a length")?;
+    let given = config["steps"][number - 1]["epoch_length"].as_u64();
+    let length = given.or(step["epoch_length"].as_u64()).unwrap_or(len);
+    let (mut batches, mut all) = (0, 0);
+    for entry in &trace[first..end] {
+        if entry[0] == "process" {
+            let item = count(&step["data"]["offset"])?.unwrap_or(0) + all % len;
+            if entry[1] != item {
+                return Ok(Err(format!("{} is processed instead of {item}", entry[1])));
+            }
+            (batches, all) = (batches + 1, all + 1);
+        } else if entry[1] == "EPOCH_STARTED" {
+            batches = 0;
+        } else if entry[0] == "event" && entry[1] == "EPOCH_COMPLETED" && batches != length {
+            return Ok(Err(format!("an epoch has {batches} batches instead of {length}")));
+        }
+    }
+    Ok(Ok(()))
 }
 
 /// Checks that a resumed run is the rest of an uninterrupted one.
