@@ -441,9 +441,9 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
-        let run = state.value("run")?;
-        self.list.load(&state)?;
-        self.run = run;
+        let mut list = self.list.clone();
+        list.load(&state)?;
+        (self.run, self.list) = (state.value("run")?, list);
         self.written.get_or_insert_with(Instant::now);
         // The list is compared with the folder only when the run goes on: by then the engine knows whether this is the
         // main rank, which locks the folder.
