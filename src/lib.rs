@@ -76,11 +76,36 @@
 //! until somebody reads them. [`host_syncs()`] finds what waits in a step of your own; [`keep_freed_memory()`] and
 //! [`memory_format`] make training on the CPU faster.
 
+#![deny(
+    // Safe code cannot crash: what is unsafe lives in `bridge` alone.
+    unsafe_code,
+    // Nothing that a user passes panics.
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::todo,
+    clippy::unreachable,
+    missing_debug_implementations,
+    unreachable_pub,
+    clippy::allow_attributes,
+    clippy::cloned_instead_of_copied,
+    clippy::dbg_macro,
+    clippy::explicit_iter_loop,
+    clippy::manual_let_else,
+    clippy::semicolon_if_nothing_returned,
+    clippy::uninlined_format_args
+)]
+#![cfg_attr(
+    test,
+    allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)
+)]
+
 mod accumulate;
 pub mod amp;
 mod bridge;
 pub mod checkpoint;
 pub mod data;
+mod debug;
 #[cfg(feature = "distributed")]
 pub mod distributed;
 pub mod engine;

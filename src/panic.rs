@@ -2,7 +2,7 @@
 
 /// The message that the panic was raised with.
 pub(crate) fn message(payload: &(dyn std::any::Any + Send)) -> String {
-    let text = payload.downcast_ref::<&str>().map(|text| text.to_string());
+    let text = payload.downcast_ref::<&str>().map(std::string::ToString::to_string);
     text.or_else(|| payload.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "no message".into())
 }

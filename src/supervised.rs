@@ -40,6 +40,8 @@ pub struct Supervised<N> {
     single: Option<Vec<i64>>,
 }
 
+crate::debug::opaque_debug!(Supervised<N>);
+
 impl<N: ModuleT> Supervised<N> {
     /// Makes a context. `loss(y_pred, y)` returns a scalar, the mean over the samples of the batch, such as
     /// `|y_pred, y| y_pred.cross_entropy_for_logits(y)`.

@@ -72,7 +72,7 @@ fn buffer(tensor: &Tensor, name: String) -> Variable {
 /// Whether the parameters were moved to another store by `VarStore::merge`, which leaves their names in this one.
 pub(crate) fn were_moved(store: &Variables) -> bool {
     store.trainable_variables.is_empty()
-        && store.named_variables.values().any(|tensor| tensor.requires_grad())
+        && store.named_variables.values().any(tch::Tensor::requires_grad)
 }
 
 #[cfg(test)]

@@ -149,15 +149,15 @@ impl Amount {
     }
 
     pub(crate) fn add(&self, other: &Self) -> Result<Self> {
-        self.with(other, |a, b| a + b, |a, b| a.f_add(b))
+        self.with(other, |a, b| a + b, tch::Tensor::f_add)
     }
 
     pub(crate) fn mul(&self, other: &Self) -> Result<Self> {
-        self.with(other, |a, b| a * b, |a, b| a.f_mul(b))
+        self.with(other, |a, b| a * b, tch::Tensor::f_mul)
     }
 
     pub(crate) fn div(&self, other: &Self) -> Result<Self> {
-        self.with(other, |a, b| a / b, |a, b| a.f_div(b))
+        self.with(other, |a, b| a / b, tch::Tensor::f_div)
     }
 
     /// Combines two amounts: as numbers if both are numbers, otherwise on the device of a tensor.

@@ -79,7 +79,7 @@ impl Native {
         factor: Option<&Tensor>,
         found_inf: Option<&Tensor>,
     ) -> Result<(), StepError> {
-        let pointer = |tensor: Option<&Tensor>| tensor.map_or(null(), |t| t.as_ptr());
+        let pointer = |tensor: Option<&Tensor>| tensor.map_or(null(), tch::Tensor::as_ptr);
         let mut refused: *const c_void = null();
         // SAFETY: `raw` is the live optimizer inside `self.tch`, and the plan is live. The pointers of live
         // tch tensors are live torch::Tensors; `factor` and `found_inf` may be null.

@@ -4,6 +4,7 @@
 //! `OptimizerConfig`, whose `build_copt` returns a `tch::COptimizer`: a single pointer. A config of our
 //! own ([`Tap`]) calls the real config and notes that pointer on its way. So tch builds its own
 //! optimizer as usual, and [`Native`] knows the address of the C++ object inside it.
+#![expect(unsafe_code, reason = "this is where the unsafe code of the crate lives")]
 
 mod allocator;
 mod autocast;
@@ -205,7 +206,7 @@ pub(crate) fn set_gradient(
     parameter: &Tensor,
     gradient: Option<&Tensor>,
 ) -> Result<(), BridgeError> {
-    let gradient = gradient.map_or(null(), |gradient| gradient.as_ptr());
+    let gradient = gradient.map_or(null(), tch::Tensor::as_ptr);
     // SAFETY: pointers of live tch tensors are live torch::Tensors; null is allowed for `gradient`.
     checked(|error| unsafe { tig_set_gradient(parameter.as_ptr(), gradient, error) })
 }
@@ -387,7 +388,7 @@ impl Native {
         let tensors = state
             .tensors
             .each_ref()
-            .map(|tensor| tensor.as_ref().map_or(null(), |tensor| tensor.as_ptr()));
+            .map(|tensor| tensor.as_ref().map_or(null(), tch::Tensor::as_ptr));
         // SAFETY: see above; `tensors` has three entries, null or live tensors that outlive the call.
         checked(|error| unsafe {
             tig_set_state(

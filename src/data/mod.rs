@@ -190,6 +190,8 @@ pub fn no_data<'a, B: Default + 'a>() -> Custom<'a, B> {
 /// Data made by [`source`], [`restartable`], [`one_shot`] or [`no_data`].
 pub struct Custom<'a, B>(Box<dyn Source<B> + 'a>);
 
+crate::debug::opaque_debug!(Custom<'a, B>);
+
 impl<'a, B> IntoSource<'a, B> for Custom<'a, B> {
     fn into_source(self) -> Box<dyn Source<B> + 'a> {
         self.0

@@ -431,7 +431,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let position = &mut self.position;
         let mut note = |name: &str, loaded: Result<Vec<String>>| match loaded {
             Ok(new) => {
-                new.iter().for_each(|new| position.note(format!("{name} after a trial run: {new}")))
+                new.iter()
+                    .for_each(|new| position.note(format!("{name} after a trial run: {new}")));
             }
             Err(error) if result.is_ok() => result = Err(of_part(name, error)),
             Err(_) => {}

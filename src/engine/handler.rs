@@ -670,10 +670,9 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
     fn object_names(&self) -> impl Iterator<Item = (usize, String)> {
         let mut names = Names::default();
         let slots = self.slots.iter().enumerate().filter(|(_, slot)| slot.removed.is_none());
-        slots.filter_map(move |(at, slot)| {
-            matches!(slot.kind, SlotKind::Object { .. })
-                .then(|| (at, names.distinct(&slot.spec.name)))
-        })
+        slots
+            .filter(|(_, slot)| slot.kind != SlotKind::Closure)
+            .map(move |(at, slot)| (at, names.distinct(&slot.spec.name)))
     }
 
     /// All handler objects that are not running, with their distinct names.

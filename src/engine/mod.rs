@@ -158,6 +158,8 @@ pub struct Engine<'a, C, B, O> {
     metrics: Vec<Weak<RefCell<dyn RankMetric<O> + 'a>>>,
 }
 
+crate::debug::opaque_debug!(Engine<'a, C, B, O>);
+
 impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// An engine that calls `step(context, engine, batch)` for each batch.
     pub fn new<F>(step: F) -> Self

@@ -298,7 +298,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     /// The metrics whose handlers are still attached.
     fn living_metrics(&self) -> Vec<Rc<RefCell<dyn RankMetric<O> + 'a>>> {
-        self.metrics.iter().filter_map(|metric| metric.upgrade()).collect()
+        self.metrics.iter().filter_map(std::rc::Weak::upgrade).collect()
     }
 
     /// The peers, unless this rank failed: after an error they may not be in the exchange.

@@ -328,7 +328,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 position.last_data.place = None;
             }
             PreviousRun::Failed => {
-                position.data_start = position.data_start.or(Some(DataStart::AtCursor))
+                position.data_start = position.data_start.or(Some(DataStart::AtCursor));
             }
             PreviousRun::Restored => {
                 if let Some(phase) = plan.phase {

@@ -45,6 +45,8 @@ pub struct EarlyStopping {
     best: Option<f64>,
 }
 
+crate::debug::opaque_debug!(EarlyStopping);
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Min,

@@ -30,6 +30,8 @@ pub struct EpochOutputStore<T, F> {
     states: Option<States<T>>,
 }
 
+crate::debug::opaque_debug!(EpochOutputStore<T, F>);
+
 /// Functions that turn the list into a state and back.
 struct States<T> {
     save: fn(&Vec<T>) -> Result<StateDict>,

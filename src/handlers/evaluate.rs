@@ -43,6 +43,8 @@ pub struct Evaluate<'e, C, B, O, D> {
     stops: Rc<Cell<bool>>,
 }
 
+crate::debug::opaque_debug!(Evaluate<'e, C, B, O, D>);
+
 /// How an evaluation ended.
 enum Outcome {
     /// The evaluation ran to its end; a signal may have come meanwhile.

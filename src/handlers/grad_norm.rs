@@ -35,6 +35,8 @@ pub struct GradNorm {
     events: Events,
 }
 
+crate::debug::opaque_debug!(GradNorm);
+
 impl GradNorm {
     /// Measures the gradients of all parameters of the store.
     pub fn new(vs: &VarStore) -> Self {

@@ -14,7 +14,7 @@ use crate::engine::{Engine, Handler, HandlerSpec, Stop, Until};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::metrics::MetricValue;
-use crate::optim::{Knob, Optimizer, OptimizerSnapshot, StoreSnapshot};
+use crate::optim::{Group, Knob, Optimizer, OptimizerSnapshot, StoreSnapshot};
 
 /// Trains for some iterations with a growing learning rate, to find where the loss falls fastest: ignite's
 /// `FastaiLRFinder`.
@@ -81,6 +81,8 @@ pub struct LrFinder {
     smooth_f: f64,
     diverge_th: f64,
 }
+
+crate::debug::opaque_debug!(LrFinder);
 
 /// How an [`LrFinder`] goes from the first learning rate to the last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -264,7 +266,7 @@ impl LrFinder {
         let groups = self.optimizer.groups()?;
         let start = match &self.start {
             Some(values) => values.of_groups("start_lr", groups.len())?,
-            None => groups.iter().map(|group| group.lr()).collect::<Result<_>>()?,
+            None => groups.iter().map(Group::lr).collect::<Result<_>>()?,
         };
         let end = self.end.of_groups("end_lr", groups.len())?;
         for (start, end) in start.iter().zip(&end) {
@@ -279,10 +281,8 @@ impl LrFinder {
                 )));
             }
         }
-        let curve = LrCurve {
-            groups: groups.iter().map(|group| group.name()).collect(),
-            ..LrCurve::default()
-        };
+        let curve =
+            LrCurve { groups: groups.iter().map(Group::name).collect(), ..LrCurve::default() };
         Ok(Search {
             knobs: groups.iter().map(|group| group.knob("lr")).collect::<Result<_>>()?,
             ranges: start.into_iter().zip(end).collect(),

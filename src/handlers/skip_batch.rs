@@ -27,6 +27,8 @@ pub struct SkipBatch<F> {
     skipped: Rc<Cell<u64>>,
 }
 
+crate::debug::opaque_debug!(SkipBatch<F>);
+
 impl<F> SkipBatch<F> {
     /// Skips the batches for which `when` returns true.
     pub fn when<B>(when: F) -> Self

@@ -35,6 +35,8 @@ pub struct TerminateOnNan<F> {
     flags: Vec<(Device, Tensor)>,
 }
 
+crate::debug::opaque_debug!(TerminateOnNan<F>);
+
 /// Values whose numbers can be checked, nested or not.
 pub trait Numbers {
     /// Calls `see` with each number and tensor; tensors are shared, not copied.

@@ -214,6 +214,8 @@ pub struct WithAverages<H> {
     pub(super) handler: H,
 }
 
+crate::debug::opaque_debug!(WithAverages<H>);
+
 #[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
     fn spec(&self) -> Result<HandlerSpec> {

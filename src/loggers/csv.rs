@@ -32,6 +32,8 @@ pub struct CsvLogger {
     file: SharedLines,
 }
 
+crate::debug::opaque_debug!(CsvLogger);
+
 impl CsvLogger {
     /// Opens the table, or makes it.
     ///

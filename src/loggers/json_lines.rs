@@ -21,6 +21,8 @@ pub struct JsonLinesLogger {
     file: SharedLines,
 }
 
+crate::debug::opaque_debug!(JsonLinesLogger);
+
 impl JsonLinesLogger {
     /// Opens the file, or makes it.
     ///

@@ -37,6 +37,8 @@ pub struct OptimizerParamsHandler {
     events: Events,
 }
 
+crate::debug::opaque_debug!(OptimizerParamsHandler);
+
 impl OptimizerParamsHandler {
     /// Logs the learning rates at these events.
     pub fn new<L: Logger + Clone + 'static>(

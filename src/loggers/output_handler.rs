@@ -44,6 +44,8 @@ pub struct OutputHandler<B, O> {
     events: Events,
 }
 
+crate::debug::opaque_debug!(OutputHandler<B, O>);
+
 type Output<O> = Box<dyn Fn(&O) -> MetricValue>;
 type GlobalStep<B, O> = Box<dyn Fn(&State<B, O>) -> u64>;
 
@@ -126,7 +128,7 @@ impl<B, O> OutputHandler<B, O> {
         };
         match &self.metrics {
             Which::All => {
-                state.metrics.iter().try_for_each(|(name, value)| self.log(name, value, step))?
+                state.metrics.iter().try_for_each(|(name, value)| self.log(name, value, step))?;
             }
             Which::Named(names) => names
                 .values(&state.metrics)

@@ -20,6 +20,8 @@ macro_rules! handler {
             events: Events,
         }
 
+        crate::debug::opaque_debug!($name);
+
         impl $name {
             /// Logs all parameters of the store, at these events.
             pub fn new<L: Logger + Clone + 'static>(

@@ -75,7 +75,7 @@ pub(super) mod reader {
     //! The other direction, for tests.
 
     #[derive(Debug, Clone, PartialEq)]
-    pub enum Field<'b> {
+    pub(crate) enum Field<'b> {
         Uint(u64),
         Double(f64),
         Float(f32),
@@ -96,7 +96,7 @@ pub(super) mod reader {
     }
 
     /// Reads all fields of a message, with their numbers.
-    pub fn fields(mut bytes: &[u8]) -> Vec<(u64, Field<'_>)> {
+    pub(crate) fn fields(mut bytes: &[u8]) -> Vec<(u64, Field<'_>)> {
         let mut fields = vec![];
         while !bytes.is_empty() {
             let key = varint(&mut bytes);
@@ -126,7 +126,7 @@ pub(super) mod reader {
     }
 
     /// Reads the fields of a message within a message.
-    pub fn inner<'b>(fields: &[(u64, Field<'b>)], number: u64) -> Vec<(u64, Field<'b>)> {
+    pub(crate) fn inner<'b>(fields: &[(u64, Field<'b>)], number: u64) -> Vec<(u64, Field<'b>)> {
         match fields.iter().find(|(n, _)| *n == number) {
             Some((_, Field::Bytes(bytes))) => self::fields(bytes),
             other => panic!("field {number} is {other:?}"),

@@ -57,6 +57,8 @@ pub struct RunFolder {
     record: Arc<Mutex<Record>>,
 }
 
+crate::debug::opaque_debug!(RunFolder);
+
 #[derive(Default)]
 struct Record {
     curves: BTreeMap<String, Curve>,
@@ -267,7 +269,10 @@ fn environment() -> Vec<(&'static str, String)> {
     vec![
         ("tch-ignite", env!("CARGO_PKG_VERSION").into()),
         ("system", format!("{} {}", std::env::consts::OS, std::env::consts::ARCH)),
-        ("cores", std::thread::available_parallelism().map_or(0, |cores| cores.get()).to_string()),
+        (
+            "cores",
+            std::thread::available_parallelism().map_or(0, std::num::NonZero::get).to_string(),
+        ),
         ("threads of libtorch", tch::get_num_threads().to_string()),
         ("CUDA", cuda),
         ("build", if cfg!(debug_assertions) { "debug" } else { "release" }.into()),

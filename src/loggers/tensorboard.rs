@@ -46,6 +46,8 @@ pub struct TensorBoard {
     board: Arc<Mutex<Board>>,
 }
 
+crate::debug::opaque_debug!(TensorBoard);
+
 /// The event files of a run in a folder. The last one is open.
 struct Board {
     /// The path as the user gave it.
@@ -100,36 +102,36 @@ impl From<bool> for HyperParameter {
 
 /// Numbers of fields and enums in TensorBoard's .proto files.
 mod field {
-    pub const EVENT_WALL_TIME: u64 = 1;
-    pub const EVENT_STEP: u64 = 2;
-    pub const EVENT_FILE_VERSION: u64 = 3;
-    pub const EVENT_SUMMARY: u64 = 5;
-    pub const EVENT_SESSION_LOG: u64 = 7;
-    pub const SESSION_STATUS: u64 = 1;
-    pub const SESSION_START: u64 = 1;
-    pub const SUMMARY_VALUE: u64 = 1;
-    pub const VALUE_TAG: u64 = 1;
-    pub const VALUE_SIMPLE_VALUE: u64 = 2;
-    pub const VALUE_IMAGE: u64 = 4;
-    pub const VALUE_HISTO: u64 = 5;
-    pub const VALUE_TENSOR: u64 = 8;
-    pub const VALUE_METADATA: u64 = 9;
-    pub const METADATA_PLUGIN_DATA: u64 = 1;
-    pub const PLUGIN_NAME: u64 = 1;
-    pub const PLUGIN_CONTENT: u64 = 2;
-    pub const TENSOR_DTYPE: u64 = 1;
-    pub const TENSOR_SHAPE: u64 = 2;
-    pub const TENSOR_STRING_VAL: u64 = 8;
-    pub const SHAPE_DIM: u64 = 2;
-    pub const DIM_SIZE: u64 = 1;
-    pub const DT_STRING: u64 = 7;
-    pub const HPARAMS_EXPERIMENT: u64 = 2;
-    pub const HPARAMS_SESSION_START: u64 = 3;
-    pub const EXPERIMENT_TIME: u64 = 3;
-    pub const EXPERIMENT_HPARAM: u64 = 4;
-    pub const EXPERIMENT_METRIC: u64 = 5;
-    pub const START_HPARAMS: u64 = 1;
-    pub const START_TIME: u64 = 5;
+    pub(super) const EVENT_WALL_TIME: u64 = 1;
+    pub(super) const EVENT_STEP: u64 = 2;
+    pub(super) const EVENT_FILE_VERSION: u64 = 3;
+    pub(super) const EVENT_SUMMARY: u64 = 5;
+    pub(super) const EVENT_SESSION_LOG: u64 = 7;
+    pub(super) const SESSION_STATUS: u64 = 1;
+    pub(super) const SESSION_START: u64 = 1;
+    pub(super) const SUMMARY_VALUE: u64 = 1;
+    pub(super) const VALUE_TAG: u64 = 1;
+    pub(super) const VALUE_SIMPLE_VALUE: u64 = 2;
+    pub(super) const VALUE_IMAGE: u64 = 4;
+    pub(super) const VALUE_HISTO: u64 = 5;
+    pub(super) const VALUE_TENSOR: u64 = 8;
+    pub(super) const VALUE_METADATA: u64 = 9;
+    pub(super) const METADATA_PLUGIN_DATA: u64 = 1;
+    pub(super) const PLUGIN_NAME: u64 = 1;
+    pub(super) const PLUGIN_CONTENT: u64 = 2;
+    pub(super) const TENSOR_DTYPE: u64 = 1;
+    pub(super) const TENSOR_SHAPE: u64 = 2;
+    pub(super) const TENSOR_STRING_VAL: u64 = 8;
+    pub(super) const SHAPE_DIM: u64 = 2;
+    pub(super) const DIM_SIZE: u64 = 1;
+    pub(super) const DT_STRING: u64 = 7;
+    pub(super) const HPARAMS_EXPERIMENT: u64 = 2;
+    pub(super) const HPARAMS_SESSION_START: u64 = 3;
+    pub(super) const EXPERIMENT_TIME: u64 = 3;
+    pub(super) const EXPERIMENT_HPARAM: u64 = 4;
+    pub(super) const EXPERIMENT_METRIC: u64 = 5;
+    pub(super) const START_HPARAMS: u64 = 1;
+    pub(super) const START_TIME: u64 = 5;
 }
 
 /// The masked CRC-32C of TFRecord files, rotated and shifted so that the CRC of data that holds CRCs is sound.

@@ -26,6 +26,8 @@ macro_rules! average {
             sum: Accumulator,
         }
 
+        crate::debug::opaque_debug!($name<F>);
+
         impl<O: ToValue> $name<fn(&O) -> MetricValue> {
             /// Averages the step's output itself.
             pub fn new() -> Self {

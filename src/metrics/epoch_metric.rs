@@ -24,6 +24,8 @@ pub struct EpochMetric<C> {
     compute: C,
 }
 
+crate::debug::opaque_debug!(EpochMetric<C>);
+
 impl<C: Fn(&Tensor, &Tensor) -> anyhow::Result<MetricValue>> EpochMetric<C> {
     /// Makes the metric: `compute(y_pred, y)` gives the value, and `parts` takes `y_pred` and `y` out of the output.
     pub fn of<O, F>(compute: C, parts: F) -> Of<Self, F>

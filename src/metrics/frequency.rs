@@ -28,6 +28,8 @@ pub struct Frequency<F> {
     seconds: Option<f64>,
 }
 
+crate::debug::opaque_debug!(Frequency<F>);
+
 impl<F> Frequency<F> {
     /// Makes the metric; `count` returns how many samples an iteration processed.
     pub fn of<O>(count: F) -> Self

@@ -24,6 +24,8 @@ pub struct Loss<L> {
     loss: L,
 }
 
+crate::debug::opaque_debug!(Loss<L>);
+
 impl<L: Fn(&Tensor, &Tensor) -> Tensor> Loss<L> {
     /// Makes the metric: `loss(y_pred, y)` gives the mean over the batch, a tensor of one element; `parts` takes
     /// `y_pred` and `y` out of the output.

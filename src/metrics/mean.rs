@@ -25,6 +25,8 @@ pub struct Mean<F> {
     count: u64,
 }
 
+crate::debug::opaque_debug!(Mean<F>);
+
 impl<O: ToValue> Mean<fn(&O) -> MetricValue> {
     /// Averages the step's output itself.
     pub fn new() -> Self {

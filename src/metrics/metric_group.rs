@@ -24,6 +24,8 @@ pub struct MetricGroup<'a, O> {
     metrics: Vec<(String, Box<dyn Metric<O> + 'a>)>,
 }
 
+crate::debug::opaque_debug!(MetricGroup<'a, O>);
+
 impl<O> Default for MetricGroup<'_, O> {
     fn default() -> Self {
         Self::new()

@@ -36,6 +36,8 @@ pub struct MetricsLambda<'a, O> {
     user: Rc<()>,
 }
 
+crate::debug::opaque_debug!(MetricsLambda<'a, O>);
+
 struct Leaf<'a, O> {
     metric: RefCell<Box<dyn Metric<O> + 'a>>,
     /// The handle whose resets and updates count for the metric.
@@ -152,12 +154,12 @@ impl<'a, O> MetricsLambda<'a, O> {
 
     /// Raises the value to a power, element by element.
     pub fn pow(self, exponent: impl Into<Self>) -> Self {
-        self.with(exponent, |a, b| a.f_pow(b))
+        self.with(exponent, tch::Tensor::f_pow)
     }
 
     /// Divides and rounds down, element by element: Python's `//`.
     pub fn floor_divide(self, other: impl Into<Self>) -> Self {
-        self.with(other, |a, b| a.f_floor_divide(b))
+        self.with(other, tch::Tensor::f_floor_divide)
     }
 
     /// Returns the metrics that this handle resets and updates: those that no other living handle has under way.

@@ -108,6 +108,8 @@ pub struct Of<M, F> {
     validated: bool,
 }
 
+crate::debug::opaque_debug!(Of<M, F>);
+
 impl<M: Pairwise, F> Of<M, F> {
     /// Makes the metric; `parts` takes `y_pred` and `y` out of the output.
     pub fn new<O>(metric: M, parts: F) -> Self

@@ -25,6 +25,8 @@ pub struct RunningAverage<F> {
     average: Option<Scalar>,
 }
 
+crate::debug::opaque_debug!(RunningAverage<F>);
+
 impl<O: ToValue> RunningAverage<fn(&O) -> MetricValue> {
     /// Averages the step's output itself.
     pub fn new() -> Self {
@@ -60,6 +62,8 @@ pub struct OfMetric<M> {
     /// Set once the metric has taken in an output since its value was last read.
     observed: bool,
 }
+
+crate::debug::opaque_debug!(OfMetric<M>);
 
 impl<M> RunningAverage<OfMetric<M>> {
     /// Averages the values of a metric. The metric is updated at every iteration, and read and reset when the

@@ -30,6 +30,8 @@ pub struct VariableAccumulation<P, F> {
     num_examples: u64,
 }
 
+crate::debug::opaque_debug!(VariableAccumulation<P, F>);
+
 impl<P: Fn(&Tensor, &Tensor) -> anyhow::Result<Tensor>, F> VariableAccumulation<P, F> {
     /// Makes the metric: `op(accumulator, value)` gives the next accumulator; `value` takes a number or tensor out
     /// of the output.

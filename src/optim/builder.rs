@@ -93,6 +93,8 @@ pub struct OptimizerBuilder<'v, T> {
     names: Vec<(usize, String)>,
 }
 
+crate::debug::opaque_debug!(OptimizerBuilder<'v, T>);
+
 impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
     pub(super) fn new(config: T, vs: &'v VarStore) -> Self {
         Self { config, vs, lr: 1e-3, groups: vec![], names: vec![] }

@@ -175,7 +175,7 @@ impl Gradients {
     /// # Errors
     /// See [`Optimizer`].
     pub fn zero(&self) -> Result<()> {
-        self.native("zero_grad", |native, groups| native.zero_gradients(groups))
+        self.native("zero_grad", super::super::bridge::Native::zero_gradients)
     }
 
     /// Sets the gradients to none.
@@ -183,12 +183,12 @@ impl Gradients {
     /// # Errors
     /// See [`Optimizer`].
     pub fn clear(&self) -> Result<()> {
-        self.native("zero_grad", |native, groups| native.clear_gradients(groups))
+        self.native("zero_grad", super::super::bridge::Native::clear_gradients)
     }
 
     /// 1 if an element of a gradient is not finite, else 0: a tensor of one f32 element on the gradients' device.
     pub(crate) fn found_inf(&self) -> Result<Tensor> {
-        self.native("checking gradients", |native, groups| native.found_inf(groups))
+        self.native("checking gradients", super::super::bridge::Native::found_inf)
     }
 
     /// Multiplies the gradients by a tensor of one element, in place.

@@ -12,12 +12,15 @@ pub struct TchOptimizer<'o> {
     native: &'o mut Native,
 }
 
+crate::debug::opaque_debug!(TchOptimizer<'o>);
+
 impl<'o> TchOptimizer<'o> {
     pub(super) fn new(optimizer: &'o Optimizer, native: &'o mut Native) -> Self {
         Self { optimizer, native }
     }
 
     /// Adds new variables as the methods of `Optimizer` do, so that tch finds none to add by itself.
+    #[expect(clippy::panic, reason = "the methods of tch's optimizer panic")]
     fn admit_new(&mut self) {
         let new = self.optimizer.group_new_variables().unwrap_or_else(|error| panic!("{error}"));
         if let Some(new) = new {

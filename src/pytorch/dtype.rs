@@ -13,7 +13,7 @@ use tch::Kind;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-#[allow(missing_docs, reason = "the names are PyTorch's")]
+#[expect(missing_docs, reason = "the names are PyTorch's")]
 pub enum DType {
     Float64,
     Float32,

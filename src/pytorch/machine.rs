@@ -769,7 +769,7 @@ impl<'i, 's> Machine<'i, 's> {
         }
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the arguments of PyTorch's function")]
+    #[expect(clippy::too_many_arguments, reason = "the arguments of PyTorch's function")]
     fn view(
         &mut self,
         storage: &Item,

@@ -19,7 +19,7 @@ macro_rules! any_schedule {
         #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
         #[serde(tag = "type")]
         #[non_exhaustive]
-        #[allow(missing_docs)] // Each variant is the class of that name.
+        #[expect(missing_docs)] // Each variant is the class of that name.
         pub enum AnySchedule {
             $($schedule($schedule),)*
             $($chainable($chainable),)*

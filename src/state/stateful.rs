@@ -158,6 +158,8 @@ impl Stateful for Model {
 /// for that.
 pub struct Gradients(Arc<Mutex<Variables>>);
 
+crate::debug::opaque_debug!(Gradients);
+
 impl Gradients {
     /// The gradients of the parameters of this store.
     pub fn of(vs: &VarStore) -> Self {

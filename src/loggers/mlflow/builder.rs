@@ -18,6 +18,8 @@ pub struct MLflowBuilder {
     headers: Vec<(String, String)>,
 }
 
+crate::debug::opaque_debug!(MLflowBuilder);
+
 impl MLflowBuilder {
     pub(super) fn new(tracking_uri: String) -> Self {
         Self {

@@ -66,6 +66,8 @@ const AT_THE_END: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub struct MLflowLogger(Arc<Run>);
 
+crate::debug::opaque_debug!(MLflowLogger);
+
 /// The MLflow run. It ends when the last clone of the logger is dropped.
 struct Run {
     id: String,

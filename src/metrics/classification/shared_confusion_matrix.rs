@@ -32,6 +32,8 @@ pub struct SharedConfusionMatrix<'a, O> {
     average: Option<MatrixAverage>,
 }
 
+crate::debug::opaque_debug!(SharedConfusionMatrix<'a, O>);
+
 impl<F> Of<ConfusionMatrix, F> {
     /// Makes a handle to derive other metrics from.
     pub fn shared<'a, O: 'a>(self) -> SharedConfusionMatrix<'a, O>

@@ -11,6 +11,8 @@ use crate::metrics::{Accumulated, Accuracy, Metric, Usage, pair};
 /// fewer than two groups have samples. `update` costs the same as that of [`SubgroupMetric`].
 pub struct SubgroupDifference<M, F>(SubgroupMetric<M, F>);
 
+crate::debug::opaque_debug!(SubgroupDifference<M, F>);
+
 impl<M, F> SubgroupDifference<M, F> {
     /// Makes the metric: `metric` makes a metric for each of the groups, and `parts` takes `y_pred`, `y` and the
     /// groups out of the output.
@@ -77,6 +79,8 @@ macro_rules! difference {
     ($name:ident, $metric:ident, $(#[$doc:meta])*) => {
         $(#[$doc])*
         pub struct $name;
+
+        crate::debug::opaque_debug!($name);
 
         impl $name {
             /// Makes the metric for these groups; `parts` takes `y_pred`, `y` and the groups out of the output.

@@ -33,6 +33,8 @@ pub struct SubgroupMetric<M, F> {
     parts: F,
 }
 
+crate::debug::opaque_debug!(SubgroupMetric<M, F>);
+
 struct Group<M> {
     label: i64,
     metric: M,

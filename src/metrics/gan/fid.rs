@@ -29,6 +29,8 @@ pub struct FID<E> {
     extractor: E,
 }
 
+crate::debug::opaque_debug!(FID<E>);
+
 impl<E: Fn(&Tensor) -> anyhow::Result<Tensor>> FID<E> {
     /// Makes the metric: `feature_extractor` turns a batch of samples into features (N, num_features), and runs
     /// without gradients. `parts` takes real and generated samples out of the output, in either order.

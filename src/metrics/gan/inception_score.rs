@@ -28,6 +28,8 @@ pub struct InceptionScore<E> {
     extractor: E,
 }
 
+crate::debug::opaque_debug!(InceptionScore<E>);
+
 impl<E: Fn(&Tensor) -> anyhow::Result<Tensor>> InceptionScore<E> {
     /// Makes the metric: `feature_extractor` turns a batch of samples into class probabilities (N, num_features),
     /// after softmax, and runs without gradients. `samples` takes the batch out of the output.

@@ -57,6 +57,8 @@ pub struct Bleu<F> {
     counts: Counts,
 }
 
+crate::debug::opaque_debug!(Bleu<F>);
+
 /// Matches and n-grams of the candidates for each n, and the lengths of candidates and closest references.
 #[derive(Debug, Clone, Default)]
 struct Counts {

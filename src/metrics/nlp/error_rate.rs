@@ -26,6 +26,8 @@ macro_rules! error_rate {
             sums: Vec<f64>,
         }
 
+        crate::debug::opaque_debug!($name<F>);
+
         impl<F> $name<F> {
             /// Makes the metric; `texts` takes the predicted texts and as many references out of the output.
             pub fn of<O, S: AsRef<str>>(texts: F) -> Self

@@ -51,6 +51,8 @@ pub struct Rouge<F> {
     sums: Vec<f64>,
 }
 
+crate::debug::opaque_debug!(Rouge<F>);
+
 impl<F> Rouge<F> {
     /// Makes the metric; `tokens` takes the summaries, and for each a list of references, out of the output.
     pub fn of<O, T>(tokens: F) -> Self

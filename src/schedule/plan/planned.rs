@@ -64,12 +64,9 @@ impl PlannedSchedule {
     pub fn new(param: &str, group: Option<&str>, schedule: impl Into<AnySchedule>) -> Result<Self> {
         let schedule = schedule.into();
         schedule.validate()?;
-        let template = match serde_json::to_value(&schedule) {
-            Ok(Value::Object(template)) => template,
-            _ => {
-                let class = schedule.class();
-                return Err(Error::invalid(format!("{class} cannot be written to a file")));
-            }
+        let Ok(Value::Object(template)) = serde_json::to_value(&schedule) else {
+            let class = schedule.class();
+            return Err(Error::invalid(format!("{class} cannot be written to a file")));
         };
         let place = Place {
             name: None,
