@@ -63,7 +63,7 @@ impl Logger for CsvLogger {
     }
 
     fn begin(&self, anew: bool) -> Result<()> {
-        locked(&self.file).begin(anew)
+        locked(&self.file).begin(anew).map(drop)
     }
 
     fn logs(&self) -> Vec<Rc<dyn Log>> {

@@ -1,6 +1,6 @@
 use serde_json::{Map, Value};
 
-use super::scheduler::{is_due, with_start};
+use super::scheduler::{is_due, unless_ended, with_start};
 use super::{Schedule, load_position, save_position, value};
 use crate::data::BatchSize;
 use crate::engine::{Engine, Handler, HandlerSpec};
@@ -98,7 +98,8 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
     fn spec(&self) -> Result<HandlerSpec> {
         self.schedule.validate()?;
         let events = with_start(&self.events, self.events.are_after_step());
-        Ok(HandlerSpec::new("batch size", events))
+        let drives = (!self.events.are_filtered()).then(|| self.batch_size.knob().clone());
+        Ok(HandlerSpec::new("batch size", events).drives(drives))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -129,10 +130,18 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
         _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
-        if self.events.are_after_step() && !is_due(&self.schedule, event, &mut self.events_done) {
+        let after_step = self.events.are_after_step();
+        if after_step && !is_due(event, &mut self.events_done) {
             return Ok(());
         }
-        self.set(self.events_done)?;
+        let written = self.set(self.events_done);
+        if after_step {
+            if unless_ended(&self.schedule, &mut self.events_done, written)?.is_none() {
+                return Ok(());
+            }
+        } else {
+            written?;
+        }
         if matches!(event, Event::Started | Event::EpochStarted | Event::EpochCompleted) {
             let (batches, size) = (self.batch_size.batches(), self.batch_size.get());
             anyhow::ensure!(
