@@ -1,13 +1,15 @@
 //! Files of `torch.save`: read path by path, refused without harm, written so that Python reads them.
 
-#[path = "../examples/conformance/interop.rs"]
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../../examples/conformance/interop.rs"]
 mod interop;
 
+mod memory;
+
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use tch::nn::{self, VarStore};
@@ -18,6 +20,8 @@ use tch_ignite::pytorch::{
     self, DType, Dict, Loaded, Names, Reader, StoredTensor, Value, Weights, load_weights,
     save_weights,
 };
+
+use common::serial;
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/interop")
@@ -35,12 +39,6 @@ fn fixtures(kind: &str) -> Result<Vec<PathBuf>> {
     }
     files.sort();
     Ok(files)
-}
-
-/// Tests that draw from libtorch's generator, as each new layer does, do so one after the other.
-fn serial() -> MutexGuard<'static, ()> {
-    static SERIAL: Mutex<()> = Mutex::new(());
-    SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// xorshift
@@ -952,16 +950,8 @@ print(json.dumps(losses))
 
 /// Runs Python with this script and these arguments; `None` where it has no torch.
 fn python(script: &str, arguments: &[&Path]) -> Result<Option<String>> {
-    let python = std::env::var("TORCH_PYTHON").unwrap_or_else(|_| "python3".into());
-    let has_torch = Command::new(&python).args(["-c", "import torch"]).output();
-    if !has_torch.is_ok_and(|output| output.status.success()) {
-        // Past the test runner's capture, so that nobody takes it for done.
-        let name = std::thread::current().name().unwrap_or_default().to_owned();
-        let text =
-            format!("\nSKIPPED: {name}: {python} has no torch; set TORCH_PYTHON to one that has\n");
-        std::io::stderr().lock().write_all(text.as_bytes())?;
-        return Ok(None);
-    }
+    let name = std::thread::current().name().unwrap_or_default().to_owned();
+    let Some(python) = common::python(&name, "TORCH_PYTHON", "torch") else { return Ok(None) };
     let script = format!("{HELPERS}\n{script}");
     let output = Command::new(&python).arg("-c").arg(script).args(arguments).output()?;
     let errors = String::from_utf8_lossy(&output.stderr);
