@@ -18,7 +18,8 @@
 //! [`read`] gives the whole content of a `.pt`, `.pth` or `.ckpt` as a [`Value`], of both containers: the zip archive
 //! that torch writes since 1.6, and the one before. [`write()`] writes one. [`Weights`] are what a `state_dict()`
 //! holds; [`Names`] map their names to those of a store. [`load_optimizer`] takes over `optimizer.state_dict()`,
-//! [`set_rng_state`] the random numbers.
+//! [`load_scheduler`] and [`load_plateau`] the position of a scheduler, [`set_rng_state`] the random numbers.
+//! [`TrainingFile`] finds these parts in a training checkpoint of ignite, of Lightning or of a program's own layout; each
 //!
 //! # Safety of files from elsewhere
 //!
@@ -44,17 +45,25 @@ mod budget;
 mod dtype;
 mod freeze;
 mod globals;
+mod json;
 mod legacy;
+mod lightning;
 mod machine;
 mod names;
 mod optimizer;
 mod pickler;
+mod plateau;
+mod position;
+mod prefixes;
 mod random;
 mod reader;
+mod schedule_value;
+mod schedules;
 mod source;
 mod storage;
 mod storages;
 mod tensor;
+mod training_file;
 mod value;
 mod weights;
 mod writer;
@@ -63,11 +72,17 @@ mod zip;
 use std::path::Path;
 
 pub use dtype::DType;
+pub use lightning::lightning_value;
 pub use names::Names;
 pub use optimizer::{LoadedOptimizer, load_optimizer, optimizer_value};
+pub use plateau::{load_plateau, plateau_value};
+pub use position::position_value;
 pub use random::{rng_state, set_rng_state};
 pub use reader::Reader;
+pub use schedule_value::{ignite_scheduler_value, scheduler_value};
+pub use schedules::{load_scheduler, momentum_schedule, schedule};
 pub use tensor::StoredTensor;
+pub use training_file::{Layout, TrainingFile};
 pub use value::{BigInt, Dict, Object, Value};
 pub use weights::{Loaded, Weights, load_weights, save_weights};
 pub use writer::write;

@@ -73,7 +73,7 @@ impl Reader {
         Err(match &begin[..] {
             [] => "the file is empty".into(),
             [_, _, _, _, _, _, _, _, b'{', ..] => {
-                "it is a safetensors file: read it with checkpoint::load_weights".into()
+                "it is a safetensors file: read it with pytorch::read_pretrained".into()
             }
             _ if begin.get(257..262) == Some(b"ustar") => {
                 "it is a tar archive, which torch wrote before 0.1.10; torch.load(weights_only=True) refuses it too"

@@ -217,6 +217,28 @@ impl ReduceLROnPlateauScheduler {
         Ok(())
     }
 
+    /// The arguments under torch's names.
+    pub(crate) fn arguments(&self) -> Map<String, Value> {
+        let mode = if self.mode == Mode::Min { "min" } else { "max" };
+        let measure = if self.threshold_mode == ThresholdMode::Rel { "rel" } else { "abs" };
+        let arguments: [(_, Value); 8] = [
+            ("mode", mode.into()),
+            ("factor", self.factor.into()),
+            ("patience", self.patience.into()),
+            ("threshold", self.threshold.into()),
+            ("threshold_mode", measure.into()),
+            ("cooldown", self.cooldown.into()),
+            ("min_lrs", self.min_values.clone().into()),
+            ("eps", self.eps.into()),
+        ];
+        arguments.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    }
+
+    /// The values of all knobs.
+    pub(crate) fn values(&self) -> Result<Vec<f64>> {
+        self.knobs.iter().map(Knob::get).collect()
+    }
+
     fn is_better(&self, metric: f64) -> bool {
         // As in torch, an infinite metric is not better than none.
         let worst = if self.mode == Mode::Min { f64::INFINITY } else { f64::NEG_INFINITY };
@@ -328,8 +350,7 @@ impl<C, B, O> Handler<C, B, O> for ReduceLROnPlateauScheduler {
     ) -> anyhow::Result<()> {
         self.advance(engine.state.metrics.get(&self.metric)?)?;
         if self.save_history {
-            let values = self.knobs.iter().map(Knob::get).collect::<Result<_>>()?;
-            engine.state.record_param(&self.name, values);
+            engine.state.record_param(&self.name, self.values()?);
         }
         Ok(())
     }

@@ -5,7 +5,9 @@ mod common;
 #[path = "../../examples/conformance/interop.rs"]
 mod interop;
 
+mod layouts;
 mod memory;
+mod schedulers;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -560,13 +562,13 @@ fn no_change_of_a_file_makes_a_panic_a_file_or_much_memory() -> Result<()> {
 
 // Weights and names
 
-fn small(root: &nn::Path) {
+pub(crate) fn small(root: &nn::Path) {
     let _conv = nn::conv2d(root / "0", 1, 4, 3, Default::default());
     let _norm = nn::batch_norm2d(root / "1", 4, Default::default());
     let _linear = nn::linear(root / "4", 144, 3, Default::default());
 }
 
-fn values(vs: &VarStore) -> Vec<(String, Vec<f64>)> {
+pub(crate) fn values(vs: &VarStore) -> Vec<(String, Vec<f64>)> {
     let mut values: Vec<_> = vs
         .variables()
         .into_iter()
@@ -810,13 +812,13 @@ fn a_run_of_python_goes_on_here_as_it_would_have_there() -> Result<()> {
     let mut runs = 0;
     for file in fixtures("handover-")? {
         let results = interop::handover(&file)?.context("an optimizer that is not here")?;
-        assert_eq!(results.len(), 6);
+        assert!(results.len() >= 4);
         for (path, result) in results {
             assert_eq!(result, Ok(()), "{} {path}", file.display());
         }
         runs += 1;
     }
-    assert_eq!(runs, 4);
+    assert_eq!(runs, 6);
     Ok(())
 }
 
