@@ -20,6 +20,7 @@
 //! holds; [`Names`] map their names to those of a store. [`load_optimizer`] takes over `optimizer.state_dict()`,
 //! [`load_scheduler`] and [`load_plateau`] the position of a scheduler, [`set_rng_state`] the random numbers.
 //! [`TrainingFile`] finds these parts in a training checkpoint of ignite, of Lightning or of a program's own layout; each
+//! has a counterpart that writes (`…_value`). [`read_pretrained`] and [`SavePretrained`] are for folders of Hugging Face.
 //!
 //! # Safety of files from elsewhere
 //!
@@ -55,8 +56,10 @@ mod pickler;
 mod plateau;
 mod position;
 mod prefixes;
+mod pretrained;
 mod random;
 mod reader;
+mod safetensors;
 mod schedule_value;
 mod schedules;
 mod source;
@@ -77,6 +80,7 @@ pub use names::Names;
 pub use optimizer::{LoadedOptimizer, load_optimizer, optimizer_value};
 pub use plateau::{load_plateau, plateau_value};
 pub use position::position_value;
+pub use pretrained::{SavePretrained, read_pretrained};
 pub use random::{rng_state, set_rng_state};
 pub use reader::Reader;
 pub use schedule_value::{ignite_scheduler_value, scheduler_value};

@@ -86,7 +86,7 @@ impl Reader {
     fn archive(&self, source: &Arc<Source>) -> Result<Value, String> {
         let archive = Archive::open(source)?;
         if archive.has("constants.pkl") {
-            return Err("it is a TorchScript module: load it with tch::CModule".into());
+            return Err("it is a TorchScript module: load it with pytorch::ScriptModule".into());
         }
         let pickle = archive.get("data.pkl")?;
         check(source, pickle.begin, pickle.length, pickle.crc)

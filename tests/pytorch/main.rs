@@ -7,6 +7,7 @@ mod interop;
 
 mod layouts;
 mod memory;
+mod pretrained;
 mod schedulers;
 
 use std::fs;
