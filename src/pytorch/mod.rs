@@ -43,6 +43,7 @@
 //! Attributes that a program gave its tensors are left out. All tensors are on the CPU.
 
 mod budget;
+mod distributed_checkpoint;
 mod dtype;
 mod freeze;
 mod globals;

@@ -21,7 +21,7 @@ pub(super) fn without(mut weights: Weights) -> Result<(Weights, Vec<String>)> {
         let rule = if names.iter().any(|name| is_compiled(name)) {
             taken.push(COMPILED.to_owned());
             Names::new().map(compiled)
-        } else if averaged && names.iter().all(|name| *name == COUNT || is_wrapped(&name)) {
+        } else if averaged && names.iter().all(|name| *name == COUNT || is_wrapped(name)) {
             taken.push(COUNT.to_owned());
             Names::new().skip(COUNT)
         } else if !names.is_empty() && names.iter().all(is_wrapped) {

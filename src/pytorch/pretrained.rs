@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tch::nn::VarStore;
 
+use super::distributed_checkpoint;
 use super::names::Names;
 use super::safetensors;
 use super::tensor::StoredTensor;
@@ -31,6 +32,10 @@ struct Index {
 /// Reads the weights of a Hugging Face folder: `model.safetensors`, or its shards and their index; in older folders
 /// `pytorch_model.bin` and its shards. A `.safetensors` file by itself will do, too. Elements are read when they are asked for,
 /// straight into the store's memory, as those of `.pt` files.
+///
+/// A folder of torch's distributed checkpoints in this form (`HuggingFaceStorageWriter`, also with
+/// `save_distributed=True`) is read, too; tensors that ranks have parts of are put together at once. torch's
+/// `HuggingFaceStorageReader` reads what [`SavePretrained`] writes, for any number of ranks.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -62,6 +67,11 @@ pub fn read_pretrained(path: impl AsRef<Path>) -> Result<Weights> {
         if index.is_file() {
             return sharded(path, &index);
         }
+    }
+    let mut parts = names_in(path)?;
+    parts.retain(|name| name.ends_with(".safetensors"));
+    if !parts.is_empty() {
+        return Ok(Weights::new(distributed_checkpoint::read(path, &parts)?, vec![]));
     }
     Err(Error::State(format!(
         "{}: there is no {} and no index of shards in it",

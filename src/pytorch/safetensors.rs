@@ -1,11 +1,13 @@
 //! The container of Hugging Face's weights: a header of JSON, then the elements of all tensors.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{self, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::dtype::DType;
 use super::source::Source;
@@ -50,12 +52,38 @@ struct Described {
     data_offsets: (u64, u64),
 }
 
-#[derive(Deserialize)]
+#[derive(Default)]
 struct Header {
-    #[serde(default, rename = "__metadata__")]
     metadata: HashMap<String, String>,
-    #[serde(flatten)]
     tensors: BTreeMap<String, Described>,
+}
+
+/// Each entry becomes what it is at once: one that is kept aside first takes many times its length.
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Entries;
+
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("tensors by name")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let mut header = Header::default();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == METADATA {
+                        header.metadata = map.next_value()?;
+                    } else if header.tensors.insert(name, map.next_value()?).is_some() {
+                        return Err(de::Error::custom("two tensors have one name"));
+                    }
+                }
+                Ok(header)
+            }
+        }
+        from.deserialize_map(Entries)
+    }
 }
 
 fn dtype_of(name: &str) -> Option<DType> {
@@ -72,15 +100,34 @@ fn name_of(dtype: DType) -> Option<&'static str> {
     }
 }
 
+type Tensors = Vec<(String, Arc<StoredTensor>)>;
+
 /// The tensors of a file in their order there, not read yet, and under their other names those that its metadata says
 /// are tied.
-pub(super) fn read(path: &Path) -> Result<Vec<(String, Arc<StoredTensor>)>> {
+pub(super) fn read(path: &Path) -> Result<Tensors> {
+    let (mut tensors, metadata) = with_metadata(path)?;
+    let places: HashMap<String, usize> =
+        tensors.iter().enumerate().map(|(place, (name, _))| (name.clone(), place)).collect();
+    let mut tied: Vec<_> =
+        metadata.into_iter().filter(|(name, _)| !places.contains_key(name)).collect();
+    tied.sort();
+    for (name, kept) in tied {
+        if let Some(place) = places.get(&kept) {
+            let tensor = tensors[*place].1.clone();
+            tensors.push((name, tensor));
+        }
+    }
+    Ok(tensors)
+}
+
+/// The tensors of a file in their order there, not read yet, and its metadata.
+pub(super) fn with_metadata(path: &Path) -> Result<(Tensors, HashMap<String, String>)> {
     let source =
         Source::open(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
     of(Arc::new(source)).map_err(|why| Error::State(format!("{}: {why}", path.display())))
 }
 
-fn of(source: Arc<Source>) -> Result<Vec<(String, Arc<StoredTensor>)>, String> {
+fn of(source: Arc<Source>) -> Result<(Tensors, HashMap<String, String>), String> {
     let mut length = [0; 8];
     source.read_at(&mut length, 0).map_err(|_| "it is no safetensors file")?;
     let length = u64::from_le_bytes(length);
@@ -100,22 +147,24 @@ fn of(source: Arc<Source>) -> Result<Vec<(String, Arc<StoredTensor>)>, String> {
     for (name, described) in tensors {
         let tensor = stored(&source, begin, data, &described)
             .map_err(|why| format!("tensor '{}': {why}", name.escape_default()))?;
-        found.push((described.data_offsets.0, name, Arc::new(tensor)));
+        found.push((described.data_offsets, name, Arc::new(tensor)));
     }
-    found.sort_by_key(|(from, ..)| *from);
-    let mut tensors: Vec<_> = found.into_iter().map(|(_, name, tensor)| (name, tensor)).collect();
-    let places: HashMap<String, usize> =
-        tensors.iter().enumerate().map(|(place, (name, _))| (name.clone(), place)).collect();
-    let mut tied: Vec<_> =
-        metadata.into_iter().filter(|(name, _)| !places.contains_key(name)).collect();
-    tied.sort();
-    for (name, kept) in tied {
-        if let Some(place) = places.get(&kept) {
-            let tensor = tensors[*place].1.clone();
-            tensors.push((name, tensor));
+    found.sort_by_key(|(offsets, ..)| *offsets);
+    let mut end = 0;
+    for ((from, to), name, _) in &found {
+        if *from != end {
+            let name = name.escape_default();
+            return Err(format!(
+                "tensor '{name}' begins at {from}, and the one before ends at {end}"
+            ));
         }
+        end = *to;
     }
-    Ok(tensors)
+    if end != data {
+        return Err(format!("its tensors have {end} bytes, and there are {data}"));
+    }
+    let tensors = found.into_iter().map(|(_, name, tensor)| (name, tensor)).collect();
+    Ok((tensors, metadata))
 }
 
 /// The tensor of an entry: a storage of its own.
@@ -218,11 +267,11 @@ pub(super) fn write(path: &Path, tensors: &[(&str, &StoredTensor)]) -> Result<()
 mod tests {
     use super::*;
 
-    fn parsed(header: &str, data: usize) -> Result<Vec<(String, Arc<StoredTensor>)>, String> {
+    fn parsed(header: &str, data: usize) -> Result<Tensors, String> {
         let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
         bytes.extend(header.as_bytes());
         bytes.resize(bytes.len() + data, 1);
-        of(Arc::new(Source::Memory(bytes)))
+        of(Arc::new(Source::Memory(bytes))).map(|(tensors, _)| tensors)
     }
 
     #[test]
@@ -235,14 +284,33 @@ mod tests {
             one("F32", "[2,2]", "[0,16]").map(|found| found[0].1.size().to_vec()),
             Ok(vec![2, 2])
         );
-        assert_eq!(one("F32", "[]", "[4,8]").map(|found| found.len()), Ok(1));
         assert_eq!(
-            one("F64", "[0,4611686018427387904]", "[16,16]").map(|found| found.len()),
+            parsed(
+                r#"{"w":{"dtype":"F64","shape":[0,4611686018427387904],"data_offsets":[0,0]}}"#,
+                0
+            )
+            .map(|found| found.len()),
             Ok(1)
         );
         for (result, reason) in [
             (one("F32", "[2,2]", "[0,12]"), "are not those of shape [2, 2]"),
             (one("F32", "[5]", "[0,20]"), "are not those"),
+            (one("F32", "[]", "[4,8]"), "begins at 4, and the one before ends at 0"),
+            (one("F32", "[3]", "[0,12]"), "have 12 bytes, and there are 16"),
+            (
+                parsed(
+                    r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#,
+                    2,
+                ),
+                "tensor 'b' begins at 0",
+            ),
+            (
+                parsed(
+                    r#"{"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}"#,
+                    1,
+                ),
+                "two tensors have one name",
+            ),
             (one("F32", "[1]", "[4,0]"), "are not those"),
             (one("F4", "[1]", "[0,1]"), "type F4 is not known"),
             (one("F32", "[9223372036854775808]", "[0,4]"), "shape is damaged"),
@@ -250,11 +318,50 @@ mod tests {
             (one("F32", "[-1]", "[0,4]"), "its header"),
             (parsed("[]", 0), "no JSON"),
             (parsed("{", 0), "its header"),
-            (of(Arc::new(Source::Memory(vec![1; 4]))), "no safetensors file"),
-            (of(Arc::new(Source::Memory(vec![255; 40]))), "no safetensors file"),
+            (of(Arc::new(Source::Memory(vec![1; 4]))).map(|found| found.0), "no safetensors file"),
+            (
+                of(Arc::new(Source::Memory(vec![255; 40]))).map(|found| found.0),
+                "no safetensors file",
+            ),
         ] {
             let error = result.map(|found| found.len()).unwrap_err();
             assert!(error.contains(reason), "{error}");
         }
+    }
+
+    #[test]
+    fn no_change_of_a_file_makes_a_panic() {
+        let header =
+            r#"{"__metadata__":{"b":"a"},"a":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]}}"#;
+        let mut whole = (header.len() as u64).to_le_bytes().to_vec();
+        whole.extend(header.as_bytes());
+        whole.extend([1; 8]);
+        let (mut random, mut read) = (0x9e37_79b9_7f4a_7c15u64, 0);
+        let mut below = |below: usize| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            (random % below as u64) as usize
+        };
+        for _ in 0..20_000 {
+            let mut bytes = whole.clone();
+            for _ in 0..1 + below(3) {
+                let (at, length) = (below(bytes.len()), bytes.len());
+                match below(5) {
+                    0 => bytes.truncate(at.max(1)),
+                    1 => bytes[at] = below(256) as u8,
+                    2 => bytes[at] = b"0123456789-,[]{}\":"[below(18)],
+                    3 => bytes.extend_from_within(at..(at + 4).min(length)),
+                    _ => bytes[at] ^= 1,
+                }
+            }
+            let Ok((found, _)) = of(Arc::new(Source::Memory(bytes))) else { continue };
+            read += 1;
+            for (_, tensor) in found {
+                let _ = tensor.to_bytes();
+                let _ = tensor.tensor();
+            }
+        }
+        assert!(read > 100, "{read}");
     }
 }

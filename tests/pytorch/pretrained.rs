@@ -108,6 +108,52 @@ print(json.dumps({name.removeprefix("net."): tensor.flatten().double().tolist() 
 }
 
 #[test]
+fn distributed_checkpoints_are_read_and_written() -> Result<()> {
+    let _guard = serial();
+    let temporary = tempfile::tempdir()?;
+    let (there, here) = (temporary.path().join("there"), temporary.path().join("here"));
+    let vs = VarStore::new(Device::Cpu);
+    small(&vs.root());
+    SavePretrained::new().max_shard_size(1000).save(&vs, &here)?;
+    let script = r#"
+import os, torch.distributed as dist, torch.distributed.checkpoint as dcp, torch.multiprocessing as mp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
+def rank(number, folder, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
+    mesh, x = DeviceMesh("cpu", [0, 1]), torch.arange(35, dtype=torch.float64).view(5, 7)
+    state = {"rows": distribute_tensor(x, mesh, [Shard(0)]), "columns": distribute_tensor(x, mesh, [Shard(1)]),
+             "same": distribute_tensor(x, mesh, [Replicate()])}
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(folder, save_distributed=True))
+    dist.destroy_process_group()
+mp.start_processes(rank, (sys.argv[1], sys.argv[1] + ".store"), 2, start_method="fork")
+state = {name: torch.zeros(shape) for name, shape in json.loads(sys.argv[3]).items()}
+dcp.load(state, storage_reader=HuggingFaceStorageReader(sys.argv[2]), no_dist=True)
+print(json.dumps({name: tensor.flatten().double().tolist() for name, tensor in sorted(state.items())}))
+"#;
+    let shapes: std::collections::BTreeMap<_, _> =
+        vs.variables().into_iter().map(|(name, variable)| (name, variable.size())).collect();
+    let shapes = serde_json::to_string(&shapes)?;
+    let Some(output) = python(script, &[&there, &here, Path::new(&shapes)])? else { return Ok(()) };
+    let last = output.lines().last().unwrap_or_default();
+    let found: std::collections::BTreeMap<String, Vec<f64>> = serde_json::from_str(last)?;
+    assert_eq!(found.into_iter().collect::<Vec<_>>(), values(&vs));
+
+    assert_eq!(names(&there)?.len(), 2);
+    let weights = read_pretrained(&there)?;
+    assert_eq!(weights.names(), ["columns", "rows", "same"]);
+    for (name, tensor) in weights.iter() {
+        let expected = Tensor::arange(35, (Kind::Double, Device::Cpu)).view([5, 7]);
+        assert!(tensor.tensor()?.equal(&expected), "{name}");
+    }
+    // A rank's file is missing.
+    fs::remove_file(there.join(&names(&there)?[0]))?;
+    let error = read_pretrained(&there).unwrap_err().to_string();
+    assert!(error.contains("cannot be put together: its parts have"), "{error}");
+    Ok(())
+}
+
+#[test]
 fn files_of_python_are_read_with_all_types_and_tied_names() -> Result<()> {
     let temporary = tempfile::tempdir()?;
     let folder = temporary.path();
