@@ -20,7 +20,8 @@
 //! holds; [`Names`] map their names to those of a store. [`load_optimizer`] takes over `optimizer.state_dict()`,
 //! [`load_scheduler`] and [`load_plateau`] the position of a scheduler, [`set_rng_state`] the random numbers.
 //! [`TrainingFile`] finds these parts in a training checkpoint of ignite, of Lightning or of a program's own layout; each
-//! has a counterpart that writes (`…_value`). [`read_pretrained`] and [`SavePretrained`] are for folders of Hugging Face.
+//! has a counterpart that writes (`…_value`). [`read_pretrained`] and [`SavePretrained`] are for folders of Hugging Face,
+//! [`ScriptModule`] for TorchScript.
 //!
 //! # Safety of files from elsewhere
 //!
@@ -63,6 +64,7 @@ mod reader;
 mod safetensors;
 mod schedule_value;
 mod schedules;
+mod script_module;
 mod source;
 mod storage;
 mod storages;
@@ -86,6 +88,7 @@ pub use random::{rng_state, set_rng_state};
 pub use reader::Reader;
 pub use schedule_value::{ignite_scheduler_value, scheduler_value};
 pub use schedules::{load_scheduler, momentum_schedule, schedule};
+pub use script_module::ScriptModule;
 pub use tensor::StoredTensor;
 pub use training_file::{Layout, TrainingFile};
 pub use value::{BigInt, Dict, Object, Value};

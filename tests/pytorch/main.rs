@@ -9,6 +9,7 @@ mod layouts;
 mod memory;
 mod pretrained;
 mod schedulers;
+mod script_module;
 
 use std::fs;
 use std::path::{Path, PathBuf};
