@@ -69,6 +69,7 @@
 //! | evaluation, early stopping, history, progress, profiles, a learning rate to start with | [`handlers`] |
 //! | TensorBoard, tables, a report for the browser | [`loggers`] |
 //! | samples of your own, read by worker threads | [`data::DataLoader`], [`data::Dataset`] |
+//! | files of PyTorch, Lightning and Hugging Face; TorchScript | [`pytorch`] |
 //! | ready steps for supervised learning | [`supervised`] |
 #![cfg_attr(feature = "distributed", doc = "| many processes and machines | [`distributed`] |")]
 //!
@@ -141,6 +142,11 @@ pub use error::{Error, Panicked, Result};
 pub use freed_memory::keep_freed_memory;
 pub use host_syncs::host_syncs;
 pub use tch;
+
+/// The code of the page is compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/PYTORCH.md")]
+mod pytorch_page {}
 
 /// What most programs need.
 pub mod prelude {
