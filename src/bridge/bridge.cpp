@@ -8,26 +8,12 @@
 #include <memory>
 #include <unordered_set>
 
+using abi::Hyper;
 using torch::Tensor;
 using torch::optim::Optimizer;
 using torch::optim::OptimizerOptions;
 
 namespace {
-
-// The hyper-parameters. The numbers are those of the enum `Hyper` in src/optim/hyper.rs.
-enum Option : int {
-  LR = 0,
-  MOMENTUM = 1,
-  DAMPENING = 2,
-  WEIGHT_DECAY = 3,
-  NESTEROV = 4,
-  BETA1 = 5,
-  BETA2 = 6,
-  EPS = 7,
-  AMSGRAD = 8,
-  ALPHA = 9,
-  CENTERED = 10,
-};
 
 [[noreturn]] void no_option() { throw std::invalid_argument("this optimizer has no such option"); }
 
@@ -35,11 +21,11 @@ enum Option : int {
 // are right.
 template <typename F>
 void with_options(int kind, OptimizerOptions& options, F&& f) {
-  switch (kind_of(kind)) {
-    case SGD: return f(static_cast<torch::optim::SGDOptions&>(options));
-    case ADAM: return f(static_cast<torch::optim::AdamOptions&>(options));
-    case ADAMW: return f(static_cast<torch::optim::AdamWOptions&>(options));
-    case RMSPROP: return f(static_cast<torch::optim::RMSpropOptions&>(options));
+  switch (abi::of<Algorithm>(kind)) {
+    case Algorithm::Sgd: return f(static_cast<torch::optim::SGDOptions&>(options));
+    case Algorithm::Adam: return f(static_cast<torch::optim::AdamOptions&>(options));
+    case Algorithm::AdamW: return f(static_cast<torch::optim::AdamWOptions&>(options));
+    case Algorithm::RmsProp: return f(static_cast<torch::optim::RMSpropOptions&>(options));
   }
 }
 
@@ -48,35 +34,35 @@ template <typename T> struct is_rmsprop : std::is_same<T, torch::optim::RMSpropO
 
 // Calls f(getter, setter) for the option with that number; throws if this optimizer has no such option.
 template <typename O, typename F>
-void with_option(O& o, int option, F&& f) {
+void with_option(O& o, Hyper option, F&& f) {
   switch (option) {
-    case LR: return f([&] { return o.lr(); }, [&](double v) { o.lr(v); });
-    case WEIGHT_DECAY: return f([&] { return o.weight_decay(); }, [&](double v) { o.weight_decay(v); });
+    case Hyper::Lr: return f([&] { return o.lr(); }, [&](double v) { o.lr(v); });
+    case Hyper::WeightDecay: return f([&] { return o.weight_decay(); }, [&](double v) { o.weight_decay(v); });
     default: break;
   }
   if constexpr (is_sgd<O>::value) {
     switch (option) {
-      case MOMENTUM: return f([&] { return o.momentum(); }, [&](double v) { o.momentum(v); });
-      case DAMPENING: return f([&] { return o.dampening(); }, [&](double v) { o.dampening(v); });
-      case NESTEROV: return f([&] { return o.nesterov() ? 1. : 0.; }, [&](double v) { o.nesterov(v != 0.); });
+      case Hyper::Momentum: return f([&] { return o.momentum(); }, [&](double v) { o.momentum(v); });
+      case Hyper::Dampening: return f([&] { return o.dampening(); }, [&](double v) { o.dampening(v); });
+      case Hyper::Nesterov: return f([&] { return o.nesterov() ? 1. : 0.; }, [&](double v) { o.nesterov(v != 0.); });
       default: no_option();
     }
   } else if constexpr (is_rmsprop<O>::value) {
     switch (option) {
-      case MOMENTUM: return f([&] { return o.momentum(); }, [&](double v) { o.momentum(v); });
-      case EPS: return f([&] { return o.eps(); }, [&](double v) { o.eps(v); });
-      case ALPHA: return f([&] { return o.alpha(); }, [&](double v) { o.alpha(v); });
-      case CENTERED: return f([&] { return o.centered() ? 1. : 0.; }, [&](double v) { o.centered(v != 0.); });
+      case Hyper::Momentum: return f([&] { return o.momentum(); }, [&](double v) { o.momentum(v); });
+      case Hyper::Eps: return f([&] { return o.eps(); }, [&](double v) { o.eps(v); });
+      case Hyper::Alpha: return f([&] { return o.alpha(); }, [&](double v) { o.alpha(v); });
+      case Hyper::Centered: return f([&] { return o.centered() ? 1. : 0.; }, [&](double v) { o.centered(v != 0.); });
       default: no_option();
     }
   } else {
     switch (option) {
-      case BETA1:
+      case Hyper::Beta1:
         return f([&] { return std::get<0>(o.betas()); }, [&](double v) { std::get<0>(o.betas()) = v; });
-      case BETA2:
+      case Hyper::Beta2:
         return f([&] { return std::get<1>(o.betas()); }, [&](double v) { std::get<1>(o.betas()) = v; });
-      case EPS: return f([&] { return o.eps(); }, [&](double v) { o.eps(v); });
-      case AMSGRAD: return f([&] { return o.amsgrad() ? 1. : 0.; }, [&](double v) { o.amsgrad(v != 0.); });
+      case Hyper::Eps: return f([&] { return o.eps(); }, [&](double v) { o.eps(v); });
+      case Hyper::Amsgrad: return f([&] { return o.amsgrad() ? 1. : 0.; }, [&](double v) { o.amsgrad(v != 0.); });
       default: no_option();
     }
   }
@@ -95,14 +81,22 @@ Tensor* copy(const Tensor& tensor) { return tensor.defined() ? new Tensor(tensor
 
 extern "C" {
 
+// Lists the enums of abi.h and their numbers, one in a line.
+const char* tig_numbers() {
+#define TIG_LINE(NAME, NUMBER) #NAME " = " #NUMBER "\n"
+#define TIG_LINES(ENUM, LIST, WHAT) "enum " #ENUM "\n" LIST(TIG_LINE)
+  return TIG_ALL_NUMBERS(TIG_LINES);
+}
+
 void tig_free(char* text) { free(text); }
 
 int tig_kind(Optimizer* optimizer, int* kind, char** error) {
   return guarded(error, [&] {
-    if (dynamic_cast<torch::optim::SGD*>(optimizer)) *kind = SGD;
-    else if (dynamic_cast<torch::optim::Adam*>(optimizer)) *kind = ADAM;
-    else if (dynamic_cast<torch::optim::AdamW*>(optimizer)) *kind = ADAMW;
-    else if (dynamic_cast<torch::optim::RMSprop*>(optimizer)) *kind = RMSPROP;
+    const auto give = [&](Algorithm algorithm) { *kind = static_cast<int>(algorithm); };
+    if (dynamic_cast<torch::optim::SGD*>(optimizer)) give(Algorithm::Sgd);
+    else if (dynamic_cast<torch::optim::Adam*>(optimizer)) give(Algorithm::Adam);
+    else if (dynamic_cast<torch::optim::AdamW*>(optimizer)) give(Algorithm::AdamW);
+    else if (dynamic_cast<torch::optim::RMSprop*>(optimizer)) give(Algorithm::RmsProp);
     else throw std::invalid_argument("only SGD, Adam, AdamW and RMSprop are known");
   });
 }
@@ -120,7 +114,7 @@ int tig_reserve_groups(Optimizer* optimizer, size_t count, char** error) {
 int tig_get(Optimizer* optimizer, int kind, size_t group, int option, double* value, char** error) {
   return guarded(error, [&] {
     with_options(kind, optimizer->param_groups().at(group).options(), [&](auto& options) {
-      with_option(options, option, [&](auto get, auto) { *value = get(); });
+      with_option(options, abi::of<Hyper>(option), [&](auto get, auto) { *value = get(); });
     });
   });
 }
@@ -128,7 +122,7 @@ int tig_get(Optimizer* optimizer, int kind, size_t group, int option, double* va
 int tig_set(Optimizer* optimizer, int kind, size_t group, int option, double value, char** error) {
   return guarded(error, [&] {
     with_options(kind, optimizer->param_groups().at(group).options(), [&](auto& options) {
-      with_option(options, option, [&](auto, auto set) { set(value); });
+      with_option(options, abi::of<Hyper>(option), [&](auto, auto set) { set(value); });
     });
   });
 }
@@ -188,14 +182,14 @@ int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* foun
       tensors[1] = copy(s->exp_avg_sq());
       tensors[2] = copy(s->max_exp_avg_sq());
     };
-    switch (kind_of(kind)) {
-      case SGD:
+    switch (abi::of<Algorithm>(kind)) {
+      case Algorithm::Sgd:
         if (auto s = state_of<torch::optim::SGDParamState>(optimizer, parameter)) {
           *found = 1;
           tensors[0] = copy(s->momentum_buffer());
         }
         break;
-      case RMSPROP:
+      case Algorithm::RmsProp:
         if (auto s = state_of<torch::optim::RMSpropParamState>(optimizer, parameter)) {
           *found = 1;
           *step = s->step();
@@ -204,8 +198,8 @@ int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* foun
           tensors[2] = copy(s->grad_avg());
         }
         break;
-      case ADAM: return adam(state_of<torch::optim::AdamParamState>(optimizer, parameter));
-      case ADAMW: return adam(state_of<torch::optim::AdamWParamState>(optimizer, parameter));
+      case Algorithm::Adam: return adam(state_of<torch::optim::AdamParamState>(optimizer, parameter));
+      case Algorithm::AdamW: return adam(state_of<torch::optim::AdamWParamState>(optimizer, parameter));
     }
   });
 }
@@ -223,13 +217,13 @@ int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64
       s->max_exp_avg_sq(tensor(2));
       set(std::move(s));
     };
-    switch (kind_of(kind)) {
-      case SGD: {
+    switch (abi::of<Algorithm>(kind)) {
+      case Algorithm::Sgd: {
         auto s = std::make_unique<torch::optim::SGDParamState>();
         s->momentum_buffer(tensor(0));
         return set(std::move(s));
       }
-      case RMSPROP: {
+      case Algorithm::RmsProp: {
         auto s = std::make_unique<torch::optim::RMSpropParamState>();
         s->step(step);
         s->square_avg(tensor(0));
@@ -237,8 +231,8 @@ int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64
         s->grad_avg(tensor(2));
         return set(std::move(s));
       }
-      case ADAM: return adam(std::make_unique<torch::optim::AdamParamState>());
-      case ADAMW: return adam(std::make_unique<torch::optim::AdamWParamState>());
+      case Algorithm::Adam: return adam(std::make_unique<torch::optim::AdamParamState>());
+      case Algorithm::AdamW: return adam(std::make_unique<torch::optim::AdamWParamState>());
     }
   });
 }

@@ -20,6 +20,7 @@
 #include "plan.h"
 #include "rules.h"
 
+using abi::Mode;
 using at::Tensor;
 using torch::optim::Optimizer;
 
@@ -32,30 +33,14 @@ using RmsProp = tig::RmsPropRules;
 
 // Calls f(rules) with the rules of this kind of optimizer.
 template <typename F>
-auto with_rules(Kind kind, F&& f) {
+auto with_rules(Algorithm kind, F&& f) {
   switch (kind) {
-    case SGD: return f(Sgd());
-    case ADAM: return f(Adam());
-    case ADAMW: return f(AdamW());
-    case RMSPROP: return f(RmsProp());
+    case Algorithm::Sgd: return f(Sgd());
+    case Algorithm::Adam: return f(Adam());
+    case Algorithm::AdamW: return f(AdamW());
+    case Algorithm::RmsProp: return f(RmsProp());
   }
-  unknown("kind of optimizer", kind);
-}
-
-// How steps are done. The numbers are those of the enum `Mode` in fused.rs.
-enum Mode : int {
-  LOOP = 0,      // libtorch's own loop
-  FUSED = 1,     // one pass on CPU, libtorch's fused kernels elsewhere
-  KERNELS = 2,   // libtorch's fused kernels everywhere: tests use it to run CUDA's path on the CPU
-};
-
-Mode mode_of(int number) {
-  switch (number) {
-    case LOOP:
-    case FUSED:
-    case KERNELS: return static_cast<Mode>(number);
-    default: unknown("way to step", number);
-  }
+  unknown("kind of optimizer", static_cast<int>(kind));
 }
 
 // Thrown when one parameter makes the whole step impossible.
@@ -94,7 +79,7 @@ State* find(Optimizer& optimizer, const Tensor& p) {
 
 // Subtracts the steps that a GradScaler skipped on a device from the step counts. Costs a host sync if there were
 // steps with a GradScaler on a device since the last call. Everything but Step calls this before it touches the state.
-void settle(Optimizer& optimizer, Kind kind, Plan& plan) {
+void settle(Optimizer& optimizer, Algorithm kind, Plan& plan) {
   plan.known.valid = false;
   if (!plan.ahead.skipped.defined()) return;
   const auto skipped = static_cast<int64_t>(plan.ahead.skipped.item<double>());
@@ -103,7 +88,7 @@ void settle(Optimizer& optimizer, Kind kind, Plan& plan) {
     auto found = all.find(parameter);
     if (found == all.end()) continue;
     auto back = [&](auto& state) { state.step(state.step() - skipped); };
-    if (kind == ADAM) back(static_cast<torch::optim::AdamParamState&>(*found->second));
+    if (kind == Algorithm::Adam) back(static_cast<torch::optim::AdamParamState&>(*found->second));
     else back(static_cast<torch::optim::AdamWParamState&>(*found->second));
   }
   plan.ahead = {};
@@ -121,14 +106,14 @@ TIG_INLINE const void* read_memory(c10::TensorImpl& t, size_t item) {
 
 class Step {
  public:
-  Step(Optimizer& optimizer, Kind kind, Plan& plan, Mode mode, const Tensor* factor, const Tensor* found_inf)
+  Step(Optimizer& optimizer, Algorithm kind, Plan& plan, Mode mode, const Tensor* factor, const Tensor* found_inf)
       : optimizer_(optimizer), kind_(kind), plan_(plan), mode_(mode), factor_(factor), found_inf_(found_inf) {}
 
   // Makes the step. Everything that can refuse it comes before the first change.
   void run() {
     at::NoGradGuard no_grad;
-    if (mode_ == LOOP) settle(optimizer_, kind_, plan_);
-    if (mode_ == LOOP ? found_inf_ && skipped() : skipped_on_host()) return;
+    if (mode_ == Mode::Loop) settle(optimizer_, kind_, plan_);
+    if (mode_ == Mode::Loop ? found_inf_ && skipped() : skipped_on_host()) return;
     with_rules(kind_, [&](auto rules) {
       using Rules = decltype(rules);
       if (recall<Rules>()) return;
@@ -145,9 +130,9 @@ class Step {
   // Returns true if the host knows that the step is skipped. Where the device's kernels can step all parameters, they
   // read found_inf themselves, and the host does not.
   bool skipped_on_host() {
-    if (found_inf_ && found_inf_->device().is_cpu() && mode_ != KERNELS) return skipped();
+    if (found_inf_ && found_inf_->device().is_cpu() && mode_ != Mode::Kernels) return skipped();
     if (!found_inf_ && !plan_.ahead.skipped.defined()) return false;
-    bool all = kind_ != RMSPROP;  // libtorch has no fused RMSprop
+    bool all = kind_ != Algorithm::RmsProp;  // libtorch has no fused RMSprop
     plan_.on_device.clear();
     for (auto& group : optimizer_.param_groups())
       for (const Tensor& p : group.params()) {
@@ -156,7 +141,7 @@ class Step {
         else all = false;
         // With dampening the first step copies the undamped gradient into the buffer; a step from a buffer of zeros
         // would damp it. So the device cannot skip this first step by itself.
-        all = all && !(kind_ == SGD && static_cast<torch::optim::SGDOptions&>(group.options()).dampening() != 0 &&
+        all = all && !(kind_ == Algorithm::Sgd && static_cast<torch::optim::SGDOptions&>(group.options()).dampening() != 0 &&
                        !find<torch::optim::SGDParamState>(optimizer_, p));
       }
     const auto& ahead = plan_.ahead;
@@ -180,7 +165,7 @@ class Step {
   template <typename Rules>
   bool recall() {
     auto& known = plan_.known;
-    if (!known.valid || mode_ != FUSED) return false;
+    if (!known.valid || mode_ != Mode::Fused) return false;
     auto& groups = optimizer_.param_groups();
     for (const auto& shared : known.shared) {
       if (shared.group >= groups.size()) return false;
@@ -263,8 +248,8 @@ class Step {
 
   template <typename Rules>
   Plan::Way way(const Tensor& p, const Tensor& g, const typename Rules::State* state, const typename Rules::Options& o) const {
-    if (mode_ == LOOP) return Plan::Way::LOOP;
-    const bool own = mode_ == FUSED && tig::is_plain_cpu(p);
+    if (mode_ == Mode::Loop) return Plan::Way::LOOP;
+    const bool own = mode_ == Mode::Fused && tig::is_plain_cpu(p);
     if (!own && !for_kernels(p)) return Plan::Way::LOOP;
     if (!tig::is_alike(p, g) || p.is_alias_of(g)) return Plan::Way::LOOP;
     if (state) {
@@ -347,7 +332,7 @@ class Step {
     if (any_left) loop_over_left();
     for (auto& decision : plan_.decisions) take<Rules>(decision);
     plan_.decisions.clear();
-    known.valid = mode_ == FUSED && !any_left && plan_.buckets.empty();
+    known.valid = mode_ == Mode::Fused && !any_left && plan_.buckets.empty();
   }
 
   template <typename Rules>
@@ -421,7 +406,7 @@ class Step {
   void read_factor(bool wanted) { host_factor_ = factor_ && wanted ? factor_->item<double>() : 1.; }
 
   bool for_kernels(const Tensor& p) const {
-    const bool device = p.device().is_cuda() || (mode_ == KERNELS && p.device().is_cpu());
+    const bool device = p.device().is_cuda() || (mode_ == Mode::Kernels && p.device().is_cpu());
     return device && p.layout() == at::kStrided && at::isFloatingType(p.scalar_type()) &&
            p.is_non_overlapping_and_dense() && !p.is_inference() && !p.is_neg();
   }
@@ -435,7 +420,7 @@ class Step {
       if (factor_) scale = factor_->to(device, at::kFloat).reciprocal().reshape({});
       if (found_inf_) found_inf = found_inf_->to(device, at::kFloat).reshape({});
       switch (kind_) {
-        case SGD: {
+        case Algorithm::Sgd: {
           const auto& o = static_cast<torch::optim::SGDOptions&>(options);
           bool first = o.momentum() != 0 && std::get<4>(key) == 0;
           // The device may skip this step, and then the next one is the first. From a buffer of zeros an ordinary step
@@ -445,9 +430,9 @@ class Step {
                           o.nesterov(), /*maximize=*/false, first, scale, found_inf);
           break;
         }
-        case RMSPROP: rmsprop_kernels(bucket, static_cast<torch::optim::RMSpropOptions&>(options)); break;
-        case ADAM:
-        case ADAMW: {
+        case Algorithm::RmsProp: rmsprop_kernels(bucket, static_cast<torch::optim::RMSpropOptions&>(options)); break;
+        case Algorithm::Adam:
+        case Algorithm::AdamW: {
           // The step count is filled in on the device, so nothing is copied from the host.
           auto done = at::full({}, static_cast<double>(std::get<4>(key) + 1), at::device(device).dtype(at::kFloat));
           if (plan_.ahead.skipped.defined()) done = done - plan_.ahead.skipped.to(device);
@@ -457,7 +442,7 @@ class Step {
                   std::get<1>(o.betas()), o.weight_decay(), o.eps(), o.amsgrad(), /*maximize=*/false, scale,
                   found_inf);
           };
-          if (kind_ == ADAM)
+          if (kind_ == Algorithm::Adam)
             call([](auto&&... args) { at::_fused_adam_(args...); }, static_cast<torch::optim::AdamOptions&>(options));
           else
             call([](auto&&... args) { at::_fused_adamw_(args...); },
@@ -465,7 +450,7 @@ class Step {
         }
       }
     }
-    if (found_inf_ && (kind_ == ADAM || kind_ == ADAMW) && !plan_.buckets.empty()) {
+    if (found_inf_ && (kind_ == Algorithm::Adam || kind_ == Algorithm::AdamW) && !plan_.buckets.empty()) {
       auto now = found_inf_->ne(0).to(at::kFloat).reshape({});
       plan_.ahead.skipped = plan_.ahead.skipped.defined() ? plan_.ahead.skipped + now : now;
       plan_.ahead.parameters = plan_.on_device;
@@ -501,7 +486,7 @@ class Step {
   }
 
   Optimizer& optimizer_;
-  const Kind kind_;
+  const Algorithm kind_;
   Plan& plan_;
   const Mode mode_;
   const Tensor* factor_;
@@ -527,7 +512,7 @@ int tig_step(Optimizer* optimizer, int kind, Plan* plan, int mode, const Tensor*
   *refused = nullptr;
   return guarded(error, [&] {
     try {
-      Step(*optimizer, kind_of(kind), *plan, mode_of(mode), factor, found_inf).run();
+      Step(*optimizer, abi::of<Algorithm>(kind), *plan, abi::of<Mode>(mode), factor, found_inf).run();
     } catch (const Refused& why) {
       *refused = why.parameter;
       plan->decisions.clear();
@@ -537,7 +522,7 @@ int tig_step(Optimizer* optimizer, int kind, Plan* plan, int mode, const Tensor*
 }
 
 int tig_settle(Optimizer* optimizer, int kind, Plan* plan, char** error) {
-  return guarded(error, [&] { settle(*optimizer, kind_of(kind), *plan); });
+  return guarded(error, [&] { settle(*optimizer, abi::of<Algorithm>(kind), *plan); });
 }
 
 }  // extern "C"

@@ -5,6 +5,7 @@
 //! own ([`Tap`]) calls the real config and notes that pointer on its way. So tch builds its own
 //! optimizer as usual, and [`Native`] knows the address of the C++ object inside it.
 
+mod abi;
 mod allocator;
 mod autocast;
 mod average;
@@ -35,13 +36,16 @@ use tch::nn::{self, OptimizerConfig};
 use tch::{COptimizer, TchError, Tensor};
 use torch_sys::C_tensor;
 
+pub(crate) use abi::{Algorithm, Hyper, Mode};
+#[cfg(feature = "distributed")]
+pub(crate) use abi::{Cause, Compression, Reduction};
 pub(crate) use allocator::keep_freed;
 pub(crate) use autocast::AutocastRegion;
 pub(crate) use average::{Average, Pairs};
 pub(crate) use batch_norm::BatchNormWatch;
 #[cfg(feature = "distributed")]
-pub(crate) use dist::{Cause, DistException, ProcessGroups, Store, StoreAddress};
-pub(crate) use fused::{Mode, StepError};
+pub(crate) use dist::{DistException, ProcessGroups, Store, StoreAddress};
+pub(crate) use fused::StepError;
 pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use host_syncs::HostSyncs;
 pub(crate) use memory::{bytes, bytes_mut};
@@ -160,16 +164,6 @@ unsafe fn taken_text(text: *mut c_char) -> String {
     copy
 }
 
-/// The kind of an optimizer. The numbers are those of the enum `Kind` in bridge.h.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(i32)]
-pub(crate) enum Algorithm {
-    Sgd = 0,
-    Adam = 1,
-    AdamW = 2,
-    RmsProp = 3,
-}
-
 /// Identifies a tensor of libtorch by the address of its TensorImpl: equal for all shallow clones of a
 /// tensor, different for its views.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -259,13 +253,7 @@ impl Native {
         let mut kind = -1;
         // SAFETY: `raw` is the live optimizer inside `tch`.
         checked(|error| unsafe { tig_kind(raw.as_ptr(), &mut kind, error) })?;
-        let algorithm = match kind {
-            0 => Algorithm::Sgd,
-            1 => Algorithm::Adam,
-            2 => Algorithm::AdamW,
-            3 => Algorithm::RmsProp,
-            other => return Err(format!("the bridge answered with an unknown optimizer: {other}")),
-        };
+        let algorithm = Algorithm::try_from(kind)?;
         let mut native = Self { tch, raw, algorithm, mode: Mode::Fused, plan: Plan::new()? };
         native.remove_repeated()?;
         Ok(native)
@@ -285,20 +273,39 @@ impl Native {
     }
 
     #[inline]
-    pub(crate) fn get(&self, group: usize, option: i32) -> Result<f64, BridgeError> {
+    pub(crate) fn get(&self, group: usize, option: Hyper) -> Result<f64, BridgeError> {
         let mut value = f64::NAN;
         // SAFETY: see above; the C++ side checks `group` and `option`.
         checked(|error| unsafe {
-            tig_get(self.raw.as_ptr(), self.algorithm as c_int, group, option, &mut value, error)
+            tig_get(
+                self.raw.as_ptr(),
+                self.algorithm as c_int,
+                group,
+                option as c_int,
+                &mut value,
+                error,
+            )
         })?;
         Ok(value)
     }
 
     #[inline]
-    pub(crate) fn set(&mut self, group: usize, option: i32, value: f64) -> Result<(), BridgeError> {
+    pub(crate) fn set(
+        &mut self,
+        group: usize,
+        option: Hyper,
+        value: f64,
+    ) -> Result<(), BridgeError> {
         // SAFETY: see above; the C++ side checks `group` and `option`.
         checked(|error| unsafe {
-            tig_set(self.raw.as_ptr(), self.algorithm as c_int, group, option, value, error)
+            tig_set(
+                self.raw.as_ptr(),
+                self.algorithm as c_int,
+                group,
+                option as c_int,
+                value,
+                error,
+            )
         })
     }
 
@@ -411,7 +418,7 @@ mod tests {
     /// The C++ side must refuse a number that has no meaning there, and not take it for another one.
     #[test]
     fn unknown_numbers_are_errors() {
-        const UNKNOWN: c_int = 9;
+        const UNKNOWN: c_int = 999;
         let vs = nn::VarStore::new(Device::Cpu);
         let w = vs.root().ones("w", &[2]);
         let native = Native::build(&nn::Adam::default(), &vs, 0.1).unwrap();

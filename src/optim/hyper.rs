@@ -7,23 +7,7 @@ use tch::Tensor;
 use crate::bridge::Algorithm;
 use crate::error::{Error, Result};
 
-/// A hyper-parameter. The numbers are those of the enum `Option` in bridge/bridge.cpp.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(i32)]
-pub(crate) enum Hyper {
-    Lr = 0,
-    Momentum = 1,
-    Dampening = 2,
-    WeightDecay = 3,
-    Nesterov = 4,
-    Beta1 = 5,
-    Beta2 = 6,
-    Eps = 7,
-    Amsgrad = 8,
-    Alpha = 9,
-    Centered = 10,
-}
-
+pub(crate) use crate::bridge::Hyper;
 use Hyper::*;
 
 const SGD: &[Hyper] = &[Lr, Momentum, Dampening, WeightDecay, Nesterov];

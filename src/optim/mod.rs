@@ -133,7 +133,7 @@ impl Optimizer {
             .reserve_groups(grouping.rules().len())
             .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
         for hyper in native.algorithm.hypers() {
-            let value = native.get(0, *hyper as i32);
+            let value = native.get(0, *hyper);
             hyper.check(
                 value.map_err(|text| Error::libtorch("cannot build the optimizer", text))?,
             )?;
@@ -230,7 +230,7 @@ impl Optimizer {
     fn get_hyper(&self, group: usize, hyper: Hyper) -> Result<f64> {
         self.native(|native| {
             native
-                .get(group, hyper as i32)
+                .get(group, hyper)
                 .map_err(|text| Error::libtorch(format!("reading {hyper} of group {group}"), text))
         })
     }
@@ -240,13 +240,13 @@ impl Optimizer {
         hyper.check(value)?;
         let failed = |text| Error::libtorch(format!("setting {hyper} of group {group}"), text);
         let Some(buffer) = self.shared.algorithm.buffer_of(hyper).filter(|_| value != 0.) else {
-            return self.native(|native| native.set(group, hyper as i32, value).map_err(failed));
+            return self.native(|native| native.set(group, hyper, value).map_err(failed));
         };
         self.native(|native| {
-            if native.get(group, hyper as i32).map_err(failed)? == 0. {
+            if native.get(group, hyper).map_err(failed)? == 0. {
                 native.add_buffer(group, buffer).map_err(failed)?;
             }
-            native.set(group, hyper as i32, value).map_err(failed)
+            native.set(group, hyper, value).map_err(failed)
         })
     }
 

@@ -63,7 +63,7 @@ impl Optimizer {
         self.native(|native| {
             let failed = |text| Error::libtorch("copying the optimizer's state", text);
             let hyper = |group, hyper: Hyper| {
-                let value = native.get(group, hyper as i32).map_err(failed)?;
+                let value = native.get(group, hyper).map_err(failed)?;
                 Ok((hyper, value))
             };
             let group =
@@ -94,7 +94,7 @@ impl Optimizer {
             let failed = |text| Error::libtorch("restoring the optimizer", text);
             for (index, hypers) in snapshot.hypers.iter().enumerate() {
                 for (hyper, value) in hypers {
-                    native.set(index, *hyper as i32, *value).map_err(failed)?;
+                    native.set(index, *hyper, *value).map_err(failed)?;
                 }
             }
             for (parameter, state) in &snapshot.states {
