@@ -47,6 +47,12 @@ fn training() {
     check("train.jsonl", 0);
 }
 
+/// Skipped are LBFGS and both Schedule-Free optimizers, eight cases each.
+#[test]
+fn optimizers() {
+    check("optimizer.jsonl", 24);
+}
+
 #[test]
 fn learning_rate_finder() {
     check("lr_finder.jsonl", 0);

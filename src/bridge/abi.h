@@ -4,11 +4,19 @@
 
 #include "guarded.h"
 
-#define TIG_ALGORITHMS(X) X(Sgd, 0) X(Adam, 1) X(AdamW, 2) X(RmsProp, 3)
+#define TIG_CLASSES(X) X(Sgd, 0) X(Adam, 1) X(AdamW, 2) X(RmsProp, 3) X(Own, 4)
+
+#define TIG_ALGORITHMS(X)                                                                                \
+  X(Sgd, 0) X(Adam, 1) X(AdamW, 2) X(RmsProp, 3) X(Adagrad, 4) X(NAdam, 5) X(RAdam, 6) X(Adamax, 7)      \
+  X(Adadelta, 8) X(Asgd, 9) X(Rprop, 10) X(Lion, 11) X(Adafactor, 12) X(Muon, 13) X(SparseAdam, 14)
 
 #define TIG_HYPERS(X)                                                                                    \
   X(Lr, 0) X(Momentum, 1) X(Dampening, 2) X(WeightDecay, 3) X(Nesterov, 4) X(Beta1, 5) X(Beta2, 6)       \
-  X(Eps, 7) X(Amsgrad, 8) X(Alpha, 9) X(Centered, 10)
+  X(Eps, 7) X(Amsgrad, 8) X(Alpha, 9) X(Centered, 10) X(Maximize, 11) X(LrDecay, 12)                     \
+  X(InitialAccumulatorValue, 13) X(MomentumDecay, 14) X(DecoupledWeightDecay, 15) X(Rho, 16)             \
+  X(Lambd, 17) X(T0, 18) X(EtaMinus, 19) X(EtaPlus, 20) X(StepSizeMin, 21) X(StepSizeMax, 22)            \
+  X(Beta2Decay, 23) X(Eps1, 24) X(Eps2, 25) X(D, 26) X(NsA, 27) X(NsB, 28) X(NsC, 29) X(NsSteps, 30)     \
+  X(MatchRmsAdamW, 31)
 
 #define TIG_MODES(X) X(Loop, 0) X(Fused, 1) X(Kernels, 2)
 
@@ -24,7 +32,8 @@
 
 // All lists, each with the name of its enum and the words for it in an error.
 #define TIG_ALL_NUMBERS(X)                                      \
-  X(Algorithm, TIG_ALGORITHMS, "kind of optimizer")             \
+  X(Class, TIG_CLASSES, "kind of optimizer")                    \
+  X(Algorithm, TIG_ALGORITHMS, "algorithm")                     \
   X(Hyper, TIG_HYPERS, "hyper-parameter")                       \
   X(Mode, TIG_MODES, "way to step")                             \
   X(Update, TIG_UPDATES, "update of averages")                  \

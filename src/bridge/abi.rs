@@ -37,12 +37,32 @@ macro_rules! numbers {
 }
 
 numbers! {
-    /// The kind of an optimizer.
+    /// The C++ class of an optimizer: one of libtorch's, or ours (own.h), whose options name the algorithm.
+    enum Class {
+        Sgd = 0,
+        Adam = 1,
+        AdamW = 2,
+        RmsProp = 3,
+        Own = 4,
+    }
+
+    /// The algorithm of an optimizer.
     enum Algorithm {
         Sgd = 0,
         Adam = 1,
         AdamW = 2,
         RmsProp = 3,
+        Adagrad = 4,
+        NAdam = 5,
+        RAdam = 6,
+        Adamax = 7,
+        Adadelta = 8,
+        Asgd = 9,
+        Rprop = 10,
+        Lion = 11,
+        Adafactor = 12,
+        Muon = 13,
+        SparseAdam = 14,
     }
 
     /// A hyper-parameter of a group.
@@ -58,6 +78,28 @@ numbers! {
         Amsgrad = 8,
         Alpha = 9,
         Centered = 10,
+        Maximize = 11,
+        LrDecay = 12,
+        InitialAccumulatorValue = 13,
+        MomentumDecay = 14,
+        DecoupledWeightDecay = 15,
+        Rho = 16,
+        Lambd = 17,
+        T0 = 18,
+        EtaMinus = 19,
+        EtaPlus = 20,
+        StepSizeMin = 21,
+        StepSizeMax = 22,
+        Beta2Decay = 23,
+        /// 0 stands for the precision of the parameter's type.
+        Eps1 = 24,
+        Eps2 = 25,
+        D = 26,
+        NsA = 27,
+        NsB = 28,
+        NsC = 29,
+        NsSteps = 30,
+        MatchRmsAdamW = 31,
     }
 
     /// How steps are made.

@@ -3,11 +3,14 @@
 // with tig_free.
 
 #include "bridge.h"
+#include "own.h"
+#include "plan.h"
 
 #include <algorithm>
 #include <memory>
 #include <unordered_set>
 
+using abi::Class;
 using abi::Hyper;
 using torch::Tensor;
 using torch::optim::Optimizer;
@@ -21,11 +24,12 @@ namespace {
 // are right.
 template <typename F>
 void with_options(int kind, OptimizerOptions& options, F&& f) {
-  switch (abi::of<Algorithm>(kind)) {
-    case Algorithm::Sgd: return f(static_cast<torch::optim::SGDOptions&>(options));
-    case Algorithm::Adam: return f(static_cast<torch::optim::AdamOptions&>(options));
-    case Algorithm::AdamW: return f(static_cast<torch::optim::AdamWOptions&>(options));
-    case Algorithm::RmsProp: return f(static_cast<torch::optim::RMSpropOptions&>(options));
+  switch (abi::of<Class>(kind)) {
+    case Class::Sgd: return f(static_cast<torch::optim::SGDOptions&>(options));
+    case Class::Adam: return f(static_cast<torch::optim::AdamOptions&>(options));
+    case Class::AdamW: return f(static_cast<torch::optim::AdamWOptions&>(options));
+    case Class::RmsProp: return f(static_cast<torch::optim::RMSpropOptions&>(options));
+    case Class::Own: no_option();
   }
 }
 
@@ -75,7 +79,14 @@ const S* state_of(Optimizer* optimizer, const Tensor* parameter) {
   return found == all.end() ? nullptr : static_cast<const S*>(found->second.get());
 }
 
+constexpr size_t DEFAULTS = SIZE_MAX;
+
 Tensor* copy(const Tensor& tensor) { return tensor.defined() ? new Tensor(tensor) : nullptr; }
+
+// The rule of one of our own optimizers.
+const tig::OwnRule& own_rule(Optimizer* optimizer) {
+  return tig::rule_of(static_cast<const tig::OwnOptions&>(optimizer->defaults()).algorithm);
+}
 
 }  // namespace
 
@@ -90,14 +101,31 @@ const char* tig_numbers() {
 
 void tig_free(char* text) { free(text); }
 
-int tig_kind(Optimizer* optimizer, int* kind, char** error) {
+// Gives the class of an optimizer (an abi::Class), and its algorithm.
+int tig_kind(Optimizer* optimizer, int* kind, int* algorithm, char** error) {
   return guarded(error, [&] {
-    const auto give = [&](Algorithm algorithm) { *kind = static_cast<int>(algorithm); };
-    if (dynamic_cast<torch::optim::SGD*>(optimizer)) give(Algorithm::Sgd);
-    else if (dynamic_cast<torch::optim::Adam*>(optimizer)) give(Algorithm::Adam);
-    else if (dynamic_cast<torch::optim::AdamW*>(optimizer)) give(Algorithm::AdamW);
-    else if (dynamic_cast<torch::optim::RMSprop*>(optimizer)) give(Algorithm::RmsProp);
-    else throw std::invalid_argument("only SGD, Adam, AdamW and RMSprop are known");
+    const auto give = [&](Class known, Algorithm named) {
+      *kind = static_cast<int>(known);
+      *algorithm = static_cast<int>(named);
+    };
+    if (dynamic_cast<torch::optim::SGD*>(optimizer)) give(Class::Sgd, Algorithm::Sgd);
+    else if (dynamic_cast<torch::optim::Adam*>(optimizer)) give(Class::Adam, Algorithm::Adam);
+    else if (dynamic_cast<torch::optim::AdamW*>(optimizer)) give(Class::AdamW, Algorithm::AdamW);
+    else if (dynamic_cast<torch::optim::RMSprop*>(optimizer)) give(Class::RmsProp, Algorithm::RmsProp);
+    else if (dynamic_cast<tig::OwnOptimizer*>(optimizer))
+      give(Class::Own, static_cast<const tig::OwnOptions&>(optimizer->defaults()).algorithm);
+    else throw std::invalid_argument("only optimizers of tch and of this crate are known");
+  });
+}
+
+// Makes an optimizer of our own with `count` hyper-parameters.
+int tig_own_new(int algorithm, const int* hypers, const double* values, size_t count, Optimizer** made, char** error) {
+  return guarded(error, [&] {
+    tig::OwnOptions options;
+    options.algorithm = abi::of<Algorithm>(algorithm);
+    tig::rule_of(options.algorithm);  // throws if there is none
+    for (size_t i = 0; i < count; ++i) options[abi::of<Hyper>(hypers[i])] = values[i];
+    *made = new tig::OwnOptimizer(options);
   });
 }
 
@@ -111,19 +139,34 @@ int tig_reserve_groups(Optimizer* optimizer, size_t count, char** error) {
   });
 }
 
-int tig_get(Optimizer* optimizer, int kind, size_t group, int option, double* value, char** error) {
+int tig_get(Optimizer* optimizer, int kind, const Plan* plan, size_t group, int option, double* value, char** error) {
   return guarded(error, [&] {
-    with_options(kind, optimizer->param_groups().at(group).options(), [&](auto& options) {
-      with_option(options, abi::of<Hyper>(option), [&](auto get, auto) { *value = get(); });
-    });
+    const Hyper hyper = abi::of<Hyper>(option);
+    auto& options = optimizer->param_groups().at(group).options();
+    if (abi::of<Class>(kind) == Class::Own) *value = static_cast<const tig::OwnOptions&>(options)[hyper];
+    else if (hyper == Hyper::Maximize) *value = plan->maximizes(group) ? 1. : 0.;
+    else
+      with_options(kind, options, [&](auto& options) {
+        with_option(options, hyper, [&](auto get, auto) { *value = get(); });
+      });
   });
 }
 
-int tig_set(Optimizer* optimizer, int kind, size_t group, int option, double value, char** error) {
+// `group` may be DEFAULTS: groups that do not exist yet.
+int tig_set(Optimizer* optimizer, int kind, Plan* plan, size_t group, int option, double value, char** error) {
   return guarded(error, [&] {
-    with_options(kind, optimizer->param_groups().at(group).options(), [&](auto& options) {
-      with_option(options, abi::of<Hyper>(option), [&](auto, auto set) { set(value); });
-    });
+    const Hyper hyper = abi::of<Hyper>(option);
+    auto& groups = optimizer->param_groups();
+    auto& options = group == DEFAULTS ? optimizer->defaults() : groups.at(group).options();
+    if (abi::of<Class>(kind) == Class::Own) static_cast<tig::OwnOptions&>(options)[hyper] = value;
+    else if (hyper == Hyper::Maximize) {
+      plan->maximize.resize(std::max(plan->maximize.size(), groups.size()), plan->maximize_others);
+      if (group == DEFAULTS) plan->maximize_others = value != 0;
+      else plan->maximize[group] = value != 0;
+    } else
+      with_options(kind, options, [&](auto& options) {
+        with_option(options, hyper, [&](auto, auto set) { set(value); });
+      });
   });
 }
 
@@ -167,7 +210,8 @@ int tig_zero_grad(Optimizer* optimizer, char** error) {
 }
 
 // Gives the state of one parameter: up to three tensors (null where there is none) and the number of steps (-1 where
-// the optimizer does not count). `found` is 0 before the parameter's first step.
+// libtorch's class does not count). Numbers of our own optimizers are copied to tensors of one element, which stand after
+// the others. `found` is 0 before the parameter's first step.
 int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* found, int64_t* step, Tensor** tensors,
               char** error) {
   return guarded(error, [&] {
@@ -182,14 +226,14 @@ int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* foun
       tensors[1] = copy(s->exp_avg_sq());
       tensors[2] = copy(s->max_exp_avg_sq());
     };
-    switch (abi::of<Algorithm>(kind)) {
-      case Algorithm::Sgd:
+    switch (abi::of<Class>(kind)) {
+      case Class::Sgd:
         if (auto s = state_of<torch::optim::SGDParamState>(optimizer, parameter)) {
           *found = 1;
           tensors[0] = copy(s->momentum_buffer());
         }
         break;
-      case Algorithm::RmsProp:
+      case Class::RmsProp:
         if (auto s = state_of<torch::optim::RMSpropParamState>(optimizer, parameter)) {
           *found = 1;
           *step = s->step();
@@ -198,8 +242,18 @@ int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* foun
           tensors[2] = copy(s->grad_avg());
         }
         break;
-      case Algorithm::Adam: return adam(state_of<torch::optim::AdamParamState>(optimizer, parameter));
-      case Algorithm::AdamW: return adam(state_of<torch::optim::AdamWParamState>(optimizer, parameter));
+      case Class::Own:
+        if (auto s = state_of<tig::OwnState>(optimizer, parameter)) {
+          const auto& rule = own_rule(optimizer);
+          *found = 1;
+          if (rule.counts) *step = s->step;
+          for (int i = 0; i < rule.tensors; ++i) tensors[i] = copy(s->tensors[i]);
+          for (int i = 0; i < rule.numbers; ++i)
+            tensors[rule.tensors + i] = copy(at::full({}, s->numbers[i], at::kFloat));
+        }
+        break;
+      case Class::Adam: return adam(state_of<torch::optim::AdamParamState>(optimizer, parameter));
+      case Class::AdamW: return adam(state_of<torch::optim::AdamWParamState>(optimizer, parameter));
     }
   });
 }
@@ -217,13 +271,13 @@ int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64
       s->max_exp_avg_sq(tensor(2));
       set(std::move(s));
     };
-    switch (abi::of<Algorithm>(kind)) {
-      case Algorithm::Sgd: {
+    switch (abi::of<Class>(kind)) {
+      case Class::Sgd: {
         auto s = std::make_unique<torch::optim::SGDParamState>();
         s->momentum_buffer(tensor(0));
         return set(std::move(s));
       }
-      case Algorithm::RmsProp: {
+      case Class::RmsProp: {
         auto s = std::make_unique<torch::optim::RMSpropParamState>();
         s->step(step);
         s->square_avg(tensor(0));
@@ -231,8 +285,16 @@ int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64
         s->grad_avg(tensor(2));
         return set(std::move(s));
       }
-      case Algorithm::Adam: return adam(std::make_unique<torch::optim::AdamParamState>());
-      case Algorithm::AdamW: return adam(std::make_unique<torch::optim::AdamWParamState>());
+      case Class::Own: {
+        const auto& rule = own_rule(optimizer);
+        auto s = std::make_unique<tig::OwnState>();
+        s->step = std::max<int64_t>(step, 0);
+        for (int i = 0; i < rule.tensors; ++i) s->tensors[i] = tensor(i);
+        for (int i = 0; i < rule.numbers; ++i) s->numbers[i] = tensor(rule.tensors + i).item<float>();
+        return set(std::move(s));
+      }
+      case Class::Adam: return adam(std::make_unique<torch::optim::AdamParamState>());
+      case Class::AdamW: return adam(std::make_unique<torch::optim::AdamWParamState>());
     }
   });
 }

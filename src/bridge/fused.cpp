@@ -1,10 +1,11 @@
-// Steps of libtorch's optimizers on the optimizer's own state, all parameters at once. Parameters that these steps
-// cannot handle (sparse gradients, odd layouts, mixed types) go through libtorch's own loop.
+// Steps on the optimizer's own state, all parameters at once. Parameters that these steps cannot handle (sparse
+// gradients, odd layouts, mixed types) go through the loop of the optimizer's class.
 
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_addcdiv.h>
 #include <ATen/ops/_foreach_addcmul.h>
 #include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/_foreach_neg.h>
 #include <ATen/ops/_foreach_sqrt.h>
 #include <ATen/ops/_fused_adam.h>
 #include <ATen/ops/_fused_adamw.h>
@@ -20,6 +21,7 @@
 #include "plan.h"
 #include "rules.h"
 
+using abi::Class;
 using abi::Mode;
 using at::Tensor;
 using torch::optim::Optimizer;
@@ -33,12 +35,13 @@ using RmsProp = tig::RmsPropRules;
 
 // Calls f(rules) with the rules of this kind of optimizer.
 template <typename F>
-auto with_rules(Algorithm kind, F&& f) {
+auto with_rules(Class kind, F&& f) {
   switch (kind) {
-    case Algorithm::Sgd: return f(Sgd());
-    case Algorithm::Adam: return f(Adam());
-    case Algorithm::AdamW: return f(AdamW());
-    case Algorithm::RmsProp: return f(RmsProp());
+    case Class::Sgd: return f(Sgd());
+    case Class::Adam: return f(Adam());
+    case Class::AdamW: return f(AdamW());
+    case Class::RmsProp: return f(RmsProp());
+    case Class::Own: return f(tig::OwnRules());
   }
   unknown("kind of optimizer", static_cast<int>(kind));
 }
@@ -65,6 +68,21 @@ class Swapped {
   std::vector<std::vector<Tensor>>& parameters_;
 };
 
+// While an object of this class lives, some parameters have negated gradients.
+class Negated {
+ public:
+  void add(const Tensor& p) {
+    gradients_.emplace_back(p, p.grad());
+    p.mutable_grad() = p.grad().neg();
+  }
+  ~Negated() {
+    for (auto& [p, gradient] : gradients_) p.mutable_grad() = std::move(gradient);
+  }
+
+ private:
+  std::vector<std::pair<Tensor, Tensor>> gradients_;
+};
+
 void scale_gradient(Tensor gradient, const Tensor& factor) {
   if (gradient.layout() == at::kStrided) gradient.mul_(factor.to(gradient.device()).reshape({}));
   else gradient.mul_(factor.item());
@@ -79,7 +97,7 @@ State* find(Optimizer& optimizer, const Tensor& p) {
 
 // Subtracts the steps that a GradScaler skipped on a device from the step counts. Costs a host sync if there were
 // steps with a GradScaler on a device since the last call. Everything but Step calls this before it touches the state.
-void settle(Optimizer& optimizer, Algorithm kind, Plan& plan) {
+void settle(Optimizer& optimizer, Class kind, Plan& plan) {
   plan.known.valid = false;
   if (!plan.ahead.skipped.defined()) return;
   const auto skipped = static_cast<int64_t>(plan.ahead.skipped.item<double>());
@@ -88,7 +106,7 @@ void settle(Optimizer& optimizer, Algorithm kind, Plan& plan) {
     auto found = all.find(parameter);
     if (found == all.end()) continue;
     auto back = [&](auto& state) { state.step(state.step() - skipped); };
-    if (kind == Algorithm::Adam) back(static_cast<torch::optim::AdamParamState&>(*found->second));
+    if (kind == Class::Adam) back(static_cast<torch::optim::AdamParamState&>(*found->second));
     else back(static_cast<torch::optim::AdamWParamState&>(*found->second));
   }
   plan.ahead = {};
@@ -106,7 +124,7 @@ TIG_INLINE const void* read_memory(c10::TensorImpl& t, size_t item) {
 
 class Step {
  public:
-  Step(Optimizer& optimizer, Algorithm kind, Plan& plan, Mode mode, const Tensor* factor, const Tensor* found_inf)
+  Step(Optimizer& optimizer, Class kind, Plan& plan, Mode mode, const Tensor* factor, const Tensor* found_inf)
       : optimizer_(optimizer), kind_(kind), plan_(plan), mode_(mode), factor_(factor), found_inf_(found_inf) {}
 
   // Makes the step. Everything that can refuse it comes before the first change.
@@ -132,7 +150,7 @@ class Step {
   bool skipped_on_host() {
     if (found_inf_ && found_inf_->device().is_cpu() && mode_ != Mode::Kernels) return skipped();
     if (!found_inf_ && !plan_.ahead.skipped.defined()) return false;
-    bool all = kind_ != Algorithm::RmsProp;  // libtorch has no fused RMSprop
+    bool all = with_rules(kind_, [](auto rules) { return decltype(rules)::kernels_skip; });
     plan_.on_device.clear();
     for (auto& group : optimizer_.param_groups())
       for (const Tensor& p : group.params()) {
@@ -141,7 +159,7 @@ class Step {
         else all = false;
         // With dampening the first step copies the undamped gradient into the buffer; a step from a buffer of zeros
         // would damp it. So the device cannot skip this first step by itself.
-        all = all && !(kind_ == Algorithm::Sgd && static_cast<torch::optim::SGDOptions&>(group.options()).dampening() != 0 &&
+        all = all && !(kind_ == Class::Sgd && static_cast<torch::optim::SGDOptions&>(group.options()).dampening() != 0 &&
                        !find<torch::optim::SGDParamState>(optimizer_, p));
       }
     const auto& ahead = plan_.ahead;
@@ -156,6 +174,11 @@ class Step {
     if (factor_)
       for (const auto& left : plan_.left)
         for (const Tensor& p : left) scale_gradient(p.grad(), *factor_);
+    Negated negated;
+    if (kind_ != Class::Own)  // ours negate them by themselves
+      for (size_t group = 0; group < plan_.left.size(); ++group)
+        if (plan_.maximizes(group))
+          for (const Tensor& p : plan_.left[group]) negated.add(p);
     Swapped only_left(optimizer_, plan_.left);
     optimizer_.step();
   }
@@ -171,6 +194,7 @@ class Step {
       if (shared.group >= groups.size()) return false;
       const auto& o = options<Rules>(shared.group);
       if (shared.rule != Rules::rule(o, false) || shared.decay != (o.weight_decay() != 0)) return false;
+      if (shared.maximize != maximizes<Rules>(shared.group)) return false;
     }
     size_t next = 0;
     for (size_t group = 0; group < groups.size(); ++group)
@@ -189,7 +213,7 @@ class Step {
     }
     for (uint32_t i = 0; i < known.shared.size(); ++i) {
       auto& shared = known.shared[i];
-      plan_.pass.numbers(i) = Rules::numbers(options<Rules>(shared.group), ++shared.steps);
+      plan_.pass.numbers(i) = Rules::numbers(options<Rules>(shared.group), ++shared.steps, shared.state);
     }
     return true;
   }
@@ -249,8 +273,8 @@ class Step {
   template <typename Rules>
   Plan::Way way(const Tensor& p, const Tensor& g, const typename Rules::State* state, const typename Rules::Options& o) const {
     if (mode_ == Mode::Loop) return Plan::Way::LOOP;
-    const bool own = mode_ == Mode::Fused && tig::is_plain_cpu(p);
-    if (!own && !for_kernels(p)) return Plan::Way::LOOP;
+    const bool own = mode_ == Mode::Fused && Rules::in_pass(o) && tig::is_plain_cpu(p);
+    if (!own && !(Rules::kernels && for_kernels(p))) return Plan::Way::LOOP;
     if (!tig::is_alike(p, g) || p.is_alias_of(g)) return Plan::Way::LOOP;
     if (state) {
       const auto tensors = Rules::tensors(*state, o);
@@ -270,7 +294,7 @@ class Step {
   template <typename Rules>
   static void check_loop(const Tensor& p, const Tensor& g, const typename Rules::State* state,
                          const typename Rules::Options& o) {
-    if (const char* layout = Rules::refused_layout(g, state, o)) throw Refused(p, layout);
+    if (const std::string why = Rules::refused(p, g, state, o); !why.empty()) throw Refused(p, why);
     check_written(p, p, "it");
     check_read(p, p, "it", g);
     if (!state) return;
@@ -348,26 +372,27 @@ class Step {
     auto* state = static_cast<typename Rules::State*>(first ? decision.made.get() : decision.state);
     if (first) optimizer_.state()[p.unsafeGetTensorImpl()] = std::move(decision.made);
     const tig::StateTensors tensors = state ? Rules::tensors(*state, o) : tig::StateTensors{};
-    int64_t* steps = nullptr;
-    if constexpr (Rules::counts) steps = &state->step();
-    if (decision.way == Plan::Way::ONE_PASS) add<Rules>(p, g, o, tensors, steps, first);
+    int64_t* const steps = state ? Rules::steps(*state) : nullptr;
+    if (decision.way == Plan::Way::ONE_PASS) add<Rules>(p, g, o, tensors, state, steps, first);
     else add_to_bucket(p, g, tensors, steps ? *steps : first ? 0 : 1);
     if (steps) ++*steps;
   }
 
   template <typename Rules>
   void add(const Tensor& p, const Tensor& g, const typename Rules::Options& o, const tig::StateTensors& tensors,
-           int64_t* steps, bool first) {
+           typename Rules::State* state, int64_t* steps, bool first) {
     auto& known = plan_.known;
-    const Plan::Known::Shared shared{group_, Rules::rule(o, first), o.weight_decay() != 0, steps ? *steps + 1 : 0};
+    const Plan::Known::Shared shared{group_, Rules::rule(o, first), o.weight_decay() != 0, maximizes<Rules>(group_),
+                                     steps ? *steps + 1 : 0, state};
     const auto same = [&](const Plan::Known::Shared& other) {
       return other.group == shared.group && other.rule == shared.rule && other.steps == shared.steps;
     };
-    auto found = std::find_if(known.shared.begin(), known.shared.end(), same);
+    auto found = known.shared.end();
+    if (Rules::shares_numbers(o)) found = std::find_if(known.shared.begin(), known.shared.end(), same);
     const auto numbers = static_cast<uint32_t>(found - known.shared.begin());
     if (found == known.shared.end()) {
       known.shared.push_back(shared);
-      plan_.pass.add(Rules::numbers(o, shared.steps));
+      plan_.pass.add(Rules::numbers(o, shared.steps, state));
     }
     tig::Task task{};
     task.p = memory(*p.unsafeGetTensorImpl(), p.element_size());
@@ -376,6 +401,7 @@ class Step {
     task.dtype = p.scalar_type();
     task.rule = shared.rule;
     task.decay = shared.decay;
+    task.maximize = shared.maximize;
     task.numbers = numbers;
     Plan::Known::Parameter parameter{group_, p.unsafeGetTensorImpl(), p.key_set(), {}, steps, 0};
     for (int i = 0; i < 3; ++i) {
@@ -402,6 +428,12 @@ class Step {
     return static_cast<typename Rules::Options&>(optimizer_.param_groups()[group].options());
   }
 
+  template <typename Rules>
+  bool maximizes(size_t group) const {
+    if constexpr (std::is_same<Rules, tig::OwnRules>::value) return options<Rules>(group).on(abi::Hyper::Maximize);
+    else return plan_.maximizes(group);
+  }
+
   // Reads the factor as a number, which the pass on the CPU needs. A host sync only if the factor is on a device.
   void read_factor(bool wanted) { host_factor_ = factor_ && wanted ? factor_->item<double>() : 1.; }
 
@@ -415,34 +447,38 @@ class Step {
   void run_buckets() {
     for (auto& [key, bucket] : plan_.buckets) {
       auto& options = optimizer_.param_groups()[std::get<0>(key)].options();
+      const bool maximize = plan_.maximizes(std::get<0>(key));
       const auto device = bucket.p[0].device();
       std::optional<Tensor> scale, found_inf;
       if (factor_) scale = factor_->to(device, at::kFloat).reciprocal().reshape({});
       if (found_inf_) found_inf = found_inf_->to(device, at::kFloat).reshape({});
       switch (kind_) {
-        case Algorithm::Sgd: {
+        case Class::Sgd: {
           const auto& o = static_cast<torch::optim::SGDOptions&>(options);
           bool first = o.momentum() != 0 && std::get<4>(key) == 0;
           // The device may skip this step, and then the next one is the first. From a buffer of zeros an ordinary step
           // gives the same as a first one (without dampening), so it is right in both cases.
           if (found_inf_) first = false;
           at::_fused_sgd_(bucket.p, bucket.g, bucket.a, o.weight_decay(), o.momentum(), o.lr(), o.dampening(),
-                          o.nesterov(), /*maximize=*/false, first, scale, found_inf);
+                          o.nesterov(), maximize, first, scale, found_inf);
           break;
         }
-        case Algorithm::RmsProp: rmsprop_kernels(bucket, static_cast<torch::optim::RMSpropOptions&>(options)); break;
-        case Algorithm::Adam:
-        case Algorithm::AdamW: {
+        case Class::RmsProp:
+          rmsprop_kernels(bucket, static_cast<torch::optim::RMSpropOptions&>(options), maximize);
+          break;
+        case Class::Own: break;  // has no buckets
+        case Class::Adam:
+        case Class::AdamW: {
           // The step count is filled in on the device, so nothing is copied from the host.
           auto done = at::full({}, static_cast<double>(std::get<4>(key) + 1), at::device(device).dtype(at::kFloat));
           if (plan_.ahead.skipped.defined()) done = done - plan_.ahead.skipped.to(device);
           const std::vector<Tensor> steps(bucket.p.size(), done);
           auto call = [&](auto fused, const auto& o) {
             fused(bucket.p, bucket.g, bucket.a, bucket.b, bucket.c, steps, o.lr(), std::get<0>(o.betas()),
-                  std::get<1>(o.betas()), o.weight_decay(), o.eps(), o.amsgrad(), /*maximize=*/false, scale,
+                  std::get<1>(o.betas()), o.weight_decay(), o.eps(), o.amsgrad(), maximize, scale,
                   found_inf);
           };
-          if (kind_ == Algorithm::Adam)
+          if (kind_ == Class::Adam)
             call([](auto&&... args) { at::_fused_adam_(args...); }, static_cast<torch::optim::AdamOptions&>(options));
           else
             call([](auto&&... args) { at::_fused_adamw_(args...); },
@@ -450,19 +486,20 @@ class Step {
         }
       }
     }
-    if (found_inf_ && (kind_ == Algorithm::Adam || kind_ == Algorithm::AdamW) && !plan_.buckets.empty()) {
+    if (found_inf_ && (kind_ == Class::Adam || kind_ == Class::AdamW) && !plan_.buckets.empty()) {
       auto now = found_inf_->ne(0).to(at::kFloat).reshape({});
       plan_.ahead.skipped = plan_.ahead.skipped.defined() ? plan_.ahead.skipped + now : now;
       plan_.ahead.parameters = plan_.on_device;
     }
   }
 
-  void rmsprop_kernels(Plan::Bucket& bucket, const torch::optim::RMSpropOptions& o) {
+  void rmsprop_kernels(Plan::Bucket& bucket, const torch::optim::RMSpropOptions& o, bool maximize) {
     std::vector<Tensor> g = bucket.g;
     if (factor_) {
       const auto factor = factor_->to(bucket.p[0].device()).reshape({});
       at::_foreach_mul_(g, factor);
     }
+    if (maximize) g = at::_foreach_neg(g);
     if (o.weight_decay() != 0) g = at::_foreach_add(g, bucket.p, o.weight_decay());
     at::_foreach_mul_(bucket.a, o.alpha());
     at::_foreach_addcmul_(bucket.a, g, g, 1 - o.alpha());
@@ -486,7 +523,7 @@ class Step {
   }
 
   Optimizer& optimizer_;
-  const Algorithm kind_;
+  const Class kind_;
   Plan& plan_;
   const Mode mode_;
   const Tensor* factor_;
@@ -512,7 +549,7 @@ int tig_step(Optimizer* optimizer, int kind, Plan* plan, int mode, const Tensor*
   *refused = nullptr;
   return guarded(error, [&] {
     try {
-      Step(*optimizer, abi::of<Algorithm>(kind), *plan, abi::of<Mode>(mode), factor, found_inf).run();
+      Step(*optimizer, abi::of<Class>(kind), *plan, abi::of<Mode>(mode), factor, found_inf).run();
     } catch (const Refused& why) {
       *refused = why.parameter;
       plan->decisions.clear();
@@ -522,7 +559,7 @@ int tig_step(Optimizer* optimizer, int kind, Plan* plan, int mode, const Tensor*
 }
 
 int tig_settle(Optimizer* optimizer, int kind, Plan* plan, char** error) {
-  return guarded(error, [&] { settle(*optimizer, abi::of<Algorithm>(kind), *plan); });
+  return guarded(error, [&] { settle(*optimizer, abi::of<Class>(kind), *plan); });
 }
 
 }  // extern "C"

@@ -72,7 +72,7 @@ impl Native {
         let stepped = checked(|error| unsafe {
             tig_step(
                 self.raw.as_ptr(),
-                self.algorithm as c_int,
+                self.class as c_int,
                 self.plan.as_ptr(),
                 self.mode as c_int,
                 pointer(factor),
@@ -92,7 +92,7 @@ impl Native {
     pub(crate) fn settle(&self) -> Result<(), BridgeError> {
         // SAFETY: as in `step`; the borrow of `self` keeps other threads out, because Native is not Sync.
         checked(|error| unsafe {
-            tig_settle(self.raw.as_ptr(), self.algorithm as c_int, self.plan.as_ptr(), error)
+            tig_settle(self.raw.as_ptr(), self.class as c_int, self.plan.as_ptr(), error)
         })
     }
 }
