@@ -41,7 +41,7 @@ def parameters(shapes):
     return made
 
 
-def optimizers():
+def optimizers(shape):
     ways = {"torch default": {}, "torch foreach": {"foreach": True}, "torch fused": {"fused": True}}
     for name, make, kwargs in (
         ("SGD", torch.optim.SGD, {"momentum": 0.9}),
@@ -52,12 +52,21 @@ def optimizers():
         for way, options in ways.items():
             if not (name == "RMSprop" and "fused" in options):
                 yield name, way, make, {**kwargs, **options}
+    if shape in ("200 of 16x16", "ResNet-18"):
+        for name in ("Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop"):
+            for way, options in ways.items():
+                if name == "Adagrad" or "fused" not in options:
+                    yield name, way, getattr(torch.optim, name), options
+    if shape == "GPT-2 small":
+        yield "Muon", "torch default", torch.optim.Muon, {}
 
 
-def contenders(shapes):
+def contenders(shape, shapes):
     """Yields group, name and the function to time, for each contender."""
-    for name, way, make, kwargs in optimizers():
-        own = parameters(shapes)
+    for name, way, make, kwargs in optimizers(shape):
+        # Muon steps the matrices of the hidden layers.
+        hidden = [size for size in shapes if len(size) == 2 and size[0] < 4096 and size[0] != 1024]
+        own = parameters(hidden if name == "Muon" else shapes)
         optimizer = make(own, lr=1e-6, **kwargs)
         yield name, way, optimizer.step
         if name == "AdamW":
@@ -97,7 +106,7 @@ def main():
     torch.set_num_threads(arguments.threads)
     for shape, sizes in shapes().items():
         large = sum(torch.Size(size).numel() for size in sizes) > 1 << 26
-        for group, name, call in contenders(sizes):
+        for group, name, call in contenders(shape, sizes):
             call()
             call()
             times = []

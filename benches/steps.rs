@@ -13,7 +13,7 @@ use criterion::{
 use tch::nn::{self, OptimizerConfig, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::handlers::EMAHandler;
-use tch_ignite::optim::Optimizer;
+use tch_ignite::optim::{Optimizer, OptimizerBuilder};
 
 /// The names of models and the shapes of all their parameters.
 fn shapes() -> Vec<(&'static str, Vec<Vec<i64>>)> {
@@ -85,22 +85,38 @@ fn store(shapes: &[Vec<i64>]) -> VarStore {
 
 fn steps(c: &mut Criterion) {
     for (name, shapes) in shapes() {
-        compare(c, name, &shapes, "SGD", nn::sgd(0.9, 0., 0., false));
-        compare(c, name, &shapes, "Adam", nn::Adam::default());
-        compare(c, name, &shapes, "AdamW", nn::AdamW::default());
-        compare(c, name, &shapes, "RMSprop", nn::RmsProp::default());
+        compare(c, name, &shapes, |vs| Optimizer::builder(nn::sgd(0.9, 0., 0., false), vs));
+        compare(c, name, &shapes, Optimizer::adam);
+        compare(c, name, &shapes, Optimizer::adamw);
+        compare(c, name, &shapes, Optimizer::rms_prop);
+        if name.starts_with("200") || name == "ResNet-18" {
+            compare(c, name, &shapes, Optimizer::adagrad);
+            compare(c, name, &shapes, Optimizer::nadam);
+            compare(c, name, &shapes, Optimizer::radam);
+            compare(c, name, &shapes, Optimizer::adamax);
+            compare(c, name, &shapes, Optimizer::adadelta);
+            compare(c, name, &shapes, Optimizer::asgd);
+            compare(c, name, &shapes, Optimizer::rprop);
+            compare(c, name, &shapes, Optimizer::lion);
+        }
+        if name.starts_with("GPT-2") {
+            // Matrices of the hidden layers only.
+            let hidden = shapes.into_iter().filter(|size| size.len() == 2 && size[0] < 4096);
+            let hidden: Vec<_> = hidden.filter(|size| size[0] != 1024).collect();
+            compare(c, name, &hidden, Optimizer::muon);
+        }
     }
 }
 
-fn compare(
+fn compare<T: OptimizerConfig>(
     c: &mut Criterion,
     shape: &str,
     shapes: &[Vec<i64>],
-    name: &str,
-    config: impl OptimizerConfig,
+    builder: impl Fn(&VarStore) -> OptimizerBuilder<'_, T>,
 ) {
     let vs = store(shapes);
-    let optimizer = Optimizer::builder(config, &vs).lr(1e-6).build().expect("one group");
+    let optimizer = builder(&vs).lr(1e-6).build().expect("one group");
+    let name = optimizer.name();
     let mut group = group(c, format!("{name}, {shape}"), shapes);
     for fused in [false, true] {
         optimizer.set_fused(fused).expect("not lent");

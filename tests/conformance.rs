@@ -47,6 +47,12 @@ fn training_agrees_with_ignite() {
     check("train.jsonl", 0);
 }
 
+/// Skipped are LBFGS and both Schedule-Free optimizers, eight cases each.
+#[test]
+fn optimizers() {
+    check("optimizer.jsonl", 24);
+}
+
 #[test]
 fn the_learning_rate_finder_agrees_with_ignite() {
     check("lr_finder.jsonl", 0);

@@ -109,6 +109,8 @@ pub fn handover(file: &Path) -> Result<Option<Cases>> {
         Some("adam") => two_groups(Optimizer::adam(&vs))?,
         Some("adamw") => two_groups(Optimizer::adamw(&vs))?,
         Some("rmsprop") => two_groups(Optimizer::rms_prop(&vs))?,
+        Some("adagrad") => two_groups(Optimizer::adagrad(&vs))?,
+        Some("nadam") => two_groups(Optimizer::nadam(&vs))?,
         _ => return Ok(None),
     };
 

@@ -7,18 +7,14 @@
 namespace {
 
 at::DeviceType device_of(int device) {
-  switch (device) {
-    case 0: return at::kCPU;
-    case 1: return at::kCUDA;
-    default: unknown("device of autocast", device);
-  }
+  return abi::of<abi::AutocastDevice>(device) == abi::AutocastDevice::Cuda ? at::kCUDA : at::kCPU;
 }
 
 }  // namespace
 
 extern "C" {
 
-// Begins a region: sets autocast of the device (0: CPU, 1: CUDA) and writes the settings from before. `dtype` is
+// Begins a region: sets autocast of the device (an AutocastDevice) and writes the settings from before. `dtype` is
 // libtorch's number of a type; it is not used if `enabled` is 0.
 int tig_autocast_enter(int device, int enabled, int dtype, int* was_enabled, int* had_dtype, char** error) {
   return guarded(error, [&] {

@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 
 use tch::Kind;
 
+use super::abi::AutocastDevice;
 use super::{BridgeError, checked};
 
 unsafe extern "C" {
@@ -45,7 +46,10 @@ impl AutocastRegion {
             Some(other) => return Err(format!("autocast to {other:?} is not possible")),
         };
         let mut region = Self {
-            device: c_int::from(cuda),
+            device: match cuda {
+                true => AutocastDevice::Cuda as c_int,
+                false => AutocastDevice::Cpu as c_int,
+            },
             was_enabled: 0,
             had_dtype: 6,
             of_thread: PhantomData,

@@ -11,6 +11,7 @@
 #include "one_pass.h"
 
 using at::Tensor;
+using abi::Update;
 using tig::Rule;
 
 // Pairs of an average and the tensor that it averages (its source). `other_*` are lists, filled anew at each update, of
@@ -22,26 +23,6 @@ struct Pairs {
 };
 
 namespace {
-
-// The kinds of update. The numbers are those that `Pairs::update` in average.rs sends.
-enum Update : int {
-  LERP = 0,  // average * (1 - number) + source * number
-  MEAN = 1,  // average + (source - average) / number
-  COPY = 2,  // the average gets the source's values
-  SWAP = 3,  // average and source exchange their values
-  SWAP_BACK = 4,  // undoes SWAP: begins with the last pair, because sources may share memory
-};
-
-Update update_of(int number) {
-  switch (number) {
-    case LERP:
-    case MEAN:
-    case COPY:
-    case SWAP:
-    case SWAP_BACK: return static_cast<Update>(number);
-    default: unknown("update of averages", number);
-  }
-}
 
 // Throws if a pair does not fit, before the first pair is changed.
 void check(const Pairs& pairs) {
@@ -91,7 +72,7 @@ void average(Pairs& pairs, Update how, double number) {
   pairs.other_sources.clear();
   for (size_t i = 0; i < pairs.averages.size(); ++i) {
     const Tensor &average = pairs.averages[i], &source = pairs.sources[i];
-    if (how == COPY || (!average.is_floating_point() && !average.is_complex())) {
+    if (how == Update::Copy || (!average.is_floating_point() && !average.is_complex())) {
       // Integers count something, such as batches. They are copied, not averaged.
       average.copy_(source);
     } else if (tig::is_plain_cpu(average) && tig::is_alike(average, source)) {
@@ -100,7 +81,7 @@ void average(Pairs& pairs, Update how, double number) {
       task.g = source.const_data_ptr();
       task.n = average.numel();
       task.dtype = average.scalar_type();
-      task.rule = how == LERP ? Rule::Lerp : Rule::Mean;
+      task.rule = how == Update::Lerp ? Rule::Lerp : Rule::Mean;
       average.unsafeGetTensorImpl()->bump_version();
       pairs.pass.add(task);
     } else {
@@ -110,7 +91,7 @@ void average(Pairs& pairs, Update how, double number) {
   }
   pairs.pass.update();
   if (pairs.other_averages.empty()) return;
-  if (how == LERP) {
+  if (how == Update::Lerp) {
     at::_foreach_mul_(pairs.other_averages, 1. - number);
     at::_foreach_add_(pairs.other_averages, pairs.other_sources, number);
   } else {
@@ -124,8 +105,8 @@ void update(Pairs& pairs, Update how, double number) {
   at::NoGradGuard no_grad;
   check(pairs);
   pairs.pass.clear();
-  pairs.pass.add(tig::Numbers{how == LERP ? 1. - number : number, number});  // all tasks use these numbers
-  if (how == SWAP || how == SWAP_BACK) return swap(pairs, how == SWAP_BACK);
+  pairs.pass.add(tig::Numbers{how == Update::Lerp ? 1. - number : number, number});  // all tasks use these numbers
+  if (how == Update::Swap || how == Update::SwapBack) return swap(pairs, how == Update::SwapBack);
   average(pairs, how, number);
 }
 
@@ -149,7 +130,7 @@ int tig_pairs_new(const Tensor* const* averages, const Tensor* const* sources, s
 void tig_pairs_free(Pairs* pairs) { delete pairs; }
 
 int tig_pairs_update(Pairs* pairs, int how, double number, char** error) {
-  return guarded(error, [&] { update(*pairs, update_of(how), number); });
+  return guarded(error, [&] { update(*pairs, abi::of<Update>(how), number); });
 }
 
 }  // extern "C"

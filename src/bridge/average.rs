@@ -6,6 +6,7 @@ use std::ptr::{NonNull, null_mut};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
+use super::abi::Update;
 use super::{BridgeError, Raw, checked};
 
 unsafe extern "C" {
@@ -66,12 +67,13 @@ impl Pairs {
 
     pub(crate) fn update(&mut self, how: Average) -> Result<(), BridgeError> {
         let (how, number) = match how {
-            Average::Lerp(momentum) => (0, momentum),
-            Average::Mean(count) => (1, count),
-            Average::Copy => (2, 0.),
-            Average::Swap => (3, 0.),
-            Average::SwapBack => (4, 0.),
+            Average::Lerp(momentum) => (Update::Lerp, momentum),
+            Average::Mean(count) => (Update::Mean, count),
+            Average::Copy => (Update::Copy, 0.),
+            Average::Swap => (Update::Swap, 0.),
+            Average::SwapBack => (Update::SwapBack, 0.),
         };
+        let how = how as c_int;
         // SAFETY: the object is live, and &mut self keeps other users out.
         checked(|error| unsafe { tig_pairs_update(self.0.as_ptr(), how, number, error) })
     }

@@ -3,31 +3,20 @@
 // with tig_free.
 
 #include "bridge.h"
+#include "own.h"
+#include "plan.h"
 
 #include <algorithm>
 #include <memory>
 #include <unordered_set>
 
+using abi::Class;
+using abi::Hyper;
 using torch::Tensor;
 using torch::optim::Optimizer;
 using torch::optim::OptimizerOptions;
 
 namespace {
-
-// The hyper-parameters. The numbers are those of the enum `Hyper` in src/optim/hyper.rs.
-enum Option : int {
-  LR = 0,
-  MOMENTUM = 1,
-  DAMPENING = 2,
-  WEIGHT_DECAY = 3,
-  NESTEROV = 4,
-  BETA1 = 5,
-  BETA2 = 6,
-  EPS = 7,
-  AMSGRAD = 8,
-  ALPHA = 9,
-  CENTERED = 10,
-};
 
 [[noreturn]] void no_option() { throw std::invalid_argument("this optimizer has no such option"); }
 
@@ -35,11 +24,12 @@ enum Option : int {
 // are right.
 template <typename F>
 void with_options(int kind, OptimizerOptions& options, F&& f) {
-  switch (kind_of(kind)) {
-    case SGD: return f(static_cast<torch::optim::SGDOptions&>(options));
-    case ADAM: return f(static_cast<torch::optim::AdamOptions&>(options));
-    case ADAMW: return f(static_cast<torch::optim::AdamWOptions&>(options));
-    case RMSPROP: return f(static_cast<torch::optim::RMSpropOptions&>(options));
+  switch (abi::of<Class>(kind)) {
+    case Class::Sgd: return f(static_cast<torch::optim::SGDOptions&>(options));
+    case Class::Adam: return f(static_cast<torch::optim::AdamOptions&>(options));
+    case Class::AdamW: return f(static_cast<torch::optim::AdamWOptions&>(options));
+    case Class::RmsProp: return f(static_cast<torch::optim::RMSpropOptions&>(options));
+    case Class::Own: no_option();
   }
 }
 
@@ -48,35 +38,35 @@ template <typename T> struct is_rmsprop : std::is_same<T, torch::optim::RMSpropO
 
 // Calls f(getter, setter) for the option with that number; throws if this optimizer has no such option.
 template <typename O, typename F>
-void with_option(O& o, int option, F&& f) {
+void with_option(O& o, Hyper option, F&& f) {
   switch (option) {
-    case LR: return f([&] { return o.lr(); }, [&](double v) { o.lr(v); });
-    case WEIGHT_DECAY: return f([&] { return o.weight_decay(); }, [&](double v) { o.weight_decay(v); });
+    case Hyper::Lr: return f([&] { return o.lr(); }, [&](double v) { o.lr(v); });
+    case Hyper::WeightDecay: return f([&] { return o.weight_decay(); }, [&](double v) { o.weight_decay(v); });
     default: break;
   }
   if constexpr (is_sgd<O>::value) {
     switch (option) {
-      case MOMENTUM: return f([&] { return o.momentum(); }, [&](double v) { o.momentum(v); });
-      case DAMPENING: return f([&] { return o.dampening(); }, [&](double v) { o.dampening(v); });
-      case NESTEROV: return f([&] { return o.nesterov() ? 1. : 0.; }, [&](double v) { o.nesterov(v != 0.); });
+      case Hyper::Momentum: return f([&] { return o.momentum(); }, [&](double v) { o.momentum(v); });
+      case Hyper::Dampening: return f([&] { return o.dampening(); }, [&](double v) { o.dampening(v); });
+      case Hyper::Nesterov: return f([&] { return o.nesterov() ? 1. : 0.; }, [&](double v) { o.nesterov(v != 0.); });
       default: no_option();
     }
   } else if constexpr (is_rmsprop<O>::value) {
     switch (option) {
-      case MOMENTUM: return f([&] { return o.momentum(); }, [&](double v) { o.momentum(v); });
-      case EPS: return f([&] { return o.eps(); }, [&](double v) { o.eps(v); });
-      case ALPHA: return f([&] { return o.alpha(); }, [&](double v) { o.alpha(v); });
-      case CENTERED: return f([&] { return o.centered() ? 1. : 0.; }, [&](double v) { o.centered(v != 0.); });
+      case Hyper::Momentum: return f([&] { return o.momentum(); }, [&](double v) { o.momentum(v); });
+      case Hyper::Eps: return f([&] { return o.eps(); }, [&](double v) { o.eps(v); });
+      case Hyper::Alpha: return f([&] { return o.alpha(); }, [&](double v) { o.alpha(v); });
+      case Hyper::Centered: return f([&] { return o.centered() ? 1. : 0.; }, [&](double v) { o.centered(v != 0.); });
       default: no_option();
     }
   } else {
     switch (option) {
-      case BETA1:
+      case Hyper::Beta1:
         return f([&] { return std::get<0>(o.betas()); }, [&](double v) { std::get<0>(o.betas()) = v; });
-      case BETA2:
+      case Hyper::Beta2:
         return f([&] { return std::get<1>(o.betas()); }, [&](double v) { std::get<1>(o.betas()) = v; });
-      case EPS: return f([&] { return o.eps(); }, [&](double v) { o.eps(v); });
-      case AMSGRAD: return f([&] { return o.amsgrad() ? 1. : 0.; }, [&](double v) { o.amsgrad(v != 0.); });
+      case Hyper::Eps: return f([&] { return o.eps(); }, [&](double v) { o.eps(v); });
+      case Hyper::Amsgrad: return f([&] { return o.amsgrad() ? 1. : 0.; }, [&](double v) { o.amsgrad(v != 0.); });
       default: no_option();
     }
   }
@@ -89,21 +79,53 @@ const S* state_of(Optimizer* optimizer, const Tensor* parameter) {
   return found == all.end() ? nullptr : static_cast<const S*>(found->second.get());
 }
 
+constexpr size_t DEFAULTS = SIZE_MAX;
+
 Tensor* copy(const Tensor& tensor) { return tensor.defined() ? new Tensor(tensor) : nullptr; }
+
+// The rule of one of our own optimizers.
+const tig::OwnRule& own_rule(Optimizer* optimizer) {
+  return tig::rule_of(static_cast<const tig::OwnOptions&>(optimizer->defaults()).algorithm);
+}
 
 }  // namespace
 
 extern "C" {
 
+// Lists the enums of abi.h and their numbers, one in a line.
+const char* tig_numbers() {
+#define TIG_LINE(NAME, NUMBER) #NAME " = " #NUMBER "\n"
+#define TIG_LINES(ENUM, LIST, WHAT) "enum " #ENUM "\n" LIST(TIG_LINE)
+  return TIG_ALL_NUMBERS(TIG_LINES);
+}
+
 void tig_free(char* text) { free(text); }
 
-int tig_kind(Optimizer* optimizer, int* kind, char** error) {
+// Gives the class of an optimizer (an abi::Class), and its algorithm.
+int tig_kind(Optimizer* optimizer, int* kind, int* algorithm, char** error) {
   return guarded(error, [&] {
-    if (dynamic_cast<torch::optim::SGD*>(optimizer)) *kind = SGD;
-    else if (dynamic_cast<torch::optim::Adam*>(optimizer)) *kind = ADAM;
-    else if (dynamic_cast<torch::optim::AdamW*>(optimizer)) *kind = ADAMW;
-    else if (dynamic_cast<torch::optim::RMSprop*>(optimizer)) *kind = RMSPROP;
-    else throw std::invalid_argument("only SGD, Adam, AdamW and RMSprop are known");
+    const auto give = [&](Class known, Algorithm named) {
+      *kind = static_cast<int>(known);
+      *algorithm = static_cast<int>(named);
+    };
+    if (dynamic_cast<torch::optim::SGD*>(optimizer)) give(Class::Sgd, Algorithm::Sgd);
+    else if (dynamic_cast<torch::optim::Adam*>(optimizer)) give(Class::Adam, Algorithm::Adam);
+    else if (dynamic_cast<torch::optim::AdamW*>(optimizer)) give(Class::AdamW, Algorithm::AdamW);
+    else if (dynamic_cast<torch::optim::RMSprop*>(optimizer)) give(Class::RmsProp, Algorithm::RmsProp);
+    else if (dynamic_cast<tig::OwnOptimizer*>(optimizer))
+      give(Class::Own, static_cast<const tig::OwnOptions&>(optimizer->defaults()).algorithm);
+    else throw std::invalid_argument("only optimizers of tch and of this crate are known");
+  });
+}
+
+// Makes an optimizer of our own with `count` hyper-parameters.
+int tig_own_new(int algorithm, const int* hypers, const double* values, size_t count, Optimizer** made, char** error) {
+  return guarded(error, [&] {
+    tig::OwnOptions options;
+    options.algorithm = abi::of<Algorithm>(algorithm);
+    tig::rule_of(options.algorithm);  // throws if there is none
+    for (size_t i = 0; i < count; ++i) options[abi::of<Hyper>(hypers[i])] = values[i];
+    *made = new tig::OwnOptimizer(options);
   });
 }
 
@@ -117,19 +139,34 @@ int tig_reserve_groups(Optimizer* optimizer, size_t count, char** error) {
   });
 }
 
-int tig_get(Optimizer* optimizer, int kind, size_t group, int option, double* value, char** error) {
+int tig_get(Optimizer* optimizer, int kind, const Plan* plan, size_t group, int option, double* value, char** error) {
   return guarded(error, [&] {
-    with_options(kind, optimizer->param_groups().at(group).options(), [&](auto& options) {
-      with_option(options, option, [&](auto get, auto) { *value = get(); });
-    });
+    const Hyper hyper = abi::of<Hyper>(option);
+    auto& options = optimizer->param_groups().at(group).options();
+    if (abi::of<Class>(kind) == Class::Own) *value = static_cast<const tig::OwnOptions&>(options)[hyper];
+    else if (hyper == Hyper::Maximize) *value = plan->maximizes(group) ? 1. : 0.;
+    else
+      with_options(kind, options, [&](auto& options) {
+        with_option(options, hyper, [&](auto get, auto) { *value = get(); });
+      });
   });
 }
 
-int tig_set(Optimizer* optimizer, int kind, size_t group, int option, double value, char** error) {
+// `group` may be DEFAULTS: groups that do not exist yet.
+int tig_set(Optimizer* optimizer, int kind, Plan* plan, size_t group, int option, double value, char** error) {
   return guarded(error, [&] {
-    with_options(kind, optimizer->param_groups().at(group).options(), [&](auto& options) {
-      with_option(options, option, [&](auto, auto set) { set(value); });
-    });
+    const Hyper hyper = abi::of<Hyper>(option);
+    auto& groups = optimizer->param_groups();
+    auto& options = group == DEFAULTS ? optimizer->defaults() : groups.at(group).options();
+    if (abi::of<Class>(kind) == Class::Own) static_cast<tig::OwnOptions&>(options)[hyper] = value;
+    else if (hyper == Hyper::Maximize) {
+      plan->maximize.resize(std::max(plan->maximize.size(), groups.size()), plan->maximize_others);
+      if (group == DEFAULTS) plan->maximize_others = value != 0;
+      else plan->maximize[group] = value != 0;
+    } else
+      with_options(kind, options, [&](auto& options) {
+        with_option(options, hyper, [&](auto, auto set) { set(value); });
+      });
   });
 }
 
@@ -173,7 +210,8 @@ int tig_zero_grad(Optimizer* optimizer, char** error) {
 }
 
 // Gives the state of one parameter: up to three tensors (null where there is none) and the number of steps (-1 where
-// the optimizer does not count). `found` is 0 before the parameter's first step.
+// libtorch's class does not count). Numbers of our own optimizers are copied to tensors of one element, which stand after
+// the others. `found` is 0 before the parameter's first step.
 int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* found, int64_t* step, Tensor** tensors,
               char** error) {
   return guarded(error, [&] {
@@ -188,14 +226,14 @@ int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* foun
       tensors[1] = copy(s->exp_avg_sq());
       tensors[2] = copy(s->max_exp_avg_sq());
     };
-    switch (kind_of(kind)) {
-      case SGD:
+    switch (abi::of<Class>(kind)) {
+      case Class::Sgd:
         if (auto s = state_of<torch::optim::SGDParamState>(optimizer, parameter)) {
           *found = 1;
           tensors[0] = copy(s->momentum_buffer());
         }
         break;
-      case RMSPROP:
+      case Class::RmsProp:
         if (auto s = state_of<torch::optim::RMSpropParamState>(optimizer, parameter)) {
           *found = 1;
           *step = s->step();
@@ -204,8 +242,18 @@ int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* foun
           tensors[2] = copy(s->grad_avg());
         }
         break;
-      case ADAM: return adam(state_of<torch::optim::AdamParamState>(optimizer, parameter));
-      case ADAMW: return adam(state_of<torch::optim::AdamWParamState>(optimizer, parameter));
+      case Class::Own:
+        if (auto s = state_of<tig::OwnState>(optimizer, parameter)) {
+          const auto& rule = own_rule(optimizer);
+          *found = 1;
+          if (rule.counts) *step = s->step;
+          for (int i = 0; i < rule.tensors; ++i) tensors[i] = copy(s->tensors[i]);
+          for (int i = 0; i < rule.numbers; ++i)
+            tensors[rule.tensors + i] = copy(at::full({}, s->numbers[i], at::kFloat));
+        }
+        break;
+      case Class::Adam: return adam(state_of<torch::optim::AdamParamState>(optimizer, parameter));
+      case Class::AdamW: return adam(state_of<torch::optim::AdamWParamState>(optimizer, parameter));
     }
   });
 }
@@ -223,13 +271,13 @@ int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64
       s->max_exp_avg_sq(tensor(2));
       set(std::move(s));
     };
-    switch (kind_of(kind)) {
-      case SGD: {
+    switch (abi::of<Class>(kind)) {
+      case Class::Sgd: {
         auto s = std::make_unique<torch::optim::SGDParamState>();
         s->momentum_buffer(tensor(0));
         return set(std::move(s));
       }
-      case RMSPROP: {
+      case Class::RmsProp: {
         auto s = std::make_unique<torch::optim::RMSpropParamState>();
         s->step(step);
         s->square_avg(tensor(0));
@@ -237,8 +285,16 @@ int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64
         s->grad_avg(tensor(2));
         return set(std::move(s));
       }
-      case ADAM: return adam(std::make_unique<torch::optim::AdamParamState>());
-      case ADAMW: return adam(std::make_unique<torch::optim::AdamWParamState>());
+      case Class::Own: {
+        const auto& rule = own_rule(optimizer);
+        auto s = std::make_unique<tig::OwnState>();
+        s->step = std::max<int64_t>(step, 0);
+        for (int i = 0; i < rule.tensors; ++i) s->tensors[i] = tensor(i);
+        for (int i = 0; i < rule.numbers; ++i) s->numbers[i] = tensor(rule.tensors + i).item<float>();
+        return set(std::move(s));
+      }
+      case Class::Adam: return adam(std::make_unique<torch::optim::AdamParamState>());
+      case Class::AdamW: return adam(std::make_unique<torch::optim::AdamWParamState>());
     }
   });
 }

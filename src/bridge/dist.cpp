@@ -70,14 +70,14 @@ intrusive_ptr<ProcessGroup> tensor_group(DistGroup& group, const intrusive_ptr<S
 }
 
 c10d::ReduceOp reduce_op(int op) {
-  switch (op) {
-    case 0: return c10d::ReduceOp::SUM;
-    case 1: return c10d::ReduceOp::AVG;
-    case 2: return c10d::ReduceOp::PRODUCT;
-    case 3: return c10d::ReduceOp::MIN;
-    case 4: return c10d::ReduceOp::MAX;
-    default: unknown("reduction", op);
+  switch (abi::of<abi::Reduction>(op)) {
+    case abi::Reduction::Sum: return c10d::ReduceOp::SUM;
+    case abi::Reduction::Avg: return c10d::ReduceOp::AVG;
+    case abi::Reduction::Product: return c10d::ReduceOp::PRODUCT;
+    case abi::Reduction::Min: return c10d::ReduceOp::MIN;
+    case abi::Reduction::Max: return c10d::ReduceOp::MAX;
   }
+  unknown("reduction", op);
 }
 
 void finish(const intrusive_ptr<c10d::Work>& work) { TORCH_CHECK(work->wait(), "the collective was aborted"); }

@@ -12,29 +12,28 @@
 #include <chrono>
 #include <vector>
 
+#include "abi.h"
 #include "guarded.h"
 
-// The exceptions of c10d. The numbers are those that `dist_checked` in dist.rs turns into the enum `Cause`.
-enum Cause : int { OTHER = 0, TIMED_OUT = 1, STORE = 2, NETWORK = 3 };
-
-// Does the same as `guarded`, and writes which of c10d's exceptions was caught to *cause.
+// Does the same as `guarded`, and writes which of c10d's exceptions was caught to *cause, as an abi::Cause.
 template <typename F>
 int dist_guarded(int* cause, char** error, F&& f) {
-  *cause = OTHER;
+  const auto note = [&](abi::Cause caught) { *cause = static_cast<int>(caught); };
+  note(abi::Cause::Other);
   return guarded(error, [&] {
     try {
       f();
     } catch (const c10d::TimeoutError&) {
-      *cause = TIMED_OUT;
+      note(abi::Cause::TimedOut);
       throw;
     } catch (const c10::DistStoreError&) {
-      *cause = STORE;
+      note(abi::Cause::Store);
       throw;
     } catch (const c10::DistNetworkError&) {
-      *cause = NETWORK;
+      note(abi::Cause::Network);
       throw;
     } catch (const c10::DistBackendError&) {
-      *cause = NETWORK;
+      note(abi::Cause::Network);
       throw;
     }
   });

@@ -6,6 +6,7 @@ use std::ptr::{NonNull, null_mut};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
+use super::abi::{Cause, Reduction};
 use super::{checked, taken_text};
 
 type Raw = *mut c_void;
@@ -92,16 +93,6 @@ unsafe extern "C" {
     fn tig_dist_hang_up(group: Raw);
 }
 
-/// The kind of one of c10d's exceptions. `dist_checked` makes it from the numbers of the enum `Cause` in dist.h.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Cause {
-    /// An exception that c10d gives no type: one of gloo's, or another error.
-    Other,
-    TimedOut,
-    Store,
-    Network,
-}
-
 /// A C++ exception of c10d.
 #[derive(Debug)]
 pub(crate) struct DistException {
@@ -120,12 +111,7 @@ pub(super) fn dist_checked(
 ) -> Result<(), DistException> {
     let mut cause = 0;
     checked(|error| call(&mut cause, error)).map_err(|text| {
-        let cause = match cause {
-            1 => Cause::TimedOut,
-            2 => Cause::Store,
-            3 => Cause::Network,
-            _ => Cause::Other,
-        };
+        let cause = Cause::try_from(cause).unwrap_or(Cause::Other);
         DistException { cause, text }
     })
 }
@@ -282,11 +268,22 @@ impl ProcessGroups {
     // torch::Tensors, and lists are passed with their lengths.
 
     /// Reduces tensors of one type and on one device over all ranks, in place. `op` is `ReduceOp::number`.
-    pub(crate) fn all_reduce(&self, tensors: &[&Tensor], op: i32) -> Result<(), DistException> {
+    pub(crate) fn all_reduce(
+        &self,
+        tensors: &[&Tensor],
+        op: Reduction,
+    ) -> Result<(), DistException> {
         let tensors = pointers(tensors);
         // SAFETY: see above.
         dist_checked(|cause, error| unsafe {
-            tig_dist_all_reduce(self.as_ptr(), tensors.as_ptr(), tensors.len(), op, cause, error)
+            tig_dist_all_reduce(
+                self.as_ptr(),
+                tensors.as_ptr(),
+                tensors.len(),
+                op as c_int,
+                cause,
+                error,
+            )
         })
     }
 

@@ -1,10 +1,11 @@
-// Steps of libtorch's optimizers on the optimizer's own state, all parameters at once. Parameters that these steps
-// cannot handle (sparse gradients, odd layouts, mixed types) go through libtorch's own loop.
+// Steps on the optimizer's own state, all parameters at once. Parameters that these steps cannot handle (sparse
+// gradients, odd layouts, mixed types) go through the loop of the optimizer's class.
 
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_addcdiv.h>
 #include <ATen/ops/_foreach_addcmul.h>
 #include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/_foreach_neg.h>
 #include <ATen/ops/_foreach_sqrt.h>
 #include <ATen/ops/_fused_adam.h>
 #include <ATen/ops/_fused_adamw.h>
@@ -20,6 +21,8 @@
 #include "plan.h"
 #include "rules.h"
 
+using abi::Class;
+using abi::Mode;
 using at::Tensor;
 using torch::optim::Optimizer;
 
@@ -32,30 +35,15 @@ using RmsProp = tig::RmsPropRules;
 
 // Calls f(rules) with the rules of this kind of optimizer.
 template <typename F>
-auto with_rules(Kind kind, F&& f) {
+auto with_rules(Class kind, F&& f) {
   switch (kind) {
-    case SGD: return f(Sgd());
-    case ADAM: return f(Adam());
-    case ADAMW: return f(AdamW());
-    case RMSPROP: return f(RmsProp());
+    case Class::Sgd: return f(Sgd());
+    case Class::Adam: return f(Adam());
+    case Class::AdamW: return f(AdamW());
+    case Class::RmsProp: return f(RmsProp());
+    case Class::Own: return f(tig::OwnRules());
   }
-  unknown("kind of optimizer", kind);
-}
-
-// How steps are done. The numbers are those of the enum `Mode` in fused.rs.
-enum Mode : int {
-  LOOP = 0,      // libtorch's own loop
-  FUSED = 1,     // one pass on CPU, libtorch's fused kernels elsewhere
-  KERNELS = 2,   // libtorch's fused kernels everywhere: tests use it to run CUDA's path on the CPU
-};
-
-Mode mode_of(int number) {
-  switch (number) {
-    case LOOP:
-    case FUSED:
-    case KERNELS: return static_cast<Mode>(number);
-    default: unknown("way to step", number);
-  }
+  unknown("kind of optimizer", static_cast<int>(kind));
 }
 
 // Thrown when one parameter makes the whole step impossible.
@@ -80,6 +68,21 @@ class Swapped {
   std::vector<std::vector<Tensor>>& parameters_;
 };
 
+// While an object of this class lives, some parameters have negated gradients.
+class Negated {
+ public:
+  void add(const Tensor& p) {
+    gradients_.emplace_back(p, p.grad());
+    p.mutable_grad() = p.grad().neg();
+  }
+  ~Negated() {
+    for (auto& [p, gradient] : gradients_) p.mutable_grad() = std::move(gradient);
+  }
+
+ private:
+  std::vector<std::pair<Tensor, Tensor>> gradients_;
+};
+
 void scale_gradient(Tensor gradient, const Tensor& factor) {
   if (gradient.layout() == at::kStrided) gradient.mul_(factor.to(gradient.device()).reshape({}));
   else gradient.mul_(factor.item());
@@ -94,7 +97,7 @@ State* find(Optimizer& optimizer, const Tensor& p) {
 
 // Subtracts the steps that a GradScaler skipped on a device from the step counts. Costs a host sync if there were
 // steps with a GradScaler on a device since the last call. Everything but Step calls this before it touches the state.
-void settle(Optimizer& optimizer, Kind kind, Plan& plan) {
+void settle(Optimizer& optimizer, Class kind, Plan& plan) {
   plan.known.valid = false;
   if (!plan.ahead.skipped.defined()) return;
   const auto skipped = static_cast<int64_t>(plan.ahead.skipped.item<double>());
@@ -103,7 +106,7 @@ void settle(Optimizer& optimizer, Kind kind, Plan& plan) {
     auto found = all.find(parameter);
     if (found == all.end()) continue;
     auto back = [&](auto& state) { state.step(state.step() - skipped); };
-    if (kind == ADAM) back(static_cast<torch::optim::AdamParamState&>(*found->second));
+    if (kind == Class::Adam) back(static_cast<torch::optim::AdamParamState&>(*found->second));
     else back(static_cast<torch::optim::AdamWParamState&>(*found->second));
   }
   plan.ahead = {};
@@ -121,14 +124,14 @@ TIG_INLINE const void* read_memory(c10::TensorImpl& t, size_t item) {
 
 class Step {
  public:
-  Step(Optimizer& optimizer, Kind kind, Plan& plan, Mode mode, const Tensor* factor, const Tensor* found_inf)
+  Step(Optimizer& optimizer, Class kind, Plan& plan, Mode mode, const Tensor* factor, const Tensor* found_inf)
       : optimizer_(optimizer), kind_(kind), plan_(plan), mode_(mode), factor_(factor), found_inf_(found_inf) {}
 
   // Makes the step. Everything that can refuse it comes before the first change.
   void run() {
     at::NoGradGuard no_grad;
-    if (mode_ == LOOP) settle(optimizer_, kind_, plan_);
-    if (mode_ == LOOP ? found_inf_ && skipped() : skipped_on_host()) return;
+    if (mode_ == Mode::Loop) settle(optimizer_, kind_, plan_);
+    if (mode_ == Mode::Loop ? found_inf_ && skipped() : skipped_on_host()) return;
     with_rules(kind_, [&](auto rules) {
       using Rules = decltype(rules);
       if (recall<Rules>()) return;
@@ -145,9 +148,9 @@ class Step {
   // Returns true if the host knows that the step is skipped. Where the device's kernels can step all parameters, they
   // read found_inf themselves, and the host does not.
   bool skipped_on_host() {
-    if (found_inf_ && found_inf_->device().is_cpu() && mode_ != KERNELS) return skipped();
+    if (found_inf_ && found_inf_->device().is_cpu() && mode_ != Mode::Kernels) return skipped();
     if (!found_inf_ && !plan_.ahead.skipped.defined()) return false;
-    bool all = kind_ != RMSPROP;  // libtorch has no fused RMSprop
+    bool all = with_rules(kind_, [](auto rules) { return decltype(rules)::kernels_skip; });
     plan_.on_device.clear();
     for (auto& group : optimizer_.param_groups())
       for (const Tensor& p : group.params()) {
@@ -156,7 +159,7 @@ class Step {
         else all = false;
         // With dampening the first step copies the undamped gradient into the buffer; a step from a buffer of zeros
         // would damp it. So the device cannot skip this first step by itself.
-        all = all && !(kind_ == SGD && static_cast<torch::optim::SGDOptions&>(group.options()).dampening() != 0 &&
+        all = all && !(kind_ == Class::Sgd && static_cast<torch::optim::SGDOptions&>(group.options()).dampening() != 0 &&
                        !find<torch::optim::SGDParamState>(optimizer_, p));
       }
     const auto& ahead = plan_.ahead;
@@ -171,6 +174,11 @@ class Step {
     if (factor_)
       for (const auto& left : plan_.left)
         for (const Tensor& p : left) scale_gradient(p.grad(), *factor_);
+    Negated negated;
+    if (kind_ != Class::Own)  // ours negate them by themselves
+      for (size_t group = 0; group < plan_.left.size(); ++group)
+        if (plan_.maximizes(group))
+          for (const Tensor& p : plan_.left[group]) negated.add(p);
     Swapped only_left(optimizer_, plan_.left);
     optimizer_.step();
   }
@@ -180,12 +188,13 @@ class Step {
   template <typename Rules>
   bool recall() {
     auto& known = plan_.known;
-    if (!known.valid || mode_ != FUSED) return false;
+    if (!known.valid || mode_ != Mode::Fused) return false;
     auto& groups = optimizer_.param_groups();
     for (const auto& shared : known.shared) {
       if (shared.group >= groups.size()) return false;
       const auto& o = options<Rules>(shared.group);
       if (shared.rule != Rules::rule(o, false) || shared.decay != (o.weight_decay() != 0)) return false;
+      if (shared.maximize != maximizes<Rules>(shared.group)) return false;
     }
     size_t next = 0;
     for (size_t group = 0; group < groups.size(); ++group)
@@ -204,7 +213,7 @@ class Step {
     }
     for (uint32_t i = 0; i < known.shared.size(); ++i) {
       auto& shared = known.shared[i];
-      plan_.pass.numbers(i) = Rules::numbers(options<Rules>(shared.group), ++shared.steps);
+      plan_.pass.numbers(i) = Rules::numbers(options<Rules>(shared.group), ++shared.steps, shared.state);
     }
     return true;
   }
@@ -263,9 +272,9 @@ class Step {
 
   template <typename Rules>
   Plan::Way way(const Tensor& p, const Tensor& g, const typename Rules::State* state, const typename Rules::Options& o) const {
-    if (mode_ == LOOP) return Plan::Way::LOOP;
-    const bool own = mode_ == FUSED && tig::is_plain_cpu(p);
-    if (!own && !for_kernels(p)) return Plan::Way::LOOP;
+    if (mode_ == Mode::Loop) return Plan::Way::LOOP;
+    const bool own = mode_ == Mode::Fused && Rules::in_pass(o) && tig::is_plain_cpu(p);
+    if (!own && !(Rules::kernels && for_kernels(p))) return Plan::Way::LOOP;
     if (!tig::is_alike(p, g) || p.is_alias_of(g)) return Plan::Way::LOOP;
     if (state) {
       const auto tensors = Rules::tensors(*state, o);
@@ -285,7 +294,7 @@ class Step {
   template <typename Rules>
   static void check_loop(const Tensor& p, const Tensor& g, const typename Rules::State* state,
                          const typename Rules::Options& o) {
-    if (const char* layout = Rules::refused_layout(g, state, o)) throw Refused(p, layout);
+    if (const std::string why = Rules::refused(p, g, state, o); !why.empty()) throw Refused(p, why);
     check_written(p, p, "it");
     check_read(p, p, "it", g);
     if (!state) return;
@@ -347,7 +356,7 @@ class Step {
     if (any_left) loop_over_left();
     for (auto& decision : plan_.decisions) take<Rules>(decision);
     plan_.decisions.clear();
-    known.valid = mode_ == FUSED && !any_left && plan_.buckets.empty();
+    known.valid = mode_ == Mode::Fused && !any_left && plan_.buckets.empty();
   }
 
   template <typename Rules>
@@ -363,26 +372,27 @@ class Step {
     auto* state = static_cast<typename Rules::State*>(first ? decision.made.get() : decision.state);
     if (first) optimizer_.state()[p.unsafeGetTensorImpl()] = std::move(decision.made);
     const tig::StateTensors tensors = state ? Rules::tensors(*state, o) : tig::StateTensors{};
-    int64_t* steps = nullptr;
-    if constexpr (Rules::counts) steps = &state->step();
-    if (decision.way == Plan::Way::ONE_PASS) add<Rules>(p, g, o, tensors, steps, first);
+    int64_t* const steps = state ? Rules::steps(*state) : nullptr;
+    if (decision.way == Plan::Way::ONE_PASS) add<Rules>(p, g, o, tensors, state, steps, first);
     else add_to_bucket(p, g, tensors, steps ? *steps : first ? 0 : 1);
     if (steps) ++*steps;
   }
 
   template <typename Rules>
   void add(const Tensor& p, const Tensor& g, const typename Rules::Options& o, const tig::StateTensors& tensors,
-           int64_t* steps, bool first) {
+           typename Rules::State* state, int64_t* steps, bool first) {
     auto& known = plan_.known;
-    const Plan::Known::Shared shared{group_, Rules::rule(o, first), o.weight_decay() != 0, steps ? *steps + 1 : 0};
+    const Plan::Known::Shared shared{group_, Rules::rule(o, first), o.weight_decay() != 0, maximizes<Rules>(group_),
+                                     steps ? *steps + 1 : 0, state};
     const auto same = [&](const Plan::Known::Shared& other) {
       return other.group == shared.group && other.rule == shared.rule && other.steps == shared.steps;
     };
-    auto found = std::find_if(known.shared.begin(), known.shared.end(), same);
+    auto found = known.shared.end();
+    if (Rules::shares_numbers(o)) found = std::find_if(known.shared.begin(), known.shared.end(), same);
     const auto numbers = static_cast<uint32_t>(found - known.shared.begin());
     if (found == known.shared.end()) {
       known.shared.push_back(shared);
-      plan_.pass.add(Rules::numbers(o, shared.steps));
+      plan_.pass.add(Rules::numbers(o, shared.steps, state));
     }
     tig::Task task{};
     task.p = memory(*p.unsafeGetTensorImpl(), p.element_size());
@@ -391,6 +401,7 @@ class Step {
     task.dtype = p.scalar_type();
     task.rule = shared.rule;
     task.decay = shared.decay;
+    task.maximize = shared.maximize;
     task.numbers = numbers;
     Plan::Known::Parameter parameter{group_, p.unsafeGetTensorImpl(), p.key_set(), {}, steps, 0};
     for (int i = 0; i < 3; ++i) {
@@ -417,12 +428,18 @@ class Step {
     return static_cast<typename Rules::Options&>(optimizer_.param_groups()[group].options());
   }
 
+  template <typename Rules>
+  bool maximizes(size_t group) const {
+    if constexpr (std::is_same<Rules, tig::OwnRules>::value) return options<Rules>(group).on(abi::Hyper::Maximize);
+    else return plan_.maximizes(group);
+  }
+
   // Reads the factor as a number, which the pass on the CPU needs. This costs a host sync only if the factor is on a
   // device.
   void read_factor(bool wanted) { host_factor_ = factor_ && wanted ? factor_->item<double>() : 1.; }
 
   bool for_kernels(const Tensor& p) const {
-    const bool device = p.device().is_cuda() || (mode_ == KERNELS && p.device().is_cpu());
+    const bool device = p.device().is_cuda() || (mode_ == Mode::Kernels && p.device().is_cpu());
     return device && p.layout() == at::kStrided && at::isFloatingType(p.scalar_type()) &&
            p.is_non_overlapping_and_dense() && !p.is_inference() && !p.is_neg();
   }
@@ -431,34 +448,38 @@ class Step {
   void run_buckets() {
     for (auto& [key, bucket] : plan_.buckets) {
       auto& options = optimizer_.param_groups()[std::get<0>(key)].options();
+      const bool maximize = plan_.maximizes(std::get<0>(key));
       const auto device = bucket.p[0].device();
       std::optional<Tensor> scale, found_inf;
       if (factor_) scale = factor_->to(device, at::kFloat).reciprocal().reshape({});
       if (found_inf_) found_inf = found_inf_->to(device, at::kFloat).reshape({});
       switch (kind_) {
-        case SGD: {
+        case Class::Sgd: {
           const auto& o = static_cast<torch::optim::SGDOptions&>(options);
           bool first = o.momentum() != 0 && std::get<4>(key) == 0;
           // The device may skip this step, and then the next one is the first. From a buffer of zeros an ordinary step
           // gives the same as a first one (without dampening), so it is right in both cases.
           if (found_inf_) first = false;
           at::_fused_sgd_(bucket.p, bucket.g, bucket.a, o.weight_decay(), o.momentum(), o.lr(), o.dampening(),
-                          o.nesterov(), /*maximize=*/false, first, scale, found_inf);
+                          o.nesterov(), maximize, first, scale, found_inf);
           break;
         }
-        case RMSPROP: rmsprop_kernels(bucket, static_cast<torch::optim::RMSpropOptions&>(options)); break;
-        case ADAM:
-        case ADAMW: {
+        case Class::RmsProp:
+          rmsprop_kernels(bucket, static_cast<torch::optim::RMSpropOptions&>(options), maximize);
+          break;
+        case Class::Own: break;  // has no buckets
+        case Class::Adam:
+        case Class::AdamW: {
           // The step count is filled in on the device, so nothing is copied from the host.
           auto done = at::full({}, static_cast<double>(std::get<4>(key) + 1), at::device(device).dtype(at::kFloat));
           if (plan_.ahead.skipped.defined()) done = done - plan_.ahead.skipped.to(device);
           const std::vector<Tensor> steps(bucket.p.size(), done);
           auto call = [&](auto fused, const auto& o) {
             fused(bucket.p, bucket.g, bucket.a, bucket.b, bucket.c, steps, o.lr(), std::get<0>(o.betas()),
-                  std::get<1>(o.betas()), o.weight_decay(), o.eps(), o.amsgrad(), /*maximize=*/false, scale,
+                  std::get<1>(o.betas()), o.weight_decay(), o.eps(), o.amsgrad(), maximize, scale,
                   found_inf);
           };
-          if (kind_ == ADAM)
+          if (kind_ == Class::Adam)
             call([](auto&&... args) { at::_fused_adam_(args...); }, static_cast<torch::optim::AdamOptions&>(options));
           else
             call([](auto&&... args) { at::_fused_adamw_(args...); },
@@ -466,19 +487,20 @@ class Step {
         }
       }
     }
-    if (found_inf_ && (kind_ == ADAM || kind_ == ADAMW) && !plan_.buckets.empty()) {
+    if (found_inf_ && (kind_ == Class::Adam || kind_ == Class::AdamW) && !plan_.buckets.empty()) {
       auto now = found_inf_->ne(0).to(at::kFloat).reshape({});
       plan_.ahead.skipped = plan_.ahead.skipped.defined() ? plan_.ahead.skipped + now : now;
       plan_.ahead.parameters = plan_.on_device;
     }
   }
 
-  void rmsprop_kernels(Plan::Bucket& bucket, const torch::optim::RMSpropOptions& o) {
+  void rmsprop_kernels(Plan::Bucket& bucket, const torch::optim::RMSpropOptions& o, bool maximize) {
     std::vector<Tensor> g = bucket.g;
     if (factor_) {
       const auto factor = factor_->to(bucket.p[0].device()).reshape({});
       at::_foreach_mul_(g, factor);
     }
+    if (maximize) g = at::_foreach_neg(g);
     if (o.weight_decay() != 0) g = at::_foreach_add(g, bucket.p, o.weight_decay());
     at::_foreach_mul_(bucket.a, o.alpha());
     at::_foreach_addcmul_(bucket.a, g, g, 1 - o.alpha());
@@ -502,7 +524,7 @@ class Step {
   }
 
   Optimizer& optimizer_;
-  const Kind kind_;
+  const Class kind_;
   Plan& plan_;
   const Mode mode_;
   const Tensor* factor_;
@@ -528,7 +550,7 @@ int tig_step(Optimizer* optimizer, int kind, Plan* plan, int mode, const Tensor*
   *refused = nullptr;
   return guarded(error, [&] {
     try {
-      Step(*optimizer, kind_of(kind), *plan, mode_of(mode), factor, found_inf).run();
+      Step(*optimizer, abi::of<Class>(kind), *plan, abi::of<Mode>(mode), factor, found_inf).run();
     } catch (const Refused& why) {
       *refused = why.parameter;
       plan->decisions.clear();
@@ -538,7 +560,7 @@ int tig_step(Optimizer* optimizer, int kind, Plan* plan, int mode, const Tensor*
 }
 
 int tig_settle(Optimizer* optimizer, int kind, Plan* plan, char** error) {
-  return guarded(error, [&] { settle(*optimizer, kind_of(kind), *plan); });
+  return guarded(error, [&] { settle(*optimizer, abi::of<Class>(kind), *plan); });
 }
 
 }  // extern "C"

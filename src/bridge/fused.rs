@@ -24,20 +24,6 @@ unsafe extern "C" {
     fn tig_settle(optimizer: Raw, kind: c_int, plan: Raw, error: *mut *mut c_char) -> c_int;
 }
 
-/// How steps are made. The numbers are those of the enum `Mode` in fused.cpp.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(i32)]
-pub(crate) enum Mode {
-    /// libtorch's own loop, parameter by parameter.
-    Loop = 0,
-    /// One pass of our own on the CPU, libtorch's fused kernels on CUDA, the loop for parameters that neither can
-    /// handle.
-    Fused = 1,
-    /// libtorch's fused kernels on the CPU too, so that tests without a GPU take CUDA's path.
-    #[cfg(test)]
-    Kernels = 2,
-}
-
 /// The error of a step.
 #[derive(Debug)]
 pub(crate) struct StepError {
@@ -86,7 +72,7 @@ impl Native {
         let stepped = checked(|error| unsafe {
             tig_step(
                 self.raw.as_ptr(),
-                self.algorithm as c_int,
+                self.class as c_int,
                 self.plan.as_ptr(),
                 self.mode as c_int,
                 pointer(factor),
@@ -106,7 +92,7 @@ impl Native {
     pub(crate) fn settle(&self) -> Result<(), BridgeError> {
         // SAFETY: as in `step`; the borrow of `self` keeps other threads out, because Native is not Sync.
         checked(|error| unsafe {
-            tig_settle(self.raw.as_ptr(), self.algorithm as c_int, self.plan.as_ptr(), error)
+            tig_settle(self.raw.as_ptr(), self.class as c_int, self.plan.as_ptr(), error)
         })
     }
 }

@@ -6,6 +6,7 @@
 //! optimizer as usual, and [`Native`] knows the address of the C++ object inside it.
 #![expect(unsafe_code, reason = "this is where the unsafe code of the crate lives")]
 
+mod abi;
 mod allocator;
 mod autocast;
 mod average;
@@ -37,13 +38,17 @@ use tch::nn::{self, OptimizerConfig};
 use tch::{COptimizer, TchError, Tensor};
 use torch_sys::C_tensor;
 
+use abi::Class;
+pub(crate) use abi::{Algorithm, Hyper, Mode};
+#[cfg(feature = "distributed")]
+pub(crate) use abi::{Cause, Compression, Reduction};
 pub(crate) use allocator::keep_freed;
 pub(crate) use autocast::AutocastRegion;
 pub(crate) use average::{Average, Pairs};
 pub(crate) use batch_norm::BatchNormWatch;
 #[cfg(feature = "distributed")]
-pub(crate) use dist::{Cause, DistException, ProcessGroups, Store, StoreAddress};
-pub(crate) use fused::{Mode, StepError};
+pub(crate) use dist::{DistException, ProcessGroups, Store, StoreAddress};
+pub(crate) use fused::StepError;
 pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use host_syncs::HostSyncs;
 pub(crate) use memory::{bytes, bytes_mut};
@@ -63,12 +68,26 @@ type Raw = *mut c_void;
 
 unsafe extern "C" {
     fn tig_free(text: *mut c_char);
-    fn tig_kind(optimizer: Raw, kind: *mut c_int, error: *mut *mut c_char) -> c_int;
+    fn tig_kind(
+        optimizer: Raw,
+        kind: *mut c_int,
+        algorithm: *mut c_int,
+        error: *mut *mut c_char,
+    ) -> c_int;
+    fn tig_own_new(
+        algorithm: c_int,
+        hypers: *const c_int,
+        values: *const f64,
+        count: usize,
+        made: *mut Raw,
+        error: *mut *mut c_char,
+    ) -> c_int;
     fn tig_group_count(optimizer: Raw) -> usize;
     fn tig_reserve_groups(optimizer: Raw, count: usize, error: *mut *mut c_char) -> c_int;
     fn tig_get(
         optimizer: Raw,
         kind: c_int,
+        plan: Raw,
         group: usize,
         option: c_int,
         value: *mut f64,
@@ -77,6 +96,7 @@ unsafe extern "C" {
     fn tig_set(
         optimizer: Raw,
         kind: c_int,
+        plan: Raw,
         group: usize,
         option: c_int,
         value: f64,
@@ -163,16 +183,6 @@ unsafe fn taken_text(text: *mut c_char) -> String {
     copy
 }
 
-/// The kind of an optimizer. The numbers are those of the enum `Kind` in bridge.h.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(i32)]
-pub(crate) enum Algorithm {
-    Sgd = 0,
-    Adam = 1,
-    AdamW = 2,
-    RmsProp = 3,
-}
-
 /// Identifies a tensor of libtorch by the address of its TensorImpl: equal for all shallow clones of a
 /// tensor, different for its views.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -228,7 +238,32 @@ impl<T: OptimizerConfig> OptimizerConfig for Tap<'_, T> {
     }
 }
 
-/// The state that libtorch keeps for one parameter: the step count (`None` for SGD, which does not count)
+/// tch's handle of a new optimizer of our own, with these hyper-parameters.
+pub(crate) fn own_optimizer(
+    algorithm: Algorithm,
+    hypers: &[(Hyper, f64)],
+) -> Result<COptimizer, BridgeError> {
+    let (numbers, values): (Vec<c_int>, Vec<f64>) =
+        hypers.iter().map(|(hyper, value)| (*hyper as c_int, *value)).unzip();
+    let mut made = null_mut();
+    // SAFETY: both lists have the given length.
+    checked(|error| unsafe {
+        tig_own_new(
+            algorithm as c_int,
+            numbers.as_ptr(),
+            values.as_ptr(),
+            values.len(),
+            &mut made,
+            error,
+        )
+    })?;
+    let made = NonNull::new(made).ok_or("no memory")?;
+    // SAFETY: a COptimizer is one pointer (asserted above) to a torch::optim::Optimizer that it owns, and deletes
+    // through the virtual destructor. The C++ side made this one with `new` for us.
+    Ok(unsafe { std::mem::transmute::<Raw, COptimizer>(made.as_ptr()) })
+}
+
+/// The state that is kept for one parameter: the step count (`None` for libtorch's SGD, which does not count)
 /// and up to three tensors, in the order of `Algorithm::state_names`.
 pub(crate) struct RawState {
     pub(crate) step: Option<i64>,
@@ -240,6 +275,7 @@ pub(crate) struct RawState {
 pub(crate) struct Native {
     pub(crate) tch: nn::Optimizer,
     raw: NonNull<c_void>,
+    class: Class,
     pub(crate) algorithm: Algorithm,
     /// How steps are made: fused or by libtorch's loop.
     pub(crate) mode: Mode,
@@ -259,17 +295,11 @@ impl Native {
         let tch =
             Tap { inner: config, address: &address }.build(vs, lr).map_err(|e| e.to_string())?;
         let raw = NonNull::new(address.get()).ok_or("tch built no optimizer")?;
-        let mut kind = -1;
+        let (mut kind, mut algorithm) = (-1, -1);
         // SAFETY: `raw` is the live optimizer inside `tch`.
-        checked(|error| unsafe { tig_kind(raw.as_ptr(), &mut kind, error) })?;
-        let algorithm = match kind {
-            0 => Algorithm::Sgd,
-            1 => Algorithm::Adam,
-            2 => Algorithm::AdamW,
-            3 => Algorithm::RmsProp,
-            other => return Err(format!("the bridge answered with an unknown optimizer: {other}")),
-        };
-        let mut native = Self { tch, raw, algorithm, mode: Mode::Fused, plan: Plan::new()? };
+        checked(|error| unsafe { tig_kind(raw.as_ptr(), &mut kind, &mut algorithm, error) })?;
+        let (class, algorithm) = (Class::try_from(kind)?, Algorithm::try_from(algorithm)?);
+        let mut native = Self { tch, raw, class, algorithm, mode: Mode::Fused, plan: Plan::new()? };
         native.remove_repeated()?;
         Ok(native)
     }
@@ -288,21 +318,47 @@ impl Native {
     }
 
     #[inline]
-    pub(crate) fn get(&self, group: usize, option: i32) -> Result<f64, BridgeError> {
+    pub(crate) fn get(&self, group: usize, option: Hyper) -> Result<f64, BridgeError> {
         let mut value = f64::NAN;
         // SAFETY: see above; the C++ side checks `group` and `option`.
         checked(|error| unsafe {
-            tig_get(self.raw.as_ptr(), self.algorithm as c_int, group, option, &mut value, error)
+            tig_get(
+                self.raw.as_ptr(),
+                self.class as c_int,
+                self.plan.as_ptr(),
+                group,
+                option as c_int,
+                &mut value,
+                error,
+            )
         })?;
         Ok(value)
     }
 
     #[inline]
-    pub(crate) fn set(&mut self, group: usize, option: i32, value: f64) -> Result<(), BridgeError> {
+    pub(crate) fn set(
+        &mut self,
+        group: usize,
+        option: Hyper,
+        value: f64,
+    ) -> Result<(), BridgeError> {
         // SAFETY: see above; the C++ side checks `group` and `option`.
         checked(|error| unsafe {
-            tig_set(self.raw.as_ptr(), self.algorithm as c_int, group, option, value, error)
+            tig_set(
+                self.raw.as_ptr(),
+                self.class as c_int,
+                self.plan.as_ptr(),
+                group,
+                option as c_int,
+                value,
+                error,
+            )
         })
+    }
+
+    /// Sets an option of groups that do not exist yet.
+    pub(crate) fn set_default(&mut self, option: Hyper, value: f64) -> Result<(), BridgeError> {
+        self.set(usize::MAX, option, value)
     }
 
     /// The parameters of a group, in libtorch's order.
@@ -344,7 +400,7 @@ impl Native {
         checked(|error| unsafe {
             tig_state(
                 self.raw.as_ptr(),
-                self.algorithm as c_int,
+                self.class as c_int,
                 parameter.as_ptr(),
                 &mut found,
                 &mut step,
@@ -395,7 +451,7 @@ impl Native {
         checked(|error| unsafe {
             tig_set_state(
                 self.raw.as_ptr(),
-                self.algorithm as c_int,
+                self.class as c_int,
                 parameter.as_ptr(),
                 state.step.unwrap_or(-1),
                 tensors.as_ptr(),
@@ -411,24 +467,42 @@ mod tests {
 
     use super::*;
 
+    /// tch and we must mean one C++ object. This fails first if tch changes its layout.
+    #[test]
+    fn tch_and_the_bridge_share_one_optimizer() {
+        fn check(config: impl OptimizerConfig) {
+            let vs = nn::VarStore::new(Device::Cpu);
+            let _ = vs.root().ones("w", &[2]);
+            let mut native = Native::build(&config, &vs, 0.1).unwrap();
+            native.tch.set_lr(0.25);
+            assert_eq!(native.get(0, Hyper::Lr).unwrap(), 0.25);
+            native.tch.set_weight_decay(0.5);
+            assert_eq!(native.get(0, Hyper::WeightDecay).unwrap(), 0.5);
+        }
+        check(nn::sgd(0.9, 0., 0., false));
+        check(nn::Adam::default());
+        check(nn::AdamW::default());
+        check(nn::RmsProp::default());
+    }
+
     /// The C++ side must refuse a number that has no meaning there, and not take it for another one.
     #[test]
     fn unknown_numbers_are_errors() {
-        const UNKNOWN: c_int = 9;
+        const UNKNOWN: c_int = 999;
         let vs = nn::VarStore::new(Device::Cpu);
         let w = vs.root().ones("w", &[2]);
         let native = Native::build(&nn::Adam::default(), &vs, 0.1).unwrap();
-        let raw = native.raw.as_ptr();
+        let (raw, plan) = (native.raw.as_ptr(), native.plan.as_ptr());
         let (mut value, mut found, mut step) = (0., 0, 0);
         let mut tensors: [*mut C_tensor; 3] = [null_mut(); 3];
         let w = w.as_ptr();
         // SAFETY: as in the methods of Native that make these calls.
         let refused = unsafe {
             [
-                checked(|e| tig_get(raw, UNKNOWN, 0, 0, &mut value, e)),
-                checked(|e| tig_get(raw, 1, 0, 77, &mut value, e)),
-                checked(|e| tig_set(raw, UNKNOWN, 0, 0, 1., e)),
-                checked(|e| tig_set(raw, -1, 0, 0, 1., e)),
+                checked(|e| tig_get(raw, UNKNOWN, plan, 0, 0, &mut value, e)),
+                checked(|e| tig_get(raw, 1, plan, 0, UNKNOWN, &mut value, e)),
+                checked(|e| tig_set(raw, UNKNOWN, plan, 0, 0, 1., e)),
+                checked(|e| tig_set(raw, -1, plan, 0, 0, 1., e)),
                 checked(|e| {
                     tig_state(raw, UNKNOWN, w, &mut found, &mut step, tensors.as_mut_ptr(), e)
                 }),

@@ -11,6 +11,9 @@
 #include <limits>
 #include <stdexcept>
 
+#include "arithmetic.h"
+#include "rules/all.h"
+
 namespace tig {
 namespace {
 
@@ -39,34 +42,46 @@ constexpr bool FMA_EVERYWHERE = true;
 constexpr bool FMA_EVERYWHERE = false;
 #endif
 
-// a * b + c, rounded once (fused multiply-add) where libtorch's kernels use that instruction too.
-template <bool FMA>
-TIG_INLINE float mul_add(float a, float b, float c) {
-  return FMA ? __builtin_fmaf(a, b, c) : a * b + c;
-}
-template <bool FMA>
-TIG_INLINE double mul_add(double a, double b, double c) {
-  return FMA ? __builtin_fma(a, b, c) : a * b + c;
-}
-// x / k where r = 1 / k. The exact remainder corrects x * r, so that the result is rounded as the division is. Faster
-// than dividing where one k divides many x.
-template <bool FMA, typename S>
-TIG_INLINE S quotient(S x, S k, S r) {
-  if (!FMA) return x / k;
-  const S q = x * r;
-  const S rest = mul_add<FMA>(-q, k, x);
-  return rest == rest ? mul_add<FMA>(rest, r, q) : q;  // an infinite x has no remainder (NaN)
-}
-TIG_INLINE float root(float x) { return __builtin_sqrtf(x); }
-TIG_INLINE double root(double x) { return __builtin_sqrt(x); }
-
 constexpr bool is_sgd(Rule r) { return r <= Rule::SgdFirstNesterov; }
 constexpr bool is_adam(Rule r) { return r >= Rule::Adam && r <= Rule::AdamWAmsgrad; }
 constexpr bool is_rmsprop(Rule r) { return r >= Rule::RmsProp && r <= Rule::RmsPropCenteredMomentum; }
 
+// The rule of one of our own optimizers; `void` for the rules that stand here.
+template <Rule R>
+struct OwnKernel {
+  using Type = void;
+};
+#define TIG_OWN_KERNEL(NAME)     \
+  template <>                    \
+  struct OwnKernel<Rule::NAME> { \
+    using Type = rules::NAME;    \
+  };
+TIG_OWN_KERNELS(TIG_OWN_KERNEL)
+
+// A step of one of our own optimizers (rules/).
+template <typename Kernel, bool DECAY, bool FMA, typename S>
+TIG_INLINE void update_own(S* __restrict p, const S* __restrict g, S* __restrict a, S* __restrict b, S* __restrict c,
+                           int64_t n, const double* numbers, S factor) {
+  S k[std::tuple_size<Numbers>::value];
+  for (size_t i = 0; i < std::tuple_size<Numbers>::value; ++i) k[i] = S(numbers[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    S w = p[i], s[3] = {};
+    if constexpr (Kernel::tensors > 0) s[0] = a[i];
+    if constexpr (Kernel::tensors > 1) s[1] = b[i];
+    if constexpr (Kernel::tensors > 2) s[2] = c[i];
+    Kernel::template element<DECAY, FMA, S>(w, g[i] * factor, s, k);
+    p[i] = w;
+    if constexpr (Kernel::tensors > 0) a[i] = s[0];
+    if constexpr (Kernel::tensors > 1) b[i] = s[1];
+    if constexpr (Kernel::tensors > 2) c[i] = s[2];
+  }
+}
+
 template <Rule R, bool DECAY, bool FMA, typename S>
 TIG_INLINE void update(S* __restrict p, const S* __restrict g, S* __restrict a, S* __restrict b, S* __restrict c,
                        int64_t n, const double* k, S factor) {
+  using Own = typename OwnKernel<R>::Type;
+  if constexpr (!std::is_void<Own>::value) return update_own<Own, DECAY, FMA, S>(p, g, a, b, c, n, k, factor);
   const S k0 = S(k[0]), k1 = S(k[1]), k2 = S(k[2]), k3 = S(k[3]);
   const S k4 = S(k[4]), k5 = S(k[5]), k6 = S(k[6]), k7 = S(k[7]), one_over_k6 = S(1) / k6;
   for (int64_t i = 0; i < n; ++i) {
@@ -233,7 +248,7 @@ struct Isa {
 #define TIG_RULES(X)                                                                                   \
   X(Sgd) X(SgdMomentum) X(SgdNesterov) X(SgdFirst) X(SgdFirstNesterov) X(Adam) X(AdamAmsgrad) X(AdamW) \
       X(AdamWAmsgrad) X(RmsProp) X(RmsPropMomentum) X(RmsPropCentered) X(RmsPropCenteredMomentum)      \
-          X(Lerp) X(Mean) X(Scale) X(Clamp) X(Swap)
+          X(Lerp) X(Mean) X(Scale) X(Clamp) X(Swap) TIG_OWN_KERNELS(X)
 
 #define TIG_CASE(R) \
   case Rule::R: return decay ? run<Rule::R, true, S> : run<Rule::R, false, S>;
@@ -446,7 +461,7 @@ void OnePass::for_chunks(bool writes, const F& f) {
 
 void OnePass::update(double factor) {
   for_chunks(true, [&](size_t, const Task& task, int64_t begin, int64_t end) {
-    update_range(task, numbers_[task.numbers].data(), factor, begin, end);
+    update_range(task, numbers_[task.numbers].data(), task.maximize ? -factor : factor, begin, end);
   });
 }
 

@@ -9,6 +9,8 @@
 #include <optional>
 #include <vector>
 
+#include "rules/list.h"
+
 #define TIG_INLINE inline __attribute__((always_inline))
 
 namespace tig {
@@ -44,9 +46,13 @@ enum class Rule : int {
   Clamp,
   // p and a exchange their values
   Swap,
+  // The rules of our own optimizers; each has a file in rules/, which says what `k`, `a`, `b` and `c` are.
+#define TIG_COMMA(NAME) NAME,
+  TIG_OWN_KERNELS(TIG_COMMA)
+#undef TIG_COMMA
 };
 
-using Numbers = std::array<double, 8>;
+using Numbers = std::array<double, 9>;
 
 struct Task {
   void* p;
@@ -56,6 +62,7 @@ struct Task {
   at::ScalarType dtype;
   Rule rule;
   bool decay;        // weight decay is not 0
+  bool maximize;     // the gradients count negated
   uint32_t numbers;  // index of the task's numbers `k` in the pass
 };
 

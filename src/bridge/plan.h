@@ -44,7 +44,9 @@ struct Plan {
       size_t group;
       tig::Rule rule;
       bool decay;
+      bool maximize;
       int64_t steps;  // the number of steps done, this one included
+      torch::optim::OptimizerParamState* state;  // that of the parameter, or of one of those that share the numbers
     };
     struct Parameter {
       size_t group;
@@ -68,4 +70,10 @@ struct Plan {
   std::map<BucketKey, Bucket> buckets;
   std::vector<void*> on_device;
   Ahead ahead;
+  // For each group whether its gradients count negated, which the options of libtorch's own classes cannot say, and
+  // the same for groups that are not in the list.
+  std::vector<bool> maximize;
+  bool maximize_others = false;
+
+  bool maximizes(size_t group) const { return group < maximize.size() ? maximize[group] : maximize_others; }
 };

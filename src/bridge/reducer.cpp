@@ -17,8 +17,6 @@ namespace {
 
 constexpr size_t BROADCAST_BYTES = size_t{250} << 20;
 
-enum Compression : int { NONE = 0, FP16 = 1, BF16 = 2 };
-
 // Sends gradients as bf16, and converts the averages back to the gradients' type.
 class Bf16Hook : public c10d::CppCommHookInterface<c10::intrusive_ptr<ProcessGroup>> {
  public:
@@ -68,8 +66,7 @@ int tig_ddp_new(DistGroup* group, const Tensor* const* parameters, const char* c
                 const Tensor* const* buffers, size_t buffer_count, const DataParallelOptions* options,
                 DataParallel** made, int* cause, char** error) {
   return dist_guarded(cause, error, [&] {
-    const int compression = options->compression;
-    if (compression != NONE && compression != FP16 && compression != BF16) unknown("compression", compression);
+    const auto compression = abi::of<abi::Compression>(options->compression);
     auto ddp = std::make_unique<DataParallel>();
     ddp->group = group->tensors;
     ddp->find_unused = options->find_unused != 0;
@@ -107,9 +104,9 @@ int tig_ddp_new(DistGroup* group, const Tensor* const* parameters, const char* c
     // With TORCH_DISTRIBUTED_DEBUG=DETAIL this call crashes in libtorch 2.13, in Python too.
     if (c10d::debug_level() != c10d::DebugLevel::Detail)
       ddp->logger->set_construction_data_and_log("tch-ignite", {}, -1, !ddp->buffers.empty(), false, false);
-    if (compression == FP16)
+    if (compression == abi::Compression::Fp16)
       ddp->reducer->register_builtin_comm_hook(c10d::BuiltinCommHookType::FP16_COMPRESS);
-    else if (compression == BF16)
+    else if (compression == abi::Compression::Bf16)
       ddp->reducer->register_comm_hook(std::make_unique<Bf16Hook>(group->tensors));
     ddp->buffers_may_differ = true;
     *made = ddp.release();

@@ -6,12 +6,13 @@ use std::ptr::{NonNull, null_mut};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
+use super::abi::Compression;
 use super::dist::{DistException, ProcessGroups, dist_checked, pointers};
 use super::taken_text;
 
 type Raw = *mut c_void;
 
-/// How gradients are reduced; `compression` is 0 for none, 1 for f16, 2 for bf16. The fields are those of
+/// How gradients are reduced; the fields are those of
 /// `DataParallelOptions` in reducer.cpp, in the same order.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -21,7 +22,7 @@ pub(crate) struct ReducerOptions {
     pub(crate) find_unused: c_int,
     pub(crate) bucket_view: c_int,
     pub(crate) broadcast_buffers: c_int,
-    pub(crate) compression: c_int,
+    pub(crate) compression: Compression,
 }
 
 unsafe extern "C" {

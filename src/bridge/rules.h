@@ -1,5 +1,5 @@
-// Rules for a step of each of libtorch's optimizers: which state it needs, which update its options choose, and the
-// numbers of that update.
+// How a step treats each class of optimizer, libtorch's four and ours: which state it needs, which update its options
+// choose, and the numbers of that update.
 #pragma once
 
 #include <torch/optim.h>
@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "one_pass.h"
+#include "own.h"
 
 namespace tig {
 
@@ -18,18 +19,23 @@ using StateTensors = std::array<const at::Tensor*, 3>;
 struct SgdRules {
   using Options = torch::optim::SGDOptions;
   using State = torch::optim::SGDParamState;
-  static constexpr bool counts = false;  // whether libtorch counts the steps of each parameter
-  // Says why libtorch's loop would refuse the layouts (dense, sparse) of a parameter's tensors; null where the loop
-  // accepts them.
-  static const char* refused_layout(const at::Tensor& g, const State* state, const Options& o) {
+  // Whether libtorch has kernels that step a list of parameters, and skip the step if they are told so on the device.
+  static constexpr bool kernels = true, kernels_skip = true;
+  static bool in_pass(const Options&) { return true; }
+  // The count of the parameter's steps; null where there is none.
+  static int64_t* steps(State&) { return nullptr; }
+  // Whether parameters with the same count of steps share the numbers of a step.
+  static bool shares_numbers(const Options&) { return true; }
+  // Says why the loop would refuse a parameter, beside what every loop refuses; empty where it does not.
+  static std::string refused(const at::Tensor&, const at::Tensor& g, const State* state, const Options& o) {
     const bool sparse_buffer = state && state->momentum_buffer().is_sparse();
     if (g.layout() == at::kStrided)
-      return sparse_buffer ? "its gradient is dense, and its momentum buffer sparse" : nullptr;
+      return sparse_buffer ? "its gradient is dense, and its momentum buffer sparse" : "";
     if (!g.is_sparse()) return "its gradient has a layout that SGD does not support";
     if (o.weight_decay() != 0) return "SGD does not support sparse gradients with weight decay";
     if (o.momentum() != 0 && o.nesterov() && state && !sparse_buffer)
       return "SGD does not support sparse gradients with Nesterov momentum and a dense momentum buffer";
-    return nullptr;
+    return "";
   }
 
   static bool has_state(const Options& o) { return o.momentum() != 0; }
@@ -48,7 +54,7 @@ struct SgdRules {
     return o.nesterov() ? Rule::SgdNesterov : Rule::SgdMomentum;
   }
 
-  static Numbers numbers(const Options& o, int64_t) {
+  static Numbers numbers(const Options& o, int64_t, torch::optim::OptimizerParamState*) {
     return {o.lr(), o.weight_decay(), o.momentum(), 1 - o.dampening()};
   }
 };
@@ -57,11 +63,14 @@ template <typename O, typename S>
 struct AdamRules {
   using Options = O;
   using State = S;
-  static constexpr bool counts = true;
+  static constexpr bool kernels = true, kernels_skip = true;
+  static bool in_pass(const Options&) { return true; }
+  static int64_t* steps(State& s) { return &s.step(); }
+  static bool shares_numbers(const Options&) { return true; }
   static constexpr bool decoupled = std::is_same<O, torch::optim::AdamWOptions>::value;
 
-  static const char* refused_layout(const at::Tensor& g, const State*, const Options&) {
-    if (g.layout() == at::kStrided) return nullptr;
+  static std::string refused(const at::Tensor&, const at::Tensor& g, const State*, const Options&) {
+    if (g.layout() == at::kStrided) return "";
     return decoupled ? "AdamW does not support sparse gradients" : "Adam does not support sparse gradients";
   }
 
@@ -85,7 +94,7 @@ struct AdamRules {
     return o.amsgrad() ? Rule::AdamAmsgrad : Rule::Adam;
   }
 
-  static Numbers numbers(const Options& o, int64_t steps) {
+  static Numbers numbers(const Options& o, int64_t steps, torch::optim::OptimizerParamState*) {
     const auto [beta1, beta2] = o.betas();
     const double correction1 = 1 - std::pow(beta1, steps), correction2 = 1 - std::pow(beta2, steps);
     const double decay = decoupled ? 1 - o.lr() * o.weight_decay() : o.weight_decay();
@@ -96,10 +105,13 @@ struct AdamRules {
 struct RmsPropRules {
   using Options = torch::optim::RMSpropOptions;
   using State = torch::optim::RMSpropParamState;
-  static constexpr bool counts = true;
+  static constexpr bool kernels = true, kernels_skip = false;
+  static bool in_pass(const Options&) { return true; }
+  static int64_t* steps(State& s) { return &s.step(); }
+  static bool shares_numbers(const Options&) { return true; }
 
-  static const char* refused_layout(const at::Tensor& g, const State*, const Options&) {
-    return g.layout() == at::kStrided ? nullptr : "RMSprop does not support sparse gradients";
+  static std::string refused(const at::Tensor&, const at::Tensor& g, const State*, const Options&) {
+    return g.layout() == at::kStrided ? "" : "RMSprop does not support sparse gradients";
   }
 
   static bool has_state(const Options&) { return true; }
@@ -124,8 +136,48 @@ struct RmsPropRules {
     return momentum ? Rule::RmsPropMomentum : Rule::RmsProp;
   }
 
-  static Numbers numbers(const Options& o, int64_t) {
+  static Numbers numbers(const Options& o, int64_t, torch::optim::OptimizerParamState*) {
     return {o.lr(), o.weight_decay(), o.alpha(), 1 - o.alpha(), o.eps(), o.momentum()};
+  }
+};
+
+// Our own optimizers. The options of each group name the algorithm.
+struct OwnRules {
+  using Options = OwnOptions;
+  using State = OwnState;
+  static constexpr bool kernels = false, kernels_skip = false;
+  static bool in_pass(const Options& o) { return rule_of(o.algorithm).has_kernel; }
+  static int64_t* steps(State& s) { return &s.step; }
+  static bool shares_numbers(const Options& o) { return rule_of(o.algorithm).numbers == 0; }
+
+  static std::string refused(const at::Tensor& p, const at::Tensor& g, const State* state, const Options& o) {
+    const OwnRule& rule = rule_of(o.algorithm);
+    const std::string name = rule.name;
+    if (p.is_complex()) return name + " does not support complex parameters";
+    if (p.layout() != at::kStrided) return name + " does not support sparse parameters";
+    if (g.layout() != at::kStrided && !(rule.sparse && g.is_sparse()))
+      return name + " does not support " + (g.is_sparse() ? "sparse gradients" : "gradients of this layout");
+    for (int i = 0; state && rule.shaped_like_parameter && i < rule.tensors; ++i)
+      if (state->tensors[i].defined() && state->tensors[i].layout() != at::kStrided)
+        return "the optimizer's state of it is sparse";
+    return rule.refused(p, g, state, o);
+  }
+
+  static bool has_state(const Options&) { return true; }
+  static std::unique_ptr<State> make(const at::Tensor& p, const Options& o) { return make_state(p, o); }
+
+  // Those that are shaped like the parameter.
+  static StateTensors tensors(const State& s, const Options& o) {
+    const OwnRule& rule = rule_of(o.algorithm);
+    StateTensors tensors{};
+    for (int i = 0; rule.shaped_like_parameter && i < rule.tensors; ++i) tensors[i] = &s.tensors[i];
+    return tensors;
+  }
+
+  static Rule rule(const Options& o, bool) { return rule_of(o.algorithm).kernel; }
+
+  static Numbers numbers(const Options& o, int64_t steps, torch::optim::OptimizerParamState* state) {
+    return rule_of(o.algorithm).prepare(o, steps, static_cast<State&>(*state));
   }
 };
 

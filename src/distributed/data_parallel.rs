@@ -8,7 +8,7 @@ use tch::nn::{VarStore, Variables};
 
 use super::process_group::{Turn, place_names};
 use super::{Outputs, ProcessGroup, ReduceOp};
-use crate::bridge::{Reducer, ReducerOptions};
+use crate::bridge::{self, Reducer, ReducerOptions};
 use crate::error::{Error, Result};
 use crate::optim;
 use crate::variables;
@@ -119,9 +119,9 @@ impl DdpOptions {
             bucket_view: self.gradient_as_bucket_view.into(),
             broadcast_buffers: self.broadcast_buffers.into(),
             compression: match self.compression {
-                Compression::None => 0,
-                Compression::Fp16 => 1,
-                Compression::Bf16 => 2,
+                Compression::None => bridge::Compression::None,
+                Compression::Fp16 => bridge::Compression::Fp16,
+                Compression::Bf16 => bridge::Compression::Bf16,
             },
         })
     }

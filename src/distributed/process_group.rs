@@ -183,7 +183,7 @@ impl ProcessGroup {
                 None => lists.push(vec![tensor]),
             }
         }
-        lists.iter().try_for_each(|list| turn.call(|group| group.all_reduce(list, op.number())))
+        lists.iter().try_for_each(|list| turn.call(|group| group.all_reduce(list, op.reduction())))
     }
 
     /// Gives the tensors of all ranks the values of rank `root`, in place. All ranks pass the same number of tensors,
@@ -264,7 +264,7 @@ impl ProcessGroup {
     /// Sums a tensor over all ranks in place, without comparing first what the ranks are about to do.
     pub(super) fn sum_unchecked(&self, op: &str, tensor: &Tensor) -> Result<()> {
         let Some(turn) = self.turn(op)? else { return Ok(()) };
-        turn.call(|group| group.all_reduce(&[tensor], ReduceOp::Sum.number()))
+        turn.call(|group| group.all_reduce(&[tensor], ReduceOp::Sum.reduction()))
     }
 
     pub(super) fn check_rank(&self, rank: usize) -> Result<()> {

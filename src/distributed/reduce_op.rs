@@ -1,3 +1,5 @@
+use crate::bridge::Reduction;
+
 /// A way to combine the values of all ranks into one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -15,14 +17,14 @@ pub enum ReduceOp {
 }
 
 impl ReduceOp {
-    /// The number by which `reduce_op` in dist.cpp knows this reduction.
-    pub(super) fn number(self) -> i32 {
+    /// The bridge's name for this reduction.
+    pub(super) fn reduction(self) -> Reduction {
         match self {
-            Self::Sum => 0,
-            Self::Avg => 1,
-            Self::Product => 2,
-            Self::Min => 3,
-            Self::Max => 4,
+            Self::Sum => Reduction::Sum,
+            Self::Avg => Reduction::Avg,
+            Self::Product => Reduction::Product,
+            Self::Min => Reduction::Min,
+            Self::Max => Reduction::Max,
         }
     }
 

@@ -38,7 +38,7 @@ impl GroupOptions {
         self.with(Hyper::Lr, value)
     }
 
-    /// Momentum (SGD, RMSprop), not negative.
+    /// Momentum (SGD, RMSprop, Muon), not negative.
     pub fn momentum(self, value: f64) -> Self {
         self.with(Hyper::Momentum, value)
     }
@@ -53,17 +53,17 @@ impl GroupOptions {
         self.with(Hyper::WeightDecay, value)
     }
 
-    /// Whether SGD uses Nesterov momentum.
+    /// Whether the momentum is Nesterov's (SGD, Muon).
     pub fn nesterov(self, on: bool) -> Self {
         self.with(Hyper::Nesterov, f64::from(on))
     }
 
-    /// Both decay rates of the moments (Adam, AdamW), in [0, 1).
+    /// Both decay rates of the moments (Adam and its kin, Lion), in [0, 1).
     pub fn betas(self, beta1: f64, beta2: f64) -> Self {
         self.with(Hyper::Beta1, beta1).with(Hyper::Beta2, beta2)
     }
 
-    /// Term added to the denominator (Adam, AdamW, RMSprop), not negative.
+    /// Term added to the denominator, not negative.
     pub fn eps(self, value: f64) -> Self {
         self.with(Hyper::Eps, value)
     }
@@ -73,7 +73,7 @@ impl GroupOptions {
         self.with(Hyper::Amsgrad, f64::from(on))
     }
 
-    /// Smoothing constant (RMSprop), not negative.
+    /// Smoothing constant (RMSprop), or the power by which the step size falls (ASGD), not negative.
     pub fn alpha(self, value: f64) -> Self {
         self.with(Hyper::Alpha, value)
     }
@@ -81,6 +81,94 @@ impl GroupOptions {
     /// Whether RMSprop is the centered variant.
     pub fn centered(self, on: bool) -> Self {
         self.with(Hyper::Centered, f64::from(on))
+    }
+
+    /// Whether steps go up the gradient, to maximize, not down.
+    pub fn maximize(self, on: bool) -> Self {
+        self.with(Hyper::Maximize, f64::from(on))
+    }
+
+    /// Decay of the learning rate with the number of steps (Adagrad), not negative.
+    pub fn lr_decay(self, value: f64) -> Self {
+        self.with(Hyper::LrDecay, value)
+    }
+
+    /// The first value of the sums of squares (Adagrad), not negative. Counts for parameters without state.
+    pub fn initial_accumulator_value(self, value: f64) -> Self {
+        self.with(Hyper::InitialAccumulatorValue, value)
+    }
+
+    /// Decay of the momentum with the number of steps (NAdam), not negative.
+    pub fn momentum_decay(self, value: f64) -> Self {
+        self.with(Hyper::MomentumDecay, value)
+    }
+
+    /// Whether weight decay shrinks the parameter, as in AdamW, and is not added to the gradient (NAdam, RAdam).
+    pub fn decoupled_weight_decay(self, on: bool) -> Self {
+        self.with(Hyper::DecoupledWeightDecay, f64::from(on))
+    }
+
+    /// Decay rate of both averages of squares (Adadelta), in [0, 1].
+    pub fn rho(self, value: f64) -> Self {
+        self.with(Hyper::Rho, value)
+    }
+
+    /// Decay of the parameters in each step (ASGD).
+    pub fn lambd(self, value: f64) -> Self {
+        self.with(Hyper::Lambd, value)
+    }
+
+    /// The number of the step after which averaging begins (ASGD).
+    pub fn t0(self, value: f64) -> Self {
+        self.with(Hyper::T0, value)
+    }
+
+    /// Factors of a step size when the gradient changed its sign, between 0 and 1, and when it did not, above 1
+    /// (Rprop).
+    pub fn etas(self, minus: f64, plus: f64) -> Self {
+        self.with(Hyper::EtaMinus, minus).with(Hyper::EtaPlus, plus)
+    }
+
+    /// The smallest and the largest step size (Rprop), not negative.
+    pub fn step_sizes(self, min: f64, max: f64) -> Self {
+        self.with(Hyper::StepSizeMin, min).with(Hyper::StepSizeMax, max)
+    }
+
+    /// The power of the step count by which the decay of the variances approaches 1 (Adafactor), not positive.
+    pub fn beta2_decay(self, value: f64) -> Self {
+        self.with(Hyper::Beta2Decay, value)
+    }
+
+    /// The smallest root of a variance (Adafactor), not negative. 0 stands for the precision of the parameter's type
+    /// (torch's `None`).
+    pub fn eps1(self, value: f64) -> Self {
+        self.with(Hyper::Eps1, value)
+    }
+
+    /// The smallest size of a parameter that steps are relative to (Adafactor), not negative.
+    pub fn eps2(self, value: f64) -> Self {
+        self.with(Hyper::Eps2, value)
+    }
+
+    /// The root mean square to which updates are clipped (Adafactor), at least 1.
+    pub fn d(self, value: f64) -> Self {
+        self.with(Hyper::D, value)
+    }
+
+    /// Coefficients of the polynomial of the Newton-Schulz iteration (Muon).
+    pub fn ns_coefficients(self, a: f64, b: f64, c: f64) -> Self {
+        self.with(Hyper::NsA, a).with(Hyper::NsB, b).with(Hyper::NsC, c)
+    }
+
+    /// The number of Newton-Schulz iterations (Muon), below 100.
+    pub fn ns_steps(self, count: u32) -> Self {
+        self.with(Hyper::NsSteps, f64::from(count))
+    }
+
+    /// Whether updates of matrices have the root mean square of AdamW's (`adjust_lr_fn="match_rms_adamw"` of torch's
+    /// Muon), so that AdamW's learning rate and weight decay fit.
+    pub fn match_rms_adamw(self, on: bool) -> Self {
+        self.with(Hyper::MatchRmsAdamW, f64::from(on))
     }
 }
 
@@ -90,6 +178,7 @@ pub struct OptimizerBuilder<'v, T> {
     config: T,
     vs: &'v VarStore,
     lr: f64,
+    options: GroupOptions,
     groups: Vec<(GroupRule, GroupOptions)>,
     names: Vec<(usize, String)>,
 }
@@ -98,12 +187,30 @@ crate::debug::opaque_debug!(OptimizerBuilder<'v, T>);
 
 impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
     pub(super) fn new(config: T, vs: &'v VarStore) -> Self {
-        Self { config, vs, lr: 1e-3, groups: vec![], names: vec![] }
+        Self { config, vs, lr: 1e-3, options: GroupOptions::new(), groups: vec![], names: vec![] }
     }
 
     /// The learning rate of groups that do not set their own: 1e-3 unless given, as in PyTorch.
     pub fn lr(mut self, lr: f64) -> Self {
         self.lr = lr;
+        self
+    }
+
+    /// Sets hyper-parameters of all groups that do not set their own.
+    ///
+    /// ```
+    /// use tch::{Device, nn};
+    /// use tch_ignite::optim::{GroupOptions, Optimizer};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// nn::linear(vs.root() / "fc", 4, 2, Default::default());
+    /// let options = GroupOptions::new().betas(0.95, 0.98).weight_decay(0.1);
+    /// let optimizer = Optimizer::lion(&vs).lr(3e-5).options(options).build()?;
+    /// assert_eq!(optimizer.group_at(0)?.betas()?, (0.95, 0.98));
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    pub fn options(mut self, options: GroupOptions) -> Self {
+        self.options = options;
         self
     }
 
@@ -149,6 +256,9 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
             false => Grouping::Rules(named_once(rules)?),
         };
         let optimizer = Optimizer::assemble(&self.config, self.vs, self.lr, grouping)?;
+        for &(hyper, value) in &self.options.values {
+            optimizer.set_everywhere(hyper.name(), value)?;
+        }
         for (index, options) in options.iter().enumerate() {
             let group = optimizer.group_at(index)?;
             for &(hyper, value) in &options.values {

@@ -73,7 +73,7 @@ impl Group {
         self.optimizer.get_hyper(self.index, hyper)
     }
 
-    fn set_hyper(&self, hyper: Hyper, value: f64) -> Result<()> {
+    pub(super) fn set_hyper(&self, hyper: Hyper, value: f64) -> Result<()> {
         self.optimizer.set_hyper(self.index, hyper, value)
     }
 
@@ -108,7 +108,7 @@ impl Group {
         self.set("lr", value)
     }
 
-    /// Momentum (SGD, RMSprop).
+    /// Momentum (SGD, RMSprop, Muon).
     ///
     /// # Errors
     /// The optimizer has no momentum.
@@ -116,7 +116,7 @@ impl Group {
         self.get("momentum")
     }
 
-    /// Sets the momentum (SGD, RMSprop), not negative.
+    /// Sets the momentum (SGD, RMSprop, Muon), not negative.
     ///
     /// # Errors
     /// The optimizer has no momentum, or the value is negative or not finite.
@@ -156,34 +156,34 @@ impl Group {
         self.set("weight_decay", value)
     }
 
-    /// Whether SGD uses Nesterov momentum.
+    /// Whether the momentum is Nesterov's (SGD, Muon).
     ///
     /// # Errors
-    /// The optimizer is not SGD.
+    /// The optimizer is neither SGD nor Muon.
     pub fn nesterov(&self) -> Result<bool> {
         Ok(self.get("nesterov")? != 0.)
     }
 
-    /// Switches Nesterov momentum (SGD) on or off.
+    /// Switches Nesterov momentum (SGD, Muon) on or off.
     ///
     /// # Errors
-    /// The optimizer is not SGD.
+    /// The optimizer is neither SGD nor Muon.
     pub fn set_nesterov(&self, on: bool) -> Result<()> {
         self.set("nesterov", f64::from(on))
     }
 
-    /// Decay rates of the first and second moment (Adam, AdamW).
+    /// Decay rates of the first and second moment (Adam and its kin, Lion).
     ///
     /// # Errors
-    /// The optimizer is neither Adam nor AdamW.
+    /// The optimizer has no betas.
     pub fn betas(&self) -> Result<(f64, f64)> {
         Ok((self.get("beta1")?, self.get("beta2")?))
     }
 
-    /// Sets both decay rates (Adam, AdamW), each in [0, 1).
+    /// Sets both decay rates (Adam and its kin, Lion), each in [0, 1).
     ///
     /// # Errors
-    /// The optimizer is neither Adam nor AdamW, or a value is outside [0, 1); nothing is changed
+    /// The optimizer has no betas, or a value is outside [0, 1); nothing is changed
     /// then.
     pub fn set_betas(&self, beta1: f64, beta2: f64) -> Result<()> {
         Hyper::Beta2.check(beta2)?;
@@ -191,7 +191,7 @@ impl Group {
         self.set("beta2", beta2)
     }
 
-    /// Term added to the denominator (Adam, AdamW, RMSprop).
+    /// Term added to the denominator.
     ///
     /// # Errors
     /// The optimizer has no eps.
@@ -199,7 +199,7 @@ impl Group {
         self.get("eps")
     }
 
-    /// Sets the term added to the denominator (Adam, AdamW, RMSprop), not negative.
+    /// Sets the term added to the denominator, not negative.
     ///
     /// # Errors
     /// The optimizer has no eps, or the value is negative or not finite.
@@ -224,18 +224,18 @@ impl Group {
         self.set("amsgrad", f64::from(on))
     }
 
-    /// Smoothing constant (RMSprop).
+    /// Smoothing constant (RMSprop), or the power by which the step size falls (ASGD).
     ///
     /// # Errors
-    /// The optimizer is not RMSprop.
+    /// The optimizer is neither RMSprop nor ASGD.
     pub fn alpha(&self) -> Result<f64> {
         self.get("alpha")
     }
 
-    /// Sets the smoothing constant (RMSprop), not negative.
+    /// Sets the smoothing constant (RMSprop) or the power by which the step size falls (ASGD), not negative.
     ///
     /// # Errors
-    /// The optimizer is not RMSprop, or the value is negative or not finite.
+    /// The optimizer is neither RMSprop nor ASGD, or the value is negative or not finite.
     pub fn set_alpha(&self, value: f64) -> Result<()> {
         self.set("alpha", value)
     }
@@ -256,13 +256,29 @@ impl Group {
     pub fn set_centered(&self, on: bool) -> Result<()> {
         self.set("centered", f64::from(on))
     }
+
+    /// Whether steps go up the gradient, to maximize, not down.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
+    pub fn maximize(&self) -> Result<bool> {
+        Ok(self.get("maximize")? != 0.)
+    }
+
+    /// Chooses whether steps go up the gradient, to maximize, or down.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
+    pub fn set_maximize(&self, on: bool) -> Result<()> {
+        self.set("maximize", f64::from(on))
+    }
 }
 
 impl fmt::Debug for Group {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut debug = f.debug_struct(&self.name());
         for hyper in self.optimizer.shared.algorithm.hypers() {
-            if let Ok(value) = self.get_hyper(*hyper) {
+            if let Ok(value) = self.get_hyper(hyper) {
                 debug.field(hyper.name(), &value);
             }
         }

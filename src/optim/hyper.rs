@@ -2,99 +2,80 @@
 
 use std::fmt;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+use super::algorithms::{Needed, Shape};
 use crate::bridge::Algorithm;
 use crate::error::{Error, Result};
 
-/// A hyper-parameter. The numbers are those of the enum `Option` in bridge/bridge.cpp.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(i32)]
-pub(crate) enum Hyper {
-    Lr = 0,
-    Momentum = 1,
-    Dampening = 2,
-    WeightDecay = 3,
-    Nesterov = 4,
-    Beta1 = 5,
-    Beta2 = 6,
-    Eps = 7,
-    Amsgrad = 8,
-    Alpha = 9,
-    Centered = 10,
-}
-
+pub(crate) use crate::bridge::Hyper;
 use Hyper::*;
-
-const SGD: &[Hyper] = &[Lr, Momentum, Dampening, WeightDecay, Nesterov];
-const ADAM: &[Hyper] = &[Lr, Beta1, Beta2, Eps, WeightDecay, Amsgrad];
-const RMSPROP: &[Hyper] = &[Lr, Alpha, Eps, WeightDecay, Momentum, Centered];
 
 impl Algorithm {
     /// PyTorch's name of the optimizer.
     pub(crate) fn name(self) -> &'static str {
-        match self {
-            Algorithm::Sgd => "SGD",
-            Algorithm::Adam => "Adam",
-            Algorithm::AdamW => "AdamW",
-            Algorithm::RmsProp => "RMSprop",
-        }
+        self.description().name
     }
 
     /// The hyper-parameters that this optimizer has.
-    pub(crate) fn hypers(self) -> &'static [Hyper] {
-        match self {
-            Algorithm::Sgd => SGD,
-            Algorithm::Adam | Algorithm::AdamW => ADAM,
-            Algorithm::RmsProp => RMSPROP,
-        }
+    pub(crate) fn hypers(self) -> impl Iterator<Item = Hyper> {
+        self.description().hypers.iter().map(|(hyper, _)| *hyper)
     }
 
-    /// PyTorch's names of the state tensors that libtorch keeps for a parameter, in the order of
-    /// `RawState::tensors`. A name is empty where the optimizer has no such tensor.
+    /// PyTorch's names of the tensors that are kept for a parameter, in the order of `RawState::tensors`. A name is
+    /// empty where the optimizer has no such tensor.
     pub(crate) fn state_names(self) -> [&'static str; 3] {
-        match self {
-            Algorithm::Sgd => ["momentum_buffer", "", ""],
-            Algorithm::Adam | Algorithm::AdamW => ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
-            Algorithm::RmsProp => ["square_avg", "momentum_buffer", "grad_avg"],
+        let mut names = [""; 3];
+        for (name, tensor) in names.iter_mut().zip(self.description().state) {
+            *name = tensor.name;
         }
+        names
     }
 
-    /// Whether libtorch counts the steps of each parameter.
+    /// Whether the steps of each parameter are counted.
     pub(crate) fn counts_steps(self) -> bool {
-        self != Algorithm::Sgd
+        self.description().counts_steps
     }
 
-    /// Whether `tensors` hold those that libtorch needs at every step.
-    pub(crate) fn has_needed(self, tensors: &[Option<Tensor>; 3]) -> bool {
-        let needed = match self {
-            Algorithm::Sgd => 0,
-            Algorithm::Adam | Algorithm::AdamW => 2,
-            Algorithm::RmsProp => 1,
-        };
-        tensors[..needed].iter().all(Option::is_some)
+    /// Whether `tensors` hold those that a parameter of this size needs at every step.
+    pub(crate) fn has_needed(self, tensors: &[Option<Tensor>; 3], parameter: &[i64]) -> bool {
+        self.description().state.iter().zip(tensors).all(|(state, tensor)| {
+            let needed = state.needed == Needed::Always && state.shape.of(parameter).is_some();
+            tensor.is_some() || !needed
+        })
     }
 
-    /// The index of the state tensor that is needed only while this hyper-parameter is not 0. libtorch
-    /// creates it at a parameter's first step or never; so whoever switches the option on later has to add it.
+    /// The size and type of the state tensor with this name for a parameter of this size and type; `None` if it has no
+    /// such tensor.
+    pub(crate) fn state_like(
+        self,
+        name: &str,
+        parameter: &[i64],
+        kind: Kind,
+    ) -> Option<(Vec<i64>, Kind)> {
+        let tensor = self.description().state.iter().find(|tensor| tensor.name == name)?;
+        let kind = if tensor.shape == Shape::Number { Kind::Float } else { kind };
+        Some((tensor.shape.of(parameter)?, kind))
+    }
+
+    /// The index of the state tensor that is needed only while this hyper-parameter is not 0. It is created at a
+    /// parameter's first step or never; so whoever switches the option on later has to add it.
     pub(crate) fn buffer_of(self, hyper: Hyper) -> Option<usize> {
-        match (self, hyper) {
-            (Algorithm::Adam | Algorithm::AdamW, Amsgrad) | (Algorithm::RmsProp, Centered) => {
-                Some(2)
-            }
-            (Algorithm::RmsProp, Momentum) => Some(1),
-            _ => None,
-        }
+        let state = self.description().state.iter();
+        state.map(|tensor| tensor.needed).position(|needed| needed == Needed::While(hyper))
+    }
+
+    /// The hyper-parameter that is the momentum, or the decay rate of the first moment.
+    pub(crate) fn momentum(self) -> Option<Hyper> {
+        [Momentum, Beta1].into_iter().find(|hyper| self.hypers().any(|own| own == *hyper))
     }
 
     /// The hyper-parameter with this PyTorch name; an error if this optimizer has none.
     pub(crate) fn hyper(self, name: &str) -> Result<Hyper> {
-        self.hypers().iter().copied().find(|h| h.name() == name).ok_or_else(|| {
-            Error::UnknownHyperParameter {
-                name: name.into(),
-                optimizer: self.name(),
-                available: self.hypers().iter().map(|h| h.name()).collect(),
-            }
+        self.hypers().find(|h| h.name() == name).ok_or_else(|| Error::UnknownHyperParameter {
+            name: name.into(),
+            optimizer: self.name(),
+            available: self.hypers().map(|h| h.name()).collect(),
         })
     }
 }
@@ -113,6 +94,27 @@ impl Hyper {
             Amsgrad => "amsgrad",
             Alpha => "alpha",
             Centered => "centered",
+            Maximize => "maximize",
+            LrDecay => "lr_decay",
+            InitialAccumulatorValue => "initial_accumulator_value",
+            MomentumDecay => "momentum_decay",
+            DecoupledWeightDecay => "decoupled_weight_decay",
+            Rho => "rho",
+            Lambd => "lambd",
+            T0 => "t0",
+            EtaMinus => "etaminus",
+            EtaPlus => "etaplus",
+            StepSizeMin => "step_size_min",
+            StepSizeMax => "step_size_max",
+            Beta2Decay => "beta2_decay",
+            Eps1 => "eps1",
+            Eps2 => "eps2",
+            D => "d",
+            NsA => "ns_coefficient_a",
+            NsB => "ns_coefficient_b",
+            NsC => "ns_coefficient_c",
+            NsSteps => "ns_steps",
+            MatchRmsAdamW => "match_rms_adamw",
         }
     }
 
@@ -120,8 +122,19 @@ impl Hyper {
     pub(crate) fn check(self, value: f64) -> Result<()> {
         let (fits, bounds) = match self {
             Beta1 | Beta2 => ((0. ..1.).contains(&value), "in [0, 1)"),
-            Dampening => (value.is_finite(), "finite"),
-            Nesterov | Amsgrad | Centered => (value == 0. || value == 1., "0 or 1"),
+            Dampening | Lambd | T0 | NsA | NsB | NsC => (value.is_finite(), "finite"),
+            Nesterov | Amsgrad | Centered | Maximize | DecoupledWeightDecay | MatchRmsAdamW => {
+                (value == 0. || value == 1., "0 or 1")
+            }
+            Rho => ((0. ..=1.).contains(&value), "in [0, 1]"),
+            EtaMinus => (value > 0. && value < 1., "between 0 and 1"),
+            EtaPlus => (value > 1. && value.is_finite(), "finite and above 1"),
+            Beta2Decay => (value <= 0. && value.is_finite(), "finite and not positive"),
+            D => (value >= 1. && value.is_finite(), "finite and at least 1"),
+            NsSteps => {
+                let whole = value.fract() == 0. && (0. ..100.).contains(&value);
+                (whole, "a whole number from 0 to 99")
+            }
             _ => (value >= 0. && value.is_finite(), "finite and not negative"),
         };
         if fits {

@@ -3,6 +3,7 @@
 //! [`Optimizer`] wraps `tch::nn::Optimizer`. [`Group`] reads and writes the values that libtorch uses: there
 //! is no second copy, so values that are set through tch are seen here, and the other way round.
 
+mod algorithms;
 mod builder;
 mod fused;
 mod gradients;
@@ -26,6 +27,7 @@ use serde_json::{Map, Value};
 use tch::nn::{OptimizerConfig, VarStore, Variables};
 use tch::{TchError, Tensor};
 
+pub use algorithms::*;
 pub use builder::{GroupOptions, OptimizerBuilder, lr};
 pub use gradients::Gradients;
 pub use group::Group;
@@ -133,7 +135,7 @@ impl Optimizer {
             .reserve_groups(grouping.rules().len())
             .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
         for hyper in native.algorithm.hypers() {
-            let value = native.get(0, *hyper as i32);
+            let value = native.get(0, hyper);
             hyper.check(
                 value.map_err(|text| Error::libtorch("cannot build the optimizer", text))?,
             )?;
@@ -160,7 +162,7 @@ impl Optimizer {
         }
     }
 
-    /// PyTorch's name of the optimizer: `"SGD"`, `"Adam"`, `"AdamW"` or `"RMSprop"`.
+    /// PyTorch's name of the optimizer, such as `"AdamW"`.
     pub fn name(&self) -> &'static str {
         self.shared.algorithm.name()
     }
@@ -230,24 +232,35 @@ impl Optimizer {
     fn get_hyper(&self, group: usize, hyper: Hyper) -> Result<f64> {
         self.native(|native| {
             native
-                .get(group, hyper as i32)
+                .get(group, hyper)
                 .map_err(|text| Error::libtorch(format!("reading {hyper} of group {group}"), text))
         })
     }
 
-    /// Sets a hyper-parameter, and first adds the state tensor that it needs, if it is switched on.
     fn set_hyper(&self, group: usize, hyper: Hyper, value: f64) -> Result<()> {
-        hyper.check(value)?;
-        let failed = |text| Error::libtorch(format!("setting {hyper} of group {group}"), text);
-        let Some(buffer) = self.shared.algorithm.buffer_of(hyper).filter(|_| value != 0.) else {
-            return self.native(|native| native.set(group, hyper as i32, value).map_err(failed));
-        };
-        self.native(|native| {
-            if native.get(group, hyper as i32).map_err(failed)? == 0. {
-                native.add_buffer(group, buffer).map_err(failed)?;
-            }
-            native.set(group, hyper as i32, value).map_err(failed)
-        })
+        self.native(|native| set_hyper(native, group, hyper, value))
+    }
+
+    /// Sets a hyper-parameter of all groups, and of those that are to come.
+    fn set_everywhere(&self, name: &str, value: f64) -> Result<()> {
+        let hyper = self.shared.algorithm.hyper(name)?;
+        for group in self.groups()? {
+            group.set_hyper(hyper, value)?;
+        }
+        let failed = |text| Error::libtorch(format!("setting {hyper}"), text);
+        self.native(|native| native.set_default(hyper, value).map_err(failed))
+    }
+
+    /// Whether the steps of each parameter are counted.
+    pub(crate) fn counts_steps(&self) -> bool {
+        self.shared.algorithm.counts_steps()
+    }
+
+    /// The size of a state tensor of this name for the parameter, and whether it is one number; `None` if there is none.
+    pub(crate) fn state_like(&self, name: &str, parameter: &Tensor) -> Option<(Vec<i64>, bool)> {
+        let state = self.shared.algorithm.description().state.iter();
+        let tensor = state.into_iter().find(|tensor| tensor.name == name)?;
+        Some((tensor.shape.of(&parameter.size())?, tensor.shape == algorithms::Shape::Number))
     }
 
     /// The variables of the store that the optimizer was built over.
@@ -343,9 +356,9 @@ impl Optimizer {
             .map_err(|payload| Error::libtorch("with_tch", crate::panic::message(&*payload)))
     }
 
-    /// The state that libtorch keeps for a parameter, under PyTorch's names (`"step"`, an f64 scalar on the CPU;
-    /// `"exp_avg"`, …); empty before the parameter's first step. The other tensors are the optimizer's own: copy them
-    /// to keep their values. Costs a host sync if steps with a GradScaler were made on a device since the last call.
+    /// The state that is kept for a parameter, under PyTorch's names (`"step"`, an f64 scalar on the CPU; `"exp_avg"`,
+    /// …); empty before the parameter's first step. The other tensors are the optimizer's own, but for those of one
+    /// number (`"mu_product"` of NAdam, `"eta"` and `"mu"` of ASGD): copy them to keep their values. Costs a host sync if steps with a GradScaler were made on a device since the last call.
     ///
     /// # Errors
     /// No parameter with this name. See also [`Optimizer`].
@@ -423,6 +436,18 @@ impl Optimizer {
         new.warn_of_tied();
         Ok(())
     }
+}
+
+/// Sets a hyper-parameter, and first adds the state tensor that it needs, if it is switched on.
+fn set_hyper(native: &mut Native, group: usize, hyper: Hyper, value: f64) -> Result<()> {
+    hyper.check(value)?;
+    let failed = |text| Error::libtorch(format!("setting {hyper} of group {group}"), text);
+    if let Some(buffer) = native.algorithm.buffer_of(hyper).filter(|_| value != 0.)
+        && native.get(group, hyper).map_err(failed)? == 0.
+    {
+        native.add_buffer(group, buffer).map_err(failed)?;
+    }
+    native.set(group, hyper, value).map_err(failed)
 }
 
 /// Runs backward from a scalar; an error where libtorch refuses.

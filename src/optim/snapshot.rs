@@ -63,11 +63,10 @@ impl Optimizer {
         self.native(|native| {
             let failed = |text| Error::libtorch("copying the optimizer's state", text);
             let hyper = |group, hyper: Hyper| {
-                let value = native.get(group, hyper as i32).map_err(failed)?;
+                let value = native.get(group, hyper).map_err(failed)?;
                 Ok((hyper, value))
             };
-            let group =
-                |index| native.algorithm.hypers().iter().map(|h| hyper(index, *h)).collect();
+            let group = |index| native.algorithm.hypers().map(|h| hyper(index, h)).collect();
             let hypers = (0..native.group_count()).map(group).collect::<Result<_>>()?;
             let mut states = vec![];
             for parameter in parameters {
@@ -94,7 +93,7 @@ impl Optimizer {
             let failed = |text| Error::libtorch("restoring the optimizer", text);
             for (index, hypers) in snapshot.hypers.iter().enumerate() {
                 for (hyper, value) in hypers {
-                    native.set(index, *hyper as i32, *value).map_err(failed)?;
+                    native.set(index, *hyper, *value).map_err(failed)?;
                 }
             }
             for (parameter, state) in &snapshot.states {

@@ -136,7 +136,7 @@ impl Optimizer {
                 let tensor =
                     names().find_map(|name| state.tensors.remove(&format!("{name}/{key}")));
                 let Some(tensor) = tensor else { continue };
-                misfit = misfit.or_else(|| tensor_misfit(&name, key, &tensor, &parameter));
+                misfit = misfit.or_else(|| self.tensor_misfit(&name, key, &tensor, &parameter));
                 *place = Some(tensor);
             }
             let has_tensors = tensors.iter().any(Option::is_some);
@@ -144,7 +144,7 @@ impl Optimizer {
             if misfit.is_none() {
                 misfit = match &step {
                     None if has_tensors => Some(format!("'{name}' has tensors but no step")),
-                    Some(_) if !self.shared.algorithm.has_needed(&tensors) => {
+                    Some(_) if !self.shared.algorithm.has_needed(&tensors, &parameter.size()) => {
                         Some(format!("the state of '{name}' is not complete"))
                     }
                     Some(step) if step.is_some() != self.shared.algorithm.counts_steps() => {
@@ -251,9 +251,12 @@ impl Fitting {
     }
 }
 
-/// The tensor on the parameter's device and with its strides, copied only if it differs. Steps are slow for a parameter
-/// whose state has another layout.
+/// The tensor on the parameter's device and, if both have one shape, with its strides; copied only if it differs. Steps
+/// are slow for a parameter whose state has another layout.
 fn placed_like(tensor: &Tensor, parameter: &Tensor) -> Result<Tensor, tch::TchError> {
+    if tensor.size() != parameter.size() {
+        return tensor.f_to_device(parameter.device());
+    }
     if tensor.device() == parameter.device() && tensor.stride() == parameter.stride() {
         return Ok(tensor.shallow_clone());
     }
@@ -277,6 +280,26 @@ impl Optimizer {
         Ok(())
     }
 
+    /// Why a saved tensor cannot be a part of the parameter's state.
+    fn tensor_misfit(
+        &self,
+        name: &str,
+        key: &str,
+        tensor: &Tensor,
+        parameter: &Tensor,
+    ) -> Option<String> {
+        let (size, kind) = (parameter.size(), parameter.kind());
+        let fitting = self.shared.algorithm.state_like(key, &size, kind);
+        if fitting.is_some_and(|fitting| fitting == (tensor.size(), tensor.kind())) {
+            return None;
+        }
+        Some(format!(
+            "'{name}/{key}' is {:?} of shape {:?}, and the parameter is {kind:?} of shape {size:?}",
+            tensor.kind(),
+            tensor.size(),
+        ))
+    }
+
     /// The optimizer's parameters that have names, in libtorch's order.
     fn named_parameters(&self) -> Result<Vec<Variable>> {
         let mut parameters = self.named_parameters_of(0..self.group_count()?)?;
@@ -287,25 +310,12 @@ impl Optimizer {
 
 fn saved_group(group: &Group) -> Result<SavedGroup> {
     let hypers = group.optimizer.shared.algorithm.hypers();
-    let options = hypers.iter().map(|h| Ok((h.name().to_owned(), group.get(h.name())?)));
+    let options = hypers.map(|h| Ok((h.name().to_owned(), group.get(h.name())?)));
     Ok(SavedGroup {
         name: group.name(),
         options: options.collect::<Result<_>>()?,
         parameters: group.parameters()?,
     })
-}
-
-fn tensor_misfit(name: &str, key: &str, tensor: &Tensor, parameter: &Tensor) -> Option<String> {
-    if tensor.size() == parameter.size() && tensor.kind() == parameter.kind() {
-        return None;
-    }
-    Some(format!(
-        "'{name}/{key}' is {:?} of shape {:?}, and the parameter is {:?} of shape {:?}",
-        tensor.kind(),
-        tensor.size(),
-        parameter.kind(),
-        parameter.size()
-    ))
 }
 
 impl<'a> IntoStateful<'a> for &Optimizer {

@@ -1,12 +1,15 @@
 use tch::Tensor;
 
-use super::Optimizer;
+use super::hyper::Hyper;
+use super::{Optimizer, set_hyper};
 use crate::bridge::Native;
+use crate::error::Result;
 
 /// tch's optimizer, lent out by [`Optimizer::with_tch`](super::Optimizer::with_tch). It has the methods of tch's
 /// optimizer, which panic where those of [`Optimizer`] return errors.
 ///
-/// This is not a `&mut tch::nn::Optimizer`, because a caller could replace that by another optimizer.
+/// What tch's own methods do only for the optimizers that it knows (its `set_lr` does nothing for others), these do for
+/// all. This is not a `&mut tch::nn::Optimizer`, because a caller could replace that by another optimizer.
 pub struct TchOptimizer<'o> {
     optimizer: &'o Optimizer,
     native: &'o mut Native,
@@ -28,6 +31,97 @@ impl<'o> TchOptimizer<'o> {
             admitted.unwrap_or_else(|error| panic!("{error}"));
         }
     }
+
+    /// Sets a hyper-parameter of a group; of all groups and of those to come if `group` is `None`.
+    fn set(&mut self, group: Option<usize>, hyper: Result<Hyper>, value: f64) {
+        self.admit_new();
+        let set = || -> Result<()> {
+            let hyper = hyper?;
+            let groups = group.map_or(0..self.native.group_count(), |group| group..group + 1);
+            for group in groups {
+                set_hyper(self.native, group, hyper, value)?;
+            }
+            if group.is_none() {
+                let failed = |text| crate::error::Error::libtorch(format!("setting {hyper}"), text);
+                self.native.set_default(hyper, value).map_err(failed)?;
+            }
+            Ok(())
+        };
+        set().unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    fn momentum(&self) -> Result<Hyper> {
+        let algorithm = self.native.algorithm;
+        algorithm.momentum().map_or_else(|| algorithm.hyper("momentum"), Ok)
+    }
+
+    fn hyper(&self, name: &str) -> Result<Hyper> {
+        self.native.algorithm.hyper(name)
+    }
+
+    /// All trainable variables of the store.
+    pub fn trainable_variables(&self) -> Vec<Tensor> {
+        self.native.tch.trainable_variables()
+    }
+
+    /// Makes one step.
+    pub fn step(&mut self) {
+        self.admit_new();
+        self.native.step(None, None).unwrap_or_else(|error| panic!("{}", error.text));
+    }
+
+    /// Calls `zero_grad`, backward from `loss`, and `step`.
+    pub fn backward_step(&mut self, loss: &Tensor) {
+        self.zero_grad();
+        loss.backward();
+        self.step();
+    }
+
+    /// `backward_step` with gradients clipped by value.
+    pub fn backward_step_clip(&mut self, loss: &Tensor, max: f64) {
+        self.zero_grad();
+        loss.backward();
+        self.clip_grad_value(max);
+        self.step();
+    }
+
+    /// `backward_step` with gradients clipped by norm: a host sync.
+    pub fn backward_step_clip_norm(&mut self, loss: &Tensor, max: f64) {
+        self.zero_grad();
+        loss.backward();
+        self.clip_grad_norm(max);
+        self.step();
+    }
+
+    /// Sets the learning rate of all groups.
+    pub fn set_lr(&mut self, lr: f64) {
+        self.set(None, self.hyper("lr"), lr);
+    }
+
+    /// Sets the learning rate of a group.
+    pub fn set_lr_group(&mut self, group: usize, lr: f64) {
+        self.set(Some(group), self.hyper("lr"), lr);
+    }
+
+    /// Sets the momentum (where there are betas, beta1) of all groups.
+    pub fn set_momentum(&mut self, momentum: f64) {
+        self.set(None, self.momentum(), momentum);
+    }
+
+    /// Sets the momentum (where there are betas, beta1) of a group.
+    pub fn set_momentum_group(&mut self, group: usize, momentum: f64) {
+        self.set(Some(group), self.momentum(), momentum);
+    }
+
+    /// Sets the weight decay of all groups.
+    pub fn set_weight_decay(&mut self, weight_decay: f64) {
+        self.set(None, self.hyper("weight_decay"), weight_decay);
+    }
+
+    /// Sets the weight decay of a group.
+    pub fn set_weight_decay_group(&mut self, group: usize, weight_decay: f64) {
+        self.set(Some(group), self.hyper("weight_decay"), weight_decay);
+    }
 }
 
 macro_rules! forwarded {
@@ -37,11 +131,6 @@ macro_rules! forwarded {
                 self.admit_new();
                 self.native.tch.$name($($argument),*)
             })*
-
-            /// All trainable variables of the store.
-            pub fn trainable_variables(&self) -> Vec<Tensor> {
-                self.native.tch.trainable_variables()
-            }
         }
     };
 }
@@ -49,28 +138,8 @@ macro_rules! forwarded {
 forwarded! {
     /// Sets the gradients to none.
     zero_grad();
-    /// Makes one step.
-    step();
-    /// Calls `zero_grad`, backward from `loss`, and `step`.
-    backward_step(loss: &Tensor);
-    /// `backward_step` with gradients clipped by value.
-    backward_step_clip(loss: &Tensor, max: f64);
-    /// `backward_step` with gradients clipped by norm: a host sync.
-    backward_step_clip_norm(loss: &Tensor, max: f64);
     /// Clips gradients by value.
     clip_grad_value(max: f64);
     /// Clips gradients by their norm: a host sync; panics without gradients.
     clip_grad_norm(max: f64);
-    /// Sets the learning rate of all groups.
-    set_lr(lr: f64);
-    /// Sets the learning rate of a group.
-    set_lr_group(group: usize, lr: f64);
-    /// Sets the momentum (beta1 for Adam and AdamW) of all groups.
-    set_momentum(momentum: f64);
-    /// Sets the momentum of a group; tch panics except for SGD.
-    set_momentum_group(group: usize, momentum: f64);
-    /// Sets the weight decay of all groups.
-    set_weight_decay(weight_decay: f64);
-    /// Sets the weight decay of a group.
-    set_weight_decay_group(group: usize, weight_decay: f64);
 }

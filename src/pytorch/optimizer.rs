@@ -56,7 +56,7 @@ struct SavedGroup {
     parameters: Vec<String>,
 }
 
-/// Loads `optimizer.state_dict()` of Python's SGD, Adam, AdamW or RMSprop: options of all groups, and the state of each
+/// Loads `optimizer.state_dict()` of Python's optimizer of the same name: options of all groups, and the state of each
 /// parameter. The learning rate comes along; schedulers are on their own.
 ///
 /// Groups are matched by their names if Python's groups have the names of ours, else by their order. Python's state
@@ -91,7 +91,8 @@ struct SavedGroup {
 ///
 /// # Errors
 /// The state is of another optimizer, or has other groups or parameters, or sets options that would change what a
-/// step does and that this crate does not have (such as `maximize`); the error names them. Nothing is changed then.
+/// step does and that this crate does not have (such as `differentiable`); the error names them. Nothing is changed
+/// then.
 pub fn load_optimizer(
     optimizer: &mut Optimizer,
     saved: &Value,
@@ -122,9 +123,9 @@ pub fn load_optimizer(
         check_rest(dict, form, optimizer.name(), &mut report)?;
     }
 
-    let mut shapes = HashMap::new();
+    let mut tensors_of = HashMap::new();
     for group in &ours {
-        shapes.extend(group.variables()?.into_iter().map(|own| (own.name, own.tensor.size())));
+        tensors_of.extend(group.variables()?.into_iter().map(|own| (own.name, own.tensor)));
     }
     let mut state = StateDict::new();
     let mut steps: BTreeMap<String, Option<i64>> = BTreeMap::new();
@@ -145,16 +146,26 @@ pub fn load_optimizer(
                 Value::Tensor(stored) => {
                     // A few bytes may claim to be a tensor of any shape, so a tensor is copied only if its shape
                     // fits.
-                    let shape = shapes.get(name).map_or(&[][..], Vec::as_slice);
+                    let parameter = tensors_of.get(name);
+                    let fitting = parameter.and_then(|own| optimizer.state_like(key, own));
+                    let (shape, is_number) = fitting.unwrap_or_else(|| {
+                        (parameter.map(Tensor::size).unwrap_or_default(), false)
+                    });
                     if stored.size() != shape {
                         return Err(fault(format!(
-                            "'{name}/{key}' is of shape {:?}, and the parameter of shape {shape:?}",
+                            "'{name}/{key}' is of shape {:?}, and here of shape {shape:?}",
                             stored.size()
                         )));
                     }
-                    // The state gets a copy, because the optimizer's steps change it.
+                    // The state gets a copy, because the optimizer's steps change it. Numbers have the type of
+                    // Python's default.
                     let tensor = tch::no_grad(|| {
-                        stored.tensor()?.f_detach_copy().map_err(|error| {
+                        let copy = stored.tensor()?.f_detach_copy();
+                        let kind = |tensor: Tensor| match is_number {
+                            true => tensor.f_to_kind(Kind::Float),
+                            false => Ok(tensor),
+                        };
+                        copy.and_then(kind).map_err(|error| {
                             Error::libtorch(format!("copying '{name}/{key}'"), error)
                         })
                     })?;
@@ -166,8 +177,8 @@ pub fn load_optimizer(
                 }
             }
         }
-        // Python's SGD counts no steps.
-        if tensors > 0 && step.is_none() && optimizer.name() != "SGD" {
+        // Some optimizers, such as SGD, count no steps.
+        if tensors > 0 && step.is_none() && optimizer.counts_steps() {
             return Err(fault(format!("'{name}' has tensors but no step")));
         }
         if tensors > 0 || step.is_some() {
@@ -349,16 +360,44 @@ fn check_members(dict: &Dict, form: &SavedGroup, names: &Numbers) -> Result<()> 
     }
 }
 
+/// Options that Python has as one tuple, and ours in its order.
+const TUPLES: [(&str, &[&str]); 5] = [
+    ("betas", &["beta1", "beta2"]),
+    ("etas", &["etaminus", "etaplus"]),
+    ("step_sizes", &["step_size_min", "step_size_max"]),
+    ("eps", &["eps1", "eps2"]),
+    ("ns_coefficients", &["ns_coefficient_a", "ns_coefficient_b", "ns_coefficient_c"]),
+];
+
+/// Python's name of one of our options, and its place in the tuple if it is in one.
+fn pythons(option: &str) -> (&str, Option<usize>) {
+    let place = |(name, parts): &(&'static str, &[&str])| {
+        parts.iter().position(|part| *part == option).map(|place| (*name, Some(place)))
+    };
+    TUPLES.iter().find_map(place).unwrap_or((option, None))
+}
+
 /// Python's value of one of our options.
 fn option_of(dict: &Dict, option: &str) -> Result<Option<f64>, String> {
-    let value = match option {
-        "beta1" | "beta2" => {
-            let betas = dict.get("betas").and_then(Value::as_slice);
-            betas.and_then(|betas| betas.get(usize::from(option == "beta2")))
-        }
-        option => dict.get(option),
+    let (name, place) = pythons(option);
+    let value = match place {
+        Some(place) => dict.get(name).and_then(Value::as_slice).and_then(|tuple| tuple.get(place)),
+        None => dict.get(name),
     };
     match value {
+        // Python's Muon, and versions from before it was there, do not maximize.
+        None if option == "maximize" => Ok(Some(0.)),
+        None if option == "match_rms_adamw" => match dict.get("adjust_lr_fn") {
+            Some(Value::None) => Ok(Some(0.)),
+            Some(value) => match value.as_str() {
+                Some("original") => Ok(Some(0.)),
+                Some("match_rms_adamw") => Ok(Some(1.)),
+                _ => Err(format!("adjust_lr_fn is {value}")),
+            },
+            None => Ok(None),
+        },
+        // The precision of the parameter's type.
+        Some(Value::None) if option == "eps1" => Ok(Some(0.)),
         None => Ok(None),
         Some(Value::Bool(bool)) => Ok(Some(f64::from(u8::from(*bool)))),
         Some(value @ (Value::Float(_) | Value::Int(_))) => Ok(value.as_f64()),
@@ -381,7 +420,8 @@ fn check_rest(
 ) -> Result<()> {
     for (option, value) in dict.iter() {
         let option = option.as_str().unwrap_or_default();
-        let is_ours = form.options.contains_key(option) || option == "betas";
+        let is_ours = form.options.keys().any(|own| pythons(own).0 == option)
+            || option == "adjust_lr_fn" && form.options.contains_key("match_rms_adamw");
         if is_ours || matches!(option, "params" | "param_names" | "name") {
             continue;
         }
@@ -423,26 +463,39 @@ fn group_value(optimizer: &str, group: &SavedGroup, numbers: &[usize]) -> Value 
     let mut dict = Dict::new();
     for (option, value) in &group.options {
         match option.as_str() {
-            "beta1" => {
-                let beta2 = group.options.get("beta2").copied().unwrap_or(0.999);
-                dict.insert("betas", Value::tuple([*value, beta2]));
+            "maximize" if matches!(optimizer, "Muon" | "Lion") => {}
+            "nesterov" | "amsgrad" | "centered" | "maximize" | "decoupled_weight_decay" => {
+                dict.insert(option, *value != 0.);
             }
-            "beta2" => {}
-            "nesterov" | "amsgrad" | "centered" => dict.insert(option, *value != 0.),
+            "ns_steps" => dict.insert(option, *value as i64),
+            "match_rms_adamw" => {
+                let name = if *value != 0. { "match_rms_adamw" } else { "original" };
+                dict.insert("adjust_lr_fn", name);
+            }
+            option if pythons(option).1.is_some() => {}
             _ => dict.insert(option, *value),
         }
     }
-    for option in ["maximize", "differentiable"] {
-        dict.insert(option, false);
+    for (name, parts) in TUPLES {
+        let values = parts.iter().map(|part| group.options.get(*part).map(|value| (part, *value)));
+        let Some(values) = values.collect::<Option<Vec<_>>>() else { continue };
+        let value = |(part, value)| match (part, value) {
+            (&"eps1", 0.) => Value::None,
+            _ => Value::from(value),
+        };
+        dict.insert(name, Value::tuple(values.into_iter().map(value)));
     }
-    dict.insert("foreach", Value::None);
-    if optimizer != "RMSprop" {
+    if !matches!(optimizer, "Muon" | "SparseAdam" | "Lion") {
+        dict.insert("differentiable", false);
+        dict.insert("foreach", Value::None);
+    }
+    if matches!(optimizer, "SGD" | "Adam" | "AdamW" | "Adagrad") {
         dict.insert("fused", Value::None);
     }
-    if optimizer != "SGD" {
+    if !matches!(optimizer, "SGD" | "Adagrad" | "Adafactor" | "Muon" | "SparseAdam" | "Lion") {
         dict.insert("capturable", false);
     }
-    if optimizer.starts_with("Adam") {
+    if matches!(optimizer, "Adam" | "AdamW") {
         dict.insert("decoupled_weight_decay", optimizer == "AdamW");
     }
     dict.insert("params", Value::list(numbers.iter().map(|number| *number as i64)));

@@ -33,6 +33,7 @@ from from_ignite.errors import schedule_error
 from from_ignite.handler import handler
 from from_ignite.lr_finder import lr_finder
 from from_ignite.metric import metric
+from from_ignite.optimizer import optimizer
 from from_ignite.schedule import schedule, schedule_resume
 from from_ignite.train import train
 from from_ignite.values import Unsupported, decode
@@ -46,6 +47,7 @@ KINDS = {
     "lr_finder": lr_finder,
     "handler": handler,
     "metric": metric,
+    "optimizer": optimizer,
 }
 
 SHOWN_DIFFERENCES = 3

@@ -7,6 +7,7 @@ mod json;
 mod lr_finder;
 mod metric;
 mod optimizer;
+mod optimizer_steps;
 mod schedule;
 mod schedule_error;
 mod schedule_resume;
@@ -121,6 +122,7 @@ pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
             Some("handler") => handler::run(config, expect, &mut defect),
             Some("lr_finder") => lr_finder::run(config, expect, &mut defect),
             Some("metric") => metric::run(config, expect, &mut defect),
+            Some("optimizer") => optimizer_steps::run(config, expect, &mut defect),
             kind => Outcome::skipped(format!("kind {} does not exist yet", kind.unwrap_or("?"))),
         });
         if let Some(defect) = defect {

@@ -23,6 +23,11 @@ def tolerance(case):
         return within(1e-9, floor=1e-11)
     if kind == "metric" and case["expect"].get("dtype") == "float32":
         return within(1e-6)
+    if kind == "optimizer":
+        if case["config"]["type"] == "LBFGS":
+            return within(1e-9)
+        single = case["config"]["dtype"] == "float32"
+        return within(1e-6, floor=1e-7) if single else within(1e-12, floor=1e-14)
     if kind == "handler" and case["config"]["handler"] in EXACT_HANDLERS:
         return exact
     if kind in ("handler", "lr_finder", "metric"):

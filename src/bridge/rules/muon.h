@@ -1,0 +1,54 @@
+// Muon, Jordan et al. 2024, as in torch.optim.Muon.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "../own.h"
+
+namespace tig::rules {
+
+// k: what the parameter is multiplied by, 1 - momentum, momentum. s: momentum_buffer.
+struct Muon : RuleDefaults {
+  static constexpr const char* name = "Muon";
+  static constexpr int tensors = 1;
+  static constexpr bool counts = false;
+
+  static std::string refused(const Tensor& p, const Tensor&, const OwnState*, const OwnOptions&) {
+    if (p.dim() == 2) return {};
+    return "Muon steps matrices only: give parameters of one or more than two dimensions to another optimizer, or to "
+           "a group with another algorithm";
+  }
+
+  static Numbers prepare(const OwnOptions& o, int64_t, OwnState&) {
+    const double momentum = o[Hyper::Momentum];
+    return {1 - o[Hyper::Lr] * o.weight_decay(), 1 - momentum, momentum};
+  }
+
+  // The orthogonal matrix next to `matrix`, roughly, by the Newton-Schulz iteration in bf16.
+  static Tensor orthogonal(const Tensor& matrix, const OwnOptions& o) {
+    const bool tall = matrix.size(0) > matrix.size(1);
+    Tensor x = matrix.to(at::kBFloat16, /*non_blocking=*/false, /*copy=*/true);
+    if (tall) x = x.t();
+    x.div_(x.norm().clamp_min(o[Hyper::Eps]));
+    const auto steps = static_cast<int>(o[Hyper::NsSteps]);
+    for (int i = 0; i < steps; ++i) {
+      const Tensor gram = at::mm(x, x.t());
+      x = at::addmm(x, at::addmm(gram, gram, gram, o[Hyper::NsB], o[Hyper::NsC]), x, o[Hyper::NsA], 1);
+    }
+    return tall ? x.t() : x;
+  }
+
+  static void loop(const Tensor& p, const Tensor& g, OwnState& s, const Numbers& k, const OwnOptions& o) {
+    Tensor& buffer = s.tensors[0];
+    buffer.lerp_(g, k[1]);
+    const Tensor update = orthogonal(o.on(Hyper::Nesterov) ? g.lerp(buffer, k[2]) : buffer, o);
+    const double rows = static_cast<double>(p.size(0)), columns = static_cast<double>(p.size(1));
+    const double scale =
+        o.on(Hyper::MatchRmsAdamW) ? 0.2 * std::sqrt(std::max(rows, columns)) : std::sqrt(std::max(1., rows / columns));
+    p.mul_(k[0]);
+    p.add_(update, -o[Hyper::Lr] * scale);
+  }
+};
+
+}  // namespace tig::rules

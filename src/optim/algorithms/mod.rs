@@ -1,0 +1,180 @@
+//! What there is to know about each optimizer beside its arithmetic: one file for each, and `libtorch.rs` for the four
+//! that tch has.
+
+mod adadelta;
+mod adafactor;
+mod adagrad;
+mod adamax;
+mod asgd;
+mod libtorch;
+mod lion;
+mod muon;
+mod nadam;
+mod radam;
+mod rprop;
+mod sparse_adam;
+
+pub use adadelta::Adadelta;
+pub use adafactor::Adafactor;
+pub use adagrad::Adagrad;
+pub use adamax::Adamax;
+pub use asgd::Asgd;
+pub use lion::Lion;
+pub use muon::Muon;
+pub use nadam::NAdam;
+pub use radam::RAdam;
+pub use rprop::Rprop;
+pub use sparse_adam::SparseAdam;
+
+use tch::{COptimizer, TchError};
+
+use super::hyper::Hyper;
+use crate::bridge::{Algorithm, own_optimizer};
+
+/// An optimizer as the rest of the crate sees it.
+pub(crate) struct Description {
+    /// PyTorch's name.
+    pub(super) name: &'static str,
+    /// The hyper-parameters, with PyTorch's defaults.
+    pub(super) hypers: &'static [(Hyper, f64)],
+    /// Up to three tensors that are kept for a parameter.
+    pub(super) state: &'static [StateTensor],
+    /// Whether the steps of each parameter are counted, and the count is a part of the state.
+    pub(super) counts_steps: bool,
+}
+
+/// A tensor that an optimizer keeps for a parameter.
+pub(super) struct StateTensor {
+    /// PyTorch's name.
+    pub(super) name: &'static str,
+    pub(super) shape: Shape,
+    pub(super) needed: Needed,
+}
+
+/// When a step needs a tensor of the state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Needed {
+    Always,
+    /// While the hyper-parameter is not 0. Only a parameter's first step makes it.
+    While(Hyper),
+    /// Never: a step that finds none makes it.
+    Never,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Shape {
+    /// The parameter's shape.
+    Parameter,
+    /// One f32 number.
+    Number,
+    /// A number for each row of a parameter of two or more dimensions.
+    Rows,
+    /// A number for each column of a parameter of two or more dimensions.
+    Columns,
+    /// The parameter's shape if it has at most one dimension; otherwise there is no tensor.
+    Vector,
+}
+
+impl Shape {
+    /// The size of the tensor for a parameter of this size; `None` if there is none.
+    pub(super) fn of(self, parameter: &[i64]) -> Option<Vec<i64>> {
+        let without = |from_last: usize| {
+            let mut size = parameter.to_vec();
+            let last = size.len().checked_sub(2)? + 1;
+            size[last - from_last] = 1;
+            Some(size)
+        };
+        match self {
+            Self::Parameter => Some(parameter.to_vec()),
+            Self::Number => Some(vec![]),
+            Self::Rows => without(0),
+            Self::Columns => without(1),
+            Self::Vector => (parameter.len() < 2).then(|| parameter.to_vec()),
+        }
+    }
+}
+
+impl StateTensor {
+    /// A tensor of the parameter's shape that every step needs.
+    const fn like_parameter(name: &'static str) -> Self {
+        Self::shaped(name, Shape::Parameter)
+    }
+
+    const fn shaped(name: &'static str, shape: Shape) -> Self {
+        Self { name, shape, needed: Needed::Always }
+    }
+
+    /// A tensor of the parameter's shape that some steps need.
+    const fn needed(name: &'static str, needed: Needed) -> Self {
+        Self { name, shape: Shape::Parameter, needed }
+    }
+}
+
+impl Algorithm {
+    pub(super) fn description(self) -> &'static Description {
+        match self {
+            Self::Sgd => &libtorch::SGD,
+            Self::Adam => &libtorch::ADAM,
+            Self::AdamW => &libtorch::ADAMW,
+            Self::RmsProp => &libtorch::RMS_PROP,
+            Self::Adagrad => &Adagrad::DESCRIPTION,
+            Self::NAdam => &NAdam::DESCRIPTION,
+            Self::RAdam => &RAdam::DESCRIPTION,
+            Self::Adamax => &Adamax::DESCRIPTION,
+            Self::Adadelta => &Adadelta::DESCRIPTION,
+            Self::Asgd => &Asgd::DESCRIPTION,
+            Self::Rprop => &Rprop::DESCRIPTION,
+            Self::Lion => &Lion::DESCRIPTION,
+            Self::Adafactor => &Adafactor::DESCRIPTION,
+            Self::Muon => &Muon::DESCRIPTION,
+            Self::SparseAdam => &SparseAdam::DESCRIPTION,
+        }
+    }
+}
+
+/// tch's handle of a new optimizer with PyTorch's defaults and this learning rate.
+fn build(algorithm: Algorithm, lr: f64) -> Result<COptimizer, TchError> {
+    let mut hypers = algorithm.description().hypers.to_vec();
+    for (_, value) in hypers.iter_mut().filter(|(hyper, _)| *hyper == Hyper::Lr) {
+        *value = lr;
+    }
+    own_optimizer(algorithm, &hypers).map_err(TchError::Torch)
+}
+
+/// Makes the settings of an optimizer, a type for tch, with its documentation, and the method of [`Optimizer`] that
+/// begins to build one.
+///
+/// [`Optimizer`]: super::Optimizer
+macro_rules! algorithm {
+    ($(#[$doc:meta])* $name:ident, $(#[$method_doc:meta])* fn $method:ident, $description:expr) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy)]
+        pub struct $name(());
+
+        impl $name {
+            pub(super) const DESCRIPTION: crate::optim::algorithms::Description = $description;
+        }
+
+        impl tch::nn::OptimizerConfig for $name {
+            fn build_copt(&self, lr: f64) -> Result<tch::COptimizer, tch::TchError> {
+                crate::optim::algorithms::build(crate::bridge::Algorithm::$name, lr)
+            }
+        }
+
+        impl crate::optim::Optimizer {
+            $(#[$method_doc])*
+            pub fn $method(
+                vs: &tch::nn::VarStore,
+            ) -> crate::optim::OptimizerBuilder<'_, $name> {
+                let hypers = $name::DESCRIPTION.hypers.iter();
+                let lr = hypers.filter(|(hyper, _)| *hyper == crate::optim::hyper::Hyper::Lr);
+                let builder = Self::builder($name(()), vs);
+                lr.fold(builder, |builder, (_, value)| builder.lr(*value))
+            }
+        }
+    };
+}
+use algorithm;
+
+#[cfg(test)]
+mod tests;
