@@ -47,6 +47,9 @@ use crate::state::IntoStateful;
 ///
 /// Costs a write of all tensors to the disk in the training's thread, or with [`background`](Self::background) a copy
 /// of them in host memory; other iterations cost nothing.
+#[doc(alias = "ModelCheckpoint")]
+#[doc(alias = "DiskSaver")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct Checkpoint<B, O> {
     folder: PathBuf,
     create_dir: bool,

@@ -484,7 +484,7 @@ mod tests {
         trainer
             .on(Event::IterationCompleted.once(2), move |_, _| Ok(fs::remove_dir_all(&removed)?));
         let error = trainer.run(&mut (), vec![1.; 3], Until::epochs(1)).unwrap_err();
-        let error = format!("{:#}", anyhow::Error::from(error));
+        let error = format!("{error}");
         assert!(error.contains("removed while it was being written"), "{error}");
         assert!(run.config(&json!({"lr": 1})).is_err() && run.write_report().is_err());
         assert!(!path.exists());

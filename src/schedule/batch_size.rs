@@ -34,6 +34,7 @@ use crate::state::StateDict;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct BatchSizeScheduler<S> {
     batch_size: BatchSize,
     schedule: S,

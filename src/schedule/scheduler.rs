@@ -49,6 +49,10 @@ use crate::state::StateDict;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug)]
+#[doc(alias = "LRScheduler")]
+#[doc(alias = "lr_scheduler")]
+#[doc(alias = "LearningRateMonitor")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct ParamScheduler<S = Box<dyn Schedule>> {
     name: String,
     knob: Knob,
@@ -160,8 +164,23 @@ impl<S: Schedule> ParamScheduler<S> {
         Ok(())
     }
 
-    pub(super) fn knob(&self) -> &Knob {
+    /// Returns the schedule.
+    pub fn schedule(&self) -> &S {
+        &self.schedule
+    }
+
+    pub(crate) fn knob(&self) -> &Knob {
         &self.knob
+    }
+
+    /// Returns the number of updates that were made, whichever events are counted: the next has this value.
+    pub(crate) fn updates(&self) -> u64 {
+        self.events_done.saturating_sub(self.writes_at_start().into())
+    }
+
+    /// Goes to where [`updates`](Self::updates) are made, and the value of the next is known to the knob.
+    pub(crate) fn go_to_update(&mut self, updates: u64) {
+        self.events_done = updates.saturating_add(self.writes_at_start().into());
     }
 
     /// Returns the position, in ignite's terms where ignite has the schedule.

@@ -300,7 +300,7 @@ fn errors_outside_of_entries_name_their_place() {
     let error = file("a.toml", "[[schedule]]\ntype = 'StepLR'\nbase = 1.0\nstep_size = 'x'");
     assert!(error.contains("a.toml: schedule[0].step_size: \"x\" is no length"), "{error}");
     let missing = SchedulePlan::from_path(folder.path().join("none.json")).unwrap_err();
-    assert!(missing.to_string().ends_with("none.json"));
+    assert!(missing.to_string().contains("none.json: No such file"), "{missing}");
 }
 
 #[test]
