@@ -354,10 +354,11 @@ impl<B, O> Checkpoint<B, O> {
     /// Makes the list agree with the folder: see [`Retention::reconcile`].
     fn reconcile(&mut self) -> Result<()> {
         let folder = self.folder()?;
-        match self.run {
-            Some(run) => self.list.reconcile(&folder, &self.owner(run)),
-            None => Ok(self.list.clear()),
-        }
+        let Some(run) = self.run else {
+            self.list.clear();
+            return Ok(());
+        };
+        self.list.reconcile(&folder, &self.owner(run))
     }
 
     /// Writes a checkpoint if one is due and its score is good enough. Returns whether it did. The main rank decides
