@@ -20,7 +20,7 @@ names a Python that has it or scripts/setup-python.sh --torch has run.
 environment:
   CI                  if set, installs Python's torch too; a test skipped for want of a
                       Python package is then a failure
-  TORCH_PYTHON        a Python with torch 2.13.0, safetensors and NumPy
+  TORCH_PYTHON        a Python with torch 2.13.0, pytorch-ignite, safetensors and NumPy
   TENSORBOARD_PYTHON  a Python with TensorBoard
   OMP_NUM_THREADS     default 1
   MNIST_DIR and what scripts/setup-libtorch.sh, scripts/setup-python.sh and

@@ -11,6 +11,10 @@ use crate::schedule::{AnySchedule, CyclicLR, OneCycleLR, ParamScheduler, Schedul
 
 /// How many values are compared from where a run goes on.
 const COMPARED: u64 = 1000;
+/// More updates than runs have: a few bytes may claim any number, and each value is made from the one before.
+const MAX_UPDATES: u64 = 100_000_000;
+/// More milestones than anybody writes down; each update looks at all.
+const MAX_MILESTONES: usize = 100;
 
 /// Makes the schedule of a group's learning rate from the `state_dict()` of a scheduler of torch: `StepLR`,
 /// `MultiStepLR`, `ConstantLR`, `LinearLR`, `ExponentialLR`, `PolynomialLR`, `CosineAnnealingLR`,
@@ -133,7 +137,7 @@ fn last_epoch(dict: &Dict) -> Result<u64> {
     let last = last.and_then(Value::as_i64).and_then(|last| u64::try_from(last).ok());
     let fraction = dict.get("T_cur").and_then(Value::as_f64).is_some_and(|at| at.fract() != 0.);
     match (last, fraction) {
-        (Some(last), false) if last < 1 << 53 => Ok(last),
+        (Some(last), false) if last <= MAX_UPDATES => Ok(last),
         (Some(_), true) => Err(fault("it is between two epochs (T_cur), where no update is here")),
         _ => Err(fault("it has no last_epoch that is a count")),
     }
@@ -253,6 +257,9 @@ fn argument(value: &Value) -> Result<Json> {
             let times = times.as_i64().filter(|times| (0..=1000).contains(times));
             let times = times.ok_or_else(|| fault("its milestones are no counts"))?;
             (0..times).try_for_each(|_| to_json(milestone).map(|json| milestones.push(json)))?;
+            if milestones.len() > MAX_MILESTONES {
+                return Err(fault(format!("it has more than {MAX_MILESTONES} milestones")));
+            }
         }
         milestones.sort_by_key(Json::as_u64);
         return Ok(milestones.into());

@@ -276,7 +276,7 @@ impl TrainingFile {
     }
 
     /// Puts an engine where training was, as [`Engine::load_state_dict`] does. ignite's budget comes along; other
-    /// layouts have none, so that `run` is given one. Lightning's files say in mid epoch only from the second epoch on
+    /// layouts have none, so that `run` is given one. An `epoch` alone counts as that many that are done. Lightning's files say in mid epoch only from the second epoch on
     /// how many batches an epoch has, and other programs' never: where they do not, set `engine.state.epoch_length`
     /// before.
     ///

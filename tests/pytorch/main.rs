@@ -960,7 +960,9 @@ print(json.dumps(losses))
 /// Runs Python with this script and these arguments; `None` where it has no torch.
 fn python(script: &str, arguments: &[&Path]) -> Result<Option<String>> {
     let name = std::thread::current().name().unwrap_or_default().to_owned();
-    let Some(python) = common::python(&name, "TORCH_PYTHON", "torch") else { return Ok(None) };
+    let Some(python) = common::python(&name, "TORCH_PYTHON", "torch, ignite, safetensors") else {
+        return Ok(None);
+    };
     let script = format!("{HELPERS}\n{script}");
     let output = Command::new(&python).arg("-c").arg(script).args(arguments).output()?;
     let errors = String::from_utf8_lossy(&output.stderr);

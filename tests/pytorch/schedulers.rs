@@ -257,6 +257,7 @@ fn schedules_that_differ_from_the_file_are_refused() -> Result<()> {
     for (saved, reason) in [
         (with("last_epoch", (-1).into())?, "no last_epoch"),
         (with("last_epoch", Value::Float(1.5))?, "no last_epoch"),
+        (with("last_epoch", (1i64 << 52).into())?, "no last_epoch"),
         (with("T_cur", Value::Float(1.5))?, "between two epochs"),
     ] {
         let mut other = scheduler(StepLR::new(0.1, 5).into());
