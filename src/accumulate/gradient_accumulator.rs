@@ -104,7 +104,7 @@ impl Pending {
     fn factor(&self, ranks: u64, weight_of_all: &Amount) -> Result<Amount> {
         if weight_of_all.is(0.) {
             return Err(Error::invalid(format!(
-                "all {} batches of the window have weight 0, so there is nothing that their loss could be a mean of",
+                "all {} batches of the window have weight 0, so there is nothing that their loss could be a mean of; leave such a batch out (SkipBatch), or give it a weight",
                 self.batches
             )));
         }
@@ -256,11 +256,6 @@ impl GradientAccumulator {
         let _local = self.local.take();
         let before = self.pending.take();
         let shared = self.parallel.is_shared() && !self.equal;
-        if window.size == 1 && window.last && before.is_none() && !shared {
-            // The batch is the whole window, so no weight matters.
-            self.backward_scaled(loss)?;
-            return Ok(true);
-        }
         let weight = if self.equal { Weight::Number(1.) } else { weight.into() };
         let weight = match Amount::of(weight, loss.device()) {
             Ok(weight) => weight,
@@ -269,6 +264,11 @@ impl GradientAccumulator {
                 return Err(error);
             }
         };
+        if window.size == 1 && window.last && before.is_none() && !shared && !weight.is(0.) {
+            // The batch is the whole window, so it does not matter how large its weight is.
+            self.backward_scaled(loss)?;
+            return Ok(true);
+        }
         let batches = before.as_ref().map_or(0, |pending| pending.batches);
         let added = self.add(optimizer, loss, weight, before, window, shared);
         match added {
@@ -324,9 +324,11 @@ impl GradientAccumulator {
             }
             share = factor.times(&share)?;
         }
-        // The last backward runs even with weight 0, because the other ranks wait for this one in it.
-        if !weight.is(0.) || (window.last && self.parallel.reduces()) {
+        if !weight.is(0.) {
             self.backward_scaled(&share)?;
+        } else if window.last {
+            // The other ranks wait for this one. A backward from `share` would add NaN where the loss is none.
+            self.parallel.backward_nothing(loss)?;
         }
         Ok((!window.last).then_some(pending))
     }
@@ -478,6 +480,40 @@ mod tests {
                 let gradient = gradient(&batches, amount)?;
                 assert!((gradient - mean).abs() < 1e-14, "{gradient} {mean}");
             }
+        }
+        Ok(())
+    }
+
+    /// A window of one batch has the rules of larger ones: a whole window of `accumulate(1)`, and the batch that is left
+    /// over at the end of an epoch.
+    #[test]
+    fn the_weight_of_a_batch_that_is_alone_is_looked_at() -> Result<()> {
+        let vs = VarStore::new(Device::Cpu);
+        let w = vs.root().ones("w", &[1]);
+        let optimizer = Optimizer::sgd(&vs).build()?;
+        for steps in [1, 3] {
+            let mut accumulator = GradientAccumulator::new(steps)?;
+            let alone = Window { size: 1, first: true, last: true, begin: 6 };
+            let mut backward = |weight: Weight| {
+                accumulator.begin(&optimizer, alone)?;
+                let ready = accumulator.backward(&optimizer, &w.sum(Kind::Float), weight);
+                assert_eq!(accumulator.pending(), 0);
+                ready
+            };
+            for (weight, says) in
+                [(-1., "not negative"), (f64::NAN, "must be finite"), (0., "have weight 0")]
+            {
+                let error = backward(weight.into()).unwrap_err().to_string();
+                assert!(error.contains(says), "{error}");
+                assert!(!w.grad().defined());
+                assert!(backward(Tensor::from(weight).into()).is_err());
+            }
+            assert!(backward(0.1.into())?);
+            assert_eq!(w.grad().double_value(&[0]), 1.);
+            optimizer.zero_grad()?;
+            accumulator = accumulator.equal_weights();
+            accumulator.begin(&optimizer, alone)?;
+            assert!(accumulator.backward(&optimizer, &w.sum(Kind::Float), 0.)?);
         }
         Ok(())
     }
