@@ -17,6 +17,7 @@ unsafe extern "C" {
         error: *mut *mut c_char,
     ) -> c_int;
     fn tig_pairs_free(pairs: Raw);
+    fn tig_pairs_check(pairs: Raw, how: c_int, error: *mut *mut c_char) -> c_int;
     fn tig_pairs_update(pairs: Raw, how: c_int, number: f64, error: *mut *mut c_char) -> c_int;
 }
 
@@ -64,16 +65,30 @@ impl Pairs {
         NonNull::new(made).map(Self).ok_or_else(|| "no memory".into())
     }
 
+    /// An error if [`update`](Self::update) would be one.
+    pub(crate) fn check(&self, how: Average) -> Result<(), BridgeError> {
+        // SAFETY: the object is live, and nothing is changed.
+        checked(|error| unsafe { tig_pairs_check(self.0.as_ptr(), how.numbers().0, error) })
+    }
+
+    /// Changes all pairs, or none where one does not fit.
     pub(crate) fn update(&mut self, how: Average) -> Result<(), BridgeError> {
-        let (how, number) = match how {
-            Average::Lerp(momentum) => (0, momentum),
-            Average::Mean(count) => (1, count),
-            Average::Copy => (2, 0.),
-            Average::Swap => (3, 0.),
-            Average::SwapBack => (4, 0.),
-        };
+        let (how, number) = how.numbers();
         // SAFETY: the object is live, and &mut self keeps other users out.
         checked(|error| unsafe { tig_pairs_update(self.0.as_ptr(), how, number, error) })
+    }
+}
+
+impl Average {
+    /// The number of the kind of update on the C++ side, and the number that the update takes.
+    fn numbers(self) -> (c_int, f64) {
+        match self {
+            Self::Lerp(momentum) => (0, momentum),
+            Self::Mean(count) => (1, count),
+            Self::Copy => (2, 0.),
+            Self::Swap => (3, 0.),
+            Self::SwapBack => (4, 0.),
+        }
     }
 }
 

@@ -410,6 +410,25 @@ save_model(model, theirs)
 print(safe_open(theirs, "pt").metadata())
 "#;
 
+/// Lazily conjugated and negated tensors have other values than their bytes say.
+#[test]
+fn lazily_conjugated_and_negated_tensors_keep_their_signs() -> Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let real = Tensor::arange(4, (Kind::Double, Device::Cpu)) + 1.;
+    let conjugated = Tensor::complex(&real, &(&real * 3.)).conj();
+    let negated = conjugated.imag();
+    assert!(conjugated.is_conj() && negated.is_neg());
+    let mut state = StateDict::new();
+    state.set_tensor("conjugated", conjugated.shallow_clone());
+    state.set_tensor("negated", negated.shallow_clone());
+    write_state(&path, &state)?;
+    let state = read_state(&path)?;
+    assert_eq!(state.tensor("negated")?, &(&real * -3.));
+    assert!(state.tensor("conjugated")?.equal(&conjugated.resolve_conj()));
+    Ok(())
+}
+
 #[test]
 fn a_tied_tensor_is_written_once_and_found_under_both_names() -> Result<()> {
     let _serial = serial();
