@@ -103,6 +103,7 @@ impl MLflowBuilder {
             id: id.to_owned(),
             queue,
             worker: Mutex::new(Some(worker)),
+            until: Mutex::default(),
         }));
         self.tags.iter().for_each(|(name, value)| logger.set_tag(name, value));
         Ok(logger)
