@@ -410,22 +410,20 @@ save_model(model, theirs)
 print(safe_open(theirs, "pt").metadata())
 "#;
 
-/// Lazily conjugated and negated tensors have other values than their bytes say.
+/// Lazily negated tensors have other values than their bytes say.
 #[test]
-fn lazily_conjugated_and_negated_tensors_keep_their_signs() -> Result<()> {
+fn lazily_negated_tensors_keep_their_signs() -> Result<()> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("state.safetensors");
     let real = Tensor::arange(4, (Kind::Double, Device::Cpu)) + 1.;
-    let conjugated = Tensor::complex(&real, &(&real * 3.)).conj();
-    let negated = conjugated.imag();
-    assert!(conjugated.is_conj() && negated.is_neg());
     let mut state = StateDict::new();
-    state.set_tensor("conjugated", conjugated.shallow_clone());
-    state.set_tensor("negated", negated.shallow_clone());
+    state.set_tensor("negated", real.internal_neg_view());
+    state.set_tensor("imaginary", Tensor::complex(&real, &(&real * 3.)).conj().imag());
+    assert!(state.tensor("negated")?.is_neg() && state.tensor("imaginary")?.is_neg());
     write_state(&path, &state)?;
     let state = read_state(&path)?;
-    assert_eq!(state.tensor("negated")?, &(&real * -3.));
-    assert!(state.tensor("conjugated")?.equal(&conjugated.resolve_conj()));
+    assert_eq!(state.tensor("negated")?, &-&real);
+    assert_eq!(state.tensor("imaginary")?, &(&real * -3.));
     Ok(())
 }
 
