@@ -13,6 +13,7 @@ const FILES: &[&str] = &[
     "src/bridge/gradients.cpp",
     "src/bridge/host_syncs.cpp",
     "src/bridge/normalize.cpp",
+    "src/bridge/script.cpp",
     "src/bridge/thread_state.cpp",
 ];
 const DISTRIBUTED: &[&str] = &["src/bridge/dist.cpp", "src/bridge/reducer.cpp"];

@@ -1,20 +1,23 @@
+use std::fmt;
 use std::path::PathBuf;
 
 use crate::event::Event;
+use crate::panic::without_stack;
 
 /// Errors of this crate. They say who failed, where and when.
 ///
 /// Step functions and handlers return [`anyhow::Result`], so that any error passes with `?`. The engine wraps these
 /// errors into [`Error::Step`] or [`Error::Handler`].
-#[derive(Debug, thiserror::Error)]
+///
+/// The text has all causes, so `{}` is enough to print an error. For the same reason
+/// [`source`](std::error::Error::source) gives none; match on the variant to get at the cause.
+#[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
     /// An argument is not allowed. The text says which argument, its value and what to do.
-    #[error("{0}")]
     InvalidArgument(String),
 
     /// There is no parameter group of this name or number.
-    #[error("no parameter group {group}; this optimizer has: {}", available.join(", "))]
     UnknownGroup {
         /// The name or number that was asked for.
         group: String,
@@ -23,7 +26,6 @@ pub enum Error {
     },
 
     /// The optimizer has no hyper-parameter of that name.
-    #[error("{optimizer} has no hyper-parameter '{name}'; it has: {}", available.join(", "))]
     UnknownHyperParameter {
         /// The hyper-parameter that was asked for.
         name: String,
@@ -34,7 +36,6 @@ pub enum Error {
     },
 
     /// libtorch (or tch) refused an operation.
-    #[error("{operation}: {message}")]
     Libtorch {
         /// The operation that failed.
         operation: String,
@@ -43,7 +44,6 @@ pub enum Error {
     },
 
     /// The step function returned an error or panicked.
-    #[error("the step of iteration {iteration} (epoch {epoch}) failed")]
     Step {
         /// Epoch, from 1.
         epoch: u64,
@@ -54,7 +54,6 @@ pub enum Error {
     },
 
     /// A handler returned an error or panicked.
-    #[error("handler {handler} of {event} failed at iteration {iteration} (epoch {epoch})")]
     Handler {
         /// The handler's name; for a closure, the place where it was registered.
         handler: String,
@@ -69,7 +68,6 @@ pub enum Error {
     },
 
     /// The data source could not give a batch.
-    #[error("no batch for iteration {} (epoch {epoch})", iteration + 1)]
     Data {
         /// Epoch, from 1.
         epoch: u64,
@@ -80,11 +78,9 @@ pub enum Error {
     },
 
     /// A saved state does not fit or cannot be made. The text names the part.
-    #[error("{0}")]
     State(String),
 
     /// A file could not be read or written.
-    #[error("{}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
@@ -95,7 +91,6 @@ pub enum Error {
     /// An operation between the processes of a [`ProcessGroup`](crate::distributed::ProcessGroup) failed. End the
     /// process with an exit code other than 0.
     #[cfg(feature = "distributed")]
-    #[error("rank {rank}, {op}: {kind}: {message}{}", crate::failure_kind::unanswered(missing))]
     Distributed {
         /// The kind of failure.
         kind: crate::failure_kind::FailureKind,
@@ -111,10 +106,74 @@ pub enum Error {
     },
 }
 
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::InvalidArgument(text) | Self::State(text) => f.write_str(text),
+            Self::UnknownGroup { group, available } => write!(
+                f,
+                "no parameter group {group}; this optimizer has: {}",
+                available.join(", ")
+            ),
+            Self::UnknownHyperParameter { name, optimizer, available } => write!(
+                f,
+                "{optimizer} has no hyper-parameter '{name}'; it has: {}",
+                available.join(", ")
+            ),
+            Self::Libtorch { operation, message } => write!(f, "{operation}: {message}"),
+            Self::Step { epoch, iteration, source } => write!(
+                f,
+                "the step of iteration {iteration} (epoch {epoch}) failed: {}",
+                Causes(source)
+            ),
+            Self::Handler { handler, event, epoch, iteration, source } => write!(
+                f,
+                "handler {handler} of {event} failed at iteration {iteration} (epoch {epoch}): {}",
+                Causes(source)
+            ),
+            Self::Data { epoch, iteration, source } => write!(
+                f,
+                "no batch for iteration {} (epoch {epoch}): {}",
+                iteration + 1,
+                Causes(source)
+            ),
+            Self::Io { path, source } => write!(f, "{}: {source}", path.display()),
+            #[cfg(feature = "distributed")]
+            Self::Distributed { kind, rank, op, missing, message } => write!(
+                f,
+                "rank {rank}, {op}: {kind}: {message}{}",
+                crate::failure_kind::unanswered(missing)
+            ),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Shows an error with all its causes, without libtorch's stack traces.
+struct Causes<'e>(&'e anyhow::Error);
+
+impl fmt::Display for Causes<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, cause) in self.0.chain().enumerate() {
+            let separator = if index > 0 { ": " } else { "" };
+            write!(f, "{separator}{}", without_stack(&cause.to_string()))?;
+        }
+        Ok(())
+    }
+}
+
 /// A panic caught in user code, as an error with the panic's message.
-#[derive(Debug, thiserror::Error)]
-#[error("panicked: {0}")]
+#[derive(Debug)]
 pub struct Panicked(pub String);
+
+impl fmt::Display for Panicked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "panicked: {}", self.0)
+    }
+}
+
+impl std::error::Error for Panicked {}
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -125,16 +184,13 @@ impl Error {
     }
 
     pub(crate) fn libtorch(operation: impl Into<String>, message: impl ToString) -> Self {
-        let message = message.to_string();
-        // libtorch's C++ stack trace follows.
-        let message =
-            message.split("\nException raised from").next().unwrap_or_default().to_owned();
+        let message = without_stack(&message.to_string()).into_owned();
         Self::Libtorch { operation: operation.into(), message }
     }
 
     /// Returns this error, extended by the text of another that was caused by it or happened beside it.
     pub(crate) fn besides(mut self, other: Self) -> Self {
-        let text = format!("(besides: {:#})", anyhow::Error::from(other));
+        let text = format!("(besides: {other})");
         match &mut self {
             Self::Step { source, .. }
             | Self::Handler { source, .. }

@@ -95,9 +95,13 @@ pub(crate) fn sweep_once(folder: &Path) {
     static SWEPT: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     let Ok(place) = fs::canonicalize(folder) else { return };
-    if !SWEPT.lock().unwrap_or_else(PoisonError::into_inner).insert(place) {
-        return;
+    if SWEPT.lock().unwrap_or_else(PoisonError::into_inner).insert(place) {
+        sweep(folder);
     }
+}
+
+/// Removes what killed processes left half-written in a folder. A file that is being written is locked, and stays.
+pub(crate) fn sweep(folder: &Path) {
     // A leftover that cannot be removed does no harm.
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_name().to_str().is_some_and(is_part)

@@ -69,6 +69,7 @@
 //! | evaluation, early stopping, history, progress, profiles, a learning rate to start with | [`handlers`] |
 //! | TensorBoard, tables, a report for the browser | [`loggers`] |
 //! | samples of your own, read by worker threads | [`data::DataLoader`], [`data::Dataset`] |
+//! | files of PyTorch, Lightning and Hugging Face; TorchScript | [`pytorch`] |
 //! | ready steps for supervised learning | [`supervised`] |
 #![cfg_attr(feature = "distributed", doc = "| many processes and machines | [`distributed`] |")]
 //!
@@ -76,6 +77,8 @@
 //! until somebody reads them. [`host_syncs()`] finds what waits in a step of your own; [`keep_freed_memory()`] and
 //! [`memory_format`] make training on the CPU faster.
 
+// docs.rs marks what needs a feature.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(
     // Safe code cannot crash: what is unsafe lives in `bridge` alone.
     unsafe_code,
@@ -140,11 +143,24 @@ pub use freed_memory::keep_freed_memory;
 pub use host_syncs::host_syncs;
 pub use tch;
 
+/// The code of the page is compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/PYTORCH.md")]
+mod pytorch_page {}
+
 /// What most programs need.
 pub mod prelude {
+    pub use crate::checkpoint::Checkpoint;
     pub use crate::data::{Batch, DataLoader, Dataset, Loader};
     pub use crate::engine::{Engine, Evaluator, Event, Trainer, Until};
-    pub use crate::handlers::*;
+    #[cfg(feature = "signals")]
+    pub use crate::handlers::InterruptOn;
+    #[cfg(feature = "progress")]
+    pub use crate::handlers::ProgressBar;
+    pub use crate::handlers::{
+        EMAHandler, EarlyStopping, Evaluate, History, LrFinder, SWAHandler, TerminateOnNan,
+        TimeLimit, Timer,
+    };
     pub use crate::metrics::{
         Accuracy, ConfusionMatrix, Loss, Mean, Metric, MetricGroup, Precision, Recall,
         RunningAverage, Usage, pair,

@@ -22,6 +22,8 @@ use crate::state::{Gradients, StateDict, Stateful};
 type LossFn = Box<dyn Fn(&Tensor, &Tensor) -> WeightedLoss + Send>;
 
 /// A model, its optimizer and a loss. Small programs use this as the context of their engines.
+#[doc(alias = "LightningModule")]
+#[doc(alias = "training_step")]
 pub struct Supervised<N> {
     /// The model.
     pub net: N,

@@ -8,9 +8,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value as Json};
-use tch::{Device, Tensor, kind, nn};
+use tch::{Device, Kind, Tensor, kind, nn};
+use tch_ignite::engine::{Trainer, Until};
 use tch_ignite::optim::{Optimizer, OptimizerBuilder, lr};
-use tch_ignite::pytorch::{self, DType, StoredTensor, Value, Weights};
+use tch_ignite::pytorch::{self, DType, Layout, Names, StoredTensor, TrainingFile, Value};
+use tch_ignite::schedule::{
+    AnySchedule, CosineAnnealing, ParamScheduler, ReduceLROnPlateauScheduler,
+};
 
 /// The path of each value, with the difference found there, if any.
 pub type Cases = Vec<(String, Result<(), String>)>;
@@ -88,11 +92,14 @@ fn memory() -> Option<u64> {
 /// uninterrupted run.
 const MAX_DIFFERENCE: f64 = 1e-12;
 
-/// Goes on with a run that Python saved, and compares losses, weights and random numbers with Python's; `None` where
-/// this crate lacks the optimizer. Learning rates are set to those in the JSON.
+/// Goes on with a run that Python saved, and compares losses, learning rates, weights and random numbers with Python's;
+/// `None` where there is no such optimizer here. The schedule is what the file says.
 pub fn handover(file: &Path) -> Result<Option<Cases>> {
     let text = fs::read_to_string(file.with_extension("json"))?;
     let json: Json = serde_json::from_str(&text)?;
+    if json.get("losses_and_lrs").is_some() {
+        return with_engine(file, &json).map(Some);
+    }
     let mut vs = nn::VarStore::new(Device::Cpu);
     let base = nn::linear(vs.root() / "base", 3, 5, Default::default());
     let fc = nn::linear(vs.root() / "fc", 5, 2, Default::default());
@@ -105,14 +112,14 @@ pub fn handover(file: &Path) -> Result<Option<Cases>> {
         _ => return Ok(None),
     };
 
-    let saved = pytorch::read(file)?;
-    let weights = Weights::of(saved.require("model")?)?;
+    let saved = TrainingFile::read(file)?;
+    ensure!(saved.others().is_empty(), "without a place: {:?}", saved.others());
+    let weights = saved.weights()?;
     weights.load(&vs)?;
-    pytorch::load_optimizer(&mut optimizer, saved.require("optimizer")?, &weights.names())?;
-    pytorch::set_rng_state(saved.require("rng")?)?;
+    pytorch::load_optimizer(&mut optimizer, saved.optimizer()?, &weights.names())?;
+    pytorch::set_rng_state(saved.rng().context("random numbers")?)?;
     let random: Vec<f64> = Tensor::rand([4], kind::DOUBLE_CPU).try_into()?;
     let expected: Vec<f64> = serde_json::from_value(json["next_random"].clone())?;
-    let same = |same: bool, what: String| if same { Ok(()) } else { Err(what) };
     let mut results = vec![(
         "/next_random".into(),
         same(random == expected, format!("{random:?} instead of {expected:?}")),
@@ -120,11 +127,17 @@ pub fn handover(file: &Path) -> Result<Option<Cases>> {
 
     let (batches, losses) = (json["batches"].as_array(), json["losses"].as_array());
     let (batches, losses) = (batches.context("batches")?, losses.context("losses")?);
-    let begin = saved.require("iteration")?.as_i64().context("an iteration")? as usize;
-    let mut worst = 0f64;
+    let begin = saved.iteration().context("an iteration")? as usize;
+    let mut schedulers = schedulers(&saved, &optimizer)?;
+    let (mut worst, mut worst_rate) = (0f64, 0f64);
     for (index, batch) in batches.iter().enumerate().skip(begin) {
         let rates: Vec<f64> = serde_json::from_value(json["lrs"][index].clone())?;
-        optimizer.groups()?.iter().zip(rates).try_for_each(|(group, rate)| group.set_lr(rate))?;
+        if let Schedulers::Schedules(schedulers) = &mut schedulers {
+            schedulers.iter_mut().try_for_each(|scheduler| scheduler.advance().map(drop))?;
+        }
+        for (group, rate) in optimizer.groups()?.iter().zip(rates) {
+            worst_rate = worst_rate.max((group.lr()? - rate).abs());
+        }
         let x: Vec<Vec<f64>> = serde_json::from_value(batch["x"].clone())?;
         let y: Vec<i64> = serde_json::from_value(batch["y"].clone())?;
         let x = Tensor::from_slice2(&x);
@@ -135,19 +148,113 @@ pub fn handover(file: &Path) -> Result<Option<Cases>> {
         worst =
             worst.max((f64::try_from(&loss)? - losses[index].as_f64().context("a loss")?).abs());
         optimizer.backward_step(&loss)?;
+        if let Schedulers::Plateau(plateau) = &mut schedulers {
+            plateau.advance(f64::try_from(&loss)?)?;
+        }
     }
-    results.push((
-        "/losses".into(),
-        same(worst <= MAX_DIFFERENCE, format!("they differ by {worst:e}")),
-    ));
+    results.push(("/losses".into(), small(worst)));
+    results.push(("/lrs".into(), small(worst_rate)));
+    results.extend(weights_like(&vs, &json["final"])?);
+    Ok(Some(results))
+}
+
+fn same(same: bool, what: String) -> Result<(), String> {
+    if same { Ok(()) } else { Err(what) }
+}
+
+fn small(difference: f64) -> Result<(), String> {
+    same(difference <= MAX_DIFFERENCE, format!("they differ by {difference:e}"))
+}
+
+fn weights_like(vs: &nn::VarStore, json: &Json) -> Result<Cases> {
+    let mut results = vec![];
     for (name, variable) in vs.variables() {
-        let expected: Vec<f64> = serde_json::from_value(json["final"][&name]["data"].clone())?;
+        let expected: Vec<f64> = serde_json::from_value(json[&name]["data"].clone())?;
         let values: Vec<f64> = variable.detach().flatten(0, -1).try_into()?;
         let worst = values.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0., f64::max);
         let fits = values.len() == expected.len() && worst <= MAX_DIFFERENCE;
         results.push((format!("/final/{name}"), same(fits, format!("it differs by {worst:e}"))));
     }
-    Ok(Some(results))
+    Ok(results)
+}
+
+/// What writes the learning rates.
+enum Schedulers {
+    Schedules(Vec<ParamScheduler<AnySchedule>>),
+    Plateau(Box<ReduceLROnPlateauScheduler>),
+}
+
+/// The file's scheduler, where it was.
+fn schedulers(saved: &TrainingFile, optimizer: &Optimizer) -> Result<Schedulers> {
+    let (state, of_optimizer) = (saved.scheduler()?, saved.optimizer()?);
+    if state.get("num_bad_epochs").is_some() {
+        let lr = optimizer.knob("lr")?;
+        let mut plateau =
+            ReduceLROnPlateauScheduler::min("lr", lr, "loss")?.factor(0.5).patience(2);
+        pytorch::load_plateau(&mut plateau, state)?;
+        return Ok(Schedulers::Plateau(Box::new(plateau)));
+    }
+    let mut schedulers = vec![];
+    for (index, group) in optimizer.groups()?.iter().enumerate() {
+        let schedule = pytorch::schedule(state, of_optimizer, index)?;
+        let mut scheduler = ParamScheduler::new(group.name(), group.knob("lr")?, schedule);
+        pytorch::load_scheduler(&mut scheduler, state, of_optimizer)?;
+        schedulers.push(scheduler);
+    }
+    Ok(Schedulers::Schedules(schedulers))
+}
+
+/// Goes on with a trainer of ignite or Lightning that Python saved: Linear 2-1, the mean square of its output as loss.
+fn with_engine(file: &Path, json: &Json) -> Result<Cases> {
+    let mut vs = nn::VarStore::new(Device::Cpu);
+    let net = nn::linear(vs.root(), 2, 1, Default::default());
+    vs.double();
+    let saved = TrainingFile::read(file)?;
+    let weights = saved.weights()?.rename(&Names::new().strip_prefix("net."))?;
+    weights.load(&vs)?;
+    let is_adam = saved.optimizer()?.require("param_groups")?.require("0")?.get("betas").is_some();
+    let mut optimizer = match is_adam {
+        true => Optimizer::adam(&vs).build()?,
+        false => Optimizer::builder(nn::sgd(0.5, 0., 0., false), &vs).build()?,
+    };
+    pytorch::load_optimizer(&mut optimizer, saved.optimizer()?, &weights.names())?;
+    let lr = optimizer.knob("lr")?;
+    let schedule = match saved.layout() {
+        Layout::Ignite => CosineAnnealing::new(0.1, 0.001, 10).into(),
+        _ => pytorch::schedule(saved.scheduler()?, saved.optimizer()?, 0)?,
+    };
+    let mut scheduler = ParamScheduler::new("lr", lr.clone(), schedule);
+    pytorch::load_scheduler(&mut scheduler, saved.scheduler()?, saved.optimizer()?)?;
+
+    let data: Vec<Vec<Vec<f64>>> = serde_json::from_value(json["data"].clone())?;
+    let data: Vec<Tensor> = data.iter().map(|batch| Tensor::from_slice2(batch)).collect();
+    let mut trainer =
+        Trainer::new(|losses: &mut BTreeMap<u64, (f64, f64)>, engine, batch: usize| {
+            let loss = data[batch].apply(&net).square().mean(Kind::Double);
+            optimizer.backward_step(&loss)?;
+            losses.insert(engine.state.iteration, (f64::try_from(loss)?, lr.get()?));
+            Ok(())
+        });
+    saved.load_position(&mut trainer)?;
+    trainer.attach(scheduler);
+    let mut losses = BTreeMap::new();
+    trainer.run(&mut losses, (0..data.len()).collect::<Vec<_>>(), Until::epochs(4))?;
+    drop(trainer);
+
+    let expected: BTreeMap<u64, (f64, f64)> =
+        serde_json::from_value(json["losses_and_lrs"].clone())?;
+    let begin = saved.iteration().context("an iteration")?;
+    let expected: BTreeMap<_, _> = expected.into_iter().filter(|(at, _)| *at > begin).collect();
+    let iterations: Vec<_> = losses.keys().collect();
+    let mut results = vec![(
+        "/iterations".into(),
+        same(losses.keys().eq(expected.keys()), format!("they are {iterations:?}")),
+    )];
+    let pairs = losses.values().zip(expected.values());
+    let worst = pairs.map(|(a, b)| (a.0 - b.0).abs().max((a.1 - b.1).abs())).fold(0., f64::max);
+    results.push(("/losses_and_lrs".into(), small(worst)));
+    results.extend(weights_like(&vs, &json["final"])?);
+    Ok(results)
 }
 
 fn two_groups<T: nn::OptimizerConfig>(

@@ -102,12 +102,7 @@ impl Pending {
 
     /// The factor that turns the accumulated gradients into those of one large batch: exactly 1 for equal weights.
     fn factor(&self, ranks: u64, weight_of_all: &Amount) -> Result<Amount> {
-        if weight_of_all.is(0.) {
-            return Err(Error::invalid(format!(
-                "all {} batches of the window have weight 0, so there is nothing that their loss could be a mean of; leave such a batch out (SkipBatch), or give it a weight",
-                self.batches
-            )));
-        }
+        check_some(weight_of_all, self.batches)?;
         let size = Amount::Number(self.size as f64);
         self.first.mul(&size)?.mul(&Amount::Number(ranks as f64))?.div(weight_of_all)
     }
@@ -238,7 +233,7 @@ impl GradientAccumulator {
     /// the last batch of a window: then the gradients are ready for a step.
     ///
     /// A batch of weight 0 adds nothing. A weight on a device is not read, so there the loss of a batch of weight 0 has
-    /// to be finite.
+    /// to be finite: divide a sum over tokens by `tokens.clamp_min(1)`.
     ///
     /// # Errors
     /// A call without [`begin`](Self::begin); a weight that is negative or not finite; a window in which all weights
@@ -264,8 +259,9 @@ impl GradientAccumulator {
                 return Err(error);
             }
         };
-        if window.size == 1 && window.last && before.is_none() && !shared && !weight.is(0.) {
-            // The batch is the whole window, so it does not matter how large its weight is.
+        if window.size == 1 && window.last && before.is_none() && !shared {
+            // The batch is the whole window, so it does not matter how much it weighs.
+            check_some(&weight, 1)?;
             self.backward_scaled(loss)?;
             return Ok(true);
         }
@@ -370,6 +366,20 @@ impl GradientAccumulator {
         self.parallel.reduce_gradients()?;
         Ok(true)
     }
+}
+
+/// Refuses a window whose batches all have weight 0. A weight on a device is not read.
+fn check_some(weight_of_all: &Amount, batches: u64) -> Result<()> {
+    if !weight_of_all.is(0.) {
+        return Ok(());
+    }
+    let who = match batches {
+        1 => "the only batch of the window has".to_owned(),
+        _ => format!("all {batches} batches of the window have"),
+    };
+    Err(Error::invalid(format!(
+        "{who} weight 0, so there is nothing that its loss could be a mean of: leave out empty batches"
+    )))
 }
 
 fn scale(optimizer: &Optimizer, factor: &Amount) -> Result<()> {
@@ -501,7 +511,7 @@ mod tests {
                 ready
             };
             for (weight, says) in
-                [(-1., "not negative"), (f64::NAN, "must be finite"), (0., "have weight 0")]
+                [(-1., "not negative"), (f64::NAN, "must be finite"), (0., "has weight 0")]
             {
                 let error = backward(weight.into()).unwrap_err().to_string();
                 assert!(error.contains(says), "{error}");

@@ -22,6 +22,7 @@ mod normalize;
 mod process;
 #[cfg(feature = "distributed")]
 mod reducer;
+mod script;
 mod serial;
 mod shared_tensor;
 mod thread_state;
@@ -51,6 +52,7 @@ pub(crate) use normalize::{Rows, normalize_rows};
 pub(crate) use process::send_signal;
 #[cfg(feature = "distributed")]
 pub(crate) use reducer::{Reducer, ReducerOptions};
+pub(crate) use script::{Optimized, ScriptBuffers, is_training, save_module};
 pub(crate) use serial::Serial;
 pub(crate) use shared_tensor::SharedTensor;
 pub(crate) use thread_state::ThreadState;

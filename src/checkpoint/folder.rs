@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::format::{Contents, Stamp};
 use crate::error::{Error, Result};
 pub(super) use crate::fs::is_part;
-use crate::fs::{make_folder, open_file, write_atomically};
+use crate::fs::{make_folder, open_file, sweep, write_atomically};
 
 const LOCK: &str = ".lock";
 /// The file with the name of the newest checkpoint, for people and scripts.
@@ -51,7 +51,10 @@ impl Folder {
         }
         let path = fs::canonicalize(path).map_err(io)?;
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(folder) = open.get(&path).and_then(Weak::upgrade) {
+        // A folder that was removed is still open here, and another one may have its name since.
+        if let Some(folder) = open.get(&path).and_then(Weak::upgrade)
+            && folder.check().is_ok()
+        {
             return Ok(folder);
         }
         let lock = lock(&path)?;
@@ -64,7 +67,7 @@ impl Folder {
             lock,
         };
         let folder = Arc::new(folder);
-        folder.remove_parts();
+        sweep(&folder.path);
         open.retain(|_, folder| folder.strong_count() > 0);
         open.insert(path, Arc::downgrade(&folder));
         Ok(folder)
@@ -153,12 +156,6 @@ impl Folder {
             )));
         }
         Ok(Claim { folder: self.clone(), file })
-    }
-
-    fn remove_parts(&self) {
-        for name in names(&self.path).iter().flatten().filter(|name| is_part(name)) {
-            let _ = fs::remove_file(self.file(name));
-        }
     }
 }
 
@@ -265,6 +262,32 @@ fn is_ours_alone(metadata: &fs::Metadata) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_folder_that_was_removed_and_made_again_is_another_one() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let old = Folder::open(&path, true)?;
+        assert!(Arc::ptr_eq(&old, &Folder::open(&path, true)?));
+        fs::remove_dir_all(&path).unwrap();
+        let new = Folder::open(&path, true)?;
+        assert!(old.check().is_err());
+        new.check()?;
+        assert!(Arc::ptr_eq(&new, &Folder::open(&path, true)?));
+        Ok(())
+    }
+
+    #[test]
+    fn opening_sweeps_what_nobody_is_writing() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let place = |name: &str| folder.path().join(name);
+        fs::write(place("a.part-7-1"), "half").unwrap();
+        let written = File::create_new(place("b.part-7-2")).unwrap();
+        written.try_lock().unwrap();
+        Folder::open(folder.path(), true)?;
+        assert!(!place("a.part-7-1").exists() && place("b.part-7-2").exists());
+        Ok(())
+    }
 
     #[test]
     fn latest_names_the_newest_whoever_is_done_first() -> Result<()> {

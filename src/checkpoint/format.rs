@@ -282,15 +282,29 @@ impl Contents {
     /// Reads all tensors. A tensor goes into the one of `places` that has its name in the file, if that is a dense CPU
     /// tensor of the same type and shape; otherwise into a new one. On error these places hold garbage.
     pub(super) fn read(self, places: &mut BTreeMap<String, Tensor>) -> Result<StateDict, String> {
+        if let Some(tree) = &self.tree {
+            // A tensor that nobody can ask for takes no memory.
+            let mut named = BTreeSet::new();
+            names_in_file(tree, "", &mut named);
+            let stray = |entry: &&Entry| !named.contains(&entry.name);
+            if let Some(entry) = self.entries.iter().find(stray) {
+                return Err(format!("tensor '{}' belongs to no part", entry.name));
+            }
+        }
         let mut tensors = self.tensors(|_| true, places)?;
         let Some(tree) = &self.tree else {
             return Ok(StateDict { tensors, ..StateDict::default() });
         };
-        let state = assembled(tree, "", &mut tensors)?;
-        match tensors.keys().next() {
-            Some(name) => Err(format!("tensor '{name}' belongs to no part")),
-            None => Ok(state),
-        }
+        assembled(tree, "", &mut tensors)
+    }
+
+    /// The type and shape of each tensor of a part, under its name in the part; `None` where the file has no such part.
+    pub(super) fn part_layouts(&self, name: &str) -> Option<BTreeMap<&str, Layout>> {
+        let part = self.part(name)?;
+        let mut all: HashMap<&str, Layout> = self.layouts().collect();
+        let mut layout =
+            |own| Some((String::as_str(own), all.remove(&*part.name_in_file(name, own))?));
+        Some(part.tensors.iter().filter_map(&mut layout).collect())
     }
 
     /// Reads one part only, in the memory of its tensors; `None` where the file has no part of this name. The whole

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
-
-use super::filename::{Parts, check_name};
+use super::filename::Parts;
 use super::folder::{Claim, Folder, Owner, RetentionStamp};
 use super::format::Stamp;
+use super::retention::{Retention, Saved};
+use super::score::{Mode, Score, Scoring};
 use super::writer::{Job, Writer, both};
 use super::{StateDict, Stateful};
 use crate::engine::{Engine, Handler, HandlerSpec, Priority, Ranks, State};
@@ -16,93 +16,6 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event_filter::Events;
 use crate::state::IntoStateful;
-
-/// Which values of a metric are better.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// Smaller values are better, as of a loss.
-    Min,
-    /// Larger values are better, as of an accuracy.
-    Max,
-}
-
-/// The score that decides which files are kept: larger is better. File names show a float with four decimals.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Score {
-    /// A whole number.
-    Int(i64),
-    /// Any other number. A file whose score is NaN is never kept.
-    Float(f64),
-}
-
-impl From<i64> for Score {
-    fn from(score: i64) -> Self {
-        Self::Int(score)
-    }
-}
-
-impl From<f64> for Score {
-    fn from(score: f64) -> Self {
-        Self::Float(score)
-    }
-}
-
-impl Score {
-    fn as_f64(self) -> f64 {
-        match self {
-            Self::Int(score) => score as f64,
-            Self::Float(score) => score,
-        }
-    }
-
-    fn negated(self) -> Self {
-        match self {
-            Self::Int(score) => Self::Int(score.saturating_neg()),
-            // Subtracting from 0 gives a zero without a sign.
-            Self::Float(score) => Self::Float(0. - score),
-        }
-    }
-
-    /// The score as JSON; an infinity becomes a text, because JSON has none.
-    fn saved(self) -> Value {
-        match self {
-            Self::Int(score) => score.into(),
-            Self::Float(score) if score.is_finite() => score.into(),
-            Self::Float(score) => score.to_string().into(),
-        }
-    }
-
-    fn loaded(saved: &Value) -> Result<Self> {
-        let score = match saved {
-            Value::Number(score) => {
-                score.as_i64().map(Self::Int).or(score.as_f64().map(Self::Float))
-            }
-            Value::String(score) => score.parse().ok().map(Self::Float),
-            _ => None,
-        };
-        score.ok_or_else(|| Error::State(format!("{saved} is no score of a checkpoint")))
-    }
-}
-
-/// Shows the score as ignite writes it.
-impl fmt::Display for Score {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Int(score) => write!(f, "{score}"),
-            Self::Float(score) => write!(f, "{score:.4}"),
-        }
-    }
-}
-
-type ScoreFn<B, O> = Box<dyn Fn(&State<B, O>) -> Result<Score>>;
-
-/// How the score is computed. Without one, the step is the score.
-struct Scoring<B, O> {
-    name: Option<String>,
-    of: ScoreFn<B, O>,
-    /// Whether smaller values of the metric are better, so that the score is its negative.
-    negated: bool,
-}
 
 /// A handler that writes checkpoints of the engine's whole state: ignite's `Checkpoint`.
 ///
@@ -134,6 +47,9 @@ struct Scoring<B, O> {
 ///
 /// Costs a write of all tensors to the disk in the training's thread, or with [`background`](Self::background) a copy
 /// of them in host memory; other iterations cost nothing.
+#[doc(alias = "ModelCheckpoint")]
+#[doc(alias = "DiskSaver")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct Checkpoint<B, O> {
     folder: PathBuf,
     create_dir: bool,
@@ -147,28 +63,18 @@ pub struct Checkpoint<B, O> {
     written: Option<Instant>,
     on_interrupt: bool,
     on_exception: bool,
-    n_saved: Option<usize>,
     parts: Parts,
     pattern: Option<String>,
     global_step: Option<Event>,
     score: Option<Scoring<B, O>>,
-    greater_or_equal: bool,
     weights: Option<Box<dyn Stateful>>,
-    /// The files on the list, the one with the smallest score first.
-    saved: Vec<Saved>,
+    list: Retention,
     /// Identifies the run that the files belong to, among the runs that used the folder.
     run: Option<u64>,
     /// Whether the list was loaded from a checkpoint and has yet to be compared with the folder.
     loaded: bool,
     background: bool,
     writer: Writer,
-}
-
-/// A file on the list.
-#[derive(Debug, Clone, PartialEq)]
-struct Saved {
-    priority: Score,
-    name: String,
 }
 
 /// Events that end a run. The handler waits for its writer at these.
@@ -191,14 +97,12 @@ impl<B, O> Checkpoint<B, O> {
             written: None,
             on_interrupt: true,
             on_exception: false,
-            n_saved: Some(1),
             parts: Parts { name: "checkpoint".into(), ext: EXT.into(), ..Parts::default() },
             pattern: None,
             global_step: None,
             score: None,
-            greater_or_equal: false,
             weights: None,
-            saved: vec![],
+            list: Retention::new(),
             run: None,
             loaded: false,
             background: false,
@@ -235,13 +139,13 @@ impl<B, O> Checkpoint<B, O> {
     /// Sets how many files are kept: those with the largest score, or the newest where there is no score. The default
     /// is 1.
     pub fn n_saved(mut self, files: usize) -> Self {
-        self.n_saved = Some(files);
+        self.list.most = Some(files);
         self
     }
 
     /// Keeps all files.
     pub fn keep_all(mut self) -> Self {
-        self.n_saved = None;
+        self.list.most = None;
         self
     }
 
@@ -252,7 +156,7 @@ impl<B, O> Checkpoint<B, O> {
         let negated = mode == Mode::Min;
         let sign = if negated { -1. } else { 1. };
         let name = metric.replace('/', "_");
-        self.n_saved = Some(files);
+        self.list.most = Some(files);
         let of = Box::new(move |state: &State<B, O>| {
             Ok(Score::Float(sign * state.metrics.get(&metric)?))
         });
@@ -280,7 +184,7 @@ impl<B, O> Checkpoint<B, O> {
 
     /// Whether a file whose score equals the smallest one on the list replaces that one; the default is false.
     pub fn greater_or_equal(mut self, on: bool) -> Self {
-        self.greater_or_equal = on;
+        self.list.greater_or_equal = on;
         self
     }
 
@@ -348,21 +252,19 @@ impl<B, O> Checkpoint<B, O> {
 
     /// The file with the largest score, or the newest one where there is no score.
     pub fn last_checkpoint(&self) -> Option<PathBuf> {
-        self.saved.last().map(|saved| self.folder.join(&saved.name))
+        self.list.files().last().map(|saved| self.folder.join(&saved.name))
     }
 
     /// The files on the list with their scores or steps, the smallest first. Where smaller values of a metric are
     /// better, the score is the negative of the value. After a resume this is the saved list; when the run goes on,
     /// files that a killed process left are added.
     pub fn saved(&self) -> impl Iterator<Item = (f64, &str)> {
-        self.saved.iter().map(|saved| (saved.priority.as_f64(), saved.name.as_str()))
+        self.list.files().iter().map(|saved| (saved.priority.as_f64(), saved.name.as_str()))
     }
 
     fn state(&self) -> Result<StateDict> {
-        let saved: Vec<(Value, &str)> =
-            self.saved.iter().map(|saved| (saved.priority.saved(), saved.name.as_str())).collect();
         let mut state = StateDict::new();
-        state.set_value("_saved", saved)?;
+        self.list.save(&mut state)?;
         state.set_value("run", self.run)?;
         Ok(state)
     }
@@ -380,7 +282,7 @@ impl<B, O> Checkpoint<B, O> {
     fn begin(&mut self, anew: bool) -> Result<()> {
         let folder = self.folder()?;
         if anew {
-            self.saved.clear();
+            self.list.clear();
         }
         if anew || self.run.is_none() {
             self.run = Some(folder.time());
@@ -409,19 +311,7 @@ impl<B, O> Checkpoint<B, O> {
             _ => state.iteration,
         };
         let priority = score.unwrap_or(Score::Int(step as i64));
-        let value = priority.as_f64();
-        // The list may be longer than `n_saved`, with files that a killed process left.
-        let most = self.n_saved.unwrap_or(usize::MAX);
-        let smallest = self.saved.len().checked_sub(most).and_then(|index| self.saved.get(index));
-        let fits = match smallest {
-            _ if value.is_nan() => false,
-            Some(smallest) if score.is_some() && self.greater_or_equal => {
-                value >= smallest.priority.as_f64()
-            }
-            Some(smallest) if score.is_some() => value > smallest.priority.as_f64(),
-            _ => true,
-        };
-        if !fits {
+        if !self.list.takes(priority, score.is_some()) {
             return Ok(None);
         }
         let parts = Parts {
@@ -435,31 +325,6 @@ impl<B, O> Checkpoint<B, O> {
         };
         let pattern = self.pattern.clone().map_or_else(|| parts.default_pattern(), Ok)?;
         Ok(Some(Saved { priority, name: parts.filled(&pattern)? }))
-    }
-
-    /// Adds a file to the list, and takes those off that it replaces or that are too many. Returns the names of the
-    /// files to remove.
-    fn keep(&mut self, new: &Saved) -> Vec<String> {
-        let mut goes = vec![];
-        self.saved.retain(|saved| {
-            let same = saved.name == new.name;
-            if same {
-                goes.push(saved.name.clone());
-            }
-            !same
-        });
-        let most = self.n_saved.unwrap_or(usize::MAX);
-        while !self.saved.is_empty() && self.saved.len() >= most {
-            goes.push(self.saved.remove(0).name);
-        }
-        self.insert(new.clone());
-        goes
-    }
-
-    fn insert(&mut self, new: Saved) {
-        let priority = new.priority.as_f64();
-        let at = self.saved.partition_point(|other| other.priority.as_f64() <= priority);
-        self.saved.insert(at, new);
     }
 
     /// Distinguishes the handler's files from those of other handlers.
@@ -486,24 +351,13 @@ impl<B, O> Checkpoint<B, O> {
         parts.filled(&pattern)
     }
 
-    /// Makes the list agree with the folder: files that are gone are taken off, and whole files with the stamp of this
-    /// run are added. Such files were written, or should have been removed, right before a process was killed or after
-    /// the restored checkpoint was written. An added file is read once to verify its checksum.
+    /// Makes the list agree with the folder: see [`Retention::reconcile`].
     fn reconcile(&mut self) -> Result<()> {
         let folder = self.folder()?;
-        let names = folder.names()?;
-        let listed = std::mem::take(&mut self.saved);
-        let Some(run) = self.run else { return Ok(()) };
-        let owner = self.owner(run);
-        for name in names.into_iter().filter(|name| check_name(name).is_ok()) {
-            let Some((kept, mut contents)) = folder.kept(&name) else { continue };
-            let known = listed.iter().find(|saved| saved.name == name);
-            if kept.owner == owner && (known.is_some() || contents.verify().is_ok()) {
-                let score = known.map_or_else(|| Score::loaded(&kept.score), |k| Ok(k.priority))?;
-                self.insert(Saved { priority: score, name });
-            }
+        match self.run {
+            Some(run) => self.list.reconcile(&folder, &self.owner(run)),
+            None => Ok(self.list.clear()),
         }
-        Ok(())
     }
 
     /// Writes a checkpoint if one is due and its score is good enough. Returns whether it did. The main rank decides
@@ -520,8 +374,8 @@ impl<B, O> Checkpoint<B, O> {
         let kept = RetentionStamp { owner: self.owner(run), name, score };
         let kept = serde_json::to_string(&kept).map_err(|error| Error::State(error.to_string()))?;
         let stamp = Stamp { written: folder.time(), kept: Some(kept) };
-        let before = self.saved.clone();
-        let remove = self.keep(&new);
+        let before = self.list.clone();
+        let remove = self.list.keep(new.clone());
         let written = self.contents(cx, engine).and_then(|(state, logs)| {
             let (plain, name, owner) = (self.weights.is_some(), new.name, self.owner(run));
             let job = Job { folder, state, plain, name, stamp, remove, owner };
@@ -531,7 +385,7 @@ impl<B, O> Checkpoint<B, O> {
             Ok(logs) => logs.map(|()| true),
             Err(error) => {
                 // The old files are still there.
-                self.saved = before;
+                self.list = before;
                 both(Err(error), self.reconcile()).map(|()| true)
             }
         }
@@ -569,7 +423,7 @@ impl<B, O> Checkpoint<B, O> {
 
 impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
     fn spec(&self) -> Result<HandlerSpec> {
-        if self.n_saved == Some(0) {
+        if self.list.most == Some(0) {
             return Err(Error::invalid("n_saved must be a positive integer or None, got 0"));
         }
         let (file, folder) = (self.sample()?, self.folder.display());
@@ -590,17 +444,9 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
-        let saved: Vec<(Value, String)> = state.value("_saved")?;
-        self.saved = saved
-            .into_iter()
-            .map(|(score, name)| {
-                // Listed files are removed one day, so no name may lead out of the folder.
-                check_name(&name)?;
-                Ok(Saved { priority: Score::loaded(&score)?, name })
-            })
-            .collect::<Result<_>>()?;
-        self.run = state.value("run")?;
-        self.saved.sort_by(|a, b| a.priority.as_f64().total_cmp(&b.priority.as_f64()));
+        let mut list = self.list.clone();
+        list.load(&state)?;
+        (self.run, self.list) = (state.value("run")?, list);
         self.written.get_or_insert_with(Instant::now);
         // The list is compared with the folder only when the run goes on: by then the engine knows whether this is the
         // main rank, which locks the folder.
@@ -615,6 +461,8 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
         if self.claim.is_none() && engine.is_main() && !ENDS.contains(&event) {
+            // Between two runs the folder may have been removed.
+            self.opened = self.opened.take().filter(|folder| folder.check().is_ok());
             self.claim = Some(self.folder()?.claim(self.sample()?)?);
         }
         if self.loaded && engine.is_main() {
@@ -661,7 +509,7 @@ impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
 impl<B, O> fmt::Debug for Checkpoint<B, O> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let saved: BTreeMap<_, _> =
-            self.saved.iter().map(|saved| (saved.name.as_str(), saved.priority)).collect();
+            self.list.files().iter().map(|saved| (saved.name.as_str(), saved.priority)).collect();
         f.debug_struct("Checkpoint").field("folder", &self.folder).field("saved", &saved).finish()
     }
 }

@@ -41,13 +41,16 @@ mod format;
 mod handler;
 mod header;
 mod resume;
+mod retention;
+mod score;
 mod writer;
 
 pub use crate::state::{Gradients, IntoStateful, Saveable, StateDict, Stateful};
 pub use filename::setup_filename_pattern;
 pub(crate) use folder::Folder;
-pub use handler::{Checkpoint, Mode, Score};
+pub use handler::Checkpoint;
 pub use resume::{
     IncompatibleKeys, Resumed, load_part, load_weights, load_weights_with, read_state,
     save_weights, verify, write_state,
 };
+pub use score::{Mode, Score};

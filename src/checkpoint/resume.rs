@@ -370,7 +370,7 @@ pub struct IncompatibleKeys {
 }
 
 /// Loads one tracked part from a training checkpoint, for example the model's weights for an evaluation or fine-tuning.
-/// The part is first read into new memory.
+/// The part is first read into new memory. A model's shapes and types are compared before that.
 ///
 /// ```
 /// # use tch::{Device, nn};
@@ -402,9 +402,16 @@ pub fn load_part<'a>(
     }
     let (parts, _) = contents.parts("");
     let absent = format!("it has no part '{name}'; its parts are {}", parts.join(", "));
+    let mut part = part.into_stateful();
+    if part.has_fixed_tensors()
+        && let Some(layouts) = contents.part_layouts(name)
+        && let Some(misfit) = layout_misfits(&part.state_dict()?, &layouts).values().next()
+    {
+        return Err(broken(path, &format!("{name}: {misfit}")));
+    }
     let state = contents.read_part(name).map_err(|why| broken(path, &why))?;
     let state = state.ok_or_else(|| broken(path, &absent))?;
-    let loaded = part.into_stateful().load_state_dict(state);
+    let loaded = part.load_state_dict(state);
     loaded.map_err(|error| broken(path, &format!("{name}: {error}")))
 }
 

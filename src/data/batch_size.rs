@@ -5,12 +5,15 @@ use serde_json::{Map, Value};
 
 use super::SamplePosition;
 use crate::error::{Error, Result};
+use crate::optim::Knob;
 
 /// A shared handle to the batch size of a [`Loader`](super::Loader) or [`DataLoader`](super::DataLoader). Clones
 /// share the size, so that it can be changed while the engine holds the loader.
 #[derive(Debug, Clone)]
 pub struct BatchSize {
     size: Arc<AtomicU64>,
+    /// The size as a knob, by which two schedulers of one loader are found.
+    knob: Knob,
     /// The size given at construction. A position names its batch size only where it differs from this one.
     made: u64,
     samples: u64,
@@ -23,7 +26,14 @@ impl BatchSize {
             return Err(Error::invalid("Input data has zero size. Please provide non-empty data"));
         }
         let made = size as u64;
-        let this = Self { size: Arc::default(), made, samples, drop_last: false };
+        let size = Arc::<AtomicU64>::default();
+        let (read, write) = (size.clone(), size.clone());
+        let knob = Knob::new(
+            "batch_size",
+            move || read.load(Ordering::Relaxed) as f64,
+            move |value| write.store((value as u64).max(1), Ordering::Relaxed),
+        );
+        let this = Self { size, knob, made, samples, drop_last: false };
         this.set(made)?;
         Ok(this)
     }
@@ -52,6 +62,10 @@ impl BatchSize {
         }
         self.size.store(samples, Ordering::Relaxed);
         Ok(())
+    }
+
+    pub(crate) fn knob(&self) -> &Knob {
+        &self.knob
     }
 
     /// Returns the number of samples in a pass.

@@ -29,6 +29,10 @@ use super::SplitMix64;
 ///     }
 /// }
 /// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no dataset",
+    note = "a closure becomes one by `from_fn(length, |index, rng| Ok((image, label)))`, tensors by `TensorDataset::new`"
+)]
 pub trait Dataset: Send + Sync {
     /// The type of a sample.
     type Item;

@@ -31,6 +31,8 @@ pub type Batch = (Tensor, Tensor);
 /// assert_eq!(loader.drop_last(true).batches(), 2);
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
+#[doc(alias = "TensorDataset")]
+#[doc(alias = "Iter2")]
 pub struct Loader {
     inputs: Tensor,
     targets: Tensor,

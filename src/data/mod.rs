@@ -139,6 +139,11 @@ pub struct SamplePosition {
 }
 
 /// Types that can be given to [`Engine::run`](crate::engine::Engine::run).
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no data of batches `{B}`",
+    note = "data is a `&Loader`, a `&DataLoader`, a `Vec` of batches (its elements are cloned), `source(..)` for a `Source` of your own, `restartable(|| iterator)` for anything that can be iterated again",
+    note = "tensors are not `Clone`, so a `Vec` of them is given as `restartable(|| tensors.iter().map(Tensor::shallow_clone))`"
+)]
 pub trait IntoSource<'a, B> {
     /// Makes the cursor over the batches.
     fn into_source(self) -> Box<dyn Source<B> + 'a>;

@@ -777,7 +777,7 @@ fn of_named<T>(name: &str, call: impl FnOnce() -> Result<T>) -> Result<T> {
 }
 
 fn of_part(name: &str, error: Error) -> Error {
-    Error::State(format!("{name}: {:#}", anyhow::Error::from(error)))
+    Error::State(format!("{name}: {error}"))
 }
 
 /// The devices with generators of their own, by the names under which their states are saved.

@@ -39,6 +39,10 @@ use crate::state::StateDict;
 /// assert_eq!(epochs.borrow().0, 3);
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no handler of an engine with context `{C}`, batches `{B}` and outputs `{O}`",
+    note = "a closure is registered with its event: `engine.on(Event::EpochCompleted, |cx, engine| {{ ..; Ok(()) }})`"
+)]
 pub trait Handler<C, B, O> {
     /// Describes the handler. The engine asks once, when the handler is attached.
     ///

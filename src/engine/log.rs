@@ -85,5 +85,5 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 }
 
 fn of_log(name: &str, error: Error) -> Error {
-    Error::State(format!("log '{name}': {:#}", anyhow::Error::from(error)))
+    Error::State(format!("log '{name}': {error}"))
 }

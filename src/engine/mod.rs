@@ -82,25 +82,25 @@ type StepFn<'a, C, B, O> =
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
-/// The diagram shows a run with every event in its place. At `⏸` the engine does what `terminate`, `terminate_epoch`
+/// The diagram shows a run with every event in its place. At `*` the engine does what `terminate`, `terminate_epoch`
 /// and `interrupt` asked for, after all handlers of the event were called:
 ///
 /// ```text
-/// STARTED ⏸
+/// STARTED *
 /// until the budget is used up:
 ///     epoch += 1
-///     EPOCH_STARTED ⏸
+///     EPOCH_STARTED *
 ///     until epoch_length iterations are done:
-///         GET_BATCH_STARTED ⏸
-///         fetch a batch           exhausted: DATALOADER_STOP_ITERATION ⏸, restart the data, fetch again;
+///         GET_BATCH_STARTED *
+///         fetch a batch           exhausted: DATALOADER_STOP_ITERATION *, restart the data, fetch again;
 ///                                 twice in a row, or in the first pass of data of unknown length:
 ///                                 the epoch ends here
-///         GET_BATCH_COMPLETED ⏸
+///         GET_BATCH_COMPLETED *
 ///         iteration += 1
-///         ITERATION_STARTED ⏸
+///         ITERATION_STARTED *
 ///         output = step(batch)
-///         ITERATION_COMPLETED ⏸
-///     EPOCH_COMPLETED ⏸
+///         ITERATION_COMPLETED *
+///     EPOCH_COMPLETED *
 /// TERMINATE                       only if the run was left early
 /// COMPLETED
 ///
@@ -133,6 +133,8 @@ type StepFn<'a, C, B, O> =
 /// ends.
 ///
 /// An iteration without handlers costs a few nanoseconds, no allocation, no lock and no host sync.
+#[doc(alias = "Trainer")]
+#[doc(alias = "LightningModule")]
 pub struct Engine<'a, C, B, O> {
     /// The state of the run. Handlers may read and change it.
     pub state: State<B, O>,
@@ -191,6 +193,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     ///
     /// The next `run` returns an error where the registration is refused (an event that is not registered, `every(0)`);
     /// [`add_event_handler`](Self::add_event_handler) returns that error at once.
+    #[doc(alias = "add_event_handler")]
     #[track_caller]
     pub fn on<F>(&mut self, events: impl Into<Events>, handler: F) -> &mut Self
     where
@@ -202,6 +205,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     /// Attaches a handler of this crate, or a [`Handler`] of your own, at the events that the handler names. The next
     /// `run` returns an error where the handler is refused; [`add_handler`](Self::add_handler) returns it at once.
+    #[doc(alias = "add_handler")]
+    #[doc(alias = "callbacks")]
     pub fn attach(&mut self, handler: impl Handler<C, B, O> + 'a) -> &mut Self {
         let added = self.add_handler(handler);
         self.refuse(added)

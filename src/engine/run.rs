@@ -45,6 +45,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// # Errors
     /// Errors and panics of the step, a handler or the data, with the place and the iteration; registrations that were
     /// refused; arguments that contradict each other or the state. After an error the engine can be run again.
+    #[doc(alias = "fit")]
     pub fn run(
         &mut self,
         cx: &mut C,

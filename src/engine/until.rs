@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 /// # let _ = until;
 /// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[doc(alias = "max_epochs")]
+#[doc(alias = "max_steps")]
 pub struct Until {
     pub(super) max_epochs: Option<u64>,
     pub(super) max_iters: Option<u64>,

@@ -31,6 +31,8 @@ use crate::state::StateDict;
 /// assert_eq!(summary.epochs, 5); // the third was best
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
+#[doc(alias = "NoImprovementHandler")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct EarlyStopping {
     score: Score,
     mode: Mode,
@@ -350,7 +352,7 @@ mod tests {
         let mut trainer = trainer();
         trainer.attach(EarlyStopping::min("val/loss", 3));
         let error = trainer.run(&mut (), vec![1.], Until::epochs(1)).unwrap_err();
-        let text = format!("{:#}", anyhow::Error::from(error));
+        let text = format!("{error}");
         assert!(text.contains("early stopping on val/loss") && text.contains("'score'"), "{text}");
     }
 

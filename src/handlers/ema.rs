@@ -46,6 +46,9 @@ use crate::state::StateDict;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug, Clone)]
+#[doc(alias = "AveragedModel")]
+#[doc(alias = "ModelEma")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct EMAHandler {
     shadow: WeightAverages,
     momentum: Arc<Mutex<Momentum>>,

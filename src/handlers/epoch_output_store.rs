@@ -24,6 +24,7 @@ use crate::state::{Saveable, StateDict};
 /// assert_eq!(*losses.data(), [1.0, 2.0]);
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct EpochOutputStore<T, F> {
     transform: F,
     data: Rc<RefCell<Vec<T>>>,

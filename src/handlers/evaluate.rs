@@ -32,6 +32,7 @@ use crate::state::StateDict;
 /// assert_eq!(trainer.state.metrics.get("val/mean")?, 22.0);
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct Evaluate<'e, C, B, O, D> {
     name: String,
     events: Events,

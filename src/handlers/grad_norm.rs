@@ -29,6 +29,8 @@ use crate::optim::Parameters;
 /// assert_eq!(trainer.state.metrics.get("grad_norm")?, 6.0); // of 1 + 2, four times
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
+#[doc(alias = "grad_norm")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct GradNorm {
     name: String,
     parameters: Parameters,

@@ -63,6 +63,7 @@ const UNREAD: usize = 1024;
 /// metric. At most 1024 values of a metric are kept unread, so very long epochs have a few more transfers. A metric of
 /// your own must not change in place a tensor that it returned as its value.
 #[derive(Clone, Default)]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct History {
     sources: Vec<Source>,
     record: Arc<Mutex<Record>>,

@@ -34,6 +34,9 @@ use crate::event::Event;
 /// When `run` returns, the loggers that handlers write to are flushed, so `std::process::exit` loses nothing.
 ///
 /// Costs two atomic loads an iteration, and a reading of the clock where there is a time limit.
+#[doc(alias = "SIGTERM")]
+#[doc(alias = "preemption")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct InterruptOn {
     signals: Option<Listener>,
     after: Option<Duration>,

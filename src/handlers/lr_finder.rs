@@ -72,6 +72,8 @@ use crate::optim::{Group, Knob, Optimizer, OptimizerSnapshot, StoreSnapshot};
 /// memory, and a host sync an iteration to read the loss.
 #[doc(alias = "FastaiLRFinder")]
 #[derive(Clone)]
+#[doc(alias = "lr_find")]
+#[doc(alias = "Tuner")]
 pub struct LrFinder {
     optimizer: Optimizer,
     to_restore: Vec<(Optimizer, Arc<Mutex<Variables>>)>,

@@ -47,6 +47,9 @@ const LINE_PERIOD: Duration = Duration::from_secs(60);
 /// An iteration costs a count. About ten times a second the clock is read, metrics are read (a host sync for those on
 /// CUDA) and the bar is drawn, and only where it is shown.
 #[derive(Debug, Clone)]
+#[doc(alias = "TQDMProgressBar")]
+#[doc(alias = "tqdm")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct ProgressBar {
     /// The bars of a trainer and its evaluators.
     screens: MultiProgress,

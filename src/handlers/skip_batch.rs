@@ -22,6 +22,7 @@ use crate::state::StateDict;
 /// assert_eq!((seen, skip.skipped()), (vec![1.0, 2.0, 1.0, 2.0], 2));
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct SkipBatch<F> {
     when: F,
     skipped: Rc<Cell<u64>>,

@@ -35,6 +35,10 @@ use crate::state::StateDict;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug, Clone)]
+#[doc(alias = "StochasticWeightAveraging")]
+#[doc(alias = "AveragedModel")]
+#[doc(alias = "swa_utils")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct SWAHandler {
     shadow: WeightAverages,
     count: Arc<AtomicU64>,

@@ -28,6 +28,7 @@ const PERIOD: u64 = 100;
 /// assert_eq!((summary.iterations, summary.stop), (2, Stop::Terminated));
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct TerminateOnNan<F> {
     numbers: F,
     every: u64,

@@ -28,6 +28,9 @@ use crate::state::StateDict;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug, Clone)]
+#[doc(alias = "ThroughputMonitor")]
+#[doc(alias = "DeviceStatsMonitor")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct Throughput {
     times: Percentiles,
     /// Number of samples of the measured iterations, and the engine's count of samples at the last one.

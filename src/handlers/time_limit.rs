@@ -26,6 +26,7 @@ use crate::event_filter::Events;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug, Clone)]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct TimeLimit {
     begun: Instant,
     limit: Duration,

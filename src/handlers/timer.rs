@@ -30,6 +30,7 @@ use crate::state::StateDict;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug, Clone)]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct Timer {
     average: bool,
     /// Time before `running`.

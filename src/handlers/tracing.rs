@@ -24,6 +24,7 @@ use crate::event::Event;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct Tracing {
     name: String,
     /// The entered spans, from the outermost: run, epoch, iteration.
@@ -208,7 +209,7 @@ exit run
 new run engine="t"
 new epoch epoch=1
 new iteration iteration=1
-ERROR message=run failed epoch=1 iteration=1 error=the step of iteration 1 (epoch 1) failed
+ERROR message=run failed epoch=1 iteration=1 error=the step of iteration 1 (epoch 1) failed: as asked
 exit iteration
 exit epoch
 exit run"#;

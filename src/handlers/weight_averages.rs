@@ -211,6 +211,7 @@ impl Drop for Swapped {
 /// A handler that is called with the averages swapped in, such as an evaluation of the averaged model.
 /// [`EMAHandler::with_averages`](super::EMAHandler::with_averages) and
 /// [`SWAHandler::with_averages`](super::SWAHandler::with_averages) make it.
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct WithAverages<H> {
     pub(super) shadow: WeightAverages,
     pub(super) handler: H,

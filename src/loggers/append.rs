@@ -129,6 +129,11 @@ impl AppendFile {
         Ok(())
     }
 
+    /// Whether the file still has its name.
+    pub(super) fn is_in_place(&self) -> bool {
+        self.check_place().is_ok()
+    }
+
     /// Refuses to go on where the file was removed or replaced, because further bytes would be lost.
     fn check_place(&self) -> io::Result<()> {
         let gone = |text: &str| Err(io::Error::new(io::ErrorKind::NotFound, text.to_owned()));
@@ -239,8 +244,10 @@ impl LineLog {
     pub(super) fn open(path: &Path, lines: &'static Lines) -> Result<SharedLines> {
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
         open.retain(|_, log| log.strong_count() > 0);
+        // A log that was removed is still open here, and another file may have its name since.
         if let Ok(place) = fs::canonicalize(path)
             && let Some(log) = open.get(&place).and_then(Weak::upgrade)
+            && locked(&log).file.is_in_place()
         {
             return Ok(log);
         }
@@ -280,13 +287,14 @@ impl LineLog {
         self.file.place().to_owned()
     }
 
-    /// Begins a run. If the run starts anew, the lines of earlier processes are moved to a file of their own.
-    pub(super) fn begin(&mut self, anew: bool) -> Result<()> {
+    /// Begins a run. If the run starts anew, the lines of earlier processes are moved to a file of their own. Returns
+    /// whether there were such lines.
+    pub(super) fn begin(&mut self, anew: bool) -> Result<bool> {
         let header = self.lines.header.as_bytes();
         let inherits = self.file.is_plain && self.inherited > header.len() as u64;
         if self.settled || !anew || !inherits {
             self.settled = true;
-            return Ok(());
+            return Ok(false);
         }
         let rest = self.file.tail(self.inherited)?;
         let place = self.file.place().to_owned();
@@ -311,7 +319,7 @@ impl LineLog {
         self.crc = crc32c::crc32c_append(crc32c::crc32c(header), &rest);
         self.inherited = header.len() as u64;
         self.settled = true;
-        Ok(())
+        Ok(true)
     }
 
     /// Syncs all lines to the disk, and returns the place of their end.

@@ -63,7 +63,7 @@ impl Logger for CsvLogger {
     }
 
     fn begin(&self, anew: bool) -> Result<()> {
-        locked(&self.file).begin(anew)
+        locked(&self.file).begin(anew).map(drop)
     }
 
     fn logs(&self) -> Vec<Rc<dyn Log>> {
@@ -259,7 +259,7 @@ mod tests {
             let mut trainer = trainer(&CsvLogger::open(&path)?);
             trainer.on(Event::IterationCompleted.once(2), move |_, _| Ok(change(&path)?));
             let error = trainer.run(&mut (), vec![1.; 3], Until::epochs(1)).unwrap_err();
-            let error = format!("{:#}", anyhow::Error::from(error));
+            let error = format!("{error}");
             assert!(error.contains("scalars.csv") && error.contains(word), "{error}");
         }
         Ok(())

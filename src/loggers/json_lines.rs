@@ -32,6 +32,11 @@ impl JsonLinesLogger {
         LineLog::open(path.as_ref(), &LINES).map(|file| Self { file })
     }
 
+    /// Begins a run like [`Logger::begin`]. Returns whether lines of earlier processes were moved away.
+    pub(super) fn begins(&self, anew: bool) -> Result<bool> {
+        locked(&self.file).begin(anew)
+    }
+
     fn write(&self, line: &Value) -> Result<()> {
         locked(&self.file).write(format!("{line}\n").as_bytes())
     }
@@ -71,7 +76,7 @@ impl Logger for JsonLinesLogger {
     }
 
     fn begin(&self, anew: bool) -> Result<()> {
-        locked(&self.file).begin(anew)
+        self.begins(anew).map(drop)
     }
 
     fn logs(&self) -> Vec<Rc<dyn Log>> {

@@ -28,6 +28,8 @@ use crate::optim::Optimizer;
 /// # std::fs::remove_dir_all(folder)?;
 /// # Ok::<(), anyhow::Error>(())
 /// ```
+#[doc(alias = "LearningRateMonitor")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct OptimizerParamsHandler {
     logger: Box<dyn Logger>,
     tag: String,

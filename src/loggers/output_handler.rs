@@ -34,6 +34,7 @@ use crate::optim::Knob;
 ///
 /// The step is the epoch at epoch events, and the iteration at all others. To compare a metric of epochs with one of
 /// iterations in one plot, log it with `.global_step(|state| state.iteration)`.
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct OutputHandler<B, O> {
     logger: Box<dyn Logger>,
     tag: String,

@@ -8,7 +8,9 @@ use serde_json::Value;
 use super::chart::{self, COLOURS, colour, escaped, short};
 use super::curve::Curve;
 use super::flat;
-use super::run_folder::TAGS;
+
+/// Largest number of tags in the report, because a file can hold any number.
+pub(super) const TAGS: usize = 1000;
 
 /// The content of the page.
 pub(super) struct Report<'r> {

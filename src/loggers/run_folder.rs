@@ -12,7 +12,7 @@ use tch::Cuda;
 
 use super::curve::Curve;
 use super::json_lines::scalar_of;
-use super::report::{self, Report};
+use super::report::{self, Report, TAGS};
 use super::{
     CsvLogger, Histogram, HyperParameter, Image, JsonLinesLogger, Logger, TensorBoard, flat,
     spec_of,
@@ -22,9 +22,6 @@ use crate::engine::{Engine, Handler, HandlerSpec, Log, State};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::fs::{open_file, write_atomically};
-
-/// Largest number of tags in the report, because a file can hold any number.
-pub(super) const TAGS: usize = 1000;
 
 /// The report is written again at the end of an epoch when it is at least this old.
 const PERIOD: Duration = Duration::from_secs(10);
@@ -163,6 +160,7 @@ impl RunFolder {
 
     /// Reads the curves from the JSON lines again.
     fn record_anew(&self) -> Result<()> {
+        self.json.flush()?;
         let Record { curves, has_more, .. } = recorded(&self.json)?;
         let mut record = self.record();
         (record.curves, record.has_more) = (curves, has_more);
@@ -207,9 +205,11 @@ impl Log for Curves {
     }
 
     fn rewind(&self, place: &Value) -> Result<Option<String>> {
-        let rewound = self.0.json.rewind(place)?;
-        self.0.record_anew()?;
-        Ok(rewound)
+        let of_another = self.0.json.rewind(place)?;
+        if of_another.is_none() {
+            self.0.record_anew()?;
+        }
+        Ok(of_another)
     }
 }
 
@@ -310,10 +310,11 @@ impl Logger for RunFolder {
     fn begin(&self, anew: bool) -> Result<()> {
         self.csv.begin(anew)?;
         self.board.begin(anew)?;
-        self.json.begin(anew)?;
-        self.json.flush()?;
-        self.record_anew()?;
-        Ok(())
+        // The curves are those of the file as long as no lines leave it.
+        match self.json.begins(anew)? {
+            true => self.record_anew(),
+            false => Ok(()),
+        }
     }
 
     fn logs(&self) -> Vec<Rc<dyn Log>> {
@@ -407,6 +408,51 @@ mod tests {
     }
 
     #[test]
+    fn the_file_is_read_again_only_where_lines_have_left_it() -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        RunFolder::create(folder.path())?.scalar("earlier", 1., 1)?;
+        let run = RunFolder::create(folder.path())?;
+        let tags = || run.record().curves.keys().cloned().collect::<Vec<_>>();
+        // Reading the file again would lose what only the memory has.
+        let note = || run.record().push("only in memory", 1., 1);
+        note();
+        run.begin(true)?;
+        assert_eq!(tags(), [""; 0], "the earlier line has left the file");
+        note();
+        for anew in [true, false, true] {
+            run.begin(anew)?;
+            assert_eq!(tags(), ["only in memory"]);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn loggers_of_a_folder_that_was_removed_and_made_again_write_to_the_new_one()
+    -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("run");
+        let old = RunFolder::create(&path)?;
+        fs::remove_dir_all(&path)?;
+        let new = RunFolder::create(&path)?;
+        new.scalar("loss", 0.5, 1)?;
+        new.flush()?;
+        new.write_report()?;
+        assert_eq!(fs::read_to_string(path.join("scalars.csv"))?.lines().count(), 2);
+        assert_eq!(fs::read_to_string(path.join("scalars.jsonl"))?.lines().count(), 1);
+        assert!(old.flush().is_err() && old.write_report().is_err());
+        // The newest of them are shared from then on.
+        let third = RunFolder::create(&path)?;
+        third.scalar("loss", 0.25, 2)?;
+        new.flush()?;
+        assert_eq!(fs::read_to_string(path.join("scalars.csv"))?.lines().count(), 3);
+        let files = fs::read_dir(&path)?.flatten();
+        let is_event_file =
+            |name: &std::ffi::OsString| name.to_string_lossy().starts_with("events.out.tfevents.");
+        assert_eq!(files.map(|file| file.file_name()).filter(is_event_file).count(), 1);
+        Ok(())
+    }
+
+    #[test]
     fn the_report_of_any_number_of_tags_is_bounded() -> anyhow::Result<()> {
         let folder = tempfile::tempdir()?;
         let mut lines = String::new();
@@ -438,7 +484,7 @@ mod tests {
         trainer
             .on(Event::IterationCompleted.once(2), move |_, _| Ok(fs::remove_dir_all(&removed)?));
         let error = trainer.run(&mut (), vec![1.; 3], Until::epochs(1)).unwrap_err();
-        let error = format!("{:#}", anyhow::Error::from(error));
+        let error = format!("{error}");
         assert!(error.contains("removed while it was being written"), "{error}");
         assert!(run.config(&json!({"lr": 1})).is_err() && run.write_report().is_err());
         assert!(!path.exists());

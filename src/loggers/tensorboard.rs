@@ -335,7 +335,10 @@ impl TensorBoard {
         let place = fs::canonicalize(name).map_err(io)?;
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
         open.retain(|_, board| board.strong_count() > 0);
-        if let Some(board) = open.get(&place).and_then(Weak::upgrade) {
+        // An event file that was removed is still open here.
+        if let Some(board) = open.get(&place).and_then(Weak::upgrade)
+            && locked(&board).file.is_in_place()
+        {
             return Ok(Self { board });
         }
         let board = Arc::new(Mutex::new(Board::create(folder, place.clone())?));
@@ -580,6 +583,50 @@ mod tests {
         for odd in [json!(1), json!({"run": "1", "files": {"../x": 1}, "last step": 1})] {
             ensure!(other.rewind(&odd)?.is_some());
         }
+        Ok(())
+    }
+
+    /// The steps of the marks of a restart.
+    fn restarts(folder: &Path) -> Result<Vec<u64>> {
+        let mut steps = vec![];
+        for record in records(folder)? {
+            let event = fields(&record);
+            if event.iter().any(|(number, _)| *number == field::EVENT_SESSION_LOG) {
+                steps.extend(event.iter().filter_map(|(number, value)| match value {
+                    Field::Uint(step) if *number == field::EVENT_STEP => Some(*step),
+                    _ => None,
+                }));
+            }
+        }
+        Ok(steps)
+    }
+
+    #[test]
+    fn a_restart_bears_the_step_after_the_largest_of_all_tags() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let board = TensorBoard::create(folder.path())?;
+        let nothing_yet = board.commit()?;
+        assert_eq!(nothing_yet["last step"], Value::Null);
+        // Iterations and epochs stand in one file, so a later event may have a smaller step.
+        board.scalar("loss", 0.5, 5)?;
+        board.scalar("val/loss", 0.5, 1)?;
+        let at_five = board.commit()?;
+        assert_eq!(at_five["last step"], 5);
+        board.scalar("loss", 0.5, 9)?;
+        assert_eq!(board.commit()?["last step"], 9);
+        ensure!(board.rewind(&at_five)?.is_none());
+        assert_eq!(restarts(folder.path())?, [6]);
+        // What was taken back no longer counts.
+        board.scalar("val/loss", 0.5, 2)?;
+        let again = board.commit()?;
+        assert_eq!(again["last step"], 5);
+        board.scalar("loss", 0.5, u64::MAX)?;
+        let largest = board.commit()?;
+        ensure!(board.rewind(&largest)?.is_none());
+        assert_eq!(restarts(folder.path())?, [6, u64::MAX]);
+        ensure!(board.rewind(&again)?.is_none());
+        ensure!(board.rewind(&nothing_yet)?.is_none());
+        assert_eq!(restarts(folder.path())?, [0]);
         Ok(())
     }
 

@@ -6,8 +6,9 @@ use tch::{TchError, Tensor};
 pub enum Reduce {
     /// Adds the tensors.
     Sum,
-    /// Takes the mean over processes, for values that do not add up, such as a running average. The batches of one
-    /// process are added.
+    /// Takes the mean over processes, for values that do not add up, such as a running average. In a
+    /// [`Pairwise`](super::Pairwise) it is the mean over samples: each batch counts by their number, in one process as in
+    /// several.
     Mean,
     /// Takes the larger, element by element.
     Max,
@@ -79,7 +80,8 @@ const SAMPLES: &str = "samples";
 /// Tensors that are added up, or gathered, batch by batch.
 pub(super) struct Accumulator {
     parts: &'static [(&'static str, Reduce)],
-    /// The tensors of each part: one, or one for each batch where they are gathered. Empty before the first batch.
+    /// The tensors of each part: one, or one for each batch where they are gathered; of a mean, the sum over samples.
+    /// Empty before the first batch.
     held: Vec<Vec<Tensor>>,
     samples: u64,
 }
@@ -99,8 +101,13 @@ impl Accumulator {
     }
 
     /// Adds one tensor for each part, in the order of the parts.
-    pub(super) fn add(&mut self, batch: Vec<Tensor>, samples: u64) -> anyhow::Result<()> {
+    pub(super) fn add(&mut self, mut batch: Vec<Tensor>, samples: u64) -> anyhow::Result<()> {
         debug_assert_eq!(batch.len(), self.parts.len());
+        for (part, (_, reduce)) in batch.iter_mut().zip(self.parts) {
+            if *reduce == Reduce::Mean {
+                *part = part.f_mul_scalar(samples as f64)?;
+            }
+        }
         if self.held.is_empty() {
             self.held = batch.into_iter().map(|part| vec![part]).collect();
         } else {
@@ -138,23 +145,32 @@ impl Accumulator {
 
     /// Returns one tensor for each part; empty before the first batch. Gathered batches are copied into one tensor.
     pub(super) fn tensors(&self) -> Result<Vec<Tensor>, TchError> {
-        let joined = |held: &Vec<Tensor>| match held.as_slice() {
+        let joined = |(held, (_, reduce)): (_, &(&str, Reduce))| match reduce {
+            Reduce::Mean => Self::joined(held)?.f_div_scalar(self.samples as f64),
+            _ => Self::joined(held),
+        };
+        self.held.iter().zip(self.parts).map(joined).collect()
+    }
+
+    fn joined(held: &Vec<Tensor>) -> Result<Tensor, TchError> {
+        match held.as_slice() {
             [one] => Ok(one.shallow_clone()),
             many => Tensor::f_cat(many, 0),
-        };
-        self.held.iter().map(joined).collect()
+        }
     }
 
     pub(super) fn state(&self) -> anyhow::Result<Vec<Accumulated>> {
         if self.held.is_empty() {
             return Ok(vec![]);
         }
-        let tensors = self.tensors()?.into_iter().zip(self.parts);
-        let part =
-            |(value, (name, reduce)): (_, &(&str, _))| Accumulated::new(*name, value, *reduce);
-        let samples = Tensor::from(self.samples as i64);
-        let samples = Accumulated::new(SAMPLES, samples, Reduce::Sum);
-        Ok(tensors.map(part).chain([samples]).collect())
+        let part = |(held, (name, reduce)): (_, &(&str, Reduce))| {
+            // A mean is held as a sum over samples, and processes join it as such.
+            let reduce = if *reduce == Reduce::Mean { Reduce::Sum } else { *reduce };
+            Ok(Accumulated::new(*name, Self::joined(held)?, reduce))
+        };
+        let parts = self.held.iter().zip(self.parts).map(part);
+        let samples = Accumulated::new(SAMPLES, Tensor::from(self.samples as i64), Reduce::Sum);
+        parts.chain([Ok(samples)]).collect()
     }
 
     /// Takes over a state; on error nothing is changed. Tensors from a checkpoint are on the CPU, and move to the
@@ -193,4 +209,34 @@ fn check_alike(name: &str, stored: &Tensor, new: &Tensor) -> anyhow::Result<()> 
         new.size()
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::exchange::join;
+    use super::*;
+
+    #[test]
+    fn a_mean_is_the_same_in_one_process_and_in_several() -> anyhow::Result<()> {
+        const PARTS: &[(&str, Reduce)] = &[("mean", Reduce::Mean), ("largest", Reduce::Max)];
+        let of = |batches: &[(f64, u64)]| -> anyhow::Result<Accumulator> {
+            let mut sums = Accumulator::new(PARTS);
+            for (mean, samples) in batches {
+                sums.add(vec![Tensor::from(*mean), Tensor::from(*mean)], *samples)?;
+            }
+            Ok(sums)
+        };
+        let batches = [(1., 1), (4., 2), (10., 3)];
+        let values = |sums: &Accumulator| -> anyhow::Result<Vec<f64>> {
+            sums.tensors()?.iter().map(|value| Ok(value.f_double_value(&[])?)).collect()
+        };
+        assert_eq!(values(&of(&batches)?)?, [6.5, 10.]);
+        for cut in 0..=batches.len() {
+            let (first, second) = (of(&batches[..cut])?.state()?, of(&batches[cut..])?.state()?);
+            let mut joined = Accumulator::new(PARTS);
+            joined.load_state(&join(&[&first, &second])?)?;
+            assert_eq!(values(&joined)?, [6.5, 10.], "{cut}");
+        }
+        Ok(())
+    }
 }

@@ -91,6 +91,11 @@ use crate::error::Result;
 /// [`Engine::metric`](crate::engine::Engine::metric).
 ///
 /// [`Pairwise`] is the easier way to write a metric of predictions and targets.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no metric of the output `{O}`",
+    note = "metrics of predictions and targets take these out of the output: `Accuracy::of(Prediction::parts)` in evaluators of `create_supervised_evaluator`, `Accuracy::of(|output: &Output| (&output.y_pred, &output.y))` for an output of your own, `Accuracy::of(pair)` for a pair",
+    note = "metrics of numbers take them likewise: `Mean::of(|output: &Output| output.loss)`"
+)]
 pub trait Metric<O> {
     /// Forgets everything that was accumulated.
     fn reset(&mut self);

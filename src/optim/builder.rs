@@ -85,6 +85,7 @@ impl GroupOptions {
 }
 
 /// Builds an [`Optimizer`]; made by [`Optimizer::builder`].
+#[must_use = "the optimizer is made by `build`"]
 pub struct OptimizerBuilder<'v, T> {
     config: T,
     vs: &'v VarStore,

@@ -4,22 +4,29 @@ use std::collections::HashMap;
 use std::mem;
 use std::sync::Arc;
 
+use super::budget::{Budget, table};
 use super::machine::{DictNode, Item, MAX_DEPTH, Made, Node, ObjectNode};
+use super::tensor::StoredTensor;
 use super::value::{BigInt, Dict, Object, Value};
 
-/// A result may always have this many values; a longer program may make as many as it has bytes. Shared values count
-/// as often as the result refers to them, because whoever walks over it meets them that often.
+/// How many values there may be at least, counting shared ones as often as they are met: somebody will walk over them,
+/// or print them.
 const MIN_VALUES: u64 = 1 << 20;
-/// How many values the key of a dict or an element of a set may consist of, counted in the same way.
+/// So many bytes of a text count as a value.
+const BYTES_OF_A_VALUE: usize = 16;
+/// How many parts a key may have, counted in the same way.
 const MAX_KEY: u64 = 1000;
 
 /// Makes the value of a program's result. A container that several others refer to becomes one value that they share.
 pub(super) fn freeze(made: &mut Made) -> Result<Value, String> {
     let result = mem::replace(&mut made.result, Item::Plain(Value::None));
     let nodes = mem::take(&mut made.nodes);
-    let mut places = Vec::with_capacity(nodes.len());
+    let mut budget = mem::take(&mut made.budget);
+    let mut places = vec![];
+    budget.reserve(&mut places, nodes.len())?;
+    budget.give_back(nodes.capacity() * size_of::<Node>());
     places.extend(nodes.into_iter().map(Place::Node));
-    let mut freezer = Freezer { places, made };
+    let mut freezer = Freezer { places, made, budget };
     let frozen = freezer.item(result, 0)?;
     let limit = made.length.max(MIN_VALUES);
     match frozen.count > limit {
@@ -49,6 +56,7 @@ enum Place {
 struct Freezer<'m> {
     places: Vec<Place>,
     made: &'m Made,
+    budget: Budget,
 }
 
 /// The `count` and `depth` of a container, summed up while its parts are frozen.
@@ -60,12 +68,11 @@ struct Sums {
 impl Freezer<'_> {
     fn item(&mut self, item: Item, depth: usize) -> Result<Frozen, String> {
         match item {
-            Item::Plain(value) => Ok(Frozen { value, count: 1, depth: 0 }),
+            Item::Plain(value) => Ok(Frozen { count: count_of(&value), value, depth: 0 }),
             Item::Node(number) => self.node(number as usize, depth),
-            Item::Global(name, _) => {
-                Ok(Frozen { value: Value::Constant(name), count: 1, depth: 0 })
-            }
+            Item::Global(name, _) => self.item(Item::Plain(Value::Constant(name)), depth),
             Item::Storage(number) => {
+                self.budget.take_piece(size_of::<StoredTensor>() + 16)?;
                 let storage = self.made.bare_storage(number).ok_or("a storage is damaged")?;
                 Ok(Frozen { value: storage.into(), count: 1, depth: 0 })
             }
@@ -88,6 +95,13 @@ impl Freezer<'_> {
         if depth >= MAX_DEPTH {
             return Err(too_deep());
         }
+        // The parts of the node are let go of when those of the value are there.
+        let memory = node.memory();
+        self.budget.take_piece(match &node {
+            Node::List(_) | Node::Tuple(_) | Node::Set(_) => size_of::<Vec<Value>>(),
+            Node::Dict(_) => size_of::<Dict>(),
+            Node::Object(_) => size_of::<Object>(),
+        })?;
         let mut sums = Sums { count: 1, depth: 0 };
         let value = match node {
             Node::List(items) => Value::List(Arc::new(self.items(items, depth, &mut sums)?)),
@@ -107,6 +121,7 @@ impl Freezer<'_> {
             }
             Node::Object(object) => {
                 let ObjectNode { class, new, arguments, state, elements, entries } = *object;
+                sums.count += (class.len() / BYTES_OF_A_VALUE) as u64;
                 Value::Object(Arc::new(Object {
                     class,
                     new,
@@ -117,6 +132,7 @@ impl Freezer<'_> {
                 }))
             }
         };
+        self.budget.give_back(memory);
         let frozen = Frozen { value, count: sums.count, depth: sums.depth + 1 };
         self.places[number] = Place::Done(frozen.clone());
         Ok(frozen)
@@ -135,7 +151,8 @@ impl Freezer<'_> {
         depth: usize,
         sums: &mut Sums,
     ) -> Result<Vec<Value>, String> {
-        let mut values = Vec::with_capacity(items.len());
+        let mut values = vec![];
+        self.budget.reserve_exact(&mut values, items.len())?;
         for item in items {
             values.push(self.part(item, depth, sums)?);
         }
@@ -149,12 +166,18 @@ impl Freezer<'_> {
         depth: usize,
         sums: &mut Sums,
     ) -> Result<Vec<(Value, Value)>, String> {
-        let mut entries: Vec<(Value, Value)> = Vec::with_capacity(items.len());
+        let mut entries: Vec<(Value, Value)> = vec![];
+        self.budget.reserve_exact(&mut entries, items.len())?;
+        let table = table::<Key, usize>(items.len());
+        self.budget.take(table)?;
         let mut places = HashMap::with_capacity(items.len());
         for (key, value) in items {
             let key = self.item(key, depth + 1)?;
-            if key.count > MAX_KEY {
-                return Err("a key is too large".into());
+            if let Value::Tuple(_) = key.value {
+                if key.count > MAX_KEY {
+                    return Err("a key is too large".into());
+                }
+                self.budget.take(key.count as usize * size_of::<Key>())?;
             }
             sums.count = sums.count.saturating_add(key.count);
             sums.depth = sums.depth.max(key.depth);
@@ -170,11 +193,27 @@ impl Freezer<'_> {
                 }
             }
         }
+        self.budget.give_back(table);
         Ok(entries)
     }
 }
 
-/// Two keys are equal here where Python takes them for equal, as it does `1`, `1.0` and `True`.
+/// How many values a plain one counts as: what is long when printed counts as several.
+fn count_of(value: &Value) -> u64 {
+    let more = match value {
+        Value::Str(text) | Value::Constant(text) | Value::Device(text) => {
+            text.len() / BYTES_OF_A_VALUE
+        }
+        Value::Bytes(bytes) => bytes.len() / BYTES_OF_A_VALUE,
+        // Decimal digits take the square of the length.
+        Value::BigInt(int) => int.bytes.len(),
+        Value::Tensor(tensor) => tensor.size().len(),
+        _ => 0,
+    };
+    1 + more as u64
+}
+
+/// What makes keys equal in Python: `1`, `1.0` and `True` are.
 #[derive(PartialEq, Eq, Hash)]
 enum Key {
     None,

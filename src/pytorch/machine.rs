@@ -1,14 +1,15 @@
 //! The pickle machine: runs the opcodes that plain data and tensors need, and no others.
 //!
 //! A pickle is a program. This machine has no way to import, call or open anything: the names a program may use are
-//! those of [`globals`](super::globals), and each stands for building a value here. The length of a program bounds
-//! how much it can build: containers are nodes of a list and refer to each other by number, so that sharing costs
-//! nothing, cycles and depth are found before a value is made, and every copy is paid from a budget that grows with
-//! the bytes read.
+//! those of [`globals`](super::globals), and each stands for building a value here. What a program builds is bounded
+//! by its own length: containers are nodes of a list and refer to each other by number, so that sharing costs
+//! nothing, cycles and depth are found before a value is made, and memory and copies are paid from budgets of bytes
+//! read.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
+use super::budget::{Budget, table};
 use super::dtype::DType;
 use super::globals::{self, Global, Rebuild};
 use super::source::Input;
@@ -83,6 +84,8 @@ pub(super) struct Made {
     pub(super) parts: Vec<Part>,
     /// Length of the program in bytes.
     pub(super) length: u64,
+    /// Memory that nodes, texts and tensors have taken.
+    pub(super) budget: Budget,
 }
 
 pub(super) struct Machine<'i, 's> {
@@ -97,6 +100,7 @@ pub(super) struct Machine<'i, 's> {
     by_key: HashMap<Arc<str>, usize>,
     parts: Vec<Part>,
     copied: u64,
+    budget: Budget,
     refused: BTreeSet<Arc<str>>,
 }
 
@@ -115,6 +119,7 @@ impl<'i, 's> Machine<'i, 's> {
             by_key: HashMap::new(),
             parts: vec![],
             copied: 0,
+            budget: Budget::default(),
             refused: BTreeSet::new(),
         }
     }
@@ -134,7 +139,10 @@ impl<'i, 's> Machine<'i, 's> {
             format!("the pickle is damaged at byte {}: {why}", self.input.position() - self.begin)
         })?;
         let length = self.input.position() - self.begin;
-        Ok(Made { nodes: self.nodes, result, storages: self.storages, parts: self.parts, length })
+        let Self { stack, memo, nodes, storages, parts, mut budget, .. } = self;
+        budget.give_back(stack.capacity() * size_of::<Item>());
+        budget.give_back(table::<u32, Item>(memo.len()));
+        Ok(Made { nodes, result, storages, parts, length, budget })
     }
 
     fn steps(&mut self) -> Result<Item, String> {
@@ -147,6 +155,7 @@ impl<'i, 's> Machine<'i, 's> {
 
     /// Runs one opcode. Only the last one, STOP, returns the program's result.
     fn step(&mut self) -> Result<Option<Item>, String> {
+        self.budget.has_read(self.input.position() - self.begin);
         match self.input.byte()? {
             // PROTO, FRAME
             0x80 => match self.input.byte()? {
@@ -231,10 +240,12 @@ impl<'i, 's> Machine<'i, 's> {
             }
             0x90 => {
                 let items = self.pop_mark()?;
-                match self.top_node()? {
-                    Some(Node::Set(elements)) => elements.extend(items),
-                    None => {}
-                    _ => return Err("elements are added to what is no set".into()),
+                if let Some(number) = self.top_node()? {
+                    let Some(Node::Set(elements)) = self.nodes.get_mut(number) else {
+                        return Err("elements are added to what is no set".into());
+                    };
+                    self.budget.reserve(elements, items.len())?;
+                    elements.extend(items);
                 }
             }
             b's' => {
@@ -320,6 +331,7 @@ impl<'i, 's> Machine<'i, 's> {
         if self.marks.is_empty() && self.stack.len() > 4 * MAX_DEPTH {
             return Err(too_deep());
         }
+        self.budget.reserve(&mut self.stack, 1)?;
         self.stack.push(item);
         Ok(())
     }
@@ -335,6 +347,8 @@ impl<'i, 's> Machine<'i, 's> {
 
     fn added(&mut self, node: Node) -> Result<Item, String> {
         let number = u32::try_from(self.nodes.len()).map_err(|_| "it has too many containers")?;
+        self.budget.take(node.memory())?;
+        self.budget.reserve(&mut self.nodes, 1)?;
         self.nodes.push(node);
         Ok(Item::Node(number))
     }
@@ -356,8 +370,12 @@ impl<'i, 's> Machine<'i, 's> {
         }
     }
 
+    /// Takes what is behind the last mark. Whoever keeps it counts its memory.
     fn pop_mark(&mut self) -> Result<Vec<Item>, String> {
         let mark = self.marks.pop().ok_or("a mark is missing")?;
+        let bytes = self.stack.len().saturating_sub(mark) * size_of::<Item>();
+        self.budget.take(bytes)?;
+        self.budget.give_back(bytes);
         let mut items = self.stack.split_off(mark);
         items.shrink_to_fit();
         Ok(items)
@@ -368,46 +386,43 @@ impl<'i, 's> Machine<'i, 's> {
         self.stack.get(floor..).and_then(<[Item]>::last).ok_or_else(empty)
     }
 
-    /// The container on top of the stack; `None` where a refused name stands in its place.
-    fn top_node(&mut self) -> Result<Option<&mut Node>, String> {
-        let number = match self.top()? {
-            Item::Node(number) => *number as usize,
-            Item::Global(_, Global::Refused) => return Ok(None),
-            _ => return Err("something is put into what is no container".into()),
-        };
-        Ok(self.nodes.get_mut(number))
+    /// The number of the container on top; `None` where something refused is there instead.
+    fn top_node(&self) -> Result<Option<usize>, String> {
+        match self.top()? {
+            Item::Node(number) => Ok(Some(*number as usize)),
+            Item::Global(_, Global::Refused) => Ok(None),
+            _ => Err("something is put into what is no container".into()),
+        }
     }
 
     fn append(&mut self, items: Vec<Item>) -> Result<(), String> {
-        match self.top_node()? {
-            None => Ok(()),
-            Some(Node::List(elements)) if elements.is_empty() => {
-                *elements = items;
-                Ok(())
-            }
-            Some(Node::List(elements)) => {
-                elements.extend(items);
-                Ok(())
-            }
-            Some(Node::Object(object)) => {
-                object.elements.extend(items);
-                Ok(())
-            }
-            Some(_) => Err("something is appended to what is no list".into()),
+        let Some(number) = self.top_node()? else { return Ok(()) };
+        let elements = match self.nodes.get_mut(number) {
+            Some(Node::List(elements)) => elements,
+            Some(Node::Object(object)) => &mut object.elements,
+            _ => return Err("something is appended to what is no list".into()),
+        };
+        if elements.capacity() == 0 {
+            self.budget.take(items.capacity() * size_of::<Item>())?;
+            *elements = items;
+            return Ok(());
         }
+        self.budget.reserve(elements, items.len())?;
+        elements.extend(items);
+        Ok(())
     }
 
     fn set_items(&mut self, items: Vec<Item>) -> Result<(), String> {
         if !items.len().is_multiple_of(2) {
             return Err("a key has no value".into());
         }
-        let entries = match self.top_node()? {
-            None => return Ok(()),
+        let Some(number) = self.top_node()? else { return Ok(()) };
+        let entries = match self.nodes.get_mut(number) {
             Some(Node::Dict(dict)) => &mut dict.entries,
             Some(Node::Object(object)) => &mut object.entries,
-            Some(_) => return Err("a key is set in what is no dict".into()),
+            _ => return Err("a key is set in what is no dict".into()),
         };
-        entries.reserve(items.len() / 2);
+        self.budget.reserve(entries, items.len() / 2)?;
         let mut items = items.into_iter();
         while let (Some(key), Some(value)) = (items.next(), items.next()) {
             entries.push((key, value));
@@ -422,6 +437,11 @@ impl<'i, 's> Machine<'i, 's> {
 
     fn memoize(&mut self, index: u32) -> Result<(), String> {
         let item = self.top()?.clone();
+        if self.memo.len() == self.memo.capacity() {
+            let (now, then) = (self.memo.len(), self.memo.len() + 1);
+            let now = if now == 0 { 0 } else { table::<u32, Item>(now) };
+            self.budget.take(table::<u32, Item>(then) - now)?;
+        }
         self.memo.insert(index, item);
         Ok(())
     }
@@ -449,18 +469,22 @@ impl<'i, 's> Machine<'i, 's> {
 
     fn text(&mut self, size: usize) -> Result<(), String> {
         let length = self.length(size)?;
-        let text = String::from_utf8(self.input.take(length)?);
+        let bytes = self.input.take(length)?;
+        self.budget.take_piece(bytes.len())?;
+        let text = String::from_utf8(bytes);
         self.plain(Value::Str(text.map_err(|_| "a text is not UTF-8")?.into()))
     }
 
     fn bytes(&mut self, size: usize) -> Result<(), String> {
         let length = self.length(size)?;
         let bytes = self.input.take(length)?;
+        self.budget.take_piece(bytes.len())?;
         self.plain(Value::Bytes(bytes.into()))
     }
 
     fn global(&mut self, module: &str, name: &str) -> Result<(), String> {
         let (full, global) = globals::find(module, name, self.allowed);
+        self.budget.take_piece(full.len())?;
         if global == Global::Refused && self.refused.len() < MAX_REFUSED {
             self.refused.insert(full.chars().take(100).collect::<String>().into());
         }
@@ -612,6 +636,7 @@ impl<'i, 's> Machine<'i, 's> {
             _ => return Err(wrong()),
         }
         self.copies(text.len())?;
+        self.budget.take_piece(text.len())?;
         let bytes: Result<Vec<u8>, _> = text.chars().map(u8::try_from).collect();
         Ok(Item::Plain(Value::Bytes(bytes.map_err(|_| wrong())?.into())))
     }
@@ -638,13 +663,12 @@ impl<'i, 's> Machine<'i, 's> {
     }
 
     fn build(&mut self, state: Item) -> Result<(), String> {
-        match self.top()? {
-            // Attributes that Python code set on the tensor are left out.
-            Item::Plain(Value::Tensor(_)) => return Ok(()),
-            Item::Global(_, Global::Refused) => return Ok(()),
-            _ => {}
+        // Attributes that a program gave the tensor are left out.
+        if let Item::Plain(Value::Tensor(_)) = self.top()? {
+            return Ok(());
         }
-        match self.top_node()? {
+        let Some(number) = self.top_node()? else { return Ok(()) };
+        match self.nodes.get_mut(number) {
             Some(Node::Dict(dict)) if dict.class != DictClass::Dict => {
                 dict.attributes = Some(state);
                 Ok(())
@@ -693,6 +717,9 @@ impl<'i, 's> Machine<'i, 's> {
         let storage = match self.by_key.get(&key) {
             Some(number) => *number,
             None => {
+                self.budget.take_piece(size_of::<Storage>() + key.len())?;
+                self.budget.take(2 * table::<Arc<str>, usize>(1))?;
+                self.budget.reserve(&mut self.storages, 1)?;
                 let storage = Arc::new(Storage::new(dtype, length));
                 self.storages.push(Referred { key: key.clone(), storage });
                 self.by_key.insert(key, self.storages.len() - 1);
@@ -719,6 +746,7 @@ impl<'i, 's> Machine<'i, 's> {
             return Err("a part of a storage lies outside it".into());
         }
         let number = u32::try_from(self.parts.len()).map_err(|error| error.to_string())?;
+        self.budget.reserve(&mut self.parts, 1)?;
         self.parts.push(Part { storage, begin, length });
         Ok(Item::Storage(number))
     }
@@ -755,7 +783,7 @@ impl<'i, 's> Machine<'i, 's> {
                     _ => return Err(wrong(name)),
                 };
                 let Memory::File(storage) = &tensor.memory else { return Err(wrong(name)) };
-                self.copies(16 * tensor.shape.len())?;
+                self.tensor_of(tensor.shape.len())?;
                 Ok(Item::Plain(Value::Tensor(Arc::new(StoredTensor {
                     memory: Memory::File(storage.clone()),
                     shape: tensor.shape.clone(),
@@ -786,7 +814,7 @@ impl<'i, 's> Machine<'i, 's> {
             _ => return Err("a tensor has no storage".into()),
         };
         let (shape, strides) = (self.dimensions(shape)?, self.dimensions(strides)?);
-        self.copies(16 * shape.len())?;
+        self.tensor_of(shape.len())?;
         let Part { storage, begin, length } = self.parts[number];
         let storage = self.storages[storage].storage.clone();
         let dtype = match dtype {
@@ -822,6 +850,12 @@ impl<'i, 's> Machine<'i, 's> {
             bare: false,
         };
         Ok(Item::Plain(Value::Tensor(Arc::new(tensor))))
+    }
+
+    /// Counts a tensor of so many dimensions.
+    fn tensor_of(&mut self, dimensions: usize) -> Result<(), String> {
+        self.copies(16 * dimensions)?;
+        self.budget.take_piece(size_of::<StoredTensor>() + 16 * dimensions)
     }
 
     fn dimensions(&self, item: &Item) -> Result<Vec<i64>, String> {
@@ -873,6 +907,19 @@ impl Made {
 impl Node {
     fn dict(class: DictClass) -> Self {
         Self::Dict(Box::new(DictNode { class, entries: vec![], attributes: None }))
+    }
+
+    /// What the node has taken beside its place among the others.
+    pub(super) fn memory(&self) -> usize {
+        const ITEM: usize = size_of::<Item>();
+        match self {
+            Self::List(items) | Self::Tuple(items) | Self::Set(items) => ITEM * items.capacity(),
+            Self::Dict(dict) => size_of::<DictNode>() + 2 * ITEM * dict.entries.capacity(),
+            Self::Object(object) => {
+                let elements = object.elements.capacity() + 2 * object.entries.capacity();
+                size_of::<ObjectNode>() + ITEM * elements
+            }
+        }
     }
 }
 

@@ -15,19 +15,22 @@
 //! # Ok::<(), anyhow::Error>(())
 //! ```
 //!
-//! [`read`] gives the whole content of a `.pt`, `.pth` or `.ckpt` file as a [`Value`]. It reads both containers: the
-//! zip archive that torch writes since 1.6, and the one before. [`write()`] writes the zip archive. [`Weights`] are
-//! the tensors of a `state_dict()`; [`Names`] map their names to those of a store. [`load_optimizer`] takes over
-//! `optimizer.state_dict()`, [`set_rng_state`] the random numbers.
+//! [`read`] gives the whole content of a `.pt`, `.pth` or `.ckpt` as a [`Value`], of both containers: the zip archive
+//! that torch writes since 1.6, and the one before. [`write()`] writes one. [`Weights`] are what a `state_dict()`
+//! holds; [`Names`] map their names to those of a store. [`load_optimizer`] takes over `optimizer.state_dict()`,
+//! [`load_scheduler`] and [`load_plateau`] the position of a scheduler, [`set_rng_state`] the random numbers.
+//! [`TrainingFile`] finds these parts in a training checkpoint of ignite, of Lightning or of a program's own layout; each
+//! has a counterpart that writes (`…_value`). [`read_pretrained`] and [`SavePretrained`] are for folders of Hugging Face,
+//! [`ScriptModule`] for TorchScript.
 //!
 //! # Safety of files from elsewhere
 //!
-//! A pickle is a program, and Python runs it. This module only reads it: a machine of about forty opcodes builds
-//! plain data, and a pickle may use only the names that `torch.load(weights_only=True)` allows. Any other name is an
-//! error that lists the name. A size in a file is believed only once the bytes are there: reading takes memory for
-//! the tensors that the caller asks for, and beyond them a small multiple of the file's size. Parts of an archive may
-//! not overlap, tensors may not reach outside their storages, containers may not contain themselves or be nested more
-//! than 200 deep. Checksums are compared where the writer made them; the old container has none.
+//! A pickle is a program, and Python runs it. Here it is only read: a machine of about forty opcodes builds
+//! plain data, and the names it may use are those of `torch.load(weights_only=True)`. Any other name is an error
+//! that lists it. A size in a file is believed only once the bytes are there: reading takes memory for the
+//! tensors that are asked for, and for the rest at most 64 MB and 96 bytes for each byte that describes it. Parts of
+//! an archive may not overlap, tensors may not reach outside their storages, containers may not be within themselves
+//! or more than 200 deep. Checksums are compared where the writer made them; the old container has none.
 //!
 //! # Memory
 //!
@@ -40,20 +43,33 @@
 //! Sparse, quantized and nested tensors come out as [`Value::Object`], with everything the file says of them.
 //! Attributes that Python code set on its tensors are left out. All tensors are on the CPU.
 
+mod budget;
+mod distributed_checkpoint;
 mod dtype;
 mod freeze;
 mod globals;
+mod json;
 mod legacy;
+mod lightning;
 mod machine;
 mod names;
 mod optimizer;
 mod pickler;
+mod plateau;
+mod position;
+mod prefixes;
+mod pretrained;
 mod random;
 mod reader;
+mod safetensors;
+mod schedule_value;
+mod schedules;
+mod script_module;
 mod source;
 mod storage;
 mod storages;
 mod tensor;
+mod training_file;
 mod value;
 mod weights;
 mod writer;
@@ -62,11 +78,19 @@ mod zip;
 use std::path::Path;
 
 pub use dtype::DType;
+pub use lightning::lightning_value;
 pub use names::Names;
 pub use optimizer::{LoadedOptimizer, load_optimizer, optimizer_value};
+pub use plateau::{load_plateau, plateau_value};
+pub use position::position_value;
+pub use pretrained::{SavePretrained, read_pretrained};
 pub use random::{rng_state, set_rng_state};
 pub use reader::Reader;
+pub use schedule_value::{ignite_scheduler_value, scheduler_value};
+pub use schedules::{load_scheduler, momentum_schedule, schedule};
+pub use script_module::ScriptModule;
 pub use tensor::StoredTensor;
+pub use training_file::{Layout, TrainingFile};
 pub use value::{BigInt, Dict, Object, Value};
 pub use weights::{Loaded, Weights, load_weights, save_weights};
 pub use writer::write;

@@ -73,7 +73,7 @@ impl Reader {
         Err(match &begin[..] {
             [] => "the file is empty".into(),
             [_, _, _, _, _, _, _, _, b'{', ..] => {
-                "it is a safetensors file: read it with checkpoint::load_weights".into()
+                "it is a safetensors file: read it with pytorch::read_pretrained".into()
             }
             _ if begin.get(257..262) == Some(b"ustar") => {
                 "it is a tar archive, which torch wrote before 0.1.10; torch.load(weights_only=True) refuses it too"
@@ -86,7 +86,7 @@ impl Reader {
     fn archive(&self, source: &Arc<Source>) -> Result<Value, String> {
         let archive = Archive::open(source)?;
         if archive.has("constants.pkl") {
-            return Err("it is a TorchScript module: load it with tch::CModule".into());
+            return Err("it is a TorchScript module: load it with pytorch::ScriptModule".into());
         }
         let pickle = archive.get("data.pkl")?;
         check(source, pickle.begin, pickle.length, pickle.crc)

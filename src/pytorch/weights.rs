@@ -1,4 +1,4 @@
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use super::reader::Reader;
 use super::tensor::StoredTensor;
 use super::value::{Dict, Value};
 use super::writer::write;
+use crate::bridge::TensorId;
 use crate::error::{Error, Result};
 use crate::variables::{Variable, variables};
 
@@ -101,7 +102,7 @@ impl Weights {
         Ok(Self::new(tensors, vec![]))
     }
 
-    fn new(tensors: Vec<(String, Arc<StoredTensor>)>, skipped: Vec<String>) -> Self {
+    pub(super) fn new(tensors: Vec<(String, Arc<StoredTensor>)>, skipped: Vec<String>) -> Self {
         let names = tensors.iter().enumerate();
         let places = names.map(|(place, (name, _))| (name.clone(), place)).collect();
         Self { tensors, places, skipped }
@@ -115,6 +116,10 @@ impl Weights {
         let path = path.as_ref();
         let value = Reader::new().read(path)?;
         Self::of(&value).map_err(|error| Error::State(format!("{}: {error}", path.display())))
+    }
+
+    pub(super) fn into_tensors(self) -> Vec<(String, Arc<StoredTensor>)> {
+        self.tensors
     }
 
     /// The variables of a store, parameters and buffers, in PyTorch's usual [order](Self::names); shared, not copied.
@@ -180,7 +185,7 @@ impl Weights {
         self.places.get(name).and_then(|place| self.tensors.get(*place)).map(|(_, tensor)| tensor)
     }
 
-    /// Tells which variables [`load`](Self::load) would load and what would not fit; nothing is read.
+    /// What [`load`](Self::load) would do; nothing is read. A tied variable is there if one of its names is.
     pub fn compare(&self, vs: &VarStore) -> Loaded {
         let variables: BTreeMap<String, Tensor> = vs.variables().into_iter().collect();
         let mut found = Loaded { skipped: self.skipped.clone(), ..Loaded::default() };
@@ -194,6 +199,9 @@ impl Weights {
                 )),
             }
         }
+        let id = |name: &String| variables.get(name).map(TensorId::of);
+        let loaded: HashSet<_> = found.loaded.iter().map(id).collect();
+        found.missing.retain(|name| !loaded.contains(&id(name)));
         let names = self.tensors.iter().map(|(name, _)| name);
         found.unexpected = names.filter(|name| !variables.contains_key(*name)).cloned().collect();
         found.hint = hint(&found.missing, &found.unexpected);
@@ -306,7 +314,7 @@ pub(super) fn parameters_in_order(mut parameters: Vec<Variable>) -> Vec<Variable
 }
 
 /// Whether a value is a dict of tensors.
-fn is_state(value: &Value) -> bool {
+pub(super) fn is_state(value: &Value) -> bool {
     value.as_dict().is_some_and(|dict| {
         !dict.is_empty()
             && dict.iter().all(|(key, value)| key.as_str().is_some() && value.as_tensor().is_some())

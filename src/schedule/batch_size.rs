@@ -1,6 +1,6 @@
 use serde_json::{Map, Value};
 
-use super::scheduler::{is_due, with_start};
+use super::scheduler::{is_due, unless_ended, with_start};
 use super::{Schedule, load_position, save_position, value};
 use crate::data::BatchSize;
 use crate::engine::{Engine, Handler, HandlerSpec};
@@ -34,6 +34,7 @@ use crate::state::StateDict;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct BatchSizeScheduler<S> {
     batch_size: BatchSize,
     schedule: S,
@@ -95,7 +96,8 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
     fn spec(&self) -> Result<HandlerSpec> {
         self.schedule.validate()?;
         let events = with_start(&self.events, self.events.are_after_step());
-        Ok(HandlerSpec::new("batch size", events))
+        let drives = (!self.events.are_filtered()).then(|| self.batch_size.knob().clone());
+        Ok(HandlerSpec::new("batch size", events).drives(drives))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
@@ -126,10 +128,16 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
         _cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
-        if self.events.are_after_step() && !is_due(&self.schedule, event, &mut self.events_done) {
+        let after_step = self.events.are_after_step();
+        if after_step && !is_due(event, &mut self.events_done) {
             return Ok(());
         }
-        let size = self.size_at(self.events_done)?;
+        let size = self.size_at(self.events_done);
+        let size = match after_step {
+            true => unless_ended(&self.schedule, &mut self.events_done, size)?,
+            false => Some(size?),
+        };
+        let Some(size) = size else { return Ok(()) };
         let batches = self.batch_size.batches_with(size);
         if matches!(event, Event::Started | Event::EpochStarted | Event::EpochCompleted) {
             anyhow::ensure!(

@@ -99,7 +99,8 @@ impl Schedule for Concat {
     fn length(&self) -> Option<u64> {
         let before =
             self.durations.iter().fold(0u64, |sum, duration| sum.saturating_add(*duration));
-        let last = self.schedules.last().and_then(Schedule::length).unwrap_or(0);
+        // The last schedule is only there once one of its values is.
+        let last = self.schedules.last().and_then(Schedule::length).unwrap_or(1).max(1);
         Some(before.saturating_add(last))
     }
 

@@ -79,7 +79,8 @@ impl Recurrence for ConstantLR {
     }
 
     fn span(&self) -> Option<u64> {
-        Some(self.total_iters)
+        // The base is reached by a jump.
+        Some(self.total_iters.saturating_add(1))
     }
 }
 

@@ -93,6 +93,9 @@ pub trait Schedule: Send {
 
     /// Returns how many events it takes until all that the schedule describes has happened (one cycle, the last
     /// milestone, a warm-up); `None` where it describes no end.
+    ///
+    /// A line or curve of `n` events takes `n`: its last value is that of event `n`, the first one after it. A jump to
+    /// another value at event `n` takes `n + 1`, because no event before it has that value.
     fn length(&self) -> Option<u64> {
         None
     }

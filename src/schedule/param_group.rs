@@ -29,6 +29,7 @@ use crate::state::StateDict;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct ParamGroupScheduler<S> {
     schedulers: Vec<ParamScheduler<S>>,
     events: Events,

@@ -63,7 +63,10 @@ impl Schedule for PiecewiseLinear {
     }
 
     fn length(&self) -> Option<u64> {
-        self.milestones_values.last().map(|(milestone, _)| u64::try_from(*milestone).unwrap_or(0))
+        let (last, value) = self.milestones_values.last()?;
+        let mut same = self.milestones_values.iter().rev().take_while(|(event, _)| event == last);
+        let jumps = same.any(|(_, other)| other != value);
+        Some(u64::try_from(*last).map_or(0, |last| last.saturating_add(jumps.into())))
     }
 
     fn arguments(&self) -> Option<serde_json::Value> {

@@ -62,6 +62,7 @@ use crate::state::{StateDict, json_floats};
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct ReduceLROnPlateauScheduler {
     name: String,
     knobs: Vec<Knob>,
@@ -222,27 +223,34 @@ impl ReduceLROnPlateauScheduler {
         Ok(())
     }
 
-    /// The arguments, by which a checkpoint tells the scheduler from others.
-    fn arguments(&self) -> Map<String, Value> {
-        let Self { factor, patience, threshold, cooldown, eps, min_values, .. } = self;
-        let arguments = serde_json::json!({
-            "metric": self.metric,
-            "mode": format!("{:?}", self.mode),
-            "factor": factor,
-            "patience": patience,
-            "threshold": threshold,
-            "threshold_mode": format!("{:?}", self.threshold_mode),
-            "cooldown": cooldown,
-            "eps": eps,
-            "min_value": min_values,
-        });
-        if let Value::Object(arguments) = arguments { arguments } else { Map::new() }
+    /// The arguments under torch's names.
+    pub(crate) fn arguments(&self) -> Map<String, Value> {
+        let mode = if self.mode == Mode::Min { "min" } else { "max" };
+        let measure = if self.threshold_mode == ThresholdMode::Rel { "rel" } else { "abs" };
+        let arguments: [(_, Value); 8] = [
+            ("mode", mode.into()),
+            ("factor", self.factor.into()),
+            ("patience", self.patience.into()),
+            ("threshold", self.threshold.into()),
+            ("threshold_mode", measure.into()),
+            ("cooldown", self.cooldown.into()),
+            ("min_lrs", self.min_values.clone().into()),
+            ("eps", self.eps.into()),
+        ];
+        arguments.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    }
+
+    /// The arguments by which a checkpoint tells the scheduler from others.
+    fn saved_arguments(&self) -> Map<String, Value> {
+        let mut arguments = self.arguments();
+        arguments.insert("metric".into(), self.metric.clone().into());
+        arguments
     }
 
     /// Goes to the state of a checkpoint. Returns a line for each argument that differs from the saved one; with
     /// `strict` that is an error.
     fn load(&mut self, mut state: StateDict, strict: bool) -> Result<Vec<String>> {
-        let now = self.arguments();
+        let now = self.saved_arguments();
         let then: Map<String, Value> = match state.values.remove("arguments") {
             Some(Value::Object(then)) => then,
             Some(other) => return Err(Error::State(format!("'arguments' is {other}"))),
@@ -264,6 +272,11 @@ impl ReduceLROnPlateauScheduler {
         self.load_state_dict(state.values())?;
         self.knobs.iter().try_for_each(|knob| knob.load_value(&mut state))?;
         Ok(changed)
+    }
+
+    /// The values of all knobs.
+    pub(crate) fn values(&self) -> Result<Vec<f64>> {
+        self.knobs.iter().map(Knob::get).collect()
     }
 
     fn is_better(&self, metric: f64) -> bool {
@@ -360,7 +373,7 @@ impl<C, B, O> Handler<C, B, O> for ReduceLROnPlateauScheduler {
 
     fn save_state(&self) -> Result<Option<StateDict>> {
         let mut state = StateDict::from(self.state_dict());
-        state.set_value("arguments", self.arguments())?;
+        state.set_value("arguments", self.saved_arguments())?;
         // A knob that belongs to no optimizer is the only knob, so its value has no clash of names in the state.
         self.knobs.iter().try_for_each(|knob| knob.save_value(&mut state))?;
         Ok(Some(state))
@@ -382,8 +395,7 @@ impl<C, B, O> Handler<C, B, O> for ReduceLROnPlateauScheduler {
     ) -> anyhow::Result<()> {
         self.advance(engine.state.metrics.get(&self.metric)?)?;
         if self.save_history {
-            let values = self.knobs.iter().map(Knob::get).collect::<Result<_>>()?;
-            engine.state.record_param(&self.name, values);
+            engine.state.record_param(&self.name, self.values()?);
         }
         Ok(())
     }

@@ -49,6 +49,10 @@ use crate::state::StateDict;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 #[derive(Debug)]
+#[doc(alias = "LRScheduler")]
+#[doc(alias = "lr_scheduler")]
+#[doc(alias = "LearningRateMonitor")]
+#[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct ParamScheduler<S = Box<dyn Schedule>> {
     name: String,
     knob: Knob,
@@ -139,10 +143,17 @@ impl<S: Schedule> ParamScheduler<S> {
         at_start: bool,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
-        if at_start && !is_due(&self.schedule, event, &mut self.events_done) {
+        if at_start && !is_due(event, &mut self.events_done) {
             return Ok(());
         }
-        let value = self.advance()?;
+        let written = self.advance();
+        let value = match at_start {
+            true => match unless_ended(&self.schedule, &mut self.events_done, written)? {
+                Some(value) => value,
+                None => return Ok(()),
+            },
+            false => written?,
+        };
         if self.save_history {
             let values = match self.knob.group() {
                 Some(_) => vec![value],
@@ -153,8 +164,23 @@ impl<S: Schedule> ParamScheduler<S> {
         Ok(())
     }
 
-    pub(super) fn knob(&self) -> &Knob {
+    /// Returns the schedule.
+    pub fn schedule(&self) -> &S {
+        &self.schedule
+    }
+
+    pub(crate) fn knob(&self) -> &Knob {
         &self.knob
+    }
+
+    /// Returns the number of updates that were made, whichever events are counted: the next has this value.
+    pub(crate) fn updates(&self) -> u64 {
+        self.events_done.saturating_sub(self.writes_at_start().into())
+    }
+
+    /// Goes to where [`updates`](Self::updates) are made, and the value of the next is known to the knob.
+    pub(crate) fn go_to_update(&mut self, updates: u64) {
+        self.events_done = updates.saturating_add(self.writes_at_start().into());
     }
 
     /// Returns the position, in ignite's terms where ignite has the schedule.
@@ -266,21 +292,33 @@ pub(super) fn unique_names(name: &str, saves_history: bool) -> Vec<String> {
 
 /// Returns whether an event writes a value, for a scheduler that writes value 0 at [`Event::Started`]. Moves the
 /// position where an event counts but writes nothing.
-pub(super) fn is_due<S: Schedule>(schedule: &S, event: Event, events_done: &mut u64) -> bool {
+pub(super) fn is_due(event: Event, events_done: &mut u64) -> bool {
     match (event, *events_done) {
-        (Event::Started, 0) => return true,
-        (Event::Started, _) => return false,
+        (Event::Started, done) => return done == 0,
         // The scheduler was attached within a run, after value 0 was due, so it goes on with the value of the next
         // update.
         (_, 0) => *events_done = 1,
         _ => {}
     }
-    // The value after the last one would be for an update that is not made. If it is made, the next event is an
-    // error.
-    let next = *events_done;
-    let ended = schedule.at(next).is_nan() && schedule.end().is_some_and(|(end, _)| end == next);
-    *events_done += u64::from(ended);
-    !ended
+    true
+}
+
+/// Turns the error of the first event after the schedule's end into `None`, and counts the event: its value would be
+/// for an update that is not made. If that update is made, the next event is an error.
+pub(super) fn unless_ended<S: Schedule, T>(
+    schedule: &S,
+    events_done: &mut u64,
+    written: Result<T>,
+) -> Result<Option<T>> {
+    let event = *events_done;
+    if written.is_err()
+        && schedule.at(event).is_nan()
+        && schedule.end().is_some_and(|(end, _)| end == event)
+    {
+        *events_done += 1;
+        return Ok(None);
+    }
+    written.map(Some)
 }
 
 /// Returns the events of a scheduler, with `STARTED` where value 0 is written there.

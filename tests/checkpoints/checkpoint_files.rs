@@ -9,7 +9,7 @@ use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
 use tch_ignite::Result;
 use tch_ignite::checkpoint::{
-    Checkpoint, StateDict, load_weights, read_state, save_weights, verify, write_state,
+    Checkpoint, StateDict, load_part, load_weights, read_state, save_weights, verify, write_state,
 };
 use tch_ignite::engine::{Engine, Until};
 use tch_ignite::metrics::Mean;
@@ -160,6 +160,50 @@ fn file(path: &Path, header: &str, data: u64) {
     file.write_all(header.as_bytes()).unwrap();
     file.flush().unwrap();
     file.get_ref().set_len(8 + header.len() as u64 + data).unwrap();
+}
+
+/// A header that claims a tensor of this many bytes, in the part `model` under this name.
+fn claim(bytes: u64, listed: &str) -> String {
+    format!(
+        r#"{{"__metadata__":{{"crc32c":"00000000","state":"{{\"parts\":{{\"model\":{{\"tensors\":[\"{listed}\"]}}}}}}","tch-ignite":"1"}},"model/weight":{{"data_offsets":[0,{bytes}],"dtype":"U8","shape":[{bytes}]}}}}"#
+    )
+}
+
+/// More bytes than any machine has.
+const HUGE: u64 = 1 << 42;
+
+#[test]
+fn a_claim_of_huge_tensors_takes_no_memory() {
+    let _serial = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint_1.safetensors");
+    let vs = store();
+    let refused = |what: &str, result: Result<()>, why: &str| {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains(why), "{what}: {error}");
+    };
+    let resumed = || small(&vs).resume(&mut (), folder.path()).map(drop);
+    // The file is shorter than its header says.
+    file(&path, &claim(HUGE, "weight"), 8);
+    let why = "bytes of tensors, and holds 8";
+    refused("read_state", read_state(&path).map(drop), why);
+    refused("verify", verify(&path), why);
+    refused("load_weights", load_weights(&vs, &path), why);
+    refused("load_part", load_part(&vs, &path, "model"), why);
+    refused("load_checkpoint", small(&vs).load_checkpoint(&mut (), &path, true).map(drop), why);
+    refused("resume", resumed(), why);
+    // The file is as long as it says, though nothing of it is on the disk.
+    file(&path, &claim(HUGE, "weight"), HUGE);
+    refused("load_weights", load_weights(&vs, &path), "it is a training checkpoint");
+    refused("load_part", load_part(&vs, &path, "model"), "'buffer' is missing");
+    refused("resume", resumed(), "'buffer' is missing");
+    file(&path, &claim(HUGE, "other"), HUGE);
+    refused("read_state", read_state(&path).map(drop), "belongs to no part");
+    // The file has weights without a state.
+    let header = claim(HUGE, "weight");
+    let tensors = &header[header.rfind("\"model/weight\"").unwrap()..];
+    file(&path, &format!("{{{tensors}"), HUGE);
+    refused("load_weights", load_weights(&vs, &path), "'buffer' is missing");
 }
 
 /// About the longest header that the reader accepts.

@@ -60,6 +60,26 @@ fn a_folder_that_is_removed_or_replaced_in_a_run_is_an_error() {
     }
 }
 
+#[test]
+fn a_folder_that_was_removed_between_two_runs_is_made_again() -> Result<()> {
+    let _one = serial();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoints");
+    let mut trainer = small();
+    trainer.attach(Checkpoint::new(&path));
+    trainer.run(&mut (), vec![1], Until::epochs(1))?;
+    std::fs::remove_dir_all(&path).unwrap();
+    trainer.run(&mut (), vec![1], Until::epochs(2))?;
+    assert!(files(&path).contains(&"checkpoint_2.safetensors".to_owned()), "{:?}", files(&path));
+    // A handler that is made meanwhile shares the new folder.
+    std::fs::remove_dir_all(&path).unwrap();
+    let mut other = small();
+    other.attach(Checkpoint::new(&path));
+    other.run(&mut (), vec![1], Until::epochs(1))?;
+    assert!(files(&path).contains(&"checkpoint_1.safetensors".to_owned()));
+    Ok(())
+}
+
 fn files(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());

@@ -400,9 +400,17 @@ def tensorboard(draw):
     result.update(epoch_length=draw.randint(1, 5), max_epochs=draw.randint(1, 3))
     result.update(event=draw.event(0.6), tag=draw.choice(["gen", "a/b", None]))
     if result["what"] == "output":
-        result["metrics"] = {"acc": draw.rate(), "loss": draw.rate(), "list": numbers(draw, 2), "text": "hello"}
-        result["metric_names"] = draw.choice(["all", ["acc"], ["loss", "missing"], None])
-        result["output"] = draw.choice([None, 0.5, {"a": 0.25, "b": 1.5}])
+        result["metrics"] = {
+            "acc": draw.rate(),
+            "loss": draw.choice(["NaN", "Infinity", draw.rate(), 3, 0]),
+            "nested": {"a": draw.rate(), "b": {"c": 1}},
+            "list": numbers(draw, draw.randint(0, 3)),
+            "text": "hello",
+        }
+        names = ["all", ["acc"], ["nested"], ["list", "acc"], ["text"], ["loss", "missing"], None]
+        result["metric_names"] = draw.choice(names)
+        outputs = [None, 0.5, True, 3, "NaN", "x", {"a": 0.25, "b": 1.5}, {"a": [1.0, 2.0]}, {"a": {"b": 2.0}}, [1.0, 2.0]]
+        result["output"] = draw.choice(outputs)
         result["state_attributes"] = draw.choice([None, ["alpha"]])
         result["global_step"] = draw.choice([None, 7])
     elif result["what"] == "opt":
@@ -533,6 +541,8 @@ def engine_trace(draw):
                     {"type": "set_data", "data": {"type": "list", "len": draw.randint(2, 5), "offset": 100}},
                     {"type": "add_handler", "handler": {"tag": f"a{index}", "event": {"name": draw.choice(everything)}}},
                     {"type": "remove", "tag": f"h{draw.randint(0, index)}"},
+                    {"type": "set_state", "attr": "epoch_length", "value": draw.randint(1, 7)},
+                    {"type": "set_state", "attr": draw.choice(["max_epochs", "max_iters"]), "value": draw.randint(1, 7)},
                 ]
             )
             action["max_calls"] = 1

@@ -85,6 +85,19 @@ fn answer(
     } else if path.ends_with("runs/create") {
         let info = json!({"run_id": "abc", "artifact_uri": "mlflow-artifacts:/7/abc/artifacts"});
         (code, text) = (200, json!({"run": {"info": info}}));
+    } else if path.contains("runs/get?") {
+        let mut last = std::collections::BTreeMap::<String, Value>::new();
+        for (_, body) in requests.lock().unwrap().iter() {
+            for metric in body["metrics"].as_array().into_iter().flatten() {
+                let entry = last.entry(metric["key"].to_string()).or_insert_with(|| metric.clone());
+                if metric["step"].as_u64() > entry["step"].as_u64() {
+                    *entry = metric.clone();
+                }
+            }
+        }
+        let info = json!({"run_id": "abc", "artifact_uri": "mlflow-artifacts:/7/abc/artifacts"});
+        let metrics: Vec<_> = last.into_values().collect();
+        text = json!({"run": {"info": info, "data": {"metrics": metrics}}});
     } else if code == 400 {
         text = json!({"message": "as asked"});
     }
@@ -161,6 +174,48 @@ fn a_run_is_started_filled_and_finished() -> Result<()> {
     assert_eq!(params, expected);
     assert_eq!(server.bodies("runs/update").last().context("the end")?["status"], "FINISHED");
     assert!(mlflow.scalar("late", 0., 1).is_ok() && mlflow.close().is_err());
+    Ok(())
+}
+
+#[test]
+fn a_run_that_is_resumed_has_each_step_once() -> Result<()> {
+    let server = Server::start()?;
+    let builder = || MLflowLogger::builder(&server.address);
+    let data = || vec![0.5; 4];
+    let steps = || -> Vec<_> { server.metrics().iter().map(|m| m["step"].clone()).collect() };
+    let takes_nothing_back = |restored: tch_ignite::engine::Restored| {
+        assert!(restored.ignored[0].contains("keep the values that are there"), "{restored:?}");
+    };
+
+    let mlflow = builder().start()?;
+    let mut first = trainer(&mlflow);
+    first.run(&mut (), data(), Until::epochs(1))?;
+    let saved = first.checkpoint(&())?.copy()?;
+    first.run(&mut (), data(), Until::epochs(2))?;
+    // The same process goes back, and further than before.
+    takes_nothing_back(first.restore(&mut (), saved.copy()?, true)?);
+    first.run(&mut (), data(), Until::epochs(3))?;
+    // A step that was there before the checkpoint is the user's own wish.
+    mlflow.scalar("training/loss", 0.5, 4)?;
+    mlflow.close()?;
+    drop((first, mlflow));
+    assert_eq!(steps(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 4]);
+
+    // Another process goes on with the run.
+    let mlflow = builder().run_id("abc").start()?;
+    let mut second = trainer(&mlflow);
+    takes_nothing_back(second.restore(&mut (), saved.copy()?, true)?);
+    second.run(&mut (), data(), Until::epochs(4))?;
+    mlflow.close()?;
+    drop((second, mlflow));
+    assert_eq!(steps()[13..], [13, 14, 15, 16]);
+
+    // Nothing was logged after this checkpoint.
+    let mlflow = builder().run_id("abc").start()?;
+    let mut third = trainer(&mlflow);
+    third.run(&mut (), data(), Until::epochs(5))?;
+    let saved = third.checkpoint(&())?.copy()?;
+    assert_eq!(third.restore(&mut (), saved, true)?.ignored, [""; 0]);
     Ok(())
 }
 

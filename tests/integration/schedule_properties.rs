@@ -81,6 +81,31 @@ fn schedule() -> impl Strategy<Value = AnySchedule> {
     })
 }
 
+/// A schedule that comes to a value and stays there, and whether it jumps to that value.
+fn ending() -> impl Strategy<Value = (AnySchedule, bool)> {
+    let (base, size) = (|| 1.0..2.0f64, || 2u64..40);
+    prop_oneof![
+        (base(), size(), 0.1..0.5f64).prop_map(|(b, n, s)| {
+            (LinearLR::new(b).start_factor(s).end_factor(0.75).total_iters(n).into(), false)
+        }),
+        (base(), size(), 0.5..3.0f64)
+            .prop_map(|(b, n, p)| (PolynomialLR::new(b).total_iters(n).power(p).into(), false)),
+        (base(), size(), size(), size())
+            .prop_map(|(p, w, s, d)| (WarmupStableDecay::new(p, w, s, d).into(), false)),
+        (base(), 0i64..40, 1i64..40)
+            .prop_map(|(b, m, n)| (PiecewiseLinear::new([(m, b), (m + n, 0.5)]).into(), false)),
+        (base(), 1i64..40, 1i64..40).prop_map(|(b, m, n)| {
+            (PiecewiseLinear::new([(m, b), (m + n, 0.75), (m + n, 0.5)]).into(), true)
+        }),
+        (base(), size(), 0.1..0.9f64)
+            .prop_map(|(b, n, f)| (ConstantLR::new(b).factor(f).total_iters(n).into(), true)),
+        (base(), prop::collection::vec(1u64..40, 1..4), 0.1..0.9f64)
+            .prop_map(|(b, m, g)| (MultiStepLR::new(b, m).gamma(g).into(), true)),
+        (base(), 0.1..0.9f64, size())
+            .prop_map(|(v, g, n)| (MultiStepState::new(v, g, [n, 2 * n]).into(), true)),
+    ]
+}
+
 const EVENTS: u64 = 120;
 
 /// Generates numbers that are easily handled wrongly: at the edges, tiny, huge, NaN and infinity.
@@ -215,6 +240,24 @@ proptest! {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_length_is_where_a_line_ends_or_the_event_after_a_jump((schedule, jumps) in ending()) {
+        let values = values(&schedule);
+        let last = values[EVENTS as usize - 1];
+        // The first event from which on nothing changes.
+        let reached = values.iter().rposition(|value| *value != last).map_or(0, |event| event as u64 + 1);
+        prop_assert_eq!(schedule.length(), Some(reached + u64::from(jumps)), "{:?}", schedule);
+    }
+
+    #[test]
+    fn a_composition_is_as_long_as_its_parts((schedule, _) in ending(), n in 0u64..30) {
+        let length = schedule.length().unwrap();
+        prop_assert_eq!(schedule.clone().scale(2.).length(), Some(length));
+        prop_assert_eq!(schedule.clone().skip(n).length(), Some(length.saturating_sub(n)));
+        let flat = PiecewiseLinear::new([(0, 5.)]);
+        prop_assert_eq!(flat.then(schedule, n).length(), Some(n + length.max(1)));
     }
 
     #[test]

@@ -299,7 +299,7 @@ fn a_plateau_with_other_arguments_is_told_from_the_saved_one() -> Result<()> {
         Ok(ReduceLROnPlateauScheduler::max("lr", knob(&cell), "accuracy")?.patience(0))
     };
     let error = load(other()?, save(&first)?, true).unwrap_err().to_string();
-    assert!(error.contains("metric was \"loss\"") && error.contains("mode was \"Min\""), "{error}");
+    assert!(error.contains("metric was \"loss\"") && error.contains("mode was \"min\""), "{error}");
     assert_eq!(load(other()?, save(&first)?, false)?.len(), 2);
     // Of other groups, or with a factor that no reduction makes.
     for reductions in [vec![0.1, 0.1], vec![0.], vec![2.]] {

@@ -827,3 +827,84 @@ fn values_that_are_no_numbers_are_found_before_a_run() {
         }
     }
 }
+
+/// Counts how often a value is computed. The schedule ends after four events.
+struct Counted(std::sync::Arc<std::sync::atomic::AtomicU64>);
+
+impl Schedule for Counted {
+    fn at(&self, event: u64) -> f64 {
+        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        if event < 4 { event as f64 + 1. } else { f64::NAN }
+    }
+
+    fn validate(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn end(&self) -> Option<(u64, String)> {
+        Some((4, "it has four values".into()))
+    }
+}
+
+#[test]
+fn a_value_is_computed_once_for_each_event() -> Result<()> {
+    for event in [Event::IterationStarted, Event::IterationCompleted] {
+        let count = std::sync::Arc::<std::sync::atomic::AtomicU64>::default();
+        let knob = Knob::new("own", || 0., |_| {});
+        let mut trainer = Engine::new(|_: &mut (), _, _: ()| Ok(()));
+        trainer.attach(ParamScheduler::new("own", knob, Counted(count.clone())).on(event));
+        trainer.run(&mut (), vec![(); 3], Until::epochs(1))?;
+        // After the step, the first of four values is that of STARTED.
+        let expected = if event == Event::IterationStarted { 3 } else { 4 };
+        assert_eq!(count.load(std::sync::atomic::Ordering::Relaxed), expected, "{event}");
+    }
+    Ok(())
+}
+
+#[test]
+fn one_loader_has_one_scheduler_of_its_batch_size() -> Result<()> {
+    let x = Tensor::zeros([8], (Kind::Float, Device::Cpu));
+    let loader = tch_ignite::data::Loader::new(&x, &x, 2)?;
+    let (clone, other) = (loader.clone(), tch_ignite::data::Loader::new(&x, &x, 2)?);
+    let scheduler = |loader| BatchSizeScheduler::new(loader, StepLR::new(2., 1).gamma(2.));
+    let trainer = || Engine::new(|_: &mut (), _, _: tch_ignite::data::Batch| Ok(()));
+    let mut twice = trainer();
+    twice.attach(scheduler(&loader)).attach(scheduler(&clone));
+    let error = twice.run(&mut (), &loader, Until::epochs(1)).unwrap_err().to_string();
+    assert!(error.contains("both set batch_size"), "{error}");
+    let mut fine = trainer();
+    fine.attach(scheduler(&loader)).attach(scheduler(&other));
+    fine.run(&mut (), &loader, Until::epochs(1))?;
+    let mut filtered = trainer();
+    filtered
+        .attach(scheduler(&loader).on(Event::EpochStarted.before(2)))
+        .attach(scheduler(&loader).on(Event::EpochStarted.after(1)));
+    filtered.run(&mut (), &loader, Until::epochs(2))?;
+    Ok(())
+}
+
+#[test]
+fn a_plateau_reduces_only_by_more_than_eps() -> Result<()> {
+    for (value, eps, reduced) in [
+        (1., Some(0.5), false),
+        (1., Some(0.499), true),
+        // The default is 1e-8.
+        (2e-8, None, false),
+        (2.1e-8, None, true),
+    ] {
+        let own = std::sync::Arc::new(std::sync::Mutex::new(value));
+        let (read, write) = (own.clone(), own.clone());
+        let knob =
+            Knob::new("lr", move || *read.lock().unwrap(), move |v| *write.lock().unwrap() = v);
+        let plateau = ReduceLROnPlateauScheduler::min("lr", knob, "m")?.factor(0.5).patience(0);
+        let mut plateau = match eps {
+            Some(eps) => plateau.eps(eps),
+            None => plateau,
+        };
+        plateau.advance(1.)?;
+        plateau.advance(1.)?;
+        let expected = if reduced { value / 2. } else { value };
+        assert_eq!(*own.lock().unwrap(), expected, "{value} {eps:?}");
+    }
+    Ok(())
+}

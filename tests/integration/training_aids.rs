@@ -957,6 +957,22 @@ fn batches_of_unequal_size_make_the_step_of_one_large_batch() -> Result<()> {
     let vs = VarStore::new(Device::Cpu);
     let w = vs.root().add("w", w(), true);
     let optimizer = Optimizer::sgd(&vs).build()?;
+    // A window of one batch is no exception: its weights would become NaN.
+    for accumulator in [GradientAccumulator::new(1)?, GradientAccumulator::new(1)?.equal_weights()]
+    {
+        let mut accumulator = accumulator;
+        for weight in [Weight::from(0), Tensor::from(0i64).into()] {
+            accumulator.begin(&optimizer, accumulator.next_window())?;
+            let result = accumulator.backward(&optimizer, &(&w * 2.), weight);
+            match format!("{accumulator:?}").contains("equal: true") {
+                true => assert!(result?),
+                false => {
+                    let error = result.unwrap_err().to_string();
+                    assert!(error.contains("the only batch of the window has weight 0"), "{error}");
+                }
+            }
+        }
+    }
     let mut accumulator = GradientAccumulator::new(2)?;
     let mut step = |weight: Weight| -> tch_ignite::Result<bool> {
         accumulator.begin(&optimizer, accumulator.next_window())?;

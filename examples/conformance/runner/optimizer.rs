@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Result, bail};
 use serde_json::Value;
 use tch::nn::{self, OptimizerConfig, VarStore};
-use tch_ignite::engine::Events;
+use tch_ignite::engine::{Event, Events};
 use tch_ignite::optim::{Group, Knob, Optimizer};
 use tch_ignite::schedule::{AnySchedule, ParamGroupScheduler, ParamScheduler, Schedule};
 
@@ -207,55 +207,77 @@ impl Params {
         let leaves = leaves(spec, &Bases(&self.spec))?.into_iter().flat_map(each_group);
         let mut all: Vec<_> = leaves.map(single).collect::<Result<_>>()?;
         Ok(match all.pop() {
-            Some(only) if all.is_empty() && spec["type"] != "ParamGroup" => Driver::One(only),
-            last => Driver::Several(ParamGroupScheduler::new(all.into_iter().chain(last))),
+            Some(only) if all.is_empty() && spec["type"] != "ParamGroup" => {
+                Driver::new(Schedulers::One(only))
+            }
+            last => {
+                let all = all.into_iter().chain(last);
+                Driver::new(Schedulers::Several(ParamGroupScheduler::new(all)))
+            }
         })
     }
 }
 
-/// One scheduler, or several that advance together.
-pub enum Driver {
+/// One scheduler, or several that advance together. Unlike those of this crate, ignite's may drive one parameter
+/// together, and bear one name, so an engine is not told what they drive.
+pub struct Driver {
+    schedulers: Schedulers,
+    events: Events,
+}
+
+enum Schedulers {
     One(ParamScheduler<AnySchedule>),
     Several(ParamGroupScheduler<AnySchedule>),
 }
 
 impl Driver {
-    /// Attaches to these events and, as in ignite, writes no value before the first of them.
-    pub fn on(self, events: Events) -> Self {
-        match self.torchs_on(events) {
-            Self::One(scheduler) => Self::One(scheduler.write_at_start(false)),
-            Self::Several(scheduler) => Self::Several(scheduler.write_at_start(false)),
-        }
+    fn new(schedulers: Schedulers) -> Self {
+        Self { schedulers, events: Event::IterationStarted.into() }
     }
 
-    /// Attaches to these events as torch's schedulers are stepped, so that update k uses value k.
-    pub fn torchs_on(self, events: Events) -> Self {
-        match self {
-            Self::One(scheduler) => Self::One(scheduler.on(events)),
-            Self::Several(scheduler) => Self::Several(scheduler.on(events)),
-        }
+    /// Attaches to these events and, as in ignite, writes no value before the first of them.
+    pub fn on(self, events: Events) -> Self {
+        let Self { schedulers, events } = self.torchs_on(events, false);
+        let schedulers = match schedulers {
+            Schedulers::One(scheduler) => Schedulers::One(scheduler.write_at_start(false)),
+            Schedulers::Several(scheduler) => Schedulers::Several(scheduler.write_at_start(false)),
+        };
+        Self { schedulers, events }
+    }
+
+    /// Attaches to these events as torch's schedulers are stepped, so that update k uses value k: value 0 is written at
+    /// STARTED where `after_step` says that the events follow the step.
+    pub fn torchs_on(self, events: Events, after_step: bool) -> Self {
+        let schedulers = match self.schedulers {
+            Schedulers::One(scheduler) => Schedulers::One(scheduler.on(events.clone())),
+            Schedulers::Several(scheduler) => Schedulers::Several(scheduler.on(events.clone())),
+        };
+        let events = if after_step { Event::Started | events } else { events };
+        Self { schedulers, events }
     }
 
     pub fn advance(&mut self) -> tch_ignite::Result<()> {
-        match self {
-            Self::One(scheduler) => scheduler.advance().map(drop),
-            Self::Several(scheduler) => scheduler.advance(),
+        match &mut self.schedulers {
+            Schedulers::One(scheduler) => scheduler.advance().map(drop),
+            Schedulers::Several(scheduler) => scheduler.advance(),
         }
     }
 
     /// The state of the scheduler, or of the first of several.
     pub fn first_state(&self) -> serde_json::Map<String, Value> {
         let state = self.state_dict();
-        match self {
-            Self::One(_) => state,
-            Self::Several(_) => state["schedulers"][0][1].as_object().cloned().unwrap_or_default(),
+        match self.schedulers {
+            Schedulers::One(_) => state,
+            Schedulers::Several(_) => {
+                state["schedulers"][0][1].as_object().cloned().unwrap_or_default()
+            }
         }
     }
 
     pub fn state_dict(&self) -> serde_json::Map<String, Value> {
-        match self {
-            Self::One(scheduler) => scheduler.state_dict(),
-            Self::Several(scheduler) => scheduler.state_dict(),
+        match &self.schedulers {
+            Schedulers::One(scheduler) => scheduler.state_dict(),
+            Schedulers::Several(scheduler) => scheduler.state_dict(),
         }
     }
 
@@ -263,32 +285,27 @@ impl Driver {
         &mut self,
         state: &serde_json::Map<String, Value>,
     ) -> tch_ignite::Result<()> {
-        match self {
-            Self::One(scheduler) => scheduler.load_state_dict(state),
-            Self::Several(scheduler) => scheduler.load_state_dict(state),
+        match &mut self.schedulers {
+            Schedulers::One(scheduler) => scheduler.load_state_dict(state),
+            Schedulers::Several(scheduler) => scheduler.load_state_dict(state),
         }
     }
 }
 
 impl<C, B, O> tch_ignite::engine::Handler<C, B, O> for Driver {
     fn spec(&self) -> tch_ignite::Result<tch_ignite::engine::HandlerSpec> {
-        match self {
-            Self::One(scheduler) => <_ as tch_ignite::engine::Handler<C, B, O>>::spec(scheduler),
-            Self::Several(scheduler) => {
-                <_ as tch_ignite::engine::Handler<C, B, O>>::spec(scheduler)
-            }
-        }
+        Ok(tch_ignite::engine::HandlerSpec::new("scheduler", self.events.clone()))
     }
 
     fn call(
         &mut self,
-        event: tch_ignite::engine::Event,
+        event: Event,
         cx: &mut C,
         engine: &mut tch_ignite::engine::Engine<'_, C, B, O>,
     ) -> Result<()> {
-        match self {
-            Self::One(scheduler) => scheduler.call(event, cx, engine),
-            Self::Several(scheduler) => scheduler.call(event, cx, engine),
+        match &mut self.schedulers {
+            Schedulers::One(scheduler) => scheduler.call(event, cx, engine),
+            Schedulers::Several(scheduler) => scheduler.call(event, cx, engine),
         }
     }
 }

@@ -63,7 +63,10 @@ fn in_optimizer(
     for entry in entries {
         let mut scheduler = params.scheduler(&entry["scheduler"])?;
         let events = events(&entry["event"])?;
-        scheduler = if wrapped { scheduler.torchs_on(events) } else { scheduler.on(events) };
+        scheduler = match wrapped {
+            true => scheduler.torchs_on(events, steps_before(&entry["event"])),
+            false => scheduler.on(events),
+        };
         let scheduler = Rc::new(RefCell::new(scheduler));
         trainer.attach(scheduler.clone());
         schedulers.push(scheduler);
@@ -124,6 +127,19 @@ fn in_optimizer(
         Ok(())
     });
     Ok(result.and(simulated(spec, config, expect, defect)?).into())
+}
+
+/// Whether all events follow the training step.
+fn steps_before(event: &Value) -> bool {
+    const BEFORE: [&str; 5] = [
+        "STARTED",
+        "EPOCH_STARTED",
+        "GET_BATCH_STARTED",
+        "GET_BATCH_COMPLETED",
+        "ITERATION_STARTED",
+    ];
+    let follows = |event: &Value| !BEFORE.iter().any(|name| event["name"] == *name);
+    event.as_array().map_or_else(|| follows(event), |events| events.iter().all(follows))
 }
 
 /// Whether ignite's values of a scheduler are wrong, or depend on other schedulers' values. The latter holds for

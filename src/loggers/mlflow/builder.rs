@@ -4,6 +4,7 @@ use serde_json::json;
 
 use super::queue::Queue;
 use super::rest::Client;
+use super::steps::Steps;
 use super::{MLflowLogger, Run, now};
 use crate::error::{Error, Result};
 
@@ -104,6 +105,7 @@ impl MLflowBuilder {
             queue,
             worker: Mutex::new(Some(worker)),
             until: Mutex::default(),
+            steps: Mutex::new(Steps::of(&run)),
         }));
         self.tags.iter().for_each(|(name, value)| logger.set_tag(name, value));
         Ok(logger)

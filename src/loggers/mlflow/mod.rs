@@ -3,18 +3,20 @@
 mod builder;
 mod queue;
 mod rest;
+mod steps;
 
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub use self::builder::MLflowBuilder;
 use self::queue::{Item, Queue};
+use self::steps::Steps;
 use super::{Image, Logger, flat, spec_of};
 use crate::engine::{Engine, Handler, HandlerSpec, Log};
 use crate::error::{Error, Result};
@@ -34,8 +36,11 @@ const AT_THE_END: Duration = Duration::from_secs(10);
 /// the logger is attached to an engine, each end of a run waits at most ten seconds for values that are not sent yet,
 /// and losses are among the [`warnings`](crate::engine::Summary::warnings) of the run. Only the start needs the server.
 ///
-/// A checkpoint notes the MLflow run. [`resume`](crate::engine::Engine::resume) reports if another run is logged to
-/// now, and that repeated steps are there twice, because MLflow cannot remove values.
+/// MLflow cannot remove values, so a run that is resumed does not send again what is there. A checkpoint notes the
+/// MLflow run and the last step of each metric. Steps that were logged after it, by this process or by an earlier one
+/// (go on with its run by [`run_id`](MLflowBuilder::run_id)), are left out when they are done again: each is there once,
+/// with the value that it had first. [`resume`](crate::engine::Engine::resume) reports that, and if another MLflow run
+/// is logged to now.
 ///
 /// When the logger is closed, or the last clone is dropped, the run is marked as finished. It is marked as failed if
 /// the last run of the engine it is attached to ended in an error, or the thread is panicking.
@@ -70,6 +75,7 @@ struct Run {
     worker: Mutex<Option<JoinHandle<()>>>,
     /// How long the end of a run that `terminate` ends may wait. COMPLETED may follow TERMINATE, and both are one end.
     until: Mutex<Option<Instant>>,
+    steps: Mutex<Steps>,
 }
 
 impl MLflowLogger {
@@ -176,6 +182,10 @@ fn now() -> u64 {
 }
 
 impl Run {
+    fn steps(&self) -> MutexGuard<'_, Steps> {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn end(&self) {
         let worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(worker) = worker
@@ -202,6 +212,9 @@ impl Drop for Run {
 impl Logger for MLflowLogger {
     fn scalar(&self, tag: &str, value: f64, step: u64) -> Result<()> {
         let name = tag.replace('/', " ");
+        if !self.0.steps().takes(&name, step) {
+            return Ok(());
+        }
         self.push_named(&name, 0, 0, |name| Item::Metric { name, value, step, time: now() });
         Ok(())
     }
@@ -233,18 +246,20 @@ impl Log for MLflowLogger {
 
     fn commit(&self) -> Result<Value> {
         self.0.queue.hurry();
-        Ok(self.run_id().into())
+        Ok(json!({"run": self.run_id(), "last steps": self.0.steps().last()}))
     }
 
     fn rewind(&self, place: &Value) -> Result<Option<String>> {
-        let then = place.as_str().unwrap_or_default();
-        Ok(Some(match then == self.run_id() {
-            true => {
-                "MLflow takes nothing back, so steps that are done again are there twice".into()
-            }
-            false => format!(
+        // Older versions noted the run alone.
+        let then = place["run"].as_str().or(place.as_str()).unwrap_or_default();
+        if then != self.run_id() {
+            return Ok(Some(format!(
                 "what was logged until then is in MLflow run {then}: MLflowBuilder::run_id goes on with it"
-            ),
+            )));
+        }
+        let goes_over = self.0.steps().rewind(place["last steps"].as_object());
+        Ok(goes_over.then(|| {
+            "MLflow takes nothing back: steps that are done again keep the values that are there".into()
         }))
     }
 }

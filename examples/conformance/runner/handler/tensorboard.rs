@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
-use tch_ignite::engine::{Engine, Event, Events, Metrics, Until};
+use tch_ignite::engine::{Engine, Event, Events, Until};
 use tch_ignite::loggers::{
     GradsScalarHandler, Logger, OptimizerParamsHandler, OutputHandler, WeightsScalarHandler,
 };
@@ -37,24 +37,23 @@ impl Logger for Recorder {
 
 type Trainer<'a> = Engine<'a, (), (), Value>;
 
-/// Sets a metric. The parts of a nested value become metrics named `name/part`; texts are left out, because metrics
-/// here are numbers.
-fn set(metrics: &mut Metrics, name: &str, value: &Value) -> Result<()> {
+/// Lists the numbers in a value with the names that they are logged under: `name/part` for the parts of a nested value.
+/// Texts are left out, because nothing logs them.
+fn numbers(name: &str, value: &Value) -> Vec<(String, f64)> {
+    let within = |part: String, value: &Value| match name {
+        "" => numbers(&part, value),
+        _ => numbers(&format!("{name}/{part}"), value),
+    };
     match value {
         Value::Object(parts) => {
-            for (part, value) in parts {
-                set(metrics, &format!("{name}/{part}"), value)?;
-            }
+            parts.iter().flat_map(|(part, value)| within(part.clone(), value)).collect()
         }
         Value::Array(parts) => {
-            for (part, value) in parts.iter().enumerate() {
-                set(metrics, &format!("{name}/{part}"), value)?;
-            }
+            let parts = parts.iter().enumerate();
+            parts.flat_map(|(part, value)| within(part.to_string(), value)).collect()
         }
-        Value::String(_) => {}
-        number => metrics.set(name, float(number)?),
+        number => float(number).into_iter().map(|number| (name.to_owned(), number)).collect(),
     }
-    Ok(())
 }
 
 /// Makes the handler of a case that logs metrics, outputs and attributes of the state.
@@ -68,23 +67,24 @@ fn outputs(
     handler = match &config["metric_names"] {
         Value::String(_) => handler.all_metrics(),
         Value::Null => handler,
-        names => array(names)?
-            .iter()
-            .try_fold(handler, |handler, name| anyhow::Ok(handler.metric(text(name)?)))?,
-    };
-    let part = |name: Option<String>| {
-        move |output: &Value| {
-            let value = name.as_ref().map_or(output, |name| &output[name.as_str()]);
-            float(value).unwrap_or(f64::NAN)
+        names => {
+            for name in array(names)? {
+                let name = text(name)?;
+                // The parts of a metric are metrics of their own here.
+                let parts = match &config["metrics"][name] {
+                    Value::Null => vec![(name.to_owned(), 0.)],
+                    value => numbers(name, value),
+                };
+                handler =
+                    parts.into_iter().fold(handler, |handler, (name, _)| handler.metric(name));
+            }
+            handler
         }
     };
-    handler = match &config["output"] {
-        Value::Null => handler,
-        Value::Object(parts) => parts
-            .keys()
-            .fold(handler, |handler, name| handler.output(name, part(Some(name.clone())))),
-        _ => handler.output("output", part(None)),
-    };
+    let output = &config["output"];
+    for (name, value) in numbers(if output.is_object() { "" } else { "output" }, output) {
+        handler = handler.output(name, move |_| value);
+    }
     for name in config["state_attributes"].as_array().into_iter().flatten() {
         handler = handler.knob(text(name)?, Knob::new("alpha", || 0.25, |_| {}));
     }
@@ -125,7 +125,10 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     let mut engine: Trainer = Engine::new(move |_, _, _| Ok(output.clone()));
     let metrics = config["metrics"].as_object().cloned().unwrap_or_default();
     engine.on(Event::Started, move |_, engine| {
-        metrics.iter().try_for_each(|(name, value)| set(&mut engine.state.metrics, name, value))
+        for (name, value) in metrics.iter().flat_map(|(name, value)| numbers(name, value)) {
+            engine.state.metrics.set(&name, value);
+        }
+        Ok(())
     });
     let tag = config["tag"].as_str().unwrap_or_default();
     let events = events(&config["event"])?;
@@ -158,7 +161,8 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
         *defect = Some(ORDER);
     }
     // JSON objects here are sorted by name, so the calls are compared in that order.
-    if config["metric_names"] == "all" || config["output"].is_object() {
+    let has_objects = config["output"].is_object() || config["metrics"].is_object();
+    if config["metric_names"] == "all" || has_objects {
         for calls in [&mut ours, &mut theirs] {
             calls.sort_by(|a, b| (a.2, &a.0).cmp(&(b.2, &b.0)));
         }
@@ -175,8 +179,11 @@ fn same(ours: &[Call], theirs: &[Call]) -> Result<(), String> {
     if ours.len() != theirs.len() {
         return Err(format!("{} calls instead of {}: {ours:?}", ours.len(), theirs.len()));
     }
-    let close =
-        |a: &Call, b: &Call| a.0 == b.0 && a.2 == b.2 && (a.1 - b.1).abs() <= TOLERANCE * b.1.abs();
+    let near = |a: f64, b: f64| match b.is_finite() {
+        true => (a - b).abs() <= TOLERANCE * b.abs(),
+        false => a == b || a.is_nan() && b.is_nan(),
+    };
+    let close = |a: &Call, b: &Call| a.0 == b.0 && a.2 == b.2 && near(a.1, b.1);
     match ours.iter().zip(theirs).find(|(a, b)| !close(a, b)) {
         Some((a, b)) => Err(format!("{a:?} instead of {b:?}")),
         None => Ok(()),

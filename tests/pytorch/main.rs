@@ -1,14 +1,20 @@
 //! Tests of files of `torch.save`: they are read value by value, hostile ones are refused without harm, and Python
 //! reads the written ones.
 
-#[path = "../examples/conformance/interop.rs"]
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../../examples/conformance/interop.rs"]
 mod interop;
 
+mod layouts;
+mod memory;
+mod pretrained;
+mod schedulers;
+mod script_module;
+
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use tch::nn::{self, VarStore};
@@ -19,6 +25,8 @@ use tch_ignite::pytorch::{
     self, DType, Dict, Loaded, Names, Reader, StoredTensor, Value, Weights, load_weights,
     save_weights,
 };
+
+use common::serial;
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/interop")
@@ -36,12 +44,6 @@ fn fixtures(kind: &str) -> Result<Vec<PathBuf>> {
     }
     files.sort();
     Ok(files)
-}
-
-/// Tests that draw from libtorch's generator, as each new layer does, do so one after the other.
-fn serial() -> MutexGuard<'static, ()> {
-    static SERIAL: Mutex<()> = Mutex::new(());
-    SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A random number generator, xorshift.
@@ -566,13 +568,13 @@ fn no_change_of_a_file_makes_a_panic_a_file_or_much_memory() -> Result<()> {
 
 // These tests are about weights and names.
 
-fn small(root: &nn::Path) {
+pub(crate) fn small(root: &nn::Path) {
     let _conv = nn::conv2d(root / "0", 1, 4, 3, Default::default());
     let _norm = nn::batch_norm2d(root / "1", 4, Default::default());
     let _linear = nn::linear(root / "4", 144, 3, Default::default());
 }
 
-fn values(vs: &VarStore) -> Vec<(String, Vec<f64>)> {
+pub(crate) fn values(vs: &VarStore) -> Vec<(String, Vec<f64>)> {
     let mut values: Vec<_> = vs
         .variables()
         .into_iter()
@@ -817,13 +819,13 @@ fn a_run_of_python_goes_on_here_as_it_would_have_there() -> Result<()> {
     let mut runs = 0;
     for file in fixtures("handover-")? {
         let results = interop::handover(&file)?.context("an optimizer that is not here")?;
-        assert_eq!(results.len(), 6);
+        assert!(results.len() >= 4);
         for (path, result) in results {
             assert_eq!(result, Ok(()), "{} {path}", file.display());
         }
         runs += 1;
     }
-    assert_eq!(runs, 4);
+    assert_eq!(runs, 6);
     Ok(())
 }
 
@@ -957,16 +959,8 @@ print(json.dumps(losses))
 
 /// Runs Python with this script and these arguments; `None` where it has no torch.
 fn python(script: &str, arguments: &[&Path]) -> Result<Option<String>> {
-    let python = std::env::var("TORCH_PYTHON").unwrap_or_else(|_| "python3".into());
-    let has_torch = Command::new(&python).args(["-c", "import torch"]).output();
-    if !has_torch.is_ok_and(|output| output.status.success()) {
-        // The line is written past the test runner's capture, so that nobody believes that the test has passed.
-        let name = std::thread::current().name().unwrap_or_default().to_owned();
-        let text =
-            format!("\nSKIPPED: {name}: {python} has no torch; set TORCH_PYTHON to one that has\n");
-        std::io::stderr().lock().write_all(text.as_bytes())?;
-        return Ok(None);
-    }
+    let name = std::thread::current().name().unwrap_or_default().to_owned();
+    let Some(python) = common::python(&name, "TORCH_PYTHON", "torch") else { return Ok(None) };
     let script = format!("{HELPERS}\n{script}");
     let output = Command::new(&python).arg("-c").arg(script).args(arguments).output()?;
     let errors = String::from_utf8_lossy(&output.stderr);
