@@ -45,15 +45,6 @@ impl Parallel {
         false
     }
 
-    /// Whether the last backward of a window waits for other ranks.
-    pub(crate) fn reduces(&self) -> bool {
-        #[cfg(feature = "distributed")]
-        if let Some(ddp) = &self.ddp {
-            return ddp.reduces();
-        }
-        false
-    }
-
     /// Sums a tensor over all ranks, in place, and returns the number of ranks.
     pub(crate) fn sum(&self, tensor: &Tensor) -> Result<u64> {
         #[cfg(feature = "distributed")]
@@ -87,6 +78,16 @@ impl Parallel {
             return ddp.backward(loss);
         }
         optim::backward(loss)
+    }
+
+    /// Takes part in the backward of the other ranks, if there are any, and adds nothing to this rank's gradients.
+    pub(crate) fn backward_nothing(&self, loss: &Tensor) -> Result<()> {
+        #[cfg(feature = "distributed")]
+        if let Some(ddp) = &self.ddp {
+            return ddp.backward_nothing(loss);
+        }
+        let _ = loss;
+        Ok(())
     }
 
     /// Averages gradients that stayed on this rank over all ranks.

@@ -11,13 +11,16 @@ use std::time::{Duration, Instant};
 use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::checkpoint::Checkpoint;
+use tch_ignite::checkpoint::StateDict;
 use tch_ignite::data::{DistributedSampler, Loader};
 use tch_ignite::distributed::launch::{Ended, Launch};
 use tch_ignite::distributed::{
     DdpOptions, DistributedDataParallel, ProcessGroup, ProcessGroupOptions,
 };
-use tch_ignite::engine::{Engine, Event, MetricValue, Stop, Until};
-use tch_ignite::handlers::{Evaluate, InterruptOn, TerminateOnNan};
+use tch_ignite::engine::{Engine, Event, Handler, HandlerSpec, MetricValue, Stop, Until};
+use tch_ignite::handlers::{
+    EpochOutputStore, Evaluate, InterruptOn, LrFinder, SkipBatch, TerminateOnNan,
+};
 use tch_ignite::metrics::regression::MedianAbsoluteError;
 use tch_ignite::metrics::{
     Accumulated, ConfusionMatrix, Mean, MeanSquaredError, Metric, RunningAverage, Usage, pair,
@@ -355,6 +358,207 @@ fn what_one_rank_asks_for_all_do_at_the_same_iteration() {
     for (role, iterations) in [("terminate", 11.), ("nan", 11.), ("signal", 11.), ("length", 0.)] {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(outcomes(NAME, role, 2, folder.path()), [[iterations], [iterations]], "{role}");
+    }
+}
+
+#[test]
+fn the_learning_rate_finder_gives_all_ranks_the_curve_of_their_mean_loss() {
+    const NAME: &str = "the_learning_rate_finder_gives_all_ranks_the_curve_of_their_mean_loss";
+    // The loss falls for some iterations, rises far in two, on rank 1 by less, and is small again.
+    let loss = |rank: usize, iteration: u64| match iteration {
+        ..6 => 10. - iteration as f64 + rank as f64,
+        ..8 => 10f64.powi(iteration as i32 - 6 - rank as i32),
+        _ => 0.5,
+    };
+    if let Some((role, folder)) = role() {
+        let pg = join();
+        let num_iter: u64 = role.parse().unwrap();
+        let vs = VarStore::new(Device::Cpu);
+        let _ = vs.root().zeros("w", &[1]);
+        let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
+        let most = std::rc::Rc::new(std::cell::Cell::new(0f64));
+        let (lr, highest) = (optimizer.knob("lr").unwrap(), most.clone());
+        let rank = pg.rank();
+        let mut trainer = Engine::new(move |_: &mut (), engine, _: ()| {
+            highest.set(highest.get().max(lr.get()?));
+            Ok(loss(rank, engine.state.iteration))
+        });
+        trainer.distributed(&pg);
+        let finder = LrFinder::new(&optimizer, &vs).start_lr(0.1).end_lr(1.).smooth_f(0.);
+        let finder = finder.num_iter(num_iter);
+        let curve = finder.run(&mut trainer, &mut (), vec![(); 40], |loss: &f64| *loss).unwrap();
+        assert!(most.get() <= 1., "{}", most.get());
+        let mut values = vec![f64::from(u8::from(curve.diverged()))];
+        values.extend(curve.loss());
+        return leave(&folder, &pg, &values);
+    }
+    // The first search ends at the end of its learning rates, the second one because the loss has diverged.
+    for (num_iter, iterations, diverged) in [(4, 5, 0.), (30, 7, 1.)] {
+        let folder = tempfile::tempdir().unwrap();
+        let all = outcomes(NAME, &num_iter.to_string(), 2, folder.path());
+        let mean = |iteration| (loss(0, iteration) + loss(1, iteration)) / 2.;
+        let expected: Vec<_> =
+            std::iter::once(diverged).chain((1..=iterations).map(mean)).collect();
+        assert_eq!(all, [expected.clone(), expected]);
+    }
+}
+
+#[test]
+fn handlers_of_all_ranks_keep_their_own_states() {
+    const NAME: &str = "handlers_of_all_ranks_keep_their_own_states";
+    if let Some((role, folder)) = role() {
+        let pg = join();
+        let rank = pg.rank();
+        let mut trainer = Engine::new(move |_: &mut (), _, x: f64| Ok(x + 100. * rank as f64));
+        trainer.distributed(&pg).agree_every(1);
+        // Up to iteration 3 both ranks skip one batch, but not the same.
+        let skip = SkipBatch::when(move |x: &f64| *x as usize % 3 == 2 - rank);
+        let outputs = EpochOutputStore::of(|x: &f64| *x).tracked();
+        let own = std::rc::Rc::new(std::cell::RefCell::new(Sum::default()));
+        trainer.attach(skip.clone()).attach(outputs.clone()).attach(own.clone());
+        trainer.metric("mean", Mean::new());
+        trainer.attach(Checkpoint::new(folder.join("checkpoints")).on(Event::IterationCompleted));
+        trainer.resume(&mut (), folder.join("checkpoints")).unwrap();
+        let batches: Vec<_> = (0..12).map(f64::from).collect();
+        let until = Until::iterations(role.parse().unwrap());
+        trainer.run(&mut (), batches, until.epoch_length(8)).unwrap();
+        let mut values = vec![skip.skipped() as f64, own.borrow().0];
+        values.extend(outputs.data().iter());
+        return leave(&folder, &pg, &values);
+    }
+    let straight = tempfile::tempdir().unwrap();
+    let straight = outcomes(NAME, "6", 2, straight.path());
+    assert_ne!(straight[0], straight[1]);
+    let folder = tempfile::tempdir().unwrap();
+    outcomes(NAME, "3", 2, folder.path());
+    let file = folder.path().join("checkpoints/checkpoint_3.safetensors");
+    let state = tch_ignite::checkpoint::read_state(file).unwrap();
+    let handlers = state.part("ranks").unwrap().part("1").unwrap().part("handlers").unwrap();
+    assert!(handlers.part("sum").is_ok() && handlers.part("epoch output store").is_ok());
+    // The counts of skipped batches are equal, and the metric's state is that of all ranks together.
+    assert!(handlers.part("metric mean").is_err());
+    assert_eq!(outcomes(NAME, "6", 2, folder.path()), straight);
+    // With another number of ranks the main rank goes on as before.
+    for ranks in [1, 3] {
+        let folder = tempfile::tempdir().unwrap();
+        outcomes(NAME, "3", 2, folder.path());
+        assert_eq!(outcomes(NAME, "6", ranks, folder.path())[0], straight[0]);
+    }
+}
+
+/// Sums the outputs of its rank.
+#[derive(Default)]
+struct Sum(f64);
+
+impl<C, B> Handler<C, B, f64> for Sum {
+    fn spec(&self) -> tch_ignite::Result<HandlerSpec> {
+        Ok(HandlerSpec::new("sum", Event::IterationCompleted))
+    }
+
+    fn save_state(&self) -> tch_ignite::Result<Option<StateDict>> {
+        let mut state = StateDict::new();
+        state.set_value("sum", self.0)?;
+        Ok(Some(state))
+    }
+
+    fn load_state(&mut self, state: StateDict) -> tch_ignite::Result<()> {
+        self.0 = state.value("sum")?;
+        Ok(())
+    }
+
+    fn call(
+        &mut self,
+        _: Event,
+        _: &mut C,
+        engine: &mut Engine<'_, C, B, f64>,
+    ) -> anyhow::Result<()> {
+        self.0 += engine.state.output.unwrap_or_default();
+        Ok(())
+    }
+}
+
+#[test]
+fn ranks_that_skip_different_numbers_of_batches_are_told() {
+    const NAME: &str = "ranks_that_skip_different_numbers_of_batches_are_told";
+    if let Some((role, folder)) = role() {
+        let pg = join();
+        let first = if role == "other" { pg.rank() } else { 0 };
+        let skips = if role == "more" { 1 + pg.rank() } else { 1 };
+        let mut trainer = Engine::new(|_: &mut (), _, _: usize| Ok(()));
+        trainer.distributed(&pg);
+        trainer.attach(SkipBatch::when(move |x: &usize| (first..first + skips).contains(x)));
+        let until = Until::epochs(2).epoch_length(4);
+        let summary = trainer.run(&mut (), (0..6).collect::<Vec<_>>(), until).unwrap();
+        let told = summary.warnings.iter().filter(|text| text.contains("SkipBatch")).count();
+        return leave(&folder, &pg, &[told as f64]);
+    }
+    for (role, told) in [("more", 1.), ("other", 0.), ("same", 0.)] {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(outcomes(NAME, role, 2, folder.path()), [[told], [told]], "{role}");
+    }
+}
+
+/// Runs this test in a process that launches a rank, and returns the process.
+fn launcher(test: &str, role: &str, folder: &Path) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture", "--test-threads=1"]);
+    command.env(ROLE, role).env(FOLDER, folder);
+    command
+}
+
+#[test]
+fn a_signal_ends_a_process_whose_ranks_have_ended() {
+    const NAME: &str = "a_signal_ends_a_process_whose_ranks_have_ended";
+    if let Some((role, folder)) = role() {
+        if role == "rank" {
+            return;
+        }
+        // A second job is no different.
+        for _ in 0..2 {
+            start(NAME, "rank", 1, &folder);
+        }
+        let id = std::process::id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+        return std::thread::sleep(Duration::from_secs(60));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let begin = Instant::now();
+    let status = launcher(NAME, "launcher", folder.path()).status().unwrap();
+    use std::os::unix::process::ExitStatusExt;
+    assert_eq!(status.signal(), Some(15), "{status}");
+    assert!(begin.elapsed() < Duration::from_secs(50));
+}
+
+#[test]
+fn the_last_output_of_ranks_is_shown_whatever_the_grace_is() {
+    const NAME: &str = "the_last_output_of_ranks_is_shown_whatever_the_grace_is";
+    const LINES: usize = 3000;
+    if let Some((role, folder)) = role() {
+        if role == "rank" {
+            if std::env::var("RANK").unwrap() == "1" {
+                (0..LINES).for_each(|line| println!("line {line} of a rank that prints a lot"));
+                std::process::exit(3);
+            }
+            return;
+        }
+        let grace = if role == "max" { Duration::MAX } else { Duration::ZERO };
+        let job = Launch::new(2).unwrap().env(ROLE, "rank").env(FOLDER, &folder).grace(grace);
+        assert_eq!(job.run().unwrap().failed, Some(1));
+        std::process::exit(0);
+    }
+    use std::io::{BufRead, BufReader, Read};
+    use std::process::Stdio;
+    for role in ["zero", "max"] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = launcher(NAME, role, folder.path());
+        let mut job = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // Nobody reads the launcher's output until the rank has ended, so that much of it is still in the pipes.
+        let mut errors = BufReader::new(job.stderr.take().unwrap()).lines();
+        assert!(errors.any(|line| line.unwrap().contains("rank 1 failed")), "{role}");
+        let mut output = String::new();
+        job.stdout.take().unwrap().read_to_string(&mut output).unwrap();
+        assert!(job.wait().unwrap().success(), "{role}");
+        assert_eq!(output.matches("of a rank that prints a lot").count(), LINES, "{role}");
     }
 }
 

@@ -233,7 +233,6 @@ impl GradientAccumulator {
     /// the last batch of a window: then the gradients are ready for a step.
     ///
     /// A batch of weight 0 adds nothing. A weight on a device is not read, so there the loss of a batch of weight 0 has
-    /// to be finite. Among several ranks the last batch of a window runs its backward in any case, so its gradients have
     /// to be finite: divide a sum over tokens by `tokens.clamp_min(1)`.
     ///
     /// # Errors
@@ -321,9 +320,11 @@ impl GradientAccumulator {
             }
             share = factor.times(&share)?;
         }
-        // The last backward runs even with weight 0, because the other ranks wait for this one in it.
-        if !weight.is(0.) || (window.last && self.parallel.reduces()) {
+        if !weight.is(0.) {
             self.backward_scaled(&share)?;
+        } else if window.last {
+            // The other ranks wait for this one. A backward from `share` would add NaN where the loss is none.
+            self.parallel.backward_nothing(loss)?;
         }
         Ok((!window.last).then_some(pending))
     }
@@ -489,6 +490,40 @@ mod tests {
                 let gradient = gradient(&batches, amount)?;
                 assert!((gradient - mean).abs() < 1e-14, "{gradient} {mean}");
             }
+        }
+        Ok(())
+    }
+
+    /// A window of one batch has the rules of larger ones: a whole window of `accumulate(1)`, and the batch that is left
+    /// over at the end of an epoch.
+    #[test]
+    fn the_weight_of_a_batch_that_is_alone_is_looked_at() -> Result<()> {
+        let vs = VarStore::new(Device::Cpu);
+        let w = vs.root().ones("w", &[1]);
+        let optimizer = Optimizer::sgd(&vs).build()?;
+        for steps in [1, 3] {
+            let mut accumulator = GradientAccumulator::new(steps)?;
+            let alone = Window { size: 1, first: true, last: true, begin: 6 };
+            let mut backward = |weight: Weight| {
+                accumulator.begin(&optimizer, alone)?;
+                let ready = accumulator.backward(&optimizer, &w.sum(Kind::Float), weight);
+                assert_eq!(accumulator.pending(), 0);
+                ready
+            };
+            for (weight, says) in
+                [(-1., "not negative"), (f64::NAN, "must be finite"), (0., "has weight 0")]
+            {
+                let error = backward(weight.into()).unwrap_err().to_string();
+                assert!(error.contains(says), "{error}");
+                assert!(!w.grad().defined());
+                assert!(backward(Tensor::from(weight).into()).is_err());
+            }
+            assert!(backward(0.1.into())?);
+            assert_eq!(w.grad().double_value(&[0]), 1.);
+            optimizer.zero_grad()?;
+            accumulator = accumulator.equal_weights();
+            accumulator.begin(&optimizer, alone)?;
+            assert!(accumulator.backward(&optimizer, &w.sum(Kind::Float), 0.)?);
         }
         Ok(())
     }

@@ -18,6 +18,7 @@ unsafe extern "C" {
         error: *mut *mut c_char,
     ) -> c_int;
     fn tig_pairs_free(pairs: Raw);
+    fn tig_pairs_check(pairs: Raw, how: c_int, error: *mut *mut c_char) -> c_int;
     fn tig_pairs_update(pairs: Raw, how: c_int, number: f64, error: *mut *mut c_char) -> c_int;
 }
 
@@ -65,17 +66,31 @@ impl Pairs {
         NonNull::new(made).map(Self).ok_or_else(|| "no memory".into())
     }
 
+    /// An error if [`update`](Self::update) would be one.
+    pub(crate) fn check(&self, how: Average) -> Result<(), BridgeError> {
+        // SAFETY: the object is live, and nothing is changed.
+        checked(|error| unsafe { tig_pairs_check(self.0.as_ptr(), how.numbers().0, error) })
+    }
+
+    /// Changes all pairs, or none where one does not fit.
     pub(crate) fn update(&mut self, how: Average) -> Result<(), BridgeError> {
-        let (how, number) = match how {
-            Average::Lerp(momentum) => (Update::Lerp, momentum),
-            Average::Mean(count) => (Update::Mean, count),
-            Average::Copy => (Update::Copy, 0.),
-            Average::Swap => (Update::Swap, 0.),
-            Average::SwapBack => (Update::SwapBack, 0.),
-        };
-        let how = how as c_int;
+        let (how, number) = how.numbers();
         // SAFETY: the object is live, and &mut self keeps other users out.
         checked(|error| unsafe { tig_pairs_update(self.0.as_ptr(), how, number, error) })
+    }
+}
+
+impl Average {
+    /// The number of the kind of update on the C++ side, and the number that the update takes.
+    fn numbers(self) -> (c_int, f64) {
+        let (how, number) = match self {
+            Self::Lerp(momentum) => (Update::Lerp, momentum),
+            Self::Mean(count) => (Update::Mean, count),
+            Self::Copy => (Update::Copy, 0.),
+            Self::Swap => (Update::Swap, 0.),
+            Self::SwapBack => (Update::SwapBack, 0.),
+        };
+        (how as c_int, number)
     }
 }
 

@@ -113,11 +113,20 @@ std::unique_ptr<at::ObserverContext> begin(const at::RecordFunction& function) {
     }
     auto call = std::make_unique<Call>();
     call->momentum = inputs[6].toDouble();
-    // With momentum 0 the running averages stay as they are, and say nothing about this batch.
-    if (call->momentum == 0.) return nullptr;
     call->layer = layer_of(*watch, mean, var);
     Tensor(mean).zero_();
     Tensor(var).zero_();
+    if (call->momentum == 0.) {
+      // The call leaves the running averages as they are, so they get the statistics of the batch here.
+      const Tensor& input = inputs[0].toTensor();
+      if (input.dim() < 2) return nullptr;
+      std::vector<int64_t> others{0};
+      for (int64_t i = 2; i < input.dim(); ++i) others.push_back(i);
+      const auto [batch_var, batch_mean] = at::var_mean(input.to(var.scalar_type()), others, /*correction=*/1);
+      Tensor(mean).copy_(batch_mean);
+      Tensor(var).copy_(batch_var);
+      call->momentum = 1.;
+    }
     return call;
   } catch (const std::exception& e) {
     watch->failure = e.what();

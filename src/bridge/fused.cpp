@@ -152,16 +152,22 @@ class Step {
     if (!found_inf_ && !plan_.ahead.skipped.defined()) return false;
     bool all = with_rules(kind_, [](auto rules) { return decltype(rules)::kernels_skip; });
     plan_.on_device.clear();
-    for (auto& group : optimizer_.param_groups())
-      for (const Tensor& p : group.params()) {
-        if (!p.grad().defined()) continue;
-        if (for_kernels(p) && tig::is_alike(p, p.grad()) && !p.is_alias_of(p.grad())) plan_.on_device.push_back(p.unsafeGetTensorImpl());
-        else all = false;
-        // With dampening the first step copies the undamped gradient into the buffer; a step from a buffer of zeros
-        // would damp it. So the device cannot skip this first step by itself.
-        all = all && !(kind_ == Class::Sgd && static_cast<torch::optim::SGDOptions&>(group.options()).dampening() != 0 &&
-                       !find<torch::optim::SGDParamState>(optimizer_, p));
+    with_rules(kind_, [&](auto rules) {
+      using Rules = decltype(rules);
+      for (size_t group = 0; group < optimizer_.param_groups().size(); ++group) {
+        const auto& o = options<Rules>(group);
+        for (const Tensor& p : optimizer_.param_groups()[group].params()) {
+          const Tensor& g = p.grad();
+          if (!g.defined()) continue;
+          auto* state = Rules::has_state(o) ? find<typename Rules::State>(optimizer_, p) : nullptr;
+          if (way<Rules>(p, g, state, o) == Plan::Way::KERNELS) plan_.on_device.push_back(p.unsafeGetTensorImpl());
+          else all = false;
+          // With dampening the first step copies the undamped gradient into the buffer; a step from a buffer of zeros
+          // would damp it. So the device cannot skip this first step by itself.
+          if constexpr (std::is_same_v<Rules, Sgd>) all = all && (o.dampening() == 0 || state);
+        }
       }
+    });
     const auto& ahead = plan_.ahead;
     if (ahead.skipped.defined() && (!all || ahead.parameters != plan_.on_device)) settle(optimizer_, kind_, plan_);
     if (!found_inf_ || all) return false;
@@ -492,6 +498,8 @@ class Step {
       plan_.ahead.skipped = plan_.ahead.skipped.defined() ? plan_.ahead.skipped + now : now;
       plan_.ahead.parameters = plan_.on_device;
     }
+    // The buckets hold the gradients, which would outlive zero_grad.
+    plan_.buckets.clear();
   }
 
   void rmsprop_kernels(Plan::Bucket& bucket, const torch::optim::RMSpropOptions& o, bool maximize) {

@@ -51,7 +51,7 @@ pub(crate) use dist::{DistException, ProcessGroups, Store, StoreAddress};
 pub(crate) use fused::StepError;
 pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use host_syncs::HostSyncs;
-pub(crate) use memory::{bytes, bytes_mut};
+pub(crate) use memory::{bytes, bytes_mut, dense_on_cpu};
 pub(crate) use normalize::{Rows, normalize_rows};
 #[cfg(all(feature = "distributed", unix))]
 pub(crate) use process::send_signal;

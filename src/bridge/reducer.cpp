@@ -4,8 +4,12 @@
 #include <torch/csrc/distributed/c10d/logger.hpp>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
 
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+
 #include <algorithm>
 #include <string>
+#include <unordered_set>
 
 #include "dist.h"
 
@@ -36,6 +40,8 @@ class Bf16Hook : public c10d::CppCommHookInterface<c10::intrusive_ptr<ProcessGro
 
 struct DataParallel {
   c10::intrusive_ptr<ProcessGroup> group;
+  // The parameters that the reducer reduces.
+  std::vector<Tensor> parameters;
   std::vector<Tensor> buffers;
   std::shared_ptr<Reducer> reducer;
   // Reports the reducer's timings. Without a logger the reducer measures none.
@@ -45,6 +51,25 @@ struct DataParallel {
   // as in Python.
   bool buffers_may_differ;
 };
+
+// The parameters that a tensor depends on.
+std::vector<Tensor> parameters_of(const Tensor& tensor) {
+  using torch::autograd::Node;
+  std::vector<Tensor> parameters;
+  std::vector<Node*> left;
+  std::unordered_set<Node*> seen;
+  const auto visit = [&](Node* node) {
+    if (node && seen.insert(node).second) left.push_back(node);
+  };
+  visit(tensor.grad_fn().get());
+  while (!left.empty()) {
+    Node* node = left.back();
+    left.pop_back();
+    if (auto* leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(node)) parameters.push_back(leaf->variable);
+    for (const auto& edge : node->next_edges()) visit(edge.function.get());
+  }
+  return parameters;
+}
 
 }  // namespace
 
@@ -79,6 +104,7 @@ int tig_ddp_new(DistGroup* group, const Tensor* const* parameters, const char* c
       reduced.push_back(*parameters[i]);
     }
     TORCH_CHECK(!reduced.empty(), "no parameter requires a gradient");
+    ddp->parameters = reduced;
     for (size_t i = 0; i < buffer_count; ++i) {
       states.push_back(buffers[i]->detach());
       if (options->broadcast_buffers) ddp->buffers.push_back(buffers[i]->detach());
@@ -152,6 +178,26 @@ int tig_ddp_after_forward(DataParallel* ddp, int sync, const Tensor* const* outp
 
 int tig_ddp_backward(const Tensor* loss, int* cause, char** error) {
   return dist_guarded(cause, error, [&] { loss->backward(); });
+}
+
+// Runs a backward that adds zeros to the parameters' gradients: to all, or, if unused parameters are searched for, to
+// those that the loss depends on. The reducer waits for exactly these.
+int tig_ddp_backward_nothing(DataParallel* ddp, const Tensor* loss, int* cause, char** error) {
+  return dist_guarded(cause, error, [&] {
+    const at::AutoGradMode with_graph(true);
+    auto parameters = ddp->find_unused ? parameters_of(*loss) : ddp->parameters;
+    const bool all = parameters.empty();
+    if (all) parameters = ddp->parameters;
+    // The gradient of p * 0 is 0 whatever p is.
+    std::vector<Tensor> zeros, ones;
+    for (const Tensor& parameter : parameters) {
+      zeros.push_back(parameter.mul(0).sum());
+      ones.push_back(at::ones_like(zeros.back()));
+    }
+    // A loss that depends on no parameter leaves the reducer without any to wait for, and then it would not begin.
+    if (all && ddp->find_unused) ddp->reducer->prepare_for_backward(zeros);
+    torch::autograd::backward(zeros, ones);
+  });
 }
 
 // Gives lines of `name value`: the reducer's timings, in nanoseconds, and its settings.

@@ -55,6 +55,12 @@ unsafe extern "C" {
     ) -> c_int;
     fn tig_ddp_backward(loss: *const C_tensor, cause: *mut c_int, error: *mut *mut c_char)
     -> c_int;
+    fn tig_ddp_backward_nothing(
+        ddp: *mut c_void,
+        loss: *const C_tensor,
+        cause: *mut c_int,
+        error: *mut *mut c_char,
+    ) -> c_int;
     fn tig_ddp_logging_data(
         ddp: Raw,
         text: *mut *mut c_char,
@@ -144,6 +150,15 @@ impl Reducer {
     pub(crate) fn backward(&self, loss: &Tensor) -> Result<(), DistException> {
         // SAFETY: as above.
         dist_checked(|cause, error| unsafe { tig_ddp_backward(loss.as_ptr(), cause, error) })
+    }
+
+    /// Runs a backward that adds nothing, for parameters that `loss` depends on. The reducer's hooks reduce the gradients
+    /// meanwhile.
+    pub(crate) fn backward_nothing(&self, loss: &Tensor) -> Result<(), DistException> {
+        // SAFETY: as above.
+        dist_checked(|cause, error| unsafe {
+            tig_ddp_backward_nothing(self.0.as_ptr(), loss.as_ptr(), cause, error)
+        })
     }
 
     /// The reducer's timings and settings, as names and numbers.

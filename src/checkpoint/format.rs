@@ -25,7 +25,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::header::{Entry, TYPES, check_memory, parsed, shortened};
-use crate::bridge::{bytes, bytes_mut};
+use crate::bridge::{bytes, bytes_mut, dense_on_cpu};
 use crate::fs::open_file;
 use crate::state::Layout;
 use crate::state::StateDict;
@@ -136,7 +136,7 @@ fn write_tensors(
     for (name, tensor, _) in order {
         let failed = |error: String| io::Error::other(format!("tensor '{name}': {error}"));
         let dense = dense_on_cpu(tensor).map_err(|error| failed(error.to_string()))?;
-        for chunk in bytes(dense.as_ref().unwrap_or(tensor)).map_err(failed)?.chunks(CHUNK) {
+        for chunk in bytes(&dense).map_err(failed)?.chunks(CHUNK) {
             crc = crc32c::crc32c_append(crc, chunk);
             file.write_all(chunk)?;
         }
@@ -147,16 +147,6 @@ fn write_tensors(
         file.seek(SeekFrom::End(0))?;
     }
     Ok(())
-}
-
-/// A dense, contiguous CPU copy of the tensor; `None` where the tensor itself can be written.
-fn dense_on_cpu(tensor: &Tensor) -> Result<Option<Tensor>, tch::TchError> {
-    if tensor.device() == Device::Cpu && !tensor.is_sparse() && tensor.is_contiguous() {
-        return Ok(None);
-    }
-    let dense =
-        if tensor.is_sparse() { tensor.f_to_dense(None, false)? } else { tensor.f_detach()? };
-    dense.f_to_device(Device::Cpu)?.f_contiguous().map(Some)
 }
 
 fn type_name(name: &str, tensor: &Tensor) -> io::Result<&'static str> {

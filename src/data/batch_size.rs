@@ -80,10 +80,18 @@ impl BatchSize {
 
     /// Returns the number of batches in a pass from sample `first` on.
     pub(super) fn batches_from(&self, first: u64) -> u64 {
-        let samples = self.samples.saturating_sub(first);
+        self.batches_of(self.samples.saturating_sub(first), self.get())
+    }
+
+    /// Returns the number of batches in a pass if batches had this size, which is not 0.
+    pub(crate) fn batches_with(&self, size: u64) -> u64 {
+        self.batches_of(self.samples, size)
+    }
+
+    fn batches_of(&self, samples: u64, size: u64) -> u64 {
         match self.drop_last {
-            true => samples / self.get(),
-            false => samples.div_ceil(self.get()),
+            true => samples / size,
+            false => samples.div_ceil(size),
         }
     }
 
@@ -92,9 +100,9 @@ impl BatchSize {
         SamplePosition { samples, batch_size: Some(self.get()).filter(|size| *size != self.made) }
     }
 
-    /// Sets the batch size that a position names, if it names one, and returns the position's count of samples.
+    /// Sets the batch size of a position, and returns the position's count of samples.
     pub(super) fn restore(&self, place: &SamplePosition) -> Result<u64> {
-        place.batch_size.map_or(Ok(()), |size| self.set(size))?;
+        self.set(place.batch_size.unwrap_or(self.made))?;
         Ok(place.samples)
     }
 

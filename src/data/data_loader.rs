@@ -306,16 +306,17 @@ impl<D: Dataset + 'static, B: Send + 'static> Cursor<D, B> {
             workers.next().transpose()?
         };
         let fetched = fetched.context("the workers have no further batch")?;
-        (self.last_samples, self.failed) = (fetched.samples, false);
-        self.loader.skipped.add(fetched.skipped, fetched.last_skipped);
-        match self.loader.device {
+        let batch = match self.loader.device {
             Some((device, transfer)) => {
                 let pinned = self.loader.fetcher.pin.is_some();
                 transfer(fetched.batch, device, pinned)
-                    .with_context(|| format!("moving a batch to {device:?}"))
+                    .with_context(|| format!("moving a batch to {device:?}"))?
             }
-            None => Ok(fetched.batch),
-        }
+            None => fetched.batch,
+        };
+        (self.last_samples, self.failed) = (fetched.samples, false);
+        self.loader.skipped.add(fetched.skipped, fetched.last_skipped);
+        Ok(batch)
     }
 }
 

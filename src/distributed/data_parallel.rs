@@ -8,7 +8,7 @@ use tch::nn::{VarStore, Variables};
 
 use super::process_group::{Turn, place_names};
 use super::{Outputs, ProcessGroup, ReduceOp};
-use crate::bridge::{self, Reducer, ReducerOptions};
+use crate::bridge::{self, Reducer, ReducerOptions, set_gradient};
 use crate::error::{Error, Result};
 use crate::optim;
 use crate::variables;
@@ -263,6 +263,12 @@ impl DistributedDataParallel {
         self.call(BACKWARD, || reducer.backward(loss))
     }
 
+    /// Does what [`backward`](Self::backward) does, but adds nothing to the gradients of this rank, whatever the loss is.
+    pub(crate) fn backward_nothing(&self, loss: &Tensor) -> Result<()> {
+        let Some(reducer) = &self.shared.reducer else { return Ok(()) };
+        self.call(BACKWARD, || reducer.backward_nothing(loss))
+    }
+
     /// While the guard lives, backward adds up gradients without sending them. Accumulation needs this for all batches
     /// of a window but the last. Both forward and backward of a batch must run while the guard lives.
     ///
@@ -289,7 +295,9 @@ impl DistributedDataParallel {
     }
 
     /// Averages the gradients over all ranks now. Use this for gradients that [`no_sync`](Self::no_sync) kept on their
-    /// rank, at the end of an epoch. Parameters without a gradient are skipped, so they must be the same on all ranks.
+    /// rank, at the end of an epoch. A parameter that has a gradient on some ranks gets one on all; one that has none on
+    /// any rank is skipped. With ranks in Python, which cannot say which they have, parameters without a gradient must
+    /// be the same on all ranks.
     ///
     /// # Errors
     /// The errors of [`ProcessGroup::all_reduce`].
@@ -298,12 +306,26 @@ impl DistributedDataParallel {
         if reducer.is_none() {
             return Ok(());
         }
+        let failed = |error| Error::libtorch("gradients", error);
+        let gradient = |(_, parameter): (String, Tensor)| Ok((parameter.f_grad()?, parameter));
+        let found: Result<Vec<_>, _> = named(variables).0.into_iter().map(gradient).collect();
+        let found = found.map_err(failed)?;
+        let own: Vec<u8> = found.iter().map(|(gradient, _)| gradient.defined().into()).collect();
+        let all = match pg.has_control() {
+            true => pg.control().exchange("DistributedDataParallel::reduce_gradients", &own)?,
+            false => vec![own],
+        };
         let mut gradients = vec![];
-        for (_, parameter) in named(variables).0 {
-            let gradient = parameter.f_grad().map_err(|e| Error::libtorch("gradients", e))?;
-            if gradient.defined() {
-                gradients.push(gradient);
+        for (index, (mut gradient, parameter)) in found.into_iter().enumerate() {
+            if !all.iter().any(|rank| rank.get(index) == Some(&1)) {
+                continue;
             }
+            if !gradient.defined() {
+                gradient = parameter.f_detach().and_then(|p| p.f_zeros_like()).map_err(failed)?;
+                set_gradient(&parameter, Some(&gradient))
+                    .map_err(|text| Error::libtorch("gradients", text))?;
+            }
+            gradients.push(gradient);
         }
         pg.all_reduce(&gradients, ReduceOp::Avg)
     }

@@ -223,8 +223,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok((all, logs))
     }
 
-    /// The parts that differ between ranks, under their usual names: random numbers, and parts whose `differs_by_rank`
-    /// is true.
+    /// The parts that may differ between ranks, under their usual names: random numbers, and parts and handlers whose
+    /// `differs_by_rank` is true.
     pub(super) fn rank_local_state(&self, cx: &C) -> Result<StateDict> {
         let mut own = StateDict::new();
         own.set_part(RNG, self.random_numbers()?);
@@ -238,6 +238,17 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 own.set_part(name, of_named(name, || part.state_dict())?);
             }
         }
+        let mut handlers = StateDict::new();
+        let objects = self.handlers.objects().into_iter();
+        for NamedHandler { name, handler, .. } in objects.filter(|o| o.spec.has_state_by_rank()) {
+            if let Some(handler) = handler
+                && let Some(state) =
+                    of_named(&format!("handler '{name}'"), || handler.save_state())?
+            {
+                handlers.set_part(&name, state);
+            }
+        }
+        own.set_part(HANDLERS, handlers);
         Ok(own)
     }
 
@@ -340,6 +351,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             _ => parts.remove(RNG).and(own.parts.remove(RNG)),
         };
         let before_pass = random.as_mut().and_then(|random| random.parts.remove(BEFORE_PASS));
+        let mut handlers = parts.remove(HANDLERS).unwrap_or_default();
+        handlers.parts.extend(own.parts.remove(HANDLERS).unwrap_or_default().parts);
         let mut part = |name: &str| {
             let of_main = parts.remove(name);
             own.parts.remove(name).or(of_main)
@@ -356,7 +369,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 false => (context.load_partially)(cx, state),
             })?;
         }
-        self.load_handlers(part(HANDLERS).unwrap_or_default(), report)?;
+        self.load_handlers(handlers, report)?;
         if let Some(metrics) = part(METRICS) {
             report
                 .load_whole(METRICS, Some(metrics), |metrics| self.load_metric_values(metrics))?;

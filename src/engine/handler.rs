@@ -96,6 +96,7 @@ pub struct HandlerSpec {
     pub(crate) events: Events,
     pub(crate) priority: Priority,
     pub(crate) ranks: Ranks,
+    differs_by_rank: bool,
     runs_in_trials: Option<bool>,
     pub(crate) unique_names: Vec<String>,
     pub(crate) drives: Vec<Knob>,
@@ -111,6 +112,7 @@ impl HandlerSpec {
             events: events.into(),
             priority: Priority::Normal,
             ranks: Ranks::All,
+            differs_by_rank: true,
             runs_in_trials: None,
             unique_names: vec![],
             drives: vec![],
@@ -128,6 +130,14 @@ impl HandlerSpec {
     /// Sets the ranks that call the handler, in an engine of several processes; by default [`Ranks::All`].
     pub fn ranks(mut self, ranks: Ranks) -> Self {
         self.ranks = ranks;
+        self
+    }
+
+    /// Sets whether the state of a handler that all ranks call may differ between ranks; by default it may. Each rank then
+    /// sends its state for a checkpoint, which costs time where the state is large, and the checkpoint holds the states
+    /// that differ from the main rank's. With false all ranks get the main rank's state back.
+    pub fn differs_by_rank(mut self, differs: bool) -> Self {
+        self.differs_by_rank = differs;
         self
     }
 
@@ -160,6 +170,11 @@ impl HandlerSpec {
         self
     }
 
+    /// Whether each rank keeps a state of its own.
+    pub(super) fn has_state_by_rank(&self) -> bool {
+        self.ranks == Ranks::All && self.differs_by_rank
+    }
+
     /// Whether a trial run calls the handler.
     pub(super) fn is_called_in_trials(&self) -> bool {
         self.runs_in_trials.unwrap_or(self.ranks == Ranks::All)
@@ -174,6 +189,7 @@ impl std::fmt::Debug for HandlerSpec {
             .field("events", &self.events)
             .field("priority", &self.priority)
             .field("ranks", &self.ranks)
+            .field("differs_by_rank", &self.differs_by_rank)
             .field("runs_in_trials", &self.is_called_in_trials())
             .field("unique_names", &self.unique_names)
             .field("drives", &self.drives)

@@ -143,7 +143,8 @@ impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
             _ => reset | update | compute,
         };
         let spec = HandlerSpec::new(format!("metric {}", self.name), events);
-        Ok(spec.unique_names([format!("metric '{}'", self.name)]))
+        // A checkpoint has the joined state of all ranks, and each rank's part of it is not known any more.
+        Ok(spec.differs_by_rank(false).unique_names([format!("metric '{}'", self.name)]))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use tch::Tensor;
 
 use super::position::Position;
-use super::{Engine, Event, Events};
+use super::{Engine, Event, Events, HANDLERS};
 use crate::engine::metric::RankMetric;
 use crate::error::{Error, Result};
 use crate::guard::{guarded, guarded_within};
@@ -72,7 +72,8 @@ impl Peers {
 /// ([`Handler::ranks`](super::Handler::ranks)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ranks {
-    /// All ranks call the handler, and each keeps its own state.
+    /// All ranks call the handler, and each keeps its own state. A checkpoint holds the states that differ from the main
+    /// rank's ([`HandlerSpec::differs_by_rank`](super::HandlerSpec::differs_by_rank)).
     All,
     /// Only the main rank calls the handler and keeps its state: for handlers that write files, draw or send.
     Main,
@@ -100,8 +101,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// * **Handlers that write or draw** ([`Checkpoint`](crate::checkpoint::Checkpoint), progress bars, handlers of
     ///   loggers, [`on_main`](Self::on_main)) do so on rank 0 only.
     /// * **A checkpoint** holds the state of all ranks, and all ranks resume from the same one. It restores the random
-    ///   numbers of each rank, and gradients that wait for the end of an accumulation window. With a larger number of
-    ///   ranks the new ones start without these.
+    ///   numbers of each rank, gradients that wait for the end of an accumulation window, and states of handlers
+    ///   ([`Ranks::All`]). With a larger number of ranks the new ones start without these, and with the main rank's
+    ///   states of handlers.
     ///
     /// An evaluator that is attached by [`Evaluate`](crate::handlers::Evaluate) joins the group of its trainer, and may
     /// have uneven batches. Each exchange takes about 0.3 ms between two processes of one machine, and waits for the
@@ -230,12 +232,20 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let mut own = self.requests.to_bytes().to_vec();
         let shared = own.len();
         own.extend([signal.unwrap_or(0), u8::from(self.limit_reached_here())]);
+        let skipped = own.len()..own.len() + 8;
+        own.extend(self.position.skipped.to_le_bytes());
         let all = peers.exchange(&self.occasion(&format!("after {event}")), &own)?;
         let of_any = |index: usize| all.iter().filter_map(|one| one.get(index)).copied().max();
         let flag = |index| of_any(index).is_some_and(|value| value > 0);
         self.requests.set_shared(flag);
         self.position.signal = of_any(shared).filter(|signal| *signal > 0).map(i32::from);
         self.position.limit = flag(shared + 1);
+        let is_ahead = |one: &Vec<u8>| one.get(skipped.clone()) != own.get(skipped.clone());
+        if event == Event::EpochCompleted && !peers.uneven && all.iter().any(is_ahead) {
+            self.warn(
+                "the ranks skipped different numbers of batches (SkipBatch, skip_batch()): a rank that skipped more is ahead of the others in its data, and its passes end earlier; let all ranks skip equally many",
+            );
+        }
         Ok(true)
     }
 
@@ -313,6 +323,16 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         Ok(all.first().is_some_and(|main| main == &[1]))
     }
 
+    /// The mean of a number over all ranks, with the same bits on each. Without a group, or where ranks have different
+    /// numbers of batches, it is the number itself.
+    pub(crate) fn mean_of_ranks(&self, what: &str, number: f64) -> Result<f64> {
+        let Some(peers) = self.others().filter(|peers| !peers.uneven) else { return Ok(number) };
+        let all = peers.exchange(&self.occasion(what), &number.to_le_bytes())?;
+        let of_rank =
+            |bytes: &Vec<u8>| bytes.as_slice().try_into().map_or(f64::NAN, f64::from_le_bytes);
+        Ok(all.iter().map(of_rank).sum::<f64>() / all.len() as f64)
+    }
+
     /// The state of all ranks, in one checkpoint, and the error of logs as in
     /// [`checkpoint_within`](Self::checkpoint_within). All ranks must call this; only the main rank's result is
     /// complete, the others get an empty one.
@@ -332,11 +352,6 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if peers.rank() != 0 {
             return Ok((StateDict::new(), Ok(())));
         }
-        let mut ranks = StateDict::new();
-        for (rank, states) in all.iter_mut().enumerate().skip(1) {
-            let state = states.first_mut().map(std::mem::take).unwrap_or_default();
-            ranks.set_part(&rank.to_string(), received(state)?);
-        }
         let of_all = |index: usize| {
             let states: Vec<_> = all.iter().filter_map(|rank| rank.get(index + 1)).collect();
             exchange::join(&states).map_err(|error| of_metric(&*metrics[index].borrow(), &error))
@@ -350,6 +365,16 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         metrics.iter().for_each(|metric| metric.borrow_mut().save_as(None));
         let saved = saved.map_err(|error| Error::State(format!("{error:#}")))?;
         let (mut saved, logs) = saved?;
+        let mut ranks = StateDict::new();
+        for (rank, states) in all.iter_mut().enumerate().skip(1) {
+            let state = states.first_mut().map(std::mem::take).unwrap_or_default();
+            let mut own = received(state)?;
+            if let (Some(own), Ok(of_main)) = (own.parts.get_mut(HANDLERS), saved.part(HANDLERS)) {
+                own.parts
+                    .retain(|name, own| !of_main.part(name).is_ok_and(|main| main.is_like(own)));
+            }
+            ranks.set_part(&rank.to_string(), own);
+        }
         saved.set_part(RANKS, ranks);
         Ok((saved, logs))
     }

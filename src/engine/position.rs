@@ -192,6 +192,8 @@ pub(super) struct Position {
     pub(super) other_data: bool,
     /// The batch of the pass that this run positioned the data at, if in mid pass; the pass may have fewer batches.
     pub(super) skipped_to: Option<u64>,
+    /// Number of batches that handlers of this rank skipped.
+    pub(super) skipped: u64,
     /// Whether some rank has reached a limit of samples or time.
     pub(super) limit: bool,
     /// COMPLETED is being fired.
@@ -225,6 +227,7 @@ impl Default for Position {
             fetches: true,
             other_data: false,
             skipped_to: None,
+            skipped: 0,
             limit: false,
             completing: false,
             signal: None,

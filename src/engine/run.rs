@@ -1053,6 +1053,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         // `terminate_epoch` may have set another phase, which stays.
         if self.position.cursor.phase == Phase::BatchFetched {
             self.position.cursor.phase = Phase::GetBatch;
+            self.position.skipped += 1;
         }
         Ok(())
     }

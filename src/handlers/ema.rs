@@ -265,7 +265,8 @@ impl<C, B, O> Handler<C, B, O> for EMAHandler {
     fn spec(&self) -> Result<HandlerSpec> {
         // The name must be unique only where it names a history.
         let history = self.save_history.then(|| format!("history of '{}'", self.name));
-        Ok(HandlerSpec::new(&*self.name, self.events.clone()).unique_names(history))
+        let spec = HandlerSpec::new(&*self.name, self.events.clone()).differs_by_rank(false);
+        Ok(spec.unique_names(history))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

@@ -66,7 +66,9 @@ use crate::optim::{Group, Knob, Optimizer, OptimizerSnapshot, StoreSnapshot};
 /// attached with [`Engine::on`] are called too: what they store, write or print stays, and so does state that a handler
 /// of your own does not save.
 ///
-/// Costs a copy of the variables and of the optimizer's state on their device, a copy of everything tracked in host
+/// The ranks of a group of processes search together: the loss is the mean over the ranks, so all get the same curve.
+///
+/// Costs a copy of the variables, their gradients and the optimizer's state on their device, a copy of everything tracked in host
 /// memory, and a host sync an iteration to read the loss.
 #[doc(alias = "FastaiLRFinder")]
 #[derive(Clone)]
@@ -296,6 +298,7 @@ impl LrFinder {
             loss,
             lr: vec![],
             best: None,
+            ended: false,
             curve,
         })
     }
@@ -349,6 +352,9 @@ struct Search<F> {
     /// The learning rates of this iteration.
     lr: Vec<f64>,
     best: Option<f64>,
+    /// Whether the search has ended. In a group of processes the run may go on for some iterations, until the ranks
+    /// meet.
+    ended: bool,
     curve: LrCurve,
 }
 
@@ -385,8 +391,8 @@ impl<F> Search<F> {
         Ok(())
     }
 
-    /// Records a loss. Returns whether to stop.
-    fn record(&mut self, loss: f64) -> bool {
+    /// Records a loss, and notes whether it ends the search.
+    fn record(&mut self, loss: f64) {
         let loss = match self.curve.loss.last() {
             Some(last) if self.smooth_f > 0. => self.smooth_f * loss + (1. - self.smooth_f) * last,
             _ => loss,
@@ -400,7 +406,7 @@ impl<F> Search<F> {
             false => best - (self.diverge_th - 1.) * best,
         };
         self.curve.diverged = !loss.is_finite() || loss > limit;
-        self.curve.diverged || self.curve.loss.len() as u64 > self.iterations
+        self.ended = self.curve.diverged || self.curve.loss.len() as u64 > self.iterations;
     }
 }
 
@@ -418,13 +424,15 @@ impl<C, B, O, V: Into<MetricValue>, F: Fn(&O) -> V> Handler<C, B, O> for Search<
     ) -> anyhow::Result<()> {
         match event {
             Event::Started => self.plan(engine)?,
+            _ if self.ended => {}
             Event::IterationStarted => self.turn()?,
             _ => {
                 let output = engine.state.output.as_ref();
                 let output = output.context("a handler took the step's output away")?;
                 let loss: MetricValue = (self.loss)(output).into();
                 let loss = loss.read().context("the loss must be a single value")?;
-                if self.record(loss) {
+                self.record(engine.mean_of_ranks("the loss of the learning rate finder", loss)?);
+                if self.ended {
                     engine.terminate();
                 }
             }

@@ -114,7 +114,7 @@ impl SWAHandler {
 
 impl<C, B, O> Handler<C, B, O> for SWAHandler {
     fn spec(&self) -> Result<HandlerSpec> {
-        Ok(HandlerSpec::new("SWA", self.events.clone()))
+        Ok(HandlerSpec::new("SWA", self.events.clone()).differs_by_rank(false))
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {

@@ -93,12 +93,14 @@ impl Lists {
             ));
         }
         let failed = |text| Error::libtorch("averaging variables", text);
+        let of_buffers = match buffers {
+            Buffers::Copy => Some(Average::Copy),
+            Buffers::Update => Some(how),
+            Buffers::Keep => None,
+        };
+        of_buffers.map_or(Ok(()), |how| self.buffers.check(how)).map_err(failed)?;
         self.parameters.update(how).map_err(failed)?;
-        match buffers {
-            Buffers::Copy => self.buffers.update(Average::Copy).map_err(failed),
-            Buffers::Update => self.buffers.update(how).map_err(failed),
-            Buffers::Keep => Ok(()),
-        }
+        of_buffers.map_or(Ok(()), |how| self.buffers.update(how)).map_err(failed)
     }
 
     fn swap(&mut self, how: Average) -> Result<()> {

@@ -1,9 +1,10 @@
 //! States of metrics as messages between processes, and how the states of all ranks are joined.
 
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::{Accumulated, Reduce};
+use crate::bridge::dense_on_cpu;
 
 /// The types that can be sent; a message names a type by its index in this list.
 const KINDS: [Kind; 10] = [
@@ -32,7 +33,7 @@ struct Part {
 pub(crate) fn write(states: &[Vec<Accumulated>]) -> anyhow::Result<Vec<u8>> {
     let mut bytes = vec![];
     let mut part = |part: &Accumulated| {
-        let tensor = part.value.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let tensor = dense_on_cpu(&part.value)?;
         let kind = KINDS.iter().position(|kind| *kind == tensor.kind());
         let kind = kind.ok_or_else(|| {
             anyhow::anyhow!("'{}' is of type {:?}, which cannot be sent", part.name, tensor.kind())

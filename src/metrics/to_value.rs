@@ -1,6 +1,7 @@
 use tch::kind::Element;
 use tch::{Device, Kind, TchError, Tensor};
 
+use crate::bridge::dense_on_cpu;
 use crate::metrics::MetricValue;
 
 /// Outputs that are a value themselves, for the `new` of [`Mean`](super::Mean), [`Average`](super::Average),
@@ -122,7 +123,7 @@ pub(super) fn double(tensor: &Tensor) -> Result<Tensor, TchError> {
 
 /// Copies the elements to the CPU, which takes a host sync.
 pub(super) fn host<T: Element + Default + Clone>(tensor: &Tensor) -> Result<Vec<T>, TchError> {
-    let tensor = tensor.f_to_device(Device::Cpu)?.f_to_kind(T::KIND)?.f_contiguous()?;
+    let tensor = dense_on_cpu(&tensor.f_to_device(Device::Cpu)?.f_to_kind(T::KIND)?)?;
     let mut elements = vec![T::default(); tensor.numel()];
     tensor.f_copy_data(&mut elements, tensor.numel())?;
     Ok(elements)

@@ -1,5 +1,6 @@
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use crate::bridge::dense_on_cpu;
 use crate::error::{Error, Result};
 
 /// The value of a metric.
@@ -115,9 +116,9 @@ impl MetricValue {
 
 /// Reads the elements in f64, in the order of a contiguous tensor.
 fn numbers(tensor: &Tensor) -> std::result::Result<Vec<f64>, tch::TchError> {
-    let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
+    let tensor = dense_on_cpu(&tensor.f_to_kind(Kind::Double)?)?;
     let mut numbers = vec![0.; tensor.numel()];
-    tensor.f_contiguous()?.f_copy_data(&mut numbers, tensor.numel())?;
+    tensor.f_copy_data(&mut numbers, tensor.numel())?;
     Ok(numbers)
 }
 

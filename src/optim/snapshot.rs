@@ -122,7 +122,7 @@ fn copy(tensor: &Tensor) -> Result<Tensor, TchError> {
     Ok(copy)
 }
 
-/// Copies of the values of all variables of a store, and the gradient tensors themselves, not copied.
+/// Copies of the values of all variables of a store, and of their gradients.
 pub(crate) struct StoreSnapshot {
     variables: Vec<Saved>,
 }
@@ -130,7 +130,9 @@ pub(crate) struct StoreSnapshot {
 struct Saved {
     variable: Tensor,
     value: Tensor,
-    gradient: Option<Tensor>,
+    /// The gradient and a copy of its values. The gradient may be a view of memory that backward writes to, such as a
+    /// bucket of `DistributedDataParallel`.
+    gradient: Option<(Tensor, Tensor)>,
 }
 
 impl StoreSnapshot {
@@ -138,9 +140,11 @@ impl StoreSnapshot {
         let failed = |text: String| Error::libtorch("copying the parameters", text);
         let mut saved = Self { variables: vec![] };
         for Variable { tensor: variable, .. } in crate::variables::variables(variables) {
-            let value = copy(&variable).map_err(|error| failed(error.to_string()))?;
+            let copied = |tensor: &Tensor| copy(tensor).map_err(|error| failed(error.to_string()));
+            let value = copied(&variable)?;
             let gradient = variable.f_grad().map_err(|error| failed(error.to_string()))?;
-            let gradient = gradient.defined().then_some(gradient);
+            let both = || Ok((gradient.shallow_clone(), copied(&gradient)?));
+            let gradient = gradient.defined().then(both).transpose()?;
             saved.variables.push(Saved { variable, value, gradient });
         }
         Ok(saved)
@@ -160,9 +164,17 @@ impl StoreSnapshot {
         let failed = |text| Error::libtorch("restoring the parameters", text);
         let mut result = Ok(());
         for Saved { mut variable, value, gradient } in self.variables {
-            let copied = variable.f_copy_(&value).map_err(|error| failed(error.to_string()));
+            let put = |to: &mut Tensor, value| {
+                to.f_copy_(value).map(drop).map_err(|error| failed(error.to_string()))
+            };
+            let (mut gradient, values) = gradient.unzip();
+            let copied = put(&mut variable, &value);
+            let of_gradient = match gradient.as_mut().zip(values) {
+                Some((gradient, values)) => put(gradient, &values),
+                None => Ok(()),
+            };
             let given = set_gradient(&variable, gradient.as_ref()).map_err(failed);
-            result = result.and(copied).and(given);
+            result = result.and(copied).and(of_gradient).and(given);
         }
         result
     }
@@ -251,6 +263,11 @@ mod tests {
         assert_eq!(a.grad().data_ptr(), gradient.data_ptr());
         assert_eq!(a.grad(), a.ones_like() * 3.);
         assert!(!vs.variables()["b"].grad().defined());
+        // Gradients that are views of memory which is written to, such as buckets, are so too.
+        let saved = StoreSnapshot::of(&vs.variables_).unwrap();
+        let _ = gradient.shallow_clone().fill_(7.);
+        saved.restore().unwrap();
+        assert_eq!(a.grad(), a.ones_like() * 3.);
         (&a * 2.).sum(Kind::Double).backward();
         assert_eq!(a.grad().double_value(&[0]), 5.);
     }

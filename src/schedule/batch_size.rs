@@ -67,22 +67,20 @@ impl<S: Schedule> BatchSizeScheduler<S> {
     }
 
     fn go_to(&mut self, events: u64) -> Result<()> {
-        match events.checked_sub(1) {
-            Some(last) => self.set(last)?,
-            None => self.batch_size.set(self.first)?,
-        }
+        let last = events.checked_sub(1);
+        self.batch_size.set(last.map_or(Ok(self.first), |last| self.size_at(last))?)?;
         self.events_done = events;
         Ok(())
     }
 
-    fn set(&self, event: u64) -> Result<()> {
+    fn size_at(&self, event: u64) -> Result<u64> {
         let size = value(&self.schedule, event)?.round();
         if !(1. ..=u32::MAX.into()).contains(&size) {
             return Err(Error::invalid(format!(
                 "a batch size must be at least 1 and finite, but the schedule gives {size}"
             )));
         }
-        self.batch_size.set(size as u64)
+        Ok(size as u64)
     }
 
     /// Acts on these events. Where all of them are fired after the step, value 0 is set when the run begins, as
@@ -134,16 +132,14 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
         if after_step && !is_due(event, &mut self.events_done) {
             return Ok(());
         }
-        let written = self.set(self.events_done);
-        if after_step {
-            if unless_ended(&self.schedule, &mut self.events_done, written)?.is_none() {
-                return Ok(());
-            }
-        } else {
-            written?;
-        }
+        let size = self.size_at(self.events_done);
+        let size = match after_step {
+            true => unless_ended(&self.schedule, &mut self.events_done, size)?,
+            false => Some(size?),
+        };
+        let Some(size) = size else { return Ok(()) };
+        let batches = self.batch_size.batches_with(size);
         if matches!(event, Event::Started | Event::EpochStarted | Event::EpochCompleted) {
-            let (batches, size) = (self.batch_size.batches(), self.batch_size.get());
             anyhow::ensure!(
                 batches > 0,
                 "the schedule gives batch_size {size}, but with drop_last the loader's {} samples make no batch of that size",
@@ -151,6 +147,7 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
             );
             engine.state.epoch_length = Some(batches);
         }
+        self.batch_size.set(size)?;
         self.events_done += 1;
         Ok(())
     }

@@ -127,8 +127,10 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamGroupScheduler<S> {
         let (mut names, mut unique, mut knobs) = (vec![], vec![], vec![]);
         for (index, scheduler) in self.schedulers.iter().enumerate() {
             let spec = <_ as Handler<C, B, O>>::spec(scheduler)?;
-            names.push(spec.name);
+            // The schedulers are one handler, so they may have one name, but not one history.
+            unique.retain(|name| *name != format!("scheduler '{}'", spec.name));
             unique.extend(spec.unique_names);
+            names.push(spec.name);
             knobs.push(scheduler.knob().clone());
             let mut before = self.schedulers[..index].iter();
             if let Some(other) = before.find(|other| other.knob().overlaps(scheduler.knob())) {

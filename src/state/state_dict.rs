@@ -38,6 +38,21 @@ impl StateDict {
         Self::default()
     }
 
+    /// Whether this state and another one have the same values, tensors and parts. Tensors with NaN count as different.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let tensor = |(a, b): ((&String, &Tensor), (&String, &Tensor))| {
+            let here = b.1.f_to_device(a.1.device());
+            a.0 == b.0
+                && a.1.kind() == b.1.kind()
+                && here.is_ok_and(|b| a.1.f_equal(&b).unwrap_or(false))
+        };
+        self.values == other.values
+            && self.tensors.len() == other.tensors.len()
+            && self.tensors.iter().zip(&other.tensors).all(tensor)
+            && self.parts.len() == other.parts.len()
+            && self.parts.iter().zip(&other.parts).all(|(a, b)| a.0 == b.0 && a.1.is_like(b.1))
+    }
+
     /// Sets a value of any type that serde can turn into JSON.
     ///
     /// # Errors

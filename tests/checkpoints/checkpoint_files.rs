@@ -454,6 +454,23 @@ save_model(model, theirs)
 print(safe_open(theirs, "pt").metadata())
 "#;
 
+/// Lazily negated tensors have other values than their bytes say.
+#[test]
+fn lazily_negated_tensors_keep_their_signs() -> Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let real = Tensor::arange(4, (Kind::Double, Device::Cpu)) + 1.;
+    let mut state = StateDict::new();
+    state.set_tensor("negated", real.internal_neg_view());
+    state.set_tensor("imaginary", Tensor::complex(&real, &(&real * 3.)).conj().imag());
+    assert!(state.tensor("negated")?.is_neg() && state.tensor("imaginary")?.is_neg());
+    write_state(&path, &state)?;
+    let state = read_state(&path)?;
+    assert_eq!(state.tensor("negated")?, &-&real);
+    assert_eq!(state.tensor("imaginary")?, &(&real * -3.));
+    Ok(())
+}
+
 #[test]
 fn a_tied_tensor_is_written_once_and_found_under_both_names() -> Result<()> {
     let _serial = serial();

@@ -12,7 +12,7 @@ use tch_ignite::distributed::{
 use tch_ignite::handlers::EMAHandler;
 use tch_ignite::optim::Optimizer;
 use tch_ignite::supervised::Supervised;
-use tch_ignite::{Error, WeightedLoss};
+use tch_ignite::{Error, GradientAccumulator, WeightedLoss};
 
 use crate::ranks::{Ranks, role};
 
@@ -450,6 +450,116 @@ fn what_is_left_of_a_window_is_averaged() {
     assert_ne!(flat(&vs), before);
     let all = pg.all_gather(&flat(&vs)).unwrap();
     assert_eq!(all[0], all[1]);
+}
+
+/// Two layers of equal shapes, of which each rank uses another one, and one that nobody uses.
+fn choice(vs: &VarStore) -> [nn::Linear; 3] {
+    let root = vs.root();
+    ["a", "b", "unused"].map(|name| nn::linear(&root / name, 6, 1, Default::default()))
+}
+
+#[test]
+fn what_is_left_of_a_window_is_averaged_by_parameter() {
+    if role().is_none() {
+        let test = "data_parallel::what_is_left_of_a_window_is_averaged_by_parameter";
+        Ranks::start(test, "all", 2).succeed();
+        return;
+    }
+    let pg = join();
+    let (x, _) = data(Kind::Float);
+    let x = x.narrow(0, 5 * pg.rank() as i64, 5);
+    let vs = VarStore::new(Device::Cpu);
+    let layers = choice(&vs);
+    let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
+    let options = DdpOptions::new().find_unused_parameters(true);
+    let ddp = DistributedDataParallel::new(&pg, &vs, options).unwrap();
+    let mut accumulator = GradientAccumulator::new(3).unwrap().data_parallel(ddp);
+    let window = accumulator.next_window();
+    accumulator.begin(&optimizer, window).unwrap();
+    let loss = accumulator.forward(|| layers[pg.rank()].forward(&x).mean(Kind::Float)).unwrap();
+    assert!(!accumulator.backward(&optimizer, &loss, 5).unwrap());
+    let own = vs.variables()[["a.weight", "b.weight"][pg.rank()]].grad().copy();
+    assert!(accumulator.finish(&optimizer).unwrap());
+    // The window has 10 samples of 2 ranks instead of 5, and each layer got half of them.
+    let of_ranks = pg.all_gather(&(own * 3. / 2.)).unwrap();
+    for (name, expected) in ["a.weight", "b.weight"].into_iter().zip(&of_ranks) {
+        let gradient = vs.variables()[name].grad();
+        assert!((gradient - expected).abs().max().double_value(&[]) < 1e-6, "{name}");
+    }
+    assert!(!vs.variables()["unused.weight"].grad().defined());
+}
+
+#[test]
+fn a_rank_whose_last_batch_has_weight_0_adds_nothing() {
+    if role().is_none() {
+        let test = "data_parallel::a_rank_whose_last_batch_has_weight_0_adds_nothing";
+        Ranks::start(test, "all", 2).succeed();
+        return;
+    }
+    let pg = join();
+    let (x, _) = data(Kind::Double);
+    let nan = Tensor::from(f64::NAN);
+    for (find_unused, view, steps, without_graph) in [
+        (false, false, 1, false),
+        (false, true, 2, false),
+        (true, false, 2, false),
+        (true, false, 1, false),
+        (false, false, 2, true),
+        (true, false, 1, true),
+    ] {
+        let mut vs = VarStore::new(Device::Cpu);
+        let layers = choice(&vs);
+        vs.double();
+        let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
+        let options =
+            DdpOptions::new().find_unused_parameters(find_unused).gradient_as_bucket_view(view);
+        let ddp = DistributedDataParallel::new(&pg, &vs, options).unwrap();
+        let mut accumulator = GradientAccumulator::new(steps).unwrap().data_parallel(ddp);
+        let used = if find_unused { &layers[..2] } else { &layers[..] };
+        let mean = |x: &Tensor| {
+            used.iter().map(|layer| layer.forward(x).mean(Kind::Double)).sum::<Tensor>()
+        };
+        // The group goes on after such a window.
+        for round in 0..2 {
+            let mut seen = vec![];
+            for step in 0..steps as i64 {
+                let window = accumulator.next_window();
+                accumulator.begin(&optimizer, window).unwrap();
+                for rank in 0..2 {
+                    let from = 20 * round + 10 * step + 5 * rank;
+                    let batch = x.narrow(0, from, 3 + rank);
+                    let empty = round == 0 && window.last && rank == 1;
+                    if !empty {
+                        seen.push(batch.shallow_clone());
+                    }
+                    if pg.rank() as i64 != rank {
+                        continue;
+                    }
+                    let forward = || match (empty, without_graph) {
+                        (false, _) => mean(&batch),
+                        (true, false) => mean(&batch) * &nan,
+                        (true, true) => nan.shallow_clone(),
+                    };
+                    let loss = accumulator.forward(forward).unwrap();
+                    let weight = if empty { 0 } else { 3 + rank };
+                    let ready = accumulator.backward(&optimizer, &loss, weight).unwrap();
+                    assert_eq!(ready, window.last);
+                }
+            }
+            let all = Tensor::cat(&seen, 0).mean_dim(0i64, true, Kind::Double);
+            let case = format!("{find_unused} {view} {steps} {without_graph} {round}");
+            for name in ["a", "b", "unused"] {
+                let gradient = vs.variables()[&format!("{name}.weight")].grad();
+                if name == "unused" && find_unused {
+                    // A loss without a graph does not say what is unused.
+                    assert!(without_graph || !gradient.defined(), "{case}");
+                    continue;
+                }
+                let difference = (gradient - &all).abs().max().double_value(&[]);
+                assert!(difference < 1e-12, "{case} {name}: {difference}");
+            }
+        }
+    }
 }
 
 #[test]

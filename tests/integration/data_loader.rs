@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::data::{
     Batch, BatchSize, Collate, ConcatDataset, DataLoader, Dataset, IntoSource, RandomSampler,
@@ -491,6 +491,61 @@ fn the_batch_size_can_be_changed_in_mid_run() -> anyhow::Result<()> {
         assert_eq!(sizes, [8, 8, 4, 12, 8]);
         assert_eq!(BatchSize::from(&loader).get(), 12);
     }
+    Ok(())
+}
+
+/// A batch whose move to a device fails the first time that it begins with sample 4.
+struct Stubborn(Vec<i64>);
+
+static MOVES: AtomicUsize = AtomicUsize::new(0);
+
+impl Transfer for Stubborn {
+    fn transfer(self, _: Device, _: bool) -> anyhow::Result<Self> {
+        ensure!(self.0[0] != 4 || MOVES.fetch_add(1, SeqCst) % 2 == 1, "no room on the device");
+        Ok(self)
+    }
+
+    fn pin_memory(self) -> anyhow::Result<Self> {
+        Ok(self)
+    }
+}
+
+#[test]
+fn a_batch_that_cannot_be_moved_to_its_device_is_not_lost() -> anyhow::Result<()> {
+    for workers in WORKERS {
+        let odd = |index: usize, _: &mut SplitMix64| {
+            ensure!(index != 5, "it cannot be read");
+            Ok(index as i64)
+        };
+        let make = |samples| Ok(Stubborn(samples));
+        let loader = DataLoader::with_collate(from_fn(10, odd), 2, make)?
+            .num_workers(workers)
+            .skip_errors(true)
+            .to_device(Device::Cpu);
+        let mut trainer = Engine::new(|seen: &mut Vec<i64>, _, batch: Stubborn| {
+            seen.extend(batch.0);
+            Ok(())
+        });
+        let mut seen = vec![];
+        let failed = trainer.run(&mut seen, &loader, Until::epochs(1));
+        assert!(text(failed).contains("no room on the device"));
+        trainer.run(&mut seen, &loader, Until::epochs(1))?;
+        assert_eq!(seen, [0, 1, 2, 3, 4, 6, 7, 8, 9], "{workers} workers");
+        assert_eq!(loader.skipped(), 1);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_position_has_the_batch_size_also_where_it_is_the_one_given_at_first() -> anyhow::Result<()> {
+    let made = loader(20, 4);
+    let mut source = (&made).into_source();
+    source.seek(0, 0)?;
+    let _ = source.next().context("a batch")??;
+    let place = source.sample_position(false).context("a position")?;
+    made.set_batch_size(7)?;
+    assert!(source.seek_samples(0, &place)?);
+    assert_eq!(ints(&source.next().context("a batch")??), [4, 5, 6, 7]);
     Ok(())
 }
 

@@ -171,6 +171,18 @@ fn epochs_follow_the_batch_size() -> Result<()> {
 }
 
 #[test]
+fn a_batch_size_that_is_refused_does_not_stay() -> Result<()> {
+    let x = Tensor::arange(24, (Kind::Float, Device::Cpu));
+    let loader = Loader::new(&x, &x, 8)?.drop_last(true);
+    let mut trainer = Engine::new(|_: &mut (), _, _: Batch| Ok(()));
+    trainer.attach(BatchSizeScheduler::new(&loader, StepLR::new(12., 1).gamma(4.)));
+    let error = trainer.run(&mut (), &loader, Until::epochs(2)).unwrap_err();
+    assert!(format!("{error:?}").contains("make no batch of that size"), "{error:?}");
+    assert_eq!((loader.batch_size(), trainer.state.epoch_length), (12, Some(2)));
+    Ok(())
+}
+
+#[test]
 fn an_epoch_gone_on_with_keeps_its_batch_size() -> Result<()> {
     let x = Tensor::arange(24, (Kind::Float, Device::Cpu));
     let run = |fails_at: Option<u64>| -> Result<Vec<Vec<f64>>> {

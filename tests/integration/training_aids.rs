@@ -462,6 +462,55 @@ fn averages_that_do_not_fit_any_more_are_refused_before_one_is_changed() -> Resu
     Ok(())
 }
 
+/// A refused update changes no average, also not those of parameters where a buffer does not fit.
+#[test]
+fn averages_of_buffers_that_do_not_fit_are_refused_before_one_is_changed() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let mut a = vs.root().ones("a", &[2]);
+    let (mut b, mut c) = (vs.root().ones_no_train("b", &[2]), vs.root().ones_no_train("c", &[2]));
+    let ema = EMAHandler::new(&vs, 0.5)?.handle_buffers(Buffers::Update);
+    tch::no_grad(|| drop((a.fill_(3.), b.fill_(3.))));
+    for odd in [Tensor::ones([3], (Kind::Float, Device::Cpu)), c.to_kind(Kind::Bool)] {
+        c.set_data(&odd);
+        assert!(ema.update().is_err(), "{odd:?}");
+        for (name, average) in ema.averages() {
+            assert_eq!(value(&average.max()), 1., "{name}");
+        }
+    }
+    Ok(())
+}
+
+/// An average in f32 of a variable that is bf16 now is rounded while it is swapped in, and only then.
+#[test]
+fn averages_of_another_type_come_back_bit_for_bit() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let values = |from: f64| (Tensor::arange(7, (Kind::Float, Device::Cpu)) + from).sin();
+    let mut w = vs.root().add("w", values(0.), true);
+    let mut wide = vs.root().add("wide", values(1.), true);
+    let ema = EMAHandler::new(&vs, 0.3)?;
+    w.set_data(&values(2.).to_kind(Kind::BFloat16));
+    wide.set_data(&values(3.).to_kind(Kind::Double).cos());
+    ema.update()?;
+    let all = || {
+        let averages = ema.averages().into_iter().map(|(_, average)| average.copy());
+        averages.chain([w.detach().copy(), wide.detach().copy()]).collect::<Vec<_>>()
+    };
+    let before = all();
+    let swapped = ema.swap()?;
+    assert_eq!(w.detach(), before[0].to_kind(Kind::BFloat16));
+    assert_eq!(wide.detach(), before[1].to_kind(Kind::Double));
+    drop(swapped);
+    assert_eq!(all(), before);
+    // What is written into the model while the averages are swapped in goes into the averages.
+    let swapped = ema.swap()?;
+    tch::no_grad(|| drop(w.get(1).fill_(0.5)));
+    drop(swapped);
+    let after = all();
+    assert_eq!((after[0].double_value(&[1]), after[0].get(2)), (0.5, before[0].get(2)));
+    assert_eq!(after[1..], before[1..]);
+    Ok(())
+}
+
 #[test]
 fn averages_that_cannot_be_swapped_back_stay_known_as_swapped_in() -> Result<()> {
     let vs = VarStore::new(Device::Cpu);
@@ -1241,7 +1290,7 @@ fn update_bn_computes_torchs_averages() -> Result<()> {
                 assert!((ours - theirs).abs() <= tolerance * theirs, "{ours} {theirs}");
             }
         };
-        for momentum in [0.1, 0.3, 1.] {
+        for momentum in [0., 0.1, 0.3, 1.] {
             let mut vs = VarStore::new(Device::Cpu);
             let ws_init = nn::Init::Const(1.);
             let config = nn::BatchNormConfig { momentum, ws_init, ..Default::default() };

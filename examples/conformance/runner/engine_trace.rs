@@ -438,6 +438,9 @@ fn same_trace(ours: &[Value], theirs: &[Value]) -> Result<(), String> {
 
 fn same_steps(ours: &[StepResult], expect: &Value) -> Result<Result<(), String>> {
     let theirs = array(&expect["steps"])?;
+    if ours.len() != theirs.len() {
+        return Ok(Err(format!("{} steps instead of {}", ours.len(), theirs.len())));
+    }
     Ok(ours.iter().zip(theirs).try_for_each(|(ours, theirs)| same_step(ours, theirs)))
 }
 

@@ -165,6 +165,9 @@ fn compare<O>(
     metric.validate()?;
     let relative = if expect["dtype"] == "float32" { 1e-6 } else { 1e-12 };
     let per_batch = array(&expect["per_batch"])?;
+    if outputs.len() != per_batch.len() {
+        return Ok(Err(format!("{} batches, but {} values", outputs.len(), per_batch.len())));
+    }
     let mut value = None;
     for (number, (output, theirs)) in outputs.iter().zip(per_batch).enumerate() {
         metric.update(output)?;
@@ -195,7 +198,11 @@ fn same(ours: &MetricValue, theirs: &Value, relative: f64) -> Result<Result<(), 
         MetricValue::Tensor(tensor) => tensor.size(),
         // ignite's value is a list of vectors. Each is compared with ours, its length included.
         MetricValue::Named(parts) => {
-            for ((name, part), theirs) in parts.iter().zip(array(theirs)?) {
+            let theirs = array(theirs)?;
+            if parts.len() != theirs.len() {
+                return Ok(Err(format!("{} parts instead of {}", parts.len(), theirs.len())));
+            }
+            for ((name, part), theirs) in parts.iter().zip(theirs) {
                 if let Err(difference) = same(part, theirs, relative)? {
                     return Ok(Err(format!("{name}: {difference}")));
                 }

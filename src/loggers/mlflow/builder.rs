@@ -104,6 +104,7 @@ impl MLflowBuilder {
             id: id.to_owned(),
             queue,
             worker: Mutex::new(Some(worker)),
+            until: Mutex::default(),
             steps: Mutex::new(Steps::of(&run)),
         }));
         self.tags.iter().for_each(|(name, value)| logger.set_tag(name, value));

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -73,6 +73,8 @@ struct Run {
     id: String,
     queue: Arc<Queue>,
     worker: Mutex<Option<JoinHandle<()>>>,
+    /// How long the end of a run that `terminate` ends may wait. COMPLETED may follow TERMINATE, and both are one end.
+    until: Mutex<Option<Instant>>,
     steps: Mutex<Steps>,
 }
 
@@ -275,9 +277,12 @@ impl<C, B, O> Handler<C, B, O> for MLflowLogger {
     ) -> anyhow::Result<()> {
         let queue = &self.0.queue;
         queue.set_failed(event == Event::ExceptionRaised);
-        // COMPLETED may follow TERMINATE, and then nothing is left to wait for.
+        let mut until = self.0.until.lock().unwrap_or_else(PoisonError::into_inner);
+        let begun = until.take().filter(|_| event == Event::Completed);
         if event != Event::Started {
-            queue.wait(AT_THE_END);
+            let end = begun.unwrap_or_else(|| Instant::now() + AT_THE_END);
+            queue.wait(end);
+            *until = (event == Event::Terminate).then_some(end);
         }
         // A run that fails has no summary for a warning.
         if !matches!(event, Event::Started | Event::ExceptionRaised)

@@ -1,4 +1,4 @@
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -35,6 +35,14 @@ impl Item {
         match self {
             Self::Artifact(_, bytes) => bytes.len(),
             _ => 0,
+        }
+    }
+
+    /// The name of a parameter or tag, of which a run has one.
+    fn unique_name(&self) -> Option<&str> {
+        match self {
+            Self::Param(name, _) | Self::Tag(name, _) => Some(name),
+            _ => None,
         }
     }
 }
@@ -147,9 +155,8 @@ impl Queue {
         if news { state.trouble() } else { None }
     }
 
-    /// Waits until everything is sent, at most this long.
-    pub(super) fn wait(&self, at_most: Duration) {
-        let until = Instant::now() + at_most;
+    /// Waits until everything is sent, or this time has come.
+    pub(super) fn wait(&self, until: Instant) {
         let mut state = self.state();
         state.hurry = true;
         self.changed.notify_all();
@@ -210,7 +217,8 @@ impl Queue {
         })
     }
 
-    /// Waits for the items of the next request, all of one kind. Returns `None` after the end.
+    /// Waits for the items of the next request, all of one kind, and each parameter and tag once, because MLflow
+    /// refuses a request that names one twice. Returns `None` after the end.
     fn next(&self) -> Option<Vec<Item>> {
         let mut state = self.state();
         let begun = Instant::now();
@@ -235,33 +243,43 @@ impl Queue {
             Some(Item::Artifact(..)) => 1,
             _ => PARAMS,
         };
-        let alike = |item: &&Item| Some(std::mem::discriminant(*item)) == kind;
-        let count = state.items.iter().take(most).take_while(alike).count();
+        let mut names = HashSet::new();
+        let alike = state.items.iter().take(most).take_while(|&item| {
+            let is_new = item.unique_name().is_none_or(|name| names.insert(name));
+            is_new && Some(std::mem::discriminant(item)) == kind
+        });
+        let count = alike.count();
         let batch: Vec<_> = state.items.drain(..count).collect();
         state.sending = count;
         state.bytes = state.bytes.saturating_sub(batch.iter().map(Item::bytes).sum());
         Some(batch)
     }
 
-    /// Tries the request until it succeeds, is refused, or there is no time left.
-    fn send(&self, batch: &[Item], request: impl Fn(&[Item]) -> Result<Value, Failure>) {
+    /// Tries the request until it succeeds, is refused, or there is no time left. A refused request is sent again in two
+    /// halves, so that in the end only the items that the server objects to are lost.
+    fn send(&self, batch: &[Item], request: impl Fn(&[Item]) -> Result<Value, Failure> + Copy) {
         let mut pause = Duration::from_millis(250);
-        loop {
+        // Nothing is under way any more where the rest was given up at the end.
+        while self.state().sending > 0 {
             let answer = request(batch);
             let mut state = self.state();
             match answer {
-                Ok(_) => {
-                    state.sending = 0;
+                _ if state.sending == 0 => return,
+                Err(failure) if !failure.passes && batch.len() > 1 => {
+                    drop(state);
+                    let (first, second) = batch.split_at(batch.len() / 2);
+                    self.send(first, request);
+                    return self.send(second, request);
+                }
+                Err(failure) if failure.passes => state.reason = failure.reason,
+                answer => {
+                    state.sending = state.sending.saturating_sub(batch.len());
+                    if let Err(failure) = answer {
+                        state.lose(batch.len(), failure.reason);
+                    }
                     self.changed.notify_all();
                     return;
                 }
-                Err(failure) if !failure.passes => {
-                    let lost = std::mem::take(&mut state.sending);
-                    state.lose(lost, failure.reason);
-                    self.changed.notify_all();
-                    return;
-                }
-                Err(failure) => state.reason = failure.reason,
             }
             pause = (pause * 2).min(PAUSE);
             let again = Instant::now() + pause;

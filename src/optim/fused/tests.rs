@@ -389,6 +389,35 @@ fn skipped_steps_leave_everything_as_it_was() {
     }
 }
 
+/// A parameter whose state has other strides goes to the loop, which does not know of `found_inf`.
+#[test]
+fn a_step_that_is_skipped_is_skipped_by_the_loop_too() {
+    for config in [0., 0.9] {
+        let vs = VarStore::new(Device::Cpu);
+        let other = vs.root().add("other", values(&[3], 1., Float), true);
+        let mut p = vs.root().add("p", values(&[4, 5], 2., Float), true);
+        let adam = nn::Adam { beta1: config, ..nn::Adam::default() };
+        let optimizer = Optimizer::builder(adam, &vs).build().unwrap();
+        set_mode(&optimizer, Mode::Kernels);
+        let step = |p: &Tensor, number: f64, found: f32| {
+            set_gradient(&other, Some(&(other.ones_like() * number))).unwrap();
+            set_gradient(p, Some(&(p.detach().ones_like() * number))).unwrap();
+            optimizer.update(None, Some(&Tensor::from_slice(&[found]))).unwrap();
+        };
+        step(&p, 1., 0.);
+        p.set_data(&values(&[5, 4], 2., Float).tr());
+        let before = (p.detach().copy(), other.detach().copy());
+        step(&p, f64::INFINITY, 1.);
+        assert_eq!((p.detach().copy(), other.detach().copy()), before);
+        step(&p, 1., 0.);
+        assert_ne!(p.detach().copy(), before.0);
+        let steps = |name| optimizer.state(name).unwrap().into_iter().find(|(n, _)| *n == "step");
+        for name in ["p", "other"] {
+            assert_eq!(steps(name).unwrap().1.double_value(&[]), 2.);
+        }
+    }
+}
+
 #[test]
 fn state_saved_by_the_one_goes_on_with_the_other() {
     for (first, then) in [(Mode::Fused, Mode::Loop), (Mode::Loop, Mode::Fused)] {

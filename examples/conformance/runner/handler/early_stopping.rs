@@ -53,6 +53,9 @@ fn by_rule(config: &Value, nan_is_better: bool) -> Result<Vec<Step>> {
 }
 
 fn same(what: &str, ours: &[Step], theirs: &[Step]) -> Result<(), String> {
+    if ours.len() != theirs.len() {
+        return Err(format!("{what}: {} scores instead of {}", ours.len(), theirs.len()));
+    }
     let bits = |step: &Step| (step.0, step.1.map(f64::to_bits));
     match ours.iter().zip(theirs).position(|(a, b)| bits(a) != bits(b)) {
         Some(i) => Err(format!("{what}[{i}]: {:?} instead of {:?}", ours[i], theirs[i])),
