@@ -10,6 +10,7 @@ use serde_json::{Map, Value as Json};
 use tch::{Device, Tensor, kind, nn};
 use tch_ignite::optim::{Optimizer, OptimizerBuilder, lr};
 use tch_ignite::pytorch::{self, DType, StoredTensor, Value, Weights};
+use tch_ignite::schedule::{OneCycleLR, Schedule};
 
 /// Paths, and what was different there.
 pub type Cases = Vec<(String, Result<(), String>)>;
@@ -123,6 +124,12 @@ pub fn handover(file: &Path) -> Result<Option<Cases>> {
     for (index, batch) in batches.iter().enumerate().skip(begin) {
         let rates: Vec<f64> = serde_json::from_value(json["lrs"][index].clone())?;
         optimizer.groups()?.iter().zip(rates).try_for_each(|(group, rate)| group.set_lr(rate))?;
+        // The JSON has no momenta; those of Python's OneCycleLR are cycled too.
+        if let (Some("onecycle"), Ok(knob)) = (json["scheduler"].as_str(), optimizer.knob("beta1"))
+        {
+            let cycle = OneCycleLR::new(0.05, batches.len() as u64).momentum(0.85, 0.95);
+            knob.set(cycle.at(index as u64))?;
+        }
         let x: Vec<Vec<f64>> = serde_json::from_value(batch["x"].clone())?;
         let y: Vec<i64> = serde_json::from_value(batch["y"].clone())?;
         let x = Tensor::from_slice2(&x);
