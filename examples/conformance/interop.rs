@@ -13,7 +13,7 @@ use tch_ignite::engine::{Trainer, Until};
 use tch_ignite::optim::{Optimizer, OptimizerBuilder, lr};
 use tch_ignite::pytorch::{self, DType, Layout, Names, StoredTensor, TrainingFile, Value};
 use tch_ignite::schedule::{
-    AnySchedule, CosineAnnealing, ParamScheduler, ReduceLROnPlateauScheduler,
+    AnySchedule, CosineAnnealing, OneCycleLR, ParamScheduler, ReduceLROnPlateauScheduler, Schedule,
 };
 
 /// The path of each value, with the difference found there, if any.
@@ -139,6 +139,12 @@ pub fn handover(file: &Path) -> Result<Option<Cases>> {
         }
         for (group, rate) in optimizer.groups()?.iter().zip(rates) {
             worst_rate = worst_rate.max((group.lr()? - rate).abs());
+        }
+        // The JSON has no momenta; those of Python's OneCycleLR are cycled too.
+        if let (Some("onecycle"), Ok(knob)) = (json["scheduler"].as_str(), optimizer.knob("beta1"))
+        {
+            let cycle = OneCycleLR::new(0.05, batches.len() as u64).momentum(0.85, 0.95);
+            knob.set(cycle.at(index as u64))?;
         }
         let x: Vec<Vec<f64>> = serde_json::from_value(batch["x"].clone())?;
         let y: Vec<i64> = serde_json::from_value(batch["y"].clone())?;

@@ -83,9 +83,19 @@ constexpr size_t DEFAULTS = SIZE_MAX;
 
 Tensor* copy(const Tensor& tensor) { return tensor.defined() ? new Tensor(tensor) : nullptr; }
 
-// The rule of one of our own optimizers.
-const tig::OwnRule& own_rule(Optimizer* optimizer) {
-  return tig::rule_of(static_cast<const tig::OwnOptions&>(optimizer->defaults()).algorithm);
+// The rule by which one of our own optimizers steps a parameter.
+const tig::OwnRule& own_rule(Optimizer* optimizer, const Tensor* parameter) {
+  const auto algorithm_of = [](const OptimizerOptions& options) {
+    return static_cast<const tig::OwnOptions&>(options).algorithm;
+  };
+  const auto& groups = optimizer->param_groups();
+  const Algorithm most = algorithm_of(optimizer->defaults());
+  for (const auto& group : groups) {
+    if (algorithm_of(group.options()) == most) continue;
+    for (const Tensor& p : group.params())
+      if (p.is_same(*parameter)) return tig::rule_of(algorithm_of(group.options()));
+  }
+  return tig::rule_of(most);
 }
 
 }  // namespace
@@ -126,6 +136,19 @@ int tig_own_new(int algorithm, const int* hypers, const double* values, size_t c
     tig::rule_of(options.algorithm);  // throws if there is none
     for (size_t i = 0; i < count; ++i) options[abi::of<Hyper>(hypers[i])] = values[i];
     *made = new tig::OwnOptimizer(options);
+  });
+}
+
+// Gives a group of one of our own optimizers an algorithm, with all its `count` hyper-parameters.
+int tig_set_algorithm(Optimizer* optimizer, int kind, size_t group, int algorithm, const int* hypers,
+                      const double* values, size_t count, char** error) {
+  return guarded(error, [&] {
+    if (abi::of<Class>(kind) != Class::Own) throw std::invalid_argument("this class has one algorithm");
+    auto options = std::make_unique<tig::OwnOptions>();
+    options->algorithm = abi::of<Algorithm>(algorithm);
+    tig::rule_of(options->algorithm);  // throws if there is none
+    for (size_t i = 0; i < count; ++i) (*options)[abi::of<Hyper>(hypers[i])] = values[i];
+    optimizer->param_groups().at(group).set_options(std::move(options));
   });
 }
 
@@ -244,7 +267,7 @@ int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* foun
         break;
       case Class::Own:
         if (auto s = state_of<tig::OwnState>(optimizer, parameter)) {
-          const auto& rule = own_rule(optimizer);
+          const auto& rule = own_rule(optimizer, parameter);
           *found = 1;
           if (rule.counts) *step = s->step;
           for (int i = 0; i < rule.tensors; ++i) tensors[i] = copy(s->tensors[i]);
@@ -286,7 +309,7 @@ int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64
         return set(std::move(s));
       }
       case Class::Own: {
-        const auto& rule = own_rule(optimizer);
+        const auto& rule = own_rule(optimizer, parameter);
         auto s = std::make_unique<tig::OwnState>();
         s->step = std::max<int64_t>(step, 0);
         for (int i = 0; i < rule.tensors; ++i) s->tensors[i] = tensor(i);

@@ -58,7 +58,7 @@ impl Drop for Plan {
 
 impl Native {
     /// Makes one step. The gradients count `factor` times, and nothing happens if `found_inf` is not 0. Both
-    /// are tensors of one element. `found_inf` on a device is read (a host sync) only for RMSprop, for a first step of
+    /// are tensors of one element. `found_inf` on a device is read (a host sync) only for RMSprop and our own, a first step of
     /// SGD with dampening, and if the fused kernels cannot step all parameters; `factor`, if a parameter is on the CPU.
     pub(crate) fn step(
         &mut self,

@@ -84,6 +84,16 @@ unsafe extern "C" {
     ) -> c_int;
     fn tig_group_count(optimizer: Raw) -> usize;
     fn tig_reserve_groups(optimizer: Raw, count: usize, error: *mut *mut c_char) -> c_int;
+    fn tig_set_algorithm(
+        optimizer: Raw,
+        kind: c_int,
+        group: usize,
+        algorithm: c_int,
+        hypers: *const c_int,
+        values: *const f64,
+        count: usize,
+        error: *mut *mut c_char,
+    ) -> c_int;
     fn tig_get(
         optimizer: Raw,
         kind: c_int,
@@ -359,6 +369,36 @@ impl Native {
     /// Sets an option of groups that do not exist yet.
     pub(crate) fn set_default(&mut self, option: Hyper, value: f64) -> Result<(), BridgeError> {
         self.set(usize::MAX, option, value)
+    }
+
+    /// Whether groups may have algorithms of their own.
+    pub(crate) fn takes_algorithms(&self) -> bool {
+        self.class == Class::Own
+    }
+
+    /// Gives a group an algorithm, with all its hyper-parameters.
+    pub(crate) fn set_algorithm(
+        &mut self,
+        group: usize,
+        algorithm: Algorithm,
+        hypers: &[(Hyper, f64)],
+    ) -> Result<(), BridgeError> {
+        self.settle()?;
+        let (numbers, values): (Vec<c_int>, Vec<f64>) =
+            hypers.iter().map(|(hyper, value)| (*hyper as c_int, *value)).unzip();
+        // SAFETY: see above; both lists have the given length, and the C++ side checks all numbers.
+        checked(|error| unsafe {
+            tig_set_algorithm(
+                self.raw.as_ptr(),
+                self.class as c_int,
+                group,
+                algorithm as c_int,
+                numbers.as_ptr(),
+                values.as_ptr(),
+                values.len(),
+                error,
+            )
+        })
     }
 
     /// The parameters of a group, in libtorch's order.

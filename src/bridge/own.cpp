@@ -5,20 +5,22 @@
 namespace tig {
 namespace {
 
+using Kernel = Rule (*)(const OwnOptions&);
+
 template <typename R>
-OwnRule rule_with(bool has_kernel, Rule kernel) {
-  return {R::name, R::tensors, R::numbers, R::counts, R::shaped_like_parameter, R::sparse, has_kernel, kernel,
-          R::begin, R::refused, R::prepare, R::loop};
+OwnRule rule_with(Kernel kernel) {
+  return {R::name,   R::tensors, R::last_for, R::numbers, R::counts, R::shaped_like_parameter, R::sparse, kernel,
+          R::begin, R::refused, R::prepare,  R::loop};
 }
 
-// The one-pass rule of an algorithm; Rule::Lerp, which is not used, where there is none.
-constexpr Rule NO_KERNEL = Rule::Lerp;
-constexpr Rule kernel_of(Algorithm algorithm) {
+// The kernel of an algorithm; null where there is none.
+Kernel kernel_of(Algorithm algorithm) {
 #define TIG_KERNEL_CASE(NAME) \
-  case Algorithm::NAME: return Rule::NAME;
+  case Algorithm::NAME: return [](const OwnOptions&) { return Rule::NAME; };
   switch (algorithm) {
     TIG_OWN_KERNELS(TIG_KERNEL_CASE)
-    default: return NO_KERNEL;
+    case Algorithm::AdamW: return rules::AdamW::kernel;
+    default: return nullptr;
   }
 #undef TIG_KERNEL_CASE
 }
@@ -26,11 +28,10 @@ constexpr Rule kernel_of(Algorithm algorithm) {
 }  // namespace
 
 const OwnRule& rule_of(Algorithm algorithm) {
-#define TIG_RULE_CASE(NAME)                                                                    \
-  case Algorithm::NAME: {                                                                      \
-    constexpr Rule kernel = kernel_of(Algorithm::NAME);                                        \
-    static const OwnRule rule = rule_with<rules::NAME>(kernel != NO_KERNEL, kernel);           \
-    return rule;                                                                               \
+#define TIG_RULE_CASE(NAME)                                                            \
+  case Algorithm::NAME: {                                                              \
+    static const OwnRule rule = rule_with<rules::NAME>(kernel_of(Algorithm::NAME));    \
+    return rule;                                                                       \
   }
   switch (algorithm) {
     TIG_OWN_RULES(TIG_RULE_CASE)
@@ -43,7 +44,7 @@ std::unique_ptr<OwnState> make_state(const Tensor& p, const OwnOptions& options)
   const OwnRule& rule = rule_of(options.algorithm);
   auto state = std::make_unique<OwnState>();
   if (rule.shaped_like_parameter)
-    for (int i = 0; i < rule.tensors; ++i) state->tensors[i] = at::zeros_like(p);
+    for (int i = 0; i < rule.count(options); ++i) state->tensors[i] = at::zeros_like(p);
   rule.begin(*state, p, options);
   return state;
 }

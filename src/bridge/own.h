@@ -56,6 +56,9 @@ struct RuleDefaults {
   // How many `numbers` a parameter's state has. If it has some, parameters do not share `k`.
   static constexpr int numbers = 0;
 
+  // The hyper-parameter that is not 0 while the state has its last tensor; Lr if it always has.
+  static constexpr Hyper last_for = Hyper::Lr;
+
   // Whether the count of steps is a part of the state.
   static constexpr bool counts = true;
 
@@ -72,16 +75,19 @@ struct RuleDefaults {
 struct OwnRule {
   const char* name;
   int tensors;
+  Hyper last_for;
   int numbers;
   bool counts;
   bool shaped_like_parameter;
   bool sparse;  // whether it takes sparse gradients
-  bool has_kernel;
-  Rule kernel;
+  Rule (*kernel)(const OwnOptions&);  // null where it has none
   void (*begin)(OwnState&, const Tensor& p, const OwnOptions&);
   std::string (*refused)(const Tensor& p, const Tensor& g, const OwnState*, const OwnOptions&);
   Numbers (*prepare)(const OwnOptions&, int64_t step, OwnState&);
   void (*loop)(const Tensor& p, const Tensor& g, OwnState&, const Numbers& k, const OwnOptions&);
+
+  // How many tensors a parameter's state has with these options.
+  int count(const OwnOptions& o) const { return tensors - (last_for != Hyper::Lr && !o.on(last_for) ? 1 : 0); }
 };
 
 // The rule of an algorithm; throws for those that are libtorch's own.

@@ -146,7 +146,7 @@ struct OwnRules {
   using Options = OwnOptions;
   using State = OwnState;
   static constexpr bool kernels = false, kernels_skip = false;
-  static bool in_pass(const Options& o) { return rule_of(o.algorithm).has_kernel; }
+  static bool in_pass(const Options& o) { return rule_of(o.algorithm).kernel != nullptr; }
   static int64_t* steps(State& s) { return &s.step; }
   static bool shares_numbers(const Options& o) { return rule_of(o.algorithm).numbers == 0; }
 
@@ -157,7 +157,7 @@ struct OwnRules {
     if (p.layout() != at::kStrided) return name + " does not support sparse parameters";
     if (g.layout() != at::kStrided && !(rule.sparse && g.is_sparse()))
       return name + " does not support " + (g.is_sparse() ? "sparse gradients" : "gradients of this layout");
-    for (int i = 0; state && rule.shaped_like_parameter && i < rule.tensors; ++i)
+    for (int i = 0; state && rule.shaped_like_parameter && i < rule.count(o); ++i)
       if (state->tensors[i].defined() && state->tensors[i].layout() != at::kStrided)
         return "the optimizer's state of it is sparse";
     return rule.refused(p, g, state, o);
@@ -170,11 +170,11 @@ struct OwnRules {
   static StateTensors tensors(const State& s, const Options& o) {
     const OwnRule& rule = rule_of(o.algorithm);
     StateTensors tensors{};
-    for (int i = 0; rule.shaped_like_parameter && i < rule.tensors; ++i) tensors[i] = &s.tensors[i];
+    for (int i = 0; rule.shaped_like_parameter && i < rule.count(o); ++i) tensors[i] = &s.tensors[i];
     return tensors;
   }
 
-  static Rule rule(const Options& o, bool) { return rule_of(o.algorithm).kernel; }
+  static Rule rule(const Options& o, bool) { return rule_of(o.algorithm).kernel(o); }
 
   static Numbers numbers(const Options& o, int64_t steps, torch::optim::OptimizerParamState* state) {
     return rule_of(o.algorithm).prepare(o, steps, static_cast<State&>(*state));

@@ -3,6 +3,7 @@ use tch::nn::{self, OptimizerConfig, VarStore};
 use super::Optimizer;
 use super::grouping::{GroupRule, Grouping, unnamed};
 use super::hyper::Hyper;
+use crate::bridge::Algorithm;
 use crate::error::{Error, Result};
 
 /// The hyper-parameters of one group that differ from the optimizer's.
@@ -14,6 +15,8 @@ use crate::error::{Error, Result};
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct GroupOptions {
+    /// The algorithm of the group, where it is not that of the optimizer.
+    algorithm: Option<Algorithm>,
     values: Vec<(Hyper, f64)>,
 }
 
@@ -26,6 +29,16 @@ impl GroupOptions {
     /// Options that change nothing yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    pub(super) fn of(algorithm: Algorithm) -> Self {
+        Self { algorithm: Some(algorithm), values: vec![] }
+    }
+
+    /// Options of a group that AdamW steps, in an optimizer of another algorithm, such as [`Muon`](super::Muon): PyTorch's
+    /// defaults, also for the learning rate, but for what is set. See [`OptimizerBuilder::group`].
+    pub fn adamw() -> Self {
+        Self::of(Algorithm::AdamW)
     }
 
     fn with(mut self, hyper: Hyper, value: f64) -> Self {
@@ -190,13 +203,14 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
         Self { config, vs, lr: 1e-3, options: GroupOptions::new(), groups: vec![], names: vec![] }
     }
 
-    /// The learning rate of groups that do not set their own: 1e-3 unless given, as in PyTorch.
+    /// The learning rate of groups that do not set their own: 1e-3 unless given, as in PyTorch. Groups with an algorithm
+    /// of their own have that one's.
     pub fn lr(mut self, lr: f64) -> Self {
         self.lr = lr;
         self
     }
 
-    /// Sets hyper-parameters of all groups that do not set their own.
+    /// Sets hyper-parameters of all groups that do not set their own, and have no algorithm of their own.
     ///
     /// ```
     /// use tch::{Device, nn};
@@ -215,6 +229,32 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
     }
 
     /// Adds a parameter group: all variables for whose name (`"conv1.weight"`) `contains` returns true.
+    ///
+    /// A group may be stepped by another algorithm than the others: its options begin with that one's name. tch's own
+    /// four optimizers (`Optimizer::adamw` and so on) cannot have such groups: begin with one of the others.
+    ///
+    /// ```
+    /// use tch::{Device, nn};
+    /// use tch_ignite::optim::{GroupOptions, Optimizer, is_matrix};
+    ///
+    /// let vs = nn::VarStore::new(Device::Cpu);
+    /// let root = vs.root();
+    /// nn::embedding(&root / "embedding", 50, 8, Default::default());
+    /// nn::linear(&root / "hidden", 8, 8, Default::default());
+    /// let (matrix, other) = (is_matrix(&vs), is_matrix(&vs));
+    /// let optimizer = Optimizer::muon(&vs)
+    ///     .lr(0.02)
+    ///     .group("hidden", move |name| matrix(name) && !name.starts_with("embedding"), GroupOptions::new())
+    ///     .group(
+    ///         "others",
+    ///         move |name| !other(name) || name.starts_with("embedding"),
+    ///         GroupOptions::adamw().lr(3e-4).weight_decay(0.),
+    ///     )
+    ///     .build()?;
+    /// assert_eq!(optimizer.group("hidden")?.parameters()?, ["hidden.weight"]);
+    /// assert_eq!(optimizer.group("others")?.algorithm(), "AdamW");
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
     ///
     /// Variables that are added to the store after [`build`](Self::build) are put into groups by the same rules. The
     /// numbers of tch's `Path::set_group` are ignored, and stay as they are. A parameter with several names is in the
@@ -255,7 +295,13 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
             true => Grouping::Numbers(named_numbers(self.names)?),
             false => Grouping::Rules(named_once(rules)?),
         };
-        let optimizer = Optimizer::assemble(&self.config, self.vs, self.lr, grouping)?;
+        if self.options.algorithm.is_some() {
+            return Err(Error::invalid(
+                "`options` cannot name an algorithm: begin with that one (`Optimizer::muon(&vs)`)",
+            ));
+        }
+        let algorithms: Vec<_> = options.iter().map(|options| options.algorithm).collect();
+        let optimizer = Optimizer::assemble(&self.config, self.vs, self.lr, grouping, &algorithms)?;
         for &(hyper, value) in &self.options.values {
             optimizer.set_everywhere(hyper.name(), value)?;
         }

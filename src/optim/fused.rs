@@ -22,9 +22,10 @@ impl Optimizer {
     /// Fused steps of f32 and f64 parameters follow libtorch's order of operations and agree with the loop
     /// to the last bits; f16 and bf16 are computed in f32 and rounded once for each value, where the loop
     /// rounds after every operation. On the CPU a step is one pass over all parameters in one parallel region;
-    /// on CUDA it calls libtorch's fused kernels (RMSprop: foreach kernels). A parameter that neither of these
-    /// can handle goes through the loop: sparse gradients, gradients of another type or with other strides than
-    /// the parameter, memory that is not dense. If the loop cannot step it either (a sparse gradient under
+    /// on CUDA it calls libtorch's fused kernels (RMSprop: foreach kernels; optimizers that tch does not have: their loop).
+    /// A parameter that neither of these can handle goes through the loop: sparse gradients, gradients of another type or
+    /// with other strides than the parameter, memory that is not dense, and all those of [`Muon`](super::Muon),
+    /// [`Adafactor`](super::Adafactor) and [`SparseAdam`](super::SparseAdam), which are not element-wise. If the loop cannot step it either (a sparse gradient under
     /// Adam), the step is an error that names the parameter, before any parameter is stepped.
     ///
     /// ```

@@ -2,6 +2,7 @@ use std::fmt;
 
 use super::hyper::Hyper;
 use super::{Knob, Optimizer};
+use crate::bridge::Algorithm;
 use crate::error::Result;
 use crate::variables::Variable;
 
@@ -31,13 +32,23 @@ impl Group {
         self.optimizer.shared.grouping.name(self.index)
     }
 
+    /// PyTorch's name of the algorithm that steps the group's parameters: the optimizer's, unless the group was built with
+    /// one of its own.
+    pub fn algorithm(&self) -> &'static str {
+        self.own_algorithm().name()
+    }
+
+    pub(super) fn own_algorithm(&self) -> Algorithm {
+        self.optimizer.algorithm(self.index)
+    }
+
     /// The value of the hyper-parameter with this PyTorch name (`"lr"`, `"weight_decay"`, …; `"beta1"`
     /// and `"beta2"` for the two betas). Booleans are 0 and 1.
     ///
     /// # Errors
     /// The optimizer has no such hyper-parameter.
     pub fn get(&self, hyper: &str) -> Result<f64> {
-        self.get_hyper(self.optimizer.shared.algorithm.hyper(hyper)?)
+        self.get_hyper(self.own_algorithm().hyper(hyper)?)
     }
 
     /// Sets the hyper-parameter with this name; for names see [`get`](Self::get).
@@ -45,7 +56,7 @@ impl Group {
     /// # Errors
     /// The optimizer has no such hyper-parameter, or the value is outside its bounds.
     pub fn set(&self, hyper: &str, value: f64) -> Result<()> {
-        self.set_hyper(self.optimizer.shared.algorithm.hyper(hyper)?, value)
+        self.set_hyper(self.own_algorithm().hyper(hyper)?, value)
     }
 
     /// A hyper-parameter of this group as a [`Knob`], which a scheduler can drive.
@@ -65,7 +76,7 @@ impl Group {
     /// # Errors
     /// The optimizer has no such hyper-parameter.
     pub fn knob(&self, hyper: &str) -> Result<Knob> {
-        let hyper = self.optimizer.shared.algorithm.hyper(hyper)?;
+        let hyper = self.own_algorithm().hyper(hyper)?;
         Ok(Knob::of_groups(self.optimizer.clone(), Some(self.index), hyper))
     }
 
@@ -277,7 +288,7 @@ impl Group {
 impl fmt::Debug for Group {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut debug = f.debug_struct(&self.name());
-        for hyper in self.optimizer.shared.algorithm.hypers() {
+        for hyper in self.own_algorithm().hypers() {
             if let Ok(value) = self.get_hyper(hyper) {
                 debug.field(hyper.name(), &value);
             }

@@ -1,4 +1,5 @@
-//! libtorch's own optimizers, with named parameter groups and every hyper-parameter readable.
+//! libtorch's own optimizers, and those of PyTorch that libtorch lacks, with named parameter groups and every
+//! hyper-parameter readable.
 //!
 //! [`Optimizer`] wraps `tch::nn::Optimizer`. [`Group`] reads and writes the values that libtorch uses: there
 //! is no second copy, so values that are set through tch are seen here, and the other way round.
@@ -34,7 +35,7 @@ pub use group::Group;
 pub use knob::Knob;
 pub(crate) use knob::Reduction;
 pub use layerwise::layerwise_lr_decay;
-pub use param_groups::is_bias_or_norm;
+pub use param_groups::{is_bias_or_norm, is_matrix};
 pub(crate) use parameters::Parameters;
 pub use snapshot::OptimizerSnapshot;
 pub(crate) use snapshot::StoreSnapshot;
@@ -51,8 +52,8 @@ const NAMES_LISTED: usize = 8;
 
 /// An optimizer with named parameter groups. Clones share one libtorch optimizer.
 ///
-/// Built by [`Optimizer::builder`] from tch's settings (`nn::sgd(..)`, `nn::Adam::default()`, …), before or after the
-/// variables of the store are made: each call that needs parameters first adds new variables to the optimizer. A tensor
+/// Built by [`Optimizer::builder`] from tch's settings (`nn::sgd(..)`, `nn::Adam::default()`, …) or by the method of its
+/// name ([`Optimizer::lion`], [`Optimizer::nadam`], …), before or after the variables of the store are made: each call that needs parameters first adds new variables to the optimizer. A tensor
 /// with several names in the store (tied weights) is one parameter, known by the first name in alphabetical order.
 /// Every call takes an uncontended lock (about 10 ns), and no lock is held while user code runs.
 ///
@@ -66,6 +67,8 @@ pub struct Optimizer {
 
 struct Shared {
     algorithm: Algorithm,
+    /// The algorithm of each group that has options of its own.
+    by_group: Vec<Algorithm>,
     /// `None` while `with_tch` lends the optimizer out.
     native: Mutex<Option<Native>>,
     grouping: Grouping,
@@ -107,6 +110,7 @@ impl Optimizer {
         vs: &VarStore,
         lr: f64,
         grouping: Grouping,
+        algorithms: &[Option<Algorithm>],
     ) -> Result<Self> {
         let variables = &vs.variables_;
         // The variables get their own group numbers back when `grouped` is dropped, after tch has read ours.
@@ -140,10 +144,30 @@ impl Optimizer {
                 value.map_err(|text| Error::libtorch("cannot build the optimizer", text))?,
             )?;
         }
+        let mut by_group = vec![];
+        for (index, algorithm) in algorithms.iter().enumerate() {
+            let algorithm = algorithm.unwrap_or(native.algorithm);
+            by_group.push(algorithm);
+            if algorithm == native.algorithm {
+                continue;
+            }
+            if !native.takes_algorithms() {
+                return Err(Error::invalid(format!(
+                    "group '{}' is to be stepped by {}, and {} is of libtorch and has one algorithm: begin with one that is not, such as Optimizer::muon(&vs), and give the other groups GroupOptions::adamw()",
+                    grouping.name(index),
+                    algorithm.name(),
+                    native.algorithm.name()
+                )));
+            }
+            native
+                .set_algorithm(index, algorithm, algorithm.description().hypers)
+                .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
+        }
         grouped.warn_of_tied();
         Ok(Self {
             shared: Arc::new(Shared {
                 algorithm: native.algorithm,
+                by_group,
                 native: Mutex::new(Some(native)),
                 grouping,
                 added: AtomicUsize::new(grouped.until()),
@@ -162,7 +186,7 @@ impl Optimizer {
         }
     }
 
-    /// PyTorch's name of the optimizer, such as `"AdamW"`.
+    /// PyTorch's name of the optimizer, such as `"AdamW"`; of the one that it was begun with if groups have others.
     pub fn name(&self) -> &'static str {
         self.shared.algorithm.name()
     }
@@ -214,10 +238,13 @@ impl Optimizer {
     /// exist then; reading it gives the first group's value.
     ///
     /// # Errors
-    /// The optimizer has no such hyper-parameter.
+    /// The optimizer, or the algorithm of a group, has no such hyper-parameter.
     pub fn knob(&self, hyper: &str) -> Result<Knob> {
-        let hyper = self.shared.algorithm.hyper(hyper)?;
-        Ok(Knob::of_groups(self.clone(), None, hyper))
+        let known = self.shared.algorithm.hyper(hyper)?;
+        for algorithm in &self.shared.by_group {
+            algorithm.hyper(hyper)?;
+        }
+        Ok(Knob::of_groups(self.clone(), None, known))
     }
 
     /// The number of groups, with the variables that the store has now.
@@ -238,17 +265,46 @@ impl Optimizer {
     }
 
     fn set_hyper(&self, group: usize, hyper: Hyper, value: f64) -> Result<()> {
-        self.native(|native| set_hyper(native, group, hyper, value))
+        let algorithm = self.algorithm(group);
+        self.native(|native| set_hyper(native, algorithm, group, hyper, value))
     }
 
     /// Sets a hyper-parameter of all groups, and of those that are to come.
     fn set_everywhere(&self, name: &str, value: f64) -> Result<()> {
         let hyper = self.shared.algorithm.hyper(name)?;
         for group in self.groups()? {
-            group.set_hyper(hyper, value)?;
+            if self.algorithm(group.index()) == self.shared.algorithm {
+                group.set_hyper(hyper, value)?;
+            }
         }
         let failed = |text| Error::libtorch(format!("setting {hyper}"), text);
         self.native(|native| native.set_default(hyper, value).map_err(failed))
+    }
+
+    /// The algorithm of a group.
+    fn algorithm(&self, group: usize) -> Algorithm {
+        self.shared.by_group.get(group).copied().unwrap_or(self.shared.algorithm)
+    }
+
+    /// The algorithm by which a parameter is stepped.
+    fn algorithm_of(&self, native: &Native, parameter: &Tensor) -> Result<Algorithm> {
+        let id = TensorId::of(parameter);
+        for (group, algorithm) in self.shared.by_group.iter().enumerate() {
+            if *algorithm == self.shared.algorithm {
+                continue;
+            }
+            let failed = |text| Error::libtorch("reading the group's parameters", text);
+            let parameters = native.parameters(group).map_err(failed)?;
+            if parameters.iter().any(|parameter| TensorId::of(parameter) == id) {
+                return Ok(*algorithm);
+            }
+        }
+        Ok(self.shared.algorithm)
+    }
+
+    /// Whether groups have different algorithms.
+    pub(crate) fn is_mixed(&self) -> bool {
+        self.shared.by_group.iter().any(|algorithm| *algorithm != self.shared.algorithm)
     }
 
     /// Whether the steps of each parameter are counted.
@@ -377,7 +433,7 @@ impl Optimizer {
             }
         };
         self.native(|native| {
-            let names = native.algorithm.state_names();
+            let names = self.algorithm_of(native, &tensor)?.state_names();
             let state = native
                 .state(&tensor)
                 .map_err(|text| Error::libtorch("reading the optimizer's state", text))?;
@@ -439,10 +495,16 @@ impl Optimizer {
 }
 
 /// Sets a hyper-parameter, and first adds the state tensor that it needs, if it is switched on.
-fn set_hyper(native: &mut Native, group: usize, hyper: Hyper, value: f64) -> Result<()> {
+fn set_hyper(
+    native: &mut Native,
+    algorithm: Algorithm,
+    group: usize,
+    hyper: Hyper,
+    value: f64,
+) -> Result<()> {
     hyper.check(value)?;
     let failed = |text| Error::libtorch(format!("setting {hyper} of group {group}"), text);
-    if let Some(buffer) = native.algorithm.buffer_of(hyper).filter(|_| value != 0.)
+    if let Some(buffer) = algorithm.buffer_of(hyper).filter(|_| value != 0.)
         && native.get(group, hyper).map_err(failed)? == 0.
     {
         native.add_buffer(group, buffer).map_err(failed)?;

@@ -34,6 +34,16 @@ pub fn is_bias_or_norm(vs: &VarStore) -> impl Fn(&str) -> bool + Send + 'static 
     move |name| names.contains(name)
 }
 
+/// Returns a predicate on names: true for the variables of the store that have two dimensions, which is what
+/// [`Muon`](super::Muon) steps. Its authors leave embeddings and the last layer to AdamW. Variables that are added to the
+/// store later are not known to the predicate.
+pub fn is_matrix(vs: &VarStore) -> impl Fn(&str) -> bool + Send + Sync + 'static {
+    let variables = locked(&vs.variables_);
+    let matrices = variables.named_variables.iter().filter(|(_, tensor)| tensor.dim() == 2);
+    let names: HashSet<String> = matrices.map(|(name, _)| name.clone()).collect();
+    move |name| names.contains(name)
+}
+
 impl Group {
     /// Stops the training of the group's parameters: backward computes no gradients for them, their present
     /// gradients are dropped, and steps skip them. Their state is kept for [`unfreeze`](Self::unfreeze).

@@ -66,7 +66,7 @@ impl Optimizer {
                 let value = native.get(group, hyper).map_err(failed)?;
                 Ok((hyper, value))
             };
-            let group = |index| native.algorithm.hypers().map(|h| hyper(index, h)).collect();
+            let group = |index| self.algorithm(index).hypers().map(|h| hyper(index, h)).collect();
             let hypers = (0..native.group_count()).map(group).collect::<Result<_>>()?;
             let mut states = vec![];
             for parameter in parameters {

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use super::{Group, Optimizer, TensorId};
-use crate::bridge::RawState;
+use crate::bridge::{Algorithm, RawState};
 use crate::error::{Error, Result};
 use crate::state::{IntoStateful, StateDict, Stateful};
 use crate::variables::Variable;
@@ -15,6 +15,9 @@ use crate::variables::Variable;
 #[derive(Serialize, Deserialize)]
 struct SavedGroup {
     name: String,
+    /// The group's algorithm, if it is not the optimizer's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    algorithm: Option<String>,
     options: BTreeMap<String, f64>,
     parameters: Vec<String>,
 }
@@ -47,8 +50,7 @@ impl Stateful for Optimizer {
         let mut saved = StateDict::new();
         let groups = self.groups()?.iter().map(saved_group).collect::<Result<Vec<_>>>()?;
         let (mut steps, mut frozen) = (BTreeMap::new(), vec![]);
-        let keys = self.shared.algorithm.state_names();
-        for Variable { name, tensor: parameter, .. } in self.named_parameters()? {
+        for (algorithm, Variable { name, tensor: parameter, .. }) in self.named_parameters()? {
             let failed = |text| Error::libtorch(format!("reading the state of '{name}'"), text);
             if !parameter.requires_grad() {
                 frozen.push(name.clone());
@@ -56,7 +58,7 @@ impl Stateful for Optimizer {
             let state = self.native(|native| native.state(&parameter).map_err(failed))?;
             let Some(state) = state else { continue };
             steps.insert(name.clone(), state.step);
-            for (key, tensor) in keys.iter().zip(state.tensors) {
+            for (key, tensor) in algorithm.state_names().iter().zip(state.tensors) {
                 if let Some(tensor) = tensor {
                     saved.set_tensor(&format!("{name}/{key}"), tensor);
                 }
@@ -113,7 +115,7 @@ impl Optimizer {
         let frozen: Vec<String> = state.value("frozen")?;
         let parameters = self.named_parameters()?;
         // A parameter with several names may have been saved under another one of them.
-        for parameter in &parameters {
+        for (_, parameter) in &parameters {
             for other in &parameter.other_names {
                 for name in saved.iter_mut().flat_map(|group| &mut group.parameters) {
                     if name == other {
@@ -125,18 +127,20 @@ impl Optimizer {
         let groups = self.groups()?;
         let mut fitting = Fitting::default();
         fitting.compare_groups(&saved, &groups)?;
-        for Variable { name, other_names, tensor: parameter, .. } in parameters {
+        for (algorithm, variable) in parameters {
+            let Variable { name, other_names, tensor: parameter, .. } = variable;
             let names = || std::iter::once(&name).chain(&other_names);
             let step = names().find_map(|name| steps.remove(name));
             let trains = !names().any(|name| frozen.contains(name));
             let is_saved = saved.iter().any(|group| group.parameters.contains(&name));
             let mut tensors = [None, None, None];
             let mut misfit = None;
-            for (place, key) in tensors.iter_mut().zip(self.shared.algorithm.state_names()) {
+            for (place, key) in tensors.iter_mut().zip(algorithm.state_names()) {
                 let tensor =
                     names().find_map(|name| state.tensors.remove(&format!("{name}/{key}")));
                 let Some(tensor) = tensor else { continue };
-                misfit = misfit.or_else(|| self.tensor_misfit(&name, key, &tensor, &parameter));
+                misfit =
+                    misfit.or_else(|| tensor_misfit(algorithm, &name, key, &tensor, &parameter));
                 *place = Some(tensor);
             }
             let has_tensors = tensors.iter().any(Option::is_some);
@@ -144,10 +148,10 @@ impl Optimizer {
             if misfit.is_none() {
                 misfit = match &step {
                     None if has_tensors => Some(format!("'{name}' has tensors but no step")),
-                    Some(_) if !self.shared.algorithm.has_needed(&tensors, &parameter.size()) => {
+                    Some(_) if !algorithm.has_needed(&tensors, &parameter.size()) => {
                         Some(format!("the state of '{name}' is not complete"))
                     }
-                    Some(step) if step.is_some() != self.shared.algorithm.counts_steps() => {
+                    Some(step) if step.is_some() != algorithm.counts_steps() => {
                         let has = if step.is_some() { "a" } else { "no" };
                         Some(format!("the state of '{name}' has {has} step count"))
                     }
@@ -173,7 +177,7 @@ impl Optimizer {
             if !is_saved {
                 continue;
             }
-            for (place, key) in tensors.iter_mut().zip(self.shared.algorithm.state_names()) {
+            for (place, key) in tensors.iter_mut().zip(algorithm.state_names()) {
                 if let Some(tensor) = place {
                     *tensor = placed_like(tensor, &parameter).map_err(|error| {
                         Error::libtorch(format!("loading '{name}/{key}'"), error)
@@ -239,8 +243,17 @@ impl Fitting {
             let Some(group) = groups.iter().find(|group| group.name() == saved.name) else {
                 continue;
             };
+            let algorithm = saved.algorithm.as_deref().unwrap_or(group.optimizer.name());
+            if algorithm != group.algorithm() {
+                self.misfits.push(format!(
+                    "group '{}' was stepped by {algorithm}, and is here by {}",
+                    saved.name,
+                    group.algorithm()
+                ));
+                continue;
+            }
             for (option, value) in &saved.options {
-                let known = group.optimizer.shared.algorithm.hyper(option);
+                let known = group.own_algorithm().hyper(option);
                 match known.and_then(|hyper| hyper.check(*value)) {
                     Ok(()) => self.options.push((group.clone(), option.clone(), *value)),
                     Err(error) => self.misfits.push(error.to_string()),
@@ -271,7 +284,7 @@ impl Optimizer {
     pub(super) fn note_as_built(&self) -> Result<()> {
         let mut built = Map::new();
         for group in self.groups()? {
-            for hyper in self.shared.algorithm.hypers() {
+            for hyper in group.own_algorithm().hypers() {
                 let value = group.get(hyper.name())?;
                 built.insert(format!("{}.{hyper}", group.name()), value.into());
             }
@@ -280,39 +293,44 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Why a saved tensor cannot be a part of the parameter's state.
-    fn tensor_misfit(
-        &self,
-        name: &str,
-        key: &str,
-        tensor: &Tensor,
-        parameter: &Tensor,
-    ) -> Option<String> {
-        let (size, kind) = (parameter.size(), parameter.kind());
-        let fitting = self.shared.algorithm.state_like(key, &size, kind);
-        if fitting.is_some_and(|fitting| fitting == (tensor.size(), tensor.kind())) {
-            return None;
+    /// The optimizer's parameters that have names, in libtorch's order, and their algorithms.
+    fn named_parameters(&self) -> Result<Vec<(Algorithm, Variable)>> {
+        let mut named = vec![];
+        for group in self.groups()? {
+            let parameters = group.variables()?.into_iter().filter(|own| !own.name.is_empty());
+            named.extend(parameters.map(|parameter| (group.own_algorithm(), parameter)));
         }
-        Some(format!(
-            "'{name}/{key}' is {:?} of shape {:?}, and the parameter is {kind:?} of shape {size:?}",
-            tensor.kind(),
-            tensor.size(),
-        ))
-    }
-
-    /// The optimizer's parameters that have names, in libtorch's order.
-    fn named_parameters(&self) -> Result<Vec<Variable>> {
-        let mut parameters = self.named_parameters_of(0..self.group_count()?)?;
-        parameters.retain(|parameter| !parameter.name.is_empty());
-        Ok(parameters)
+        Ok(named)
     }
 }
 
+/// Why a saved tensor cannot be a part of the parameter's state.
+fn tensor_misfit(
+    algorithm: Algorithm,
+    name: &str,
+    key: &str,
+    tensor: &Tensor,
+    parameter: &Tensor,
+) -> Option<String> {
+    let (size, kind) = (parameter.size(), parameter.kind());
+    let fitting = algorithm.state_like(key, &size, kind);
+    if fitting.is_some_and(|fitting| fitting == (tensor.size(), tensor.kind())) {
+        return None;
+    }
+    Some(format!(
+        "'{name}/{key}' is {:?} of shape {:?}, and the parameter is {kind:?} of shape {size:?}",
+        tensor.kind(),
+        tensor.size(),
+    ))
+}
+
 fn saved_group(group: &Group) -> Result<SavedGroup> {
-    let hypers = group.optimizer.shared.algorithm.hypers();
+    let hypers = group.own_algorithm().hypers();
+    let own = group.algorithm();
     let options = hypers.map(|h| Ok((h.name().to_owned(), group.get(h.name())?)));
     Ok(SavedGroup {
         name: group.name(),
+        algorithm: (own != group.optimizer.name()).then(|| own.to_owned()),
         options: options.collect::<Result<_>>()?,
         parameters: group.parameters()?,
     })

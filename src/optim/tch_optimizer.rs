@@ -2,7 +2,7 @@ use tch::Tensor;
 
 use super::hyper::Hyper;
 use super::{Optimizer, set_hyper};
-use crate::bridge::Native;
+use crate::bridge::{Algorithm, Native};
 use crate::error::Result;
 
 /// tch's optimizer, lent out by [`Optimizer::with_tch`](super::Optimizer::with_tch). It has the methods of tch's
@@ -32,31 +32,44 @@ impl<'o> TchOptimizer<'o> {
         }
     }
 
-    /// Sets a hyper-parameter of a group; of all groups and of those to come if `group` is `None`.
-    fn set(&mut self, group: Option<usize>, hyper: Result<Hyper>, value: f64) {
+    /// Sets a hyper-parameter of a group; of all groups that have it, and of those to come, if `group` is `None`.
+    fn set(
+        &mut self,
+        group: Option<usize>,
+        hyper: impl Fn(Algorithm) -> Result<Hyper>,
+        value: f64,
+    ) {
         self.admit_new();
-        let set = || -> Result<()> {
-            let hyper = hyper?;
-            let groups = group.map_or(0..self.native.group_count(), |group| group..group + 1);
-            for group in groups {
-                set_hyper(self.native, group, hyper, value)?;
-            }
-            if group.is_none() {
-                let failed = |text| crate::error::Error::libtorch(format!("setting {hyper}"), text);
-                self.native.set_default(hyper, value).map_err(failed)?;
-            }
-            Ok(())
-        };
-        set().unwrap_or_else(|error| panic!("{error}"));
+        self.try_set(group, hyper, value).unwrap_or_else(|error| panic!("{error}"));
     }
 
-    fn momentum(&self) -> Result<Hyper> {
-        let algorithm = self.native.algorithm;
-        algorithm.momentum().map_or_else(|| algorithm.hyper("momentum"), Ok)
-    }
-
-    fn hyper(&self, name: &str) -> Result<Hyper> {
-        self.native.algorithm.hyper(name)
+    fn try_set(
+        &mut self,
+        group: Option<usize>,
+        hyper: impl Fn(Algorithm) -> Result<Hyper>,
+        value: f64,
+    ) -> Result<()> {
+        if let Some(group) = group {
+            let algorithm = self.optimizer.algorithm(group);
+            return set_hyper(self.native, algorithm, group, hyper(algorithm)?, value);
+        }
+        let of_all = hyper(self.native.algorithm);
+        let mut found = of_all.is_ok();
+        for group in 0..self.native.group_count() {
+            let algorithm = self.optimizer.algorithm(group);
+            if let Ok(hyper) = hyper(algorithm) {
+                set_hyper(self.native, algorithm, group, hyper, value)?;
+                found = true;
+            }
+        }
+        match of_all {
+            Ok(hyper) => self
+                .native
+                .set_default(hyper, value)
+                .map_err(|text| crate::error::Error::libtorch(format!("setting {hyper}"), text)),
+            Err(_) if found => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// All trainable variables of the store.
@@ -95,33 +108,37 @@ impl<'o> TchOptimizer<'o> {
 
     /// Sets the learning rate of all groups.
     pub fn set_lr(&mut self, lr: f64) {
-        self.set(None, self.hyper("lr"), lr);
+        self.set(None, |algorithm| algorithm.hyper("lr"), lr);
     }
 
     /// Sets the learning rate of a group.
     pub fn set_lr_group(&mut self, group: usize, lr: f64) {
-        self.set(Some(group), self.hyper("lr"), lr);
+        self.set(Some(group), |algorithm| algorithm.hyper("lr"), lr);
     }
 
     /// Sets the momentum (where there are betas, beta1) of all groups.
-    pub fn set_momentum(&mut self, momentum: f64) {
-        self.set(None, self.momentum(), momentum);
+    pub fn set_momentum(&mut self, value: f64) {
+        self.set(None, momentum, value);
     }
 
     /// Sets the momentum (where there are betas, beta1) of a group.
-    pub fn set_momentum_group(&mut self, group: usize, momentum: f64) {
-        self.set(Some(group), self.momentum(), momentum);
+    pub fn set_momentum_group(&mut self, group: usize, value: f64) {
+        self.set(Some(group), momentum, value);
     }
 
     /// Sets the weight decay of all groups.
     pub fn set_weight_decay(&mut self, weight_decay: f64) {
-        self.set(None, self.hyper("weight_decay"), weight_decay);
+        self.set(None, |algorithm| algorithm.hyper("weight_decay"), weight_decay);
     }
 
     /// Sets the weight decay of a group.
     pub fn set_weight_decay_group(&mut self, group: usize, weight_decay: f64) {
-        self.set(Some(group), self.hyper("weight_decay"), weight_decay);
+        self.set(Some(group), |algorithm| algorithm.hyper("weight_decay"), weight_decay);
     }
+}
+
+fn momentum(algorithm: Algorithm) -> Result<Hyper> {
+    algorithm.momentum().map_or_else(|| algorithm.hyper("momentum"), Ok)
 }
 
 macro_rules! forwarded {

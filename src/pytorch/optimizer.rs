@@ -98,6 +98,7 @@ pub fn load_optimizer(
     saved: &Value,
     names: &[&str],
 ) -> Result<LoadedOptimizer> {
+    check_one_algorithm(optimizer)?;
     let groups = saved_groups(saved)?;
     let ours = optimizer.groups()?;
     let ours = matched(&groups, ours)?;
@@ -201,6 +202,7 @@ pub fn load_optimizer(
 /// # Errors
 /// A parameter is not among the names.
 pub fn optimizer_value(optimizer: &Optimizer, names: &[&str]) -> Result<Value> {
+    check_one_algorithm(optimizer)?;
     let template = optimizer.state_dict()?;
     let groups: Vec<SavedGroup> = template.value("groups")?;
     let (mut states, mut saved_groups, mut all) = (Dict::new(), vec![], vec![]);
@@ -252,6 +254,14 @@ fn ordered(members: Vec<Variable>, names: &[&str]) -> Result<Vec<String>> {
     let mut placed = placed.collect::<Result<Vec<_>>>()?;
     placed.sort_unstable();
     Ok(placed.into_iter().map(|(_, name)| name).collect())
+}
+
+/// Python has no optimizer whose groups have different algorithms.
+fn check_one_algorithm(optimizer: &Optimizer) -> Result<()> {
+    match optimizer.is_mixed() {
+        true => Err(fault("groups have different algorithms here, and cannot have in Python")),
+        false => Ok(()),
+    }
 }
 
 fn fault(why: impl fmt::Display) -> Error {

@@ -462,7 +462,7 @@ fn groups_and_options_that_do_not_exist_are_named_with_those_that_do() -> Result
     assert!(matches!(at_two, Err(Error::UnknownGroup { .. })));
     assert_eq!(text(at_two), "no parameter group 2; this optimizer has: 0 ('a'), 1 ('b')");
     assert_eq!(text(sgd.state("c.w")), "no parameter 'c.w'; there are: 'a.w', 'b.w'");
-    let adam = "Adam has no hyper-parameter 'momentum'; it has: lr, beta1, beta2, eps, weight_decay, amsgrad";
+    let adam = "Adam has no hyper-parameter 'momentum'; it has: lr, beta1, beta2, eps, weight_decay, amsgrad, maximize";
     let group = optimizer("Adam", &vs).group("a")?;
     assert_eq!(text(group.momentum()), adam);
     assert_eq!(text(group.set_momentum(0.5)), adam);
@@ -471,7 +471,8 @@ fn groups_and_options_that_do_not_exist_are_named_with_those_that_do() -> Result
     assert!(text(sgd.group("a")?.betas()).starts_with("SGD has no hyper-parameter 'beta1'"));
     let group = optimizer("RMSprop", &vs).group("a")?;
     assert!(
-        text(group.amsgrad()).ends_with("it has: lr, alpha, eps, weight_decay, momentum, centered")
+        text(group.amsgrad())
+            .ends_with("it has: lr, alpha, eps, weight_decay, momentum, centered, maximize")
     );
     Ok(())
 }

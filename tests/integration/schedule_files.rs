@@ -449,7 +449,7 @@ fn what_the_optimizer_lacks_is_refused() {
     );
     assert_eq!(
         bound("param = 'beta1'").unwrap_err(),
-        "schedule[0].param: SGD has no hyper-parameter 'beta1'; it has: lr, momentum, dampening, weight_decay, nesterov"
+        "schedule[0].param: SGD has no hyper-parameter 'beta1'; it has: lr, momentum, dampening, weight_decay, nesterov, maximize"
     );
     assert_eq!(bound("group = 'fc'\nparam = 'weight_decay'"), Ok(1));
 }

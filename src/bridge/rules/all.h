@@ -5,6 +5,7 @@
 #include "adafactor.h"
 #include "adagrad.h"
 #include "adamax.h"
+#include "adamw.h"
 #include "asgd.h"
 #include "lion.h"
 #include "muon.h"

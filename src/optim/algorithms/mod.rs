@@ -172,6 +172,17 @@ macro_rules! algorithm {
                 lr.fold(builder, |builder, (_, value)| builder.lr(*value))
             }
         }
+
+        impl crate::optim::GroupOptions {
+            #[doc = concat!(
+                "Options of a group that ", stringify!($name), " steps, in an optimizer of another algorithm: ",
+                "PyTorch's defaults, also for the learning rate, but for what is set. See ",
+                "[`OptimizerBuilder::group`](crate::optim::OptimizerBuilder::group)."
+            )]
+            pub fn $method() -> Self {
+                Self::of(crate::bridge::Algorithm::$name)
+            }
+        }
     };
 }
 use algorithm;

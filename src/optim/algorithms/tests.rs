@@ -504,3 +504,114 @@ fn names_are_pytorchs_and_unknown_ones_are_errors() {
         assert!(error.contains("must be") && error.contains("given"), "{error}");
     }
 }
+
+/// Muon for two matrices and AdamW or another for the rest, against an optimizer of each alone.
+fn mixed(vs: &VarStore, options: GroupOptions) -> Optimizer {
+    Optimizer::muon(vs)
+        .lr(0.02)
+        .options(GroupOptions::new().ns_steps(3))
+        .group("hidden", |name| name == "a" || name == "c", GroupOptions::new())
+        .group("others", |name| name == "b", options)
+        .build()
+        .unwrap()
+}
+
+#[test]
+fn groups_may_have_different_algorithms() {
+    let options: [(GroupOptions, Build); 4] = [
+        (GroupOptions::adamw(), |vs, _| Optimizer::adamw(vs).build().unwrap()),
+        (GroupOptions::adamw().amsgrad(true), |vs, _| {
+            Optimizer::adamw(vs).options(GroupOptions::new().amsgrad(true)).build().unwrap()
+        }),
+        (GroupOptions::nadam(), |vs, _| Optimizer::nadam(vs).build().unwrap()),
+        (GroupOptions::adafactor(), |vs, _| Optimizer::adafactor(vs).build().unwrap()),
+    ];
+    for (others, alone) in options {
+        for mode in [Mode::Fused, Mode::Loop] {
+            let run = |build: Build, others: &GroupOptions| {
+                Run::new(&(build, others.clone()), Double).mode(mode)
+            };
+            let both = run(mixed, &others);
+            let muon = |vs: &VarStore, _| {
+                Optimizer::muon(vs)
+                    .lr(0.02)
+                    .options(GroupOptions::new().ns_steps(3))
+                    .build()
+                    .unwrap()
+            };
+            let (first, second) = (run(muon, &others), run(alone, &others));
+            for run in [&both, &first, &second] {
+                run.steps(0..4);
+            }
+            let of = |run: &Run, name: &str| {
+                let mut all = vec![run.vs.variables()[name].detach().copy()];
+                let state = run.optimizer.state(name).unwrap().into_iter();
+                all.extend(state.map(|(_, tensor)| tensor.copy()));
+                all
+            };
+            assert_eq!(of(&both, "a"), of(&first, "a"), "{}", both.what());
+            let difference = difference(&of(&both, "b"), &of(&second, "b"));
+            assert!(difference < 1e-14, "{}: {difference:e}", both.what());
+
+            // State, options and what a state does not fit.
+            let resumed = run(mixed, &others);
+            let mut saved = both.optimizer.state_dict().unwrap();
+            for tensor in saved.tensors.values_mut() {
+                *tensor = tensor.copy();
+            }
+            let error = first.optimizer.clone().load_state_dict(saved).unwrap_err().to_string();
+            assert!(error.contains("groups are"), "{error}");
+            let mut saved = both.optimizer.state_dict().unwrap();
+            for tensor in saved.tensors.values_mut() {
+                *tensor = tensor.copy();
+            }
+            tch::no_grad(|| {
+                for (name, mut p) in resumed.vs.variables() {
+                    p.copy_(&both.vs.variables()[&name]);
+                }
+            });
+            resumed.optimizer.clone().load_state_dict(saved).unwrap();
+            let snapshot = both.optimizer.snapshot().unwrap();
+            both.optimizer.restore(&snapshot).unwrap();
+            for run in [&both, &resumed] {
+                run.steps(4..8);
+            }
+            assert_eq!(both.all(), resumed.all(), "{}", both.what());
+        }
+    }
+}
+
+#[test]
+fn options_of_mixed_groups() {
+    let run = Run::new(&(mixed, GroupOptions::adamw().lr(3e-4)), Float);
+    let (hidden, others) =
+        (run.optimizer.group("hidden").unwrap(), run.optimizer.group("others").unwrap());
+    assert_eq!((hidden.algorithm(), others.algorithm()), ("Muon", "AdamW"));
+    assert_eq!((hidden.lr().unwrap(), others.lr().unwrap()), (0.02, 3e-4));
+    assert_eq!((others.betas().unwrap(), others.eps().unwrap()), ((0.9, 0.999), 1e-8));
+    assert!(hidden.betas().is_err() && others.momentum().is_err());
+    // A knob of all groups needs all to have it.
+    run.optimizer.knob("weight_decay").unwrap().set(0.5).unwrap();
+    assert_eq!((hidden.weight_decay().unwrap(), others.weight_decay().unwrap()), (0.5, 0.5));
+    assert!(run.optimizer.knob("momentum").is_err() && run.optimizer.knob("beta1").is_err());
+    run.optimizer.with_tch(|tch| tch.set_momentum(0.5)).unwrap();
+    assert_eq!((hidden.momentum().unwrap(), others.betas().unwrap().0), (0.5, 0.5));
+
+    let vs = VarStore::new(Device::Cpu);
+    let _ = (vs.root().zeros("a", &[2, 2]), vs.root().zeros("b", &[2]));
+    let error = Optimizer::adamw(&vs)
+        .group("hidden", |name| name == "a", GroupOptions::muon())
+        .group("others", |name| name == "b", GroupOptions::new())
+        .build()
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("'hidden'") && error.contains("Muon") && error.contains("begin"),
+        "{error}"
+    );
+    // A state of groups with other algorithms.
+    let other = Run::new(&(mixed, GroupOptions::lion()), Float);
+    let error = other.optimizer.clone().load_state_dict(run.optimizer.state_dict().unwrap());
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("'others' was stepped by AdamW, and is here by Lion"), "{error}");
+}
