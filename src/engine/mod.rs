@@ -1,16 +1,23 @@
 //! The engine: it runs a step function over data, and calls handlers at events. ignite's `Engine`.
 
 mod checkpoint;
+#[cfg_attr(not(feature = "distributed"), path = "no_group.rs")]
+mod group;
 mod handler;
 mod log;
 mod metric;
+mod moment;
 mod peers;
 mod position;
 mod profile;
+mod random_numbers;
+mod recorded_values;
 mod requests;
+mod restored;
 mod run;
 mod state;
 mod summary;
+mod tracked;
 mod trial;
 mod until;
 
@@ -25,11 +32,11 @@ pub use crate::event::{Event, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 pub use crate::event_filter::{Events, FilteredEvent};
 pub use crate::metrics::MetricValue;
 pub(crate) use checkpoint::HANDLERS;
-pub use checkpoint::Restored;
 pub use handler::{Handler, HandlerId, HandlerSpec, Priority};
 pub use log::Log;
 pub use peers::Ranks;
 pub use profile::{Profile, ProfileRow};
+pub use restored::Restored;
 #[cfg(feature = "signals")]
 pub(crate) use run::is_running_here;
 pub use state::{Metrics, State};
@@ -42,12 +49,12 @@ use crate::event::Count;
 use crate::guard::{Entered, guarded, guarded_drop, guarded_within};
 use crate::metrics::{Metric, Usage};
 use crate::state::StateDict;
-use checkpoint::Tracked;
 use handler::{Callable, EventIndex, Handlers, RunningHandler, SlotKind};
 use metric::{MetricHandler, RankMetric};
 use peers::Peers;
 use position::Position;
 use requests::Requests;
+use tracked::Tracked;
 
 /// An engine whose step updates parameters. It is the same type as [`Evaluator`]; the two names are for readers.
 pub type Trainer<'a, C, B = crate::data::Batch, O = tch::Tensor> = Engine<'a, C, B, O>;

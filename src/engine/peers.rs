@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use tch::Tensor;
 
+use super::group::Group;
 use super::position::Position;
 use super::{Engine, Event, Events, HANDLERS};
 use crate::engine::metric::RankMetric;
@@ -13,12 +14,6 @@ use crate::guard::{guarded, guarded_within};
 use crate::metrics::{Accumulated, Reduce, exchange};
 use crate::state::StateDict;
 use crate::state::tree::{from_parts, to_parts};
-
-#[cfg(feature = "distributed")]
-type Group = crate::distributed::ProcessGroup;
-/// Without the feature there is no group, and no value of this type.
-#[cfg(not(feature = "distributed"))]
-type Group = std::convert::Infallible;
 
 /// How often the ranks exchange their requests by default, in iterations.
 pub(super) const PERIOD: u64 = 10;
@@ -33,38 +28,8 @@ pub(super) struct Peers {
 
 impl Peers {
     #[cfg(feature = "distributed")]
-    fn new(pg: &Group) -> Option<Self> {
-        (pg.world_size() > 1).then(|| Self { group: pg.clone(), uneven: false })
-    }
-
-    fn ranks(&self) -> usize {
-        #[cfg(feature = "distributed")]
-        return self.group.world_size();
-        #[cfg(not(feature = "distributed"))]
-        match self.group {}
-    }
-
-    fn rank(&self) -> usize {
-        #[cfg(feature = "distributed")]
-        return self.group.rank();
-        #[cfg(not(feature = "distributed"))]
-        match self.group {}
-    }
-
-    /// Sends a message to all ranks and returns the messages of all, by rank. Every rank must name the same occasion;
-    /// the error says what each of them named.
-    fn exchange(&self, occasion: &str, message: &[u8]) -> Result<Vec<Vec<u8>>> {
-        #[cfg(feature = "distributed")]
-        return self.group.control().exchange(occasion, message);
-        #[cfg(not(feature = "distributed"))]
-        match (self.group, occasion, message) {}
-    }
-
-    fn agree(&self, what: &str, number: i64) -> Result<()> {
-        #[cfg(feature = "distributed")]
-        return self.group.control().agree(what, number);
-        #[cfg(not(feature = "distributed"))]
-        match (self.group, what, number) {}
+    fn new(pg: &crate::distributed::ProcessGroup) -> Option<Self> {
+        Group::new(pg).map(|group| Self { group, uneven: false })
     }
 }
 
@@ -156,11 +121,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     /// The number of processes: 1 for an engine without a group.
     pub(super) fn ranks(&self) -> u64 {
-        self.peers.as_ref().map_or(1, |peers| peers.ranks() as u64)
+        self.peers.as_ref().map_or(1, |peers| peers.group.ranks() as u64)
     }
 
     pub(super) fn rank(&self) -> usize {
-        self.peers.as_ref().map_or(0, Peers::rank)
+        self.peers.as_ref().map_or(0, |peers| peers.group.rank())
     }
 
     /// Like [`on`](Self::on), but calls the handler on the main process only, as a handler that writes files or prints
@@ -203,7 +168,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             format!("{} epochs, {} iterations", shown(state.max_epochs), shown(state.max_iters));
         let start =
             self.occasion(&format!("a run to {budget} at most from {}", self.position.start()));
-        peers.exchange(&start, &[]).map(drop)
+        peers.group.exchange(&start, &[]).map(drop)
     }
 
     /// Whether the ranks meet at this event.
@@ -226,7 +191,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         }
         if event == Event::EpochStarted && !peers.uneven {
             let length = self.state.epoch_length.map_or(-1, |length| length as i64);
-            peers.agree(&format!("iterations in epoch {}", self.state.epoch), length)?;
+            peers.group.agree(&format!("iterations in epoch {}", self.state.epoch), length)?;
         }
         let signal = self.position.signal.and_then(|signal| u8::try_from(signal).ok());
         let mut own = self.requests.to_bytes().to_vec();
@@ -234,7 +199,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         own.extend([signal.unwrap_or(0), u8::from(self.limit_reached_here())]);
         let skipped = own.len()..own.len() + 8;
         own.extend(self.position.skipped.to_le_bytes());
-        let all = peers.exchange(&self.occasion(&format!("after {event}")), &own)?;
+        let all = peers.group.exchange(&self.occasion(&format!("after {event}")), &own)?;
         let of_any = |index: usize| all.iter().filter_map(|one| one.get(index)).copied().max();
         let flag = |index| of_any(index).is_some_and(|value| value > 0);
         self.requests.set_shared(flag);
@@ -319,7 +284,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// The main process's answer to a question, on all ranks; without a group, this process's.
     pub(crate) fn as_main(&self, what: &str, yes: bool) -> Result<bool> {
         let Some(peers) = self.others() else { return Ok(yes) };
-        let all = peers.exchange(&self.occasion(what), &[u8::from(yes)])?;
+        let all = peers.group.exchange(&self.occasion(what), &[u8::from(yes)])?;
         Ok(all.first().is_some_and(|main| main == &[1]))
     }
 
@@ -327,7 +292,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// numbers of batches, it is the number itself.
     pub(crate) fn mean_of_ranks(&self, what: &str, number: f64) -> Result<f64> {
         let Some(peers) = self.others().filter(|peers| !peers.uneven) else { return Ok(number) };
-        let all = peers.exchange(&self.occasion(what), &number.to_le_bytes())?;
+        let all = peers.group.exchange(&self.occasion(what), &number.to_le_bytes())?;
         let of_rank =
             |bytes: &Vec<u8>| bytes.as_slice().try_into().map_or(f64::NAN, f64::from_le_bytes);
         Ok(all.iter().map(of_rank).sum::<f64>() / all.len() as f64)
@@ -349,7 +314,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             own.push(parts.map_err(|error| of_metric(&*metric.borrow(), &error))?);
         }
         let mut all = peers.share(&self.occasion("a checkpoint"), &own)?;
-        if peers.rank() != 0 {
+        if peers.group.rank() != 0 {
             return Ok((StateDict::new(), Ok(())));
         }
         let of_all = |index: usize| {
@@ -402,7 +367,7 @@ impl Peers {
     ) -> Result<Vec<Vec<Vec<Accumulated>>>> {
         let failed = |error: anyhow::Error| Error::State(format!("{occasion}: {error:#}"));
         let message = exchange::write(own).map_err(failed)?;
-        let all = self.exchange(occasion, &message)?;
+        let all = self.group.exchange(occasion, &message)?;
         all.iter().map(|message| exchange::read(message).map_err(failed)).collect()
     }
 }

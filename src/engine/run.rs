@@ -4,10 +4,10 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use super::checkpoint::{generators, same_generators, set_generators};
 use super::position::{
     CallAgain, Cursor, DataLength, DataStart, LastData, Phase, Position, PreviousRun,
 };
+use super::random_numbers::{generators, same_generators, set_generators};
 use super::requests::Requests;
 use super::state::check_budget;
 use super::{Engine, Event, State, Stop, Summary, Until};

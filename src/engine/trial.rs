@@ -1,8 +1,8 @@
 use std::cell::Cell;
 
-use super::checkpoint::{generators, load_generators_strictly};
 use super::handler::NamedHandler;
 use super::position::Position;
+use super::random_numbers::{generators, load_generators_strictly};
 use super::{Engine, Profile, Requests, State};
 use crate::data::Source;
 use crate::error::{Error, Result};
