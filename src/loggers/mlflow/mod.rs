@@ -39,8 +39,8 @@ const AT_THE_END: Duration = Duration::from_secs(10);
 /// MLflow cannot remove values, so a run that is resumed does not send again what is there. A checkpoint notes the
 /// MLflow run and the last step of each metric. Steps that were logged after it, by this process or by an earlier one
 /// (go on with its run by [`run_id`](MLflowBuilder::run_id)), are left out when they are done again: each is there once,
-/// with the value that it had first. [`resume`](crate::engine::Engine::resume) reports that, and if another MLflow run
-/// is logged to now.
+/// with the value that it had first. The summary of the resumed run warns of that, and if another MLflow run is logged to
+/// now.
 ///
 /// When the logger is closed, or the last clone is dropped, the run is marked as finished. It is marked as failed if
 /// the last run of the engine it is attached to ended in an error, or the thread is panicking.
