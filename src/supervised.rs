@@ -40,6 +40,8 @@ pub struct Supervised<N> {
     /// The shape of the last batch of one sample that passed the check of batch normalisation, so that it need not be
     /// checked again.
     single: Option<Vec<i64>>,
+    /// The number of variables when the store was last searched for batch normalisation, and whether it had any.
+    batch_norm: Option<(usize, bool)>,
 }
 
 crate::debug::opaque_debug!(Supervised<N>);
@@ -87,6 +89,7 @@ impl<N: ModuleT> Supervised<N> {
             max_value: None,
             grad_norm: None,
             single: None,
+            batch_norm: None,
         }
     }
 
@@ -216,10 +219,18 @@ impl<N: ModuleT> Supervised<N> {
     }
 
     /// Whether the store has a layer of batch normalisation, by the names of the variables.
-    fn has_batch_norm(&self) -> bool {
+    fn has_batch_norm(&mut self) -> bool {
         let variables = self.optimizer.variables();
         let variables = variables.lock().unwrap_or_else(PoisonError::into_inner);
-        variables.named_variables.keys().any(|name| name.ends_with("running_var"))
+        let named = &variables.named_variables;
+        match self.batch_norm {
+            Some((count, has)) if count == named.len() => has,
+            _ => {
+                let has = named.keys().any(|name| name.ends_with("running_var"));
+                self.batch_norm = Some((named.len(), has));
+                has
+            }
+        }
     }
 
     /// Refuses a batch if layers of batch normalisation (given by their running variances) got a single value for each

@@ -170,6 +170,7 @@ fn place<'p, 'n>(path: &nn::Path<'p>, name: &'n str) -> (Option<nn::Path<'p>>, &
 /// # Panics
 /// What [`ScriptModule::forward_ts`] returns as an error, as tch's modules do; an engine makes it an error again.
 impl ModuleT for ScriptModule {
+    #[expect(clippy::panic, reason = "the trait has no errors")]
     fn forward_t(&self, input: &Tensor, train: bool) -> Tensor {
         match self.forward_ts(&[input], train) {
             Ok(output) => output,

@@ -7,8 +7,7 @@ use crate::error::Result;
 use crate::metrics::MetricValue;
 use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
 
-/// How much a disagreement counts in [`CohenKappa`], by the distance of the two classes: the difference of their numbers
-/// with [`num_classes`](Of::num_classes), otherwise of their places among the classes that occur, as in scikit-learn.
+/// How much a disagreement counts in [`CohenKappa`], by the distance between the two class numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KappaWeights {
     /// In proportion to the distance.
@@ -19,7 +18,7 @@ pub enum KappaWeights {
 
 /// The agreement of two ratings beyond chance: ignite's `CohenKappa`.
 ///
-/// `y_pred` and `y` are (N,) or (N, 1), class numbers. With [`num_classes`](Of::num_classes) the metric counts
+/// `y_pred` and `y` are (N,) or (N, 1), class numbers from 0. With [`num_classes`](Of::num_classes) the metric counts
 /// them on the device without a host sync; otherwise it keeps all of them on the device, and `compute` takes one host
 /// sync.
 ///
@@ -52,13 +51,14 @@ impl<F> Of<CohenKappa, F> {
 }
 
 impl CohenKappa {
-    fn kappa(&self, matrix: &Tensor) -> Result<Tensor, TchError> {
-        let matrix = double(matrix)?;
+    /// Computes kappa of a confusion matrix of the classes with these numbers, of which `largest` may be the largest.
+    fn kappa(&self, matrix: &Tensor, numbers: &Tensor, largest: i64) -> Result<Tensor, TchError> {
+        let (matrix, numbers) = (double(matrix)?, double(numbers)?);
         let share = |part: &Tensor| part.f_div(&matrix.f_sum(None)?);
         let rows = matrix.f_sum_dim_intlist(1i64, false, None)?;
         let columns = matrix.f_sum_dim_intlist(0i64, false, None)?;
         let by_chance = share(&rows.f_outer(&columns)?)?;
-        let weights = self.disagreement(&matrix)?;
+        let weights = self.disagreement(&numbers, largest as f64)?;
         let disagreement = |of: &Tensor| share(&of.f_mul(&weights)?.f_sum(None)?);
         // ignite computes 1 - d / d_chance in this form, with a denominator of at least 1e-9.
         let (observed, chance) = (disagreement(&matrix)?, disagreement(&by_chance)?);
@@ -66,11 +66,8 @@ impl CohenKappa {
     }
 
     /// Returns the weight of each cell of the matrix, by the distance of its two classes.
-    fn disagreement(&self, matrix: &Tensor) -> Result<Tensor, TchError> {
-        let classes = matrix.size()[0];
-        let numbers = Tensor::f_arange(classes, (matrix.kind(), matrix.device()))?;
+    fn disagreement(&self, numbers: &Tensor, largest: f64) -> Result<Tensor, TchError> {
         let distance = numbers.f_unsqueeze(0)?.f_sub(&numbers.f_unsqueeze(1)?)?.f_abs()?;
-        let largest = (classes - 1) as f64;
         match self.weights {
             None => distance.f_clamp_max(1.),
             Some(KappaWeights::Linear) => distance.f_div_scalar(largest),
@@ -113,14 +110,18 @@ impl Pairwise for CohenKappa {
     }
 
     fn value(&self, parts: &[Tensor], _samples: f64) -> anyhow::Result<MetricValue> {
-        if self.num_classes.is_some() {
-            return Ok(self.kappa(&parts[0])?.into());
+        if let Some(classes) = self.num_classes {
+            let numbers = Tensor::f_arange(classes, (Kind::Int64, parts[0].device()))?;
+            return Ok(self.kappa(&parts[0], &numbers, classes - 1)?.into());
         }
         let both = Tensor::f_stack(parts, 0)?.f_to_device(tch::Device::Cpu)?;
-        // As in scikit-learn, the classes are those that occur, and their distances are those of their places in order.
-        let (classes, both) = both.f_internal_unique(true, true)?;
-        let classes = (classes.numel() as i64).max(2);
+        // The matrix has the classes that occur, so that a large class number takes no memory.
+        let (numbers, both) = both.f_internal_unique(true, true)?;
+        let (least, largest) = (numbers.f_min()?, numbers.f_max()?);
+        let (least, largest) = (least.f_int64_value(&[])?, largest.f_int64_value(&[])?);
+        anyhow::ensure!(least >= 0, "class numbers start with 0, but there is {least}");
+        let classes = numbers.numel() as i64;
         let matrix = count(&both.f_select(0, 0)?, &both.f_select(0, 1)?, classes)?;
-        Ok(self.kappa(&matrix)?.into())
+        Ok(self.kappa(&matrix, &numbers, largest.max(1))?.into())
     }
 }
