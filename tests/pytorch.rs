@@ -841,9 +841,6 @@ fn grouped(name: &str) -> Result<(VarStore, Optimizer, nn::Sequential)> {
     let optimizer = match name {
         "Adam" => two_groups(Optimizer::adam(&vs))?,
         "Adagrad" => two_groups(Optimizer::adagrad(&vs))?,
-        "RAdam" => two_groups(Optimizer::radam(&vs))?,
-        "Adamax" => two_groups(Optimizer::adamax(&vs))?,
-        "Adadelta" => two_groups(Optimizer::adadelta(&vs))?,
         "ASGD" => two_groups(Optimizer::asgd(&vs))?,
         "Adafactor" => two_groups(Optimizer::adafactor(&vs))?,
         _ => two_groups(Optimizer::builder(nn::sgd(0.9, 0., 0., false), &vs))?,
@@ -904,7 +901,7 @@ fn a_run_that_begins_here_goes_on_in_python_and_back() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (path, back) = (folder.path().join("run.pt"), folder.path().join("back.pt"));
     // NAdam is not among them: Python makes its mu_product float64 when it loads a state, and rounds differently then.
-    for name in ["Adam", "SGD", "Adagrad", "RAdam", "Adamax", "Adadelta", "ASGD", "Adafactor"] {
+    for name in ["Adam", "SGD", "Adagrad", "ASGD", "Adafactor"] {
         let (vs, optimizer, net) = grouped(name)?;
         for iteration in 0..5 {
             step(&optimizer, &net, iteration)?;
