@@ -46,7 +46,7 @@ struct OwnState : torch::optim::OptimizerParamState {
   std::unique_ptr<OptimizerParamState> clone() const override { return std::make_unique<OwnState>(*this); }
 };
 
-// What a rule has if its file does not say otherwise. A rule is a class with
+// A rule is a class with the members below, and the defaults that stand here.
 //   name       torch's name of the optimizer
 //   tensors    how many tensors a parameter's state has
 //   prepare    the numbers `k` of one step, whose count is `step`; may change the state's `numbers`

@@ -166,7 +166,7 @@ struct OwnRules {
   static bool has_state(const Options&) { return true; }
   static std::unique_ptr<State> make(const at::Tensor& p, const Options& o) { return make_state(p, o); }
 
-  // Those that are shaped like the parameter.
+  // The tensors that are shaped like the parameter.
   static StateTensors tensors(const State& s, const Options& o) {
     const OwnRule& rule = rule_of(o.algorithm);
     StateTensors tensors{};

@@ -22,7 +22,7 @@ use tch_ignite::handlers::{
 };
 use tch_ignite::loggers::{CsvLogger, OutputHandler, RunFolder};
 use tch_ignite::metrics::{Loss, Mean, RunningAverage};
-use tch_ignite::optim::{Knob, Optimizer, lr};
+use tch_ignite::optim::{GroupOptions, Knob, Optimizer, OptimizerBuilder, lr};
 use tch_ignite::schedule::{
     CosineAnnealing, LinearCyclical, ParamScheduler, ReduceLROnPlateauScheduler, Schedule,
 };
@@ -67,18 +67,51 @@ fn net(vs: &VarStore, hidden: i64) -> nn::SequentialT {
         .add(nn::linear(&root / "fc", hidden, 2, Default::default()))
 }
 
+/// Rprop is not among them: it has no weight decay, which the program reads.
+const OPTIMIZERS: [&str; 13] = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "RMSprop",
+    "Adagrad",
+    "NAdam",
+    "RAdam",
+    "Adamax",
+    "Adadelta",
+    "ASGD",
+    "Lion",
+    "Adafactor",
+    "Muon",
+];
+
 fn optimizer(name: &str, vs: &VarStore) -> Result<Optimizer> {
-    fn grouped<T: nn::OptimizerConfig>(config: T, vs: &VarStore) -> Result<Optimizer> {
-        Optimizer::builder(config, vs)
+    fn grouped<T: nn::OptimizerConfig>(builder: OptimizerBuilder<'_, T>) -> Result<Optimizer> {
+        builder
             .group("base", |name| !name.starts_with("fc"), lr(1e-2))
             .group("fc", |name| name.starts_with("fc"), lr(2e-2).weight_decay(1e-2))
             .build()
     }
     match name {
-        "SGD" => grouped(nn::sgd(0.9, 0., 0., true), vs),
-        "Adam" => grouped(nn::Adam { amsgrad: true, ..Default::default() }, vs),
-        "AdamW" => grouped(nn::AdamW::default(), vs),
-        _ => grouped(nn::RmsProp { momentum: 0.5, centered: true, ..Default::default() }, vs),
+        "SGD" => grouped(Optimizer::builder(nn::sgd(0.9, 0., 0., true), vs)),
+        "Adam" => grouped(Optimizer::adam(vs).options(GroupOptions::new().amsgrad(true))),
+        "AdamW" => grouped(Optimizer::adamw(vs)),
+        "RMSprop" => {
+            let options = GroupOptions::new().momentum(0.5).centered(true);
+            grouped(Optimizer::rms_prop(vs).options(options))
+        }
+        "Adagrad" => grouped(Optimizer::adagrad(vs)),
+        "NAdam" => grouped(Optimizer::nadam(vs)),
+        "RAdam" => grouped(Optimizer::radam(vs).options(GroupOptions::new().betas(0.8, 0.9))),
+        "Adamax" => grouped(Optimizer::adamax(vs)),
+        "Adadelta" => grouped(Optimizer::adadelta(vs)),
+        "ASGD" => grouped(Optimizer::asgd(vs).options(GroupOptions::new().t0(2.).lambd(0.1))),
+        "Lion" => grouped(Optimizer::lion(vs)),
+        "Adafactor" => grouped(Optimizer::adafactor(vs)),
+        // Two algorithms.
+        _ => Optimizer::muon(vs)
+            .group("base", |name| name != "fc.weight", GroupOptions::nadam().lr(1e-2))
+            .group("fc", |name| name == "fc.weight", lr(2e-2))
+            .build(),
     }
 }
 
@@ -232,7 +265,7 @@ impl Handler<Net, Batch, Tensor> for Killer {
 #[test]
 fn a_run_stopped_at_any_event_goes_on_bit_for_bit() -> Result<()> {
     let _serial = serial();
-    for name in ["SGD", "Adam", "AdamW", "RMSprop"] {
+    for name in OPTIMIZERS {
         let mut straight = Program::new(name, 1)?;
         straight.run()?;
         let expected = straight.outcome()?;

@@ -830,7 +830,7 @@ fn a_run_of_python_goes_on_here_as_it_would_have_there() -> Result<()> {
 }
 
 /// A network with two groups, in float64.
-fn grouped(adam: bool) -> Result<(VarStore, Optimizer, nn::Sequential)> {
+fn grouped(name: &str) -> Result<(VarStore, Optimizer, nn::Sequential)> {
     let mut vs = VarStore::new(Device::Cpu);
     let net = nn::seq()
         .add(nn::linear(vs.root() / "base", 3, 5, Default::default()))
@@ -845,9 +845,12 @@ fn grouped(adam: bool) -> Result<(VarStore, Optimizer, nn::Sequential)> {
             .group("fc", |name| name.starts_with("fc"), lr(0.05))
             .build()
     }
-    let optimizer = match adam {
-        true => two_groups(Optimizer::adam(&vs))?,
-        false => two_groups(Optimizer::builder(nn::sgd(0.9, 0., 0., false), &vs))?,
+    let optimizer = match name {
+        "Adam" => two_groups(Optimizer::adam(&vs))?,
+        "Adagrad" => two_groups(Optimizer::adagrad(&vs))?,
+        "ASGD" => two_groups(Optimizer::asgd(&vs))?,
+        "Adafactor" => two_groups(Optimizer::adafactor(&vs))?,
+        _ => two_groups(Optimizer::builder(nn::sgd(0.9, 0., 0., false), &vs))?,
     };
     Ok((vs, optimizer, net))
 }
@@ -864,7 +867,7 @@ fn step(optimizer: &Optimizer, net: &nn::Sequential, iteration: i64) -> Result<f
 fn states_of_another_optimizer_are_refused_and_change_nothing() -> Result<()> {
     let _guard = serial();
     let read = |name: &str| pytorch::read(golden().join(format!("handover-{name}.pt")));
-    let (_vs, mut optimizer, net) = grouped(true)?;
+    let (_vs, mut optimizer, net) = grouped("Adam")?;
     step(&optimizer, &net, 0)?;
     let before = format!("{:?}", optimizer);
     let adam = read("adam")?;
@@ -904,8 +907,9 @@ fn a_run_that_begins_here_goes_on_in_python_and_back() -> Result<()> {
     let _guard = serial();
     let folder = tempfile::tempdir()?;
     let (path, back) = (folder.path().join("run.pt"), folder.path().join("back.pt"));
-    for (adam, name) in [(true, "Adam"), (false, "SGD")] {
-        let (vs, optimizer, net) = grouped(adam)?;
+    // NAdam is not among them: Python makes its mu_product float64 when it loads a state, and rounds differently then.
+    for name in ["Adam", "SGD", "Adagrad", "ASGD", "Adafactor"] {
+        let (vs, optimizer, net) = grouped(name)?;
         for iteration in 0..5 {
             step(&optimizer, &net, iteration)?;
         }
@@ -940,7 +944,7 @@ print(json.dumps(losses))
 "#;
         let Some(output) = python(script, &[&path, &back, Path::new(name)])? else { return Ok(()) };
         let mut losses: Vec<f64> = serde_json::from_str(&output)?;
-        let (vs, mut optimizer, net) = grouped(adam)?;
+        let (vs, mut optimizer, net) = grouped(name)?;
         let saved = pytorch::read(&back)?;
         Weights::of(saved.require("model")?)?.load(&vs)?;
         pytorch::load_optimizer(&mut optimizer, saved.require("optimizer")?, &[])?;

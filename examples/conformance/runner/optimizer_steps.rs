@@ -9,7 +9,7 @@ use tch_ignite::optim::{Group, Optimizer};
 use super::Outcome;
 use super::json::{array, count, float, floats, object, text};
 
-/// What of a case's optimizers is not here, by torch's name.
+/// Classes of the cases that are not here yet.
 const NOT_HERE: [&str; 3] = ["LBFGS", "AdamWScheduleFree", "SGDScheduleFree"];
 
 /// torch's defect in cases whose groups have a value of their own for this option.

@@ -1,7 +1,7 @@
 // The algorithms that have a file in this folder, each under its name in abi.h.
 #pragma once
 
-// Those whose step is element-wise: they have a kernel in the one pass.
+// Algorithms whose step is element-wise: they have a kernel in the one pass.
 #define TIG_OWN_KERNELS(X) X(Adagrad) X(NAdam) X(RAdam) X(Adamax) X(Adadelta) X(Asgd) X(Rprop) X(Lion)
 
 // AdamW shares the kernel of libtorch's class.

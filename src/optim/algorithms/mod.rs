@@ -1,4 +1,4 @@
-//! What there is to know about each optimizer beside its arithmetic: one file for each, and `libtorch.rs` for the four
+//! Everything about each optimizer but its arithmetic: one file for each, and `libtorch.rs` for the four
 //! that tch has.
 
 mod adadelta;

@@ -1,4 +1,4 @@
-//! What holds for each optimizer: exact resume, knobs, `maximize`, late parameters, skipped steps, refusals.
+//! Tests of each optimizer: exact resume, knobs, `maximize`, late parameters, skipped steps, refusals.
 
 use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
@@ -423,7 +423,7 @@ fn methods_of_tch_reach_every_optimizer() {
     }
 }
 
-/// What cannot be stepped is an error that names the parameter, and no parameter is changed.
+/// A parameter that cannot be stepped is named by the error, and no parameter is changed.
 #[test]
 fn refused_steps_change_nothing() {
     for each in all() {
