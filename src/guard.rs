@@ -89,7 +89,8 @@ mod tests {
     fn a_panic_of_tch_has_libtorchs_sentence_alone() {
         let zeros = |columns| Tensor::zeros([2, columns], (Kind::Float, Device::Cpu));
         let error = guarded(|| Ok(zeros(3) + zeros(4))).unwrap_err().to_string();
-        let start = "panicked: libtorch: The size of tensor a (3) must match the size of tensor b (4)";
+        let start =
+            "panicked: libtorch: The size of tensor a (3) must match the size of tensor b (4)";
         assert!(error.starts_with(start) && error.lines().count() == 1, "{error}");
     }
 }

@@ -367,7 +367,7 @@ fn the_learning_rate_finder_gives_all_ranks_the_curve_of_their_mean_loss() {
     // The loss falls for some iterations, rises far in two, on rank 1 by less, and is small again.
     let loss = |rank: usize, iteration: u64| match iteration {
         ..6 => 10. - iteration as f64 + rank as f64,
-        ..8 => 10f64.powi(iteration as i32 - 6 - rank as i32),
+        6..8 => 10f64.powi(iteration as i32 - 6 - rank as i32),
         _ => 0.5,
     };
     if let Some((role, folder)) = role() {

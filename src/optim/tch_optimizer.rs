@@ -1,3 +1,5 @@
+#![expect(clippy::panic, reason = "the methods of tch's optimizer panic")]
+
 use tch::Tensor;
 
 use super::hyper::Hyper;
@@ -23,7 +25,6 @@ impl<'o> TchOptimizer<'o> {
     }
 
     /// Adds new variables as the methods of `Optimizer` do, so that tch finds none to add by itself.
-    #[expect(clippy::panic, reason = "the methods of tch's optimizer panic")]
     fn admit_new(&mut self) {
         let new = self.optimizer.group_new_variables().unwrap_or_else(|error| panic!("{error}"));
         if let Some(new) = new {

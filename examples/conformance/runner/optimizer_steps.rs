@@ -183,7 +183,9 @@ fn near(what: &str, ours: &Tensor, expected: &Value, tolerance: f64) -> Result<R
         return Ok(Err(format!("{what}: {} values instead of {}", ours.len(), expected.len())));
     }
     let bound = tolerance * expected.iter().fold(0f64, |most, value| most.max(value.abs()));
-    let differs = |(a, b): (&f64, &f64)| a.to_bits() != b.to_bits() && !((a - b).abs() <= bound);
+    let differs = |(a, b): (&f64, &f64)| {
+        a.to_bits() != b.to_bits() && ((a - b).abs() > bound || (a - b).is_nan())
+    };
     Ok(match ours.iter().zip(&expected).position(differs) {
         Some(i) => Err(format!("{what}[{i}]: {:e} instead of {:e}", ours[i], expected[i])),
         None => Ok(()),

@@ -244,7 +244,7 @@ fn snapshots_go_back() {
         run.steps(0..3);
         let (weights, saved) = (run.all(), run.optimizer.snapshot().unwrap());
         let parameters: Vec<_> =
-            run.vs.variables().into_iter().map(|(_, p)| (p.detach().copy(), p)).collect();
+            run.vs.variables().into_values().map(|p| (p.detach().copy(), p)).collect();
         run.steps(3..6);
         let first = run.all();
         run.optimizer.restore(&saved).unwrap();

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tch::nn::VarStore;
 use tch::{Device, nn};
+use tch_ignite::Error;
 use tch_ignite::checkpoint::{Checkpoint, Score, read_state, setup_filename_pattern, verify};
 use tch_ignite::data::no_data;
 use tch_ignite::engine::{Engine, Event, Events, HandlerSpec, Priority, Until};
@@ -237,8 +238,11 @@ pub fn refused(args: &Value) -> Result<Option<String>> {
     trainer.attach(handler);
     let error = trainer.run(&mut (), vec![()], Until::epochs(1)).err();
     Ok(error.map(|error| {
-        let cause = std::error::Error::source(&error).map(ToString::to_string);
-        cause.unwrap_or_default().replace(&real, "<dir>")
+        let text = match error {
+            Error::Handler { source, .. } => source.to_string(),
+            other => other.to_string(),
+        };
+        text.replace(&real, "<dir>")
     }))
 }
 
