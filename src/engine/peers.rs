@@ -34,7 +34,7 @@ impl Peers {
 }
 
 /// Which ranks call a handler and keep its state, in an engine of several processes
-/// ([`Handler::ranks`](super::Handler::ranks)).
+/// ([`HandlerSpec::ranks`](super::HandlerSpec::ranks)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ranks {
     /// All ranks call the handler, and each keeps its own state. A checkpoint holds the states that differ from the main

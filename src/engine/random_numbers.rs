@@ -3,11 +3,13 @@
 use tch::{Device, Kind, Tensor};
 
 use super::Engine;
-use super::checkpoint::RNG;
 use super::restored::Report;
 use crate::bridge::{generator_state, set_generator_state};
 use crate::error::{Error, Result};
 use crate::state::StateDict;
+
+/// The name of the part with the random numbers.
+pub(super) const RNG: &str = "rng";
 
 /// The part of the random numbers with the states from before the pass under way.
 pub(super) const BEFORE_PASS: &str = "before_pass";

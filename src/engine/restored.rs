@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::guard::guarded_state;
 use crate::state::StateDict;
 
-/// The result of [`Engine::restore`]: what was restored, and what differs.
+/// The result of [`Engine::restore`](super::Engine::restore): what was restored, and what differs.
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct Restored {
@@ -20,7 +20,7 @@ pub struct Restored {
     /// longer schedule; the handler's arguments are used.
     pub changed: Vec<String>,
     /// Who had ended the run for good when the state was saved (early stopping, for example), and how to go on all the
-    /// same; see [`Engine::resume_terminated`]. `None` where there is something left to do. A limit of time or samples
+    /// same; see [`Engine::resume_terminated`](super::Engine::resume_terminated). `None` where there is something left to do. A limit of time or samples
     /// does not count, because it does not hold in the next process.
     pub ended: Option<String>,
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 use super::awaited::warn_of_missing;
-use crate::engine::{Engine, Handler, HandlerSpec, Priority};
+use crate::engine::{Engine, Handler, HandlerSpec};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::fs::write_atomically;
@@ -52,9 +52,10 @@ const UNREAD: usize = 1024;
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
 ///
-/// Knobs are recorded as the step used them, also where a schedule changes them after the step, and metrics as they are
-/// after the other handlers of ITERATION_COMPLETED. Epoch metrics are recorded once an epoch, after all handlers of its
-/// end were called. So it does not matter where this handler is attached.
+/// Knobs and metrics are recorded at ITERATION_COMPLETED, as the step and the handlers attached before this one left them:
+/// attach it after metrics, and before schedulers of ITERATION_COMPLETED. A scheduler of OPTIMIZER_STEPPED has written
+/// the value of the next update by then. Epoch metrics are recorded once an epoch, after all
+/// handlers of its end were called, wherever these are attached.
 ///
 /// A run that starts anew, or goes on from an earlier position, replaces what was recorded after that position.
 ///
@@ -69,9 +70,6 @@ pub struct History {
     record: Arc<Mutex<Record>>,
     /// The (iteration, epoch) at which an epoch ended whose metrics are still to be recorded.
     ended: Option<(u64, u64)>,
-    /// The values of the knobs when the iteration under way began, in the order of `sources`. A schedule that acts after
-    /// the step has changed them by the time that the iteration is recorded.
-    used: Vec<f64>,
 }
 
 /// Where the values of a column come from.
@@ -200,30 +198,17 @@ impl History {
         warn_of_missing("history", &missing, engine);
     }
 
-    fn read_knobs(&mut self) -> anyhow::Result<()> {
-        self.used.clear();
-        for source in &self.sources {
-            if let What::Knob(knob) = &source.what {
-                self.used.push(knob.get()?);
-            }
-        }
-        Ok(())
-    }
-
-    fn record_iteration<C, B, O>(&mut self, engine: &Engine<'_, C, B, O>) -> anyhow::Result<()> {
+    fn record_iteration<C, B, O>(&self, engine: &Engine<'_, C, B, O>) -> anyhow::Result<()> {
         let row = self.record().row(engine.state.iteration, engine.state.epoch);
-        let mut used = self.used.drain(..);
         for source in &self.sources {
             // The record is locked for each value, because a knob may run user code.
             let value = match &source.what {
-                // Nothing was read where the handler was attached within the iteration.
-                What::Knob(knob) => Some(used.next().map_or_else(|| knob.get(), Ok)?.into()),
+                What::Knob(knob) => Some(knob.get()?.into()),
                 What::Metric(name) => shared(engine, name)?,
                 What::EpochMetric(_) => None,
             };
             if let Some(value) = value {
-                let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
-                record.push(source.column, row, value)?;
+                self.record().push(source.column, row, value)?;
             }
         }
         Ok(())
@@ -278,10 +263,8 @@ impl<C, B, O> Handler<C, B, O> for History {
             None => {
                 use Event::*;
                 let after = EpochStarted | Terminate | Completed | ExceptionRaised | Interrupt;
-                let iteration = IterationStarted | IterationCompleted;
-                let events = Started | iteration | EpochCompleted | after;
-                // The knobs are read after the schedules of ITERATION_STARTED.
-                Ok(HandlerSpec::new("history", events).priority(Priority::Last))
+                let events = Started | IterationCompleted | EpochCompleted | after;
+                Ok(HandlerSpec::new("history", events))
             }
         }
     }
@@ -289,17 +272,11 @@ impl<C, B, O> Handler<C, B, O> for History {
     fn save_state(&self) -> Result<Option<StateDict>> {
         let mut state = self.record().save()?;
         state.set_value("ended", self.ended)?;
-        state.set_value("used", &self.used)?;
         Ok(Some(state))
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         self.ended = state.value("ended")?;
-        // States of older versions lack it.
-        self.used = match state.values().contains_key("used") {
-            true => state.value("used")?,
-            false => vec![],
-        };
         self.record().load(&state)
     }
 
@@ -311,7 +288,6 @@ impl<C, B, O> Handler<C, B, O> for History {
     ) -> anyhow::Result<()> {
         match event {
             Event::Started => self.record().truncate(engine.state.iteration),
-            Event::IterationStarted => self.read_knobs()?,
             Event::IterationCompleted => self.record_iteration(engine)?,
             Event::EpochCompleted => {
                 self.ended = Some((engine.state.iteration, engine.state.epoch));
@@ -689,34 +665,6 @@ mod tests {
         let path = folder.path().join("runs/history.csv");
         let error = History::new().write_csv(&path).unwrap_err();
         assert!(matches!(&error, Error::Io { path: named, .. } if *named == path), "{error}");
-        Ok(())
-    }
-
-    #[test]
-    fn a_knob_has_the_value_that_the_step_used() -> anyhow::Result<()> {
-        let cell = Arc::new(Mutex::new(1.));
-        let (read, write) = (cell.clone(), cell.clone());
-        let knob = Knob::new(
-            "lr",
-            move || *read.lock().unwrap(),
-            move |value| *write.lock().unwrap() = value,
-        );
-        let history = History::new().knob("lr", knob.clone());
-        let (seen, used) = (cell.clone(), Arc::new(Mutex::new(vec![])));
-        let mut trainer = Engine::new({
-            let used = used.clone();
-            move |_: &mut (), engine: &mut Engine<'_, _, _, _>, _: ()| {
-                used.lock().unwrap().push((engine.state.iteration, *seen.lock().unwrap()));
-                Ok(())
-            }
-        });
-        // One schedule acts after the history at the start of an iteration, and one before it at the end.
-        let halve = knob.clone();
-        trainer.on(Event::IterationCompleted, move |_, _| Ok(halve.set(halve.get()? / 2.)?));
-        trainer.attach(history.clone());
-        trainer.on(Event::IterationStarted.every(2), move |_, _| Ok(knob.set(3.)?));
-        trainer.run(&mut (), vec![(); 5], Until::epochs(1))?;
-        assert_eq!(history.series("lr")?, *used.lock().unwrap());
         Ok(())
     }
 

@@ -1,8 +1,8 @@
 use tch::nn::{self, OptimizerConfig, VarStore};
 
-use super::Optimizer;
 use super::grouping::{GroupRule, Grouping, unnamed};
 use super::hyper::Hyper;
+use super::{Group, Optimizer};
 use crate::bridge::Algorithm;
 use crate::error::{Error, Result};
 
@@ -311,9 +311,24 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
                 group.set(hyper.name(), value)?;
             }
         }
+        optimizer.groups()?.iter().try_for_each(check_nesterov)?;
         optimizer.note_as_built()?;
         Ok(optimizer)
     }
+}
+
+/// Refuses Nesterov momentum without momentum, or with dampening, as the constructor of PyTorch's SGD does.
+fn check_nesterov(group: &Group) -> Result<()> {
+    // Muon has Nesterov momentum without dampening, and allows any.
+    let Ok(dampening) = group.get("dampening") else { return Ok(()) };
+    let momentum = group.get("momentum")?;
+    if group.nesterov()? && (momentum <= 0. || dampening != 0.) {
+        return Err(Error::invalid(format!(
+            "Nesterov momentum requires a momentum above 0 and no dampening, but group '{}' has momentum {momentum} and dampening {dampening}",
+            group.name()
+        )));
+    }
+    Ok(())
 }
 
 fn named_once(rules: Vec<GroupRule>) -> Result<Vec<GroupRule>> {

@@ -1286,3 +1286,16 @@ fn a_state_saved_under_another_name_of_a_tied_parameter_is_found() -> Result<()>
     assert_eq!(value(&optimizer.state("emb.weight")?[0].1), 1.);
     Ok(())
 }
+
+#[test]
+fn nesterov_momentum_needs_momentum_and_no_dampening() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let _weight = vs.root().ones("weight", &[2]);
+    let build = |options| Optimizer::sgd(&vs).group("all", |_| true, options).build();
+    for refused in [lr(0.1).nesterov(true), lr(0.1).nesterov(true).momentum(0.9).dampening(0.1)] {
+        let error = build(refused).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(error.contains("Nesterov") && error.contains("group 'all'"), "{error}");
+    }
+    build(lr(0.1).nesterov(true).momentum(0.9))?;
+    Ok(())
+}

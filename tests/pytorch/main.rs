@@ -825,7 +825,7 @@ fn a_run_of_python_goes_on_here_as_it_would_have_there() -> Result<()> {
         }
         runs += 1;
     }
-    assert_eq!(runs, 6);
+    assert_eq!(runs, 8);
     Ok(())
 }
 

@@ -1379,9 +1379,11 @@ fn two_of_one_name_are_refused_where_they_would_overwrite_each_other() -> Result
         let error = text(refused.map(drop));
         assert!(error.contains(what) && error.contains("another name"), "{error}");
     }
-    // Two schedulers of one name within one handler are refused too.
-    let twice = ParamGroupScheduler::new([scheduler("a"), scheduler("a")]);
-    assert!(text(trainer.add_handler(twice).map(drop)).contains("scheduler 'a'"));
+    // As in ignite, two schedulers within one handler may have one name, but not one history.
+    let kept = |name: &str| scheduler(name).save_history(true);
+    let twice = ParamGroupScheduler::new([kept("a"), kept("a")]);
+    assert!(text(trainer.add_handler(twice).map(drop)).contains("history of 'a'"));
+    trainer.attach(ParamGroupScheduler::new([scheduler("a"), scheduler("a")]));
     // A removed handler frees its name. Other names, and a second average of a store, are fine.
     trainer.remove_event_handler(first)?;
     trainer
