@@ -20,8 +20,8 @@ pub struct Restored {
     /// longer schedule; the handler's arguments are used.
     pub changed: Vec<String>,
     /// Who had ended the run for good when the state was saved (early stopping, for example), and how to go on all the
-    /// same; see [`Engine::resume_terminated`](super::Engine::resume_terminated). `None` where there is something left to do. A limit of time or samples
-    /// does not count, because it does not hold in the next process.
+    /// same; see [`Engine::resume_terminated`](super::Engine::resume_terminated). `None` where there is something left
+    /// to do. A limit of time or samples does not count, because it does not hold in the next process.
     pub ended: Option<String>,
 }
 

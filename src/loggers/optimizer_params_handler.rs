@@ -8,7 +8,8 @@ use crate::optim::Optimizer;
 /// Logs a hyper-parameter of each parameter group, as `tag/lr/group_0`: ignite's `OptimizerParamsHandler`.
 ///
 /// Costs a read of each group, and no host sync. The handler acts after the other handlers of its events
-/// ([`Priority::Last`](crate::engine::Priority::Last)): at [`Event::IterationStarted`] it logs the values that the step will use.
+/// ([`Priority::Last`](crate::engine::Priority::Last)): at [`Event::IterationStarted`] it logs the values that the step
+/// will use.
 ///
 /// ```
 /// # use tch::{Device, nn};

@@ -9,10 +9,10 @@ use crate::optim::Knob;
 
 /// Logs metrics, parts of the output and knobs, as `tag/name`: ignite's `OutputHandler`.
 ///
-/// The handler acts after the other handlers of its events ([`Priority::Last`](crate::engine::Priority::Last)), so it logs what they leave, wherever
-/// it is attached. Metrics without a value are left out; for one that never had a value there is a warning in the run's
-/// [`Summary`](crate::engine::Summary). Reading a metric is a host sync where it is on a GPU, so log only every so many
-/// iterations there.
+/// The handler acts after the other handlers of its events ([`Priority::Last`](crate::engine::Priority::Last)), so it
+/// logs what they leave, wherever it is attached. Metrics without a value are left out; for one that never had a value
+/// there is a warning in the run's [`Summary`](crate::engine::Summary). Reading a metric is a host sync where it is on a
+/// GPU, so log only every so many iterations there.
 ///
 /// ```
 /// use tch_ignite::engine::{Engine, Event, Until};
