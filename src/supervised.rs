@@ -17,7 +17,7 @@ use crate::event::Event;
 use crate::memory_format::to_channels_last;
 use crate::optim::Optimizer;
 pub use crate::prediction::Prediction;
-use crate::state::{Gradients, StateDict, Stateful};
+use crate::state::{SavedGradients, StateDict, Stateful};
 
 type LossFn = Box<dyn Fn(&Tensor, &Tensor) -> WeightedLoss + Send>;
 
@@ -365,8 +365,8 @@ impl<N> Stateful for Supervised<N> {
 }
 
 impl<N> Supervised<N> {
-    fn gradients(&self) -> Gradients {
-        Gradients::of_variables(self.optimizer.variables())
+    fn gradients(&self) -> SavedGradients {
+        SavedGradients::of_variables(self.optimizer.variables())
     }
 }
 

@@ -63,7 +63,7 @@ use crate::state::{StateDict, Stateful};
 /// ```
 ///
 /// A checkpoint within a window needs the accumulator's state and the gradients: track
-/// [`Gradients`](crate::checkpoint::Gradients) too.
+/// [`SavedGradients`](crate::checkpoint::SavedGradients) too.
 #[derive(Debug)]
 pub struct GradientAccumulator {
     accumulation: Accumulation,
@@ -393,7 +393,7 @@ fn scale(optimizer: &Optimizer, factor: &Amount) -> Result<()> {
 }
 
 /// The state holds how many batches wait, and their weights. The gradients themselves are in
-/// [`Gradients`](crate::checkpoint::Gradients).
+/// [`SavedGradients`](crate::checkpoint::SavedGradients).
 impl Stateful for GradientAccumulator {
     fn state_dict(&self) -> Result<StateDict> {
         let mut state = StateDict::new();

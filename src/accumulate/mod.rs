@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 /// window of an epoch may be shorter. [`GradientAccumulator`] combines the gradients of the batches of a window.
 ///
 /// The window of a batch follows from its position alone, so it is the same after a resume. A checkpoint that is
-/// written within a window needs the gradients too: track [`Gradients`](crate::checkpoint::Gradients).
+/// written within a window needs the gradients too: track [`SavedGradients`](crate::checkpoint::SavedGradients).
 ///
 /// ```
 /// use tch_ignite::Accumulation;

@@ -23,7 +23,7 @@
 //!
 //! `state.output` is saved after [`Engine::track_output`](crate::engine::Engine::track_output), which the supervised
 //! trainer calls; handlers that read it at the end of an epoch need that. Gradients are saved where they are
-//! [tracked](Gradients). What belongs to the process is not saved: deadlines, progress bars, the count of samples that
+//! [tracked](SavedGradients). What belongs to the process is not saved: deadlines, progress bars, the count of samples that
 //! a loader left out.
 //!
 //! A damaged or hostile file is an error. Reading takes the memory of the tensors' elements, and at most 150 MB
@@ -45,7 +45,7 @@ mod retention;
 mod score;
 mod writer;
 
-pub use crate::state::{Gradients, IntoStateful, Saveable, StateDict, Stateful};
+pub use crate::state::{IntoStateful, Saveable, SavedGradients, StateDict, Stateful};
 pub use filename::setup_filename_pattern;
 pub(crate) use folder::Folder;
 pub use handler::Checkpoint;

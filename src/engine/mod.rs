@@ -269,8 +269,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         usage: Usage,
     ) -> &mut Self {
         let metric = Rc::new(RefCell::new(MetricHandler::new(name.into(), metric, usage)));
-        let joins: Rc<RefCell<dyn RankMetric<O> + 'a>> = metric.clone();
-        self.metrics.push(Rc::downgrade(&joins));
+        let of_rank: Rc<RefCell<dyn RankMetric<O> + 'a>> = metric.clone();
+        self.metrics.push(Rc::downgrade(&of_rank));
         self.attach(metric)
     }
 

@@ -17,16 +17,19 @@ impl Awaited {
         self.names.push((name, Cell::new(false)));
     }
 
-    /// The names and values of the metrics that have a value now.
+    /// The names and values of the metrics that have a value now. The name of a group stands for all of its values.
     pub(crate) fn values<'s>(
         &'s self,
         metrics: &'s Metrics,
     ) -> impl Iterator<Item = (&'s str, &'s MetricValue)> {
         self.looked.set(true);
-        self.names.iter().filter_map(|(name, seen)| {
-            let value = metrics.value(name)?;
-            seen.set(true);
-            Some((name.as_str(), value))
+        self.names.iter().flat_map(move |(name, seen)| {
+            let own = metrics.value(name).map(|value| (name.as_str(), value));
+            let is_part =
+                |all: &str| all.strip_prefix(name).is_some_and(|part| part.starts_with('/'));
+            let is_group = own.is_none();
+            let parts = metrics.iter().filter(move |(all, _)| is_group && is_part(all));
+            own.into_iter().chain(parts).inspect(|_| seen.set(true))
         })
     }
 

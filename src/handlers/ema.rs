@@ -50,7 +50,7 @@ use crate::state::StateDict;
 #[doc(alias = "ModelEma")]
 #[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct EMAHandler {
-    shadow: WeightAverages,
+    averages: WeightAverages,
     momentum: Arc<Mutex<Momentum>>,
     buffers: Buffers,
     name: String,
@@ -127,7 +127,7 @@ impl EMAHandler {
         let momentum =
             Momentum { target: momentum, current: momentum, warmup: Warmup::None, updates: 0 };
         Ok(Self {
-            shadow: WeightAverages::of(vs)?,
+            averages: WeightAverages::of(vs)?,
             momentum: Arc::new(Mutex::new(momentum)),
             buffers: Buffers::default(),
             name: "ema_momentum".into(),
@@ -234,7 +234,7 @@ impl EMAHandler {
         check(momentum.target)?;
         let before = (momentum.updates, momentum.current);
         let value = momentum.next();
-        let updated = self.shadow.update(Average::Lerp(value), self.buffers);
+        let updated = self.averages.update(Average::Lerp(value), self.buffers);
         if updated.is_err() {
             (momentum.updates, momentum.current) = before;
         }
@@ -244,7 +244,7 @@ impl EMAHandler {
     /// The averages, by the names of the variables. The tensors are the handler's own: copy them to keep their values,
     /// and copy into them to restore values.
     pub fn averages(&self) -> Vec<(String, Tensor)> {
-        self.shadow.averages()
+        self.averages.averages()
     }
 
     /// Gives the model the values of the averages, for an evaluation, until the returned guard is dropped.
@@ -252,12 +252,12 @@ impl EMAHandler {
     /// # Errors
     /// The averages are swapped in already.
     pub fn swap(&self) -> Result<Swapped> {
-        self.shadow.swap()
+        self.averages.swap()
     }
 
     /// Wraps a handler so that it is called with the averages swapped in: `ema.with_averages(Evaluate::each_epoch(…))`.
     pub fn with_averages<H>(&self, handler: H) -> WithAverages<H> {
-        WithAverages { shadow: self.shadow.clone(), handler }
+        WithAverages { averages: self.averages.clone(), handler }
     }
 }
 
@@ -279,20 +279,20 @@ impl<C, B, O> Handler<C, B, O> for EMAHandler {
             state.set_value("target", momentum.target)?;
             state.set_value("warmup", momentum.warmup)?;
         }
-        state.set_part("averages", self.shadow.save()?);
+        state.set_part("averages", self.averages.save()?);
         Ok(Some(state))
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         let momentum = Momentum::loaded(&state)?;
-        self.shadow.load(state.part("averages")?)?;
+        self.averages.load(state.part("averages")?)?;
         *locked(&self.momentum) = momentum;
         Ok(())
     }
 
     fn load_state_partially(&mut self, mut state: StateDict) -> Result<Vec<String>> {
         let momentum = Momentum::loaded(&state)?;
-        let misfits = self.shadow.load_partially(state.take_part("averages")?)?;
+        let misfits = self.averages.load_partially(state.take_part("averages")?)?;
         *locked(&self.momentum) = momentum;
         Ok(misfits)
     }

@@ -40,7 +40,7 @@ use crate::state::StateDict;
 #[doc(alias = "swa_utils")]
 #[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct SWAHandler {
-    shadow: WeightAverages,
+    averages: WeightAverages,
     count: Arc<AtomicU64>,
     buffers: Buffers,
     events: Events,
@@ -53,7 +53,7 @@ impl SWAHandler {
     /// libtorch cannot copy the variables.
     pub fn new(vs: &VarStore) -> Result<Self> {
         Ok(Self {
-            shadow: WeightAverages::of(vs)?,
+            averages: WeightAverages::of(vs)?,
             count: Arc::default(),
             buffers: Buffers::default(),
             events: Event::EpochCompleted.into(),
@@ -88,14 +88,14 @@ impl SWAHandler {
             (Buffers::Update, 1) => Buffers::Copy,
             (buffers, _) => buffers,
         };
-        self.shadow.update(how, buffers)?;
+        self.averages.update(how, buffers)?;
         self.count.store(count, Ordering::Relaxed);
         Ok(())
     }
 
     /// The averages, by the names of the variables. The tensors are the handler's own: copy them to keep their values.
     pub fn averages(&self) -> Vec<(String, Tensor)> {
-        self.shadow.averages()
+        self.averages.averages()
     }
 
     /// Gives the model the values of the averages, for an evaluation, until the returned guard is dropped.
@@ -103,12 +103,12 @@ impl SWAHandler {
     /// # Errors
     /// The averages are swapped in already.
     pub fn swap(&self) -> Result<Swapped> {
-        self.shadow.swap()
+        self.averages.swap()
     }
 
     /// Wraps a handler so that it is called with the averages swapped in: `swa.with_averages(Evaluate::each_epoch(…))`.
     pub fn with_averages<H>(&self, handler: H) -> WithAverages<H> {
-        WithAverages { shadow: self.shadow.clone(), handler }
+        WithAverages { averages: self.averages.clone(), handler }
     }
 }
 
@@ -120,20 +120,20 @@ impl<C, B, O> Handler<C, B, O> for SWAHandler {
     fn save_state(&self) -> Result<Option<StateDict>> {
         let mut state = StateDict::new();
         state.set_value("n_averaged", self.n_averaged())?;
-        state.set_part("averages", self.shadow.save()?);
+        state.set_part("averages", self.averages.save()?);
         Ok(Some(state))
     }
 
     fn load_state(&mut self, state: StateDict) -> Result<()> {
         let count = state.value("n_averaged")?;
-        self.shadow.load(state.part("averages")?)?;
+        self.averages.load(state.part("averages")?)?;
         self.count.store(count, Ordering::Relaxed);
         Ok(())
     }
 
     fn load_state_partially(&mut self, mut state: StateDict) -> Result<Vec<String>> {
         let count = state.value("n_averaged")?;
-        let misfits = self.shadow.load_partially(state.take_part("averages")?)?;
+        let misfits = self.averages.load_partially(state.take_part("averages")?)?;
         self.count.store(count, Ordering::Relaxed);
         Ok(misfits)
     }

@@ -213,7 +213,7 @@ impl Drop for Swapped {
 /// [`SWAHandler::with_averages`](super::SWAHandler::with_averages) make it.
 #[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct WithAverages<H> {
-    pub(super) shadow: WeightAverages,
+    pub(super) averages: WeightAverages,
     pub(super) handler: H,
 }
 
@@ -243,7 +243,7 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
         cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
-        let _swapped = self.shadow.swap()?;
+        let _swapped = self.averages.swap()?;
         self.handler.call(event, cx, engine)
     }
 }

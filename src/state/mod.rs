@@ -11,5 +11,5 @@ pub(crate) mod tree;
 pub(crate) use layout::Layout;
 pub use saveable::Saveable;
 pub use state_dict::{StateDict, Stateful};
-pub use stateful::{Gradients, IntoStateful};
+pub use stateful::{IntoStateful, SavedGradients};
 pub(crate) use stateful::{copy_variables, layout_misfits, misfits, variables_of};

@@ -15,7 +15,7 @@ use crate::bridge::{TensorId, bytes, set_gradient};
 use crate::error::{Error, Result};
 
 /// A value that [`Engine::track`](crate::engine::Engine::track) takes: `&VarStore`, `&Optimizer`, a
-/// [`GradScaler`](crate::amp::GradScaler), [`Gradients`], and `Rc<RefCell<T>>` or `Arc<Mutex<T>>` of a [`Stateful`]
+/// [`GradScaler`](crate::amp::GradScaler), [`SavedGradients`], and `Rc<RefCell<T>>` or `Arc<Mutex<T>>` of a [`Stateful`]
 /// type.
 pub trait IntoStateful<'a> {
     /// Makes a handle to the tracked object.
@@ -28,7 +28,7 @@ impl<'a> IntoStateful<'a> for &VarStore {
     }
 }
 
-impl<'a> IntoStateful<'a> for Gradients {
+impl<'a> IntoStateful<'a> for SavedGradients {
     fn into_stateful(self) -> Box<dyn Stateful + 'a> {
         Box::new(self)
     }
@@ -156,11 +156,11 @@ impl Stateful for Model {
 ///
 /// Where several processes train together, a checkpoint holds the gradients of each rank, which are sent to all ranks
 /// for that.
-pub struct Gradients(Arc<Mutex<Variables>>);
+pub struct SavedGradients(Arc<Mutex<Variables>>);
 
-crate::debug::opaque_debug!(Gradients);
+crate::debug::opaque_debug!(SavedGradients);
 
-impl Gradients {
+impl SavedGradients {
     /// The gradients of the parameters of this store.
     pub fn of(vs: &VarStore) -> Self {
         Self(vs.variables_.clone())
@@ -171,7 +171,7 @@ impl Gradients {
     }
 }
 
-impl Stateful for Gradients {
+impl Stateful for SavedGradients {
     fn state_dict(&self) -> Result<StateDict> {
         let mut state = StateDict::new();
         for (name, variable) in variables_of(&self.0).tensors {

@@ -601,3 +601,23 @@ fn names_in_a_group_are_told_apart_or_refused() -> Result<()> {
     assert!(error.contains("two metrics of a group are named 'a'"), "{error}");
     Ok(())
 }
+
+#[test]
+fn the_name_of_a_group_stands_for_all_of_its_values() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("log.csv");
+    let csv = CsvLogger::open(&path)?;
+    let mut engine = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+    let group = MetricGroup::new()
+        .metric("mean", Mean::new())
+        .metric("doubled", Mean::of(|x: &f64| 2. * x));
+    engine.metric("loss", group).metric("loss2", Mean::new());
+    engine.attach(OutputHandler::each_epoch(&csv, "train").metric("loss"));
+    let summary = engine.run(&mut (), vec![1., 2.], Until::epochs(1))?;
+    assert_eq!(summary.warnings, [""; 0]);
+    let text = std::fs::read_to_string(&path)?;
+    let rows: Vec<_> = text.lines().skip(1).filter_map(|row| row.split_once(',')).collect();
+    let rows: Vec<_> = rows.into_iter().map(|(_, row)| row).collect();
+    assert_eq!(rows, ["1,train/loss/mean,1.5", "1,train/loss/doubled,3"]);
+    Ok(())
+}
