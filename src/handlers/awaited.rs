@@ -25,11 +25,11 @@ impl Awaited {
         self.looked.set(true);
         self.names.iter().flat_map(move |(name, seen)| {
             let own = metrics.value(name).map(|value| (name.as_str(), value));
-            let is_part =
-                |all: &str| all.strip_prefix(name).is_some_and(|part| part.starts_with('/'));
-            let is_group = own.is_none();
-            let parts = metrics.iter().filter(move |(all, _)| is_group && is_part(all));
-            own.into_iter().chain(parts).inspect(|_| seen.set(true))
+            let parts = own.is_none().then(|| {
+                let is_part = |rest: &str| rest.starts_with('/');
+                metrics.iter().filter(move |(all, _)| all.strip_prefix(name).is_some_and(is_part))
+            });
+            own.into_iter().chain(parts.into_iter().flatten()).inspect(|_| seen.set(true))
         })
     }
 
