@@ -148,7 +148,7 @@ pub use tch;
 #[doc = include_str!("../docs/PYTORCH.md")]
 mod pytorch_page {}
 
-/// What most programs need.
+/// The names that most programs need.
 pub mod prelude {
     pub use crate::checkpoint::Checkpoint;
     pub use crate::data::{Batch, DataLoader, Dataset, Loader};

@@ -42,7 +42,7 @@ const PIECE: usize = 1 << 23;
 const CHUNK: usize = 1 << 18;
 const NO_CRC: &str = "00000000";
 
-/// What a file says about itself besides its content.
+/// The statements of a file about itself besides its content.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Stamp {
     /// Time of writing, in nanoseconds since 1970.

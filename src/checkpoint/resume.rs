@@ -26,7 +26,7 @@ pub struct Resumed {
     pub iteration: u64,
     /// Newer files that are damaged or belong to another program, with the reason.
     pub skipped: Vec<(PathBuf, String)>,
-    /// What was restored, what has changed since, and what was left out.
+    /// The parts that were restored, have changed since, or were left out.
     pub restored: Restored,
 }
 

@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::engine::State;
 use crate::error::{Error, Result};
 
-/// Which values of a metric are better.
+/// The direction in which a metric gets better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// Smaller values are better, as of a loss.

@@ -102,7 +102,7 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
     /// ```
     ///
     /// # Errors
-    /// Those of [`new`](Self::new).
+    /// The errors of [`new`](Self::new).
     pub fn with_collate(
         dataset: D,
         batch_size: usize,

@@ -316,7 +316,7 @@ struct Signals {
     registered: Vec<SigId>,
 }
 
-/// What decides whether a signal ends this process. A system's default action that was replaced cannot be brought back,
+/// This flag decides whether a signal ends the process. A system's default action that was replaced cannot be brought back,
 /// so it is done by hand when no job runs.
 struct DefaultAction {
     /// Whether a signal ends the process. `None` until the first job.

@@ -33,7 +33,7 @@ impl Peers {
     }
 }
 
-/// Which ranks call a handler and keep its state, in an engine of several processes
+/// The ranks that call a handler and keep its state, in an engine of several processes
 /// ([`HandlerSpec::ranks`](super::HandlerSpec::ranks)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ranks {

@@ -10,7 +10,7 @@ use super::{Event, Until};
 use crate::data::{SamplePosition, Source};
 use crate::state::StateDict;
 
-/// What the loop does next.
+/// The next thing that the loop does.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Phase {
     #[default]
@@ -112,7 +112,7 @@ pub(super) struct Cursor {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct CallAgain {
     pub(super) handler: String,
-    /// Which of the handler's registrations for the event it is, from 0: `every(2) | every(3)` makes two.
+    /// The number of the handler's registration for the event, from 0: `every(2) | every(3)` makes two.
     pub(super) registration: usize,
 }
 
@@ -148,7 +148,7 @@ impl Cursor {
     }
 }
 
-/// What the data said about itself when the last run ended, or when the restored state was saved.
+/// The data's answers about itself when the last run ended, or when the restored state was saved.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct LastData {
     /// The position in the pass in samples, where the data counts samples; otherwise `Cursor::fetched` is the position.
@@ -181,7 +181,7 @@ pub(super) struct Position {
     pub(super) data_start: Option<DataStart>,
     /// The batch under way has to be fetched again before the run goes on.
     pub(super) refetch: bool,
-    /// What the data said when the last run ended, or when the restored state was saved.
+    /// The data's answers when the last run ended, or when the restored state was saved.
     pub(super) last_data: LastData,
     /// States of the random number generators from before the pass under way began, where the data may draw its order
     /// from them.

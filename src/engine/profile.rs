@@ -29,7 +29,7 @@ struct Record {
 /// Statistics of the times of repeated calls.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ProfileRow {
-    /// What was called: `"data"`, `"step"`, `"handlers"`, or a handler's name.
+    /// The name of what was called: `"data"`, `"step"`, `"handlers"`, or a handler's name.
     pub name: String,
     /// The event, for handlers.
     pub event: Option<Event>,

@@ -1,4 +1,4 @@
-//! What a restore found: the parts that came back, and those that differ.
+//! The report of a restore: the parts that came back, and those that differ.
 
 use crate::error::{Error, Result};
 use crate::guard::guarded_state;

@@ -367,7 +367,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         } else {
             state.samples = 0;
             self.requests = match plan.previous {
-                // What was asked for before the error is done now.
+                // Handlers' requests from before the error are done now.
                 PreviousRun::Failed => self.requests.of_failed_run(),
                 _ => Requests::default(),
             };

@@ -85,7 +85,7 @@ enum Value {
     Knob(Knob),
 }
 
-/// What the screen shows.
+/// The text that the screen shows.
 #[derive(Debug, Clone, Copy)]
 enum Stage {
     /// Nothing, because no epoch is under way.

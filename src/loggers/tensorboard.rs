@@ -616,7 +616,7 @@ mod tests {
         assert_eq!(board.commit()?["last step"], 9);
         ensure!(board.rewind(&at_five)?.is_none());
         assert_eq!(restarts(folder.path())?, [6]);
-        // What was taken back no longer counts.
+        // Steps that were taken back no longer count.
         board.scalar("val/loss", 0.5, 2)?;
         let again = board.commit()?;
         assert_eq!(again["last step"], 5);

@@ -110,7 +110,7 @@ pub trait Metric<O> {
     /// within this one. It does nothing but in [`RunningAverage::of_metric`] and metrics that hold one.
     ///
     /// # Errors
-    /// Those of [`update`](Self::update).
+    /// The errors of [`update`](Self::update).
     fn observe(&mut self, _output: &O) -> anyhow::Result<()> {
         Ok(())
     }

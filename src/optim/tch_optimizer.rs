@@ -10,7 +10,7 @@ use crate::error::Result;
 /// tch's optimizer, lent out by [`Optimizer::with_tch`](super::Optimizer::with_tch). It has the methods of tch's
 /// optimizer, which panic where those of [`Optimizer`] return errors.
 ///
-/// What tch's own methods do only for the optimizers that it knows (its `set_lr` does nothing for others), these do for
+/// tch's own methods work for the optimizers that tch knows (its `set_lr` does nothing for others); these work for
 /// all. This is not a `&mut tch::nn::Optimizer`, because a caller could replace that by another optimizer.
 pub struct TchOptimizer<'o> {
     optimizer: &'o Optimizer,

@@ -2,9 +2,9 @@
 
 /// Small files may take this much in any case.
 const FREE: u64 = 64 << 20;
-/// What each byte read adds. A list of `None` takes 72 bytes for each, and no other data that Python writes takes more.
+/// The bytes of memory that each byte read adds. A list of `None` takes 72 bytes for each, and no other data that Python writes takes more.
 const FOR_EACH_BYTE: u64 = 96;
-/// What the allocator and the counts of an `Arc` add to a piece of memory.
+/// The bytes that the allocator and the counts of an `Arc` add to a piece of memory.
 const OVERHEAD: usize = 32;
 
 /// Memory is asked for here before it is taken: a few bytes of a program can stand for a container, or for a copy of

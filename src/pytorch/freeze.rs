@@ -213,7 +213,7 @@ fn count_of(value: &Value) -> u64 {
     1 + more as u64
 }
 
-/// What makes keys equal in Python: `1`, `1.0` and `True` are.
+/// Two keys are equal here where Python takes them for equal, as it does `1`, `1.0` and `True`.
 #[derive(PartialEq, Eq, Hash)]
 enum Key {
     None,

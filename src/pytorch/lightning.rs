@@ -6,7 +6,7 @@ use super::weights::Weights;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 
-/// What the file's own version is said to be: the layout is that of Lightning 2.
+/// The version that the file names: its layout is that of Lightning 2.
 const VERSION: &str = "2.0.0";
 
 /// Whether it is a checkpoint of Lightning.

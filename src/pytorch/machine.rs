@@ -909,7 +909,7 @@ impl Node {
         Self::Dict(Box::new(DictNode { class, entries: vec![], attributes: None }))
     }
 
-    /// What the node has taken beside its place among the others.
+    /// The memory that the node has taken beside its place among the others.
     pub(super) fn memory(&self) -> usize {
         const ITEM: usize = size_of::<Item>();
         match self {

@@ -15,7 +15,7 @@ pub(super) struct Position {
     /// Epochs that are done.
     pub(super) epoch: Option<u64>,
     pub(super) epoch_length: Option<u64>,
-    /// What ignite's own state has besides.
+    /// The further values of ignite's own state.
     pub(super) budget: Map<String, Json>,
 }
 

@@ -1,4 +1,4 @@
-//! What wrappers put before the names of a model's parameters.
+//! The prefixes that wrappers put before the names of a model's parameters.
 
 use super::names::Names;
 use super::weights::Weights;

@@ -170,7 +170,7 @@ impl SavePretrained {
     /// Writes weights that were read from elsewhere.
     ///
     /// # Errors
-    /// Those of [`save`](Self::save).
+    /// The errors of [`save`](Self::save).
     pub fn save_weights(&self, weights: &Weights, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
         let weights = weights.clone().rename(&self.names)?;

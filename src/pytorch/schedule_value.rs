@@ -21,7 +21,7 @@ struct One {
 }
 
 impl One {
-    /// What the knob of a group is to have for the next step.
+    /// The value that the knob of a group is to have for the next step.
     fn last_of(&self, group: usize) -> f64 {
         let index = if self.group.is_some() { 0 } else { group };
         self.last * self.reductions.get(index).copied().unwrap_or(1.)

@@ -95,7 +95,7 @@ impl ScriptModule {
     /// Calls `forward` with values of any type.
     ///
     /// # Errors
-    /// Those of the module; a buffer that it gives another shape or type.
+    /// The module fails, or gives a buffer another shape or type.
     pub fn forward_is(&self, inputs: &[IValue], train: bool) -> Result<IValue> {
         self.called(train, |module| module.forward_is(inputs))
     }
@@ -103,7 +103,7 @@ impl ScriptModule {
     /// Calls `forward` with tensors.
     ///
     /// # Errors
-    /// Those of [`forward_is`](Self::forward_is), and a result that is no tensor.
+    /// The errors of [`forward_is`](Self::forward_is); the result is no tensor.
     pub fn forward_ts(&self, inputs: &[&Tensor], train: bool) -> Result<Tensor> {
         let inputs: Vec<_> = inputs.iter().map(|input| input.shallow_clone()).collect();
         self.called(train, |module| module.forward_ts(&inputs))
@@ -168,7 +168,7 @@ fn place<'p, 'n>(path: &nn::Path<'p>, name: &'n str) -> (Option<nn::Path<'p>>, &
 }
 
 /// # Panics
-/// What [`ScriptModule::forward_ts`] returns as an error, as tch's modules do; an engine makes it an error again.
+/// An error of [`ScriptModule::forward_ts`] becomes a panic, as in tch's modules; an engine makes it an error again.
 impl ModuleT for ScriptModule {
     #[expect(clippy::panic, reason = "the trait has no errors")]
     fn forward_t(&self, input: &Tensor, train: bool) -> Tensor {

@@ -137,7 +137,7 @@ impl TrainingFile {
                 _ => found.part(name, part, is_lightning),
             }
         }
-        // What the epoch of a program's own counts, only the program knows.
+        // Only a program knows whether its own epoch counts whole epochs, or the one under way.
         if let Some(epoch) = epoch {
             match found.layout == Layout::Ignite || found.position.iteration.is_some() {
                 true => found.others.push(format!("epoch = {epoch}")),

@@ -185,7 +185,8 @@ impl Weights {
         self.places.get(name).and_then(|place| self.tensors.get(*place)).map(|(_, tensor)| tensor)
     }
 
-    /// What [`load`](Self::load) would do; nothing is read. A tied variable is there if one of its names is.
+    /// Tells which variables [`load`](Self::load) would load and which would not fit; nothing is read. A tied variable is
+    /// there if one of its names is.
     pub fn compare(&self, vs: &VarStore) -> Loaded {
         let variables: BTreeMap<String, Tensor> = vs.variables().into_iter().collect();
         let mut found = Loaded { skipped: self.skipped.clone(), ..Loaded::default() };

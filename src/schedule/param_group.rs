@@ -67,7 +67,7 @@ impl<S: Schedule> ParamGroupScheduler<S> {
     /// Writes the next value of each scheduler: one event, without an engine.
     ///
     /// # Errors
-    /// Those of [`ParamScheduler::advance`]; the schedulers before the failing one have written.
+    /// The errors of [`ParamScheduler::advance`]; the schedulers before the failing one have written.
     pub fn advance(&mut self) -> Result<()> {
         self.schedulers.iter_mut().try_for_each(|scheduler| scheduler.advance().map(drop))
     }

@@ -124,7 +124,7 @@ impl ReduceLROnPlateauScheduler {
     /// Makes a scheduler for a metric that is better when larger.
     ///
     /// # Errors
-    /// Those of [`min`](Self::min).
+    /// The errors of [`min`](Self::min).
     pub fn max(name: impl Into<String>, knob: Knob, metric: impl Into<String>) -> Result<Self> {
         Self::new(name.into(), knob, metric.into(), Mode::Max)
     }

@@ -209,7 +209,7 @@ impl SchedulePlan {
     /// entries with `longer = "warn"`.
     ///
     /// # Errors
-    /// Those of [`resolve`](Self::resolve).
+    /// The errors of [`resolve`](Self::resolve).
     pub fn check(&self, run: RunLength) -> Result<Vec<String>> {
         Ok(self.checked(run)?.1)
     }
@@ -230,7 +230,7 @@ impl SchedulePlan {
     /// first and its last iteration.
     ///
     /// # Errors
-    /// Those of [`resolve`](Self::resolve), and a run whose length is not known.
+    /// The errors of [`resolve`](Self::resolve), and a run whose length is not known.
     pub fn simulate_values(&self, run: RunLength) -> Result<Vec<Vec<(u64, f64)>>> {
         let entries = self.entries.iter().zip(self.resolve(run)?).enumerate();
         let values = entries.map(|(index, (entry, schedule))| {
@@ -242,7 +242,7 @@ impl SchedulePlan {
     /// Makes the handlers for an optimizer and a run; attach each to the trainer.
     ///
     /// # Errors
-    /// Those of [`resolve`](Self::resolve), and groups or hyper-parameters that the optimizer does not
+    /// The errors of [`resolve`](Self::resolve), and groups or hyper-parameters that the optimizer does not
     /// have.
     pub fn bind(&self, optimizer: &Optimizer, run: RunLength) -> Result<Vec<ParamScheduler>> {
         self.bind_with(run, |param, group| match group {
@@ -255,7 +255,7 @@ impl SchedulePlan {
     /// in one of several optimizers, or a knob of your own.
     ///
     /// # Errors
-    /// Those of [`resolve`](Self::resolve) and of `knob`.
+    /// The errors of [`resolve`](Self::resolve) and of `knob`.
     pub fn bind_with(
         &self,
         run: RunLength,
