@@ -95,6 +95,8 @@
     clippy::dbg_macro,
     clippy::explicit_iter_loop,
     clippy::manual_let_else,
+    clippy::missing_errors_doc,
+    clippy::missing_panics_doc,
     clippy::semicolon_if_nothing_returned,
     clippy::uninlined_format_args
 )]

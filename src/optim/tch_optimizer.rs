@@ -79,6 +79,9 @@ impl<'o> TchOptimizer<'o> {
     }
 
     /// Makes one step.
+    ///
+    /// # Panics
+    /// A parameter cannot be stepped: see [`Optimizer::step`].
     pub fn step(&mut self) {
         self.admit_new();
         self.native.step(None, None).unwrap_or_else(|error| panic!("{}", error.text));
