@@ -234,7 +234,13 @@ impl Key {
             Value::Bool(bool) => Self::Int((*bool).into()),
             Value::Int(int) => Self::Int(*int),
             Value::BigInt(int) => Self::BigInt(int.clone()),
-            Value::Float(float) if *float == (*float as i64) as f64 => Self::Int(*float as i64),
+            Value::Float(float) if float.is_nan() => {
+                return Err("NaN cannot be a key: it equals no key, not even itself".into());
+            }
+            // 2^63 is no i64, and the conversion would give the one before it.
+            Value::Float(float) if *float == (*float as i64) as f64 && *float < 9.2e18 => {
+                Self::Int(*float as i64)
+            }
             Value::Float(float) => Self::Float(float.to_bits()),
             Value::Complex(real, imaginary) => Self::Complex(real.to_bits(), imaginary.to_bits()),
             Value::Str(text) => Self::Text(text.clone()),

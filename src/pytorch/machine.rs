@@ -835,8 +835,12 @@ impl<'i, 's> Machine<'i, 's> {
         };
         let (conjugate, negative) = (self.bit(bits, "conj"), self.bit(bits, "neg"));
         check_bounds(&shape, &strides, offset, length / dtype.size())?;
-        // Parts begin at an element of the storage, so the division leaves no remainder.
-        let offset = offset + (begin / dtype.size()) as i64;
+        // A part of an UntypedStorage may begin at any byte.
+        let begin = begin.is_multiple_of(dtype.size()).then(|| begin / dtype.size());
+        let begin = begin.and_then(|begin| i64::try_from(begin).ok());
+        let offset = begin
+            .and_then(|begin| offset.checked_add(begin))
+            .ok_or("a tensor does not begin at an element of its storage")?;
         let tensor = StoredTensor {
             memory: Memory::File(storage),
             dtype,

@@ -1,6 +1,7 @@
 //! Writes values as a pickle of protocol 2, which every `torch.load` reads.
 
 use std::collections::HashMap;
+use std::mem::{Discriminant, discriminant};
 use std::sync::Arc;
 
 use super::machine::MAX_DEPTH;
@@ -12,7 +13,7 @@ pub(super) struct Pickler<'s> {
     out: Vec<u8>,
     storages: &'s mut Storages,
     /// The memo's numbers of containers, bytes and tensors, by their address.
-    shared: HashMap<*const (), u32>,
+    shared: HashMap<(*const (), Discriminant<Value>), u32>,
     texts: HashMap<Arc<str>, u32>,
     globals: HashMap<(&'static str, String), u32>,
     next: u32,
@@ -94,6 +95,8 @@ impl<'s> Pickler<'s> {
             Value::Tensor(tensor) => Arc::as_ptr(tensor).cast(),
             Value::Object(object) => Arc::as_ptr(object).cast(),
         };
+        // A list and a tuple may be of the same elements in memory, and are two values.
+        let address: (*const (), _) = (address, discriminant(value));
         if let Some(number) = self.shared.get(&address) {
             self.recall(*number);
             return Ok(());

@@ -227,6 +227,30 @@ fn containers_that_are_shared_stay_shared() -> Result<()> {
 }
 
 #[test]
+fn a_list_and_a_tuple_of_one_memory_are_written_as_two_values() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("both.pt");
+    let one = std::sync::Arc::new(vec![Value::Int(1)]);
+    let both = Value::list([Value::List(one.clone()), Value::Tuple(one.clone()), Value::Set(one)]);
+    pytorch::write(&path, &both)?;
+    assert_eq!(pytorch::read(&path)?.to_string(), both.to_string());
+    Ok(())
+}
+
+#[test]
+fn keys_are_told_apart_as_in_python() -> Result<()> {
+    // The pickle is {2**63 - 1: 1, 2.0**63: 2}.
+    let pickle =
+        b"\x80\x02}(\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7fK\x01G\x43\xe0\0\0\0\0\0\0K\x02u.";
+    let value = read_pickle(pickle, &[])?;
+    assert_eq!(value.as_dict().context("a dict")?.len(), 2);
+    // The pickle is {nan: 1}.
+    let error = refused(b"\x80\x02}(G\x7f\xf8\0\0\0\0\0\0K\x01u.");
+    assert!(error.contains("NaN cannot be a key"), "{error}");
+    Ok(())
+}
+
+#[test]
 fn names_that_are_no_plain_data_are_all_listed() -> Result<()> {
     // The pickle is a list of an argparse.Namespace with a state, and builtins.eval("1").
     let pickle = b"\x80\x02](cargparse\nNamespace\n)\x81}X\x02\x00\x00\x00lrG?\x50\x62\x4d\xd2\xf1\xa9\xfcsbc__builtin__\neval\nX\x01\x00\x00\x001\x85Re.";
