@@ -618,6 +618,6 @@ fn the_name_of_a_group_stands_for_all_of_its_values() -> Result<()> {
     let text = std::fs::read_to_string(&path)?;
     let rows: Vec<_> = text.lines().skip(1).filter_map(|row| row.split_once(',')).collect();
     let rows: Vec<_> = rows.into_iter().map(|(_, row)| row).collect();
-    assert_eq!(rows, ["1,train/loss/mean,1.5", "1,train/loss/doubled,3"]);
+    assert_eq!(rows, ["1,train/loss/doubled,3", "1,train/loss/mean,1.5"]);
     Ok(())
 }
