@@ -342,6 +342,13 @@ impl At {
         matches!(self, At::Started | At::EpochStarted | At::EpochCompleted | At::Completed)
     }
 
+    /// Whether a run that goes on after an error in a handler of this event fires the event again.
+    pub fn comes_again_after_an_error(self) -> bool {
+        use At::*;
+        let fetches = [GetBatchStarted, GetBatchCompleted, DataloaderStopIteration];
+        [Started, EpochStarted].contains(&self) || fetches.contains(&self)
+    }
+
     /// Whether a schedule at this event sets the value for the updates that follow it.
     pub fn is_after_the_step(self) -> bool {
         use At::*;

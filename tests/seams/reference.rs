@@ -715,8 +715,10 @@ impl<'p> Reference<'p> {
             }
         }
         if self.breaks(Place::In(at)) == Wrong {
-            // An error also cancels requests to end the epoch or the run.
-            (self.terminate, self.end_of_epoch) = (false, false);
+            if at.comes_again_after_an_error() {
+                // The requests of its handlers come again, too.
+                (self.terminate, self.end_of_epoch) = (false, false);
+            }
             return Wrong;
         }
         if world::RECORDED.contains(&at) {
