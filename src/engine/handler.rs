@@ -263,9 +263,11 @@ pub(super) enum Callable<'a, C, B, O> {
 /// A handler in the engine. It is taken out while it runs.
 struct Slot<'a, C, B, O> {
     id: HandlerId,
-    spec: HandlerSpec,
     callable: Option<Callable<'a, C, B, O>>,
+    ranks: Ranks,
+    in_trials: bool,
     kind: SlotKind,
+    spec: HandlerSpec,
     /// The events at which the handler is called, once for each of its registrations.
     events: Vec<EventIndex>,
     /// The number of the removal that removed the handler; `None` while it is attached.
@@ -417,7 +419,8 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             lists.live += 1;
         }
         let (callable, events, removed) = (Some(callable), indices, None);
-        self.slots.push(Slot { id, spec, callable, kind, events, removed });
+        let (ranks, in_trials) = (spec.ranks, spec.is_called_in_trials());
+        self.slots.push(Slot { id, callable, ranks, in_trials, kind, spec, events, removed });
         Ok(id)
     }
 
@@ -632,7 +635,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             }
         }
         // A handler that is already running further out is not entered again.
-        let (ranks, in_trials) = (slot.spec.ranks, slot.spec.is_called_in_trials());
+        let (ranks, in_trials) = (slot.ranks, slot.in_trials);
         let callable = slot.callable.take();
         Some(Ok(callable.map(|callable| RunningHandler {
             slot: index,

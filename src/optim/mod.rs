@@ -504,7 +504,9 @@ fn set_hyper(
 ) -> Result<()> {
     hyper.check(value)?;
     let failed = |text| Error::libtorch(format!("setting {hyper} of group {group}"), text);
-    if let Some(buffer) = algorithm.buffer_of(hyper).filter(|_| value != 0.)
+    // Schedules set the learning rate all the time, and it never needs a tensor.
+    if hyper != Hyper::Lr
+        && let Some(buffer) = algorithm.buffer_of(hyper).filter(|_| value != 0.)
         && native.get(group, hyper).map_err(failed)? == 0.
     {
         native.add_buffer(group, buffer).map_err(failed)?;

@@ -60,6 +60,8 @@ pub struct ParamScheduler<S = Box<dyn Schedule>> {
     events_done: u64,
     save_history: bool,
     event: Events,
+    /// Whether all events are fired after the step.
+    is_after_step: bool,
     /// The user's choice; `None` leaves it to the events.
     write_at_start: Option<bool>,
     validated: bool,
@@ -75,6 +77,7 @@ impl<S: Schedule> ParamScheduler<S> {
             events_done: 0,
             save_history: false,
             event: Event::IterationStarted.into(),
+            is_after_step: false,
             write_at_start: None,
             validated: false,
         }
@@ -90,6 +93,7 @@ impl<S: Schedule> ParamScheduler<S> {
     /// Acts on these events instead of [`Event::IterationStarted`].
     pub fn on(mut self, event: impl Into<Events>) -> Self {
         self.event = event.into();
+        self.is_after_step = self.event.are_after_step();
         self
     }
 
@@ -103,7 +107,7 @@ impl<S: Schedule> ParamScheduler<S> {
     }
 
     pub(super) fn writes_at_start(&self) -> bool {
-        self.write_at_start.unwrap_or_else(|| self.event.are_after_step())
+        self.write_at_start.unwrap_or(self.is_after_step)
     }
 
     /// Returns the scheduler's name.
