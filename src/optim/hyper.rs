@@ -46,6 +46,7 @@ impl Hyper {
     }
 
     /// Checks a value against the bounds that torch.optim checks in its constructors.
+    #[inline]
     pub(crate) fn check(self, value: f64) -> Result<()> {
         let (fits, bounds) = match self {
             Beta1 | Beta2 => ((0. ..1.).contains(&value), "in [0, 1)"),

@@ -70,6 +70,7 @@ struct Reduced {
 
 impl Reductions {
     /// The factor on a hyper-parameter of a group; 1 if no reduction of it lives.
+    #[inline]
     fn factor(&self, group: usize, hyper: Hyper) -> f64 {
         if !self.some.load(Ordering::Relaxed) {
             return 1.;
@@ -200,6 +201,7 @@ impl Knob {
 
     /// Sets a schedule's value times the [`Reduction`] of each group. Returns the value that was set, in the first
     /// group for a knob of all groups.
+    #[inline]
     pub(crate) fn set_scheduled(&self, value: f64) -> Result<f64> {
         match &self.target {
             Target::Groups { optimizer, group: Some(index), hyper } => {

@@ -264,6 +264,7 @@ impl Optimizer {
         })
     }
 
+    #[inline]
     fn set_hyper(&self, group: usize, hyper: Hyper, value: f64) -> Result<()> {
         let algorithm = self.algorithm(group);
         self.native(|native| set_hyper(native, algorithm, group, hyper, value))
@@ -282,6 +283,7 @@ impl Optimizer {
     }
 
     /// The algorithm of a group.
+    #[inline]
     fn algorithm(&self, group: usize) -> Algorithm {
         self.shared.by_group.get(group).copied().unwrap_or(self.shared.algorithm)
     }
@@ -495,6 +497,7 @@ impl Optimizer {
 }
 
 /// Sets a hyper-parameter, and first adds the state tensor that it needs, if it is switched on.
+#[inline]
 fn set_hyper(
     native: &mut Native,
     algorithm: Algorithm,
