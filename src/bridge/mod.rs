@@ -346,6 +346,7 @@ impl Native {
     }
 
     #[inline]
+    #[inline]
     pub(crate) fn set(
         &mut self,
         group: usize,

@@ -307,6 +307,7 @@ fn written<S: serde::Serialize>(schedule: &S) -> Option<Value> {
 }
 
 /// Returns the value of an event; an error where the schedule has ended before.
+#[inline]
 fn value<S: Schedule + ?Sized>(schedule: &S, event: u64) -> Result<f64> {
     let value = schedule.at(event);
     if value.is_nan()

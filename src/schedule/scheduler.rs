@@ -130,6 +130,7 @@ impl<S: Schedule> ParamScheduler<S> {
     ///
     /// # Errors
     /// Wrong arguments, a schedule that has ended, or a value that the knob refuses; the position stays then.
+    #[inline]
     pub fn advance(&mut self) -> Result<f64> {
         if !self.validated {
             self.schedule.validate()?;
@@ -141,6 +142,7 @@ impl<S: Schedule> ParamScheduler<S> {
     }
 
     /// Handles one event of an engine. With `at_start`, value 0 is written at [`Event::Started`].
+    #[inline]
     pub(super) fn handle<C, B, O>(
         &mut self,
         event: Event,
