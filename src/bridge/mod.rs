@@ -346,7 +346,6 @@ impl Native {
     }
 
     #[inline]
-    #[inline]
     pub(crate) fn set(
         &mut self,
         group: usize,
