@@ -186,7 +186,7 @@ fn weights_like(vs: &nn::VarStore, json: &Json) -> Result<Cases> {
     Ok(results)
 }
 
-/// What writes the learning rates.
+/// The schedulers that write the learning rates.
 enum Schedulers {
     Schedules(Vec<ParamScheduler<AnySchedule>>),
     Plateau(Box<ReduceLROnPlateauScheduler>),

@@ -301,7 +301,7 @@ fn a_plateau_with_other_arguments_is_told_from_the_saved_one() -> Result<()> {
     let error = load(other()?, save(&first)?, true).unwrap_err().to_string();
     assert!(error.contains("metric was \"loss\"") && error.contains("mode was \"min\""), "{error}");
     assert_eq!(load(other()?, save(&first)?, false)?.len(), 2);
-    // Of other groups, or with a factor that no reduction makes.
+    // A state is refused if it has another number of groups, or a factor that no reduction makes.
     for reductions in [vec![0.1, 0.1], vec![0.], vec![2.]] {
         let mut state = save(&first)?;
         state.set_value("reductions", &reductions)?;

@@ -501,7 +501,7 @@ fn averages_of_another_type_come_back_bit_for_bit() -> Result<()> {
     assert_eq!(wide.detach(), before[1].to_kind(Kind::Double));
     drop(swapped);
     assert_eq!(all(), before);
-    // What is written into the model while the averages are swapped in goes into the averages.
+    // A value that is written into the model while the averages are swapped in goes into the averages.
     let swapped = ema.swap()?;
     tch::no_grad(|| drop(w.get(1).fill_(0.5)));
     drop(swapped);

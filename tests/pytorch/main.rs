@@ -1180,7 +1180,7 @@ print(json.dumps({name: tensor.flatten().double().tolist() for name, tensor in n
 
 /// Measures loading 1 GB of weights beside reading the bytes and `torch.load`. Run it with `--ignored --nocapture`.
 #[test]
-#[ignore = "takes a GB of disk and two of memory"]
+#[ignore = "takes a GB of disk and two of memory: cargo test --release --features distributed,mlflow --test pytorch reading_takes_little -- --ignored --nocapture"]
 fn reading_takes_little_longer_than_reading_the_bytes() -> Result<()> {
     use std::io::Read;
     use std::time::Instant;
@@ -1235,7 +1235,7 @@ for _ in range(5):
 
 /// Sizes and positions in this file need more than 32 bits. Run it with `--ignored`.
 #[test]
-#[ignore = "takes 5 GB of disk and memory"]
+#[ignore = "takes 5 GB of disk and memory: cargo test --release --features distributed,mlflow --test pytorch files_of_more_than_4_gb -- --ignored"]
 fn files_of_more_than_4_gb_are_read_by_both() -> Result<()> {
     let folder = tempfile::tempdir_in("target")?;
     let path = folder.path().join("large.pt");

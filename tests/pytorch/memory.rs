@@ -113,7 +113,7 @@ fn memory_is_bounded_by_the_length_of_a_pickle() -> Result<()> {
             }
             (result, _) => panic!("{what}: {:?}", result.as_ref().map(Value::type_name)),
         }
-        // What is moved is there twice for a moment.
+        // A growing vector is there twice for the moment in which its elements move.
         let limit = (64 << 20) + 96 * length;
         assert!(peak < limit + limit / 2, "{what}: {peak} bytes for {length}");
         println!("{what}: {} bytes for each", peak / length);

@@ -192,7 +192,7 @@ print(json.dumps(seen))
             );
         }
     }
-    // What is written is read as it was.
+    // Reading the states that this test has written gives schedulers for both groups.
     for (name, _) in seen.iter().filter(|(name, _)| *name != "ReduceLROnPlateau") {
         let (_vs, optimizer) = groups()?;
         assert_eq!(schedulers(written.require(name)?, &optimizer)?.len() % 2, 0, "{name}");
@@ -264,7 +264,7 @@ fn schedules_that_differ_from_the_file_are_refused() -> Result<()> {
         let error = pytorch::load_scheduler(&mut other, &saved, &of_optimizer).unwrap_err();
         assert!(error.to_string().contains(reason), "{error}");
     }
-    // Of functions only the last value is known.
+    // Python saves no functions, so a schedule of one takes over only the position.
     let functions = with("lr_lambdas", Value::list([Value::None]))?;
     let mut lambda = ParamScheduler::new("lr", knob.clone(), LambdaLR::new(0.1, |_| 1.));
     pytorch::load_scheduler(&mut lambda, &functions, &of_optimizer)?;

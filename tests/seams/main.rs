@@ -132,7 +132,7 @@ fn differences(seeds: impl Iterator<Item = u64>) -> usize {
 
 /// A program that runs in processes starts this test in each of them.
 #[test]
-#[ignore = "is part of other tests"]
+#[ignore = "is no test by itself: programs_of_fixed_seeds_equal_the_reference starts it in processes of their own"]
 fn one_engine_of_a_program() {
     quiet();
     engine_run::child();
@@ -154,7 +154,7 @@ fn programs_of_fixed_seeds_equal_the_reference() {
 /// Runs many programs for `scripts/seams.sh`; environment variables say how many, from which number on, and in how
 /// many processes.
 #[test]
-#[ignore = "runs as many programs as it is told"]
+#[ignore = "takes as long as it is told to: scripts/seams.sh 5000"]
 fn more_programs_equal_the_reference() {
     let number = |name: &str, usual: u64| {
         std::env::var(name).map_or(usual, |text| text.parse().expect("a number"))
