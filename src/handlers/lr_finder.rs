@@ -68,8 +68,8 @@ use crate::optim::{Group, Knob, Optimizer, OptimizerSnapshot, StoreSnapshot};
 ///
 /// The ranks of a group of processes search together: the loss is the mean over the ranks, so all get the same curve.
 ///
-/// Costs a copy of the variables, their gradients and the optimizer's state on their device, a copy of everything tracked in host
-/// memory, and a host sync an iteration to read the loss.
+/// Costs a copy of the variables, their gradients and the optimizer's state on their device, a copy of everything
+/// tracked in host memory, and a host sync an iteration to read the loss.
 #[doc(alias = "FastaiLRFinder")]
 #[derive(Clone)]
 #[doc(alias = "lr_find")]

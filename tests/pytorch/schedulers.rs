@@ -264,12 +264,12 @@ fn schedules_that_differ_from_the_file_are_refused() -> Result<()> {
         let error = pytorch::load_scheduler(&mut other, &saved, &of_optimizer).unwrap_err();
         assert!(error.to_string().contains(reason), "{error}");
     }
-    // Python saves no functions, so a schedule of one takes over only the position.
+    // Python saves no functions, so of a schedule by a function only the last value is known.
     let functions = with("lr_lambdas", Value::list([Value::None]))?;
     let mut lambda = ParamScheduler::new("lr", knob.clone(), LambdaLR::new(0.1, |_| 1.));
     pytorch::load_scheduler(&mut lambda, &functions, &of_optimizer)?;
 
-    // What torch has not is refused.
+    // Schedules that torch does not have are refused.
     let mut noam = ParamScheduler::<AnySchedule>::new(
         "lr",
         optimizer.knob("lr")?,

@@ -80,7 +80,7 @@ fn parameters_and_buffers_are_in_the_store_under_their_names() -> Result<()> {
         "counted.level",
     ];
     assert_eq!(changed, buffers);
-    // What the store is given, the module has.
+    // A value that is written into the store is in the module, too.
     let mut vs = vs;
     vs.float();
     let _ = cx.net.forward_ts(&[&x.to_kind(Kind::Float)], true)?;
