@@ -219,7 +219,13 @@ pub(super) const PRIORITIES: usize = 4;
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
     fn spec(&self) -> Result<HandlerSpec> {
         let handler = self.try_borrow();
-        handler.map_err(|_| Error::invalid("the handler is borrowed mutably"))?.spec()
+        handler
+            .map_err(|_| {
+                Error::invalid(
+                    "the handler is borrowed mutably: end that borrow before attaching it",
+                )
+            })?
+            .spec()
     }
 
     fn save_state(&self) -> Result<Option<StateDict>> {
