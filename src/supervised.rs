@@ -10,6 +10,7 @@ pub use crate::event::{OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 use crate::accumulate::{Accumulation, GradientAccumulator, Weight, WeightedLoss, Window};
 use crate::amp::{GradScaler, Saved, autocast};
 use crate::bridge::{BatchNormWatch, TensorId};
+use crate::compiled::CompiledModel;
 use crate::data::Batch;
 use crate::engine::{Engine, Evaluator, Trainer};
 use crate::error::{Error, Result};
@@ -19,7 +20,8 @@ use crate::optim::Optimizer;
 pub use crate::prediction::Prediction;
 use crate::state::{SavedGradients, StateDict, Stateful};
 
-type LossFn = Box<dyn Fn(&Tensor, &Tensor) -> WeightedLoss + Send>;
+/// Forward in training mode and the loss, of the model, the inputs and the targets.
+type LossFn<N> = Box<dyn Fn(&N, &Tensor, &Tensor) -> Result<WeightedLoss> + Send>;
 
 /// A model, its optimizer and a loss. Small programs use this as the context of their engines.
 #[doc(alias = "LightningModule")]
@@ -29,7 +31,7 @@ pub struct Supervised<N> {
     pub net: N,
     /// The optimizer of the model's parameters.
     pub optimizer: Optimizer,
-    loss: LossFn,
+    loss: LossFn<N>,
     autocast: Option<Kind>,
     channels_last: bool,
     accumulator: GradientAccumulator,
@@ -78,10 +80,16 @@ impl<N: ModuleT> Supervised<N> {
         optimizer: Optimizer,
         loss: impl Fn(&Tensor, &Tensor) -> L + Send + 'static,
     ) -> Self {
+        let loss: LossFn<N> =
+            Box::new(move |net, x, y| Ok(loss(&net.forward_t(x, true), y).into()));
+        Self::of(net, optimizer, loss)
+    }
+
+    fn of(net: N, optimizer: Optimizer, loss: LossFn<N>) -> Self {
         Self {
             net,
             optimizer,
-            loss: Box::new(move |y_pred, y| loss(y_pred, y).into()),
+            loss,
             autocast: None,
             channels_last: false,
             accumulator: GradientAccumulator::unshared(),
@@ -197,13 +205,13 @@ impl<N: ModuleT> Supervised<N> {
         let (net, loss) = (&self.net, &self.loss);
         let mut weight = None;
         let mut forward = || {
-            let weighted = loss(&net.forward_t(&x, true), &y);
+            let weighted = loss(net, &x, &y)?;
             weight = weighted.weight;
-            weighted.loss
+            Ok(weighted.loss)
         };
         let loss = self.accumulator.forward_result(|| match self.autocast {
-            Some(kind) => autocast(x.device(), kind, forward),
-            None => Ok(forward()),
+            Some(kind) => autocast(x.device(), kind, forward)?,
+            None => forward(),
         })?;
         if let Some(watch) = watch {
             self.check_single(&watch.single_values())?;
@@ -318,6 +326,16 @@ impl<N: ModuleT> Supervised<N> {
             None => forward(),
         };
         Ok(Prediction { y_pred, y })
+    }
+}
+
+impl Supervised<CompiledModel> {
+    /// Makes a context for a model that was exported with its loss, one input and one target. Batches that share a step
+    /// count by their numbers of samples. Autocast belongs into the export: [`autocast`](Self::autocast) here makes the
+    /// steps errors.
+    pub fn compiled(net: CompiledModel, optimizer: Optimizer) -> Self {
+        let loss = |net: &CompiledModel, x: &Tensor, y: &Tensor| Ok(net.step(&[x, y])?.loss.into());
+        Self::of(net, optimizer, Box::new(loss))
     }
 }
 

@@ -6,6 +6,7 @@ mod common;
 #[path = "../../examples/conformance/interop.rs"]
 mod interop;
 
+mod compiled;
 mod layouts;
 mod memory;
 mod pretrained;
