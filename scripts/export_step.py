@@ -371,7 +371,7 @@ def check_operators(graph, what):
         raise ExportError(f"{what} has operators that libtorch does not have: {', '.join(foreign)}")
     host = sorted(operators & {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"})
     if host:
-        raise ExportError(f"{what} depends on values that only a run knows ({', '.join(host)}): it has one shape for all batches of a size")
+        raise ExportError(f"{what} depends on values that only a run knows ({', '.join(host)}), and a program has fixed shapes and reads none")
     constants = [name for name, t in graph.named_buffers() if t.numel() > 0 and t.requires_grad]
     if constants:
         raise ExportError(f"{what} uses tensors with gradients that are no parameters of the module: {', '.join(constants)}")

@@ -1,11 +1,7 @@
 //! Runs all golden cases, as `cargo run --release --example conformance -- tests/golden/*.jsonl` does.
 
-#[path = "../examples/conformance/compiled.rs"]
-mod compiled;
 #[path = "../examples/conformance/runner/mod.rs"]
 mod runner;
-
-mod common;
 
 use std::path::{Path, PathBuf};
 
@@ -70,18 +66,6 @@ fn handlers_agree_with_ignite() {
 #[test]
 fn metrics_agree_with_ignite() {
     check("metric.jsonl", 0);
-}
-
-/// Loss, gradients and 20 steps of a package of AOTInductor, which runs on Linux on x86-64 alone.
-#[test]
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-fn a_compiled_step_agrees_with_pytorch() {
-    match compiled::compare(&golden("compiled/mlp.pt2")) {
-        Err(error) if error.to_string().contains("need a libtorch.so") => {
-            common::skipped(format!("compiled models: {error}"));
-        }
-        result => result.unwrap(),
-    }
 }
 
 /// A case that lacks a field, or has one of another type, fails or is skipped alone: nothing panics, and the cases

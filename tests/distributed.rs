@@ -6,8 +6,6 @@ mod common;
 
 #[path = "distributed/collectives.rs"]
 mod collectives;
-#[path = "distributed/compiled.rs"]
-mod compiled;
 #[path = "distributed/data_parallel.rs"]
 mod data_parallel;
 #[path = "distributed/failures.rs"]

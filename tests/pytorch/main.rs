@@ -6,7 +6,6 @@ mod common;
 #[path = "../../examples/conformance/interop.rs"]
 mod interop;
 
-mod compiled;
 mod layouts;
 mod memory;
 mod pretrained;

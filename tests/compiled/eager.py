@@ -1,4 +1,4 @@
-"""Exports three models with scripts/export_step.py, and trains them in eager PyTorch: python compiled.py FOLDER
+"""Exports three models with scripts/export_step.py, and trains them in eager PyTorch: python eager.py FOLDER
 
 For each model the folder gets its export, and NAME.safetensors with the batches of 100 steps, their losses, and the
 parameters and buffers at the end.

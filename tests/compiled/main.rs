@@ -1,4 +1,11 @@
-//! Models that PyTorch compiled: gradients, checkpoints and refusals, and training beside eager PyTorch.
+//! Models that PyTorch compiled: gradients, checkpoints, ranks and refusals, and training beside eager PyTorch.
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../../examples/conformance/compiled.rs"]
+mod fixture;
+#[cfg(all(feature = "distributed", unix))]
+mod ranks_train;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,16 +21,24 @@ use tch_ignite::handlers::EMAHandler;
 use tch_ignite::optim::Optimizer;
 use tch_ignite::supervised::{Supervised, create_supervised_evaluator, create_supervised_trainer};
 
-use super::common::{self, serial};
-use super::values;
-
-#[path = "../../examples/conformance/compiled.rs"]
-mod fixture;
-
+use common::serial;
 use fixture::Expected;
 
 fn package() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/compiled/mlp.pt2")
+}
+
+/// All values of a store, by name.
+fn values(vs: &VarStore) -> Vec<(String, Vec<f64>)> {
+    let mut values: Vec<_> = vs
+        .variables()
+        .into_iter()
+        .map(|(name, tensor)| {
+            (name, Vec::try_from(tensor.detach().flatten(0, -1).to_kind(Kind::Double)).unwrap())
+        })
+        .collect();
+    values.sort_by(|(a, _), (b, _)| a.cmp(b));
+    values
 }
 
 /// The folder of the golden package, and its numbers; `None` where it cannot run.
@@ -53,6 +68,15 @@ fn assert_close(ours: &[Tensor], expected: &[Tensor], factor: f64) {
     for (ours, expected) in ours.iter().zip(expected) {
         let difference = (ours - expected * factor).abs().max().double_value(&[]);
         assert!(difference < 1e-6 * factor.abs().max(1.), "{difference:e}");
+    }
+}
+
+/// Loss, gradients and 20 steps.
+#[test]
+fn the_golden_package_agrees_with_pytorch() -> Result<()> {
+    match folder()? {
+        Some(_) => fixture::compare(&package()),
+        None => Ok(()),
     }
 }
 
@@ -212,7 +236,7 @@ fn difference(a: &Tensor, b: &Tensor) -> f64 {
     (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
 }
 
-/// Trains as tests/pytorch/compiled.py does, and compares each loss and the end with eager PyTorch's.
+/// Trains as tests/compiled/eager.py does, and compares each loss and the end with eager PyTorch's.
 fn trains_as_eager(folder: &Path, name: &str, tolerance: f64) -> Result<()> {
     let eager: std::collections::HashMap<_, _> =
         Tensor::read_safetensors(folder.join(format!("{name}.safetensors")))?.into_iter().collect();
@@ -272,7 +296,7 @@ fn exported_models_train_as_in_eager_pytorch() -> Result<()> {
     let new = tempfile::tempdir()?;
     let folder = kept.as_ref().map_or(new.path(), Path::new);
     if kept.is_none() {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pytorch/compiled.py");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/compiled/eager.py");
         let output = Command::new(python).arg(script).arg(folder).output()?;
         let errors = String::from_utf8_lossy(&output.stderr);
         anyhow::ensure!(output.status.success(), "Python: {errors}");
