@@ -58,7 +58,6 @@ def export_step(
     autocast=None,
     groups=None,
     processor="baseline",
-    eager_random=False,
     deterministic=True,
 ):
     """Writes the programs of a module and its loss to a folder, which must be new or hold an earlier export.
@@ -76,7 +75,6 @@ def export_step(
     groups         parameter groups, as an optimizer takes them ([{"params": …}, …]), or the optimizer: parameters get
                    the number of theirs
     processor      "baseline" (any x86-64, or the machine's own kind), "avx2" or "avx512"
-    eager_random   dropout draws the very numbers that it draws in eager PyTorch, at the cost of fusing less
     deterministic  sums of gradients in one order, whatever the threads do, so that resumed runs are bit for bit
     """
     inputs, targets = as_tuple(inputs), as_tuple(targets)
@@ -89,7 +87,7 @@ def export_step(
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = pathlib.Path(tempfile.mkdtemp(prefix=folder.name + ".part.", dir=folder.parent))
     try:
-        options = inductor_options(shared.device, processor, eager_random)
+        options = inductor_options(shared.device, processor)
         programs = []
         for mode in ("train", "eval"):
             for size in sizes or [None]:
@@ -311,12 +309,11 @@ def resized(tensor, size):
     return tensor[torch.arange(size, device=tensor.device) % tensor.shape[0]]
 
 
-def inductor_options(device, processor, eager_random):
-    options = {"fallback_random": eager_random}
-    if device.type == "cpu":
-        # The number of threads is that of the process that trains.
-        options |= {"cpp.simdlen": PROCESSORS[processor][0], "cpp.march": "", "cpp.dynamic_threads": True}
-    return options
+def inductor_options(device, processor):
+    if device.type != "cpu":
+        return {}
+    # The number of threads is that of the process that trains.
+    return {"cpp.simdlen": PROCESSORS[processor][0], "cpp.march": "", "cpp.dynamic_threads": True}
 
 
 @contextlib.contextmanager
@@ -369,9 +366,8 @@ def check_operators(graph, what):
     foreign = sorted(name for name in operators if name.split(".")[0] not in ("aten", "prims"))
     if foreign:
         raise ExportError(f"{what} has operators that libtorch does not have: {', '.join(foreign)}")
-    host = sorted(operators & {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"})
-    if host:
-        raise ExportError(f"{what} depends on values that only a run knows ({', '.join(host)}), and a program has fixed shapes and reads none")
+    if "aten._local_scalar_dense.default" in operators:
+        raise ExportError(f"{what} reads a value on the host (aten._local_scalar_dense), which a program cannot")
     constants = [name for name, t in graph.named_buffers() if t.numel() > 0 and t.requires_grad]
     if constants:
         raise ExportError(f"{what} uses tensors with gradients that are no parameters of the module: {', '.join(constants)}")
@@ -387,6 +383,8 @@ def explained(failed):
         text = str(error).strip() or type(error).__name__
         operators = sorted(set(re.findall(r"\b(?:aten|prims|torchvision|quantized)[.:]+[a-z_0-9]+(?:\.[A-Za-z_0-9]+)?", text)))
         named = f" (operator {', '.join(operators)})" if operators else ""
+        if "data-dependent" in text:
+            named = " (a value of the batch decides a branch or a size, or is read on the host, as by .item())"
         raise ExportError(f"{failed}{named}: {text}") from error
 
 
@@ -398,7 +396,6 @@ def main():
     parser.add_argument("--train-outputs", action="store_true", default=None, help="the training step returns the outputs, too")
     parser.add_argument("--autocast", choices=("bfloat16",))
     parser.add_argument("--processor", choices=tuple(PROCESSORS), help="instructions of the programs (default baseline)")
-    parser.add_argument("--eager-random", action="store_true", default=None, help="dropout draws eager PyTorch's numbers")
     given = parser.parse_args()
     file, _, function = given.function.rpartition(":")
     if not file:
@@ -412,7 +409,6 @@ def main():
         "train_outputs": given.train_outputs,
         "autocast": getattr(torch, given.autocast) if given.autocast else None,
         "processor": given.processor,
-        "eager_random": given.eager_random,
     }
     arguments |= {name: value for name, value in options.items() if value is not None}
     try:

@@ -61,7 +61,9 @@ impl Expected {
         Tensor::write_safetensors(&weights, folder.join("model.safetensors"))?;
         let batch = |key: &str, dtype: &str| -> Result<(Value, i64)> {
             let shape = self.tensor(key, None)?.size();
-            Ok((json!([{"name": key, "shape": shape, "dtype": dtype}]), shape[0]))
+            let mut described = json!(shape);
+            described[0] = Value::Null;
+            Ok((json!([{"name": key, "shape": described, "dtype": dtype}]), shape[0]))
         };
         let ((x, size), (y, _)) = (batch("x", "float32")?, batch("y", "int64")?);
         let manifest = json!({

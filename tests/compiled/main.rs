@@ -103,9 +103,11 @@ fn the_loss_has_a_backward_like_any_other() -> Result<()> {
     optimizer.zero_grad()?;
     // Steps may overlap, and a graph may be kept.
     let (first, second) = (net.step(&[&x, &y])?.loss, net.step(&[&x, &y])?.loss);
-    Tensor::run_backward(&[&first * 3.], &[] as &[&Tensor], true, false);
+    let inputs = vs.trainable_variables();
+    let kept = Tensor::f_run_backward(&[&first * 3.], &inputs, true, false)?;
+    assert_close(&kept, &wanted, 3.);
     (&first + second).f_backward()?;
-    assert_close(&gradients(&vs), &wanted, 5.);
+    assert_close(&gradients(&vs), &wanted, 2.);
     optimizer.zero_grad()?;
     // A scaler's factor is taken out again.
     let scaler = GradScaler::new();
@@ -266,7 +268,7 @@ fn trains_as_eager(folder: &Path, name: &str, tolerance: f64) -> Result<()> {
         anyhow::ensure!(away < tolerance, "{name}, {key}: {away:e}");
         count += 1;
     }
-    assert_eq!(count, eager.len() - 3, "{name}");
+    assert_eq!(count, eager.len() - 4, "{name}");
     // Any size of batch is evaluated by the dynamic programs, with the new statistics.
     if name != "transformer" {
         let x = eager["x"].get(0);
@@ -303,9 +305,13 @@ fn exported_models_train_as_in_eager_pytorch() -> Result<()> {
     }
     trains_as_eager(folder, "mlp", 1e-5)?;
     trains_as_eager(folder, "conv", 1e-5)?;
-    trains_as_eager(folder, "transformer", 1e-4)?;
+    trains_as_eager(folder, "transformer", 1e-5)?;
+    has_names_and_roles(folder)?;
+    dropout_as_in_eager(folder)
+}
 
-    // Outputs, names, groups and roles.
+/// Looks at outputs, names, roles, and programs for some sizes of batches.
+fn has_names_and_roles(folder: &Path) -> Result<()> {
     let vs = VarStore::new(Device::Cpu);
     let net = CompiledModel::load(folder.join("transformer"), &vs.root())?;
     let variables = vs.variables();
@@ -321,19 +327,38 @@ fn exported_models_train_as_in_eager_pytorch() -> Result<()> {
     assert_eq!(net.step(&[&x.narrow(0, 0, 3), &x.narrow(0, 0, 3)])?.outputs[1].size(), [3, 6, 16]);
     let error = net.step(&[&x.narrow(0, 0, 4), &x.narrow(0, 0, 4)]).unwrap_err().to_string();
     assert!(error.contains("for a batch of 4, only for 8, 3"), "{error}");
-    // Dropout draws other numbers each time, the same after a seed, and none in evaluation.
+    let _ = tch::no_grad(|| variables["scale"].shallow_clone().set_requires_grad(true));
+    let error = net.step(&[&x, &x]).unwrap_err().to_string();
+    assert!(error.contains("'scale' is to be trained now, but was frozen"), "{error}");
+    Ok(())
+}
+
+/// Dropout draws other numbers than in Python, so the losses of many draws are compared.
+fn dropout_as_in_eager(folder: &Path) -> Result<()> {
+    let eager = Tensor::read_safetensors(folder.join("dropout.safetensors"))?;
+    let eager: std::collections::HashMap<_, _> = eager.into_iter().collect();
+    let vs = VarStore::new(Device::Cpu);
+    let net = CompiledModel::load(folder.join("dropout"), &vs.root())?;
+    let (x, y) = (eager["x"].get(0), eager["y"].get(0));
+    let draws = (0..400).map(|_| net.step(&[&x, &y]).map(|step| step.loss));
+    let draws = Tensor::stack(&draws.collect::<tch_ignite::Result<Vec<_>>>()?, 0);
+    let [ours, theirs] = [&draws, &eager["draws"]].map(|losses| {
+        (losses.mean(Kind::Double).double_value(&[]), losses.std(true).double_value(&[]))
+    });
+    let error = (ours.1.powi(2) / 400. + theirs.1.powi(2) / 400.).sqrt();
+    assert!((ours.0 - theirs.0).abs() < 4. * error, "{ours:?} {theirs:?}");
+    assert!((ours.1 / theirs.1 - 1.).abs() < 0.25, "{ours:?} {theirs:?}");
+    // The same numbers after a seed, and none in evaluation.
     let loss = |seed: Option<i64>| {
-        seed.map_or((), tch::manual_seed);
-        net.step(&[&x, &x]).map(|step| step.loss.double_value(&[]))
+        if let Some(seed) = seed {
+            tch::manual_seed(seed);
+        }
+        net.step(&[&x, &y]).map(|step| step.loss.double_value(&[]))
     };
     let (first, second) = (loss(Some(5))?, loss(None)?);
     assert_ne!(first, second);
     assert_eq!((loss(Some(5))?, loss(None)?), (first, second));
     assert!(net.evaluate(&[&x])?[0].equal(&net.evaluate(&[&x])?[0]));
-    let _ = tch::no_grad(|| variables["scale"].shallow_clone().set_requires_grad(true));
-    let error = net.step(&[&x, &x]).unwrap_err().to_string();
-    assert!(error.contains("'scale' is to be trained now, but was frozen"), "{error}");
-
     let x = Tensor::arange(24 * 6, (Kind::Int64, Device::Cpu)).remainder(13).view([24, 6]);
-    resumed_equals_whole(&folder.join("transformer"), &Loader::new(&x, &x, 8)?.shuffle(3))
+    resumed_equals_whole(&folder.join("dropout"), &Loader::new(&x, &x, 8)?.shuffle(3))
 }
