@@ -96,14 +96,13 @@ fn main() -> Result<()> {
 
     let mut evaluator = create_supervised_evaluator();
     evaluator.metric("loss", Loss::of(cross_entropy, Prediction::parts));
-    let evaluate = Evaluate::new(evaluator, test);
     let mut trainer = create_supervised_trainer();
     trainer
         .metric("loss", RunningAverage::of(|loss: &Tensor| loss.to_kind(Kind::Double)))
         .track("model", &vs)
         .track("optimizer", &cx.optimizer)
         .attach(ParamScheduler::new("lr", lr, CosineAnnealing::new(3e-3, 1e-4, 2 * steps)))
-        .attach(evaluate.on(Event::EpochCompleted))
+        .attach(Evaluate::each_epoch("test", evaluator, test))
         .attach(Checkpoint::new(&args.out).n_saved(1).on(Event::EpochCompleted));
     if let Some(resumed) = trainer.resume(&mut cx, &args.out)? {
         println!("{resumed}");
