@@ -1,5 +1,5 @@
-//! Training loops for [tch](https://docs.rs/tch): the engine, events, handlers and parameter
-//! schedulers of pytorch-ignite, on the real libtorch optimizer.
+//! Training loops for [tch](https://docs.rs/tch): the engine, events, handlers, metrics and schedulers of
+//! pytorch-ignite, on the real libtorch optimizer, with checkpoints from which a run goes on bit for bit.
 //!
 //! A small convolutional net on digits, with one learning-rate schedule for each parameter group:
 //!
@@ -49,6 +49,9 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! The [guide] goes through it page by page, and begins where you come from: [ignite](guide::from_ignite),
+//! [Lightning](guide::from_lightning), [a plain loop of tch](guide::from_tch).
 //!
 //! Where to look:
 //!
@@ -122,6 +125,9 @@ mod failure_kind;
 mod freed_memory;
 mod fs;
 mod guard;
+// The pages of `docs`, for the documentation and its tests alone.
+#[cfg(any(doc, doctest))]
+pub mod guide;
 pub mod handlers;
 mod host_syncs;
 pub mod loggers;
@@ -144,11 +150,6 @@ pub use error::{Error, Panicked, Result};
 pub use freed_memory::keep_freed_memory;
 pub use host_syncs::host_syncs;
 pub use tch;
-
-/// The code of the page is compiled.
-#[cfg(doctest)]
-#[doc = include_str!("../docs/PYTORCH.md")]
-mod pytorch_page {}
 
 /// The names that most programs need.
 pub mod prelude {
