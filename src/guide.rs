@@ -1,5 +1,4 @@
-//! The guide, page by page, as in the folder `docs`: this module is there in the documentation alone, and the tests of the
-//! documentation compile the code of every page.
+//! The guide: where to begin, then a page for each topic.
 //!
 //! To begin with: [from ignite](from_ignite), [from Lightning](from_lightning), [from a plain loop of tch](from_tch).
 //!
@@ -19,6 +18,9 @@
 //! | which handler | [`all_handlers`] |
 //! | where ignite does something else | [`differences`] |
 //! | what was measured, and how | [`numbers`] |
+//!
+//! The pages are the files of the folder `docs`. This module is there in the documentation alone; the code of every page is
+//! compiled by its tests.
 
 /// Where the names of pages that `docs` uses lead to in the documentation. A page ends with the same names for readers of
 /// the files; of two definitions of a name Markdown takes the first.

@@ -33,15 +33,16 @@
 //! evaluator.metric("accuracy", Accuracy::of(Prediction::parts));
 //!
 //! let mut trainer = create_supervised_trainer();
-//! let (base, fc) = (optimizer.group("base")?, optimizer.group("fc")?);
+//! let (base, fc) = (optimizer.group("base")?.knob("lr")?, optimizer.group("fc")?.knob("lr")?);
 //! trainer
 //!     .metric("loss", RunningAverage::new())
-//!     .attach(ParamScheduler::new("lr (base)", base.knob("lr")?, LinearCyclical::new(1e-2, 1e-3, 8)))
-//!     .attach(ParamScheduler::new("lr (fc)", fc.knob("lr")?, CosineAnnealing::new(1e-1, 1e-3, 8)))
+//!     .attach(ParamScheduler::new("lr (base)", base, LinearCyclical::new(1e-2, 1e-3, 8)))
+//!     .attach(ParamScheduler::new("lr (fc)", fc, CosineAnnealing::new(1e-1, 1e-3, 8)))
 //!     .attach(Evaluate::each_epoch("test", evaluator, test))
 //!     .on(Event::EpochCompleted, |_, engine| {
 //!         let (epoch, metrics) = (engine.state.epoch, &engine.state.metrics);
-//!         println!("{epoch}: loss {:.3}, accuracy {:.3}", metrics.get("loss")?, metrics.get("test/accuracy")?);
+//!         let (loss, accuracy) = (metrics.get("loss")?, metrics.get("test/accuracy")?);
+//!         println!("{epoch}: loss {loss:.3}, accuracy {accuracy:.3}");
 //!         Ok(())
 //!     });
 //! let mut cx = Supervised::new(net, optimizer, |y_pred, y| y_pred.cross_entropy_for_logits(y));
