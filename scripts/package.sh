@@ -7,13 +7,15 @@ usage() {
   cat <<'USAGE'
 usage: scripts/package.sh [--all-targets] [--help]
 
-Packs the crate, unpacks it, and checks with cargo that
-  * a crate which depends on the unpacked package builds, and runs a little training;
-  * the package's library passes without default features, and with each feature alone;
-  * with --all-targets: its examples and benches too, with all features that need no CUDA
-    and with none.
+Packs the crate, unpacks it, and looks with cargo that
+  * the package's library passes `cargo check` without default features, and with each
+    feature alone;
+  * with --all-targets: its examples and benches do too, with all features that need no CUDA
+    and with none;
+  * a crate which depends on the unpacked package builds, and trains a little.
 
-Everything is built in target/package-check, and libtorch's bindings only once for all of it.
+The checks are made with the feature doc-only, because C++ would be compiled anew for each set
+of features; the crate has all of it. Everything is built in the usual target folder.
 
 environment:
   FEATURES   features to check alone (default: all that need neither CUDA nor a download)
@@ -33,20 +35,34 @@ features=${FEATURES:-progress plots tracing toml signals distributed mlflow mlfl
 
 scripts/setup-libtorch.sh
 export LIBTORCH=${LIBTORCH:-$PWD/.libtorch}
-target=$PWD/target/package-check
+target=${CARGO_TARGET_DIR:-$PWD/target}
 version=$(cargo metadata --no-deps --format-version 1 | sed 's/.*"name":"tch-ignite","version":"\([^"]*\)".*/\1/')
 
 say "packing $version"
 # The build that `cargo package` would make is the ones below.
 cargo package --no-verify --allow-dirty --target-dir "$target" --quiet
-package=$target/tch-ignite-$version
+package=$target/package/tch-ignite-$version
 rm -rf "$package"
-tar -xzf "$target/package/tch-ignite-$version.crate" -C "$target"
+tar -xzf "$target/package/tch-ignite-$version.crate" -C "$target/package"
 cp Cargo.lock "$package/"
 export CARGO_TARGET_DIR=$target
 
+check() { (cd "$package" && cargo check --release --quiet --no-default-features "$@"); }
+
+say "the library without default features"
+check --lib --features doc-only
+for feature in $features; do
+  say "the library with $feature alone"
+  check --lib --features "doc-only,$feature"
+done
+if [ -n "$all_targets" ]; then
+  say "examples and benches, without default features and with all"
+  check --all-targets --features doc-only
+  check --all-targets --features "doc-only,${features// /,}"
+fi
+
 say "a crate that depends on it"
-crate=$target/dependant
+crate=$target/package/dependant
 rm -rf "$crate"
 mkdir -p "$crate/src"
 cat > "$crate/Cargo.toml" <<TOML
@@ -83,16 +99,4 @@ fn main() -> anyhow::Result<()> {
 RUST
 cargo run --release --manifest-path "$crate/Cargo.toml" --quiet
 
-cd "$package"
-say "the library without default features"
-cargo check --release --lib --no-default-features --quiet
-for feature in $features; do
-  say "the library with $feature alone"
-  cargo check --release --lib --no-default-features --features "$feature" --quiet
-done
-if [ -n "$all_targets" ]; then
-  say "examples and benches, without default features and with all"
-  cargo check --release --all-targets --no-default-features --quiet
-  cargo check --release --all-targets --features "${features// /,}" --quiet
-fi
 say "the package is whole"
