@@ -153,6 +153,15 @@ class BatchNorms(TorchDispatchMode):
         return operator(*arguments, **(options or {}))
 
 
+class NoRandomNumbers(TorchDispatchMode):
+    """Refuses a backward that draws random numbers: a checkpointed part would have other ones than in forward."""
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        if torch.Tag.nondeterministic_seeded in operator.tags:
+            raise ExportError(f"backward draws random numbers ({operator}), as a checkpointed part with dropout does: they would not be those of forward")
+        return operator(*arguments, **(options or {}))
+
+
 class Shared:
     """A module and all that its programs have in common."""
 
@@ -166,7 +175,7 @@ class Shared:
         self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
         if not self.trained:
             raise ExportError("no parameter of the module needs a gradient")
-        self.without_gradient, self.updated, self.outputs, self.random = [], [], [], False
+        self.without_gradient, self.updated, self.outputs = [], [], []
         self.tied = {}
         for one, other in (
             (dict(module.named_parameters(remove_duplicate=False)), self.parameters),
@@ -218,7 +227,8 @@ class Shared:
             given = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ExportError(f"the loss is a scalar tensor, and {given} was returned")
         wanted = [parameters[name] for name in self.trained]
-        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        with NoRandomNumbers():
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
         self.without_gradient = [name for name, g in zip(self.trained, gradients) if g is None]
         self.updated = [name for name, b in buffers.items() if b._version != before[name] or name in norms.updated]
         self.outputs = flat_outputs(output)
@@ -275,7 +285,6 @@ class Shared:
             "tied": self.tied,
             "outputs": [name for name, _ in self.outputs],
             "train_outputs": self.train_outputs,
-            "random": self.random,
         }
 
 
@@ -337,7 +346,6 @@ def compile_program(shared, mode, size, path, options, deterministic):
         with explained(f"{what} cannot be traced"):
             graph = make_fx(function, tracing_mode="symbolic" if size is None else "real", _allow_non_fake_inputs=True)(*arguments)
         check_operators(graph, what)
-        shared.random |= mode == "train" and any(is_random(node) for node in graph.graph.nodes)
         shapes = None
         if size is None:
             batch = torch.export.Dim("batch", min=SMALLEST, max=LARGEST)
@@ -354,10 +362,6 @@ def compile_program(shared, mode, size, path, options, deterministic):
 def rng_unchanged(device):
     with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
         yield
-
-
-def is_random(node):
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def check_operators(graph, what):

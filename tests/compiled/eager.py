@@ -8,6 +8,7 @@ import pathlib
 import sys
 
 import torch
+import torch.utils.checkpoint
 from safetensors.torch import save_file
 from torch import nn
 
@@ -91,6 +92,12 @@ class Reads(nn.Linear):
         return super().forward(x) * float(x.sum())
 
 
+class Checkpointed(nn.Linear):
+    def forward(self, x):
+        part = lambda x: nn.functional.dropout(super(Checkpointed, self).forward(x), 0.5)
+        return torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False)
+
+
 @torch.library.custom_op("ours::twice", mutates_args=())
 def twice(x: torch.Tensor) -> torch.Tensor:
     return x * 2
@@ -108,6 +115,7 @@ class Custom(nn.Linear):
 refused("a value of the batch decides a branch", Branches(3, 1))
 refused("read on the host", Reads(3, 1))
 refused("ours.twice", Custom(3, 1))
+refused("backward draws random numbers", Checkpointed(3, 1))
 refused("no parameter of the module needs a gradient", nn.Linear(3, 1).requires_grad_(False))
 refused("the loss is a scalar tensor, and a tensor of shape", nn.Linear(3, 1), lambda output, y: y + output[:, 0])
 refused("autocast is to torch.bfloat16", nn.Linear(3, 1), autocast=torch.float16)
