@@ -12,12 +12,15 @@ mod data_loader;
 mod handlers;
 mod host_syncs;
 mod ignite_names;
+mod ignite_schedulers;
 mod metrics;
 mod metrics_behaviour;
 mod metrics_reference;
 #[cfg(feature = "mlflow")]
 mod mlflow;
 mod optimizer;
+#[cfg(feature = "toml")]
+mod optimizer_plan;
 mod report;
 #[cfg(feature = "toml")]
 mod schedule_files;
