@@ -173,7 +173,7 @@ fn the_value_to_come_is_read_by_name() -> Result<()> {
     trainer.run(&mut seen, vec![0; 3], Until::epochs(1))?;
     assert_eq!(
         (trainer.get_param("lr (base)")?, trainer.get_param("lr (fc)")?),
-        (0.5, 0.1464466094067262)
+        (0.5, CosineAnnealing::new(1., 0., 4).at(3))
     );
     let error = trainer.get_param("lr").unwrap_err().to_string();
     let known = "scheduler 'lr (base)', scheduler 'lr (fc)', scheduler 'shared'";

@@ -21,6 +21,7 @@ mod mlflow;
 mod optimizer;
 #[cfg(feature = "toml")]
 mod optimizer_plan;
+mod pages;
 mod report;
 #[cfg(feature = "toml")]
 mod schedule_files;

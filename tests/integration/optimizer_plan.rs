@@ -196,7 +196,10 @@ fn mistakes_are_told_with_their_place() {
             "optimizer.group[0]: group 'a' has no condition, so it takes all parameters that are left",
         ),
         (group("prefix = 'fc'"), "optimizer: in no parameter group: 'embedding.weight'"),
-        (group("prefix = 'conv'"), "optimizer: group 'a' has no parameter; the parameters are:"),
+        (
+            group("prefix = 'conv'\n[[optimizer.group]]\nname = 'b'"),
+            "optimizer: group 'a' has no parameter; the parameters are:",
+        ),
         (group("[[optimizer.group"), "TOML parse error at line 5"),
     ] {
         let error = refused(&plan);
