@@ -156,7 +156,7 @@ fn joined(path: &str, key: &str) -> String {
 
 #[cfg(feature = "toml")]
 fn places_of_table(table: &toml::de::DeTable<'_>, path: &str, found: &mut BTreeMap<String, usize>) {
-    for (key, value) in table.iter() {
+    for (key, value) in table {
         places_of_value(value, joined(path, key.get_ref()), found);
     }
 }
