@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// What a file has, as JSON, and where.
+/// The values that a file has, as JSON, with their lines.
 pub(crate) struct PlanFile {
     pub(crate) value: Value,
     pub(crate) lines: Lines,
@@ -123,7 +123,7 @@ impl Place<'_> {
             whole += &format!("{}: ", self.path);
         }
         whole += &text.to_string();
-        // What is missing has no line: the part that it is missing from has one.
+        // A part that is missing has no line, but the part that it is missing from has one.
         let mut path = self.path.as_str();
         while !path.is_empty() && !self.lines.found.contains_key(path) {
             path = &path[..path.rfind(['.', '[']).unwrap_or(0)];

@@ -17,8 +17,8 @@ use crate::state::StateDict;
 /// [`param_group`](Self::param_group) names. Its name is `"lr"`, or `"lr (fc)"` for a group `fc` of several, unless
 /// [`name`](Self::name) gives another.
 ///
-/// What is wrong (a group or hyper-parameter that there is not, an argument of the schedule) is found when the scheduler is
-/// attached; the error names the scheduler.
+/// A group or hyper-parameter that there is not, and wrong arguments of the schedule, are found when the scheduler is attached;
+/// the error names the scheduler.
 ///
 /// ```
 /// # use tch::{Device, nn};

@@ -17,7 +17,8 @@ use crate::plan_file::{Lines, Place, PlanFile};
 
 /// Schedules, each with the hyper-parameter and the parameter group that it drives, as in a file.
 ///
-/// A file is JSON or TOML, and may also have the optimizer, for an [`OptimizerPlan`](crate::optim::OptimizerPlan). `type` is the class and the other keys are its arguments, as in
+/// A file is JSON or TOML, and may also have the optimizer, for an [`OptimizerPlan`](crate::optim::OptimizerPlan). `type` is
+/// the class and the other keys are its arguments, as in
 /// [`AnySchedule`]:
 ///
 /// ```
@@ -67,10 +68,10 @@ use crate::plan_file::{Lines, Place, PlanFile};
 /// `"0.3run"` or `"30%"` of the run, or several with `+` and `-` between (`"1run - 500it"`). They become numbers,
 /// rounded down, when the run is known.
 ///
-/// Errors have the path to what is wrong, and the line (`schedule[1].cycle_size: … (line 7, column 14)`). Reading a plan refuses unknown keys and
-/// classes, wrong types and values, and two entries that drive the same value. Binding it refuses groups and
-/// hyper-parameters that the optimizer does not have, a schedule that ends before the run, and one that is
-/// [longer](Schedule::length) than the run, unless the entry has `longer = "warn"`.
+/// Errors have the path to what is wrong, and the line (`schedule[1].cycle_size: … (line 7, column 14)`). Reading a plan
+/// refuses unknown keys and classes, wrong types and values, and two entries that drive the same value. Binding it refuses
+/// groups and hyper-parameters that the optimizer does not have, values that a hyper-parameter cannot have, a schedule that
+/// ends before the run, and one that is [longer](Schedule::length) than the run, unless the entry has `longer = "warn"`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct SchedulePlan {
     #[serde(rename = "schedule")]
