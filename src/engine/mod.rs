@@ -250,7 +250,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         // The engine asks the handler everything first, so that a refused handler leaves nothing behind.
         let type_name = std::any::type_name_of_val(&handler);
         let refused = |name: &str, panic| Error::invalid(format!("attaching {name}: {panic}"));
-        let spec = guarded(|| Ok(handler.spec())).map_err(|panic| refused(type_name, panic))??;
+        let spec = guarded(|| Ok(handler.spec())).map_err(|panic| refused(type_name, panic))?;
+        let spec = spec.map_err(|error| handler::named(type_name, error))?;
         let has_state = guarded(|| Ok(handler.save_state().map(|state| state.is_some())));
         let had_state =
             has_state.map_err(|panic| refused(&format!("handler '{}'", spec.name), panic))??;

@@ -236,7 +236,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         ] {
             if given.is_some() && other.is_some() {
                 return Err(Error::invalid(format!(
-                    "To switch from {theirs} to {ours} mode during resume, you must first reset by setting 'engine.state.{theirs} = None' before calling run()."
+                    "To switch from {theirs} to {ours} mode during resume, you must first reset by setting 'engine.state.{theirs} = None' before calling run(). Engine::reset starts anew, with any budget"
                 )));
             }
         }
@@ -297,7 +297,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             )));
         }
         if epoch_length.is_none() && !source.fetches() {
-            return Err(Error::invalid("epoch_length should be provided if data is None"));
+            return Err(Error::invalid(
+                "epoch_length should be provided if data is None: without data nothing says when an epoch ends; add it to the budget, Until::epochs(3).epoch_length(100)",
+            ));
         }
         if previous == PreviousRun::Nothing {
             (max_epochs, max_iters) = (until.max_epochs, until.max_iters);

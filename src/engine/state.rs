@@ -178,7 +178,7 @@ pub(super) fn check_budget(
         }
         if max.is_some_and(|max| max < done) {
             return Err(Error::State(format!(
-                "Argument {name} should be greater than or equal to the start {unit} defined in the state: {} vs {done}. Please, set engine.state.{name} = None before calling engine.run() in order to restart the training from the beginning.",
+                "Argument {name} should be greater than or equal to the start {unit} defined in the state: {} vs {done}. Please, set engine.state.{name} = None before calling engine.run() in order to restart the training from the beginning. Engine::reset does that; to go on, give a larger budget, which counts from the first run on",
                 max.unwrap_or(0)
             )));
         }
@@ -242,9 +242,13 @@ impl Metrics {
 
     fn known(&self, name: &str) -> Result<&MetricValue> {
         self.values.get(name).ok_or_else(|| {
+            let names: Vec<_> = self.values.keys().map(|name| format!("'{name}'")).collect();
+            let there = match names.is_empty() {
+                true => "none has one".into(),
+                false => format!("there are: {}", names.join(", ")),
+            };
             Error::invalid(format!(
-                "no metric '{name}' has a value yet; there are: {}",
-                self.values.keys().map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ")
+                "no metric '{name}' has a value yet; {there}. A metric has its value after the first epoch, or, with another Usage, after the first iteration; those of Evaluate are under 'evaluation/metric'"
             ))
         })
     }

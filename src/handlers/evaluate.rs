@@ -3,9 +3,7 @@ use std::rc::Rc;
 
 use super::signals;
 use crate::data::IntoSource;
-use crate::engine::{
-    Engine, Handler, HandlerSpec, Stop, Summary, Until, keep_random_state,
-};
+use crate::engine::{Engine, Handler, HandlerSpec, Stop, Summary, Until, keep_random_state};
 use crate::error::Result;
 use crate::event::Event;
 use crate::event_filter::Events;

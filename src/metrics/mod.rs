@@ -100,6 +100,7 @@ use crate::error::Result;
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no metric of the output `{O}`",
     note = "metrics of predictions and targets take these out of the output: `Accuracy::of(Prediction::parts)` in evaluators of `create_supervised_evaluator`, `Accuracy::of(|output: &Output| (&output.y_pred, &output.y))` for an output of your own, `Accuracy::of(pair)` for a pair",
+    note = "the output of a training step is the loss, unless `Supervised::output_transform(|y_pred, y, loss| (y_pred, y, loss))` says otherwise and the trainer is `cx.trainer()`",
     note = "metrics of numbers take them likewise: `Mean::of(|output: &Output| output.loss)`"
 )]
 pub trait Metric<O> {

@@ -81,11 +81,7 @@ where
 }
 
 /// Leaves out the places where `y` is `index`. `y_pred` has the shape of `y`, (N, …), or that of class scores, (N, C, …).
-pub(super) fn without(
-    y_pred: &Tensor,
-    y: &Tensor,
-    index: i64,
-) -> anyhow::Result<(Tensor, Tensor)> {
+pub(super) fn without(y_pred: &Tensor, y: &Tensor, index: i64) -> anyhow::Result<(Tensor, Tensor)> {
     let (shape, scores) = (y.size(), y_pred.size());
     let has_classes = scores.len() == shape.len() + 1
         && scores.first() == shape.first()

@@ -73,7 +73,6 @@ enum Output<P, O> {
 /// #     mask: Tensor::from_slice2(&[[1f32, 1., 0.], [1., 0., 0.]]),
 /// #     labels: Tensor::from_slice(&[0i64, 1]),
 /// # };
-/// # let batches = || vec![0, 1, 2];
 /// let embedding = nn::embedding(vs.root() / "embedding", 10, 4, Default::default());
 /// let head = nn::linear(vs.root() / "head", 4, 2, Default::default());
 /// let optimizer = Optimizer::adam(&vs).lr(1e-2).build()?;
@@ -94,7 +93,7 @@ enum Output<P, O> {
 /// trainer
 ///     .metric("accuracy", Accuracy::of(|output: &Output| (&output.0, &output.1)))
 ///     .metric("loss", Mean::of(|output: &Output| output.2.shallow_clone()));
-/// # let data = tch_ignite::data::restartable(move || (0..3).map(move |_| Ok(batch())));
+/// # let data = tch_ignite::data::restartable(move || (0..3).map(move |_| batch()));
 /// trainer.run(&mut cx, data, Until::epochs(2))?;
 /// assert!(trainer.state.metrics.get("accuracy")? <= 1.0);
 /// # Ok::<(), tch_ignite::Error>(())
@@ -357,11 +356,8 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
             &mut self.settings;
         let training =
             Training { optimizer: &self.optimizer, accumulator, single_sample, loss: None };
-        let mut pass = Pass {
-            autocast: *autocast,
-            channels_last: *channels_last,
-            training: Some(training),
-        };
+        let mut pass =
+            Pass { autocast: *autocast, channels_last: *channels_last, training: Some(training) };
         let prediction = (self.forward)(&self.net, batch, &mut pass)?;
         let passed = pass.training.and_then(|training| training.loss);
         let (loss, weight) = passed.ok_or_else(|| Error::invalid("the model was not called"))?;
@@ -520,17 +516,18 @@ pub fn create_supervised_trainer<'a, N: ModuleT + 'a>() -> Trainer<'a, Supervise
 
 fn trainer<'a, N: 'a, B: 'a, P: 'a, O: Saveable + 'a>() -> Engine<'a, Supervised<N, B, P, O>, B, O>
 {
-    let mut trainer = Engine::new(|cx: &mut Supervised<N, B, P, O>, engine: &mut Engine<'a, _, _, _>, batch| {
-        let window = cx.settings.accumulator.window_of(engine);
-        if cx.settings.accumulator.is_left_over(window) {
-            finish_window(cx, engine)?;
-        }
-        let output = cx.train_step_in(batch, window)?;
-        if window.last {
-            fire_updated(cx, engine)?;
-        }
-        Ok(output)
-    });
+    let mut trainer =
+        Engine::new(|cx: &mut Supervised<N, B, P, O>, engine: &mut Engine<'a, _, _, _>, batch| {
+            let window = cx.settings.accumulator.window_of(engine);
+            if cx.settings.accumulator.is_left_over(window) {
+                finish_window(cx, engine)?;
+            }
+            let output = cx.train_step_in(batch, window)?;
+            if window.last {
+                fire_updated(cx, engine)?;
+            }
+            Ok(output)
+        });
     complete_windows(&mut trainer);
     trainer
 }
@@ -575,7 +572,8 @@ fn fire_updated<N, B, P, O, EB, EO>(
     engine: &mut Engine<'_, Supervised<N, B, P, O>, EB, EO>,
 ) -> anyhow::Result<()> {
     if engine.listens(OPTIMIZER_STEPPED) {
-        let skipped = cx.settings.accumulator.scaler().map_or(Ok(false), GradScaler::last_skipped)?;
+        let skipped =
+            cx.settings.accumulator.scaler().map_or(Ok(false), GradScaler::last_skipped)?;
         if !skipped {
             engine.fire_event(OPTIMIZER_STEPPED, cx)?;
         }

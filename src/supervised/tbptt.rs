@@ -50,8 +50,8 @@ impl<N, H: Tensors> SupervisedTbptt<N, H> {
 /// (clipping, autocast, accumulation, …) count chunks as batches.
 ///
 /// ```
-/// use tch::nn::RNN;
-/// use tch::{Device, Kind, Reduction, Tensor, nn};
+/// use tch::nn::{self, RNN};
+/// use tch::{Device, Kind, Reduction, Tensor};
 /// use tch_ignite::engine::Until;
 /// use tch_ignite::optim::Optimizer;
 /// use tch_ignite::supervised::{Supervised, TIME_ITERATION_COMPLETED, create_supervised_tbptt_trainer};
@@ -64,7 +64,8 @@ impl<N, H: Tensors> SupervisedTbptt<N, H> {
 ///     optimizer,
 ///     |gru, x, hidden: Option<&Tensor>, _train| {
 ///         let hidden = hidden.map(Tensor::shallow_clone);
-///         let hidden = hidden.unwrap_or_else(|| Tensor::zeros([1, x.size()[0], 4], (Kind::Float, x.device())));
+///         let first = || Tensor::zeros([1, x.size()[0], 4], (Kind::Float, x.device()));
+///         let hidden = hidden.unwrap_or_else(first);
 ///         let (y_pred, nn::GRUState(hidden)) = gru.seq_init(x, &nn::GRUState(hidden));
 ///         (y_pred, hidden)
 ///     },
@@ -73,8 +74,9 @@ impl<N, H: Tensors> SupervisedTbptt<N, H> {
 /// let mut trainer = create_supervised_tbptt_trainer(5, 1)?;
 /// let mut chunks = 0;
 /// trainer.on(TIME_ITERATION_COMPLETED, |_, _| { chunks += 1; Ok(()) });
-/// let batch = || (Tensor::rand([2, 12, 3], (Kind::Float, Device::Cpu)), Tensor::zeros([2, 12, 4], (Kind::Float, Device::Cpu)));
-/// let data = tch_ignite::data::restartable(move || [Ok(batch()), Ok(batch())].into_iter());
+/// let zeros = |size| Tensor::zeros([2, 12, size], (Kind::Float, Device::Cpu));
+/// let batch = move || (zeros(3), zeros(4));
+/// let data = tch_ignite::data::restartable(move || (0..2).map(move |_| batch()));
 /// trainer.run(&mut cx, data, Until::epochs(1))?;
 /// drop(trainer);
 /// assert_eq!(chunks, 6);

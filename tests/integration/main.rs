@@ -9,6 +9,7 @@ mod common;
 
 mod bad_input;
 mod data_loader;
+mod engine_values;
 mod handlers;
 mod host_syncs;
 mod ignite_names;
@@ -18,6 +19,7 @@ mod metrics_reference;
 #[cfg(feature = "mlflow")]
 mod mlflow;
 mod optimizer;
+mod ready_trainer;
 mod report;
 #[cfg(feature = "toml")]
 mod schedule_files;
@@ -25,3 +27,4 @@ mod schedule_properties;
 mod schedule_state;
 mod schedules;
 mod training_aids;
+mod wrong_arguments;
