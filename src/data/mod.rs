@@ -230,6 +230,7 @@ impl<B: Clone, D: AsRef<[B]>> Source<B> for Indexed<D> {
     }
 }
 
+#[diagnostic::do_not_recommend]
 impl<'a, B: Clone + 'a> IntoSource<'a, B> for Vec<B> {
     fn into_source(self) -> Box<dyn Source<B> + 'a> {
         Box::new(Indexed { data: self, next: 0 })

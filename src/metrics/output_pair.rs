@@ -1,10 +1,11 @@
+use std::marker::PhantomData;
+
 use tch::Tensor;
 
 /// A way to take `y_pred` and `y` out of an output.
 ///
-/// Closures and functions that return references are one: `|output: &Output| (&output.y_pred, &output.y)`. So are the
-/// ways that [`Of::map_y_pred`](super::Of::map_y_pred), [`Of::map_y`](super::Of::map_y),
-/// [`Of::leave_out`](super::Of::leave_out) and `computed` make, where one or both tensors are new.
+/// Closures and functions that return references make one: `|output: &Output| (&output.y_pred, &output.y)`. So do [`Of::map_y_pred`](super::Of::map_y_pred), [`Of::map_y`](super::Of::map_y),
+/// [`Of::leave_out`](super::Of::leave_out) and `computed`, where one or both tensors are new.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` does not take `y_pred` and `y` out of the output `{O}`",
     note = "write the type of the output in the closure: `|output: &Output| (&output.y_pred, &output.y)`",
@@ -22,7 +23,17 @@ pub trait OutputPair<O> {
     ) -> anyhow::Result<R>;
 }
 
-impl<O, F> OutputPair<O> for F
+/// Both tensors are references into the output `O`, as the closures of `of` return them. The type of the output is kept,
+/// so that the compiler names it where the engine has another.
+pub struct References<F, O> {
+    pub(super) parts: F,
+    pub(super) output: PhantomData<fn(&O)>,
+}
+
+crate::debug::opaque_debug!(References<F, O>);
+
+#[diagnostic::do_not_recommend]
+impl<O, F> OutputPair<O> for References<F, O>
 where
     F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
 {
@@ -31,7 +42,7 @@ where
         output: &O,
         take: impl FnOnce(&Tensor, &Tensor) -> anyhow::Result<R>,
     ) -> anyhow::Result<R> {
-        let (y_pred, y) = self(output);
+        let (y_pred, y) = (self.parts)(output);
         take(y_pred, y)
     }
 }
@@ -63,6 +74,7 @@ pub struct Mapped<F, G> {
 
 crate::debug::opaque_debug!(Mapped<F, G>);
 
+#[diagnostic::do_not_recommend]
 impl<O, F, G> OutputPair<O> for Mapped<F, G>
 where
     F: OutputPair<O>,

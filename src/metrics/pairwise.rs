@@ -1,7 +1,9 @@
+use std::marker::PhantomData;
+
 use tch::{Device, Kind, Tensor};
 
 use super::accumulator::Accumulator;
-use super::output_pair::{Computed, Mapped, OutputPair, without};
+use super::output_pair::{Computed, Mapped, OutputPair, References, without};
 use super::{Accumulated, Metric, Reduce};
 use crate::error::Result;
 use crate::metrics::MetricValue;
@@ -113,12 +115,13 @@ crate::debug::opaque_debug!(Of<M, F>);
 
 impl<M: Pairwise, F> Of<M, F> {
     /// Makes the metric; `parts` takes `y_pred` and `y` out of the output.
-    pub fn new<O>(metric: M, parts: F) -> Self
+    pub fn new<O>(metric: M, parts: F) -> Of<M, References<F, O>>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
     {
         let sums = Accumulator::new(metric.parts());
-        Self { metric, parts, sums, spoiled: None, validated: false }
+        let parts = References { parts, output: PhantomData };
+        Of { metric, parts, sums, spoiled: None, validated: false }
     }
 
     /// Makes the metric of a closure that computes `y_pred` and `y`.
@@ -209,6 +212,7 @@ impl<M: Pairwise, F> Of<M, F> {
     }
 }
 
+#[diagnostic::do_not_recommend]
 impl<O, M, F> Metric<O> for Of<M, F>
 where
     M: Pairwise,
@@ -311,7 +315,9 @@ macro_rules! of_pair {
     ($metric:ident) => {
         impl $metric {
             /// Makes the metric; `parts` takes `y_pred` and `y` out of the output.
-            pub fn of<O, F>(parts: F) -> $crate::metrics::Of<Self, F>
+            pub fn of<O, F>(
+                parts: F,
+            ) -> $crate::metrics::Of<Self, $crate::metrics::References<F, O>>
             where
                 F: for<'o> Fn(&'o O) -> (&'o tch::Tensor, &'o tch::Tensor),
             {

@@ -71,8 +71,8 @@ impl<N, H: Tensors> SupervisedTbptt<N, H> {
 ///     },
 ///     |y_pred, y| y_pred.mse_loss(y, Reduction::Mean),
 /// );
-/// let mut trainer = create_supervised_tbptt_trainer(5, 1)?;
 /// let mut chunks = 0;
+/// let mut trainer = create_supervised_tbptt_trainer(5, 1)?;
 /// trainer.on(TIME_ITERATION_COMPLETED, |_, _| { chunks += 1; Ok(()) });
 /// let zeros = |size| Tensor::zeros([2, 12, size], (Kind::Float, Device::Cpu));
 /// let batch = move || (zeros(3), zeros(4));

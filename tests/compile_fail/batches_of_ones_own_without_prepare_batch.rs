@@ -1,4 +1,4 @@
-//~ is no data of batches `(Tensor, Tensor)`
+//~ `Vec<Batch>` is no data of batches
 //~ prepare_batch
 use tch_ignite::engine::Until;
 use tch_ignite::supervised::{Supervised, create_supervised_trainer};

@@ -1,4 +1,4 @@
-//~ cannot index into a value of type `Metrics`
+//~ cannot index into a value of type `&Metrics`
 use tch_ignite::engine::Metrics;
 
 pub fn read(metrics: &Metrics) {

@@ -1,4 +1,4 @@
-//~ argument #2 of type `Optimizer` is missing
+//~ argument #2 of type `tch_ignite::optim::Optimizer` is missing
 use tch_ignite::supervised::Supervised;
 use tch_ignite::tch::{Tensor, nn};
 

@@ -1,4 +1,4 @@
-//~ expected `tch_ignite::optim::Optimizer`, found `tch::nn::Optimizer`
+//~ expected `tch_ignite::optim::Optimizer`, found `tch_ignite::tch::nn::Optimizer`
 use tch_ignite::supervised::Supervised;
 use tch_ignite::tch::{Tensor, nn};
 

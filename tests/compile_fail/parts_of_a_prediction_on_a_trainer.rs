@@ -1,4 +1,4 @@
-//~ is no metric of the output `Tensor`
+//~ is no metric of the output
 //~ cx.trainer()
 use tch_ignite::metrics::Accuracy;
 use tch_ignite::supervised::{Prediction, create_supervised_trainer};

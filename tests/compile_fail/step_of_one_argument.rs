@@ -1,4 +1,4 @@
-//~ takes 1 argument, but 3 arguments are required
+//~ closure is expected to take 3 arguments, but it takes 1 argument
 use tch_ignite::engine::Engine;
 
 pub fn engine() -> Engine<'static, (), f64, f64> {

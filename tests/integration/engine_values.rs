@@ -143,7 +143,7 @@ fn run_with(
     let vs = VarStore::new(Device::Cpu);
     let mut weight = vs.root().zeros("weight", &[1]);
     let mut trainer = Engine::new(|weight: &mut Tensor, engine: &mut Engine<_, _, ()>, value| {
-        tch::no_grad(|| weight.fill_(value));
+        let _ = tch::no_grad(|| weight.fill_(value));
         engine.state.metrics.set("accuracy", value);
         engine.state.metrics.set("loss", 1. - value);
         Ok(())

@@ -257,7 +257,7 @@ fn truncated_backpropagation_has_ignites_numbers() -> Result<()> {
     let (mut w, mut u) = (vs.root().zeros("w", &[1]), vs.root().zeros("u", &[1]));
     let mut vs = vs;
     vs.double();
-    tch::no_grad(|| (w.fill_(0.5), u.fill_(0.25)));
+    let _ = tch::no_grad(|| (w.fill_(0.5), u.fill_(0.25)));
     let net = Recurrent { w: w.shallow_clone(), u: u.shallow_clone() };
     let optimizer = Optimizer::builder(nn::sgd(0.9, 0., 0., false), &vs).lr(0.5).build()?;
     let mut cx = Supervised::tbptt(
@@ -280,9 +280,9 @@ fn truncated_backpropagation_has_ignites_numbers() -> Result<()> {
         let y = x.cos();
         (x, y)
     };
-    let mut trainer = create_supervised_tbptt_trainer(2, 1)?;
     let losses = std::cell::RefCell::new((vec![], vec![], 0));
     let value = |output: &Option<Tensor>| output.as_ref().map(|loss| loss.double_value(&[]));
+    let mut trainer = create_supervised_tbptt_trainer(2, 1)?;
     trainer.on(Event::IterationCompleted, |_, engine| {
         losses.borrow_mut().0.extend(value(&engine.state.output));
         Ok(())
