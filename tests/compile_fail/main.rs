@@ -16,7 +16,7 @@ fn library(deps: &Path) -> PathBuf {
     files.filter(is_library).max_by_key(changed).expect("no library beside the test")
 }
 
-/// What the compiler says about a program; `None` where it compiles.
+/// The message of the compiler about a program; `None` where it compiles.
 fn compiled(program: &Path, deps: &Path, library: &Path, out: &Path) -> Option<String> {
     let compiler = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into());
     let output = Command::new(compiler)

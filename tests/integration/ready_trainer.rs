@@ -43,7 +43,7 @@ fn weights(vs: &VarStore) -> Vec<f32> {
     Vec::<f32>::try_from(Tensor::cat(&flat, 0)).unwrap()
 }
 
-/// What a plain trainer learns, with its losses.
+/// The weights that a plain trainer learns, with its losses.
 fn plain() -> Result<(Vec<f32>, Vec<f64>)> {
     let vs = VarStore::new(Device::Cpu);
     let optimizer = Optimizer::adam(&vs).lr(0.05).build()?;
