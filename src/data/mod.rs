@@ -142,7 +142,8 @@ pub struct SamplePosition {
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no data of batches `{B}`",
     note = "data is a `&Loader`, a `&DataLoader`, a `Vec` of batches (its elements are cloned), `source(..)` for a `Source` of your own, `restartable(|| iterator)` for anything that can be iterated again",
-    note = "tensors are not `Clone`, so a `Vec` of them is given as `restartable(|| tensors.iter().map(Tensor::shallow_clone))`"
+    note = "tensors are not `Clone`, so a `Vec` of them is given as `restartable(|| tensors.iter().map(Tensor::shallow_clone))`",
+    note = "a `Supervised` context takes batches of another type after `prepare_batch(|batch| (x, y))`, in the engines `cx.trainer()` and `cx.evaluator()`"
 )]
 pub trait IntoSource<'a, B> {
     /// Makes the cursor over the batches.
@@ -229,6 +230,7 @@ impl<B: Clone, D: AsRef<[B]>> Source<B> for Indexed<D> {
     }
 }
 
+#[diagnostic::do_not_recommend]
 impl<'a, B: Clone + 'a> IntoSource<'a, B> for Vec<B> {
     fn into_source(self) -> Box<dyn Source<B> + 'a> {
         Box::new(Indexed { data: self, next: 0 })

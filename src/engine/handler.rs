@@ -237,6 +237,30 @@ pub enum Priority {
 
 pub(super) const PRIORITIES: usize = 4;
 
+/// Puts the name of a handler's type before the text of an argument that it refuses.
+pub(super) fn named(type_name: &str, error: Error) -> Error {
+    let name = short(type_name);
+    match error {
+        Error::InvalidArgument(text) if name == "MetricHandler" || text.starts_with(name) => {
+            Error::InvalidArgument(text)
+        }
+        Error::InvalidArgument(text) => Error::invalid(format!("{name}: {text}")),
+        other => other,
+    }
+}
+
+/// The last part of the name of a type, without its parameters; of the type within, for a shared handler.
+fn short(type_name: &str) -> &str {
+    let (outer, parameters) = match type_name.split_once('<') {
+        Some((outer, parameters)) => (outer, Some(parameters)),
+        None => (type_name.trim_end_matches('>'), None),
+    };
+    match (outer.rsplit("::").next().unwrap_or(outer), parameters) {
+        ("Rc" | "RefCell", Some(inner)) => short(inner),
+        (name, _) => name,
+    }
+}
+
 /// A shared handler: attach a clone, and read the handler through the other.
 #[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {

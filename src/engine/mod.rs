@@ -36,11 +36,12 @@ pub use handler::{EventClosure, Handler, HandlerId, HandlerSpec, Priority};
 pub use log::Log;
 pub use peers::Ranks;
 pub use profile::{Profile, ProfileRow};
+pub use random_numbers::keep_random_state;
 pub use restored::Restored;
 #[cfg(feature = "signals")]
 pub(crate) use run::is_running_here;
 pub use state::{Metrics, State};
-pub use summary::{Stop, Summary};
+pub use summary::{Stop, Summary, TimeSpent};
 pub use until::Until;
 
 use crate::data::{IntoSource, Source};
@@ -151,6 +152,8 @@ pub struct Engine<'a, C, B, O> {
     position: Position,
     requests: Requests,
     exception: Option<Error>,
+    /// The event that was fired last, with handlers or without.
+    last_event: Option<Event>,
     running: bool,
     /// Why a registration was refused; the next `run` returns this.
     refused: Option<String>,
@@ -183,6 +186,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             position: Position::default(),
             requests: Requests::default(),
             exception: None,
+            last_event: None,
             running: false,
             refused: None,
             tracked: Tracked::default(),
@@ -246,7 +250,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         // The engine asks the handler everything first, so that a refused handler leaves nothing behind.
         let type_name = std::any::type_name_of_val(&handler);
         let refused = |name: &str, panic| Error::invalid(format!("attaching {name}: {panic}"));
-        let spec = guarded(|| Ok(handler.spec())).map_err(|panic| refused(type_name, panic))??;
+        let spec = guarded(|| Ok(handler.spec())).map_err(|panic| refused(type_name, panic))?;
+        let spec = spec.map_err(|error| handler::named(type_name, error))?;
         let has_state = guarded(|| Ok(handler.save_state().map(|state| state.is_some())));
         let had_state =
             has_state.map_err(|panic| refused(&format!("handler '{}'", spec.name), panic))??;
@@ -287,7 +292,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Computes a metric, and stores the value under this name in `state.metrics`. The metric is computed over each
-    /// epoch, unless it has another [`Usage`] of its own.
+    /// epoch, unless it has another [`Usage`] of its own. [`add_metric`](Self::add_metric) returns an id to detach the
+    /// metric by.
     pub fn metric(&mut self, name: impl Into<String>, metric: impl Metric<O> + 'a) -> &mut Self {
         let usage = metric.usage();
         self.metric_with(name, metric, usage)
@@ -300,10 +306,54 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         metric: impl Metric<O> + 'a,
         usage: Usage,
     ) -> &mut Self {
-        let metric = Rc::new(RefCell::new(MetricHandler::new(name.into(), metric, usage)));
+        let added = self.attach_metric(name.into(), metric, usage);
+        self.refuse(added)
+    }
+
+    /// Attaches a metric like [`metric`](Self::metric), and returns its id, by which
+    /// [`remove_event_handler`](Self::remove_event_handler) detaches it: ignite's `metric.detach(engine)`. Its last value
+    /// stays in `state.metrics` until [`Metrics::remove`] takes it away.
+    ///
+    /// ```
+    /// use tch_ignite::engine::{Engine, Until};
+    /// use tch_ignite::metrics::Mean;
+    /// let mut engine = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+    /// let mean = engine.add_metric("mean", Mean::new())?;
+    /// engine.run(&mut (), vec![1.0, 3.0], Until::epochs(1))?;
+    /// engine.remove_event_handler(mean)?;
+    /// engine.run(&mut (), vec![5.0], Until::epochs(1))?;
+    /// assert_eq!(engine.state.metrics.get("mean")?, 2.0);
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// An argument of the metric is refused, or another metric has the name.
+    pub fn add_metric(
+        &mut self,
+        name: impl Into<String>,
+        metric: impl Metric<O> + 'a,
+    ) -> Result<HandlerId> {
+        let usage = metric.usage();
+        self.attach_metric(name.into(), metric, usage)
+    }
+
+    fn attach_metric(
+        &mut self,
+        name: String,
+        metric: impl Metric<O> + 'a,
+        usage: Usage,
+    ) -> Result<HandlerId> {
+        let metric = Rc::new(RefCell::new(MetricHandler::new(name, metric, usage)));
         let of_rank: Rc<RefCell<dyn RankMetric<O> + 'a>> = metric.clone();
+        let id = self.add_handler(metric)?;
         self.metrics.push(Rc::downgrade(&of_rank));
-        self.attach(metric)
+        Ok(id)
+    }
+
+    /// The event that was fired last, whether it had handlers or not; `None` before the first: ignite's
+    /// `last_event_name`. In a handler this is the handler's event.
+    pub fn last_event_name(&self) -> Option<Event> {
+        self.last_event
     }
 
     fn refuse(&mut self, added: Result<HandlerId>) -> &mut Self {
@@ -363,6 +413,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// The event is not registered, or a handler failed; the handlers after it are not called.
     pub fn fire_event(&mut self, event: Event, cx: &mut C) -> Result<()> {
         let index = self.handlers.index(event)?;
+        self.last_event = Some(event);
         let _entered = Entered::here();
         self.fire_index(event, index, cx)
     }
@@ -372,6 +423,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let Some(index) = event.built_in().map(EventIndex::built_in) else {
             return self.fire_event(event, cx);
         };
+        self.last_event = Some(event);
         if self.handlers.is_empty(index) { Ok(()) } else { self.fire_index(event, index, cx) }
     }
 
@@ -538,8 +590,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.requests.skip_batch = true;
     }
 
-    /// Starts to measure where the time goes, and returns the record. Costs two readings of the clock for each step,
-    /// fetch, event and handler: some 100 ns each.
+    /// Starts to measure where the time goes, and returns the record; the [`Summary`] of a run then says it in one line,
+    /// too. Costs two readings of the clock for each step, fetch, event and handler: some 100 ns each.
     ///
     /// ```
     /// use tch_ignite::engine::{Engine, Event, Until};

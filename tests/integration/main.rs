@@ -9,6 +9,7 @@ mod common;
 
 mod bad_input;
 mod data_loader;
+mod engine_values;
 mod handlers;
 mod host_syncs;
 mod ignite_names;
@@ -22,6 +23,7 @@ mod optimizer;
 #[cfg(feature = "toml")]
 mod optimizer_plan;
 mod pages;
+mod ready_trainer;
 mod report;
 #[cfg(feature = "toml")]
 mod schedule_files;
@@ -29,3 +31,4 @@ mod schedule_properties;
 mod schedule_state;
 mod schedules;
 mod training_aids;
+mod wrong_arguments;
