@@ -8,10 +8,13 @@
 mod common;
 
 mod bad_input;
+mod batch_samplers;
 mod data_loader;
+mod data_splits;
 mod handlers;
 mod host_syncs;
 mod ignite_names;
+mod image_folder;
 mod metrics;
 mod metrics_behaviour;
 mod metrics_reference;
@@ -24,4 +27,6 @@ mod schedule_files;
 mod schedule_properties;
 mod schedule_state;
 mod schedules;
+mod streams;
 mod training_aids;
+mod transforms;
