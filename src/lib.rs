@@ -113,6 +113,7 @@ mod accumulate;
 pub mod amp;
 mod bridge;
 pub mod checkpoint;
+pub mod compiled;
 pub mod data;
 mod debug;
 #[cfg(feature = "distributed")]
