@@ -32,7 +32,7 @@ pub use crate::event::{Event, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 pub use crate::event_filter::{Events, FilteredEvent};
 pub use crate::metrics::MetricValue;
 pub(crate) use checkpoint::HANDLERS;
-pub use handler::{Handler, HandlerId, HandlerSpec, Priority};
+pub use handler::{EventClosure, Handler, HandlerId, HandlerSpec, Priority};
 pub use log::Log;
 pub use peers::Ranks;
 pub use profile::{Profile, ProfileRow};
@@ -208,7 +208,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     #[track_caller]
     pub fn on<F>(&mut self, events: impl Into<Events>, handler: F) -> &mut Self
     where
-        F: FnMut(&mut C, &mut Engine<'a, C, B, O>) -> anyhow::Result<()> + 'a,
+        F: EventClosure<'a, C, B, O> + 'a,
     {
         let added = self.add_event_handler(events, handler);
         self.refuse(added)
@@ -234,7 +234,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         handler: F,
     ) -> Result<HandlerId>
     where
-        F: FnMut(&mut C, &mut Engine<'a, C, B, O>) -> anyhow::Result<()> + 'a,
+        F: EventClosure<'a, C, B, O> + 'a,
     {
         let place = Location::caller();
         let spec = HandlerSpec::new(format!("at {}:{}", place.file(), place.line()), events);
@@ -257,6 +257,38 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             has_state.map_err(|panic| refused(&format!("handler '{}'", spec.name), panic))??;
         let object = Callable::Object(Box::new(handler));
         self.handlers.add(spec, object, SlotKind::Object { had_state })
+    }
+
+    /// The value that the attached scheduler of this name sets next, before the reductions of a plateau: `get_param()` of
+    /// ignite's schedulers. Costs a walk over the handlers; nothing where it is not called.
+    ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// use tch_ignite::engine::{Engine, Event, Until};
+    /// use tch_ignite::optim::Optimizer;
+    /// use tch_ignite::schedule::CosineAnnealingScheduler;
+    ///
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # nn::linear(vs.root(), 1, 1, Default::default());
+    /// let optimizer = Optimizer::sgd(&vs).build()?;
+    /// let mut trainer = Engine::new(|_: &mut Vec<f64>, _engine, _batch: i32| Ok(()));
+    /// trainer
+    ///     .attach(CosineAnnealingScheduler::new(&optimizer, "lr", 1.0, 0.0, 4))
+    ///     .on(Event::IterationCompleted, |next, engine| {
+    ///         next.push(engine.get_param("lr")?);
+    ///         Ok(())
+    ///     });
+    /// assert_eq!(trainer.get_param("lr")?, 1.0);
+    /// let mut next = vec![];
+    /// trainer.run(&mut next, vec![0; 2], Until::epochs(1))?;
+    /// assert_eq!(next[1], 0.5);
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// No scheduler of this name is attached, or it is being called at this moment; its schedule has ended.
+    pub fn get_param(&self, name: &str) -> Result<f64> {
+        self.handlers.param(name)
     }
 
     /// Computes a metric, and stores the value under this name in `state.metrics`. The metric is computed over each
