@@ -8,12 +8,15 @@
 mod common;
 
 mod bad_input;
+mod batch_samplers;
 mod data_loader;
+mod data_splits;
 mod engine_values;
 mod handlers;
 mod host_syncs;
 mod ignite_names;
 mod ignite_schedulers;
+mod image_folder;
 mod metrics;
 mod metrics_behaviour;
 mod metrics_reference;
@@ -30,5 +33,7 @@ mod schedule_files;
 mod schedule_properties;
 mod schedule_state;
 mod schedules;
+mod streams;
 mod training_aids;
+mod transforms;
 mod wrong_arguments;
