@@ -145,8 +145,8 @@ impl<N: ModuleT> Supervised<N> {
     ///
     /// If batches share a step, by [`accumulate`](Self::accumulate) or among ranks, each counts by its number of
     /// samples: the first dimension of the input. A loss that is a mean over other units returns `(loss, weight)`,
-    /// where the [`Weight`] is the number of units: a number, or a tensor, which is not read on a GPU. Then the
-    /// gradient is that of one large batch:
+    /// where the [`Weight`](crate::Weight) is the number of units: a number, or a tensor, which is not read on a GPU. Then
+    /// the gradient is that of one large batch:
     ///
     /// ```
     /// # use tch::{Device, Kind, nn};
@@ -282,7 +282,8 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
         Supervised { net, optimizer, forward: Box::new(forward), output, settings }
     }
 
-    /// Runs forward and loss under [`autocast`] to `kind`, f16 or bf16, in training; in evaluation the forward alone.
+    /// Runs forward and loss under [`autocast`](crate::amp::autocast) to `kind`, f16 or bf16, in training; in evaluation the
+    /// forward alone.
     pub fn autocast(mut self, kind: Kind) -> Self {
         self.settings.autocast = Some(kind);
         self
