@@ -118,7 +118,7 @@ fn optimizer(args: &Args, vs: &VarStore) -> Result<Optimizer> {
     Ok(match args.optimizer {
         Algorithm::Adamw => Optimizer::adamw(vs)
             .lr(HIGHEST_LR)
-            .options(GroupOptions::new().betas(0.9, 0.99))
+            .betas(0.9, 0.99)
             .group("decay", move |name| !flat(name), GroupOptions::new().weight_decay(0.1))
             .group("no decay", norm, GroupOptions::new().weight_decay(0.))
             .build()?,
