@@ -33,11 +33,10 @@
 //! evaluator.metric("accuracy", Accuracy::of(Prediction::parts));
 //!
 //! let mut trainer = create_supervised_trainer();
-//! let (base, fc) = (optimizer.group("base")?.knob("lr")?, optimizer.group("fc")?.knob("lr")?);
 //! trainer
 //!     .metric("loss", RunningAverage::new())
-//!     .attach(ParamScheduler::new("lr (base)", base, LinearCyclical::new(1e-2, 1e-3, 8)))
-//!     .attach(ParamScheduler::new("lr (fc)", fc, CosineAnnealing::new(1e-1, 1e-3, 8)))
+//!     .attach(LinearCyclicalScheduler::new(&optimizer, "lr", 1e-2, 1e-3, 8).param_group("base"))
+//!     .attach(CosineAnnealingScheduler::new(&optimizer, "lr", 1e-1, 1e-3, 8).param_group("fc"))
 //!     .attach(Evaluate::each_epoch("test", evaluator, test))
 //!     .on(Event::EpochCompleted, |_, engine| {
 //!         let (epoch, metrics) = (engine.state.epoch, &engine.state.metrics);
@@ -113,6 +112,7 @@ mod accumulate;
 pub mod amp;
 mod bridge;
 pub mod checkpoint;
+pub mod compiled;
 pub mod data;
 mod debug;
 #[cfg(feature = "distributed")]
@@ -137,6 +137,7 @@ pub mod metrics;
 pub mod optim;
 mod panic;
 mod parallel;
+mod plan_file;
 #[cfg(feature = "plots")]
 pub mod plot;
 mod prediction;
@@ -144,12 +145,14 @@ pub mod pytorch;
 pub mod schedule;
 mod state;
 pub mod supervised;
+mod target_network;
 mod variables;
 
 pub use accumulate::{Accumulation, GradientAccumulator, Weight, WeightedLoss, Window};
 pub use error::{Error, Panicked, Result};
 pub use freed_memory::keep_freed_memory;
 pub use host_syncs::host_syncs;
+pub use target_network::TargetNetwork;
 pub use tch;
 
 /// The names that most programs need.
@@ -172,7 +175,7 @@ pub mod prelude {
     pub use crate::optim::{Knob, Optimizer, lr};
     pub use crate::schedule::{
         CosineAnnealing, CosineAnnealingScheduler, LinearCyclical, LinearCyclicalScheduler,
-        ParamScheduler, Schedule,
+        OptimizerScheduler, ParamScheduler, Schedule,
     };
     pub use crate::supervised::{
         Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,

@@ -166,7 +166,8 @@ pub struct SamplePosition {
 /// Types that can be given to [`Engine::run`](crate::engine::Engine::run).
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no data of batches `{B}`",
-    note = "data is a `&Loader`, a `&DataLoader`, a `Vec` of batches (tensors, and tuples of them, are shared), `source(..)` for a `Source` of your own, `restartable(|| iterator)` for anything that can be iterated again"
+    note = "data is a `&Loader`, a `&DataLoader`, a `Vec` of batches (tensors, and tuples of them, are shared), `source(..)` for a `Source` of your own, `restartable(|| iterator)` for anything that can be iterated again",
+    note = "a `Supervised` context takes batches of another type after `prepare_batch(|batch| (x, y))`, in the engines `cx.trainer()` and `cx.evaluator()`"
 )]
 pub trait IntoSource<'a, B> {
     /// Makes the cursor over the batches.
@@ -253,6 +254,7 @@ impl<B: ShallowClone, D: AsRef<[B]>> Source<B> for Indexed<D> {
     }
 }
 
+#[diagnostic::do_not_recommend]
 impl<'a, B: ShallowClone + 'a> IntoSource<'a, B> for Vec<B> {
     fn into_source(self) -> Box<dyn Source<B> + 'a> {
         Box::new(Indexed { data: self, next: 0 })

@@ -11,9 +11,11 @@ mod bad_input;
 mod batch_samplers;
 mod data_loader;
 mod data_splits;
+mod engine_values;
 mod handlers;
 mod host_syncs;
 mod ignite_names;
+mod ignite_schedulers;
 mod image_folder;
 mod metrics;
 mod metrics_behaviour;
@@ -21,7 +23,10 @@ mod metrics_reference;
 #[cfg(feature = "mlflow")]
 mod mlflow;
 mod optimizer;
+#[cfg(feature = "toml")]
+mod optimizer_plan;
 mod pages;
+mod ready_trainer;
 mod report;
 #[cfg(feature = "toml")]
 mod schedule_files;
@@ -31,3 +36,4 @@ mod schedules;
 mod streams;
 mod training_aids;
 mod transforms;
+mod wrong_arguments;
