@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 /// [`DataLoader::batch_sampler`](super::DataLoader::batch_sampler) takes one.
 ///
 /// The batches depend on the pass's number alone, so that a run can be continued anywhere. All passes have the same
-/// number of batches.
+/// number of batches. A checkpoint counts them, so that processes whose batches differ in size go on together.
 ///
 /// ```
 /// use tch_ignite::data::BatchSampler;

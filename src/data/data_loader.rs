@@ -496,11 +496,18 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
     }
 
     fn sample_position(&self, again: bool) -> Option<SamplePosition> {
+        // The batches of one number have other sizes in other processes, so they are counted.
+        if self.loader.batch_sampler.is_some() {
+            return None;
+        }
         let again = again || self.failed;
         Some(self.loader.batch_size.place(if again { self.last } else { self.next }))
     }
 
     fn seek_samples(&mut self, pass: u64, place: &SamplePosition) -> AnyResult<bool> {
+        if self.loader.batch_sampler.is_some() {
+            return Ok(false);
+        }
         self.seek(pass, 0)?;
         self.next = self.loader.batch_size.restore(place)?;
         Ok(true)

@@ -20,7 +20,8 @@ use crate::guard::guarded;
 /// A function gives each worker an iterator over its share of a pass. Each worker makes batches of its own share; the
 /// first batch of a pass is worker 0's, the second worker 1's, and so on, and workers that have no more are passed over.
 /// So the order depends on the number of workers, but not on how fast they are. The function makes the order a function
-/// of the pass: random numbers are drawn from [`SplitMix64`](super::SplitMix64) of seed and pass, not from libtorch.
+/// of the pass: random numbers are drawn from [`SplitMix64`](super::SplitMix64) of seed and pass, not from libtorch. In a
+/// process group it also leaves to each process its part.
 ///
 /// ```
 /// use tch::Tensor;

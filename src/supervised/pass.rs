@@ -32,17 +32,6 @@ impl Pass<'_> {
         &mut self,
         input: X,
         targets: impl Fn() -> Option<String>,
-        model: impl Fn(&X, bool) -> P,
-        loss: impl Fn(&P) -> WeightedLoss,
-    ) -> anyhow::Result<P> {
-        self.run_result(input, targets, |input, train| Ok(model(input, train)), loss)
-    }
-
-    /// [`run`](Self::run) of a model that returns errors.
-    pub(super) fn run_result<X: Tensors, P>(
-        &mut self,
-        input: X,
-        targets: impl Fn() -> Option<String>,
         model: impl Fn(&X, bool) -> Result<P>,
         loss: impl Fn(&P) -> WeightedLoss,
     ) -> anyhow::Result<P> {
@@ -72,9 +61,9 @@ impl Pass<'_> {
             None => {
                 let forward = || model(&input, false);
                 Ok(match kind {
-                    Some(kind) => autocast(device, kind, forward)??,
-                    None => forward()?,
-                })
+                    Some(kind) => autocast(device, kind, forward)?,
+                    None => forward(),
+                }?)
             }
         });
         passed.map_err(|error| {

@@ -60,12 +60,7 @@ fn the_batches_are_those_of_the_sampler_from_any_position() -> Result<()> {
         }
         source.seek(0, 1)?;
         drop(source.next().unwrap()?);
-        assert_eq!(source.samples(), Some(1));
-        let place = source.sample_position(false).unwrap();
-        assert_eq!(place.samples, 4);
-        let mut other = (&loader).into_source();
-        assert!(other.seek_samples(0, &place)?);
-        assert_eq!(rest(other.as_mut()), expected[2..]);
+        assert_eq!((source.samples(), source.sample_position(false)), (Some(1), None));
     }
     Ok(())
 }
@@ -194,7 +189,7 @@ fn a_run_over_buckets_goes_on_where_it_was() -> Result<()> {
         });
         first.run(&mut seen, loader(2)?, Until::epochs(2))?;
         let mut second = engine();
-        second.load_state_dict(&first.state_dict())?;
+        second.restore(&mut vec![], first.checkpoint(&seen)?, true)?;
         second.run(&mut seen, loader(1)?, Until::epochs(2))?;
         assert_eq!(seen, straight, "stopped at {stop}");
     }
