@@ -14,6 +14,7 @@
 //! | TensorBoard, tables, a report, MLflow | [`logging`] |
 //! | a step, handler, metric, schedule, loss or event of your own | [`your_own`] |
 //! | files of PyTorch, Lightning and Hugging Face; TorchScript | [`pytorch`] |
+//! | models of Python, compiled by PyTorch and trained here | [`compiled`] |
 //! | which optimizer | [`all_optimizers`] |
 //! | which handler | [`all_handlers`] |
 //! | where ignite does something else | [`differences`] |
@@ -50,6 +51,7 @@ macro_rules! links {
 [OPTIMIZERS]: crate::guide::all_optimizers
 [PYTORCH]: crate::guide::pytorch
 [DISTRIBUTED]: crate::guide::distributed
+[COMPILED]: crate::guide::compiled
 [DIFFERENCES]: crate::guide::differences
 [NUMBERS]: crate::guide::numbers
 
@@ -81,6 +83,7 @@ pages! {
     pytorch: "PYTORCH.md";
     #[cfg(feature = "distributed")]
     distributed: "DISTRIBUTED.md";
+    compiled: "COMPILED.md";
     all_schedules: "SCHEDULES.md";
     all_metrics: "METRICS.md";
     all_handlers: "HANDLERS.md";
