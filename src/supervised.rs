@@ -15,9 +15,9 @@ use crate::engine::{Engine, Evaluator, Trainer};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::memory_format::to_channels_last;
-use crate::optim::Optimizer;
+use crate::optim::{Optimizer, Sam};
 pub use crate::prediction::Prediction;
-use crate::state::{SavedGradients, StateDict, Stateful};
+use crate::state::{EvaluationWeights, SavedGradients, StateDict, Stateful};
 
 type LossFn = Box<dyn Fn(&Tensor, &Tensor) -> WeightedLoss + Send>;
 
@@ -35,6 +35,7 @@ pub struct Supervised<N> {
     accumulator: GradientAccumulator,
     max_norm: Option<f64>,
     max_value: Option<f64>,
+    sam: Option<Sam>,
     /// The norm of the gradients before the last clipping by norm; `None` until there was one.
     grad_norm: Option<Tensor>,
     /// The shape of the last batch of one sample that passed the check of batch normalisation, so that it need not be
@@ -87,6 +88,7 @@ impl<N: ModuleT> Supervised<N> {
             accumulator: GradientAccumulator::unshared(),
             max_norm: None,
             max_value: None,
+            sam: None,
             grad_norm: None,
             single: None,
             batch_norm: None,
@@ -156,6 +158,13 @@ impl<N: ModuleT> Supervised<N> {
         self
     }
 
+    /// Makes the steps sharpness-aware: each batch is evaluated twice. `sam` is around this context's optimizer. Clipping
+    /// is of the second gradient. See [`train_step`](Self::train_step) for the options that steps of this kind refuse.
+    pub fn sam(mut self, sam: Sam) -> Self {
+        self.sam = Some(sam);
+        self
+    }
+
     /// The norm of the gradients before the last clipping by norm, a tensor of one element on the gradients' device;
     /// `None` until there was one.
     pub fn grad_norm(&self) -> Option<&Tensor> {
@@ -168,6 +177,10 @@ impl<N: ModuleT> Supervised<N> {
     ///
     /// With accumulation each `steps`-th call makes a step. Use [`train_step_in`](Self::train_step_in) where the end of
     /// an epoch may cut a window short.
+    ///
+    /// Where the step evaluates the loss by itself ([`Sam`], and [`Lbfgs`](crate::optim::Lbfgs) as the optimizer), it
+    /// evaluates this batch again. Such steps refuse accumulation and scaling; those of LBFGS, which looks at the loss of
+    /// this rank alone and needs the gradient as it is, also refuse data-parallel training and clipping.
     ///
     /// # Errors
     /// A batch of one sample that leaves a layer of batch normalisation with a single value for each channel, as in
@@ -185,19 +198,80 @@ impl<N: ModuleT> Supervised<N> {
     /// # Errors
     /// The errors of [`train_step`](Self::train_step).
     pub fn train_step_in(&mut self, (x, y): Batch, window: Window) -> anyhow::Result<Tensor> {
+        self.optimizer.train()?;
+        if self.sam.is_some() || self.optimizer.needs_closure() {
+            let x = self.formatted(x)?;
+            return self.step_with_closure(&x, &y, window);
+        }
         while self.accumulator.begin(&self.optimizer, window)? {
             self.update()?;
         }
+        let x = self.formatted(x)?;
+        let (loss, ready) = self.forward_and_backward(&x, &y)?;
+        if ready {
+            self.update()?;
+        }
+        Ok(loss.f_detach()?)
+    }
+
+    /// Makes a step that evaluates the batch as often as it needs.
+    fn step_with_closure(
+        &mut self,
+        x: &Tensor,
+        y: &Tensor,
+        window: Window,
+    ) -> anyhow::Result<Tensor> {
+        let sam = self.sam.clone();
+        let name = if sam.is_some() { "SAM" } else { self.optimizer.name() };
+        let refused = [
+            (self.accumulator.steps() > 1, "accumulation: give it larger batches"),
+            (self.accumulator.scaler().is_some(), "a GradScaler: train in bf16 or f32"),
+            (
+                sam.is_none() && (self.max_norm.is_some() || self.max_value.is_some()),
+                "clipping: limit the step by its line search",
+            ),
+            (sam.is_none() && self.accumulator.is_parallel(), "several ranks: train with one"),
+        ];
+        if let Some((_, what)) = refused.into_iter().find(|(refused, _)| *refused) {
+            return Err(Error::invalid(format!(
+                "{name} evaluates a batch several times in a step, and does not go with {what}"
+            ))
+            .into());
+        }
+        let optimizer = self.optimizer.clone();
+        if sam.as_ref().is_some_and(|sam| !sam.optimizer().is(&optimizer)) {
+            return Err(Error::invalid(
+                "the Sam is around another optimizer than the one of this Supervised: make it of that one",
+            )
+            .into());
+        }
+        let mut evaluate = || -> anyhow::Result<Tensor> {
+            self.accumulator.begin(&optimizer, window)?;
+            Ok(self.forward_and_backward(x, y)?.0)
+        };
+        let loss = match sam {
+            None => optimizer.step_with(evaluate)?,
+            Some(sam) => {
+                let loss = sam.gradients_beside(&mut evaluate)?;
+                self.update()?;
+                loss
+            }
+        };
+        Ok(loss.f_detach()?)
+    }
+
+    /// Runs forward, the loss and backward of a batch that has begun. Returns the loss, and whether the gradients are
+    /// ready for a step.
+    fn forward_and_backward(&mut self, x: &Tensor, y: &Tensor) -> anyhow::Result<(Tensor, bool)> {
         let shape = x.size();
         let samples = shape.first().map_or(1, |samples| *samples);
-        let x = self.formatted(x)?;
         let looks = samples == 1 && self.single.as_ref() != Some(&shape) && self.has_batch_norm();
         let watch = looks.then(BatchNormWatch::looking_for_single_values).transpose();
         let watch = watch.map_err(|text| Error::libtorch("watching batch normalisation", text))?;
         let (net, loss) = (&self.net, &self.loss);
         let mut weight = None;
         let mut forward = || {
-            let weighted = loss(&net.forward_t(&x, true), &y);
+            let weighted = loss(&net.forward_t(x, true), y);
             weight = weighted.weight;
             weighted.loss
         };
@@ -212,10 +286,8 @@ impl<N: ModuleT> Supervised<N> {
             self.single = Some(shape);
         }
         let weight = weight.unwrap_or(Weight::from(samples));
-        if self.accumulator.backward(&self.optimizer, &loss, weight)? {
-            self.update()?;
-        }
-        Ok(loss.f_detach()?)
+        let ready = self.accumulator.backward(&self.optimizer, &loss, weight)?;
+        Ok((loss, ready))
     }
 
     /// Whether the store has a layer of batch normalisation, by the names of the variables.
@@ -305,12 +377,14 @@ impl<N: ModuleT> Supervised<N> {
         if self.channels_last { to_channels_last(&x) } else { Ok(x) }
     }
 
-    /// Runs forward in evaluation mode, without gradients. Returns the model's output with the target.
+    /// Runs forward in evaluation mode, without gradients, with the values for evaluation where the optimizer has others
+    /// ([`Optimizer::eval`]). Returns the model's output with the target.
     ///
     /// # Errors
     /// An input without four dimensions after [`channels_last`](Self::channels_last).
     pub fn eval_step(&mut self, (x, y): Batch) -> anyhow::Result<Prediction> {
         let _guard = tch::no_grad_guard();
+        self.optimizer.eval()?;
         let x = self.formatted(x)?;
         let forward = || self.net.forward_t(&x, false);
         let y_pred = match self.autocast {
@@ -361,6 +435,10 @@ impl<N> Stateful for Supervised<N> {
 
     fn differs_by_rank(&self) -> bool {
         self.accumulator.differs_by_rank()
+    }
+
+    fn evaluation_weights(&self) -> Result<Option<EvaluationWeights>> {
+        self.optimizer.evaluation_weights()
     }
 }
 

@@ -86,7 +86,8 @@ impl GroupOptions {
         self.with(Hyper::Amsgrad, f64::from(on))
     }
 
-    /// Smoothing constant (RMSprop), or the power by which the step size falls (ASGD), not negative.
+    /// Smoothing constant (RMSprop), the power by which the step size falls (ASGD), or the weight of the slow average
+    /// (AdEMAMix), not negative.
     pub fn alpha(self, value: f64) -> Self {
         self.with(Hyper::Alpha, value)
     }
@@ -182,6 +183,66 @@ impl GroupOptions {
     /// Muon), so that AdamW's learning rate and weight decay fit.
     pub fn match_rms_adamw(self, on: bool) -> Self {
         self.with(Hyper::MatchRmsAdamW, f64::from(on))
+    }
+
+    /// The number of steps in which the learning rate rises in a straight line (Schedule-Free).
+    pub fn warmup_steps(self, steps: u32) -> Self {
+        self.with(Hyper::WarmupSteps, f64::from(steps))
+    }
+
+    /// The power of the step count by which steps weigh in the average (Schedule-Free).
+    pub fn r(self, power: f64) -> Self {
+        self.with(Hyper::R, power)
+    }
+
+    /// The power of the largest learning rate so far by which steps weigh in the average (Schedule-Free).
+    pub fn weight_lr_power(self, power: f64) -> Self {
+        self.with(Hyper::WeightLrPower, power)
+    }
+
+    /// The decay rate of the slow average (AdEMAMix), in [0, 1).
+    pub fn beta3(self, value: f64) -> Self {
+        self.with(Hyper::Beta3, value)
+    }
+
+    /// The number of steps in which the half-life of the slow average rises (AdEMAMix); 0 for none.
+    pub fn beta3_warmup(self, steps: u32) -> Self {
+        self.with(Hyper::Beta3Warmup, f64::from(steps))
+    }
+
+    /// The number of steps in which the weight of the slow average rises (AdEMAMix); 0 for none.
+    pub fn alpha_warmup(self, steps: u32) -> Self {
+        self.with(Hyper::AlphaWarmup, f64::from(steps))
+    }
+
+    /// The most iterations in a step (LBFGS), at least 1.
+    pub fn max_iter(self, count: u32) -> Self {
+        self.with(Hyper::MaxIter, f64::from(count))
+    }
+
+    /// The most evaluations of the loss in a step (LBFGS); 0 stands for 5/4 of the iterations.
+    pub fn max_eval(self, count: u32) -> Self {
+        self.with(Hyper::MaxEval, f64::from(count))
+    }
+
+    /// A step ends where no element of the gradient is larger (LBFGS), not negative.
+    pub fn tolerance_grad(self, value: f64) -> Self {
+        self.with(Hyper::ToleranceGrad, value)
+    }
+
+    /// A step ends where loss or parameters change less (LBFGS), not negative.
+    pub fn tolerance_change(self, value: f64) -> Self {
+        self.with(Hyper::ToleranceChange, value)
+    }
+
+    /// The number of iterations that are remembered (LBFGS), at least 1.
+    pub fn history_size(self, count: u32) -> Self {
+        self.with(Hyper::HistorySize, f64::from(count))
+    }
+
+    /// Whether the length of each iteration is searched for (LBFGS; torch's `line_search_fn="strong_wolfe"`).
+    pub fn strong_wolfe(self, on: bool) -> Self {
+        self.with(Hyper::StrongWolfe, f64::from(on))
     }
 }
 

@@ -8,6 +8,7 @@
 mod common;
 
 mod bad_input;
+mod closures;
 mod data_loader;
 mod handlers;
 mod host_syncs;
@@ -21,6 +22,7 @@ mod optimizer;
 mod report;
 #[cfg(feature = "toml")]
 mod schedule_files;
+mod schedule_free;
 mod schedule_properties;
 mod schedule_state;
 mod schedules;

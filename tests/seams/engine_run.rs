@@ -22,7 +22,7 @@ use tch_ignite::handlers::{
 };
 use tch_ignite::loggers::{JsonLinesLogger, OutputHandler};
 use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage};
-use tch_ignite::optim::{Knob, Optimizer, OptimizerBuilder, lr};
+use tch_ignite::optim::{GroupOptions, Knob, Optimizer, OptimizerBuilder, lr};
 use tch_ignite::schedule::{
     AnySchedule, BatchSizeScheduler, ParamScheduler, PiecewiseLinear, ReduceLROnPlateauScheduler,
     StepLR,
@@ -320,6 +320,7 @@ fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
             .build()
             .unwrap()
     }
+    let options = GroupOptions::new;
     match program.optimizer {
         Algorithm::Sgd { momentum, dampening, weight_decay, nesterov } => finish(
             Optimizer::builder(nn::sgd(momentum, dampening, weight_decay, nesterov), vs),
@@ -337,6 +338,53 @@ fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
             let config = nn::RmsProp { alpha, eps: 1e-8, wd: weight_decay, momentum, centered };
             finish(Optimizer::builder(config, vs), program)
         }
+        Algorithm::Adagrad { lr_decay, weight_decay, initial } => {
+            let options = options().lr_decay(lr_decay).weight_decay(weight_decay);
+            let options = options.initial_accumulator_value(initial);
+            finish(Optimizer::adagrad(vs).options(options), program)
+        }
+        Algorithm::NAdam { beta1, beta2, weight_decay, decoupled } => {
+            let options = options().betas(beta1, beta2).weight_decay(weight_decay);
+            let options = options.decoupled_weight_decay(decoupled);
+            finish(Optimizer::nadam(vs).options(options), program)
+        }
+        Algorithm::RAdam { beta1, beta2, weight_decay, decoupled } => {
+            let options = options().betas(beta1, beta2).weight_decay(weight_decay);
+            let options = options.decoupled_weight_decay(decoupled);
+            finish(Optimizer::radam(vs).options(options), program)
+        }
+        Algorithm::Adamax { beta1, beta2, weight_decay } => {
+            let options = options().betas(beta1, beta2).weight_decay(weight_decay);
+            finish(Optimizer::adamax(vs).options(options), program)
+        }
+        Algorithm::Adadelta { rho, weight_decay } => {
+            let options = options().rho(rho).weight_decay(weight_decay);
+            finish(Optimizer::adadelta(vs).options(options), program)
+        }
+        Algorithm::Asgd { lambd, t0, weight_decay } => {
+            let options = options().lambd(lambd).t0(t0).weight_decay(weight_decay);
+            finish(Optimizer::asgd(vs).options(options), program)
+        }
+        Algorithm::Rprop => finish(Optimizer::rprop(vs), program),
+        Algorithm::Lion { beta1, beta2, weight_decay } => {
+            let options = options().betas(beta1, beta2).weight_decay(weight_decay);
+            finish(Optimizer::lion(vs).options(options), program)
+        }
+        Algorithm::AdEMAMix { beta1, beta2, weight_decay, warmup } => {
+            let options = options().betas(beta1, beta2).beta3(0.99).weight_decay(weight_decay);
+            let options = options.alpha_warmup(warmup).beta3_warmup(warmup);
+            finish(Optimizer::ademamix(vs).options(options), program)
+        }
+        Algorithm::SgdScheduleFree { momentum, weight_decay, warmup, r } => {
+            let options = options().momentum(momentum).weight_decay(weight_decay);
+            let options = options.warmup_steps(warmup).r(r);
+            finish(Optimizer::sgd_schedule_free(vs).options(options), program)
+        }
+        Algorithm::AdamWScheduleFree { beta1, beta2, weight_decay, warmup } => {
+            let options = options().betas(beta1, beta2).weight_decay(weight_decay);
+            let options = options.warmup_steps(warmup);
+            finish(Optimizer::adamw_schedule_free(vs).options(options), program)
+        }
     }
 }
 
@@ -351,15 +399,16 @@ impl Shape {
 
 impl Scheduled {
     fn knob(&self, optimizer: &Optimizer, ema: Option<&EMAHandler>) -> Knob {
-        let hyper = match (self.knob, optimizer.name()) {
-            (Driven::EmaMomentum, _) => return ema.unwrap().knob(),
-            (Driven::LrOf(group), _) => {
+        let hyper = match self.knob {
+            Driven::EmaMomentum => return ema.unwrap().knob(),
+            Driven::LrOf(group) => {
                 return optimizer.group_at(group).unwrap().knob("lr").unwrap();
             }
-            (Driven::Lr, _) => "lr",
-            (Driven::WeightDecay, _) => "weight_decay",
-            (Driven::Momentum, "Adam" | "AdamW") => "beta1",
-            (Driven::Momentum, _) => "momentum",
+            Driven::Lr => "lr",
+            Driven::WeightDecay => "weight_decay",
+            Driven::Momentum => {
+                return optimizer.knob("beta1").or(optimizer.knob("momentum")).unwrap();
+            }
         };
         optimizer.knob(hyper).unwrap()
     }
@@ -467,18 +516,16 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
     }
     trainer.metric("loss", Mean::new()).metric("running", RunningAverage::new().alpha(0.9));
 
-    let (trace, rates, algorithm) = (plants.trace.clone(), optimizer.clone(), program.optimizer);
+    let (trace, rates) = (plants.trace.clone(), optimizer.clone());
     trainer.on(OPTIMIZER_STEPPED, move |cx, engine| {
         let groups = rates.groups()?;
         let (weights, biases) = (&groups[0], groups.last().unwrap());
-        let momentum = match algorithm {
-            Algorithm::Adam { .. } | Algorithm::AdamW { .. } => "beta1",
-            _ => "momentum",
-        };
+        // Some have neither.
+        let momentum = weights.get("beta1").or(weights.get("momentum")).unwrap_or(0.);
         let mut values = vec![
             ("rates", vec![weights.lr()?, biases.lr()?]),
-            ("weight decay", vec![weights.weight_decay()?]),
-            ("momentum", vec![weights.get(momentum)?]),
+            ("weight decay", vec![weights.weight_decay().unwrap_or(0.)]),
+            ("momentum", vec![momentum]),
         ];
         values.extend(cx.grad_norm().map(|norm| ("norm", numbers([norm]))));
         let iteration = engine.state.iteration;
