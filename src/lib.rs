@@ -1,5 +1,5 @@
-//! Training loops for [tch](https://docs.rs/tch): the engine, events, handlers and parameter
-//! schedulers of pytorch-ignite, on the real libtorch optimizer.
+//! Training loops for [tch](https://docs.rs/tch): the engine, events, handlers, metrics and schedulers of
+//! pytorch-ignite, on the real libtorch optimizer, with checkpoints from which a run goes on bit for bit.
 //!
 //! A small convolutional net on digits, with one learning-rate schedule for each parameter group:
 //!
@@ -33,15 +33,16 @@
 //! evaluator.metric("accuracy", Accuracy::of(Prediction::parts));
 //!
 //! let mut trainer = create_supervised_trainer();
-//! let (base, fc) = (optimizer.group("base")?, optimizer.group("fc")?);
+//! let (base, fc) = (optimizer.group("base")?.knob("lr")?, optimizer.group("fc")?.knob("lr")?);
 //! trainer
 //!     .metric("loss", RunningAverage::new())
-//!     .attach(ParamScheduler::new("lr (base)", base.knob("lr")?, LinearCyclical::new(1e-2, 1e-3, 8)))
-//!     .attach(ParamScheduler::new("lr (fc)", fc.knob("lr")?, CosineAnnealing::new(1e-1, 1e-3, 8)))
+//!     .attach(ParamScheduler::new("lr (base)", base, LinearCyclical::new(1e-2, 1e-3, 8)))
+//!     .attach(ParamScheduler::new("lr (fc)", fc, CosineAnnealing::new(1e-1, 1e-3, 8)))
 //!     .attach(Evaluate::each_epoch("test", evaluator, test))
 //!     .on(Event::EpochCompleted, |_, engine| {
 //!         let (epoch, metrics) = (engine.state.epoch, &engine.state.metrics);
-//!         println!("{epoch}: loss {:.3}, accuracy {:.3}", metrics.get("loss")?, metrics.get("test/accuracy")?);
+//!         let (loss, accuracy) = (metrics.get("loss")?, metrics.get("test/accuracy")?);
+//!         println!("{epoch}: loss {loss:.3}, accuracy {accuracy:.3}");
 //!         Ok(())
 //!     });
 //! let mut cx = Supervised::new(net, optimizer, |y_pred, y| y_pred.cross_entropy_for_logits(y));
@@ -49,6 +50,9 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! The [guide] goes through it page by page, and begins where you come from: [ignite](guide::from_ignite),
+//! [Lightning](guide::from_lightning), [a plain loop of tch](guide::from_tch).
 //!
 //! Where to look:
 //!
@@ -122,6 +126,9 @@ mod failure_kind;
 mod freed_memory;
 mod fs;
 mod guard;
+// The pages of `docs`, for the documentation and its tests alone.
+#[cfg(any(doc, doctest))]
+pub mod guide;
 pub mod handlers;
 mod host_syncs;
 pub mod loggers;
@@ -144,11 +151,6 @@ pub use error::{Error, Panicked, Result};
 pub use freed_memory::keep_freed_memory;
 pub use host_syncs::host_syncs;
 pub use tch;
-
-/// The code of the page is compiled.
-#[cfg(doctest)]
-#[doc = include_str!("../docs/PYTORCH.md")]
-mod pytorch_page {}
 
 /// The names that most programs need.
 pub mod prelude {

@@ -83,7 +83,7 @@ fn join() -> ProcessGroup {
 fn close(a: &[f64], b: &[f64]) {
     assert_eq!(a.len(), b.len());
     for (a, b) in a.iter().zip(b) {
-        assert!((a - b).abs() <= 1e-12, "{a} and {b}");
+        approx::assert_abs_diff_eq!(a, b, epsilon = 1e-12);
     }
 }
 

@@ -493,7 +493,7 @@ mod tests {
             let mean = batches.iter().map(|(mean, weight)| mean * weight).sum::<f64>() / sum;
             for amount in [Amount::Number, on_device] {
                 let gradient = gradient(&batches, amount)?;
-                assert!((gradient - mean).abs() < 1e-14, "{gradient} {mean}");
+                approx::assert_abs_diff_eq!(gradient, mean, epsilon = 1e-14);
             }
         }
         Ok(())

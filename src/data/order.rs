@@ -84,7 +84,7 @@ mod tests {
         assert!(numbers.iter().all(|x| (0. ..1.).contains(x)));
         let mean = numbers.iter().sum::<f64>() / 1e5;
         // The standard deviation of the mean is 0.0009.
-        assert!((mean - 0.5).abs() < 0.004, "{mean}");
+        approx::assert_abs_diff_eq!(mean, 0.5, epsilon = 0.004);
     }
 
     #[test]

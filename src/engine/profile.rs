@@ -208,6 +208,10 @@ mod tests {
         let millis = Duration::from_millis;
         assert_eq!((row.count, row.total, row.mean), (8, millis(40), millis(5)));
         assert_eq!((row.min, row.max), ((millis(2), 1), (millis(9), 8)));
-        assert!((row.std.as_secs_f64() - (32f64 / 7.).sqrt() * 1e-3).abs() < 1e-9);
+        approx::assert_abs_diff_eq!(
+            row.std.as_secs_f64(),
+            (32f64 / 7.).sqrt() * 1e-3,
+            epsilon = 1e-9
+        );
     }
 }

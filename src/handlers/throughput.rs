@@ -223,7 +223,7 @@ mod tests {
         trainer.run(&mut (), &loader, Until::epochs(3))?;
         let get = |name: &str| trainer.state.metrics.get(&format!("throughput/{name}"));
         let ratio = get("samples_per_second")? / get("iterations_per_second")?;
-        assert!((ratio - 16.).abs() < 1e-9, "{ratio}");
+        approx::assert_abs_diff_eq!(ratio, 16., epsilon = 1e-9);
         assert!(get("step_ms_p50")? <= get("step_ms_p99")?);
         Ok(())
     }

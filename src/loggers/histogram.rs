@@ -73,7 +73,7 @@ mod tests {
         let values: Vec<f64> = (0..=640).map(|i| f64::from(i) / 10.).collect();
         let histogram = Histogram::of(&Tensor::from_slice(&values))?;
         assert_eq!((histogram.min, histogram.max, histogram.count), (0., 64., 641));
-        assert!((histogram.sum - 20512.).abs() < 1e-6);
+        approx::assert_abs_diff_eq!(histogram.sum, 20512., epsilon = 1e-6);
         assert_eq!(histogram.bins.len(), 64);
         assert_eq!(histogram.bins.iter().map(|(_, count)| count).sum::<f64>(), 641.);
         assert_eq!((histogram.bins[0], histogram.bins[63]), ((1., 10.), (64., 11.)));

@@ -1572,7 +1572,7 @@ print(net(torch.ones(1, 3)).sum().item())";
             let x = fc.forward_t(&Tensor::ones([1, 3], (Kind::Float, Device::Cpu)), false);
             let sum = norm.forward_t(&x, false).sum(Kind::Float).double_value(&[]);
             let theirs: f64 = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap();
-            assert!((sum - theirs).abs() < 1e-5, "{sum} {theirs}");
+            approx::assert_abs_diff_eq!(sum, theirs, epsilon = 1e-5);
         }
         _ => eprintln!("SKIPPED: no Python with torch and safetensors (set TORCH_PYTHON)"),
     }

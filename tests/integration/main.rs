@@ -19,6 +19,7 @@ mod metrics_reference;
 #[cfg(feature = "mlflow")]
 mod mlflow;
 mod optimizer;
+mod pages;
 mod report;
 #[cfg(feature = "toml")]
 mod schedule_files;

@@ -479,11 +479,15 @@ fn a_kappa_of_few_classes_with_large_numbers_takes_little_memory() -> anyhow::Re
         kappa.update(&pair_of([0, 1, large, large, 1, 0], [0, large, large, 1, 1, 0]))?;
         Ok(kappa.compute()?.read()?)
     };
-    assert!((value(7, None)? - value(7, Some(8))?).abs() < 1e-12);
+    approx::assert_abs_diff_eq!(value(7, None)?, value(7, Some(8))?, epsilon = 1e-12);
     // Observed are two disagreements of `large - 1`; by chance there are four pairs of each two classes, of six samples.
     let large = (1i64 << 40) as f64;
     let chance = 8. * (1. + large + (large - 1.)) / 6.;
-    assert!((value(1 << 40, None)? - (1. - 2. * (large - 1.) / chance)).abs() < 1e-9);
+    approx::assert_abs_diff_eq!(
+        value(1 << 40, None)?,
+        1. - 2. * (large - 1.) / chance,
+        epsilon = 1e-9
+    );
     Ok(())
 }
 

@@ -309,11 +309,11 @@ fn a_singular_covariance_has_a_distance() -> anyhow::Result<()> {
     // This covariance is nearly singular. The number was computed with 40 digits; ignite's matrix root gives ...147.
     let identity = |x: &Tensor| Ok(x.shallow_clone());
     let distance = over(gan::FID::of(4, identity, pair), batches())?.read()?;
-    assert!((distance - 0.21921518096138572).abs() < 1e-10, "{distance}");
+    approx::assert_abs_diff_eq!(distance, 0.21921518096138572, epsilon = 1e-10);
     // Here there are 11 samples with 8 features that depend on each other.
     let features = |x: &Tensor| Ok(Tensor::f_cat(&[x.f_square()?, x.f_abs()?], 1)?);
     let distance = over(gan::FID::of(8, features, pair), batches())?.read()?;
-    assert!((distance - 0.3366893125434389).abs() < 1e-6, "{distance}");
+    approx::assert_abs_diff_eq!(distance, 0.3366893125434389, epsilon = 1e-6);
     let same = batches().map(|(x, _)| (x.shallow_clone(), x));
     let none = over(gan::FID::of(8, features, pair), same)?.read()?;
     assert!(none.abs() < 1e-6, "{none}");

@@ -879,11 +879,11 @@ fn a_tensor_under_two_names_is_one_parameter() -> Result<()> {
             sgd.step()?;
             assert_eq!(value(&w), 0.5);
             let _ = sgd.gradients()?.clip_norm(5.)?;
-            assert!((value(&w.grad()) - 5. / 2f64.sqrt()).abs() < 1e-6);
+            approx::assert_abs_diff_eq!(value(&w.grad()), 5. / 2f64.sqrt(), epsilon = 1e-6);
             sgd.clip_grad_value(1.)?;
             assert_eq!(value(&w.grad()), 1.);
             sgd.with_tch(|tch| tch.step())?;
-            assert!((value(&w) - 0.4).abs() < 1e-15);
+            approx::assert_abs_diff_eq!(value(&w), 0.4, epsilon = 1e-15);
 
             let adam = Optimizer::adam(&vs).lr(0.1).build()?;
             adam.set_fused(fused)?;
@@ -894,7 +894,7 @@ fn a_tensor_under_two_names_is_one_parameter() -> Result<()> {
                 }
             }
             // The gradients are equal, so each step of Adam changes the value by lr.
-            assert!((value(&w) - 0.1).abs() < 1e-7, "{}", value(&w));
+            approx::assert_abs_diff_eq!(value(&w), 0.1, epsilon = 1e-7);
         }
     }
     Ok(())
@@ -1044,7 +1044,7 @@ fn an_optimizer_built_before_its_variables_admits_them_first() -> Result<()> {
     let (_vs, optimizer, w) = build();
     (&w * 3.).sum(Kind::Double).backward();
     optimizer.with_tch(|tch| tch.step())?;
-    assert!((value(&w) - 0.9).abs() < 1e-7);
+    approx::assert_abs_diff_eq!(value(&w), 0.9, epsilon = 1e-7);
     Ok(())
 }
 
@@ -1100,8 +1100,8 @@ fn a_refused_step_changes_nothing() -> Result<()> {
                     false => optimizer.step()?,
                 }
             }
-            assert!((expected - 0.7077f64).abs() < 1e-4);
-            assert!((w.double_value(&[0]) - expected).abs() < 1e-6, "{}", w.double_value(&[0]));
+            approx::assert_abs_diff_eq!(expected, 0.7077f64, epsilon = 1e-4);
+            approx::assert_abs_diff_eq!(w.double_value(&[0]), expected, epsilon = 1e-6);
         }
     }
     Ok(())

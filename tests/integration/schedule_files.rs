@@ -558,7 +558,7 @@ fn a_plan_counts_updates() {
     let shown: Vec<_> = values.iter().map(|(iteration, _)| *iteration).collect();
     assert_eq!(shown, [1, 4, 5, 8, 9, 10, 11, 14, 15, 18, 19, 20, 21, 24, 25, 28, 29, 30]);
     for (index, (_, value)) in values.iter().enumerate() {
-        assert!((value - at(index as u64 / 2)).abs() < 1e-15);
+        approx::assert_abs_diff_eq!(value, at(index as u64 / 2), epsilon = 1e-15);
     }
     let step = PlannedSchedule::new("lr", None, StepLR::new(1., 5)).unwrap().each_update();
     let written = SchedulePlan::new([step]).unwrap().to_toml().unwrap();

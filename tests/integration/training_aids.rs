@@ -24,7 +24,7 @@ fn value(tensor: &Tensor) -> f64 {
 }
 
 fn close(a: f64, b: f64) {
-    assert!((a - b).abs() <= 1e-6 * b.abs().max(1.), "{a} is not {b}");
+    approx::assert_abs_diff_eq!(a, b, epsilon = 1e-6 * b.abs().max(1.));
 }
 
 /// An optimizer with two groups of one parameter each, whose gradients are (3, 4) and (12).
@@ -51,13 +51,13 @@ fn clipping_by_norm_scales_all_groups_or_some() -> Result<()> {
         assert_eq!(norm.kind(), if kind == Kind::Double { Kind::Double } else { Kind::Float });
         assert_eq!((value(&norm), norm.dim()), (13., 0));
         let rough = if matches!(kind, Kind::Half | Kind::BFloat16) { 0.01 } else { 1e-6 };
-        assert!((a.grad().double_value(&[0]) - 1.5).abs() < rough);
-        assert!((b.grad().double_value(&[0]) - 6.).abs() < 4. * rough);
+        approx::assert_abs_diff_eq!(a.grad().double_value(&[0]), 1.5, epsilon = rough);
+        approx::assert_abs_diff_eq!(b.grad().double_value(&[0]), 6., epsilon = 4. * rough);
 
         let (_vs, optimizer, [a, b]) = with_gradients(kind);
         let norm = optimizer.gradients()?.groups(["a"])?.clip_norm(2.5)?;
         assert_eq!((value(&norm), b.grad().double_value(&[0])), (5., 12.));
-        assert!((a.grad().double_value(&[1]) - 2.).abs() < rough);
+        approx::assert_abs_diff_eq!(a.grad().double_value(&[1]), 2., epsilon = rough);
     }
     Ok(())
 }
@@ -660,9 +660,9 @@ fn memory_with_gaps_and_sparse_gradients_are_handled() -> Result<()> {
         .backward();
     let norm = optimizer.clip_grad_norm(1.)?;
     assert!((value(&norm) - 8f64.sqrt()).abs() < 1e-12, "rows that are there twice add up");
-    assert!((value(&optimizer.gradients()?.norm()?) - 1.).abs() < 1e-5);
+    approx::assert_abs_diff_eq!(value(&optimizer.gradients()?.norm()?), 1., epsilon = 1e-5);
     let largest = || value(&table.grad().to_dense(None, false).max());
-    assert!((largest() - 0.5f64.sqrt()).abs() < 1e-5);
+    approx::assert_abs_diff_eq!(largest(), 0.5f64.sqrt(), epsilon = 1e-5);
     optimizer.clip_grad_value(0.25)?;
     assert_eq!(largest(), 0.25);
     optimizer.zero_grad_in_place()?;
@@ -719,7 +719,7 @@ fn weight(vs: &VarStore) -> f64 {
 }
 
 fn near(a: f64, b: f64) {
-    assert!((a - b).abs() <= 1e-12 * b.abs().max(1.), "{a} is not {b}");
+    approx::assert_abs_diff_eq!(a, b, epsilon = 1e-12 * b.abs().max(1.));
 }
 
 #[test]
@@ -1287,7 +1287,7 @@ fn update_bn_computes_torchs_averages() -> Result<()> {
         };
         let close = |tensor: &Tensor, expected: [f64; 3]| {
             for (ours, theirs) in numbers(tensor).into_iter().zip(expected) {
-                assert!((ours - theirs).abs() <= tolerance * theirs, "{ours} {theirs}");
+                approx::assert_abs_diff_eq!(ours, theirs, epsilon = tolerance * theirs);
             }
         };
         for momentum in [0., 0.1, 0.3, 1.] {

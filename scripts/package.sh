@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Looks at the package as crates.io would have it. See --help.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'USAGE'
+usage: scripts/package.sh [--all-targets] [--help]
+
+Packs the crate, unpacks it, and looks with cargo that
+  * the package's library passes `cargo check` without default features, and with each
+    feature alone;
+  * with --all-targets: its examples and benches do too, with all features that need no CUDA
+    and with none;
+  * a crate which depends on the unpacked package builds, and trains a little.
+
+The checks are made with the feature doc-only, because C++ would be compiled anew for each set
+of features; the crate has all of it. Everything is built in the usual target folder.
+
+environment:
+  FEATURES   features to check alone (default: all that need neither CUDA nor a download)
+USAGE
+}
+say() { printf 'scripts/package.sh: %s\n' "$*"; }
+die() { say "error: $*" >&2; exit 1; }
+
+all_targets=
+case "${1:-}" in
+  "") ;;
+  --all-targets) all_targets=1 ;;
+  -h|--help) usage; exit 0 ;;
+  *) usage >&2; die "unknown argument '$1'" ;;
+esac
+features=${FEATURES:-progress plots tracing toml signals distributed mlflow mlflow-tls}
+
+scripts/setup-libtorch.sh
+export LIBTORCH=${LIBTORCH:-$PWD/.libtorch}
+target=${CARGO_TARGET_DIR:-$PWD/target}
+version=$(cargo metadata --no-deps --format-version 1 | sed 's/.*"name":"tch-ignite","version":"\([^"]*\)".*/\1/')
+
+say "packing $version"
+# The build that `cargo package` would make is the ones below.
+cargo package --no-verify --allow-dirty --target-dir "$target" --quiet
+package=$target/package/tch-ignite-$version
+rm -rf "$package"
+tar -xzf "$target/package/tch-ignite-$version.crate" -C "$target/package"
+cp Cargo.lock "$package/"
+export CARGO_TARGET_DIR=$target
+
+check() { (cd "$package" && cargo check --release --quiet --no-default-features "$@"); }
+
+say "the library without default features"
+check --lib --features doc-only
+for feature in $features; do
+  say "the library with $feature alone"
+  check --lib --features "doc-only,$feature"
+done
+if [ -n "$all_targets" ]; then
+  say "examples and benches, without default features and with all"
+  check --all-targets --features doc-only
+  check --all-targets --features "doc-only,${features// /,}"
+fi
+
+say "a crate that depends on it"
+crate=$target/package/dependant
+rm -rf "$crate"
+mkdir -p "$crate/src"
+cat > "$crate/Cargo.toml" <<TOML
+[package]
+name = "dependant"
+version = "0.0.0"
+edition = "2021"
+
+[dependencies]
+tch-ignite = { path = "../tch-ignite-$version" }
+anyhow = "1"
+
+[workspace]
+TOML
+cp Cargo.lock "$crate/"
+cat > "$crate/src/main.rs" <<'RUST'
+use tch_ignite::prelude::*;
+use tch_ignite::tch::{nn, Device, Kind, Reduction, Tensor};
+
+fn main() -> anyhow::Result<()> {
+    let vs = nn::VarStore::new(Device::Cpu);
+    let net = nn::linear(vs.root(), 3, 1, Default::default());
+    let optimizer = Optimizer::adam(&vs).lr(0.1).build()?;
+    let x = Tensor::rand([64, 3], (Kind::Float, Device::Cpu));
+    let data = Loader::new(&x, &x.sum_dim_intlist(1, true, Kind::Float), 8)?.shuffle(1);
+    let mut trainer = create_supervised_trainer();
+    trainer.metric("loss", RunningAverage::new());
+    let mut cx = Supervised::new(net, optimizer, |y_pred, y| y_pred.mse_loss(y, Reduction::Mean));
+    println!("{}", trainer.run(&mut cx, &data, Until::epochs(20))?);
+    let loss = trainer.state.metrics.get("loss")?;
+    anyhow::ensure!(loss < 0.01, "the loss is {loss}");
+    Ok(())
+}
+RUST
+cargo run --release --manifest-path "$crate/Cargo.toml" --quiet
+
+say "the package is whole"
