@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 
 /// Sharpness-aware minimization (SAM, Foret et al. 2021, <https://arxiv.org/abs/2010.01412>) around any optimizer but
 /// [`Lbfgs`](super::Lbfgs), and its adaptive variant (ASAM, Kwon et al. 2021, <https://arxiv.org/abs/2102.11600>), with the
-/// numbers of `SAM` of the Python package pytorch-optimizer 4.1.0.
+/// numbers of the implementation for PyTorch at <https://github.com/davda54/sam>.
 ///
 /// A step evaluates the loss twice. With the gradient `g` at the parameters `p`, and the optimizer's own step:
 ///

@@ -10,8 +10,8 @@ pub struct EvaluationWeights {
 }
 
 impl EvaluationWeights {
-    /// Calls `put_back` when it is dropped. An error of it is lost, so whoever uses the values for training must notice
-    /// by himself that they are not there.
+    /// Calls `put_back` when it is dropped. An error of it is lost, so an optimizer has to refuse steps while the values for
+    /// training are not there.
     pub fn new(put_back: impl FnOnce() -> Result<()> + 'static) -> Self {
         Self { put_back: Some(Box::new(put_back)) }
     }

@@ -228,10 +228,9 @@ fn counts_can_only_be_read_and_bounds_are_those_of_the_package() -> Result<()> {
         Optimizer::sgd_schedule_free(&vs).options(GroupOptions::new().momentum(1.)).build(),
         Optimizer::adamw_schedule_free(&vs).options(GroupOptions::new().betas(0., 0.9)).build(),
     ];
-    let bounds = ["above 0", "must be", "above 0"];
-    for (refused, bound) in refused.into_iter().zip(bounds) {
+    for refused in refused {
         let error = refused.unwrap_err().to_string();
-        assert!(error.contains(bound) && error.contains("given"), "{error}");
+        assert!(error.contains("between 0 and 1") && error.contains("given"), "{error}");
     }
     Ok(())
 }

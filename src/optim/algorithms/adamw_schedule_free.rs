@@ -21,8 +21,8 @@ algorithm! {
     /// ```
     ///
     /// Parameters hold `y` while they are trained and have to hold `x` while the model is evaluated or saved:
-    /// [`Optimizer::eval`](crate::optim::Optimizer::eval) and [`train`](crate::optim::Optimizer::train) switch between
-    /// the two, and say who calls them by himself.
+    /// [`Optimizer::eval`](crate::optim::Optimizer::eval), which lists who calls it without being told, and
+    /// [`train`](crate::optim::Optimizer::train) switch between the two.
     AdamWScheduleFree,
     /// Schedule-Free AdamW with learning rate 0.0025, betas (0.9, 0.999), eps 1e-8; see [`AdamWScheduleFree`].
     fn adamw_schedule_free,

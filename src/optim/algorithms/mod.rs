@@ -132,9 +132,10 @@ impl Algorithm {
     #[inline]
     pub(crate) fn check(self, hyper: Hyper, value: f64) -> Result<()> {
         hyper.check(value)?;
-        if hyper != Hyper::Lr && self.interpolation() == Some(hyper) && value == 0. {
+        if hyper != Hyper::Lr && self.interpolation() == Some(hyper) && !(value > 0. && value < 1.)
+        {
             return Err(Error::invalid(format!(
-                "{hyper} of {} must be above 0, but {value} was given",
+                "{hyper} of {} must be between 0 and 1, but {value} was given",
                 self.name()
             )));
         }

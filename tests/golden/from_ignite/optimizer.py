@@ -116,7 +116,7 @@ def lbfgs(config):
 
 
 def sam(config):
-    from pytorch_optimizer import SAM
+    from sam import SAM
 
     problem = config["problem"]
     dtype = DTYPES[config["dtype"]]
