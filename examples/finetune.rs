@@ -19,9 +19,7 @@ use tch_ignite::handlers::{
 use tch_ignite::loggers::{OptimizerParamsHandler, OutputHandler, RunFolder, WeightsHistHandler};
 use tch_ignite::metrics::{Accuracy, Loss, RunningAverage};
 use tch_ignite::optim::{Optimizer, lr};
-use tch_ignite::schedule::{
-    CosineAnnealing, CosineAnnealingScheduler, ParamScheduler, PiecewiseLinear,
-};
+use tch_ignite::schedule::{CosineAnnealingScheduler, PiecewiseLinearScheduler};
 use tch_ignite::supervised::{
     Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,
 };
@@ -120,7 +118,9 @@ fn train(mut args: Args) -> Result<()> {
     let missing = vs.load_partial(pretrained)?;
     println!("not among the pretrained parameters: {}", missing.join(", "));
 
-    let optimizer = Optimizer::builder(nn::sgd(0.9, 0., 1e-4, false), &vs)
+    let optimizer = Optimizer::sgd(&vs)
+        .momentum(0.9)
+        .weight_decay(1e-4)
         .group("base", |name| name.starts_with("base"), lr(LR_BASE))
         .group("head", |name| name.starts_with("digits"), lr(LR_HEAD))
         .build()?;
@@ -128,14 +128,9 @@ fn train(mut args: Args) -> Result<()> {
     // layer's.
     let at = |epoch: u64| (epoch * new.batches()) as i64;
     let (thawed, end) = (args.frozen, args.epochs.max(args.frozen + 2));
-    let base = PiecewiseLinear::new([
-        (at(thawed), 0.),
-        (at(thawed + 1), LR_BASE),
-        (at(end), LR_BASE / 100.),
-    ]);
-    let head = CosineAnnealing::new(LR_HEAD, LR_HEAD / 100., at(end).max(2) as u64);
-    let (base_lr, head_lr) =
-        (optimizer.group("base")?.knob("lr")?, optimizer.group("head")?.knob("lr")?);
+    let lr_base = [(at(thawed), 0.), (at(thawed + 1), LR_BASE), (at(end), LR_BASE / 100.)];
+    let (base, head) = (optimizer.group("base")?, optimizer.group("head")?);
+    let whole = at(end).max(2) as u64;
     let frozen: Vec<Tensor> = {
         let variables = vs.variables().into_iter();
         variables.filter(|(name, _)| name.starts_with("base")).map(|(_, tensor)| tensor).collect()
@@ -157,8 +152,8 @@ fn train(mut args: Args) -> Result<()> {
     let often = Event::IterationCompleted.every(5);
     trainer
         .metric("loss", RunningAverage::new().alpha(0.9))
-        .attach(ParamScheduler::new("lr (base)", base_lr, base))
-        .attach(CosineAnnealingScheduler::new("lr (head)", head_lr, head))
+        .attach(PiecewiseLinearScheduler::new(&base, "lr", lr_base))
+        .attach(CosineAnnealingScheduler::new(&head, "lr", LR_HEAD, LR_HEAD / 100., whole))
         .attach(TerminateOnNan::new())
         .attach(GradNorm::new(&vs))
         .attach(Throughput::new())

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
-use tch::nn::{self, ModuleT, OptimizerConfig, VarStore};
+use tch::nn::{self, ModuleT, VarStore};
 use tch::{Cuda, Device, Tensor};
 use tch_ignite::checkpoint::Checkpoint;
 use tch_ignite::data::{DistributedSampler, Loader};
@@ -20,10 +20,9 @@ use tch_ignite::distributed::{
 use tch_ignite::engine::{Event, Stop, Until};
 use tch_ignite::handlers::{Evaluate, History, InterruptOn, ProgressBar};
 use tch_ignite::metrics::{Accuracy, RunningAverage};
-use tch_ignite::optim::{Optimizer, OptimizerBuilder, lr};
+use tch_ignite::optim::{Optimizer, OptimizerPlan, lr};
 use tch_ignite::schedule::{
-    CosineAnnealing, CosineAnnealingScheduler, LinearCyclical, LinearCyclicalScheduler, RunLength,
-    SchedulePlan,
+    CosineAnnealingScheduler, LinearCyclicalScheduler, RunLength, SchedulePlan,
 };
 use tch_ignite::supervised::{
     Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,
@@ -57,9 +56,9 @@ struct Args {
     /// Learning rate of the linear layers at the start [default: fits the optimizer]
     #[arg(long, value_name = "LR")]
     lr_fc: Option<f64>,
-    /// Schedules from this JSON or TOML file, for the groups base and fc [default: built in]
+    /// Optimizer with groups base and fc, and schedules, from this JSON or TOML file [default: built in]
     #[arg(long, value_name = "FILE")]
-    schedule: Option<PathBuf>,
+    plan: Option<PathBuf>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", value_parser = device)]
     device: Device,
@@ -124,25 +123,20 @@ fn network(vs: &VarStore, dropout: f64) -> impl ModuleT + use<> {
 }
 
 fn optimizer(args: &Args, vs: &VarStore) -> Result<Optimizer> {
-    fn grouped<T: OptimizerConfig>(
-        builder: OptimizerBuilder<'_, T>,
-        args: &Args,
-        default_lr: f64,
-    ) -> Result<Optimizer> {
-        let (base, fc) = (args.lr_base.unwrap_or(default_lr), args.lr_fc.unwrap_or(default_lr));
-        Ok(builder
-            .group("base", |name| name.starts_with("conv"), lr(base))
-            .group("fc", |name| name.starts_with("fc"), lr(fc))
-            .build()?)
+    if let Some(file) = &args.plan {
+        return Ok(OptimizerPlan::from_path(file)?.build(vs)?);
     }
-    match args.optimizer {
-        Algorithm::Sgd => {
-            grouped(Optimizer::builder(nn::sgd(0.9, 0., 5e-4, false), vs), args, 0.05)
-        }
-        Algorithm::Adam => grouped(Optimizer::adam(vs), args, 2e-3),
-        Algorithm::Adamw => grouped(Optimizer::adamw(vs), args, 2e-3),
-        Algorithm::Rmsprop => grouped(Optimizer::rms_prop(vs), args, 1e-3),
-    }
+    let (builder, default_lr) = match args.optimizer {
+        Algorithm::Sgd => (Optimizer::named("SGD", vs)?.momentum(0.9).weight_decay(5e-4), 0.05),
+        Algorithm::Adam => (Optimizer::named("Adam", vs)?, 2e-3),
+        Algorithm::Adamw => (Optimizer::named("AdamW", vs)?, 2e-3),
+        Algorithm::Rmsprop => (Optimizer::named("RMSprop", vs)?, 1e-3),
+    };
+    let (base, fc) = (args.lr_base.unwrap_or(default_lr), args.lr_fc.unwrap_or(default_lr));
+    Ok(builder
+        .group("base", |name| name.starts_with("conv"), lr(base))
+        .group("fc", |name| name.starts_with("fc"), lr(fc))
+        .build()?)
 }
 
 /// The rank of this process, and the number of processes that train together.
@@ -203,7 +197,7 @@ fn train(mut args: Args) -> Result<()> {
     let vs = VarStore::new(args.device);
     let net = network(&vs, args.dropout);
     let optimizer = optimizer(&args, &vs)?;
-    let (base, fc) = (optimizer.group("base")?.knob("lr")?, optimizer.group("fc")?.knob("lr")?);
+    let (base, fc) = (optimizer.group("base")?, optimizer.group("fc")?);
     let cross_entropy = |y_pred: &Tensor, y: &Tensor| y_pred.cross_entropy_for_logits(y);
     let mut model = Supervised::new(net, optimizer.clone(), cross_entropy);
     if place.ranks > 1 {
@@ -222,7 +216,7 @@ fn train(mut args: Args) -> Result<()> {
     trainer.distributed(&pg);
     trainer.metric("loss", RunningAverage::new().alpha(0.9));
 
-    if let Some(file) = &args.schedule {
+    if let Some(file) = &args.plan {
         let plan = SchedulePlan::from_path(file)?;
         let run = RunLength::new(train_loader.batches(), args.epochs);
         plan.check(run)?.iter().for_each(|warning| eprintln!("warning: {warning}"));
@@ -232,16 +226,16 @@ fn train(mut args: Args) -> Result<()> {
     } else {
         // The learning rate of the convolutions goes through a cycle in every epoch, that of the linear layers falls
         // once over the whole run.
-        let (high, start) = (base.get()?, fc.get()?);
+        let (high, start) = (base.lr()?, fc.lr()?);
         let epoch = train_loader.batches().max(2);
-        let cyclical = LinearCyclical::new(high / 20., high, epoch).end_value_mult(0.7);
-        let annealing = CosineAnnealing::new(start, 0., args.epochs.saturating_mul(epoch));
-        let (base, fc) = (base.clone(), fc.clone());
+        let run = args.epochs.saturating_mul(epoch);
+        let cyclical = LinearCyclicalScheduler::new(&base, "lr", high / 20., high, epoch);
         trainer
-            .attach(LinearCyclicalScheduler::new("lr (base)", base, cyclical).save_history(true))
-            .attach(CosineAnnealingScheduler::new("lr (fc)", fc, annealing).save_history(true));
+            .attach(cyclical.end_value_mult(0.7).save_history(true))
+            .attach(CosineAnnealingScheduler::new(&fc, "lr", start, 0., run).save_history(true));
     }
 
+    let (base, fc) = (base.knob("lr")?, fc.knob("lr")?);
     let bar = ProgressBar::new()
         .metric("loss")
         .metric("val/accuracy")

@@ -17,7 +17,7 @@ use tch_ignite::engine::{Engine, Event, Until};
 use tch_ignite::handlers::InterruptOn;
 use tch_ignite::metrics::RunningAverage;
 use tch_ignite::optim::Optimizer;
-use tch_ignite::schedule::{CosineAnnealing, CosineAnnealingScheduler};
+use tch_ignite::schedule::CosineAnnealingScheduler;
 
 /// Trains, gets killed, resumes, compares.
 #[derive(Parser)]
@@ -56,10 +56,9 @@ fn train(folder: &Path, iterations: u64) -> Result<()> {
         net.1.backward_step(&loss)?;
         Ok(loss.detach())
     });
-    let lr = optimizer.knob("lr")?;
     trainer
         .metric("loss", RunningAverage::new())
-        .attach(CosineAnnealingScheduler::new("lr", lr, CosineAnnealing::new(1e-2, 1e-4, 150)))
+        .attach(CosineAnnealingScheduler::new(&optimizer, "lr", 1e-2, 1e-4, 150))
         .attach(InterruptOn::signals()?)
         .attach(Checkpoint::new(folder).n_saved(2).on(Event::IterationCompleted.every(25)))
         .track("model", &vs)

@@ -97,7 +97,7 @@ cargo run --release --features "$features" --example resume -- --smoke --out "$o
 
 say "schedules of a file, previewed and trained with"
 cargo run --release --features "$features" --example preview -- examples/schedules/mnist.toml --epoch-length 16 --epochs 2 --out "$out/preview.svg"
-cargo run --release --features "$features" --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out" --schedule examples/schedules/mnist.toml
+cargo run --release --features "$features" --example mnist -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out" --plan examples/schedules/mnist.toml
 
 say "fine-tuning and GAN examples in smoke mode"
 cargo run --release --features "$features" --example finetune -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/finetune"

@@ -164,6 +164,10 @@ impl fmt::Display for Causes<'_> {
 }
 
 /// A panic caught in user code, as an error with the panic's message.
+///
+/// tch's methods without `f_` panic where libtorch refuses an operation. The message is then libtorch's sentence, and the
+/// panic itself prints nothing, unless `RUST_BACKTRACE` is set: the first run installs a panic hook for that, which hands
+/// all other panics to the hook that was there before. A program that sets a hook of its own later replaces it.
 #[derive(Debug)]
 pub struct Panicked(pub String);
 

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Once;
 
 use crate::bridge::ThreadState;
 use crate::error::Panicked;
@@ -25,6 +26,7 @@ pub(crate) struct Entered {
 
 impl Entered {
     pub(crate) fn here() -> Self {
+        shorten_panics();
         Self { before: ENTERED.replace(ThreadState::now().ok()), of_thread: PhantomData }
     }
 }
@@ -33,6 +35,28 @@ impl Drop for Entered {
     fn drop(&mut self) {
         ENTERED.set(self.before);
     }
+}
+
+/// Installs a panic hook, once in a process, that is silent about panics of tch's methods in code whose panics this
+/// crate turns into errors. The default hook would print libtorch's message with its C++ stack trace, 30 lines and more,
+/// and then the program prints the error with the message alone. All other panics go to the hook that was there before,
+/// and with `RUST_BACKTRACE` set these do, too. A hook that the program sets later takes the place of this one.
+fn shorten_panics() {
+    static INSTALLED: Once = Once::new();
+    if INSTALLED.is_completed() || std::thread::panicking() {
+        // A thread that panics may not change the hook.
+        return;
+    }
+    INSTALLED.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            let is_caught = ENTERED.try_with(|entered| entered.get().is_some()).unwrap_or(false);
+            let wants_all = || std::env::var_os("RUST_BACKTRACE").is_some_and(|it| it != "0");
+            if !(is_caught && crate::panic::is_of_tch(info.payload()) && !wants_all()) {
+                before(info);
+            }
+        }));
+    });
 }
 
 /// Runs user code; a panic becomes an error.

@@ -22,6 +22,12 @@
 //! The pages are the files of the folder `docs`. This module is there in the documentation alone; the code of every page is
 //! compiled by its tests.
 
+// The programs of the pages use the default features.
+#![cfg(any(
+    not(doctest),
+    all(feature = "progress", feature = "plots", feature = "signals", feature = "toml")
+))]
+
 /// Where the names of pages that `docs` uses lead to in the documentation. A page ends with the same names for readers of
 /// the files; of two definitions of a name Markdown takes the first.
 macro_rules! links {
@@ -82,6 +88,10 @@ pages! {
     differences: "DIFFERENCES.md";
     numbers: "NUMBERS.md";
 }
+
+/// The page of the feature `distributed`, without which it is not built.
+#[cfg(not(feature = "distributed"))]
+pub mod distributed {}
 
 /// The program of the README is compiled, too.
 #[cfg(doctest)]

@@ -137,6 +137,7 @@ pub mod metrics;
 pub mod optim;
 mod panic;
 mod parallel;
+mod plan_file;
 #[cfg(feature = "plots")]
 pub mod plot;
 mod prediction;
@@ -144,12 +145,14 @@ pub mod pytorch;
 pub mod schedule;
 mod state;
 pub mod supervised;
+mod target_network;
 mod variables;
 
 pub use accumulate::{Accumulation, GradientAccumulator, Weight, WeightedLoss, Window};
 pub use error::{Error, Panicked, Result};
 pub use freed_memory::keep_freed_memory;
 pub use host_syncs::host_syncs;
+pub use target_network::TargetNetwork;
 pub use tch;
 
 /// The names that most programs need.
@@ -172,7 +175,7 @@ pub mod prelude {
     pub use crate::optim::{Knob, Optimizer, lr};
     pub use crate::schedule::{
         CosineAnnealing, CosineAnnealingScheduler, LinearCyclical, LinearCyclicalScheduler,
-        ParamScheduler, Schedule,
+        OptimizerScheduler, ParamScheduler, Schedule,
     };
     pub use crate::supervised::{
         Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,

@@ -9,9 +9,17 @@ pub(crate) fn message(payload: &(dyn std::any::Any + Send)) -> String {
     text.map_or_else(|| "no message".into(), |text| of_tch(&text).unwrap_or(text))
 }
 
+/// Whether the panic is one of a method of tch, which unwraps a `TchError`.
+pub(crate) fn is_of_tch(payload: &(dyn std::any::Any + Send)) -> bool {
+    payload.downcast_ref::<String>().is_some_and(|text| text.starts_with(TCH))
+}
+
+/// How the message of tch's panics begins.
+const TCH: &str = "called `Result::unwrap()` on an `Err` value: Torch(\"";
+
 /// The message of libtorch in the panic of a method of tch, which unwraps a `TchError`.
 fn of_tch(text: &str) -> Option<String> {
-    let debug = text.strip_prefix("called `Result::unwrap()` on an `Err` value: Torch(\"")?;
+    let debug = text.strip_prefix(TCH)?;
     let message = debug.strip_suffix("\")").unwrap_or(debug);
     let message = message.replace("\\n", "\n").replace("\\\"", "\"").replace("\\\\", "\\");
     Some(format!("libtorch: {}", without_stack(&message)))

@@ -7,21 +7,21 @@ use crate::state::{Saveable, StateDict};
 
 /// The output of an evaluation step.
 #[derive(Debug)]
-pub struct Prediction {
+pub struct Prediction<P = Tensor, Y = Tensor> {
     /// The output of the model, without gradients.
-    pub y_pred: Tensor,
+    pub y_pred: P,
     /// The targets of the batch.
-    pub y: Tensor,
+    pub y: Y,
 }
 
-impl Prediction {
+impl<P, Y> Prediction<P, Y> {
     /// The pair `(y_pred, y)`, as metrics take it.
-    pub fn parts(&self) -> (&Tensor, &Tensor) {
+    pub fn parts(&self) -> (&P, &Y) {
         (&self.y_pred, &self.y)
     }
 }
 
-impl Saveable for Prediction {
+impl<P: Saveable, Y: Saveable> Saveable for Prediction<P, Y> {
     fn to_state(&self) -> Result<StateDict> {
         let mut state = StateDict::new();
         state.set_part("y_pred", self.y_pred.to_state()?);
@@ -31,6 +31,6 @@ impl Saveable for Prediction {
 
     fn from_state(mut state: StateDict) -> Result<Self> {
         let (y_pred, y) = (state.take_part("y_pred")?, state.take_part("y")?);
-        Ok(Self { y_pred: Tensor::from_state(y_pred)?, y: Tensor::from_state(y)? })
+        Ok(Self { y_pred: P::from_state(y_pred)?, y: Y::from_state(y)? })
     }
 }

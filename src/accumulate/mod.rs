@@ -52,7 +52,7 @@ impl Accumulation {
     pub fn new(steps: u64) -> Result<Self> {
         if steps == 0 {
             return Err(Error::invalid(
-                "Gradient_accumulation_steps must be strictly positive. No gradient accumulation if the value set to one (default).",
+                "Gradient_accumulation_steps must be strictly positive. No gradient accumulation if the value set to one (default). accumulate(0) was given: say how many batches share a step",
             ));
         }
         Ok(Self { steps })

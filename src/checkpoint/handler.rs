@@ -431,7 +431,9 @@ impl<B, O> Checkpoint<B, O> {
 impl<C, B, O> Handler<C, B, O> for Checkpoint<B, O> {
     fn spec(&self) -> Result<HandlerSpec> {
         if self.list.most == Some(0) {
-            return Err(Error::invalid("n_saved must be a positive integer or None, got 0"));
+            return Err(Error::invalid(
+                "n_saved must be a positive integer or None, got 0: so many files stay; keep_all() keeps all",
+            ));
         }
         let (file, folder) = (self.sample()?, self.folder.display());
         let mut events = self.events.clone();

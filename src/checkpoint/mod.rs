@@ -10,7 +10,7 @@
 //!     moment = file.get_tensor("optimizer/conv1.weight/exp_avg")
 //! ```
 //!
-//! In Rust, [`load_part`] loads only the model from a checkpoint.
+//! In Rust, [`load_part`] loads only the model from a checkpoint, and [`load_best`] that of the best score.
 //!
 //! Values (the position, hyper-parameters, the state of schedulers) are JSON in the metadata, under `state`; a CRC-32C
 //! of the file is there too. NaN and infinities, which JSON does not have, are objects such as `{"$f64": "NaN"}`.
@@ -35,6 +35,7 @@
 //! position, and the random numbers of libtorch's default generators on the CPU and CUDA. These do not: kernels that
 //! are not deterministic themselves, and random numbers on another kind of device than the one they were saved from.
 
+mod best;
 mod filename;
 mod folder;
 mod format;
@@ -48,6 +49,7 @@ mod writer;
 pub use crate::state::{
     EvaluationWeights, IntoStateful, Saveable, SavedGradients, StateDict, Stateful,
 };
+pub use best::{best_checkpoint, load_best};
 pub use filename::setup_filename_pattern;
 pub(crate) use folder::Folder;
 pub use handler::Checkpoint;

@@ -272,7 +272,7 @@ fn begins_like_one(path: &Path) -> bool {
 
 const NO_CHECKPOINT: &str = "it holds tensors, but is no checkpoint of this crate";
 
-fn broken(path: &Path, why: &str) -> Error {
+pub(super) fn broken(path: &Path, why: &str) -> Error {
     Error::State(format!("{}: {}", path.display(), shortened(why)))
 }
 

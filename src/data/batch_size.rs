@@ -38,6 +38,11 @@ impl BatchSize {
         Ok(this)
     }
 
+    /// Makes a handle of its own for a loader of `samples` samples, with the same size.
+    pub(super) fn of(&self, samples: u64) -> Result<Self> {
+        Ok(Self { drop_last: self.drop_last, ..Self::new(self.get() as usize, samples)? })
+    }
+
     pub(super) fn drop_last(&mut self, on: bool) {
         self.drop_last = on;
     }
@@ -93,6 +98,15 @@ impl BatchSize {
             true => samples / size,
             false => samples.div_ceil(size),
         }
+    }
+
+    /// Returns whether the size is still the one given at construction.
+    pub(super) fn is_as_made(&self) -> bool {
+        self.get() == self.made
+    }
+
+    pub(super) fn drops_last(&self) -> bool {
+        self.drop_last
     }
 
     /// Returns the position after `samples` samples of a pass.

@@ -13,6 +13,10 @@ use tch::Tensor;
 /// assert_eq!(y.kind(), tch::Kind::Int64);
 /// # anyhow::Ok(())
 /// ```
+#[diagnostic::on_unimplemented(
+    message = "samples `{Self}` cannot be put together into a batch",
+    note = "tensors, numbers, texts and tuples of them can; for a type of your own implement `Collate`, or give the loader a function by `with_collate`"
+)]
 pub trait Collate: Sized {
     /// The type of a batch.
     type Batch;

@@ -4,22 +4,27 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result as AnyResult};
 use serde_json::{Map, Value};
-use tch::{Cuda, Device};
+use tch::{Cuda, Device, Tensor};
 
+use super::batch_sampler::batches_of;
 use super::fetcher::{Fetched, Fetcher, Plan};
+use super::finish::Finish;
+use super::map_batches::after;
+use super::normalize::{Normalize, OnDevice};
 use super::sampler::{order_of, seed_of};
 use super::workers::{Work, Workers};
 use super::{
-    BatchSize, Collate, Dataset, IntoSource, RandomSampler, SamplePosition, Sampler, Source,
-    Transfer,
+    BatchSampler, BatchSize, Collate, Dataset, IntoSource, RandomSampler, SamplePosition, Sampler,
+    Source, SplitMix64, Transfer,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Batches of a [`Dataset`], read sample by sample, on worker threads if wanted: PyTorch's `DataLoader`.
 ///
 /// The samples and their order depend on the seeds and the pass alone, not on the number of workers or on where a run
 /// was continued. The loader reaches any position without reading the samples before it.
 ///
+/// Samples that have no index, such as records of a stream, need a [`StreamLoader`](super::StreamLoader).
 /// For tensors in memory that need no work sample by sample, a [`Loader`](super::Loader) is about 5 times as fast.
 ///
 /// ```
@@ -58,6 +63,8 @@ pub struct DataLoader<D: Dataset, B> {
     batch_size: BatchSize,
     /// `None` for samples in order.
     sampler: Option<Arc<dyn Sampler>>,
+    /// `None` for batches of one size.
+    batch_sampler: Option<Arc<dyn BatchSampler>>,
     /// Seed of the random numbers that the dataset gets; `None` for the seed of [`shuffle`](Self::shuffle).
     seed: Option<u64>,
     shuffle_seed: u64,
@@ -113,6 +120,7 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
             fetcher: Fetcher {
                 dataset: Arc::new(dataset),
                 collate: Arc::new(collate),
+                finish: Finish::default(),
                 pin: None,
                 seed: 0,
                 repeats: false,
@@ -121,6 +129,7 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
             len,
             batch_size: BatchSize::new(batch_size, len as u64)?,
             sampler: None,
+            batch_sampler: None,
             seed: None,
             shuffle_seed: 0,
             num_workers: 0,
@@ -145,8 +154,50 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
         self
     }
 
-    /// Sets the seed of the random numbers that the dataset gets. The default is the seed of
-    /// [`shuffle`](Self::shuffle), or 0 without it.
+    /// Takes the batches that `sampler` names, in its order. They replace those of the batch size that
+    /// [`new`](Self::new) was given; there is then no [`shuffle`](Self::shuffle), [`sampler`](Self::sampler) or
+    /// [`drop_last`](Self::drop_last), and no batch size to change.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, Tensor};
+    /// use tch_ignite::data::{BucketBatchSampler, DataLoader, Padded, from_fn};
+    /// // Texts and their classes; each batch has texts of similar lengths, filled up to at most 64 tokens together.
+    /// let lengths: Vec<usize> = (0..100).map(|index| 1 + index % 17).collect();
+    /// let texts = from_fn(100, |index, _| {
+    ///     let tokens = Tensor::f_ones([1 + index as i64 % 17], (Kind::Int64, Device::Cpu))?;
+    ///     Ok((Padded::new(tokens), index as i64 % 2))
+    /// });
+    /// let buckets = BucketBatchSampler::by_tokens(&lengths, 64)?.shuffle(42);
+    /// let train = DataLoader::new(texts, 1)?.batch_sampler(buckets);
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    pub fn batch_sampler(mut self, sampler: impl BatchSampler + 'static) -> Self {
+        self.batch_sampler = Some(Arc::new(sampler));
+        self
+    }
+
+    /// Changes each batch with `map`, after it was put together and [normalised](DataLoader::normalize). Changes that
+    /// need several samples belong here, such as [`mixup`](super::transforms::mixup); those of one sample belong into
+    /// [`Dataset::map`].
+    ///
+    /// The random numbers of `rng` belong to seed, pass and batch, so that a run which is continued anywhere, with any
+    /// number of workers, gets the same batches. The function runs without gradients: on the workers where batches stay
+    /// on the CPU, and otherwise when the engine asks for a batch, on the batch that was moved to the
+    /// [device](Self::to_device). A loader that has such a function already calls the new one after it.
+    pub fn map_batches(
+        mut self,
+        map: impl Fn(B, &mut SplitMix64) -> AnyResult<B> + Send + Sync + 'static,
+    ) -> Self
+    where
+        B: 'static,
+    {
+        let finish = &mut self.fetcher.finish;
+        finish.map = Some(after(finish.map.take(), map));
+        self
+    }
+
+    /// Sets the seed of the random numbers that the dataset and [`map_batches`](Self::map_batches) get. The default is
+    /// the seed of [`shuffle`](Self::shuffle), or 0 without it.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = Some(seed);
         self
@@ -211,10 +262,14 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
 
     /// Returns the number of batches in a pass.
     pub fn batches(&self) -> u64 {
-        self.batch_size.batches()
+        match &self.batch_sampler {
+            Some(sampler) => sampler.num_batches() as u64,
+            None => self.batch_size.batches(),
+        }
     }
 
-    /// Returns the number of samples in a batch.
+    /// Returns the number of samples in a batch; with a [batch sampler](Self::batch_sampler) the number that
+    /// [`new`](Self::new) was given, which is not used.
     pub fn batch_size(&self) -> u64 {
         self.batch_size.get()
     }
@@ -223,16 +278,39 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
     /// ahead are made again. See [`BatchSizeScheduler`](crate::schedule::BatchSizeScheduler).
     ///
     /// # Errors
-    /// A batch size of 0.
+    /// A batch size of 0, or a loader with a [batch sampler](Self::batch_sampler).
     pub fn set_batch_size(&self, samples: u64) -> Result<()> {
+        if self.batch_sampler.is_some() {
+            return Err(Error::invalid(FIXED_BY_SAMPLER));
+        }
         self.batch_size.set(samples)
     }
 
-    /// Returns the number of samples in a pass.
+    /// Returns the number of samples in a pass; with a [batch sampler](Self::batch_sampler) that of the dataset.
     pub fn samples(&self) -> u64 {
         self.batch_size.samples()
     }
 }
+
+impl<D: Dataset + 'static> DataLoader<D, (Tensor, Tensor)> {
+    /// Gives `(x / 255 - mean) / std` in f32 for inputs that are bytes, such as pictures: torchvision's `ToTensor` and
+    /// `Normalize`. `mean` and `std` have one value for all, or one for each channel (dimension 1 of a batch).
+    ///
+    /// Where batches stay on the CPU, the workers do this in one pass over the bytes. For another device the bytes are
+    /// moved (a quarter of the size in f32), and libtorch's operations run there; mean and std are copied to the device
+    /// with the first batch. A batch that is not of bytes, or has other channels, is an error that ends the run.
+    ///
+    /// # Errors
+    /// Numbers of values that do not fit, a mean that is not finite, or a std that is not above 0 and finite.
+    pub fn normalize(mut self, mean: &[f64], std: &[f64]) -> Result<Self> {
+        let normalize = Normalize::new(mean, std)?;
+        self.fetcher.finish.normalize = Some((normalize, |(x, y), change| Ok((change(&x)?, y))));
+        Ok(self)
+    }
+}
+
+/// The message for those who change a batch size that is not used.
+const FIXED_BY_SAMPLER: &str = "the loader's batches come from a batch sampler, so it has no batch size to change; change the sampler instead";
 
 impl<D: Dataset, B> Clone for DataLoader<D, B> {
     /// Clones share the dataset, the batch size and the count of skipped samples.
@@ -241,6 +319,7 @@ impl<D: Dataset, B> Clone for DataLoader<D, B> {
             fetcher: self.fetcher.clone(),
             batch_size: self.batch_size.clone(),
             sampler: self.sampler.clone(),
+            batch_sampler: self.batch_sampler.clone(),
             skipped: self.skipped.clone(),
             ..*self
         }
@@ -267,6 +346,9 @@ impl<D: Dataset, B> From<&DataLoader<D, B>> for BatchSize {
 
 struct Cursor<D: Dataset, B> {
     loader: DataLoader<D, B>,
+    /// Finishes batches on a device other than the CPU; the fetcher then has nothing to finish.
+    finish: Finish<B>,
+    on_device: Option<OnDevice>,
     plan: Option<Arc<Plan>>,
     /// First samples of the next batch and of the last one.
     next: u64,
@@ -284,9 +366,6 @@ impl<D: Dataset + 'static, B: Send + 'static> Cursor<D, B> {
     /// Makes the next batch, of `len` samples; `size` is the batch size, which is larger where too few samples are
     /// left.
     fn fetch(&mut self, size: u64, len: u64) -> AnyResult<B> {
-        if self.plan.is_none() {
-            self.seek(0, 0)?;
-        }
         let plan = self.plan.as_ref().context("no pass has begun")?;
         let first = self.next;
         (self.last, self.next, self.failed) = (first, first + len, true);
@@ -309,8 +388,10 @@ impl<D: Dataset + 'static, B: Send + 'static> Cursor<D, B> {
         let batch = match self.loader.device {
             Some((device, transfer)) => {
                 let pinned = self.loader.fetcher.pin.is_some();
-                transfer(fetched.batch, device, pinned)
-                    .with_context(|| format!("moving a batch to {device:?}"))?
+                let batch = transfer(fetched.batch, device, pinned)
+                    .with_context(|| format!("moving a batch to {device:?}"))?;
+                let key = [self.loader.fetcher.seed, plan.pass, first];
+                self.finish.on(device, &mut self.on_device, batch, key)?
             }
             None => fetched.batch,
         };
@@ -346,7 +427,15 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
             self.loader.prefetch_factor > 0 || self.loader.num_workers == 0,
             "prefetch_factor must be at least 1 with workers, but 0 was given"
         );
-        self.loader.batch_size.validate()
+        let Some(sampler) = &self.loader.batch_sampler else {
+            return self.loader.batch_size.validate();
+        };
+        anyhow::ensure!(
+            self.loader.sampler.is_none() && !self.loader.batch_size.drops_last(),
+            "a loader with a batch sampler takes neither shuffle, sampler nor drop_last; shuffle in the batch sampler"
+        );
+        anyhow::ensure!(sampler.num_batches() > 0, "the batch sampler gives no batches");
+        Ok(())
     }
 
     fn batches(&self) -> Option<u64> {
@@ -360,17 +449,34 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
         }
         if self.plan.as_ref().is_none_or(|plan| plan.pass != pass) {
             let (samples, len) = (self.loader.samples(), self.loader.len);
-            let sampler = self.loader.sampler.as_deref();
-            let order = sampler.map(|sampler| order_of(sampler, pass, samples, len)).transpose()?;
-            self.plan = Some(Arc::new(Plan { pass, order: order.map(Arc::from) }));
+            let (order, ends) = match (&self.loader.batch_sampler, &self.loader.sampler) {
+                (Some(sampler), _) => {
+                    let (order, ends) = batches_of(&**sampler, pass, len)?;
+                    (Some(order.into()), Some(ends.into()))
+                }
+                (None, Some(sampler)) => {
+                    (Some(order_of(&**sampler, pass, samples, len)?.into()), None)
+                }
+                (None, None) => (None, None),
+            };
+            self.plan = Some(Arc::new(Plan { pass, order, ends }));
         }
-        self.next = batch.saturating_mul(self.loader.batch_size());
+        let plan = self.plan.as_ref().context("no pass has begun")?;
+        self.next = plan.first_of(batch, &self.loader.batch_size);
         Ok(())
     }
 
     fn next(&mut self) -> Option<AnyResult<B>> {
         let size = self.loader.batch_size();
-        let len = self.loader.batch_size.batch_at(self.next, size);
+        if self.loader.batch_sampler.is_some() && !self.loader.batch_size.is_as_made() {
+            return Some(Err(anyhow::anyhow!(FIXED_BY_SAMPLER)));
+        }
+        if self.plan.is_none()
+            && let Err(error) = self.seek(0, 0)
+        {
+            return Some(Err(error));
+        }
+        let len = self.plan.as_ref()?.batch_at(self.next, size, &self.loader.batch_size);
         (len > 0).then(|| self.fetch(size, len))
     }
 
@@ -379,7 +485,10 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
     }
 
     fn batches_left(&self) -> Option<u64> {
-        Some(self.loader.batch_size.batches_from(self.next))
+        match &self.plan {
+            Some(plan) => Some(plan.batches_from(self.next, &self.loader.batch_size)),
+            None => Some(self.loader.batches()),
+        }
     }
 
     fn is_random(&self) -> bool {
@@ -401,6 +510,10 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
         let mut settings = self.loader.batch_size.settings();
         settings.insert("seed of samples".into(), self.loader.fetcher.seed.into());
         settings.extend(seed_of(self.loader.sampler.as_deref()));
+        if let Some(sampler) = &self.loader.batch_sampler {
+            settings.insert("batches".into(), sampler.num_batches().into());
+            settings.extend(sampler.seed().map(|seed| ("seed of the order".into(), seed.into())));
+        }
         settings
     }
 }
@@ -414,8 +527,13 @@ impl<'a, D: Dataset + 'static, B: Send + 'static> IntoSource<'a, B> for &DataLoa
 impl<'a, D: Dataset + 'static, B: Send + 'static> IntoSource<'a, B> for DataLoader<D, B> {
     fn into_source(mut self) -> Box<dyn Source<B> + 'a> {
         self.fetcher.seed = self.seed.unwrap_or(self.shuffle_seed);
+        let moves = matches!(self.device, Some((device, _)) if device != Device::Cpu);
+        let finish =
+            if moves { std::mem::take(&mut self.fetcher.finish) } else { Finish::default() };
         Box::new(Cursor {
             loader: self,
+            finish,
+            on_device: None,
             plan: None,
             next: 0,
             last: 0,

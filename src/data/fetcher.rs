@@ -3,7 +3,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
-use super::{Dataset, SplitMix64};
+use super::finish::Finish;
+use super::{BatchSize, Dataset, SplitMix64};
 use crate::bridge::Serial;
 use crate::error::Panicked;
 use crate::guard::guarded;
@@ -15,6 +16,62 @@ pub(super) struct Plan {
     pub(super) pass: u64,
     /// `None` for samples in order.
     pub(super) order: Option<Arc<[usize]>>,
+    /// The position behind each batch; `None` where all batches have one size.
+    pub(super) ends: Option<Arc<[u64]>>,
+}
+
+impl Plan {
+    /// Returns the number of batches that end at or before this position, where batches have sizes of their own.
+    fn batches_before(ends: &[u64], first: u64) -> u64 {
+        ends.partition_point(|end| *end <= first) as u64
+    }
+
+    /// Returns the position where a batch of the pass begins.
+    pub(super) fn first_of(&self, batch: u64, sizes: &BatchSize) -> u64 {
+        match &self.ends {
+            None => batch.saturating_mul(sizes.get()),
+            Some(ends) => match batch.min(ends.len() as u64) {
+                0 => 0,
+                batch => ends[batch as usize - 1],
+            },
+        }
+    }
+
+    /// Returns the number of samples in the batch of (at most) `size` that begins at this position; 0 at the end.
+    pub(super) fn batch_at(&self, first: u64, size: u64, sizes: &BatchSize) -> u64 {
+        match &self.ends {
+            None => sizes.batch_at(first, size),
+            Some(ends) => {
+                let end = ends.get(Self::batches_before(ends, first) as usize);
+                end.map_or(0, |end| end - first)
+            }
+        }
+    }
+
+    /// Returns the number of batches from this position on.
+    pub(super) fn batches_from(&self, first: u64, sizes: &BatchSize) -> u64 {
+        match &self.ends {
+            None => sizes.batches_from(first),
+            Some(ends) => ends.len() as u64 - Self::batches_before(ends, first),
+        }
+    }
+
+    /// Returns the positions of the batch that comes `number` batches after the one at `first`; `None` past the end.
+    pub(super) fn batch_after(
+        &self,
+        first: u64,
+        number: u64,
+        size: u64,
+        sizes: &BatchSize,
+    ) -> Option<Range<usize>> {
+        let first = match &self.ends {
+            None => first.saturating_add(number.saturating_mul(size)),
+            Some(_) if number == 0 => first,
+            Some(ends) => self.first_of(Self::batches_before(ends, first) + number, sizes),
+        };
+        let len = self.batch_at(first, size, sizes);
+        (len > 0).then(|| first as usize..(first + len) as usize)
+    }
 }
 
 /// A batch, with the number of samples in it and of those left out.
@@ -29,6 +86,8 @@ pub(super) struct Fetched<B> {
 pub(super) struct Fetcher<D: Dataset, B> {
     pub(super) dataset: Arc<D>,
     pub(super) collate: Arc<CollateFn<D::Item, B>>,
+    /// Finishes batches that stay on the CPU.
+    pub(super) finish: Finish<B>,
     pub(super) pin: Option<fn(B) -> Result<B>>,
     /// Seed of the samples' random numbers.
     pub(super) seed: u64,
@@ -38,7 +97,12 @@ pub(super) struct Fetcher<D: Dataset, B> {
 
 impl<D: Dataset, B> Clone for Fetcher<D, B> {
     fn clone(&self) -> Self {
-        Self { dataset: self.dataset.clone(), collate: self.collate.clone(), ..*self }
+        Self {
+            dataset: self.dataset.clone(),
+            collate: self.collate.clone(),
+            finish: self.finish.clone(),
+            ..*self
+        }
     }
 }
 
@@ -79,6 +143,7 @@ impl<D: Dataset, B> Fetcher<D, B> {
         let place =
             || format!("collating {count} samples from position {start} of pass {}", plan.pass);
         let batch = guarded(|| (self.collate)(samples)).with_context(place)?;
+        let batch = self.finish.on_cpu(batch, [self.seed, plan.pass, start as u64])?;
         let batch = match self.pin {
             Some(pin) => pin(batch).context("pin_memory")?,
             None => batch,

@@ -6,26 +6,41 @@
 //! |---|---|
 //! | tensors in memory; images as bytes, normalised on the fly | [`Loader`]: whole batches at a time, by far the fastest |
 //! | samples read from files, computed, augmented one by one; batches of your own type | [`DataLoader`] over a [`Dataset`], with worker threads |
-//! | few batches that exist already | a vector or slice of them |
+//! | pictures in folders | [`DataLoader`] over an [`ImageFolder`], with [`transforms`] |
+//! | samples that come one after the other, read by worker threads | [`StreamLoader`] |
+//! | few batches that exist already | a vector or slice of them, also of tensors |
 //! | iterators, streams, no data, anything of your own | [`restartable`], [`one_shot`], [`no_data`], [`source`] |
 //!
-//! Both loaders take a [`Sampler`]. They compute orders, and the random numbers of augmentation, from seed, pass and
+//! [`Loader`] and [`DataLoader`] take a [`Sampler`]. They compute orders, and the random numbers of augmentation, from seed, pass and
 //! index alone, so that a run that is continued anywhere sees the batches it would have seen.
 
+mod batch_sampler;
 mod batch_size;
+mod bucket_batch_sampler;
 mod collate;
 mod concat_dataset;
 mod data_loader;
 mod dataset;
+mod distributed_batch_sampler;
 mod distributed_sampler;
 mod fetcher;
+mod finish;
+mod image_folder;
+mod k_fold;
 mod loader;
+mod map_batches;
 mod normalize;
 mod order;
+mod padded;
+mod random_split;
 mod sampler;
+mod shallow_clone;
+mod stratified_k_fold;
+mod stream_loader;
 mod subset;
 mod tensor_dataset;
 mod transfer;
+pub mod transforms;
 mod weighted_random_sampler;
 mod workers;
 
@@ -33,16 +48,26 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+pub use batch_sampler::BatchSampler;
 pub use batch_size::BatchSize;
+pub use bucket_batch_sampler::BucketBatchSampler;
 pub use collate::Collate;
 pub use concat_dataset::ConcatDataset;
 pub use data_loader::DataLoader;
 pub use dataset::{Dataset, FromFn, Map, from_fn};
+pub use distributed_batch_sampler::DistributedBatchSampler;
 pub use distributed_sampler::DistributedSampler;
+pub use image_folder::ImageFolder;
+pub use k_fold::{Folds, KFold};
 pub use loader::{Batch, Loader};
 pub use order::{SplitMix64, permutation};
+pub use padded::Padded;
+pub use random_split::{SplitLength, random_split};
 pub use sampler::{RandomSampler, Sampler, SequentialSampler, SubsetRandomSampler};
-pub use subset::{Subset, random_split};
+pub use shallow_clone::ShallowClone;
+pub use stratified_k_fold::StratifiedKFold;
+pub use stream_loader::{StreamLoader, WorkerInfo};
+pub use subset::Subset;
 pub use tensor_dataset::TensorDataset;
 pub use transfer::Transfer;
 pub use weighted_random_sampler::WeightedRandomSampler;
@@ -141,8 +166,8 @@ pub struct SamplePosition {
 /// Types that can be given to [`Engine::run`](crate::engine::Engine::run).
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no data of batches `{B}`",
-    note = "data is a `&Loader`, a `&DataLoader`, a `Vec` of batches (its elements are cloned), `source(..)` for a `Source` of your own, `restartable(|| iterator)` for anything that can be iterated again",
-    note = "tensors are not `Clone`, so a `Vec` of them is given as `restartable(|| tensors.iter().map(Tensor::shallow_clone))`"
+    note = "data is a `&Loader`, a `&DataLoader`, a `Vec` of batches (tensors, and tuples of them, are shared), `source(..)` for a `Source` of your own, `restartable(|| iterator)` for anything that can be iterated again",
+    note = "a `Supervised` context takes batches of another type after `prepare_batch(|batch| (x, y))`, in the engines `cx.trainer()` and `cx.evaluator()`"
 )]
 pub trait IntoSource<'a, B> {
     /// Makes the cursor over the batches.
@@ -208,7 +233,7 @@ struct Indexed<D> {
     next: usize,
 }
 
-impl<B: Clone, D: AsRef<[B]>> Source<B> for Indexed<D> {
+impl<B: ShallowClone, D: AsRef<[B]>> Source<B> for Indexed<D> {
     fn batches(&self) -> Option<u64> {
         Some(self.data.as_ref().len() as u64)
     }
@@ -223,25 +248,26 @@ impl<B: Clone, D: AsRef<[B]>> Source<B> for Indexed<D> {
     }
 
     fn next(&mut self) -> Option<Result<B>> {
-        let batch = self.data.as_ref().get(self.next)?.clone();
+        let batch = self.data.as_ref().get(self.next)?.shallow_clone();
         self.next += 1;
         Some(Ok(batch))
     }
 }
 
-impl<'a, B: Clone + 'a> IntoSource<'a, B> for Vec<B> {
+#[diagnostic::do_not_recommend]
+impl<'a, B: ShallowClone + 'a> IntoSource<'a, B> for Vec<B> {
     fn into_source(self) -> Box<dyn Source<B> + 'a> {
         Box::new(Indexed { data: self, next: 0 })
     }
 }
 
-impl<'a, B: Clone> IntoSource<'a, B> for &'a [B] {
+impl<'a, B: ShallowClone> IntoSource<'a, B> for &'a [B] {
     fn into_source(self) -> Box<dyn Source<B> + 'a> {
         Box::new(Indexed { data: self, next: 0 })
     }
 }
 
-impl<'a, B: Clone> IntoSource<'a, B> for &'a Vec<B> {
+impl<'a, B: ShallowClone> IntoSource<'a, B> for &'a Vec<B> {
     fn into_source(self) -> Box<dyn Source<B> + 'a> {
         self.as_slice().into_source()
     }

@@ -6,29 +6,22 @@ use crate::bridge::{Rows, normalize_rows};
 use crate::error::{Error, Result};
 
 /// Computes `(x / 255 - mean) / std` in f32, channel by channel, for images kept as bytes.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Normalize {
     /// The normalised value of each byte: 256 values a channel.
     tables: Arc<[f32]>,
-    /// `mean` and `std` have shape (1, C, 1, …), with as many dimensions as a batch, and C = 1 for one value for all.
-    mean: Tensor,
-    std: Tensor,
+    mean: Vec<f64>,
+    std: Vec<f64>,
 }
 
 impl Normalize {
-    /// Makes the tables for images of this shape, samples first.
-    pub(super) fn new(shape: &[i64], mean: &[f64], std: &[f64]) -> Result<Self> {
+    /// Makes the tables. There is one value of mean and std for all, or one for each channel.
+    pub(super) fn new(mean: &[f64], std: &[f64]) -> Result<Self> {
         if mean.is_empty() || mean.len() != std.len() {
             return Err(Error::invalid(format!(
                 "mean and std need one value each, or one a channel; {} and {} were given",
                 mean.len(),
                 std.len()
-            )));
-        }
-        let channels = mean.len() as i64;
-        if channels > 1 && shape.get(1) != Some(&channels) {
-            return Err(Error::invalid(format!(
-                "{channels} values of mean and std need images of shape [samples, {channels}, …], but the shape is {shape:?}; give one value for all"
             )));
         }
         if let Some(bad) = mean.iter().find(|mean| !mean.is_finite()) {
@@ -37,24 +30,31 @@ impl Normalize {
         if let Some(bad) = std.iter().find(|std| !(std.is_finite() && **std as f32 > 0.)) {
             return Err(Error::invalid(format!("std must be above 0, but {bad} was given")));
         }
+        let channels = mean.len() as i64;
         let make = || {
-            let column = |values: &[f64]| {
-                Tensor::f_from_slice(values)?.f_to_kind(Kind::Float)?.f_view([channels, 1])
-            };
-            let (mean, std) = (column(mean)?, column(std)?);
+            let (mean, std) = (values(mean, &[channels, 1])?, values(std, &[channels, 1])?);
             let bytes = Tensor::f_arange(256, (Kind::Float, Device::Cpu))?;
             let tables = apply(&bytes.f_expand([channels, 256], false)?, &mean, &std)?;
-            // Mean and std are broadcast over the batch's first dimension, and over those after the channels.
-            let mut beside = vec![1; shape.len()];
-            if let Some(dimension) = beside.get_mut(1) {
-                *dimension = channels;
-            }
-            let tables = Vec::<f32>::try_from(tables.f_reshape(-1)?)?;
-            Ok((tables.into(), mean.f_view(&*beside)?, std.f_view(&*beside)?))
+            Vec::<f32>::try_from(tables.f_reshape(-1)?)
         };
-        let (tables, mean, std) =
-            make().map_err(|error: TchError| Error::libtorch("normalize", error))?;
-        Ok(Self { tables, mean, std })
+        let tables = make().map_err(|error: TchError| Error::libtorch("normalize", error))?;
+        Ok(Self { tables: tables.into(), mean: mean.to_vec(), std: std.to_vec() })
+    }
+
+    /// Checks that these are bytes with the channels that there are values for, samples first.
+    pub(super) fn check(&self, kind: Kind, shape: &[i64]) -> Result<()> {
+        if kind != Kind::Uint8 {
+            return Err(Error::invalid(format!(
+                "normalize needs inputs of kind Uint8, but they are {kind:?}; normalise those once, before"
+            )));
+        }
+        let channels = self.mean.len() as i64;
+        if channels > 1 && shape.get(1) != Some(&channels) {
+            return Err(Error::invalid(format!(
+                "{channels} values of mean and std need images of shape [samples, {channels}, …], but the shape is {shape:?}; give one value for all"
+            )));
+        }
+        Ok(())
     }
 
     /// Normalises rows of contiguous bytes on the CPU, in one pass over them.
@@ -63,24 +63,43 @@ impl Normalize {
             .map_err(|message| Error::libtorch("normalize", message))
     }
 
-    /// Returns a copy whose tensors are on `device`, for batches there.
-    pub(super) fn on(&self, device: Device) -> Result<Self, TchError> {
-        let (mean, std) = (self.mean.f_to_device(device)?, self.std.f_to_device(device)?);
-        Ok(Self { tables: self.tables.clone(), mean, std })
+    /// Normalises a whole batch of bytes on the CPU, in one pass over them.
+    pub(super) fn batch(&self, bytes: &Tensor) -> Result<Tensor> {
+        self.check(bytes.kind(), &bytes.size())?;
+        let bytes = bytes.f_contiguous().map_err(|error| Error::libtorch("normalize", error))?;
+        let samples = bytes.size().first().map_or(0, |samples| *samples as usize);
+        self.rows(&bytes, Rows::Consecutive(0, samples))
     }
 
+    /// Returns what normalises batches of this many dimensions on `device`.
+    pub(super) fn on(&self, device: Device, dimensions: usize) -> Result<OnDevice, TchError> {
+        // Mean and std are broadcast over the batch's first dimension, and over those after the channels.
+        let mut beside = vec![1; dimensions];
+        if let Some(dimension) = beside.get_mut(1) {
+            *dimension = self.mean.len() as i64;
+        }
+        let put = |numbers| values(numbers, &beside)?.f_to_device(device);
+        Ok(OnDevice { mean: put(&self.mean)?, std: put(&self.std)? })
+    }
+}
+
+/// Mean and std on the device of the batches. Both have shape (1, C, 1, …), and C = 1 for one value for all.
+#[derive(Debug)]
+pub(super) struct OnDevice {
+    mean: Tensor,
+    std: Tensor,
+}
+
+impl OnDevice {
     /// Normalises a batch of bytes with libtorch's operations.
     pub(super) fn batch(&self, bytes: &Tensor) -> Result<Tensor, TchError> {
         apply(&bytes.f_to_kind(Kind::Float)?, &self.mean, &self.std)
     }
 }
 
-impl Clone for Normalize {
-    /// Clones share the tables and tensors.
-    fn clone(&self) -> Self {
-        let (mean, std) = (self.mean.shallow_clone(), self.std.shallow_clone());
-        Self { tables: self.tables.clone(), mean, std }
-    }
+/// Returns the numbers in f32, with this shape.
+fn values(numbers: &[f64], shape: &[i64]) -> Result<Tensor, TchError> {
+    Tensor::f_from_slice(numbers)?.f_to_kind(Kind::Float)?.f_view(shape)
 }
 
 fn apply(values: &Tensor, mean: &Tensor, std: &Tensor) -> Result<Tensor, TchError> {

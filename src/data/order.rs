@@ -1,5 +1,7 @@
 //! Orders as arithmetic on a seed, so that any position can be reached again.
 
+use std::ops::RangeInclusive;
+
 /// Steele, Lea and Flood's SplitMix64 (OOPSLA 2014): a 64-bit generator with one word of state. Its sequence never
 /// changes between versions of this crate.
 #[derive(Debug, Clone)]
@@ -29,6 +31,11 @@ impl SplitMix64 {
     /// Draws a number in [0, 1), one of 2^53.
     pub fn uniform(&mut self) -> f64 {
         (self.next_u64() >> 11) as f64 * (0.5f64).powi(53)
+    }
+
+    /// Draws a number from this range, whose ends are finite.
+    pub(super) fn within(&mut self, range: &RangeInclusive<f64>) -> f64 {
+        range.start() + (range.end() - range.start()) * self.uniform()
     }
 
     /// Draws a number below `bound`, without bias (Lemire 2019, <https://arxiv.org/abs/1805.10941>); 0 for a bound

@@ -1,9 +1,7 @@
-use std::sync::Arc;
-
 use anyhow::Result;
 
 use super::dataset::out_of_range;
-use super::{Dataset, SplitMix64, permutation};
+use super::{Dataset, SplitMix64};
 use crate::error::Error;
 
 /// Some samples of a dataset, by index: PyTorch's `Subset`.
@@ -17,8 +15,8 @@ use crate::error::Error;
 /// ```
 #[derive(Debug, Clone)]
 pub struct Subset<D> {
-    dataset: D,
-    indices: Vec<usize>,
+    pub(super) dataset: D,
+    pub(super) indices: Vec<usize>,
 }
 
 impl<D: Dataset> Subset<D> {
@@ -27,12 +25,8 @@ impl<D: Dataset> Subset<D> {
     /// # Errors
     /// An index that the dataset does not have.
     pub fn new(dataset: D, indices: impl Into<Vec<usize>>) -> crate::error::Result<Self> {
-        let (indices, len) = (indices.into(), dataset.len());
-        if let Some(index) = indices.iter().find(|index| **index >= len) {
-            return Err(Error::invalid(format!(
-                "the subset has index {index}, but the dataset has {len} samples"
-            )));
-        }
+        let indices = indices.into();
+        check_indices(&indices, dataset.len(), "the dataset")?;
         Ok(Self { dataset, indices })
     }
 }
@@ -51,34 +45,16 @@ impl<D: Dataset> Dataset for Subset<D> {
     }
 }
 
-/// Splits a dataset at random into parts of these lengths, without overlap: PyTorch's `random_split`. The same seed
-/// always gives the same parts.
-///
-/// ```
-/// use tch_ignite::data::{Dataset, from_fn, random_split};
-/// let numbers = from_fn(100, |index, _| Ok(index as i64));
-/// let [train, validation] = random_split(numbers, [90, 10], 42)?;
-/// assert_eq!((train.len(), validation.len()), (90, 10));
-/// # Ok::<(), tch_ignite::Error>(())
-/// ```
-///
-/// # Errors
-/// Lengths whose sum is not the number of samples.
-pub fn random_split<D: Dataset, const N: usize>(
-    dataset: D,
-    lengths: [usize; N],
-    seed: u64,
-) -> crate::error::Result<[Subset<Arc<D>>; N]> {
-    let (len, dataset) = (dataset.len(), Arc::new(dataset));
-    let sum = lengths.iter().try_fold(0usize, |sum, length| sum.checked_add(*length));
-    if sum != Some(len) {
-        return Err(Error::invalid(format!(
-            "the lengths {lengths:?} must sum up to that of the dataset, {len}"
-        )));
+/// Checks that data of `len` samples has all these indices; `whose` names the data.
+pub(super) fn check_indices(
+    indices: &[usize],
+    len: usize,
+    whose: &str,
+) -> crate::error::Result<()> {
+    match indices.iter().find(|index| **index >= len) {
+        Some(index) => Err(Error::invalid(format!(
+            "the subset has index {index}, but {whose} has {len} samples"
+        ))),
+        None => Ok(()),
     }
-    let mut order = permutation(len, seed, 0).into_iter().map(|index| index as usize);
-    Ok(lengths.map(|length| Subset {
-        dataset: dataset.clone(),
-        indices: order.by_ref().take(length).collect(),
-    }))
 }

@@ -21,9 +21,7 @@ pub(super) struct Work {
 impl Work {
     /// Returns the positions of batch `number` of this work; `None` past the end.
     fn batch(&self, number: u64) -> Option<Range<usize>> {
-        let first = self.first.saturating_add(number.saturating_mul(self.batch_size));
-        let len = self.bounds.batch_at(first, self.batch_size);
-        (len > 0).then(|| first as usize..(first + len) as usize)
+        self.plan.batch_after(self.first, number, self.batch_size, &self.bounds)
     }
 }
 

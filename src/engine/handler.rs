@@ -7,7 +7,7 @@ use super::{Engine, Event, Events, Log, Ranks};
 use crate::error::{Error, Result};
 use crate::event::BUILT_IN;
 use crate::event_filter::FilteredEvent;
-use crate::guard::guarded_drop;
+use crate::guard::{guarded, guarded_drop};
 use crate::optim::Knob;
 use crate::state::StateDict;
 
@@ -77,6 +77,13 @@ pub trait Handler<C, B, O> {
         self.load_state(state).map(|()| vec![])
     }
 
+    /// The value that the handler sets next under this name, for [`Engine::get_param`]; `None` where it sets none of that
+    /// name. Schedulers have one.
+    fn param(&self, name: &str) -> Option<Result<f64>> {
+        let _ = name;
+        None
+    }
+
     /// Handles an event. The engine calls this at each of the handler's events.
     ///
     /// # Errors
@@ -87,6 +94,22 @@ pub trait Handler<C, B, O> {
         cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()>;
+}
+
+/// A closure that [`Engine::on`] and [`Engine::add_event_handler`] take: every `FnMut(&mut C, &mut Engine<'a, C, B, O>) ->
+/// anyhow::Result<()>`.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no closure `|cx, engine| {{ ..; Ok(()) }}` for an engine with context `{C}`",
+    note = "a scheduler, logger or other handler is attached, at events of your choice: `engine.attach(scheduler.on(Event::IterationStarted))`"
+)]
+pub trait EventClosure<'a, C, B, O>:
+    FnMut(&mut C, &mut Engine<'a, C, B, O>) -> anyhow::Result<()>
+{
+}
+
+impl<'a, C, B, O, F> EventClosure<'a, C, B, O> for F where
+    F: FnMut(&mut C, &mut Engine<'a, C, B, O>) -> anyhow::Result<()>
+{
 }
 
 /// A handler's description of itself, for the engine: see [`Handler::spec`].
@@ -214,6 +237,30 @@ pub enum Priority {
 
 pub(super) const PRIORITIES: usize = 4;
 
+/// Puts the name of a handler's type before the text of an argument that it refuses.
+pub(super) fn named(type_name: &str, error: Error) -> Error {
+    let name = short(type_name);
+    match error {
+        Error::InvalidArgument(text) if name == "MetricHandler" || text.starts_with(name) => {
+            Error::InvalidArgument(text)
+        }
+        Error::InvalidArgument(text) => Error::invalid(format!("{name}: {text}")),
+        other => other,
+    }
+}
+
+/// The last part of the name of a type, without its parameters; of the type within, for a shared handler.
+fn short(type_name: &str) -> &str {
+    let (outer, parameters) = match type_name.split_once('<') {
+        Some((outer, parameters)) => (outer, Some(parameters)),
+        None => (type_name.trim_end_matches('>'), None),
+    };
+    match (outer.rsplit("::").next().unwrap_or(outer), parameters) {
+        ("Rc" | "RefCell", Some(inner)) => short(inner),
+        (name, _) => name,
+    }
+}
+
 /// A shared handler: attach a clone, and read the handler through the other.
 #[deny(clippy::missing_trait_methods)]
 impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
@@ -238,6 +285,11 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for Rc<RefCell<H>> {
 
     fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
         self.try_borrow_mut().map_err(running)?.load_state_partially(state)
+    }
+
+    fn param(&self, name: &str) -> Option<Result<f64>> {
+        // A handler that is borrowed mutably is not looked into, as one that runs is not.
+        self.try_borrow().ok()?.param(name)
     }
 
     fn call(
@@ -464,6 +516,28 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.leaving.push(slot);
         self.purge().map_err(|panicked| {
             Error::invalid(format!("removing handler {}: {:#}", panicked.name, panicked.source))
+        })
+    }
+
+    /// The value that a handler sets next under this name: see [`Handler::param`].
+    pub(super) fn param(&self, name: &str) -> Result<f64> {
+        let living = || self.slots.iter().filter(|slot| slot.removed.is_none());
+        let of_object = |slot: &Slot<'a, C, B, O>| match &slot.callable {
+            Some(Callable::Object(handler)) => guarded(|| Ok(handler.param(name)))
+                .unwrap_or_else(|panic| Some(Err(Error::invalid(format!("'{name}': {panic}"))))),
+            _ => None,
+        };
+        living().find_map(of_object).unwrap_or_else(|| {
+            let names = living().flat_map(|slot| &slot.spec.unique_names);
+            let schedulers: Vec<_> =
+                names.filter(|name| name.starts_with("scheduler ")).map(String::as_str).collect();
+            Err(Error::invalid(match schedulers[..] {
+                [] => format!("no scheduler '{name}' is attached to this engine, nor any other"),
+                _ => format!(
+                    "no scheduler '{name}' is attached to this engine (or it is running now); there are: {}",
+                    schedulers.join(", ")
+                ),
+            }))
         })
     }
 

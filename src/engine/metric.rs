@@ -127,7 +127,12 @@ impl<O, M: Metric<O>> RankMetric<O> for MetricHandler<M> {
 
 impl<C, B, O, M: Metric<O>> Handler<C, B, O> for MetricHandler<M> {
     fn spec(&self) -> Result<HandlerSpec> {
-        self.metric.validate()?;
+        self.metric.validate().map_err(|error| match error {
+            Error::InvalidArgument(text) => {
+                Error::invalid(format!("metric '{}': {text}", self.name))
+            }
+            other => other,
+        })?;
         let (reset, update, compute) = self.usage.events();
         let events = match &self.usage {
             Usage::BatchFiltered(filtered) if filtered.event() != Event::IterationCompleted => {

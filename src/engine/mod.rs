@@ -32,15 +32,16 @@ pub use crate::event::{Event, OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 pub use crate::event_filter::{Events, FilteredEvent};
 pub use crate::metrics::MetricValue;
 pub(crate) use checkpoint::HANDLERS;
-pub use handler::{Handler, HandlerId, HandlerSpec, Priority};
+pub use handler::{EventClosure, Handler, HandlerId, HandlerSpec, Priority};
 pub use log::Log;
 pub use peers::Ranks;
 pub use profile::{Profile, ProfileRow};
+pub use random_numbers::keep_random_state;
 pub use restored::Restored;
 #[cfg(feature = "signals")]
 pub(crate) use run::is_running_here;
 pub use state::{Metrics, State};
-pub use summary::{Stop, Summary};
+pub use summary::{Stop, Summary, TimeSpent};
 pub use until::Until;
 
 use crate::data::{IntoSource, Source};
@@ -151,6 +152,8 @@ pub struct Engine<'a, C, B, O> {
     position: Position,
     requests: Requests,
     exception: Option<Error>,
+    /// The event that was fired last, with handlers or without.
+    last_event: Option<Event>,
     running: bool,
     /// Why a registration was refused; the next `run` returns this.
     refused: Option<String>,
@@ -183,6 +186,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             position: Position::default(),
             requests: Requests::default(),
             exception: None,
+            last_event: None,
             running: false,
             refused: None,
             tracked: Tracked::default(),
@@ -204,7 +208,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     #[track_caller]
     pub fn on<F>(&mut self, events: impl Into<Events>, handler: F) -> &mut Self
     where
-        F: FnMut(&mut C, &mut Engine<'a, C, B, O>) -> anyhow::Result<()> + 'a,
+        F: EventClosure<'a, C, B, O> + 'a,
     {
         let added = self.add_event_handler(events, handler);
         self.refuse(added)
@@ -230,7 +234,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         handler: F,
     ) -> Result<HandlerId>
     where
-        F: FnMut(&mut C, &mut Engine<'a, C, B, O>) -> anyhow::Result<()> + 'a,
+        F: EventClosure<'a, C, B, O> + 'a,
     {
         let place = Location::caller();
         let spec = HandlerSpec::new(format!("at {}:{}", place.file(), place.line()), events);
@@ -246,7 +250,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         // The engine asks the handler everything first, so that a refused handler leaves nothing behind.
         let type_name = std::any::type_name_of_val(&handler);
         let refused = |name: &str, panic| Error::invalid(format!("attaching {name}: {panic}"));
-        let spec = guarded(|| Ok(handler.spec())).map_err(|panic| refused(type_name, panic))??;
+        let spec = guarded(|| Ok(handler.spec())).map_err(|panic| refused(type_name, panic))?;
+        let spec = spec.map_err(|error| handler::named(type_name, error))?;
         let has_state = guarded(|| Ok(handler.save_state().map(|state| state.is_some())));
         let had_state =
             has_state.map_err(|panic| refused(&format!("handler '{}'", spec.name), panic))??;
@@ -254,8 +259,41 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.handlers.add(spec, object, SlotKind::Object { had_state })
     }
 
+    /// The value that the attached scheduler of this name sets next, before the reductions of a plateau: `get_param()` of
+    /// ignite's schedulers. Costs a walk over the handlers; nothing where it is not called.
+    ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// use tch_ignite::engine::{Engine, Event, Until};
+    /// use tch_ignite::optim::Optimizer;
+    /// use tch_ignite::schedule::CosineAnnealingScheduler;
+    ///
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # nn::linear(vs.root(), 1, 1, Default::default());
+    /// let optimizer = Optimizer::sgd(&vs).build()?;
+    /// let mut trainer = Engine::new(|_: &mut Vec<f64>, _engine, _batch: i32| Ok(()));
+    /// trainer
+    ///     .attach(CosineAnnealingScheduler::new(&optimizer, "lr", 1.0, 0.0, 4))
+    ///     .on(Event::IterationCompleted, |next, engine| {
+    ///         next.push(engine.get_param("lr")?);
+    ///         Ok(())
+    ///     });
+    /// assert_eq!(trainer.get_param("lr")?, 1.0);
+    /// let mut next = vec![];
+    /// trainer.run(&mut next, vec![0; 2], Until::epochs(1))?;
+    /// assert_eq!(next[1], 0.5);
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// No scheduler of this name is attached, or it is being called at this moment; its schedule has ended.
+    pub fn get_param(&self, name: &str) -> Result<f64> {
+        self.handlers.param(name)
+    }
+
     /// Computes a metric, and stores the value under this name in `state.metrics`. The metric is computed over each
-    /// epoch, unless it has another [`Usage`] of its own.
+    /// epoch, unless it has another [`Usage`] of its own. [`add_metric`](Self::add_metric) returns an id to detach the
+    /// metric by.
     pub fn metric(&mut self, name: impl Into<String>, metric: impl Metric<O> + 'a) -> &mut Self {
         let usage = metric.usage();
         self.metric_with(name, metric, usage)
@@ -268,10 +306,54 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         metric: impl Metric<O> + 'a,
         usage: Usage,
     ) -> &mut Self {
-        let metric = Rc::new(RefCell::new(MetricHandler::new(name.into(), metric, usage)));
+        let added = self.attach_metric(name.into(), metric, usage);
+        self.refuse(added)
+    }
+
+    /// Attaches a metric like [`metric`](Self::metric), and returns its id, by which
+    /// [`remove_event_handler`](Self::remove_event_handler) detaches it: ignite's `metric.detach(engine)`. Its last value
+    /// stays in `state.metrics` until [`Metrics::remove`] takes it away.
+    ///
+    /// ```
+    /// use tch_ignite::engine::{Engine, Until};
+    /// use tch_ignite::metrics::Mean;
+    /// let mut engine = Engine::new(|_: &mut (), _, x: f64| Ok(x));
+    /// let mean = engine.add_metric("mean", Mean::new())?;
+    /// engine.run(&mut (), vec![1.0, 3.0], Until::epochs(1))?;
+    /// engine.remove_event_handler(mean)?;
+    /// engine.run(&mut (), vec![5.0], Until::epochs(1))?;
+    /// assert_eq!(engine.state.metrics.get("mean")?, 2.0);
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// An argument of the metric is refused, or another metric has the name.
+    pub fn add_metric(
+        &mut self,
+        name: impl Into<String>,
+        metric: impl Metric<O> + 'a,
+    ) -> Result<HandlerId> {
+        let usage = metric.usage();
+        self.attach_metric(name.into(), metric, usage)
+    }
+
+    fn attach_metric(
+        &mut self,
+        name: String,
+        metric: impl Metric<O> + 'a,
+        usage: Usage,
+    ) -> Result<HandlerId> {
+        let metric = Rc::new(RefCell::new(MetricHandler::new(name, metric, usage)));
         let of_rank: Rc<RefCell<dyn RankMetric<O> + 'a>> = metric.clone();
+        let id = self.add_handler(metric)?;
         self.metrics.push(Rc::downgrade(&of_rank));
-        self.attach(metric)
+        Ok(id)
+    }
+
+    /// The event that was fired last, whether it had handlers or not; `None` before the first: ignite's
+    /// `last_event_name`. In a handler this is the handler's event.
+    pub fn last_event_name(&self) -> Option<Event> {
+        self.last_event
     }
 
     fn refuse(&mut self, added: Result<HandlerId>) -> &mut Self {
@@ -331,6 +413,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// The event is not registered, or a handler failed; the handlers after it are not called.
     pub fn fire_event(&mut self, event: Event, cx: &mut C) -> Result<()> {
         let index = self.handlers.index(event)?;
+        self.last_event = Some(event);
         let _entered = Entered::here();
         self.fire_index(event, index, cx)
     }
@@ -340,6 +423,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let Some(index) = event.built_in().map(EventIndex::built_in) else {
             return self.fire_event(event, cx);
         };
+        self.last_event = Some(event);
         if self.handlers.is_empty(index) { Ok(()) } else { self.fire_index(event, index, cx) }
     }
 
@@ -506,8 +590,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.requests.skip_batch = true;
     }
 
-    /// Starts to measure where the time goes, and returns the record. Costs two readings of the clock for each step,
-    /// fetch, event and handler: some 100 ns each.
+    /// Starts to measure where the time goes, and returns the record; the [`Summary`] of a run then says it in one line,
+    /// too. Costs two readings of the clock for each step, fetch, event and handler: some 100 ns each.
     ///
     /// ```
     /// use tch_ignite::engine::{Engine, Event, Until};

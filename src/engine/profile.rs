@@ -4,7 +4,7 @@ use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::{Event, HandlerId};
+use super::{Event, HandlerId, TimeSpent};
 
 /// Where the time of an engine's runs goes: ignite's `BasicTimeProfiler` and `HandlersTimeProfiler`.
 ///
@@ -119,6 +119,15 @@ impl Profile {
     ) {
         let handlers = &mut self.record.borrow_mut().handlers;
         handlers.entry((id, event)).or_insert_with(|| (name(), Stats::default())).1.add(time);
+    }
+
+    /// The times of data, steps and handlers so far.
+    pub(super) fn spent(&self) -> TimeSpent {
+        let record = self.record.borrow();
+        // Events of a program are fired within steps, whose time has theirs.
+        let own = record.events.iter().filter(|(event, _)| event.built_in().is_some());
+        let handlers = own.map(|(_, stats)| stats.total).sum();
+        TimeSpent { data: record.data.total, steps: record.steps.total, handlers }
     }
 
     /// Forgets all times.

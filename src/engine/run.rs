@@ -10,7 +10,7 @@ use super::position::{
 use super::random_numbers::{generators, same_generators, set_generators};
 use super::requests::Requests;
 use super::state::check_budget;
-use super::{Engine, Event, State, Stop, Summary, Until};
+use super::{Engine, Event, Profile, State, Stop, Summary, Until};
 use crate::data::{IntoSource, SamplePosition, Source};
 use crate::error::{Error, Result};
 use crate::guard::{Entered, guarded_drop, guarded_within};
@@ -59,6 +59,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return Err(Error::invalid("the engine is running already"));
         }
         let start = Instant::now();
+        let spent_before = self.profile.as_ref().map(Profile::spent);
         let _entered = Entered::here();
         guarded_within(|| Ok(self.prepare(data, until, start)))
             .unwrap_or_else(|panic| Err(Error::invalid(format!("the data source {panic}"))))?;
@@ -82,6 +83,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             epochs: self.state.epoch,
             iterations: self.state.iteration,
             elapsed: start.elapsed(),
+            // A handler may have begun the profile within the run.
+            time: self.profile.as_ref().map(|p| p.spent().since(spent_before.unwrap_or_default())),
             warnings: std::mem::take(&mut self.position.warnings),
         })
     }
@@ -233,7 +236,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         ] {
             if given.is_some() && other.is_some() {
                 return Err(Error::invalid(format!(
-                    "To switch from {theirs} to {ours} mode during resume, you must first reset by setting 'engine.state.{theirs} = None' before calling run()."
+                    "To switch from {theirs} to {ours} mode during resume, you must first reset by setting 'engine.state.{theirs} = None' before calling run(). Engine::reset starts anew, with any budget"
                 )));
             }
         }
@@ -294,7 +297,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             )));
         }
         if epoch_length.is_none() && !source.fetches() {
-            return Err(Error::invalid("epoch_length should be provided if data is None"));
+            return Err(Error::invalid(
+                "epoch_length should be provided if data is None: without data nothing says when an epoch ends; add it to the budget, Until::epochs(3).epoch_length(100)",
+            ));
         }
         if previous == PreviousRun::Nothing {
             (max_epochs, max_iters) = (until.max_epochs, until.max_iters);

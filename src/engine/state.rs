@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Duration;
 
 use serde_json::{Map, Value};
@@ -177,7 +178,7 @@ pub(super) fn check_budget(
         }
         if max.is_some_and(|max| max < done) {
             return Err(Error::State(format!(
-                "Argument {name} should be greater than or equal to the start {unit} defined in the state: {} vs {done}. Please, set engine.state.{name} = None before calling engine.run() in order to restart the training from the beginning.",
+                "Argument {name} should be greater than or equal to the start {unit} defined in the state: {} vs {done}. Please, set engine.state.{name} = None before calling engine.run() in order to restart the training from the beginning. Engine::reset does that; to go on, give a larger budget, which counts from the first run on",
                 max.unwrap_or(0)
             )));
         }
@@ -187,7 +188,17 @@ pub(super) fn check_budget(
 
 /// Values of metrics by name. A value on a device is copied to the host when it is read, not before.
 ///
-/// A value with named parts is kept part by part, under `name/part`.
+/// A value with named parts is kept part by part, under `name/part`. `{}` prints all values in one line, by name:
+/// `accuracy: 0.9312, loss: 0.2217`; that reads them, so it waits for the device. There is no `metrics["accuracy"]`, which
+/// would have to panic where there is no value: [`get`](Self::get) returns the error.
+///
+/// ```
+/// use tch_ignite::engine::Metrics;
+/// let mut metrics = Metrics::default();
+/// metrics.set("loss", 0.22174);
+/// metrics.set("accuracy", 0.5);
+/// assert_eq!(metrics.to_string(), "accuracy: 0.5000, loss: 0.2217");
+/// ```
 #[derive(Debug, Default)]
 pub struct Metrics {
     values: BTreeMap<String, MetricValue>,
@@ -231,9 +242,13 @@ impl Metrics {
 
     fn known(&self, name: &str) -> Result<&MetricValue> {
         self.values.get(name).ok_or_else(|| {
+            let names: Vec<_> = self.values.keys().map(|name| format!("'{name}'")).collect();
+            let there = match names.is_empty() {
+                true => "none has one".into(),
+                false => format!("there are: {}", names.join(", ")),
+            };
             Error::invalid(format!(
-                "no metric '{name}' has a value yet; there are: {}",
-                self.values.keys().map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ")
+                "no metric '{name}' has a value yet; {there}. A metric has its value after the first epoch, or, with another Usage, after the first iteration; those of Evaluate are under 'evaluation/metric'"
             ))
         })
     }
@@ -261,5 +276,40 @@ impl Metrics {
     /// All values, in the order of their names, without reading them from their devices.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &MetricValue)> {
         self.values.iter().map(|(name, value)| (name.as_str(), value))
+    }
+}
+
+/// The longest vector that `Display` writes element by element.
+const ELEMENTS: usize = 10;
+
+/// Writes all values in one line.
+impl fmt::Display for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, (name, value)) in self.values.iter().enumerate() {
+            let separator = if index > 0 { ", " } else { "" };
+            write!(f, "{separator}{name}: {}", shown(value))?;
+        }
+        Ok(())
+    }
+}
+
+fn shown(value: &MetricValue) -> String {
+    let number = |number: f64| match number.abs() {
+        0. | 1e-3..1e6 => format!("{number:.4}"),
+        size if size.is_finite() => format!("{number:.3e}"),
+        _ => number.to_string(),
+    };
+    match value {
+        MetricValue::Tensor(tensor) if tensor.numel() > ELEMENTS || tensor.dim() > 1 => {
+            format!("a tensor of shape {:?}", tensor.size())
+        }
+        MetricValue::Tensor(tensor) if tensor.dim() == 1 => match value.flatten("") {
+            Ok(elements) => {
+                let elements: Vec<_> = elements.into_iter().map(|(_, n)| number(n)).collect();
+                format!("[{}]", elements.join(", "))
+            }
+            Err(error) => format!("({error})"),
+        },
+        value => value.read().map_or_else(|error| format!("({error})"), number),
     }
 }

@@ -91,7 +91,7 @@ impl Until {
         ] {
             if value == Some(0) {
                 return Err(Error::invalid(format!(
-                    "Argument {name} is invalid. Please, set a correct {name} positive value"
+                    "Argument {name} is invalid. Please, set a correct {name} positive value: 0 was given, and it is the number after which the run ends"
                 )));
             }
         }

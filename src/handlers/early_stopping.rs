@@ -151,7 +151,9 @@ impl EarlyStopping {
 
     fn check(&self) -> Result<()> {
         if self.patience < 1 {
-            return Err(Error::invalid("Argument patience should be positive integer."));
+            return Err(Error::invalid(
+                "Argument patience should be positive integer. Given 0: the run stops after so many scores in a row that are not better, so 1 stops at the first",
+            ));
         }
         if self.threshold < 0. || !self.threshold.is_finite() {
             return Err(Error::invalid(format!(

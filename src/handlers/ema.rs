@@ -112,7 +112,7 @@ fn check(momentum: f64) -> Result<()> {
         return Ok(());
     }
     Err(Error::invalid(format!(
-        "Invalid momentum: {momentum:?}. It must be above 0 and below 1: the weight of the new values"
+        "EMAHandler: Invalid momentum: {momentum:?}. It must be above 0 and below 1: the weight of the new values"
     )))
 }
 
@@ -143,7 +143,7 @@ impl EMAHandler {
     pub fn decay(vs: &VarStore, decay: f64) -> Result<Self> {
         if !(0. < decay && decay < 1.) {
             return Err(Error::invalid(format!(
-                "Invalid decay: {decay:?}. It must be above 0 and below 1: the weight of the old values"
+                "EMAHandler: Invalid decay: {decay:?}. It must be above 0 and below 1: the weight of the old values"
             )));
         }
         Self::new(vs, 1. - decay)
@@ -157,11 +157,13 @@ impl EMAHandler {
     pub fn warmup(self, momentum_warmup: f64, warmup_iters: u64) -> Result<Self> {
         if !(0. ..=1.).contains(&momentum_warmup) {
             return Err(Error::invalid(format!(
-                "Invalid momentum_warmup: {momentum_warmup:?}. It must be between 0 and 1"
+                "EMAHandler: Invalid momentum_warmup: {momentum_warmup:?}. It must be between 0 and 1"
             )));
         }
         if warmup_iters == 0 {
-            return Err(Error::invalid("Invalid warmup_iters: 0. It must be positive"));
+            return Err(Error::invalid(
+                "EMAHandler: Invalid warmup_iters: 0. It must be positive: the number of updates until the momentum has its value",
+            ));
         }
         let warmup = Warmup::Linear { from: momentum_warmup, updates: warmup_iters };
         locked(&self.momentum).warmup = warmup;

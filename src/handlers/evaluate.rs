@@ -3,7 +3,7 @@ use std::rc::Rc;
 
 use super::signals;
 use crate::data::IntoSource;
-use crate::engine::{Engine, Handler, HandlerSpec, Stop, Summary, Until};
+use crate::engine::{Engine, Handler, HandlerSpec, Stop, Summary, Until, keep_random_state};
 use crate::error::Result;
 use crate::event::Event;
 use crate::event_filter::Events;
@@ -45,6 +45,7 @@ pub struct Evaluate<'e, C, B, O, D> {
     left: Vec<String>,
     /// Whether a signal stops the evaluation under way.
     stops: Rc<Cell<bool>>,
+    keep_random_state: bool,
 }
 
 crate::debug::opaque_debug!(Evaluate<'e, C, B, O, D>);
@@ -81,7 +82,16 @@ impl<'e, C, B, O, D: IntoSource<'e, B> + Clone> Evaluate<'e, C, B, O, D> {
             }
             Ok(())
         });
-        Self { name: name.into(), events: events.into(), evaluator, data, left: vec![], stops }
+        let (name, events, left) = (name.into(), events.into(), vec![]);
+        Self { name, events, evaluator, data, left, stops, keep_random_state: false }
+    }
+
+    /// Whether an evaluation leaves libtorch's random number generators as they were, so that training goes on as it
+    /// would without the evaluation: ignite's `keep_random_state`. The default is false. Costs a copy of each
+    /// generator's state for each evaluation.
+    pub fn keep_random_state(mut self, on: bool) -> Self {
+        self.keep_random_state = on;
+        self
     }
 
     /// Evaluates once, from the start. With `may_stop` a signal stops the evaluation.
@@ -93,7 +103,9 @@ impl<'e, C, B, O, D: IntoSource<'e, B> + Clone> Evaluate<'e, C, B, O, D> {
         self.evaluator.state.metrics.clear();
         let mut came = None;
         loop {
-            let summary = self.evaluator.run(cx, self.data.clone(), Until::epochs(1))?;
+            let (evaluator, data) = (&mut self.evaluator, self.data.clone());
+            let run = || evaluator.run(cx, data, Until::epochs(1));
+            let summary = if self.keep_random_state { keep_random_state(run) } else { run() }?;
             let Stop::Signal(signal) = summary.stop else {
                 return Ok(Outcome::Ended(summary, came));
             };

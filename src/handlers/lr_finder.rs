@@ -112,7 +112,7 @@ impl Values {
             Self::All(value) => Ok(vec![*value; groups]),
             Self::Each(values) if values.len() == groups => Ok(values.clone()),
             Self::Each(values) => Err(Error::invalid(format!(
-                "Number of values of {name} should be equal to optimizer values: {} were given for {groups} parameter groups",
+                "LrFinder: Number of values of {name} should be equal to optimizer values: {} were given for {groups} parameter groups",
                 values.len()
             ))),
         }
@@ -254,18 +254,20 @@ impl LrFinder {
     fn search<F>(&self, loss: F) -> Result<Search<F>> {
         if !(0. ..1.).contains(&self.smooth_f) {
             return Err(Error::invalid(format!(
-                "smooth_f is outside the range [0, 1]: {} was given, but the weight of a new loss is at least 0 and less than 1",
+                "LrFinder: smooth_f is outside the range [0, 1]: {} was given, but the weight of a new loss is at least 0 and less than 1",
                 self.smooth_f
             )));
         }
         if self.diverge_th.is_nan() || self.diverge_th < 1. {
             return Err(Error::invalid(format!(
-                "diverge_th should be larger than 1, but {} was given",
+                "LrFinder: diverge_th should be larger than 1, but {} was given: the search ends where the loss is so many times the best",
                 self.diverge_th
             )));
         }
         if self.num_iter == Some(0) {
-            return Err(Error::invalid("if provided, num_iter should be positive, but give 0"));
+            return Err(Error::invalid(
+                "LrFinder: if provided, num_iter should be positive, but give 0: the search takes so many iterations; without num_iter it takes the whole run",
+            ));
         }
         let groups = self.optimizer.groups()?;
         let start = match &self.start {
@@ -276,12 +278,12 @@ impl LrFinder {
         for (start, end) in start.iter().zip(&end) {
             if start.is_nan() || !end.is_finite() || start >= end {
                 return Err(Error::invalid(format!(
-                    "start_lr must be less than end_lr, start_lr={start:?} vs end_lr={end:?}"
+                    "LrFinder: start_lr must be less than end_lr, start_lr={start:?} vs end_lr={end:?}"
                 )));
             }
             if *start < 0. || (*start == 0. && self.mode == StepMode::Exp) {
                 return Err(Error::invalid(format!(
-                    "start_lr must not be negative, nor 0 with StepMode::Exp, but {start:?} was given"
+                    "LrFinder: start_lr must not be negative, nor 0 with StepMode::Exp, but {start:?} was given"
                 )));
             }
         }
@@ -806,8 +808,8 @@ mod tests {
         let optimizer = Optimizer::sgd(&vs).lr(0.1).build()?;
         let finder = LrFinder::new(&optimizer, &vs);
         for (wrong, says) in [
-            (finder.clone().smooth_f(1.), "smooth_f is outside"),
-            (finder.clone().smooth_f(f64::NAN), "smooth_f is outside"),
+            (finder.clone().smooth_f(1.), "LrFinder: smooth_f is outside"),
+            (finder.clone().smooth_f(f64::NAN), "LrFinder: smooth_f is outside"),
             (finder.clone().diverge_th(0.9), "diverge_th should be larger"),
             (finder.clone().num_iter(0), "num_iter should be positive"),
             (finder.clone().start_lr(11.), "start_lr=11.0 vs end_lr=10.0"),

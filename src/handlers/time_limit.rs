@@ -41,7 +41,7 @@ impl TimeLimit {
     pub fn new(limit: Duration) -> Result<Self> {
         if limit.is_zero() {
             return Err(Error::invalid(
-                "Argument limit_sec should be a positive integer. The limit given is zero",
+                "TimeLimit: Argument limit_sec should be a positive integer. The limit given is zero: give the time after which the run ends, such as Duration::from_secs(3600)",
             ));
         }
         Ok(Self { begun: Instant::now(), limit, events: Event::IterationCompleted.into() })

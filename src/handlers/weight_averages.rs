@@ -237,6 +237,10 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
         self.handler.load_state_partially(state)
     }
 
+    fn param(&self, name: &str) -> Option<Result<f64>> {
+        self.handler.param(name)
+    }
+
     fn call(
         &mut self,
         event: Event,

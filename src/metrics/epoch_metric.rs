@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::gathered;
-use super::{Contribution, Of, Pairwise, Parts};
+use super::{Contribution, Of, Pairwise, Parts, References};
 use crate::metrics::MetricValue;
 
 /// A function of all predictions and targets since the last reset: ignite's `EpochMetric`.
@@ -28,7 +28,7 @@ crate::debug::opaque_debug!(EpochMetric<C>);
 
 impl<C: Fn(&Tensor, &Tensor) -> anyhow::Result<MetricValue>> EpochMetric<C> {
     /// Makes the metric: `compute(y_pred, y)` gives the value, and `parts` takes `y_pred` and `y` out of the output.
-    pub fn of<O, F>(compute: C, parts: F) -> Of<Self, F>
+    pub fn of<O, F>(compute: C, parts: F) -> Of<Self, References<F, O>>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
     {

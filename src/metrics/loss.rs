@@ -1,7 +1,7 @@
 use tch::Tensor;
 
 use super::to_value::Scalar;
-use super::{Contribution, Of, Pairwise, Parts, Reduce};
+use super::{Contribution, Of, Pairwise, Parts, Reduce, References};
 use crate::metrics::MetricValue;
 
 /// The mean loss over samples: ignite's `Loss`. Each batch counts by its size, which is the first dimension of
@@ -29,7 +29,7 @@ crate::debug::opaque_debug!(Loss<L>);
 impl<L: Fn(&Tensor, &Tensor) -> Tensor> Loss<L> {
     /// Makes the metric: `loss(y_pred, y)` gives the mean over the batch, a tensor of one element; `parts` takes
     /// `y_pred` and `y` out of the output.
-    pub fn of<O, F>(loss: L, parts: F) -> Of<Self, F>
+    pub fn of<O, F>(loss: L, parts: F) -> Of<Self, References<F, O>>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
     {

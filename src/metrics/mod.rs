@@ -24,6 +24,10 @@
 //! # Ok::<(), tch_ignite::Error>(())
 //! ```
 //!
+//! Where the metric needs other tensors than the output has, [`Of::map_y_pred`], [`Of::map_y`] and [`Of::leave_out`]
+//! make them (thresholds, softmax, slices, padding): `Accuracy::of(pair).map_y_pred(|y_pred| y_pred.sigmoid().round())`.
+//! All metrics of pairs have these, in a [`MetricGroup`] too.
+//!
 //! Sums are kept in f64 on the device of the predictions (f32 on devices that have no f64), counts in
 //! i64. Unless its documentation says otherwise, a metric waits for the device neither in `update` nor
 //! in `compute`: the value is a tensor that is read when somebody asks. An empty batch counts nothing.
@@ -59,6 +63,7 @@ mod mean;
 mod metric_group;
 mod metrics_lambda;
 pub mod nlp;
+mod output_pair;
 mod pairwise;
 pub mod rec_sys;
 pub mod regression;
@@ -78,6 +83,7 @@ pub use loss::Loss;
 pub use mean::Mean;
 pub use metric_group::MetricGroup;
 pub use metrics_lambda::MetricsLambda;
+pub use output_pair::{Computed, Mapped, OutputPair, References};
 pub use pairwise::{Contribution, Of, Pairwise, Parts, pair};
 pub use running_average::{OfMetric, RunningAverage};
 pub use to_value::ToValue;
@@ -94,6 +100,7 @@ use crate::error::Result;
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no metric of the output `{O}`",
     note = "metrics of predictions and targets take these out of the output: `Accuracy::of(Prediction::parts)` in evaluators of `create_supervised_evaluator`, `Accuracy::of(|output: &Output| (&output.y_pred, &output.y))` for an output of your own, `Accuracy::of(pair)` for a pair",
+    note = "the output of a training step is the loss, unless `Supervised::output_transform(|y_pred, y, loss| (y_pred, y, loss))` says otherwise and the trainer is `cx.trainer()`",
     note = "metrics of numbers take them likewise: `Mean::of(|output: &Output| output.loss)`"
 )]
 pub trait Metric<O> {

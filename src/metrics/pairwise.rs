@@ -1,6 +1,9 @@
+use std::marker::PhantomData;
+
 use tch::{Device, Kind, Tensor};
 
 use super::accumulator::Accumulator;
+use super::output_pair::{Computed, Mapped, OutputPair, References, without};
 use super::{Accumulated, Metric, Reduce};
 use crate::error::Result;
 use crate::metrics::MetricValue;
@@ -112,12 +115,77 @@ crate::debug::opaque_debug!(Of<M, F>);
 
 impl<M: Pairwise, F> Of<M, F> {
     /// Makes the metric; `parts` takes `y_pred` and `y` out of the output.
-    pub fn new<O>(metric: M, parts: F) -> Self
+    pub fn new<O>(metric: M, parts: F) -> Of<M, References<F, O>>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
     {
         let sums = Accumulator::new(metric.parts());
-        Self { metric, parts, sums, spoiled: None, validated: false }
+        let parts = References { parts, output: PhantomData };
+        Of { metric, parts, sums, spoiled: None, validated: false }
+    }
+
+    /// Makes the metric of a closure that computes `y_pred` and `y`.
+    pub(super) fn of_computed<O>(metric: M, parts: F) -> Of<M, Computed<F>>
+    where
+        F: Fn(&O) -> (Tensor, Tensor),
+    {
+        let sums = Accumulator::new(metric.parts());
+        Of { metric, parts: Computed(parts), sums, spoiled: None, validated: false }
+    }
+
+    /// Computes the metric of `map(y_pred)` instead of `y_pred`: probabilities of logits, classes of probabilities, a
+    /// slice. The closure needs no types, and runs without gradients where an engine calls it.
+    ///
+    /// ```
+    /// use tch::Tensor;
+    /// use tch_ignite::metrics::{Accuracy, Metric, pair};
+    /// let mut metric = Accuracy::of(pair).map_y_pred(|logits| logits.sigmoid().round());
+    /// metric.update(&(Tensor::from_slice(&[-3.0, 3.0]), Tensor::from_slice(&[0.0, 0.0])))?;
+    /// assert_eq!(metric.compute()?.read()?, 0.5);
+    /// # anyhow::Ok(())
+    /// ```
+    pub fn map_y_pred(
+        self,
+        map: impl Fn(&Tensor) -> Tensor,
+    ) -> Of<M, Mapped<F, impl Fn(&Tensor, &Tensor) -> anyhow::Result<(Tensor, Tensor)>>> {
+        self.mapped(move |y_pred, y| Ok((map(y_pred), y.shallow_clone())))
+    }
+
+    /// Computes the metric with `map(y)` instead of `y`: classes of one-hot rows, a slice.
+    pub fn map_y(
+        self,
+        map: impl Fn(&Tensor) -> Tensor,
+    ) -> Of<M, Mapped<F, impl Fn(&Tensor, &Tensor) -> anyhow::Result<(Tensor, Tensor)>>> {
+        self.mapped(move |y_pred, y| Ok((y_pred.shallow_clone(), map(y))))
+    }
+
+    /// Leaves out the places where `y` is `index`, such as padding: torch's `ignore_index`. `y` has shape (N, …), and
+    /// `y_pred` the same shape or that of class scores, (N, C, …). The metric gets what is left as (M,) and (M, C). A
+    /// batch of which nothing is left counts nothing. Takes one host sync, because M has to be known;
+    /// `Perplexity::ignore_index` takes none.
+    ///
+    /// ```
+    /// use tch::Tensor;
+    /// use tch_ignite::metrics::{Accuracy, Metric, pair};
+    /// let mut metric = Accuracy::of(pair).leave_out(-100);
+    /// let scores = Tensor::from_slice2(&[[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]);
+    /// metric.update(&(scores, Tensor::from_slice(&[0i64, 0, -100])))?;
+    /// assert_eq!(metric.compute()?.read()?, 0.5);
+    /// # anyhow::Ok(())
+    /// ```
+    pub fn leave_out(
+        self,
+        index: i64,
+    ) -> Of<M, Mapped<F, impl Fn(&Tensor, &Tensor) -> anyhow::Result<(Tensor, Tensor)>>> {
+        self.mapped(move |y_pred, y| without(y_pred, y, index))
+    }
+
+    fn mapped<G>(self, map: G) -> Of<M, Mapped<F, G>>
+    where
+        G: Fn(&Tensor, &Tensor) -> anyhow::Result<(Tensor, Tensor)>,
+    {
+        let Self { metric, parts, sums, spoiled, validated } = self;
+        Of { metric, parts: Mapped { pair: parts, map }, sums, spoiled, validated }
     }
 
     /// Changes an argument of the metric, and starts anew.
@@ -144,10 +212,11 @@ impl<M: Pairwise, F> Of<M, F> {
     }
 }
 
+#[diagnostic::do_not_recommend]
 impl<O, M, F> Metric<O> for Of<M, F>
 where
     M: Pairwise,
-    F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
+    F: OutputPair<O>,
 {
     fn reset(&mut self) {
         self.metric.reset();
@@ -160,11 +229,13 @@ where
             self.metric.validate()?;
             self.validated = true;
         }
-        let (y_pred, y) = (self.parts)(output);
-        if y_pred.numel() == 0 && y.numel() == 0 {
-            return Ok(());
-        }
-        let added = self.metric.batch(&y_pred.f_detach()?, &y.f_detach()?)?;
+        let metric = &mut self.metric;
+        let added = self.parts.with_pair(output, |y_pred, y| {
+            if y_pred.numel() == 0 && y.numel() == 0 {
+                return Ok(Contribution::default());
+            }
+            metric.batch(&y_pred.f_detach()?, &y.f_detach()?)
+        })?;
         self.check(added.wrong)?;
         match added.samples {
             0 => Ok(()),
@@ -244,11 +315,26 @@ macro_rules! of_pair {
     ($metric:ident) => {
         impl $metric {
             /// Makes the metric; `parts` takes `y_pred` and `y` out of the output.
-            pub fn of<O, F>(parts: F) -> $crate::metrics::Of<Self, F>
+            pub fn of<O, F>(
+                parts: F,
+            ) -> $crate::metrics::Of<Self, $crate::metrics::References<F, O>>
             where
                 F: for<'o> Fn(&'o O) -> (&'o tch::Tensor, &'o tch::Tensor),
             {
                 $crate::metrics::Of::new(Self::default(), parts)
+            }
+
+            /// Makes the metric of tensors that `parts` computes from the output, such as
+            /// `|output: &Output| (output.a.softmax(-1, None) + &output.b, output.y.shallow_clone())`. Where one of them
+            /// is a tensor of the output, [`of`](Self::of) with
+            /// [`map_y_pred`](crate::metrics::Of::map_y_pred) or [`map_y`](crate::metrics::Of::map_y) is shorter.
+            pub fn computed<O, F>(
+                parts: F,
+            ) -> $crate::metrics::Of<Self, $crate::metrics::Computed<F>>
+            where
+                F: Fn(&O) -> (tch::Tensor, tch::Tensor),
+            {
+                $crate::metrics::Of::of_computed(Self::default(), parts)
             }
         }
     };

@@ -6,6 +6,10 @@ use crate::metrics::MetricValue;
 
 /// Outputs that are a value themselves, for the `new` of [`Mean`](super::Mean), [`Average`](super::Average),
 /// [`GeometricAverage`](super::GeometricAverage) and [`RunningAverage`](super::RunningAverage).
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no value",
+    note = "`new` takes the output itself, where that is a number or a tensor; `of` takes a value out of it: `Mean::of(|output: &Output| output.loss)`"
+)]
 pub trait ToValue {
     /// Returns the value; a tensor is shared, not copied.
     fn to_value(&self) -> MetricValue;

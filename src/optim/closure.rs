@@ -12,13 +12,12 @@ impl Optimizer {
     ///
     /// ```
     /// use tch::{Device, Kind, Tensor, nn};
-    /// use tch_ignite::optim::{GroupOptions, Optimizer};
+    /// use tch_ignite::optim::Optimizer;
     ///
     /// let mut vs = nn::VarStore::new(Device::Cpu);
     /// vs.set_kind(Kind::Double);
     /// let x = vs.root().zeros("x", &[2]);
-    /// let optimizer =
-    ///     Optimizer::lbfgs(&vs).options(GroupOptions::new().strong_wolfe(true)).build()?;
+    /// let optimizer = Optimizer::lbfgs(&vs).strong_wolfe(true).build()?;
     /// let goal = Tensor::from_slice(&[1.0, -2.0]);
     /// optimizer.step_with(|| {
     ///     optimizer.zero_grad()?;

@@ -234,7 +234,7 @@ impl Gradients {
     }
 }
 
-fn check_max(max: f64) -> Result<()> {
+pub(super) fn check_max(max: f64) -> Result<()> {
     if max >= 0. {
         return Ok(());
     }

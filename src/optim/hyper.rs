@@ -16,6 +16,11 @@ impl Hyper {
         matches!(self, K | WeightSum | LrMax | TrainMode)
     }
 
+    /// The hyper-parameter of this name.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        (0..).map_while(|number| Self::try_from(number).ok()).find(|hyper| hyper.name() == name)
+    }
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Lr => "lr",

@@ -21,8 +21,14 @@ pub struct Knob {
 
 #[derive(Clone)]
 enum Target {
-    Groups { optimizer: Optimizer, group: Option<usize>, hyper: Hyper },
+    Groups {
+        optimizer: Optimizer,
+        group: Option<usize>,
+        hyper: Hyper,
+    },
     Custom(Arc<Custom>),
+    /// A hyper-parameter or a group that there is not. Each use of the knob is an error with this text.
+    Missing(Arc<str>),
 }
 
 struct Custom {
@@ -124,6 +130,19 @@ impl Knob {
         Self { name: name.into(), target: Target::Custom(Arc::new(Custom { get, set, reduction })) }
     }
 
+    /// A knob that could not be made. A scheduler holds it until it is attached, where its user sees the error.
+    pub(crate) fn missing(name: &str, error: &Error) -> Self {
+        Self { name: name.into(), target: Target::Missing(error.to_string().into()) }
+    }
+
+    /// An error if there is no such knob: see [`missing`](Self::missing).
+    pub(crate) fn check(&self) -> Result<()> {
+        match &self.target {
+            Target::Missing(text) => Err(Error::invalid(&**text)),
+            _ => Ok(()),
+        }
+    }
+
     /// The name of the value (`"lr"`).
     pub fn name(&self) -> &str {
         &self.name
@@ -133,7 +152,7 @@ impl Knob {
     pub fn group(&self) -> Option<usize> {
         match &self.target {
             Target::Groups { group, .. } => *group,
-            Target::Custom(_) => None,
+            Target::Custom(_) | Target::Missing(_) => None,
         }
     }
 
@@ -159,6 +178,7 @@ impl Knob {
                 optimizer.get_hyper(group.unwrap_or(0), *hyper)
             }
             Target::Custom(custom) => Ok((custom.get)()),
+            Target::Missing(text) => Err(Error::invalid(&**text)),
         }
     }
 
@@ -196,6 +216,7 @@ impl Knob {
                 (custom.set)(value);
                 Ok(())
             }
+            Target::Missing(text) => Err(Error::invalid(&**text)),
         }
     }
 
@@ -222,6 +243,7 @@ impl Knob {
                 self.set(value)?;
                 Ok(value)
             }
+            Target::Missing(text) => Err(Error::invalid(&**text)),
         }
     }
 
@@ -232,6 +254,7 @@ impl Knob {
                 optimizer.shared.reductions.of(group.unwrap_or(0), *hyper)
             }
             Target::Custom(custom) => Reduction::alive(&mut locked(&custom.reduction)),
+            Target::Missing(_) => Reduction::alive(&mut Weak::new()),
         }
     }
 

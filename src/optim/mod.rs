@@ -11,6 +11,7 @@ mod evaluation;
 mod fused;
 mod gradients;
 mod group;
+mod group_options;
 mod grouping;
 mod hyper;
 mod knob;
@@ -18,10 +19,12 @@ mod layerwise;
 mod lbfgs;
 mod param_groups;
 mod parameters;
+mod plan;
 mod sam;
 mod snapshot;
 mod state_dict;
 mod tch_optimizer;
+mod var_store_of;
 mod wolfe;
 
 use std::collections::HashMap;
@@ -34,26 +37,29 @@ use tch::nn::{OptimizerConfig, VarStore, Variables};
 use tch::{TchError, Tensor};
 
 pub use algorithms::*;
-pub use builder::{GroupOptions, OptimizerBuilder, lr};
+pub use builder::OptimizerBuilder;
 pub(crate) use evaluation::KEPT;
 pub use gradients::Gradients;
 pub use group::Group;
+pub use group_options::{GroupOptions, lr};
 pub use knob::Knob;
 pub(crate) use knob::Reduction;
 pub use layerwise::layerwise_lr_decay;
-pub use param_groups::{is_bias_or_norm, is_matrix};
+pub use param_groups::{ParamGroups, is_bias_or_norm, is_matrix};
 pub(crate) use parameters::Parameters;
+pub use plan::OptimizerPlan;
 pub use sam::Sam;
 pub use snapshot::OptimizerSnapshot;
 pub(crate) use snapshot::StoreSnapshot;
 pub(crate) use state_dict::LBFGS;
 pub use tch_optimizer::TchOptimizer;
+pub use var_store_of::var_store_of;
 
 use crate::bridge::{Algorithm, Native, TensorId, set_gradient};
 use crate::error::{Error, Result};
 use crate::variables::{Variable, variables};
 use grouping::{Grouped, Grouping};
-use hyper::Hyper;
+pub(crate) use hyper::Hyper;
 
 /// How many names an error message lists before it says how many more there are.
 const NAMES_LISTED: usize = 8;
@@ -122,7 +128,7 @@ impl Optimizer {
         vs: &VarStore,
         lr: f64,
         grouping: Grouping,
-        algorithms: &[Option<Algorithm>],
+        algorithms: &[(usize, Option<Algorithm>)],
     ) -> Result<Self> {
         let variables = &vs.variables_;
         // The variables get their own group numbers back when `grouped` is dropped, after tch has read ours.
@@ -158,9 +164,10 @@ impl Optimizer {
             )?;
         }
         let mut by_group = vec![];
-        for (index, algorithm) in algorithms.iter().enumerate() {
+        for &(index, algorithm) in algorithms {
             let algorithm = algorithm.unwrap_or(native.algorithm);
-            by_group.push(algorithm);
+            by_group.resize(by_group.len().max(index + 1), native.algorithm);
+            by_group[index] = algorithm;
             if algorithm == native.algorithm {
                 continue;
             }
@@ -414,6 +421,30 @@ impl Optimizer {
         self.zero_grad()?;
         backward(loss)?;
         self.step()
+    }
+
+    /// [`backward_step`](Self::backward_step) with every element of the gradients limited to `-max` to `max`, as tch's.
+    ///
+    /// # Errors
+    /// `max` is negative or NaN, and the errors of [`backward_step`](Self::backward_step).
+    pub fn backward_step_clip(&self, loss: &Tensor, max: f64) -> Result<()> {
+        gradients::check_max(max)?;
+        self.zero_grad()?;
+        backward(loss)?;
+        self.clip_grad_value(max)?;
+        self.step()
+    }
+
+    /// [`backward_step`](Self::backward_step) with the gradients clipped to a norm of at most `max`, as tch's; returns the
+    /// norm before that. No host sync. See [`step_clipped`](Self::step_clipped).
+    ///
+    /// # Errors
+    /// `max` is negative or NaN, and the errors of [`backward_step`](Self::backward_step).
+    pub fn backward_step_clip_norm(&self, loss: &Tensor, max: f64) -> Result<Tensor> {
+        gradients::check_max(max)?;
+        self.zero_grad()?;
+        backward(loss)?;
+        self.step_clipped(max)
     }
 
     /// Lends out tch's optimizer, for methods that this type does not have. Until `call` returns, all other

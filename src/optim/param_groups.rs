@@ -1,4 +1,4 @@
-//! Helpers for parameter groups as training recipes use them: groups without weight decay, frozen groups.
+//! Parameter groups as schedulers take them, and as training recipes use them: groups without weight decay, frozen groups.
 
 use std::collections::HashSet;
 
@@ -8,6 +8,34 @@ use tch::nn::VarStore;
 use super::{Group, Optimizer, locked};
 use crate::bridge::set_gradient;
 use crate::error::{Error, Result};
+
+/// Parameter groups that a scheduler drives: all of an [`Optimizer`], or one [`Group`].
+pub trait ParamGroups: sealed::Chosen {}
+
+impl ParamGroups for Optimizer {}
+impl ParamGroups for Group {}
+
+pub(crate) mod sealed {
+    use crate::optim::{Group, Optimizer};
+
+    /// Keeps other crates from implementing [`ParamGroups`](super::ParamGroups), which may grow.
+    pub trait Chosen {
+        /// The optimizer, and the group where it is one.
+        fn chosen(&self) -> (Optimizer, Option<Group>);
+    }
+
+    impl Chosen for Optimizer {
+        fn chosen(&self) -> (Optimizer, Option<Group>) {
+            (self.clone(), None)
+        }
+    }
+
+    impl Chosen for Group {
+        fn chosen(&self) -> (Optimizer, Option<Group>) {
+            (self.optimizer.clone(), Some(self.clone()))
+        }
+    }
+}
 
 /// Returns a predicate on names: true for the variables of the store that are biases, or scales and shifts of norms.
 /// These are the variables with at most one dimension, which recipes leave out of the weight decay. Variables that are

@@ -96,7 +96,7 @@ macro_rules! any_schedule {
 
 any_schedule! {
     LinearCyclical CosineAnnealing PiecewiseLinear Concat Scaled Skipped CosineAnnealingWarmRestarts
-    CyclicLR OneCycleLR OneCycleMomentum InverseSqrt Noam WarmupStableDecay ExpState
+    CyclicLR OneCycleLR OneCycleMomentum InverseSqrt Noam Power Rex WarmupStableDecay ExpState
     StepState MultiStepState;
     chainable: StepLR MultiStepLR ConstantLR LinearLR ExponentialLR PolynomialLR CosineAnnealingLR
     ChainedScheduler;

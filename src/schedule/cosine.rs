@@ -5,8 +5,9 @@ use serde_json::{Map, Value};
 
 use super::check::starts;
 use super::cycle::{Cycles, LastCycle, Point, cyclical_arguments, one};
-use super::{ParamScheduler, Schedule};
+use super::{OptimizerScheduler, Schedule};
 use crate::error::Result;
+use crate::optim::ParamGroups;
 
 /// Half a cosine wave from start to end in each cycle: ignite's `CosineAnnealingScheduler`
 /// (Loshchilov and Hutter 2016, <https://arxiv.org/abs/1608.03983>).
@@ -39,8 +40,21 @@ pub struct CosineAnnealing {
     last: LastCycle,
 }
 
-/// ignite's name for a [`ParamScheduler`] with a [`CosineAnnealing`] schedule.
-pub type CosineAnnealingScheduler = ParamScheduler<CosineAnnealing>;
+/// ignite's `CosineAnnealingScheduler`, with its arguments: drives a hyper-parameter by a [`CosineAnnealing`] schedule.
+///
+/// ```
+/// # use tch::{Device, nn};
+/// # use tch_ignite::engine::Engine;
+/// # use tch_ignite::optim::Optimizer;
+/// use tch_ignite::schedule::CosineAnnealingScheduler;
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # nn::linear(vs.root(), 1, 1, Default::default());
+/// # let optimizer = Optimizer::sgd(&vs).build()?;
+/// # let mut trainer = Engine::new(|_: &mut (), _, _: ()| Ok(()));
+/// trainer.attach(CosineAnnealingScheduler::new(&optimizer, "lr", 1e-1, 1e-3, 100).cycle_mult(2.0));
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+pub type CosineAnnealingScheduler = OptimizerScheduler<CosineAnnealing>;
 
 impl CosineAnnealing {
     /// Makes a schedule with cycles of `cycle_size` events (at least 2).

@@ -52,6 +52,41 @@ macro_rules! cyclical_arguments {
                 }
             }
         }
+
+        impl OptimizerScheduler<$schedule> {
+            /// Makes ignite's scheduler: of this hyper-parameter (`"lr"`), in all groups of an optimizer (`&optimizer`) or
+            /// in one (`&optimizer.group("fc")?`), with cycles of `cycle_size` events (at least 2).
+            pub fn new(
+                groups: &impl ParamGroups,
+                param: impl Into<String>,
+                start_value: f64,
+                end_value: f64,
+                cycle_size: u64,
+            ) -> Self {
+                Self::of(groups, param, $schedule::new(start_value, end_value, cycle_size))
+            }
+
+            /// Multiplies the cycle size (and the warm-up) at the end of each cycle, rounding down.
+            pub fn cycle_mult(self, factor: f64) -> Self {
+                self.with(|schedule| schedule.cycle_mult(factor))
+            }
+
+            /// Multiplies the start value at the end of each cycle.
+            pub fn start_value_mult(self, factor: f64) -> Self {
+                self.with(|schedule| schedule.start_value_mult(factor))
+            }
+
+            /// Multiplies the end value at the end of each cycle.
+            pub fn end_value_mult(self, factor: f64) -> Self {
+                self.with(|schedule| schedule.end_value_mult(factor))
+            }
+
+            /// Sets in how many events the value goes from the end of a cycle back to the start value, linearly; 0
+            /// for a jump.
+            pub fn warmup_duration(self, events: u64) -> Self {
+                self.with(|schedule| schedule.warmup_duration(events))
+            }
+        }
     };
 }
 pub(super) use cyclical_arguments;

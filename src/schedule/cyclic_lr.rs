@@ -1,4 +1,7 @@
-use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize, Serializer, ser};
 
 use super::Schedule;
 use super::check::{finite, starts, within};
@@ -31,6 +34,45 @@ pub struct CyclicLR {
     /// Whether the cycle is measured from `max_lr` downwards, as torch does with momentum.
     #[serde(default)]
     inverse: bool,
+    #[serde(
+        skip_deserializing,
+        skip_serializing_if = "Option::is_none",
+        serialize_with = "refused"
+    )]
+    scale_fn: Option<ScaleFn>,
+    #[serde(skip)]
+    scale_mode: ScaleMode,
+}
+
+/// A function of the user's that scales the cycles. Two are equal if they are clones of one.
+#[derive(Clone)]
+struct ScaleFn(Arc<dyn Fn(u64) -> f64 + Send + Sync>);
+
+impl PartialEq for ScaleFn {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl fmt::Debug for ScaleFn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a function")
+    }
+}
+
+fn refused<S: Serializer>(_: &Option<ScaleFn>, _: S) -> Result<S::Ok, S::Error> {
+    Err(ser::Error::custom("scale_fn is a function, which cannot be written down"))
+}
+
+/// The number that [`CyclicLR::scale_fn`] is a function of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ScaleMode {
+    /// The number of the cycle, from 1.
+    #[default]
+    Cycle,
+    /// The number of the event, from 0.
+    Iterations,
 }
 
 /// How the cycles of a [`CyclicLR`] shrink.
@@ -63,6 +105,8 @@ impl CyclicLR {
             mode: CyclicMode::default(),
             gamma: 1.,
             inverse: false,
+            scale_fn: None,
+            scale_mode: ScaleMode::default(),
         }
     }
 
@@ -90,6 +134,26 @@ impl CyclicLR {
         self
     }
 
+    /// Scales the height of the cycles by a function of the number of the cycle, or of the event with
+    /// [`scale_mode`](Self::scale_mode), instead of by the [`mode`](Self::mode). The schedule cannot be written to a file
+    /// then.
+    ///
+    /// ```
+    /// use tch_ignite::schedule::{CyclicLR, Schedule};
+    /// let schedule = CyclicLR::new(0.0, 1.0).step_size_up(2.0).scale_fn(|cycle| 1.0 / cycle as f64);
+    /// assert_eq!([2, 6, 10].map(|i| schedule.at(i)), [1.0, 1.0 / 2.0, 1.0 / 3.0]);
+    /// ```
+    pub fn scale_fn(mut self, scale: impl Fn(u64) -> f64 + Send + Sync + 'static) -> Self {
+        self.scale_fn = Some(ScaleFn(Arc::new(scale)));
+        self
+    }
+
+    /// Sets what [`scale_fn`](Self::scale_fn) is a function of: the number of the cycle unless given.
+    pub fn scale_mode(mut self, mode: ScaleMode) -> Self {
+        self.scale_mode = mode;
+        self
+    }
+
     /// Makes the schedule of the momentum that goes with this one, from `max_momentum` to `base_momentum` and back
     /// (torch's `cycle_momentum`).
     pub fn momentum(&self, base_momentum: f64, max_momentum: f64) -> Self {
@@ -110,10 +174,12 @@ impl Schedule for CyclicLR {
         let cycle = (1. + e / total).floor();
         let x = 1. + e / total - cycle;
         let height = if x <= ratio { x / ratio } else { (x - 1.) / (ratio - 1.) };
-        let scale = match self.mode {
-            CyclicMode::Triangular => 1.,
-            CyclicMode::Triangular2 => 1. / 2f64.powf(cycle - 1.),
-            CyclicMode::ExpRange => self.gamma.powf(e),
+        let scale = match (&self.scale_fn, self.scale_mode, self.mode) {
+            (Some(ScaleFn(scale)), ScaleMode::Cycle, _) => scale(cycle as u64),
+            (Some(ScaleFn(scale)), ScaleMode::Iterations, _) => scale(event),
+            (None, _, CyclicMode::Triangular) => 1.,
+            (None, _, CyclicMode::Triangular2) => 1. / 2f64.powf(cycle - 1.),
+            (None, _, CyclicMode::ExpRange) => self.gamma.powf(e),
         };
         let height = (self.max_lr - self.base_lr) * height * scale;
         if self.inverse { self.max_lr - height } else { self.base_lr + height }

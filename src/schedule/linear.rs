@@ -3,8 +3,9 @@ use serde_json::{Map, Value};
 
 use super::check::starts;
 use super::cycle::{Cycles, LastCycle, Point, cyclical_arguments, one};
-use super::{ParamScheduler, Schedule};
+use super::{OptimizerScheduler, Schedule};
 use crate::error::{Error, Result};
+use crate::optim::ParamGroups;
 
 /// Straight lines to `end_value` and back in each cycle: ignite's `LinearCyclicalScheduler`.
 ///
@@ -36,8 +37,21 @@ pub struct LinearCyclical {
     last: LastCycle,
 }
 
-/// ignite's name for a [`ParamScheduler`] with a [`LinearCyclical`] schedule.
-pub type LinearCyclicalScheduler = ParamScheduler<LinearCyclical>;
+/// ignite's `LinearCyclicalScheduler`, with its arguments: drives a hyper-parameter by a [`LinearCyclical`] schedule.
+///
+/// ```
+/// # use tch::{Device, nn};
+/// # use tch_ignite::engine::Engine;
+/// # use tch_ignite::optim::Optimizer;
+/// use tch_ignite::schedule::LinearCyclicalScheduler;
+/// # let vs = nn::VarStore::new(Device::Cpu);
+/// # nn::linear(vs.root(), 1, 1, Default::default());
+/// # let optimizer = Optimizer::sgd(&vs).build()?;
+/// # let mut trainer = Engine::new(|_: &mut (), _, _: ()| Ok(()));
+/// trainer.attach(LinearCyclicalScheduler::new(&optimizer, "lr", 1e-1, 1e-3, 100).cycle_mult(2.0));
+/// # Ok::<(), tch_ignite::Error>(())
+/// ```
+pub type LinearCyclicalScheduler = OptimizerScheduler<LinearCyclical>;
 
 impl LinearCyclical {
     /// Makes a schedule with cycles of `cycle_size` events (at least 2).
@@ -63,6 +77,13 @@ impl LinearCyclical {
 }
 
 cyclical_arguments!(LinearCyclical);
+
+impl OptimizerScheduler<LinearCyclical> {
+    /// Goes from start to end only, and at once back to the start: a saw-tooth.
+    pub fn monotonic(self, on: bool) -> Self {
+        self.with(|schedule| schedule.monotonic(on))
+    }
+}
 
 impl Schedule for LinearCyclical {
     fn at(&self, event: u64) -> f64 {

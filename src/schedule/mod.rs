@@ -1,8 +1,8 @@
 //! Schedules: pure functions from an event number to a value, and the handler that applies them.
 //!
 //! A [`Schedule`] knows nothing of optimizers or engines: `at(i)` is the value of event `i`, from 0.
-//! [`ParamScheduler`] joins a name, a [`Knob`](crate::optim::Knob) and a schedule, and is a handler of the
-//! engine. The values equal ignite's bit for bit.
+//! [`ParamScheduler`] joins a name, a [`Knob`](crate::optim::Knob) and a schedule, and is a handler of the engine;
+//! [`CosineAnnealingScheduler`] and its kin take ignite's arguments. The values equal ignite's bit for bit.
 
 mod any;
 mod batch_size;
@@ -23,13 +23,16 @@ mod linear_lr;
 mod multi_step_lr;
 mod noam;
 mod one_cycle_lr;
+mod optimizer_scheduler;
 mod param_group;
 mod param_state;
 mod piecewise_linear;
 mod plan;
 mod plateau;
 mod polynomial_lr;
+mod power;
 mod recurrence;
+mod rex;
 mod run_length;
 mod scaled;
 mod scheduler;
@@ -47,7 +50,7 @@ pub use constant_lr::ConstantLR;
 pub use cosine::{CosineAnnealing, CosineAnnealingScheduler};
 pub use cosine_annealing_lr::CosineAnnealingLR;
 pub use cosine_annealing_warm_restarts::CosineAnnealingWarmRestarts;
-pub use cyclic_lr::{CyclicLR, CyclicMode};
+pub use cyclic_lr::{CyclicLR, CyclicMode, ScaleMode};
 pub use exponential_lr::ExponentialLR;
 pub use inverse_sqrt::InverseSqrt;
 pub use lambda_lr::{LambdaLR, MultiplicativeLR};
@@ -56,12 +59,15 @@ pub use linear_lr::LinearLR;
 pub use multi_step_lr::MultiStepLR;
 pub use noam::Noam;
 pub use one_cycle_lr::{Anneal, OneCycleLR, OneCycleMomentum, one_cycle};
+pub use optimizer_scheduler::OptimizerScheduler;
 pub use param_group::ParamGroupScheduler;
 pub use param_state::{ExpState, MultiStepState, StepState, piecewise_linear_state};
 pub use piecewise_linear::{PiecewiseLinear, PiecewiseLinearScheduler};
 pub use plan::{PlannedSchedule, SchedulePlan};
 pub use plateau::{ReduceLROnPlateauScheduler, ThresholdMode};
 pub use polynomial_lr::PolynomialLR;
+pub use power::Power;
+pub use rex::Rex;
 pub use run_length::RunLength;
 pub use scaled::{Scaled, Skipped};
 pub use scheduler::ParamScheduler;

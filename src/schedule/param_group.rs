@@ -15,16 +15,16 @@ use crate::state::StateDict;
 /// # use tch::{Device, nn};
 /// # use tch_ignite::engine::Engine;
 /// # use tch_ignite::optim::Optimizer;
-/// use tch_ignite::schedule::{AnySchedule, CosineAnnealing, LinearCyclical, ParamGroupScheduler, ParamScheduler};
+/// # use tch_ignite::optim::lr;
+/// use tch_ignite::schedule::{CosineAnnealingScheduler, LinearCyclicalScheduler, ParamGroupScheduler};
 /// # let vs = nn::VarStore::new(Device::Cpu);
 /// # nn::linear(vs.root().set_group(0), 1, 1, Default::default());
 /// # nn::linear(vs.root().set_group(1), 1, 1, Default::default());
-/// # let optimizer = Optimizer::sgd(&vs).name_group(0, "base").name_group(1, "fc").build()?;
+/// # let optimizer = Optimizer::sgd(&vs).name_group(0, "base", lr(1e-3)).name_group(1, "fc", lr(1e-2)).build()?;
 /// # let mut trainer = Engine::new(|_: &mut (), _, _: ()| Ok(()));
-/// let (base, fc) = (optimizer.group("base")?.knob("lr")?, optimizer.group("fc")?.knob("lr")?);
 /// trainer.attach(ParamGroupScheduler::new([
-///     ParamScheduler::new("lr (base)", base, AnySchedule::from(LinearCyclical::new(1e-3, 1e-4, 100))),
-///     ParamScheduler::new("lr (fc)", fc, CosineAnnealing::new(1e-2, 1e-4, 100).into()),
+///     LinearCyclicalScheduler::new(&optimizer, "lr", 1e-3, 1e-4, 100).param_group("base").into(),
+///     CosineAnnealingScheduler::new(&optimizer, "lr", 1e-2, 1e-4, 100).param_group("fc").into(),
 /// ]));
 /// # Ok::<(), tch_ignite::Error>(())
 /// ```
@@ -158,6 +158,11 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamGroupScheduler<S> {
 
     fn load_state_partially(&mut self, state: StateDict) -> Result<Vec<String>> {
         self.load(state, false)
+    }
+
+    fn param(&self, name: &str) -> Option<Result<f64>> {
+        let scheduler = self.schedulers.iter().find(|scheduler| scheduler.name() == name)?;
+        Some(scheduler.get_param())
     }
 
     fn call(

@@ -1,8 +1,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::check::{finite, starts};
-use super::{ParamScheduler, Schedule};
+use super::{OptimizerScheduler, Schedule};
 use crate::error::{Error, Result};
+use crate::optim::ParamGroups;
 
 /// Straight lines between milestones: ignite's `PiecewiseLinear`. Before the first milestone the value is the first
 /// one, from the last milestone on it is the last one; two values at one event are a jump.
@@ -18,8 +19,20 @@ pub struct PiecewiseLinear {
     milestones_values: Vec<(i64, f64)>,
 }
 
-/// ignite's name for a [`ParamScheduler`] with a [`PiecewiseLinear`] schedule.
-pub type PiecewiseLinearScheduler = ParamScheduler<PiecewiseLinear>;
+/// ignite's `PiecewiseLinear` handler, with its arguments: drives a hyper-parameter by a [`PiecewiseLinear`] schedule.
+pub type PiecewiseLinearScheduler = OptimizerScheduler<PiecewiseLinear>;
+
+impl OptimizerScheduler<PiecewiseLinear> {
+    /// Makes ignite's scheduler: of this hyper-parameter (`"lr"`), in all groups of an optimizer (`&optimizer`) or in one
+    /// (`&optimizer.group("fc")?`), through these (event, value) points.
+    pub fn new(
+        groups: &impl ParamGroups,
+        param: impl Into<String>,
+        milestones_values: impl IntoIterator<Item = (i64, f64)>,
+    ) -> Self {
+        Self::of(groups, param, PiecewiseLinear::new(milestones_values))
+    }
+}
 
 impl PiecewiseLinear {
     /// Makes a schedule through these (event, value) points. Events must not decrease; they may begin before event 0.

@@ -387,6 +387,11 @@ impl<C, B, O> Handler<C, B, O> for ReduceLROnPlateauScheduler {
         self.load(state, false)
     }
 
+    fn param(&self, name: &str) -> Option<Result<f64>> {
+        // Only the next value of the metric decides what is set next, so this is the value that holds until then.
+        Some(self.knobs.first().filter(|_| name == self.name)?.get())
+    }
+
     fn call(
         &mut self,
         _event: Event,

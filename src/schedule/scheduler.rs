@@ -8,7 +8,8 @@ use crate::event_filter::Events;
 use crate::optim::Knob;
 use crate::state::StateDict;
 
-/// Drives a knob by a schedule: a handler of the engine.
+/// Drives a knob by a schedule: a handler of the engine. For a hyper-parameter of an optimizer,
+/// [`OptimizerScheduler`](super::OptimizerScheduler) finds the knob by names, with ignite's arguments.
 ///
 /// At each of its events ([`Event::IterationStarted`] unless [`on`](Self::on) says otherwise) it writes the next
 /// value of the schedule. The first is that of event 0, and is what the first step sees. Nothing is written at
@@ -54,9 +55,9 @@ use crate::state::StateDict;
 #[doc(alias = "LearningRateMonitor")]
 #[must_use = "a handler is called only once it is attached: `Engine::attach`"]
 pub struct ParamScheduler<S = Box<dyn Schedule>> {
-    name: String,
-    knob: Knob,
-    schedule: S,
+    pub(super) name: String,
+    pub(super) knob: Knob,
+    pub(super) schedule: S,
     events_done: u64,
     save_history: bool,
     event: Events,
@@ -139,6 +140,24 @@ impl<S: Schedule> ParamScheduler<S> {
         let value = self.knob.set_scheduled(value(&self.schedule, self.events_done)?)?;
         self.events_done += 1;
         Ok(value)
+    }
+
+    /// The same scheduler of a schedule whose type is not known.
+    pub(super) fn boxed(self) -> ParamScheduler
+    where
+        S: 'static,
+    {
+        ParamScheduler {
+            name: self.name,
+            knob: self.knob,
+            schedule: Box::new(self.schedule),
+            events_done: self.events_done,
+            save_history: self.save_history,
+            event: self.event,
+            is_after_step: self.is_after_step,
+            write_at_start: self.write_at_start,
+            validated: self.validated,
+        }
     }
 
     /// Handles one event of an engine. With `at_start`, value 0 is written at [`Event::Started`].
@@ -257,7 +276,8 @@ impl<S: Schedule> ParamScheduler<S> {
 
 impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamScheduler<S> {
     fn spec(&self) -> Result<HandlerSpec> {
-        self.schedule.validate()?;
+        let checked = self.knob.check().and_then(|()| self.schedule.validate());
+        checked.map_err(|error| Error::invalid(format!("scheduler '{}': {error}", self.name)))?;
         let events = with_start(&self.event, self.writes_at_start());
         let spec = HandlerSpec::new(&*self.name, events);
         let spec = spec.unique_names(unique_names(&self.name, self.save_history));
@@ -278,6 +298,10 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for ParamScheduler<S> {
     fn load_state_partially(&mut self, mut state: StateDict) -> Result<Vec<String>> {
         let changed = self.load_both(&state.values().clone(), &mut state, false)?;
         Ok(changed.into_iter().collect())
+    }
+
+    fn param(&self, name: &str) -> Option<Result<f64>> {
+        (name == self.name).then(|| self.get_param())
     }
 
     fn call(

@@ -29,7 +29,7 @@ pub struct WarmupStableDecay {
     shape: Decay,
 }
 
-/// How the value falls at the end of a [`WarmupStableDecay`].
+/// How the value falls at the end of a [`WarmupStableDecay`] or [`Power`](super::Power).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -41,6 +41,17 @@ pub enum Decay {
     Cosine,
     /// The value falls by `1 - sqrt(progress)` (<https://arxiv.org/abs/2405.18392>).
     OneMinusSqrt,
+}
+
+impl Decay {
+    /// Returns what is left of the value at `progress`, from 0 to 1.
+    pub(super) fn share(self, progress: f64) -> f64 {
+        match self {
+            Self::Linear => 1. - progress,
+            Self::Cosine => (1. + (PI * progress).cos()) / 2.,
+            Self::OneMinusSqrt => 1. - progress.sqrt(),
+        }
+    }
 }
 
 impl WarmupStableDecay {
@@ -81,12 +92,7 @@ impl Schedule for WarmupStableDecay {
             return self.end;
         }
         let progress = (event - falling) as f64 / self.decay as f64;
-        let share = match self.shape {
-            Decay::Linear => 1. - progress,
-            Decay::Cosine => (1. + (PI * progress).cos()) / 2.,
-            Decay::OneMinusSqrt => 1. - progress.sqrt(),
-        };
-        self.end + (self.peak - self.end) * share
+        self.end + (self.peak - self.end) * self.shape.share(progress)
     }
 
     fn validate(&self) -> Result<()> {

@@ -8,6 +8,10 @@ use crate::error::{Error, Result};
 ///
 /// Numbers, texts, tensors (saved without their graph), and options, lists and tuples of these implement this trait.
 /// Implement it for your own type by putting the type's parts into a [`StateDict`].
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot be part of a checkpoint",
+    note = "numbers, texts, tensors, and options, lists and tuples of these can; for a type of your own implement `Saveable`"
+)]
 pub trait Saveable: Sized {
     /// Turns the value into a state.
     ///

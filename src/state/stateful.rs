@@ -17,6 +17,10 @@ use crate::error::{Error, Result};
 /// A value that [`Engine::track`](crate::engine::Engine::track) takes: `&VarStore`, `&Optimizer`, a
 /// [`GradScaler`](crate::amp::GradScaler), [`SavedGradients`], and `Rc<RefCell<T>>` or `Arc<Mutex<T>>` of a [`Stateful`]
 /// type.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` has no state that a checkpoint could hold",
+    note = "`track` takes `&VarStore`, `&Optimizer`, a `GradScaler`, and `Rc<RefCell<T>>` or `Arc<Mutex<T>>` of a type `T` of your own: implement `Stateful` for it"
+)]
 pub trait IntoStateful<'a> {
     /// Makes a handle to the tracked object.
     fn into_stateful(self) -> Box<dyn Stateful + 'a>;

@@ -96,29 +96,20 @@ fn optimizer(name: &str, vs: &VarStore) -> Result<Optimizer> {
     }
     match name {
         "SGD" => grouped(Optimizer::builder(nn::sgd(0.9, 0., 0., true), vs)),
-        "Adam" => grouped(Optimizer::adam(vs).options(GroupOptions::new().amsgrad(true))),
+        "Adam" => grouped(Optimizer::adam(vs).amsgrad(true)),
         "AdamW" => grouped(Optimizer::adamw(vs)),
-        "RMSprop" => {
-            let options = GroupOptions::new().momentum(0.5).centered(true);
-            grouped(Optimizer::rms_prop(vs).options(options))
-        }
+        "RMSprop" => grouped(Optimizer::rms_prop(vs).momentum(0.5).centered(true)),
         "Adagrad" => grouped(Optimizer::adagrad(vs)),
         "NAdam" => grouped(Optimizer::nadam(vs)),
-        "RAdam" => grouped(Optimizer::radam(vs).options(GroupOptions::new().betas(0.8, 0.9))),
+        "RAdam" => grouped(Optimizer::radam(vs).betas(0.8, 0.9)),
         "Adamax" => grouped(Optimizer::adamax(vs)),
         "Adadelta" => grouped(Optimizer::adadelta(vs)),
-        "ASGD" => grouped(Optimizer::asgd(vs).options(GroupOptions::new().t0(2.).lambd(0.1))),
+        "ASGD" => grouped(Optimizer::asgd(vs).t0(2.).lambd(0.1)),
         "Lion" => grouped(Optimizer::lion(vs)),
         "Adafactor" => grouped(Optimizer::adafactor(vs)),
-        "AdEMAMix" => {
-            let options = GroupOptions::new().alpha_warmup(5).beta3_warmup(9);
-            grouped(Optimizer::ademamix(vs).options(options))
-        }
+        "AdEMAMix" => grouped(Optimizer::ademamix(vs).alpha_warmup(5).beta3_warmup(9)),
         "SGDScheduleFree" => grouped(Optimizer::sgd_schedule_free(vs)),
-        "AdamWScheduleFree" => {
-            let options = GroupOptions::new().warmup_steps(4);
-            grouped(Optimizer::adamw_schedule_free(vs).options(options))
-        }
+        "AdamWScheduleFree" => grouped(Optimizer::adamw_schedule_free(vs).warmup_steps(4)),
         // Two algorithms.
         _ => Optimizer::muon(vs)
             .group("base", |name| name != "fc.weight", GroupOptions::nadam().lr(1e-2))

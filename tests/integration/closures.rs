@@ -30,8 +30,8 @@ fn loss(x: &Tensor) -> Tensor {
 }
 
 fn lbfgs(vs: &VarStore, search: bool) -> Result<Optimizer> {
-    let options = GroupOptions::new().max_iter(3).history_size(4).strong_wolfe(search);
-    Ok(Optimizer::lbfgs(vs).lr(0.5).options(options).build()?)
+    let builder = Optimizer::lbfgs(vs).lr(0.5).max_iter(3).history_size(4);
+    Ok(builder.strong_wolfe(search).build()?)
 }
 
 fn evaluate(optimizer: &Optimizer, x: &Tensor, sign: f64) -> Result<Tensor> {

@@ -8,18 +8,26 @@
 mod common;
 
 mod bad_input;
+mod batch_samplers;
 mod closures;
 mod data_loader;
+mod data_splits;
+mod engine_values;
 mod handlers;
 mod host_syncs;
 mod ignite_names;
+mod ignite_schedulers;
+mod image_folder;
 mod metrics;
 mod metrics_behaviour;
 mod metrics_reference;
 #[cfg(feature = "mlflow")]
 mod mlflow;
 mod optimizer;
+#[cfg(feature = "toml")]
+mod optimizer_plan;
 mod pages;
+mod ready_trainer;
 mod report;
 #[cfg(feature = "toml")]
 mod schedule_files;
@@ -27,4 +35,7 @@ mod schedule_free;
 mod schedule_properties;
 mod schedule_state;
 mod schedules;
+mod streams;
 mod training_aids;
+mod transforms;
+mod wrong_arguments;

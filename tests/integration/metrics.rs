@@ -249,15 +249,12 @@ fn values_are_detached_and_kept_apart_from_the_steps_tensors() -> anyhow::Result
 fn values_that_do_not_exist_are_named_with_those_that_do() -> anyhow::Result<()> {
     let mut engine: Engine<(), f64, f64> = Engine::new(|_, _, x| Ok(x));
     engine.metric("b", Mean::new()).metric("a", Mean::new());
-    assert_eq!(
-        engine.state.metrics.get("a").unwrap_err().to_string(),
-        "no metric 'a' has a value yet; there are: "
-    );
+    let text = |engine: &Engine<(), f64, f64>, name| {
+        engine.state.metrics.get(name).unwrap_err().to_string()
+    };
+    assert!(text(&engine, "a").starts_with("no metric 'a' has a value yet; none has one. "));
     engine.run(&mut (), vec![1.], Until::epochs(1))?;
-    assert_eq!(
-        engine.state.metrics.get("c").unwrap_err().to_string(),
-        "no metric 'c' has a value yet; there are: 'a', 'b'"
-    );
+    assert!(text(&engine, "c").starts_with("no metric 'c' has a value yet; there are: 'a', 'b'. "));
     let pair: Vec<_> = engine.state.metrics.iter().map(|(name, _)| name).collect();
     assert!(pair == ["a", "b"] && engine.state.metrics.contains("a"));
     Ok(())

@@ -386,13 +386,14 @@ fn groups_follow_tchs_numbers_with_given_and_default_names() -> Result<()> {
     let vs = store();
     let (root, first) = (vs.root(), vs.root().set_group(2));
     let (_u, _v) = (first.ones("u", &ONE), root.ones("v", &ONE));
-    let optimizer = Optimizer::sgd(&vs).name_group(2, "special").lr(0.5).build()?;
+    let optimizer = Optimizer::sgd(&vs).name_group(2, "special", lr(0.25)).lr(0.5).build()?;
     assert_eq!(optimizer.group_names()?, ["group_0", "group_1", "special"]);
     let parameters = |name| optimizer.group(name)?.parameters();
     assert_eq!(parameters("special")?, ["u"]);
     assert_eq!(parameters("group_0")?, ["v"]);
     assert!(parameters("group_1")?.is_empty());
     assert_eq!(optimizer.group("group_1")?.lr()?, 0.5);
+    assert_eq!(optimizer.group("special")?.lr()?, 0.25);
     Ok(())
 }
 
@@ -421,10 +422,10 @@ fn refusals_at_build_say_what_was_given_and_what_there_is() {
             "two parameter groups are named 'x'",
         ),
         (
-            sgd().name_group(0, "x").group("y", all, none()),
+            sgd().name_group(0, "x", none()).group("y", all, none()),
             "use either `group` (by name) or `name_group` (tch's numbers), not both",
         ),
-        (sgd().name_group(3, "x"), "no parameter group 3; this optimizer has: 0"),
+        (sgd().name_group(3, "x", none()), "no parameter group 3; this optimizer has: 0"),
         (sgd().lr(-1.), "lr must be finite and not negative, but -1 was given"),
         (sgd().lr(f64::NAN), "lr must be finite and not negative, but NaN was given"),
         (sgd().group("x", all, lr(-0.5)), "lr must be finite and not negative, but -0.5 was given"),
@@ -783,7 +784,10 @@ fn numbers_of_tch_are_named_once() {
     let (vs, _a, _b) = two();
     let build = |names: &[(usize, &str)]| {
         let builder = Optimizer::sgd(&vs);
-        text(names.iter().fold(builder, |b, (number, name)| b.name_group(*number, *name)).build())
+        let named = names
+            .iter()
+            .fold(builder, |b, (number, name)| b.name_group(*number, *name, GroupOptions::new()));
+        text(named.build())
     };
     assert_eq!(build(&[(0, "a"), (0, "b")]), "group 0 is named twice: 'a' and 'b'");
     assert_eq!(build(&[(0, "a"), (1, "a")]), "two parameter groups are named 'a'");
@@ -976,7 +980,7 @@ fn two_names_of_one_parameter_in_two_groups_are_refused_with_both_names() {
     let vs = store();
     let w = vs.root().ones("w", &ONE);
     let _ = vs.root().set_group(1).add("again", w.shallow_clone(), true);
-    let refused = text(Optimizer::sgd(&vs).name_group(1, "head").build());
+    let refused = text(Optimizer::sgd(&vs).name_group(1, "head", GroupOptions::new()).build());
     for part in ["'again' and 'w'", "'group_0' and 'head'"] {
         assert!(refused.contains(part), "{refused}");
     }

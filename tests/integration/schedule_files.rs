@@ -208,18 +208,18 @@ fn what_is_missing_of_the_run_is_said() {
     let plan = toml(&format!("{cosine}cycle_size = '2ep'")).unwrap();
     assert_eq!(
         plan.resolve(RunLength::of_iterations(100)).unwrap_err().to_string(),
-        "schedule[0].cycle_size: \"2ep\" cannot be turned into iterations: the number of iterations in an epoch is not known"
+        "schedule[0].cycle_size: \"2ep\" cannot be turned into iterations: the number of iterations in an epoch is not known (line 5, column 14)"
     );
     let plan = toml(&format!("event = 'epoch'\n{cosine}cycle_size = '50%'")).unwrap();
     assert_eq!(
         plan.resolve(RunLength::default()).unwrap_err().to_string(),
-        "schedule[0].cycle_size: \"50%\" cannot be turned into epochs: the length of the run is not known"
+        "schedule[0].cycle_size: \"50%\" cannot be turned into epochs: the length of the run is not known (line 6, column 14)"
     );
     let plan = toml(&format!("{cosine}cycle_size = 50")).unwrap();
     plan.resolve(RunLength::default()).unwrap();
     assert_eq!(
         plan.simulate_values(RunLength::default()).unwrap_err().to_string(),
-        "schedule[0]: the number of iterations in the run is not known"
+        "schedule[0]: the number of iterations in the run is not known (line 1, column 1)"
     );
     assert_eq!(
         plan.check(RunLength::new(0, 5)).unwrap_err().to_string(),
@@ -281,7 +281,7 @@ fn errors_outside_of_entries_name_their_place() {
     assert_eq!(json("{}"), "missing field `schedule`");
     assert_eq!(
         json("{\"schedule\": [3]}"),
-        "schedule[0]: invalid type: integer `3`, expected a map"
+        "schedule[0]: invalid type: integer `3`, expected a map (line 1, column 15)"
     );
     assert!(
         json("{\"schedule\": [], \"scheduler\": 1}")
@@ -313,16 +313,16 @@ fn one_knob_has_one_schedule() {
     };
     assert_eq!(
         pair("group = 'base'", "group = 'base'").unwrap_err(),
-        "schedule[1]: drives lr of group 'base', as schedule[0] does already; join them with a Concat"
+        "schedule[1]: drives lr of group 'base', as schedule[0] does already; join them with a Concat (line 6, column 1)"
     );
     assert_eq!(
         pair("group = 'base'", "").unwrap_err(),
-        "schedule[1]: drives lr of group 'base', as schedule[0] does already; join them with a Concat"
+        "schedule[1]: drives lr of group 'base', as schedule[0] does already; join them with a Concat (line 6, column 1)"
     );
     assert!(pair("", "event = 'epoch'").unwrap_err().contains("drives lr of all groups"));
     assert_eq!(
         pair("name = 'x'", "name = 'x'\nparam = 'momentum'").unwrap_err(),
-        "schedule[1].name: schedule[0] is named 'x' too"
+        "schedule[1].name: schedule[0] is named 'x' too (line 7, column 8)"
     );
     assert!(pair("group = 'base'", "group = 'fc'").is_ok());
     assert!(pair("group = 'base'", "param = 'momentum'").is_ok());
@@ -333,7 +333,7 @@ fn schedules_longer_than_the_run_are_refused_or_cut() {
     let cosine = "type = 'CosineAnnealing'\nstart_value = 1.0\nend_value = 0.0\ncycle_size = 2000";
     assert_eq!(
         refused(cosine),
-        "schedule[0]: CosineAnnealing takes 2000 iterations, but the run has only 1000; shorten it, or say `longer = \"warn\"` to have it cut off"
+        "schedule[0]: CosineAnnealing takes 2000 iterations, but the run has only 1000; shorten it, or say `longer = \"warn\"` to have it cut off (line 1, column 1)"
     );
     assert!(
         refused(&format!("event = 'epoch'\n{}", cosine.replace("2000", "11")))
@@ -348,7 +348,7 @@ fn schedules_longer_than_the_run_are_refused_or_cut() {
     // A schedule that ends before the run would fail in the middle of the run, whatever `longer` says.
     assert_eq!(
         refused("longer = 'warn'\ntype = 'OneCycleLR'\nmax_lr = 1.0\ntotal_steps = 500"),
-        "schedule[0]: OneCycleLR ends after 501 iterations (total_steps is 500), but the run has 1000"
+        "schedule[0]: OneCycleLR ends after 501 iterations (total_steps is 500), but the run has 1000 (line 1, column 1)"
     );
 }
 
@@ -445,11 +445,11 @@ fn what_the_optimizer_lacks_is_refused() {
     };
     assert_eq!(
         bound("group = 'head'").unwrap_err(),
-        "schedule[0].group: no parameter group 'head'; this optimizer has: base, fc"
+        "schedule[0].group: no parameter group 'head'; this optimizer has: base, fc (line 2, column 9)"
     );
     assert_eq!(
         bound("param = 'beta1'").unwrap_err(),
-        "schedule[0].param: SGD has no hyper-parameter 'beta1'; it has: lr, momentum, dampening, weight_decay, nesterov, maximize"
+        "schedule[0].param: SGD has no hyper-parameter 'beta1'; it has: lr, momentum, dampening, weight_decay, nesterov, maximize (line 2, column 9)"
     );
     assert_eq!(bound("group = 'fc'\nparam = 'weight_decay'"), Ok(1));
 }
@@ -558,10 +558,71 @@ fn a_plan_counts_updates() {
     let shown: Vec<_> = values.iter().map(|(iteration, _)| *iteration).collect();
     assert_eq!(shown, [1, 4, 5, 8, 9, 10, 11, 14, 15, 18, 19, 20, 21, 24, 25, 28, 29, 30]);
     for (index, (_, value)) in values.iter().enumerate() {
-        approx::assert_abs_diff_eq!(value, at(index as u64 / 2), epsilon = 1e-15);
+        approx::assert_abs_diff_eq!(*value, at(index as u64 / 2), epsilon = 1e-15);
     }
     let step = PlannedSchedule::new("lr", None, StepLR::new(1., 5)).unwrap().each_update();
     let written = SchedulePlan::new([step]).unwrap().to_toml().unwrap();
     assert!(written.contains("event = \"update\""), "{written}");
     assert_eq!(SchedulePlan::from_toml(&written).unwrap().to_toml().unwrap(), written);
+}
+
+#[test]
+fn values_outside_their_bounds_are_found_before_the_run() {
+    let checked = |entry: &str| text_of(toml(entry).unwrap().check(RUN));
+    assert_eq!(
+        checked(
+            "type = 'CosineAnnealing'\nstart_value = -0.1\nend_value = 0.0\ncycle_size = '1run'"
+        ),
+        "schedule[0].start_value: CosineAnnealing after 0 iterations: lr must be finite and not negative, but -0.1 was given (line 3, column 15)"
+    );
+    assert_eq!(
+        checked(
+            "event = 'epoch'\ntype = 'LinearCyclical'\nmonotonic = true\nstart_value = 1\nend_value = -1\ncycle_size = 10"
+        ),
+        "schedule[0]: LinearCyclical after 6 epochs: lr must be finite and not negative, but -0.19999999999999996 was given (line 1, column 1)"
+    );
+    let beta = "param = 'beta1'\ntype = 'ExponentialLR'\ngamma = 1.0\nbase = 1.0";
+    assert!(
+        checked(beta).starts_with(
+            "schedule[0].base: ExponentialLR after 0 iterations: beta1 must be in [0, 1)"
+        ) || checked(beta).starts_with("schedule[0].gamma: ")
+    );
+    let plan = toml(beta).unwrap();
+    assert!(plan.check(RunLength::default()).is_err() && plan.resolve(RUN).is_ok());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.json");
+    let json = "{\n \"schedule\": [{\"type\": \"StepLR\",\n  \"base\": -0.5, \"step_size\": 5}]}";
+    std::fs::write(&path, json).unwrap();
+    let error = text_of(SchedulePlan::from_path(&path).unwrap().bind(&optimizer(), RUN));
+    let expected = "a.json: schedule[0].base: StepLR after 0 iterations: lr must be finite and not negative, but -0.5 was given (line 3, column 11)";
+    assert!(error.ends_with(expected), "{error}");
+    // A knob of one's own has no bounds.
+    assert!(
+        toml("param = 'mine'\ntype = 'StepLR'\nbase = -1.0\nstep_size = 5")
+            .unwrap()
+            .check(RUN)
+            .is_ok()
+    );
+}
+
+fn text_of<T>(result: tch_ignite::Result<T>) -> String {
+    result.map(drop).unwrap_err().to_string()
+}
+
+#[test]
+fn rex_and_power_are_read_from_files() {
+    assert_eq!(
+        resolved("type = 'Rex'\nbase = 0.1\ntotal_iters = '1run'"),
+        tch_ignite::schedule::Rex::new(0.1, 1000).into()
+    );
+    assert_eq!(
+        resolved(
+            "type = 'Power'\nlr_max = 0.02\nbatch_size = 64\ntokens = 65536\nwarmup = '10%'\ntotal_iters = '1run'\ndecay = '2ep'\nshape = 'cosine'"
+        ),
+        tch_ignite::schedule::Power::new(0.02, 64, 65536)
+            .warmup(100)
+            .decay(1000, 200)
+            .shape(tch_ignite::schedule::Decay::Cosine)
+            .into()
+    );
 }

@@ -9,7 +9,7 @@ use tch_ignite::checkpoint::{Checkpoint, IntoStateful};
 use tch_ignite::data::Loader;
 use tch_ignite::engine::{Engine, Event, Until};
 use tch_ignite::handlers::{EMAHandler, Evaluate};
-use tch_ignite::optim::{GroupOptions, Optimizer};
+use tch_ignite::optim::Optimizer;
 use tch_ignite::supervised::{Supervised, create_supervised_evaluator, create_supervised_trainer};
 
 /// A store with one linear layer whose values are the same each time, and its optimizer.
@@ -22,10 +22,14 @@ fn made(name: &str) -> Result<(VarStore, nn::Linear, Optimizer)> {
             variable.copy_(&waves(&variable.size(), index as f64));
         }
     });
-    let options = GroupOptions::new().warmup_steps(3).weight_decay(0.01);
     let optimizer = match name {
-        "SGDScheduleFree" => Optimizer::sgd_schedule_free(&vs).lr(0.2).options(options).build()?,
-        _ => Optimizer::adamw_schedule_free(&vs).lr(0.05).options(options).build()?,
+        "SGDScheduleFree" => {
+            Optimizer::sgd_schedule_free(&vs).lr(0.2).warmup_steps(3).weight_decay(0.01).build()?
+        }
+        _ => {
+            let builder = Optimizer::adamw_schedule_free(&vs).lr(0.05);
+            builder.warmup_steps(3).weight_decay(0.01).build()?
+        }
     };
     assert_eq!(optimizer.name(), name);
     Ok((vs, net, optimizer))
@@ -224,9 +228,9 @@ fn counts_can_only_be_read_and_bounds_are_those_of_the_package() -> Result<()> {
         }
     }
     let refused = [
-        Optimizer::sgd_schedule_free(&vs).options(GroupOptions::new().momentum(0.)).build(),
-        Optimizer::sgd_schedule_free(&vs).options(GroupOptions::new().momentum(1.)).build(),
-        Optimizer::adamw_schedule_free(&vs).options(GroupOptions::new().betas(0., 0.9)).build(),
+        Optimizer::sgd_schedule_free(&vs).momentum(0.).build(),
+        Optimizer::sgd_schedule_free(&vs).momentum(1.).build(),
+        Optimizer::adamw_schedule_free(&vs).betas(0., 0.9).build(),
     ];
     for refused in refused {
         let error = refused.unwrap_err().to_string();

@@ -4,7 +4,7 @@ use anyhow::Result;
 use std::path::Path;
 use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
-use tch_ignite::optim::{GroupOptions, Optimizer};
+use tch_ignite::optim::Optimizer;
 use tch_ignite::pytorch::{self, Dict, Weights};
 
 use super::{common::serial, python};
@@ -23,20 +23,17 @@ fn made(name: &str) -> Result<(VarStore, Optimizer, nn::Sequential)> {
     let base = nn::linear(vs.root() / "base", 3, 5, Default::default());
     let net = nn::seq().add(base).add_fn(|x| x.tanh()).add(fc);
     vs.double();
-    let options = GroupOptions::new;
     let optimizer = match name {
         "LBFGS" => {
-            let options = options().max_iter(3).history_size(4).strong_wolfe(true);
-            Optimizer::lbfgs(&vs).lr(0.3).options(options).build()?
+            let builder = Optimizer::lbfgs(&vs).lr(0.3).max_iter(3).history_size(4);
+            builder.strong_wolfe(true).build()?
         }
-        "SGDScheduleFree" => {
-            Optimizer::sgd_schedule_free(&vs).options(options().warmup_steps(4)).build()?
-        }
+        "SGDScheduleFree" => Optimizer::sgd_schedule_free(&vs).warmup_steps(4).build()?,
         "AdamWScheduleFree" => {
-            let options = options().betas(0.8, 0.99).warmup_steps(4).weight_decay(0.1);
-            Optimizer::adamw_schedule_free(&vs).lr(0.02).options(options).build()?
+            let builder = Optimizer::adamw_schedule_free(&vs).lr(0.02).betas(0.8, 0.99);
+            builder.warmup_steps(4).weight_decay(0.1).build()?
         }
-        _ => Optimizer::ademamix(&vs).options(options().alpha_warmup(6)).build()?,
+        _ => Optimizer::ademamix(&vs).alpha_warmup(6).build()?,
     };
     Ok((vs, optimizer, net))
 }

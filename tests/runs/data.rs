@@ -2,10 +2,11 @@
 
 use tch::{Device, Kind, Tensor};
 use tch_ignite::data::{
-    Batch, IntoSource, Loader, Source, SubsetRandomSampler, WeightedRandomSampler, no_data,
-    one_shot, permutation, restartable,
+    Batch, Custom, IntoSource, Loader, ShallowClone, Source, SubsetRandomSampler,
+    WeightedRandomSampler, no_data, one_shot, permutation, restartable,
 };
-use tch_ignite::engine::{Engine, Until};
+use tch_ignite::engine::{Engine, Event, Until};
+use tch_ignite::handlers::Evaluate;
 
 /// A loader of samples 0, 1, 2, …, whose targets are the negatives.
 fn loader(samples: i64, batch_size: usize) -> Loader {
@@ -404,4 +405,165 @@ fn slices_and_iterators_are_sources() {
     let mut nothing: Box<dyn Source<u8>> = no_data().into_source();
     assert!(!nothing.fetches() && nothing.batches().is_none());
     assert_eq!(nothing.next().unwrap().unwrap(), 0);
+}
+
+/// The loader of the tests of changed batches: each input is moved by a random number, and targets become vectors.
+fn changed(batch_size: usize) -> Loader {
+    loader(11, batch_size).shuffle(4).map_batches(|(x, y), rng| {
+        let x = x.f_to_kind(Kind::Double)?.f_add_scalar(rng.uniform())?;
+        Ok((x, y.f_neg()?.f_one_hot(11)?))
+    })
+}
+
+#[test]
+fn changed_batches_depend_on_seed_pass_and_place_alone() -> anyhow::Result<()> {
+    let from = |loader: &Loader, pass, batch| {
+        let mut source = loader.into_source();
+        source.seek(pass, batch).unwrap();
+        rest(source.as_mut())
+    };
+    let (plain, loader) = (loader(11, 3).shuffle(4), changed(3));
+    let mut moved = vec![];
+    for number in [0, 5] {
+        let all = from(&loader, number, 0);
+        for ((x, y), plain) in all.iter().zip(pass(&plain, number, 0)) {
+            let plain = Tensor::from_slice(&plain);
+            assert_eq!(y.argmax(1, false), plain);
+            let by = Vec::<f64>::try_from(x - &plain)?;
+            assert!(
+                (0. ..1.).contains(&by[0]) && by.iter().all(|other| (other - by[0]).abs() < 1e-9)
+            );
+            moved.push(by[0].to_bits());
+        }
+        for batch in 1..4 {
+            assert_eq!(from(&loader, number, batch), all[batch as usize..]);
+        }
+        assert_ne!(from(&loader.clone().seed(5), number, 0)[0].0, all[0].0);
+        assert_eq!(from(&loader.clone().seed(4), number, 0), all);
+    }
+    moved.sort();
+    moved.dedup();
+    assert_eq!(moved.len(), 8, "each batch has a number of its own");
+    Ok(())
+}
+
+#[test]
+fn a_run_over_changed_batches_goes_on_where_it_was() -> anyhow::Result<()> {
+    let engine = || {
+        Engine::new(|seen: &mut Vec<u64>, _, (x, _): Batch| {
+            seen.extend(Vec::<f64>::try_from(x)?.into_iter().map(f64::to_bits));
+            Ok(())
+        })
+    };
+    let mut straight = vec![];
+    engine().run(&mut straight, changed(3), Until::epochs(3))?;
+    for stop in [1, 3, 4, 6, 9] {
+        let (mut seen, mut first) = (vec![], engine());
+        first.on(Event::IterationCompleted.once(stop), |_, engine| {
+            engine.interrupt();
+            Ok(())
+        });
+        first.run(&mut seen, changed(3), Until::epochs(3))?;
+        let (state, same) = (first.checkpoint(&seen)?, first.checkpoint(&seen)?);
+        let mut second = engine();
+        second.restore(&mut seen, state, true)?;
+        second.run(&mut seen, changed(3), Until::epochs(3))?;
+        assert_eq!(seen, straight, "stopped at {stop}");
+        // Another seed is told.
+        let mut other = engine();
+        other.restore(&mut vec![], same, true)?;
+        let summary = other.run(&mut vec![], changed(3).seed(9), Until::epochs(3))?;
+        let warned = summary.warnings.iter().any(|warning| warning.contains("seed of batches"));
+        assert!(warned, "{:?}", summary.warnings);
+    }
+    Ok(())
+}
+
+#[test]
+fn changes_follow_each_other_and_come_after_normalising() -> anyhow::Result<()> {
+    let x = Tensor::from_slice(&[0u8, 255, 51, 102]).view([4, 1]);
+    let y = Tensor::arange(4, (Kind::Int64, Device::Cpu));
+    let weight = Tensor::ones([1], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    let weight = std::sync::Mutex::new(weight);
+    let loader = Loader::new(&x, &y, 2)?
+        .normalize(&[0.], &[1.])?
+        .map_batches(move |(x, y), _| Ok((x * 10 * &*weight.lock().unwrap(), y)))
+        .map_batches(|(x, y), _| Ok((x + 1, y)));
+    let mut source = loader.into_source();
+    source.seek(0, 1)?;
+    let (x, _) = source.next().unwrap()?;
+    assert!(!x.requires_grad());
+    assert!(
+        (x - Tensor::from_slice(&[3f32, 5.]).view([2, 1])).abs().max().double_value(&[]) < 1e-6
+    );
+    Ok(())
+}
+
+#[test]
+fn a_change_that_fails_is_an_error_of_its_batch() -> anyhow::Result<()> {
+    let failed = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let fails = failed.clone();
+    let loader = loader(6, 2).map_batches(move |batch, _| {
+        let second = batch.0.int64_value(&[0]) == 2;
+        if second && !fails.swap(true, std::sync::atomic::Ordering::SeqCst) {
+            panic!("no such label");
+        }
+        Ok(batch)
+    });
+    let mut engine = Engine::new(|seen: &mut Vec<i64>, _, (x, _): Batch| {
+        seen.extend(Vec::<i64>::try_from(x)?);
+        Ok(())
+    });
+    let mut seen = vec![];
+    let error = engine.run(&mut seen, &loader, Until::epochs(1)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "no batch for iteration 2 (epoch 1): batch of the loader from sample 2: map_batches, at the batch from position 2 of pass 0: panicked: no such label"
+    );
+    engine.run(&mut seen, &loader, Until::default())?;
+    assert_eq!(seen, [0, 1, 2, 3, 4, 5]);
+    Ok(())
+}
+
+#[test]
+fn batches_of_tensors_that_exist_are_data() -> anyhow::Result<()> {
+    let batch = |from: i64| {
+        let x = Tensor::arange_start(from, from + 2, (Kind::Int64, Device::Cpu));
+        (x.shallow_clone(), -x)
+    };
+    let batches: Vec<(Tensor, Tensor)> = vec![batch(0), batch(2), batch(4)];
+    let mut engine = Engine::new(|seen: &mut Vec<i64>, _, (x, y): (Tensor, Tensor)| {
+        assert_eq!(-&x, y);
+        seen.extend(Vec::<i64>::try_from(x)?);
+        Ok(())
+    });
+    let expected: Vec<i64> = (0..6).chain(0..6).collect();
+    let mut run = |data: Custom<'static, Batch>| -> anyhow::Result<Vec<i64>> {
+        let mut seen = vec![];
+        engine.run(&mut seen, data, Until::epochs(2))?;
+        Ok(seen)
+    };
+    let again: Vec<Batch> = vec![batch(0), batch(2), batch(4)];
+    assert_eq!(run(restartable(move || again.shallow_clone().into_iter()))?, expected);
+    let mut engine = Engine::new(|seen: &mut Vec<i64>, _, (x, _): (Tensor, Tensor)| {
+        seen.extend(Vec::<i64>::try_from(x)?);
+        Ok(())
+    });
+    let mut seen = vec![];
+    engine.run(&mut seen, &batches, Until::epochs(2))?;
+    engine.run(&mut seen, batches.as_slice(), Until::epochs(2))?;
+    engine.run(&mut seen, batches.shallow_clone(), Until::epochs(2))?;
+    assert_eq!(seen, [&expected[..], &expected, &expected].concat());
+    // An evaluation, and batches of one tensor.
+    let ones: Vec<Tensor> = vec![Tensor::from(1i64), Tensor::from(2i64)];
+    let evaluator = Engine::new(|sum: &mut i64, _, x: Tensor| {
+        *sum += x.int64_value(&[]);
+        Ok(())
+    });
+    let mut trainer = Engine::new(|_: &mut i64, _, _: Tensor| Ok(()));
+    trainer.attach(Evaluate::each_epoch("validation", evaluator, &ones));
+    let mut sum = 0;
+    trainer.run(&mut sum, &ones, Until::epochs(2))?;
+    assert_eq!(sum, 6);
+    Ok(())
 }

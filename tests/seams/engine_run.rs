@@ -22,7 +22,7 @@ use tch_ignite::handlers::{
 };
 use tch_ignite::loggers::{JsonLinesLogger, OutputHandler};
 use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage};
-use tch_ignite::optim::{GroupOptions, Knob, Optimizer, OptimizerBuilder, lr};
+use tch_ignite::optim::{Knob, Optimizer, OptimizerBuilder, lr};
 use tch_ignite::schedule::{
     AnySchedule, BatchSizeScheduler, ParamScheduler, PiecewiseLinear, ReduceLROnPlateauScheduler,
     StepLR,
@@ -320,7 +320,6 @@ fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
             .build()
             .unwrap()
     }
-    let options = GroupOptions::new;
     match program.optimizer {
         Algorithm::Sgd { momentum, dampening, weight_decay, nesterov } => finish(
             Optimizer::builder(nn::sgd(momentum, dampening, weight_decay, nesterov), vs),
@@ -339,51 +338,54 @@ fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
             finish(Optimizer::builder(config, vs), program)
         }
         Algorithm::Adagrad { lr_decay, weight_decay, initial } => {
-            let options = options().lr_decay(lr_decay).weight_decay(weight_decay);
-            let options = options.initial_accumulator_value(initial);
-            finish(Optimizer::adagrad(vs).options(options), program)
+            let builder = Optimizer::adagrad(vs).lr_decay(lr_decay).weight_decay(weight_decay);
+            let builder = builder.initial_accumulator_value(initial);
+            finish(builder, program)
         }
         Algorithm::NAdam { beta1, beta2, weight_decay, decoupled } => {
-            let options = options().betas(beta1, beta2).weight_decay(weight_decay);
-            let options = options.decoupled_weight_decay(decoupled);
-            finish(Optimizer::nadam(vs).options(options), program)
+            let builder = Optimizer::nadam(vs).betas(beta1, beta2).weight_decay(weight_decay);
+            let builder = builder.decoupled_weight_decay(decoupled);
+            finish(builder, program)
         }
         Algorithm::RAdam { beta1, beta2, weight_decay, decoupled } => {
-            let options = options().betas(beta1, beta2).weight_decay(weight_decay);
-            let options = options.decoupled_weight_decay(decoupled);
-            finish(Optimizer::radam(vs).options(options), program)
+            let builder = Optimizer::radam(vs).betas(beta1, beta2).weight_decay(weight_decay);
+            let builder = builder.decoupled_weight_decay(decoupled);
+            finish(builder, program)
         }
         Algorithm::Adamax { beta1, beta2, weight_decay } => {
-            let options = options().betas(beta1, beta2).weight_decay(weight_decay);
-            finish(Optimizer::adamax(vs).options(options), program)
+            let builder = Optimizer::adamax(vs).betas(beta1, beta2).weight_decay(weight_decay);
+            finish(builder, program)
         }
         Algorithm::Adadelta { rho, weight_decay } => {
-            let options = options().rho(rho).weight_decay(weight_decay);
-            finish(Optimizer::adadelta(vs).options(options), program)
+            let builder = Optimizer::adadelta(vs).rho(rho).weight_decay(weight_decay);
+            finish(builder, program)
         }
         Algorithm::Asgd { lambd, t0, weight_decay } => {
-            let options = options().lambd(lambd).t0(t0).weight_decay(weight_decay);
-            finish(Optimizer::asgd(vs).options(options), program)
+            let builder = Optimizer::asgd(vs).lambd(lambd).t0(t0).weight_decay(weight_decay);
+            finish(builder, program)
         }
         Algorithm::Rprop => finish(Optimizer::rprop(vs), program),
         Algorithm::Lion { beta1, beta2, weight_decay } => {
-            let options = options().betas(beta1, beta2).weight_decay(weight_decay);
-            finish(Optimizer::lion(vs).options(options), program)
+            let builder = Optimizer::lion(vs).betas(beta1, beta2).weight_decay(weight_decay);
+            finish(builder, program)
         }
         Algorithm::AdEMAMix { beta1, beta2, weight_decay, warmup } => {
-            let options = options().betas(beta1, beta2).beta3(0.99).weight_decay(weight_decay);
-            let options = options.alpha_warmup(warmup).beta3_warmup(warmup);
-            finish(Optimizer::ademamix(vs).options(options), program)
+            let builder =
+                Optimizer::ademamix(vs).betas(beta1, beta2).beta3(0.99).weight_decay(weight_decay);
+            let builder = builder.alpha_warmup(warmup).beta3_warmup(warmup);
+            finish(builder, program)
         }
         Algorithm::SgdScheduleFree { momentum, weight_decay, warmup, r } => {
-            let options = options().momentum(momentum).weight_decay(weight_decay);
-            let options = options.warmup_steps(warmup).r(r);
-            finish(Optimizer::sgd_schedule_free(vs).options(options), program)
+            let builder =
+                Optimizer::sgd_schedule_free(vs).momentum(momentum).weight_decay(weight_decay);
+            let builder = builder.warmup_steps(warmup).r(r);
+            finish(builder, program)
         }
         Algorithm::AdamWScheduleFree { beta1, beta2, weight_decay, warmup } => {
-            let options = options().betas(beta1, beta2).weight_decay(weight_decay);
-            let options = options.warmup_steps(warmup);
-            finish(Optimizer::adamw_schedule_free(vs).options(options), program)
+            let builder =
+                Optimizer::adamw_schedule_free(vs).betas(beta1, beta2).weight_decay(weight_decay);
+            let builder = builder.warmup_steps(warmup);
+            finish(builder, program)
         }
     }
 }

@@ -4,7 +4,7 @@ use super::double;
 use super::labels::occurrences;
 use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
-use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
+use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce, References};
 
 /// How the counts of a [`ConfusionMatrix`] are normalised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,7 +42,7 @@ pub struct ConfusionMatrix {
 
 impl ConfusionMatrix {
     /// Makes a matrix of `num_classes` classes, at least 2; `parts` takes `y_pred` and `y` out of the output.
-    pub fn of<O, F>(num_classes: i64, parts: F) -> Of<Self, F>
+    pub fn of<O, F>(num_classes: i64, parts: F) -> Of<Self, References<F, O>>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
     {

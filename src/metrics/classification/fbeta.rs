@@ -3,7 +3,7 @@ use tch::{TchError, Tensor};
 use super::counts::{self, Counts};
 use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
-use crate::metrics::{Contribution, Of, Pairwise, Parts};
+use crate::metrics::{Contribution, Of, Pairwise, Parts, References};
 
 /// The weighted harmonic mean of precision and recall, (1 + β²) p r / (β² p + r + 1e-15): ignite's `Fbeta`. Recall
 /// counts β times as much as precision.
@@ -30,7 +30,7 @@ pub struct Fbeta {
 
 impl Fbeta {
     /// Makes the metric; `beta` is above 0, and `parts` takes `y_pred` and `y` out of the output.
-    pub fn of<O, F>(beta: f64, parts: F) -> Of<Self, F>
+    pub fn of<O, F>(beta: f64, parts: F) -> Of<Self, References<F, O>>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
     {

@@ -5,7 +5,7 @@ use super::double;
 use super::labels::both_binary;
 use crate::error::Result;
 use crate::metrics::MetricValue;
-use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
+use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce, References};
 
 /// A confusion matrix of each label: ignite's `MultiLabelConfusionMatrix`.
 ///
@@ -31,7 +31,7 @@ pub struct MultiLabelConfusionMatrix {
 
 impl MultiLabelConfusionMatrix {
     /// Makes the matrices of `num_classes` labels, at least 2; `parts` takes `y_pred` and `y` out of the output.
-    pub fn of<O, F>(num_classes: i64, parts: F) -> Of<Self, F>
+    pub fn of<O, F>(num_classes: i64, parts: F) -> Of<Self, References<F, O>>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
     {

@@ -2,7 +2,7 @@ use tch::{TchError, Tensor};
 
 use super::double;
 use super::{ConfusionMatrix, MatrixAverage};
-use crate::metrics::{MetricsLambda, Of};
+use crate::metrics::{MetricsLambda, Of, OutputPair};
 
 /// A confusion matrix that several metrics derive from; it is updated once.
 ///
@@ -38,7 +38,7 @@ impl<F> Of<ConfusionMatrix, F> {
     /// Makes a handle to derive other metrics from.
     pub fn shared<'a, O: 'a>(self) -> SharedConfusionMatrix<'a, O>
     where
-        F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor) + 'a,
+        F: OutputPair<O> + 'a,
     {
         let (num_classes, average) = (self.metric.num_classes, self.metric.average);
         SharedConfusionMatrix { matrix: MetricsLambda::of(self), num_classes, average }

@@ -3,7 +3,7 @@ use tch::{Kind, Tensor};
 use super::double;
 use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
-use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
+use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce, References};
 
 /// How often the right class is among the `k` with the highest scores: ignite's
 /// `TopKCategoricalAccuracy`.
@@ -27,7 +27,7 @@ pub struct TopKCategoricalAccuracy {
 
 impl TopKCategoricalAccuracy {
     /// Makes the metric for the `k` highest scores, at least 1; `parts` takes `y_pred` and `y` out of the output.
-    pub fn of<O, F>(k: i64, parts: F) -> Of<Self, F>
+    pub fn of<O, F>(k: i64, parts: F) -> Of<Self, References<F, O>>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
     {

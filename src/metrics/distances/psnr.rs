@@ -3,7 +3,7 @@ use tch::Tensor;
 use super::{alike, same_kind, same_shape};
 use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
-use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
+use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce, References};
 
 /// The mean peak signal-to-noise ratio over samples, 10 log₁₀(data_range² / (mse + 1e-10)), in decibels:
 /// ignite's `PSNR`.
@@ -27,7 +27,7 @@ pub struct PSNR {
 impl PSNR {
     /// Makes the metric. `data_range` is the largest possible value minus the smallest: 1 for images in [0, 1], 255
     /// for bytes. `parts` takes `y_pred` and `y` out of the output.
-    pub fn of<O, F>(data_range: f64, parts: F) -> Of<Self, F>
+    pub fn of<O, F>(data_range: f64, parts: F) -> Of<Self, References<F, O>>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
     {

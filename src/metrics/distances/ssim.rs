@@ -3,7 +3,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::{accumulator_kind, double, same_kind};
 use crate::error::{Error, Result};
 use crate::metrics::MetricValue;
-use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
+use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce, References};
 
 /// The mean structural similarity of images: ignite's `SSIM`.
 ///
@@ -34,7 +34,7 @@ pub struct SSIM {
 impl SSIM {
     /// Makes the metric. `data_range` is the largest possible value minus the smallest: 1 for images in [0, 1], 255
     /// for bytes. `parts` takes `y_pred` and `y` out of the output.
-    pub fn of<O, F>(data_range: f64, parts: F) -> Of<Self, F>
+    pub fn of<O, F>(data_range: f64, parts: F) -> Of<Self, References<F, O>>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
     {

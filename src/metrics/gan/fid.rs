@@ -3,7 +3,7 @@ use tch::{Device, TchError, Tensor};
 use super::{check_num_features, extract};
 use crate::error::Result;
 use crate::metrics::MetricValue;
-use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
+use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce, References};
 
 /// The Fréchet inception distance of generated from real samples: ignite's `FID`.
 ///
@@ -34,7 +34,7 @@ crate::debug::opaque_debug!(FID<E>);
 impl<E: Fn(&Tensor) -> anyhow::Result<Tensor>> FID<E> {
     /// Makes the metric: `feature_extractor` turns a batch of samples into features (N, num_features), and runs
     /// without gradients. `parts` takes real and generated samples out of the output, in either order.
-    pub fn of<O, F>(num_features: i64, feature_extractor: E, parts: F) -> Of<Self, F>
+    pub fn of<O, F>(num_features: i64, feature_extractor: E, parts: F) -> Of<Self, References<F, O>>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
     {

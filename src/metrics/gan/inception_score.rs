@@ -3,7 +3,7 @@ use tch::Tensor;
 use super::{check_num_features, extract};
 use crate::error::Result;
 use crate::metrics::MetricValue;
-use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
+use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce, References};
 
 /// ignite's `_eps`, which keeps log 0 finite.
 const EPS: f64 = 1e-16;
@@ -37,7 +37,7 @@ impl<E: Fn(&Tensor) -> anyhow::Result<Tensor>> InceptionScore<E> {
         num_features: i64,
         feature_extractor: E,
         samples: F,
-    ) -> Of<Self, impl for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor)>
+    ) -> Of<Self, References<impl for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor), O>>
     where
         F: for<'o> Fn(&'o O) -> &'o Tensor,
     {

@@ -3,7 +3,7 @@ use tch::{Kind, TchError, Tensor};
 use super::{check, check_top_k, double};
 use crate::error::Result;
 use crate::metrics::MetricValue;
-use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce};
+use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce, References};
 
 /// The share of users with a relevant item among the `k` with the highest scores: ignite's `HitRate`.
 ///
@@ -29,7 +29,7 @@ pub struct HitRate {
 impl HitRate {
     /// Makes the metric for the `k` items with the highest scores, for each `k` in `top_k`; the value has them in
     /// ascending order. `parts` takes `y_pred` and `y` out of the output.
-    pub fn of<O, F>(top_k: impl Into<Vec<i64>>, parts: F) -> Of<Self, F>
+    pub fn of<O, F>(top_k: impl Into<Vec<i64>>, parts: F) -> Of<Self, References<F, O>>
     where
         F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor),
     {

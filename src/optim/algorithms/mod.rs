@@ -34,6 +34,7 @@ pub use rprop::Rprop;
 pub use sgd_schedule_free::SgdScheduleFree;
 pub use sparse_adam::SparseAdam;
 
+use tch::nn::{self, OptimizerConfig};
 use tch::{COptimizer, Kind, TchError, Tensor};
 
 use super::hyper::Hyper;
@@ -56,6 +57,21 @@ impl Algorithm {
     /// PyTorch's name of the optimizer.
     pub(crate) fn name(self) -> &'static str {
         self.description().name
+    }
+
+    /// The optimizer with this name, in capital or small letters.
+    pub(super) fn named(name: &str) -> Result<Self> {
+        let all = || (0..).map_while(|number| Self::try_from(number).ok());
+        all().find(|algorithm| algorithm.name().eq_ignore_ascii_case(name)).ok_or_else(|| {
+            let names: Vec<_> = all().map(Self::name).collect();
+            Error::invalid(format!("no optimizer '{name}'; there are: {}", names.join(", ")))
+        })
+    }
+
+    /// PyTorch's default learning rate.
+    fn lr(self) -> f64 {
+        let hypers = self.description().hypers.iter();
+        hypers.filter(|(hyper, _)| *hyper == Hyper::Lr).map(|(_, lr)| *lr).sum()
     }
 
     /// The hyper-parameters that this optimizer has.
@@ -256,6 +272,54 @@ impl Algorithm {
     }
 }
 
+/// The settings of an optimizer that is known by its name: made by [`Optimizer::named`](super::Optimizer::named).
+#[derive(Debug, Clone, Copy)]
+pub struct NamedOptimizer(Algorithm);
+
+impl OptimizerConfig for NamedOptimizer {
+    fn build_copt(&self, lr: f64) -> Result<COptimizer, TchError> {
+        match self.0 {
+            Algorithm::Sgd => nn::Sgd::default().build_copt(lr),
+            Algorithm::Adam => nn::Adam::default().build_copt(lr),
+            Algorithm::AdamW => nn::AdamW::default().build_copt(lr),
+            Algorithm::RmsProp => nn::RmsProp::default().build_copt(lr),
+            other => build(other, lr),
+        }
+    }
+}
+
+impl super::Optimizer {
+    /// An optimizer by PyTorch's name (`"AdamW"`, `"SGD"`, …; small letters too), with PyTorch's defaults, also for the
+    /// learning rate: for programs whose users choose one.
+    ///
+    /// ```
+    /// # use tch::{Device, nn};
+    /// use tch_ignite::optim::Optimizer;
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # nn::linear(vs.root(), 1, 1, Default::default());
+    /// let optimizer = Optimizer::named("lion", &vs)?.weight_decay(0.1).build()?;
+    /// assert_eq!((optimizer.name(), optimizer.group_at(0)?.lr()?), ("Lion", 1e-4));
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// There is no optimizer of this name; the error lists those there are.
+    pub fn named<'v>(
+        name: &str,
+        vs: &'v nn::VarStore,
+    ) -> crate::error::Result<super::OptimizerBuilder<'v, NamedOptimizer>> {
+        Ok(Self::of(Algorithm::named(name)?, vs))
+    }
+
+    /// An optimizer of this algorithm, with PyTorch's defaults.
+    pub(super) fn of(
+        algorithm: Algorithm,
+        vs: &nn::VarStore,
+    ) -> super::OptimizerBuilder<'_, NamedOptimizer> {
+        Self::builder(NamedOptimizer(algorithm), vs).lr(algorithm.lr())
+    }
+}
+
 /// tch's handle of a new optimizer with PyTorch's defaults and this learning rate.
 fn build(algorithm: Algorithm, lr: f64) -> Result<COptimizer, TchError> {
     let mut hypers = algorithm.description().hypers.to_vec();
@@ -290,10 +354,7 @@ macro_rules! algorithm {
             pub fn $method(
                 vs: &tch::nn::VarStore,
             ) -> crate::optim::OptimizerBuilder<'_, $name> {
-                let hypers = $name::DESCRIPTION.hypers.iter();
-                let lr = hypers.filter(|(hyper, _)| *hyper == crate::optim::hyper::Hyper::Lr);
-                let builder = Self::builder($name(()), vs);
-                lr.fold(builder, |builder, (_, value)| builder.lr(*value))
+                Self::builder($name(()), vs).lr(crate::bridge::Algorithm::$name.lr())
             }
         }
 

@@ -13,11 +13,12 @@ pub use planned::PlannedSchedule;
 use super::{AnySchedule, ParamScheduler, RunLength, Schedule};
 use crate::error::{Error, Result};
 use crate::optim::{Knob, Optimizer};
-use template::{at, read};
+use crate::plan_file::{Lines, Place, PlanFile};
 
 /// Schedules, each with the hyper-parameter and the parameter group that it drives, as in a file.
 ///
-/// A file is JSON or TOML. `type` is the class and the other keys are its arguments, as in
+/// A file is JSON or TOML, and may also have the optimizer, for an [`OptimizerPlan`](crate::optim::OptimizerPlan). `type` is
+/// the class and the other keys are its arguments, as in
 /// [`AnySchedule`]:
 ///
 /// ```
@@ -67,14 +68,16 @@ use template::{at, read};
 /// `"0.3run"` or `"30%"` of the run, or several with `+` and `-` between (`"1run - 500it"`). They become numbers,
 /// rounded down, when the run is known.
 ///
-/// Errors have the path to what is wrong (`schedule[1].cycle_size: …`). Reading a plan refuses unknown keys and
-/// classes, wrong types and values, and two entries that drive the same value. Binding it refuses groups and
-/// hyper-parameters that the optimizer does not have, a schedule that ends before the run, and one that is
-/// [longer](Schedule::length) than the run, unless the entry has `longer = "warn"`.
+/// Errors have the path to what is wrong, and the line (`schedule[1].cycle_size: … (line 7, column 14)`). Reading a plan
+/// refuses unknown keys and classes, wrong types and values, and two entries that drive the same value. Binding it refuses
+/// groups and hyper-parameters that the optimizer does not have, values that a hyper-parameter cannot have, a schedule that
+/// ends before the run, and one that is [longer](Schedule::length) than the run, unless the entry has `longer = "warn"`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct SchedulePlan {
     #[serde(rename = "schedule")]
     entries: Vec<PlannedSchedule>,
+    #[serde(skip)]
+    lines: Lines,
 }
 
 impl SchedulePlan {
@@ -83,33 +86,33 @@ impl SchedulePlan {
     /// # Errors
     /// Two entries that drive the same hyper-parameter of the same group, or have the same name.
     pub fn new(entries: impl IntoIterator<Item = PlannedSchedule>) -> Result<Self> {
-        let entries: Vec<PlannedSchedule> = entries.into_iter().collect();
-        for (index, entry) in entries.iter().enumerate() {
-            for (before, other) in entries[..index].iter().enumerate() {
+        Self::of(entries.into_iter().collect(), Lines::default())
+    }
+
+    fn of(entries: Vec<PlannedSchedule>, lines: Lines) -> Result<Self> {
+        let plan = Self { entries, lines };
+        for (index, entry) in plan.entries.iter().enumerate() {
+            for (before, other) in plan.entries[..index].iter().enumerate() {
                 let (group, others) = (entry.group(), other.group());
+                let (place, before) = (plan.place(index), plan.place(before));
                 if entry.param() == other.param()
                     && (group == others || group.is_none() || others.is_none())
                 {
                     let group =
                         group.or(others).map_or("all groups".into(), |g| format!("group '{g}'"));
-                    return Err(at(
-                        &place(index),
-                        format!(
-                            "drives {} of {group}, as {} does already; join them with a Concat",
-                            entry.param(),
-                            place(before)
-                        ),
-                    ));
+                    return Err(place.error(format!(
+                        "drives {} of {group}, as {} does already; join them with a Concat",
+                        entry.param(),
+                        before.path()
+                    )));
                 }
                 if entry.name() == other.name() {
-                    return Err(at(
-                        &format!("{}.name", place(index)),
-                        format!("{} is named '{}' too", place(before), other.name()),
-                    ));
+                    let text = format!("{} is named '{}' too", before.path(), other.name());
+                    return Err(place.key("name").error(text));
                 }
             }
         }
-        Ok(Self { entries })
+        Ok(plan)
     }
 
     /// Reads a file: `.json`, or `.toml` with the feature `toml` (on by default).
@@ -117,18 +120,7 @@ impl SchedulePlan {
     /// # Errors
     /// A file that cannot be read, another extension, or a plan that [`from_json`](Self::from_json) would refuse.
     pub fn from_path(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| Error::Io { path: path.to_owned(), source })?;
-        let plan = match path.extension().and_then(|extension| extension.to_str()) {
-            Some("json") => Self::from_json(&text),
-            #[cfg(feature = "toml")]
-            Some("toml") => Self::from_toml(&text),
-            #[cfg(not(feature = "toml"))]
-            Some("toml") => Err(Error::invalid("TOML needs the feature `toml` of tch-ignite")),
-            _ => Err(Error::invalid("a plan should be a .json or .toml file")),
-        };
-        plan.map_err(|error| at(&path.display().to_string(), error))
+        Self::from_file(PlanFile::from_path(path.as_ref())?)
     }
 
     /// Reads JSON: `{"schedule": [{"group": "base", "type": "StepLR", …}, …]}`.
@@ -137,7 +129,7 @@ impl SchedulePlan {
     /// Text that is not JSON, unknown keys or classes, wrong types or values, or entries that [`new`](Self::new)
     /// refuses.
     pub fn from_json(text: &str) -> Result<Self> {
-        Self::from_value(serde_json::from_str(text).map_err(|error| at("JSON", error))?)
+        Self::from_file(PlanFile::from_json(text)?)
     }
 
     /// Reads TOML: `[[schedule]]` with the keys of an entry, for each.
@@ -146,23 +138,34 @@ impl SchedulePlan {
     /// Text that is not TOML, and what [`from_json`](Self::from_json) refuses.
     #[cfg(feature = "toml")]
     pub fn from_toml(text: &str) -> Result<Self> {
-        let value =
-            toml::from_str(text).map_err(|error| Error::invalid(error.to_string().trim()))?;
-        Self::from_value(value)
+        Self::from_file(PlanFile::from_toml(text)?)
     }
 
-    fn from_value(value: Value) -> Result<Self> {
+    fn from_file(PlanFile { value, lines }: PlanFile) -> Result<Self> {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
         struct File {
-            schedule: Vec<Map<String, Value>>,
+            schedule: Option<Vec<Map<String, Value>>>,
+            /// The optimizer in the same file, which is for an `OptimizerPlan`.
+            optimizer: Option<de::IgnoredAny>,
         }
-        let file: File = read("", value)?;
-        let entries = file.schedule.into_iter().enumerate();
+        let file: File = lines.root().read(value)?;
+        let written = match (file.schedule, file.optimizer) {
+            (Some(written), _) => written,
+            (None, Some(_)) => vec![],
+            (None, None) => return Err(lines.root().error("missing field `schedule`")),
+        };
+        let place = lines.root().key("schedule");
+        let entries = written.into_iter().enumerate();
         let entries: Result<Vec<_>> = entries
-            .map(|(index, entry)| PlannedSchedule::from_value(&place(index), entry))
+            .map(|(index, entry)| PlannedSchedule::from_value(&place.index(index), entry))
             .collect();
-        Self::new(entries?)
+        Self::of(entries?, lines)
+    }
+
+    /// The place of an entry in the file.
+    fn place(&self, index: usize) -> Place<'_> {
+        self.lines.root().key("schedule").index(index)
     }
 
     /// Writes JSON that [`from_json`](Self::from_json) reads.
@@ -205,21 +208,32 @@ impl SchedulePlan {
         Ok(self.checked(run)?.0)
     }
 
-    /// Checks the plan against a run, as [`resolve`](Self::resolve) does, and returns the warnings of
-    /// entries with `longer = "warn"`.
+    /// Checks the plan against a run, as [`resolve`](Self::resolve) does, and each value against the bounds of the
+    /// hyper-parameter of that name (a learning rate is not negative), and returns the warnings of entries with `longer =
+    /// "warn"`. Computes the values of all events, up to ten million.
     ///
     /// # Errors
-    /// The errors of [`resolve`](Self::resolve).
+    /// The errors of [`resolve`](Self::resolve), and a value outside its bounds.
     pub fn check(&self, run: RunLength) -> Result<Vec<String>> {
-        Ok(self.checked(run)?.1)
+        let (schedules, warnings) = self.checked(run)?;
+        self.check_bounds(&schedules, run)?;
+        Ok(warnings)
+    }
+
+    fn check_bounds(&self, schedules: &[AnySchedule], run: RunLength) -> Result<()> {
+        let mut entries = self.entries.iter().zip(schedules).enumerate();
+        entries.try_for_each(|(index, (entry, schedule))| {
+            entry.check_bounds(&self.place(index), schedule, run)
+        })
     }
 
     fn checked(&self, run: RunLength) -> Result<(Vec<AnySchedule>, Vec<String>)> {
         run.validate()?;
         let (mut schedules, mut warnings) = (vec![], vec![]);
         for (index, entry) in self.entries.iter().enumerate() {
-            let schedule = entry.resolve(&place(index), run)?;
-            warnings.extend(entry.check(&place(index), &schedule, run)?);
+            let place = self.place(index);
+            let schedule = entry.resolve(&place, run)?;
+            warnings.extend(entry.check(&place, &schedule, run)?);
             schedules.push(schedule);
         }
         Ok((schedules, warnings))
@@ -234,7 +248,7 @@ impl SchedulePlan {
     pub fn simulate_values(&self, run: RunLength) -> Result<Vec<Vec<(u64, f64)>>> {
         let entries = self.entries.iter().zip(self.resolve(run)?).enumerate();
         let values = entries.map(|(index, (entry, schedule))| {
-            entry.simulate_values(&schedule, run).map_err(|error| at(&place(index), error))
+            entry.simulate_values(&schedule, run).map_err(|error| self.place(index).error(error))
         });
         values.collect()
     }
@@ -242,13 +256,14 @@ impl SchedulePlan {
     /// Makes the handlers for an optimizer and a run; attach each to the trainer.
     ///
     /// # Errors
-    /// The errors of [`resolve`](Self::resolve), and groups or hyper-parameters that the optimizer does not
-    /// have.
+    /// The errors of [`check`](Self::check), and groups or hyper-parameters that the optimizer does not have.
     pub fn bind(&self, optimizer: &Optimizer, run: RunLength) -> Result<Vec<ParamScheduler>> {
-        self.bind_with(run, |param, group| match group {
+        let bound = self.bind_with(run, |param, group| match group {
             Some(group) => optimizer.group(group)?.knob(param),
             None => optimizer.knob(param),
-        })
+        })?;
+        self.check_bounds(&self.resolve(run)?, run)?;
+        Ok(bound)
     }
 
     /// Makes handlers as [`bind`](Self::bind) does, but `knob(param, group)` finds the knob that an entry drives:
@@ -266,12 +281,12 @@ impl SchedulePlan {
         bound
             .map(|(index, (entry, schedule))| {
                 let knob = knob(entry.param(), entry.group()).map_err(|error| {
-                    let key = match &error {
-                        Error::UnknownGroup { .. } => ".group",
-                        Error::UnknownHyperParameter { .. } => ".param",
-                        _ => "",
-                    };
-                    at(&(place(index) + key), error)
+                    let place = self.place(index);
+                    match &error {
+                        Error::UnknownGroup { .. } => place.key("group").error(error),
+                        Error::UnknownHyperParameter { .. } => place.key("param").error(error),
+                        _ => place.error(error),
+                    }
                 })?;
                 let schedule: Box<dyn Schedule> = Box::new(schedule);
                 Ok(ParamScheduler::new(entry.name(), knob, schedule).on(entry.event()))
@@ -282,11 +297,7 @@ impl SchedulePlan {
 
 impl<'de> Deserialize<'de> for SchedulePlan {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        Self::from_value(Value::deserialize(deserializer)?).map_err(de::Error::custom)
+        let value = Value::deserialize(deserializer)?;
+        Self::from_file(PlanFile::from_value(value)).map_err(de::Error::custom)
     }
-}
-
-/// Returns the path of an entry in the file.
-fn place(index: usize) -> String {
-    format!("schedule[{index}]")
 }

@@ -1,18 +1,22 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::template::{Reader, at, read};
+use super::template::Reader;
 use crate::error::{Error, Result};
 use crate::event::{Event, OPTIMIZER_STEPPED};
+use crate::optim::Hyper;
+use crate::plan_file::Place;
 use crate::schedule::run_length::Clock;
-use crate::schedule::{AnySchedule, RunLength, Schedule, not_finite, too_long, too_short};
+use crate::schedule::{
+    AnySchedule, MOST_CHECKED, RunLength, Schedule, not_finite, too_long, too_short,
+};
 
 /// A schedule with the hyper-parameter and the group that it drives: an entry of a
 /// [`SchedulePlan`](super::SchedulePlan).
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PlannedSchedule {
     #[serde(flatten)]
-    place: Place,
+    target: Target,
     /// The class and its arguments, with lengths as they were written.
     #[serde(flatten)]
     template: Map<String, Value>,
@@ -20,7 +24,7 @@ pub struct PlannedSchedule {
 
 /// The keys of an entry that are not the schedule's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Place {
+struct Target {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     name: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -42,7 +46,7 @@ enum Longer {
     Warn,
 }
 
-const PLACE: [&str; 5] = ["name", "group", "param", "event", "longer"];
+const TARGET: [&str; 5] = ["name", "group", "param", "event", "longer"];
 
 fn lr() -> String {
     "lr".into()
@@ -68,7 +72,7 @@ impl PlannedSchedule {
             let class = schedule.class();
             return Err(Error::invalid(format!("{class} cannot be written to a file")));
         };
-        let place = Place {
+        let target = Target {
             name: None,
             group: group.map(Into::into),
             param: param.into(),
@@ -77,18 +81,18 @@ impl PlannedSchedule {
         };
         // TOML has no null, so arguments that are not set are left out.
         let template = template.into_iter().filter(|(_, value)| !value.is_null()).collect();
-        Ok(Self { place, template })
+        Ok(Self { target, template })
     }
 
     /// Sets the name, which is `"<param> (<group>)"` unless given.
     pub fn named(mut self, name: impl Into<String>) -> Self {
-        self.place.name = Some(name.into());
+        self.target.name = Some(name.into());
         self
     }
 
     /// Makes each epoch one event of the schedule, instead of each iteration.
     pub fn each_epoch(mut self) -> Self {
-        self.place.event = Clock::Epoch;
+        self.target.event = Clock::Epoch;
         self
     }
 
@@ -96,46 +100,46 @@ impl PlannedSchedule {
     /// fire [`OPTIMIZER_STEPPED`], as the one of
     /// [`create_supervised_trainer`](crate::supervised::create_supervised_trainer) does.
     pub fn each_update(mut self) -> Self {
-        self.place.event = Clock::Update;
+        self.target.event = Clock::Update;
         self
     }
 
     /// Cuts off a schedule that is longer than the run, with a warning, instead of refusing it.
     pub fn allow_longer(mut self) -> Self {
-        self.place.longer = Longer::Warn;
+        self.target.longer = Longer::Warn;
         self
     }
 
-    pub(super) fn from_value(path: &str, mut template: Map<String, Value>) -> Result<Self> {
-        let place = PLACE.iter().filter_map(|key| template.remove_entry(*key)).collect();
-        let place = read(path, Value::Object(place))?;
-        Reader::without_run().schedule(path, &mut template.clone())?;
-        Ok(Self { place, template })
+    pub(super) fn from_value(place: &Place, mut template: Map<String, Value>) -> Result<Self> {
+        let target = TARGET.iter().filter_map(|key| template.remove_entry(*key)).collect();
+        let target = place.read(Value::Object(target))?;
+        Reader::without_run().schedule(place, &mut template.clone())?;
+        Ok(Self { target, template })
     }
 
     /// Returns the entry's name, which is also its key in the history.
     pub fn name(&self) -> String {
-        match (&self.place.name, &self.place.group) {
+        match (&self.target.name, &self.target.group) {
             (Some(name), _) => name.clone(),
-            (None, Some(group)) => format!("{} ({group})", self.place.param),
-            (None, None) => self.place.param.clone(),
+            (None, Some(group)) => format!("{} ({group})", self.target.param),
+            (None, None) => self.target.param.clone(),
         }
     }
 
     /// Returns the group that the schedule drives; `None` for all groups.
     pub fn group(&self) -> Option<&str> {
-        self.place.group.as_deref()
+        self.target.group.as_deref()
     }
 
     /// Returns the hyper-parameter that the schedule drives.
     pub fn param(&self) -> &str {
-        &self.place.param
+        &self.target.param
     }
 
     /// Returns the event that the schedule counts: [`Event::IterationStarted`], [`OPTIMIZER_STEPPED`] or
     /// [`Event::EpochStarted`].
     pub fn event(&self) -> Event {
-        match self.place.event {
+        match self.target.event {
             Clock::Iteration => Event::IterationStarted,
             Clock::Update => OPTIMIZER_STEPPED,
             Clock::Epoch => Event::EpochStarted,
@@ -144,7 +148,7 @@ impl PlannedSchedule {
 
     /// Returns how many events of the schedule a run has, where that is known.
     pub fn events(&self, run: RunLength) -> Option<u64> {
-        run.events(self.place.event)
+        run.events(self.target.event)
     }
 
     pub(super) fn simulate_values(
@@ -152,7 +156,7 @@ impl PlannedSchedule {
         schedule: &AnySchedule,
         run: RunLength,
     ) -> Result<Vec<(u64, f64)>> {
-        let clock = self.place.event;
+        let clock = self.target.event;
         let unknown = || {
             let plural = clock.plural();
             Error::invalid(format!("the number of {plural} in the run is not known"))
@@ -169,15 +173,15 @@ impl PlannedSchedule {
         Ok(values)
     }
 
-    pub(super) fn resolve(&self, path: &str, run: RunLength) -> Result<AnySchedule> {
-        Reader::of(run, self.place.event).schedule(path, &mut self.template.clone())
+    pub(super) fn resolve(&self, place: &Place, run: RunLength) -> Result<AnySchedule> {
+        Reader::of(run, self.target.event).schedule(place, &mut self.template.clone())
     }
 
     /// Checks that the schedule fits the run. Returns a warning where the schedule is longer and the entry allows
     /// that.
     pub(super) fn check(
         &self,
-        path: &str,
+        place: &Place,
         schedule: &AnySchedule,
         run: RunLength,
     ) -> Result<Option<String>> {
@@ -185,19 +189,40 @@ impl PlannedSchedule {
             return Ok(None);
         };
         let text = |text: String| {
-            let text = text.replace("events", self.place.event.plural());
+            let text = text.replace("events", self.target.event.plural());
             format!("{} {text}", schedule.class())
         };
         if let Some(why) = too_short(schedule, events).or_else(|| not_finite(schedule, events)) {
-            return Err(at(path, text(why)));
+            return Err(place.error(text(why)));
         }
-        match (too_long(schedule, events).map(text), self.place.longer) {
-            (Some(why), Longer::Refuse) => Err(at(
-                path,
-                format!("{why}; shorten it, or say `longer = \"warn\"` to have it cut off"),
-            )),
-            (Some(why), Longer::Warn) => Ok(Some(format!("{path}: {why}"))),
+        match (too_long(schedule, events).map(text), self.target.longer) {
+            (Some(why), Longer::Refuse) => Err(place.error(format!(
+                "{why}; shorten it, or say `longer = \"warn\"` to have it cut off"
+            ))),
+            (Some(why), Longer::Warn) => Ok(Some(format!("{}: {why}", place.path()))),
             (None, _) => Ok(None),
         }
+    }
+
+    /// Refuses a value that the hyper-parameter of this name cannot have, at any event of the run; at the first, where the
+    /// length of the run is not known.
+    pub(super) fn check_bounds(
+        &self,
+        place: &Place,
+        schedule: &AnySchedule,
+        run: RunLength,
+    ) -> Result<()> {
+        let Some(hyper) = Hyper::named(self.param()) else { return Ok(()) };
+        for event in 0..self.events(run).unwrap_or(1).min(MOST_CHECKED) {
+            let value = schedule.at(event);
+            let Err(error) = hyper.check(value) else { continue };
+            // The value may be an argument as it was written.
+            let mut arguments = self.template.iter();
+            let argument = arguments.find(|(_, argument)| argument.as_f64() == Some(value));
+            let place = argument.map_or_else(|| place.clone(), |(key, _)| place.key(key));
+            let (class, plural) = (schedule.class(), self.target.event.plural());
+            return Err(place.error(format!("{class} after {event} {plural}: {error}")));
+        }
+        Ok(())
     }
 }

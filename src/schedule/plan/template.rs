@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::plan_file::Place;
 use crate::schedule::run_length::{Clock, Length};
 use crate::schedule::{AnySchedule, RunLength, Schedule};
 
@@ -28,25 +29,6 @@ const LENGTHS: [&str; 15] = [
 /// Arguments that are schedules.
 const NESTED: [&str; 2] = ["schedule", "schedules"];
 
-/// Makes an error for a place in the file.
-pub(super) fn at(path: &str, text: impl std::fmt::Display) -> Error {
-    Error::invalid(if path.is_empty() { text.to_string() } else { format!("{path}: {text}") })
-}
-
-/// Reads a part of a file as a value; an error has the path to what is wrong.
-pub(super) fn read<T: serde::de::DeserializeOwned>(path: &str, value: Value) -> Result<T> {
-    serde_path_to_error::deserialize(value).map_err(|error| misfit(path, error))
-}
-
-fn misfit(path: &str, error: serde_path_to_error::Error<serde_json::Error>) -> Error {
-    let path = match error.path().to_string() {
-        inner if inner == "." => path.to_owned(),
-        inner if path.is_empty() => inner,
-        inner => format!("{path}.{inner}"),
-    };
-    at(&path, error.inner())
-}
-
 /// Makes a schedule of a template.
 pub(super) struct Reader {
     /// `None` to find only mistakes that do not depend on a run.
@@ -67,20 +49,20 @@ impl Reader {
     /// Makes the schedule, and replaces the lengths in the template by numbers.
     pub(super) fn schedule(
         &mut self,
-        path: &str,
+        place: &Place,
         template: &mut Map<String, Value>,
     ) -> Result<AnySchedule> {
         let original = template.clone();
         for (key, value) in template.iter_mut() {
-            let path = format!("{path}.{key}");
+            let place = place.key(key);
             if NESTED.contains(&key.as_str()) {
-                self.nested(&path, value)?;
+                self.nested(&place, value)?;
             } else if LENGTHS.contains(&key.as_str()) {
-                self.lengths(&path, value)?;
+                self.lengths(&place, value)?;
             } else if key == "milestones_values" {
                 for (index, pair) in elements(value).enumerate() {
                     if let Some(milestone) = elements(pair).next() {
-                        self.lengths(&format!("{path}[{index}][0]"), milestone)?;
+                        self.lengths(&place.index(index).index(0), milestone)?;
                     }
                 }
             }
@@ -89,44 +71,45 @@ impl Reader {
         let class = match arguments.remove("type") {
             Some(Value::String(class)) => class,
             Some(other) => {
-                return Err(at(&format!("{path}.type"), format!("{other} is no schedule class")));
+                return Err(place.key("type").error(format!("{other} is no schedule class")));
             }
-            None => return Err(at(path, format!("missing field `type`: {}", classes()))),
+            None => return Err(place.error(format!("missing field `type`: {}", classes()))),
         };
         let schedule = AnySchedule::from_arguments(&class, arguments.into())
             .ok_or_else(|| {
-                at(&format!("{path}.type"), format!("no schedule class '{class}'; {}", classes()))
+                let text = format!("no schedule class '{class}'; {}", classes());
+                place.key("type").error(text)
             })?
-            .map_err(|error| misfit(path, error))?;
+            .map_err(|error| place.misfit(&error))?;
         if !self.made_up {
-            schedule.validate().map_err(|error| refused(path, &original, &error))?;
+            schedule.validate().map_err(|error| refused(place, &original, &error))?;
         }
         Ok(schedule)
     }
 
-    fn nested(&mut self, path: &str, value: &mut Value) -> Result<()> {
+    fn nested(&mut self, place: &Place, value: &mut Value) -> Result<()> {
         match value {
-            Value::Object(template) => self.schedule(path, template).map(|_| ()),
+            Value::Object(template) => self.schedule(place, template).map(|_| ()),
             Value::Array(values) => {
                 let mut values = values.iter_mut().enumerate();
-                values
-                    .try_for_each(|(index, value)| self.nested(&format!("{path}[{index}]"), value))
+                values.try_for_each(|(index, value)| self.nested(&place.index(index), value))
             }
-            other => Err(at(path, format!("invalid type: expected a schedule, but given {other}"))),
+            other => {
+                Err(place.error(format!("invalid type: expected a schedule, but given {other}")))
+            }
         }
     }
 
-    fn lengths(&mut self, path: &str, value: &mut Value) -> Result<()> {
+    fn lengths(&mut self, place: &Place, value: &mut Value) -> Result<()> {
         match value {
             Value::String(text) => {
                 let events = text.parse().and_then(|length| self.events(&length));
-                *value = events.map_err(|error| at(path, error))?.into();
+                *value = events.map_err(|error| place.error(error))?.into();
                 Ok(())
             }
             Value::Array(values) => {
                 let mut values = values.iter_mut().enumerate();
-                values
-                    .try_for_each(|(index, value)| self.lengths(&format!("{path}[{index}]"), value))
+                values.try_for_each(|(index, value)| self.lengths(&place.index(index), value))
             }
             _ => Ok(()),
         }
@@ -152,15 +135,15 @@ fn classes() -> String {
 }
 
 /// Puts an error at the argument that it is about, if it names one.
-fn refused(path: &str, template: &Map<String, Value>, error: &Error) -> Error {
+fn refused(place: &Place, template: &Map<String, Value>, error: &Error) -> Error {
     let text = error.to_string();
     let name = text.strip_prefix("Argument ").and_then(|rest| rest.split(' ').next());
     match name.and_then(|name| template.get_key_value(name)) {
         Some((name, length @ Value::String(_))) => {
-            at(&format!("{path}.{name}"), format!("{text}, which is {length} of this run"))
+            place.key(name).error(format!("{text}, which is {length} of this run"))
         }
-        Some((name, _)) => at(&format!("{path}.{name}"), text),
-        None => at(path, text),
+        Some((name, _)) => place.key(name).error(text),
+        None => place.error(text),
     }
 }
 
@@ -188,7 +171,7 @@ mod tests {
             });
             counting.extend(names.iter().map(|name| name.to_string()));
         }
-        let numbers = ["d_model", "T_mult", "milestones_values"];
+        let numbers = ["batch_size", "d_model", "T_mult", "milestones_values", "tokens"];
         for name in counting {
             let known = [&LENGTHS[..], &NESTED, &numbers].concat();
             assert!(known.contains(&name.as_str()), "add `{name}` to LENGTHS, or here");

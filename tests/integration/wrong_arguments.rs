@@ -1,0 +1,233 @@
+//! Programs that are wrong only when they run: the error says what was wrong, what was given, and what to do.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use tch::nn::{self, VarStore};
+use tch::{Device, Kind, Tensor};
+use tch_ignite::checkpoint::Checkpoint;
+use tch_ignite::data::{Loader, no_data};
+use tch_ignite::engine::{Engine, Event, Until};
+use tch_ignite::handlers::*;
+use tch_ignite::metrics::*;
+use tch_ignite::optim::Optimizer;
+use tch_ignite::supervised::{
+    Supervised, create_supervised_tbptt_trainer, create_supervised_trainer,
+};
+use tch_ignite::{Accumulation, Error};
+
+type Numbers<'a> = Engine<'a, (), f64, f64>;
+
+fn numbers<'a>() -> Numbers<'a> {
+    Engine::new(|_: &mut (), _, x: f64| Ok(x))
+}
+
+/// The error of a run with this attached.
+fn attached(attach: impl FnOnce(&mut Numbers<'_>)) -> Error {
+    let mut engine = numbers();
+    attach(&mut engine);
+    engine.run(&mut (), vec![1.0], Until::epochs(1)).unwrap_err()
+}
+
+fn linear(vs: &VarStore) -> nn::Linear {
+    nn::linear(vs.root(), 4, 3, Default::default())
+}
+
+fn stepped(change: impl FnOnce(Supervised<nn::Linear>) -> Supervised<nn::Linear>) -> Error {
+    let vs = VarStore::new(Device::Cpu);
+    let optimizer = Optimizer::sgd(&vs).lr(0.1).build().unwrap();
+    let loss = |y_pred: &Tensor, y: &Tensor| y_pred.cross_entropy_for_logits(y);
+    let mut cx = change(Supervised::new(linear(&vs), optimizer, loss));
+    let x = Tensor::zeros([2, 4], (Kind::Float, Device::Cpu));
+    let data = Loader::new(&x, &Tensor::from_slice(&[0i64, 1]), 2).unwrap();
+    create_supervised_trainer().run(&mut cx, &data, Until::epochs(1)).unwrap_err()
+}
+
+#[test]
+fn each_wrong_argument_is_named_with_what_was_given_and_what_to_do() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let _ = linear(&vs);
+    let folder = tempfile::tempdir()?;
+    let folder = folder.path();
+    let again = |first: Until, second: Until| {
+        let mut engine = numbers();
+        engine.on(Event::EpochCompleted.once(2), |_, engine| {
+            engine.interrupt();
+            Ok(())
+        });
+        engine.run(&mut (), vec![1.0; 2], first).unwrap();
+        engine.run(&mut (), vec![1.0; 2], second).unwrap_err()
+    };
+    let text = |error: Error| error.to_string();
+    let cases: Vec<(String, &[&str])> = vec![
+        (text(Accumulation::new(0).unwrap_err()), &["accumulate(0)", "how many batches"]),
+        (
+            text(attached(|engine| {
+                engine.attach(EarlyStopping::min("loss", 0));
+            })),
+            &["EarlyStopping", "patience", "Given 0", "1 stops at the first"],
+        ),
+        (text(TimeLimit::new(Duration::ZERO).unwrap_err()), &["TimeLimit", "zero", "Duration"]),
+        (text(EMAHandler::new(&vs, 1.5).unwrap_err()), &["EMAHandler", "1.5", "below 1"]),
+        (
+            text(EMAHandler::new(&vs, 0.5)?.warmup(0.5, 0).unwrap_err()),
+            &["EMAHandler", "warmup_iters: 0", "number of updates"],
+        ),
+        (
+            text(attached(|engine| {
+                engine.attach(Checkpoint::new(folder).n_saved(0));
+            })),
+            &["Checkpoint", "n_saved", "got 0", "keep_all()"],
+        ),
+        (
+            text(attached(|engine| {
+                engine.metric("running", RunningAverage::new().alpha(2.));
+            })),
+            &["metric 'running'", "alpha", "2"],
+        ),
+        (
+            text(attached(|engine| {
+                let filter = Usage::BatchFiltered(Event::EpochCompleted.every(2));
+                engine.metric_with("mean", Mean::new(), filter);
+            })),
+            &["ITERATION_COMPLETED", "EPOCH_COMPLETED"],
+        ),
+        (
+            text(attached(|engine| {
+                engine.metric("mean", Mean::new()).metric("mean", Mean::new());
+            })),
+            &["'mean'", "another name"],
+        ),
+        (
+            text(attached(|engine| {
+                engine.on(Event::IterationCompleted.every(0), |_, _| Ok(()));
+            })),
+            &["every", "0 was given"],
+        ),
+        (
+            text(attached(|engine| {
+                engine.on(Event::custom("mine"), |_, _| Ok(()));
+            })),
+            &["mine", "register_events"],
+        ),
+        (
+            text({
+                let mut engine = Engine::new(|_: &mut (), _, ()| Ok(()));
+                engine.run(&mut (), no_data(), Until::epochs(2)).unwrap_err()
+            }),
+            &["epoch_length", "Until::epochs(3).epoch_length(100)"],
+        ),
+        (
+            text(numbers().run(&mut (), Vec::<f64>::new(), Until::epochs(2)).unwrap_err()),
+            &["zero size", "non-empty"],
+        ),
+        (
+            text(numbers().run(&mut (), vec![1.0], Until::epochs(0)).unwrap_err()),
+            &["max_epochs", "0 was given"],
+        ),
+        (
+            text(again(Until::epochs(5), Until::epochs(1))),
+            &["max_epochs", "1 vs 2", "Engine::reset", "a larger budget"],
+        ),
+        (
+            text(again(Until::epochs(5), Until::iterations(9))),
+            &["max_epochs", "max_iters", "Engine::reset"],
+        ),
+        (
+            text(numbers().state.metrics.get("loss").unwrap_err()),
+            &["no metric 'loss' has a value yet", "none has one", "after the first epoch"],
+        ),
+        (
+            text(create_supervised_tbptt_trainer::<(), Tensor>(0, 1).unwrap_err()),
+            &["tbptt_step", "0 was given", "at least 1"],
+        ),
+        (text(stepped(|cx| cx.clip_grad_norm(-1.))), &["largest norm or value", "-1"]),
+        (text(stepped(|cx| cx.autocast(Kind::Double))), &["autocast", "Double", "BFloat16"]),
+        (text(stepped(Supervised::channels_last)), &["[2, 4]", "(N, C, H, W)"]),
+        (
+            text(
+                Loader::new(
+                    &Tensor::zeros([3, 4], (Kind::Float, Device::Cpu)),
+                    &Tensor::from_slice(&[0i64]),
+                    2,
+                )
+                .unwrap_err(),
+            ),
+            &["3 inputs but 1 targets"],
+        ),
+        (text(Optimizer::sgd(&vs).lr(-0.1).build().unwrap_err()), &["lr", "-0.1"]),
+    ];
+    for (text, parts) in cases {
+        for part in parts {
+            assert!(text.contains(part), "'{part}' is not in: {text}");
+        }
+        assert!(text.lines().count() == 1, "{text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_device_that_is_not_there_is_one_line() {
+    if tch::Cuda::is_available() {
+        return;
+    }
+    let mut engine =
+        Engine::new(|_: &mut (), _, (): ()| Ok(Tensor::zeros([2], (Kind::Float, Device::Cuda(0)))));
+    let text = engine.run(&mut (), vec![()], Until::epochs(1)).unwrap_err().to_string();
+    assert!(text.contains("CUDA") && text.lines().count() == 1, "{text}");
+    let mut engine = Engine::new(|_: &mut (), _, (): ()| {
+        Ok(Tensor::zeros([2], (Kind::Float, Device::Cpu)).to_device(Device::Cuda(0)))
+    });
+    let text = engine.run(&mut (), vec![()], Until::epochs(1)).unwrap_err().to_string();
+    assert!(text.to_lowercase().contains("cuda") && text.lines().count() == 1, "{text}");
+}
+
+/// The child process of the next test.
+#[test]
+#[ignore = "the next test runs it in a process of its own"]
+fn a_step_that_panics() {
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        eprintln!("the program's own hook");
+        before(info);
+    }));
+    for of_tch in [true, false] {
+        let mut engine = Engine::new(|_: &mut (), _, of_tch: bool| {
+            assert!(of_tch, "the program's own panic");
+            let zeros = |size| Tensor::zeros([size], (Kind::Float, Device::Cpu));
+            Ok(zeros(2) + zeros(3))
+        });
+        let error = engine.run(&mut (), vec![of_tch], Until::epochs(1)).unwrap_err();
+        eprintln!("error: {error}");
+    }
+    // Outside of an engine everything is as it was.
+    let _ = std::panic::catch_unwind(|| Tensor::from(1.).view([5]));
+    eprintln!("the end");
+}
+
+#[test]
+fn a_panic_of_tch_in_a_step_prints_no_stack_trace() -> Result<()> {
+    let child = |backtrace: &str| -> Result<String> {
+        let name = crate::common::exact(module_path!(), "a_step_that_panics");
+        let output = std::process::Command::new(std::env::current_exe()?)
+            .args(["--exact", &name, "--ignored", "--nocapture", "--test-threads=1"])
+            .env("RUST_BACKTRACE", backtrace)
+            .output()?;
+        Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let printed = child("0")?;
+    let (of_tch, rest) = printed.split_once("error: ").unwrap_or_default();
+    assert!(of_tch.is_empty(), "{printed}");
+    let (of_program, rest) = rest.split_once("error: ").unwrap_or_default();
+    assert!(of_program.starts_with("the step of iteration 1"), "{printed}");
+    assert!(of_program.contains("the program's own hook"), "{printed}");
+    assert!(of_program.contains("the program's own panic"), "{printed}");
+    assert!(!of_program.contains("Exception raised from"), "{printed}");
+    // The panic that no engine catches goes to the hook that was there before.
+    assert!(rest.contains("the program's own hook") && rest.ends_with("the end\n"), "{printed}");
+    // Whoever asks for backtraces gets everything.
+    let (of_tch, _) =
+        child("1")?.split_once("error: ").map(|(a, b)| (a.to_owned(), b.len())).unwrap_or_default();
+    assert!(of_tch.contains("the program's own hook") && of_tch.contains("Exception raised from"));
+    Ok(())
+}
