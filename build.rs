@@ -8,6 +8,7 @@ const FILES: &[&str] = &[
     "src/bridge/average.cpp",
     "src/bridge/batch_norm.cpp",
     "src/bridge/bridge.cpp",
+    "src/bridge/compiled.cpp",
     "src/bridge/fused.cpp",
     "src/bridge/generator.cpp",
     "src/bridge/gradients.cpp",

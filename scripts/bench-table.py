@@ -2,6 +2,7 @@
 
 bench-table.py steps CRITERION_FOLDER BASELINE [PYTHON_FILE]
 bench-table.py training FILE
+bench-table.py compiled FILE
 
 The table of steps has medians, how many times as fast as tch's own and as the fastest of torch's they are, and the
 ratio to the least time that the memory allows: the bytes that an operation reads and writes, at the rate of an
@@ -71,6 +72,20 @@ def training(file):
             )
 
 
+def compiled(file):
+    runs = {}
+    for line in pathlib.Path(file).read_text().splitlines():
+        line = json.loads(line)
+        runs.setdefault(line["model"], {}).setdefault(line["way"], []).append(line["samples_per_second"])
+    names = {"compiled": "here, compiled", "eager": "here, tch's network", "torch": "PyTorch, eager"}
+    print("| | | samples/s | compiled here / this |\n|---|---|---|---|")
+    for model, ways in runs.items():
+        ours = statistics.median(ways["compiled"])
+        for way, rates in ways.items():
+            rate = statistics.median(rates)
+            print(f"| {model} | {names.get(way, way)} | {rate:,.0f} | {ours / rate:.2f} |")
+
+
 def steps(folder, baseline, *python):
     groups = medians(folder, baseline, python[0] if python else None)
     in_place = groups.pop("floor", {}).get("in place, 256 MiB")
@@ -98,4 +113,4 @@ def steps(folder, baseline, *python):
 
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
-    {"steps": steps, "training": training}[what](*arguments)
+    {"steps": steps, "training": training, "compiled": compiled}[what](*arguments)

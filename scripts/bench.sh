@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'EOF'
-usage: scripts/bench.sh [--help] [--table] [steps | training | distributed]
+usage: scripts/bench.sh [--help] [--table] [steps | training | distributed | compiled]
 
 Sets up libtorch (.libtorch/) where it is missing, measures, and prints Markdown tables.
 
@@ -14,12 +14,14 @@ Sets up libtorch (.libtorch/) where it is missing, measures, and prints Markdown
                for each number of threads, and 6 GB of memory; --table prints the last run's again
   training     an epoch of Fashion-MNIST (scripts/fetch-mnist.sh --fashion), contenders in turns
   distributed  all-reduce and a step of data-parallel training
+  compiled     whole training of models that PyTorch compiled, beside tch's, PyTorch's eager and
+               torch.compile (needs TORCH_PYTHON; exporting takes minutes)
 
 Each compares with PyTorch (training: with ignite too) where TORCH_PYTHON has it.
 
 environment:
   BENCH_THREADS  the numbers of threads (steps: default "1 2"; else OMP_NUM_THREADS, default 1)
-  BENCH_ROUNDS   training: how often each contender runs (default 3)
+  BENCH_ROUNDS   training, compiled: how often each contender runs (default 3)
   TORCH_PYTHON   a Python with torch (default python3)
 and what scripts/setup-libtorch.sh names in its --help.
 EOF
@@ -30,7 +32,7 @@ what=steps table=no
 for argument in "$@"; do
   case "$argument" in
     --table) table=yes ;;
-    steps|training|distributed) what=$argument ;;
+    steps|training|distributed|compiled) what=$argument ;;
     -h|--help) usage; exit 0 ;;
     *) usage >&2; say "error: unknown argument '$argument'"; exit 1 ;;
   esac
@@ -93,6 +95,33 @@ training() {
 distributed() {
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
   cargo bench --features distributed --bench distributed
+}
+
+compiled() {
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  has torch || exit 1
+  lines="$out/compiled.jsonl"
+  models="$out/compiled-models"
+  cargo bench --bench compiled --no-run
+  : > "$lines"
+  for model in mlp cnn gpt; do
+    [ -f "$models/$model/manifest.json" ] || "$python" benches/compiled.py export --model "$model" --folder "$models/$model"
+  done
+  for round in $(seq "${BENCH_ROUNDS:-3}"); do
+    for model in mlp cnn gpt; do
+      for way in compiled eager torch torch.compile; do
+        case "$way" in
+          torch*) run=("$python" benches/compiled.py "$way") ;;
+          *) run=(cargo bench -q --bench compiled -- --way "$way") ;;
+        esac
+        result=$("${run[@]}" --model "$model" --folder "$models/$model" 2>/dev/null)
+        printf '{"model": "%s", "way": "%s", "samples_per_second": %s}\n' "$model" "$way" "$result" >> "$lines"
+        say "round $round: $model, $way: $result samples/s"
+      done
+    done
+  done
+  printf '\n%s thread(s)\n\n' "$OMP_NUM_THREADS"
+  python3 scripts/bench-table.py compiled "$lines"
 }
 
 "$what"

@@ -56,8 +56,23 @@ if [ -n "${LIBTORCH_USE_PYTORCH:-}" ]; then
   exit 0
 fi
 
+# Models that PyTorch compiled (docs/COMPILED.md) are linked with libtorch.so, which is empty but for what it needs. The
+# wheel's recipe leaves it out, and earlier ones left a linker script of that name.
+make_libtorch_so() {
+  local lib=$1 cxx=${CXX:-}
+  [ "$(uname -s)" = Linux ] || return 0
+  [ "$(head -c 4 "$lib/libtorch.so" 2>/dev/null)" != "$(printf '\177ELF')" ] || return 0
+  for name in c++ g++ clang++; do [ -n "$cxx" ] || ! have "$name" || cxx=$name; done
+  # CXX may be a command with arguments.
+  # shellcheck disable=SC2086
+  $cxx -shared -fPIC -x c++ /dev/null -x none -o "$lib/libtorch.so.part" -Wl,-soname,libtorch.so -Wl,--no-as-needed \
+    -L"$lib" -ltorch_cpu -lc10 || die "libtorch.so cannot be linked"
+  mv "$lib/libtorch.so.part" "$lib/libtorch.so"
+}
+
 # `.complete` is written last, in the folder that is then renamed into place.
 if [ -f "$dest/.complete" ] && [ "$(cut -d+ -f1 "$dest/build-version")" = "$version" ]; then
+  make_libtorch_so "$dest/lib"
   exit 0
 fi
 
@@ -104,7 +119,7 @@ from_wheel() {
   mv "$work"/unpacked/torch/lib/* "$work/lib/"
   mv "$work/unpacked/torch/include" "$work/include"
   rm -rf "$work/unpacked" "$work/wheels"
-  echo 'INPUT(libtorch_cpu.so)' > "$work/lib/libtorch.so"
+  make_libtorch_so "$work/lib"
   echo "$version+cpu" > "$work/build-version"
 }
 

@@ -103,6 +103,15 @@ say "fine-tuning and GAN examples in smoke mode"
 cargo run --release --features "$features" --example finetune -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/finetune"
 cargo run --release --features "$features" --example gan -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/gan"
 
+if "${TORCH_PYTHON:-python3}" -c 'import safetensors, torch' 2>/dev/null; then
+  say "a model of Python, compiled and trained"
+  "${TORCH_PYTHON:-python3}" scripts/export_step.py examples/compiled/gpt.py:example "$out/gpt"
+  cargo run --release --features "$features" --example compiled -- "$out/gpt" --smoke --out "$out/compiled"
+fi
+say "character transformer in smoke mode, alone and on two ranks"
+cargo run --release --features "$features" --example chargpt -- --smoke --text docs/DIFFERENCES.md --out "$out/chargpt"
+cargo run --release --features "$features" --example chargpt -- --smoke --text docs/DIFFERENCES.md --optimizer muon --bf16 --ranks 2 --accumulate 3 --out "$out/chargpt2"
+
 skipped=$(grep -a 'SKIPPED' "$out/tests.log" | sort -u || true)
 if [ -z "$skipped" ]; then
   say "all checks passed"

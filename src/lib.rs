@@ -33,11 +33,10 @@
 //! evaluator.metric("accuracy", Accuracy::of(Prediction::parts));
 //!
 //! let mut trainer = create_supervised_trainer();
-//! let (base, fc) = (optimizer.group("base")?.knob("lr")?, optimizer.group("fc")?.knob("lr")?);
 //! trainer
 //!     .metric("loss", RunningAverage::new())
-//!     .attach(ParamScheduler::new("lr (base)", base, LinearCyclical::new(1e-2, 1e-3, 8)))
-//!     .attach(ParamScheduler::new("lr (fc)", fc, CosineAnnealing::new(1e-1, 1e-3, 8)))
+//!     .attach(LinearCyclicalScheduler::new(&optimizer, "lr", 1e-2, 1e-3, 8).param_group("base"))
+//!     .attach(CosineAnnealingScheduler::new(&optimizer, "lr", 1e-1, 1e-3, 8).param_group("fc"))
 //!     .attach(Evaluate::each_epoch("test", evaluator, test))
 //!     .on(Event::EpochCompleted, |_, engine| {
 //!         let (epoch, metrics) = (engine.state.epoch, &engine.state.metrics);
@@ -113,6 +112,7 @@ mod accumulate;
 pub mod amp;
 mod bridge;
 pub mod checkpoint;
+pub mod compiled;
 pub mod data;
 mod debug;
 #[cfg(feature = "distributed")]

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use tch::Tensor;
-use tch::nn::Variables;
+use tch::nn::{self, Variables};
 
 use crate::bridge::TensorId;
 
@@ -63,6 +63,16 @@ pub(crate) fn variables_in(store: &Variables) -> Vec<Variable> {
     }
     all.extend(by_name.into_iter().flatten());
     all
+}
+
+/// The path of the module that has a variable of this name, unless that is `path` itself, and its name there.
+pub(crate) fn place<'p, 'n>(path: &nn::Path<'p>, name: &'n str) -> (Option<nn::Path<'p>>, &'n str) {
+    let (modules, name) = name.rsplit_once('.').unwrap_or(("", name));
+    let mut inner: Option<nn::Path<'p>> = None;
+    for module in modules.split('.').filter(|module| !module.is_empty()) {
+        inner = Some(inner.as_ref().unwrap_or(path).sub(module));
+    }
+    (inner, name)
 }
 
 fn buffer(tensor: &Tensor, name: String) -> Variable {

@@ -11,6 +11,7 @@ mod allocator;
 mod autocast;
 mod average;
 mod batch_norm;
+mod compiled;
 #[cfg(feature = "distributed")]
 mod dist;
 mod fused;
@@ -46,6 +47,7 @@ pub(crate) use allocator::keep_freed;
 pub(crate) use autocast::AutocastRegion;
 pub(crate) use average::{Average, Pairs};
 pub(crate) use batch_norm::BatchNormWatch;
+pub(crate) use compiled::{Bound, CompiledProgram, Role, libtorch_version};
 #[cfg(feature = "distributed")]
 pub(crate) use dist::{DistException, ProcessGroups, Store, StoreAddress};
 pub(crate) use fused::StepError;

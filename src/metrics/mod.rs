@@ -83,7 +83,7 @@ pub use loss::Loss;
 pub use mean::Mean;
 pub use metric_group::MetricGroup;
 pub use metrics_lambda::MetricsLambda;
-pub use output_pair::{Computed, Mapped, OutputPair, References};
+pub use output_pair::{Computed, LeaveOut, MapY, MapYPred, OutputPair, References};
 pub use pairwise::{Contribution, Of, Pairwise, Parts, pair};
 pub use running_average::{OfMetric, RunningAverage};
 pub use to_value::ToValue;

@@ -66,34 +66,68 @@ where
     }
 }
 
-/// A change of `y_pred` and `y` after they were taken out of the output.
-pub struct Mapped<F, G> {
+/// `y_pred` is what a closure makes of it: see [`Of::map_y_pred`](super::Of::map_y_pred).
+pub struct MapYPred<F, G> {
     pub(super) pair: F,
     pub(super) map: G,
 }
 
-crate::debug::opaque_debug!(Mapped<F, G>);
+crate::debug::opaque_debug!(MapYPred<F, G>);
 
 #[diagnostic::do_not_recommend]
-impl<O, F, G> OutputPair<O> for Mapped<F, G>
-where
-    F: OutputPair<O>,
-    G: Fn(&Tensor, &Tensor) -> anyhow::Result<(Tensor, Tensor)>,
-{
+impl<O, F: OutputPair<O>, G: Fn(&Tensor) -> Tensor> OutputPair<O> for MapYPred<F, G> {
+    fn with_pair<R>(
+        &self,
+        output: &O,
+        take: impl FnOnce(&Tensor, &Tensor) -> anyhow::Result<R>,
+    ) -> anyhow::Result<R> {
+        self.pair.with_pair(output, |y_pred, y| take(&(self.map)(y_pred), y))
+    }
+}
+
+/// `y` is what a closure makes of it: see [`Of::map_y`](super::Of::map_y).
+pub struct MapY<F, G> {
+    pub(super) pair: F,
+    pub(super) map: G,
+}
+
+crate::debug::opaque_debug!(MapY<F, G>);
+
+#[diagnostic::do_not_recommend]
+impl<O, F: OutputPair<O>, G: Fn(&Tensor) -> Tensor> OutputPair<O> for MapY<F, G> {
+    fn with_pair<R>(
+        &self,
+        output: &O,
+        take: impl FnOnce(&Tensor, &Tensor) -> anyhow::Result<R>,
+    ) -> anyhow::Result<R> {
+        self.pair.with_pair(output, |y_pred, y| take(y_pred, &(self.map)(y)))
+    }
+}
+
+/// The places where `y` is a certain number are left out: see [`Of::leave_out`](super::Of::leave_out).
+pub struct LeaveOut<F> {
+    pub(super) pair: F,
+    pub(super) index: i64,
+}
+
+crate::debug::opaque_debug!(LeaveOut<F>);
+
+#[diagnostic::do_not_recommend]
+impl<O, F: OutputPair<O>> OutputPair<O> for LeaveOut<F> {
     fn with_pair<R>(
         &self,
         output: &O,
         take: impl FnOnce(&Tensor, &Tensor) -> anyhow::Result<R>,
     ) -> anyhow::Result<R> {
         self.pair.with_pair(output, |y_pred, y| {
-            let (y_pred, y) = (self.map)(y_pred, y)?;
+            let (y_pred, y) = without(y_pred, y, self.index)?;
             take(&y_pred, &y)
         })
     }
 }
 
 /// Leaves out the places where `y` is `index`. `y_pred` has the shape of `y`, (N, …), or that of class scores, (N, C, …).
-pub(super) fn without(y_pred: &Tensor, y: &Tensor, index: i64) -> anyhow::Result<(Tensor, Tensor)> {
+fn without(y_pred: &Tensor, y: &Tensor, index: i64) -> anyhow::Result<(Tensor, Tensor)> {
     let (shape, scores) = (y.size(), y_pred.size());
     let has_classes = scores.len() == shape.len() + 1
         && scores.first() == shape.first()

@@ -3,7 +3,7 @@ use std::marker::PhantomData;
 use tch::{Device, Kind, Tensor};
 
 use super::accumulator::Accumulator;
-use super::output_pair::{Computed, Mapped, OutputPair, References, without};
+use super::output_pair::{Computed, LeaveOut, MapY, MapYPred, OutputPair, References};
 use super::{Accumulated, Metric, Reduce};
 use crate::error::Result;
 use crate::metrics::MetricValue;
@@ -144,19 +144,13 @@ impl<M: Pairwise, F> Of<M, F> {
     /// assert_eq!(metric.compute()?.read()?, 0.5);
     /// # anyhow::Ok(())
     /// ```
-    pub fn map_y_pred(
-        self,
-        map: impl Fn(&Tensor) -> Tensor,
-    ) -> Of<M, Mapped<F, impl Fn(&Tensor, &Tensor) -> anyhow::Result<(Tensor, Tensor)>>> {
-        self.mapped(move |y_pred, y| Ok((map(y_pred), y.shallow_clone())))
+    pub fn map_y_pred<G: Fn(&Tensor) -> Tensor>(self, map: G) -> Of<M, MapYPred<F, G>> {
+        self.with_parts(|pair| MapYPred { pair, map })
     }
 
     /// Computes the metric with `map(y)` instead of `y`: classes of one-hot rows, a slice.
-    pub fn map_y(
-        self,
-        map: impl Fn(&Tensor) -> Tensor,
-    ) -> Of<M, Mapped<F, impl Fn(&Tensor, &Tensor) -> anyhow::Result<(Tensor, Tensor)>>> {
-        self.mapped(move |y_pred, y| Ok((y_pred.shallow_clone(), map(y))))
+    pub fn map_y<G: Fn(&Tensor) -> Tensor>(self, map: G) -> Of<M, MapY<F, G>> {
+        self.with_parts(|pair| MapY { pair, map })
     }
 
     /// Leaves out the places where `y` is `index`, such as padding: torch's `ignore_index`. `y` has shape (N, …), and
@@ -173,19 +167,13 @@ impl<M: Pairwise, F> Of<M, F> {
     /// assert_eq!(metric.compute()?.read()?, 0.5);
     /// # anyhow::Ok(())
     /// ```
-    pub fn leave_out(
-        self,
-        index: i64,
-    ) -> Of<M, Mapped<F, impl Fn(&Tensor, &Tensor) -> anyhow::Result<(Tensor, Tensor)>>> {
-        self.mapped(move |y_pred, y| without(y_pred, y, index))
+    pub fn leave_out(self, index: i64) -> Of<M, LeaveOut<F>> {
+        self.with_parts(|pair| LeaveOut { pair, index })
     }
 
-    fn mapped<G>(self, map: G) -> Of<M, Mapped<F, G>>
-    where
-        G: Fn(&Tensor, &Tensor) -> anyhow::Result<(Tensor, Tensor)>,
-    {
+    fn with_parts<P>(self, change: impl FnOnce(F) -> P) -> Of<M, P> {
         let Self { metric, parts, sums, spoiled, validated } = self;
-        Of { metric, parts: Mapped { pair: parts, map }, sums, spoiled, validated }
+        Of { metric, parts: change(parts), sums, spoiled, validated }
     }
 
     /// Changes an argument of the metric, and starts anew.

@@ -109,7 +109,7 @@ impl DType {
         ROWS.iter().find(|row| row.3 == Some(kind)).map(|row| row.0)
     }
 
-    pub(super) fn named(name: &str) -> Option<Self> {
+    pub(crate) fn named(name: &str) -> Option<Self> {
         ROWS.iter().find(|row| row.1 == name).map(|row| row.0)
     }
 

@@ -9,6 +9,7 @@ use tch::{CModule, IValue, Tensor};
 use crate::bridge::{Optimized, ScriptBuffers, TensorId, is_training, save_module};
 use crate::error::{Error, Result};
 use crate::fs::write_atomically;
+use crate::variables::place;
 
 /// A TorchScript module to train: `torch.jit.script(model).save(path)`.
 ///
@@ -155,16 +156,6 @@ impl ScriptModule {
         drop(module);
         self.switch(before).and(saved)
     }
-}
-
-/// The path of the module that has a variable of this name, unless that is `path` itself, and its name there.
-fn place<'p, 'n>(path: &nn::Path<'p>, name: &'n str) -> (Option<nn::Path<'p>>, &'n str) {
-    let (modules, name) = name.rsplit_once('.').unwrap_or(("", name));
-    let mut inner: Option<nn::Path<'p>> = None;
-    for module in modules.split('.').filter(|module| !module.is_empty()) {
-        inner = Some(inner.as_ref().unwrap_or(path).sub(module));
-    }
-    (inner, name)
 }
 
 /// # Panics

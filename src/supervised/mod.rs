@@ -12,6 +12,7 @@ pub use crate::event::{OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 
 use crate::accumulate::{Accumulation, GradientAccumulator, WeightedLoss, Window};
 use crate::amp::{GradScaler, Saved};
+use crate::compiled::{CompiledModel, StepOutput};
 use crate::data::Batch;
 use crate::engine::{Engine, Evaluator, Trainer};
 use crate::error::{Error, Result};
@@ -148,8 +149,8 @@ impl<N: ModuleT> Supervised<N> {
     ///
     /// If batches share a step, by [`accumulate`](Self::accumulate) or among ranks, each counts by its number of
     /// samples: the first dimension of the input. A loss that is a mean over other units returns `(loss, weight)`,
-    /// where the [`Weight`] is the number of units: a number, or a tensor, which is not read on a GPU. Then the
-    /// gradient is that of one large batch:
+    /// where the [`Weight`](crate::Weight) is the number of units: a number, or a tensor, which is not read on a GPU. Then
+    /// the gradient is that of one large batch:
     ///
     /// ```
     /// # use tch::{Device, Kind, nn};
@@ -176,7 +177,7 @@ impl<N: ModuleT> Supervised<N> {
     ) -> Self {
         let forward = move |net: &N, (x, y): Batch, pass: &mut Pass<'_>| {
             let targets = || Some(description(&y));
-            let model = |x: &Tensor, train| net.forward_t(x, train);
+            let model = |x: &Tensor, train| Ok(net.forward_t(x, train));
             let y_pred = pass.run(x, targets, model, |y_pred| loss(y_pred, &y).into())?;
             Ok(Prediction { y_pred, y })
         };
@@ -205,7 +206,7 @@ impl<N, X: Tensors, Y, P> Supervised<N, (X, Y), Prediction<P, Y>> {
         loss: impl Fn(&P, &Y) -> L + Send + 'static,
     ) -> Self {
         let forward = move |net: &N, (x, y): (X, Y), pass: &mut Pass<'_>| {
-            let model = |x: &X, train| model_fn(net, x, train);
+            let model = |x: &X, train| Ok(model_fn(net, x, train));
             let y_pred = pass.run(x, || None, model, |y_pred| loss(y_pred, &y).into())?;
             Ok(Prediction { y_pred, y })
         };
@@ -216,6 +217,32 @@ impl<N, X: Tensors, Y, P> Supervised<N, (X, Y), Prediction<P, Y>> {
             output: Output::Loss(std::convert::identity),
             settings: Settings::new(),
             share: None,
+        }
+    }
+}
+
+impl Supervised<CompiledModel> {
+    /// Makes a context for a model that was exported with its loss, one input and one target. Batches that share a step
+    /// count by their numbers of samples. Autocast belongs into the export: [`autocast`](Self::autocast) here makes the
+    /// steps errors. An [`output_transform`](Self::output_transform) gets the first output of a model that was exported
+    /// with `train_outputs`, and an undefined tensor otherwise.
+    pub fn compiled(net: CompiledModel, optimizer: Optimizer) -> Self {
+        let forward = |net: &CompiledModel, (x, y): Batch, pass: &mut Pass<'_>| {
+            let targets = || Some(description(&y));
+            let model = |x: &Tensor, train| match train {
+                true => net.step(&[x, &y]),
+                false => Ok(StepOutput { loss: Tensor::new(), outputs: net.evaluate(&[x])? }),
+            };
+            let step = pass.run(x, targets, model, |step| step.loss.shallow_clone().into())?;
+            let y_pred = step.outputs.into_iter().next().unwrap_or_else(Tensor::new);
+            Ok(Prediction { y_pred, y })
+        };
+        Self {
+            net,
+            optimizer,
+            forward: Box::new(forward),
+            output: Output::Loss(std::convert::identity),
+            settings: Settings::new(),
         }
     }
 }
@@ -268,7 +295,8 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
         Supervised { net, optimizer, forward: Box::new(forward), output, settings, share: None }
     }
 
-    /// Runs forward and loss under [`autocast`] to `kind`, f16 or bf16, in training; in evaluation the forward alone.
+    /// Runs forward and loss under [`autocast`](crate::amp::autocast) to `kind`, f16 or bf16, in training; in evaluation the
+    /// forward alone.
     pub fn autocast(mut self, kind: Kind) -> Self {
         self.settings.autocast = Some(kind);
         self

@@ -32,7 +32,7 @@ impl Pass<'_> {
         &mut self,
         input: X,
         targets: impl Fn() -> Option<String>,
-        model: impl Fn(&X, bool) -> P,
+        model: impl Fn(&X, bool) -> Result<P>,
         loss: impl Fn(&P) -> WeightedLoss,
     ) -> anyhow::Result<P> {
         let channels_last = self.channels_last;
@@ -63,7 +63,7 @@ impl Pass<'_> {
                 Ok(match kind {
                     Some(kind) => autocast(device, kind, forward)?,
                     None => forward(),
-                })
+                }?)
             }
         });
         passed.map_err(|error| {
@@ -81,22 +81,22 @@ impl Training<'_> {
         kind: Option<Kind>,
         device: Device,
         shapes: Vec<Vec<i64>>,
-        model: impl Fn() -> P,
+        model: impl Fn() -> Result<P>,
         loss: impl Fn(&P) -> WeightedLoss,
     ) -> Result<P> {
         let samples = shapes.first().and_then(|shape| shape.first()).map_or(1, |samples| *samples);
         let (mut prediction, mut weight) = (None, None);
         let mut forward = || {
-            let y_pred = model();
+            let y_pred = model()?;
             let weighted = loss(&y_pred);
             (prediction, weight) = (Some(y_pred), weighted.weight);
-            weighted.loss
+            Ok(weighted.loss)
         };
         let accumulator = self.accumulator;
         let loss = self.single_sample.checked(self.optimizer, shapes, || {
             accumulator.forward_result(|| match kind {
-                Some(kind) => autocast(device, kind, forward),
-                None => Ok(forward()),
+                Some(kind) => autocast(device, kind, forward)?,
+                None => forward(),
             })
         })?;
         self.loss = Some((loss, weight.unwrap_or(Weight::from(samples))));

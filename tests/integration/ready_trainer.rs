@@ -75,9 +75,7 @@ fn halves(number: i64) -> Halves {
 type Trained = (Tensor, Tensor, Tensor);
 
 /// The same training as [`plain`], with batches and inputs of the program's own.
-fn of_halves(
-    vs: &VarStore,
-) -> Result<Supervised<nn::Linear, Halves, Prediction, (Tensor, Tensor, Tensor)>> {
+fn of_halves(vs: &VarStore) -> Result<Supervised<nn::Linear, Halves, Prediction, Trained>> {
     let optimizer = Optimizer::adam(vs).lr(0.05).build()?;
     let cx = Supervised::with_model_fn(
         linear(vs),

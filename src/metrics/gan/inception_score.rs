@@ -3,7 +3,7 @@ use tch::Tensor;
 use super::{check_num_features, extract};
 use crate::error::Result;
 use crate::metrics::MetricValue;
-use crate::metrics::{Contribution, Of, Pairwise, Parts, Reduce, References};
+use crate::metrics::{Computed, Contribution, Of, Pairwise, Parts, Reduce};
 
 /// ignite's `_eps`, which keeps log 0 finite.
 const EPS: f64 = 1e-16;
@@ -37,21 +37,16 @@ impl<E: Fn(&Tensor) -> anyhow::Result<Tensor>> InceptionScore<E> {
         num_features: i64,
         feature_extractor: E,
         samples: F,
-    ) -> Of<Self, References<impl for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor), O>>
+    ) -> Of<Self, Computed<impl Fn(&O) -> (Tensor, Tensor)>>
     where
         F: for<'o> Fn(&'o O) -> &'o Tensor,
     {
-        let twice = both_of(move |output: &O| {
+        let twice = move |output: &O| {
             let samples = samples(output);
-            (samples, samples)
-        });
-        Of::new(Self { num_features, extractor: feature_extractor }, twice)
+            (samples.shallow_clone(), samples.shallow_clone())
+        };
+        Of::of_computed(Self { num_features, extractor: feature_extractor }, twice)
     }
-}
-
-/// Tells the compiler that the closure is for outputs of any lifetime.
-fn both_of<O, F: for<'o> Fn(&'o O) -> (&'o Tensor, &'o Tensor)>(parts: F) -> F {
-    parts
 }
 
 impl<E: Fn(&Tensor) -> anyhow::Result<Tensor>> Pairwise for InceptionScore<E> {

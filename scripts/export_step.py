@@ -1,0 +1,422 @@
+"""Exports a PyTorch model with its loss and backward as programs that `tch_ignite::compiled::CompiledModel` trains.
+
+    python export_step.py FILE.py:FUNCTION FOLDER [--batch-sizes dynamic|64,27] [--autocast bfloat16] [--help]
+
+FUNCTION takes nothing and returns the arguments of `export_step` as a dict; at least module, loss, inputs and targets:
+
+    def example():
+        model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+        x, y = torch.randn(16, 8), torch.randint(0, 3, (16,))
+        return dict(module=model, loss=nn.functional.cross_entropy, inputs=x, targets=y)
+
+The folder gets `manifest.json`, the initial weights (`model.safetensors`), and programs of machine code (`*.pt2`): the
+training step, which returns the loss and the gradients, and the evaluation step. Needs torch, safetensors and a C++
+compiler.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+
+import torch
+import torch.utils._pytree as pytree
+from safetensors.torch import save_file
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FORMAT = 1
+# A program for a range of sizes is not made for one sample: PyTorch treats a dimension of one as another program.
+SMALLEST, LARGEST = 2, 1 << 20
+# What inductor is told for each processor: the bits of a vector, and the instructions that the program then has.
+PROCESSORS = {
+    "baseline": (1, []),
+    "avx2": (256, ["avx2", "fma", "f16c"]),
+    "avx512": (512, ["avx512f", "avx512dq", "avx512vl", "avx512bw", "fma"]),
+}
+
+
+class ExportError(RuntimeError):
+    """The model cannot be exported; the text names the operator, or the argument."""
+
+
+def export_step(
+    module,
+    loss,
+    inputs,
+    targets,
+    folder,
+    *,
+    batch_sizes="dynamic",
+    train_outputs=False,
+    autocast=None,
+    groups=None,
+    processor="baseline",
+    deterministic=True,
+):
+    """Writes the programs of a module and its loss to a folder, which must be new or hold an earlier export.
+
+    `inputs` are the module's arguments (a tensor or a tuple of tensors, an example batch), `targets` those of the loss
+    after the module's output: `loss(output, *targets)` is a scalar. The first dimension of the first input is the
+    batch; inputs and targets that are as long have it as well. The module's mode and values are left as they are;
+    parameters that need no gradient stay frozen.
+
+    batch_sizes    "dynamic": one program for all sizes from 2 on. A size, or several, such as (64, 27): programs for
+                   these sizes, where the dynamic one cannot be had or is slower
+    train_outputs  the training step returns the module's outputs, too
+    autocast       torch.bfloat16: module and loss run under autocast. Not torch.float16, whose gradients a scaler would
+                   have to reach within the program
+    groups         parameter groups, as an optimizer takes them ([{"params": …}, …]), or the optimizer: parameters get
+                   the number of theirs
+    processor      "baseline" (any x86-64, or the machine's own kind), "avx2" or "avx512"
+    deterministic  sums of gradients in one order, whatever the threads do, so that resumed runs are bit for bit
+    """
+    inputs, targets = as_tuple(inputs), as_tuple(targets)
+    check_arguments(module, inputs, targets, autocast, processor)
+    shared = Shared(module, loss, inputs, targets, train_outputs, autocast)
+    sizes = None if batch_sizes == "dynamic" else as_sizes(batch_sizes)
+    folder = pathlib.Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
+        raise ExportError(f"{folder} holds other files than an export: name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = pathlib.Path(tempfile.mkdtemp(prefix=folder.name + ".part.", dir=folder.parent))
+    try:
+        options = inductor_options(shared.device, processor)
+        programs = []
+        for mode in ("train", "eval"):
+            for size in sizes or [None]:
+                name = f"{mode}.pt2" if size is None else f"{mode}-{size}.pt2"
+                compile_program(shared, mode, size, work / name, options, deterministic)
+                batch = [SMALLEST, LARGEST] if size is None else [size, size]
+                programs.append({"mode": mode, "file": name, "batch": batch})
+        manifest = shared.manifest(groups)
+        manifest |= {"programs": programs, "instructions": PROCESSORS[processor][1] if shared.device.type == "cpu" else []}
+        tensors = {**shared.parameters, **shared.buffers}
+        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, work / "model.safetensors")
+        (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        work.chmod(0o755)
+        for file in work.iterdir():
+            file.chmod(0o644)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def as_tuple(value):
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def as_sizes(value):
+    sizes = [int(size) for size in (as_tuple(value) if not isinstance(value, str) else value.split(","))]
+    if min(sizes) < 1:
+        raise ExportError(f"batch sizes are at least 1, and {sizes} was given")
+    return sorted(set(sizes), reverse=True)
+
+
+def check_arguments(module, inputs, targets, autocast, processor):
+    if not isinstance(module, torch.nn.Module):
+        raise ExportError(f"module is a torch.nn.Module, and {type(module).__name__} was given")
+    for what, tensors in (("inputs", inputs), ("targets", targets)):
+        for number, tensor in enumerate(tensors):
+            if not isinstance(tensor, torch.Tensor):
+                raise ExportError(f"{what} are tensors, and number {number} is a {type(tensor).__name__}")
+    if not inputs or inputs[0].dim() == 0:
+        raise ExportError("the first input has a batch dimension, and none was given")
+    if autocast not in (None, torch.bfloat16):
+        raise ExportError(f"autocast is to torch.bfloat16, and {autocast} was given (f16 needs its loss scaled within the program)")
+    if processor not in PROCESSORS:
+        raise ExportError(f"processor is one of {', '.join(PROCESSORS)}, and {processor!r} was given")
+    devices = {t.device for t in (*module.parameters(), *module.buffers(), *inputs, *targets)}
+    if len(devices) > 1:
+        raise ExportError(f"module, inputs and targets are on one device, and these are on {sorted(map(str, devices))}")
+
+
+class BatchNorms(TorchDispatchMode):
+    """Notes which buffers layers of batch normalisation get: their operators change them without counting a version."""
+
+    def __init__(self, buffers):
+        super().__init__()
+        self.names, self.updated = {id(tensor): name for name, tensor in buffers.items()}, set()
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        if "batch_norm" in str(operator):
+            self.updated |= {self.names[id(value)] for value in arguments if id(value) in self.names}
+        return operator(*arguments, **(options or {}))
+
+
+class Shared:
+    """A module and all that its programs have in common."""
+
+    def __init__(self, module, loss, inputs, targets, train_outputs, autocast):
+        self.module, self.loss, self.inputs, self.targets = module, loss, inputs, targets
+        self.train_outputs, self.autocast = train_outputs, autocast
+        self.device = inputs[0].device
+        self.batch = inputs[0].shape[0]
+        self.parameters = dict(module.named_parameters())
+        self.buffers = dict(module.named_buffers())
+        self.trained = [name for name, p in self.parameters.items() if p.requires_grad]
+        if not self.trained:
+            raise ExportError("no parameter of the module needs a gradient")
+        self.without_gradient, self.updated, self.outputs, self.random = [], [], [], False
+        self.tied = {}
+        for one, other in (
+            (dict(module.named_parameters(remove_duplicate=False)), self.parameters),
+            (dict(module.named_buffers(remove_duplicate=False)), self.buffers),
+        ):
+            names = {id(tensor): name for name, tensor in other.items()}
+            self.tied |= {name: names[id(tensor)] for name, tensor in one.items() if name not in other}
+
+    def call(self, mode, parameters, buffers, inputs):
+        """The module's output, as a tree."""
+        was = {inner: inner.training for inner in self.module.modules()}
+        self.module.train(mode == "train")
+        if mode == "train":  # What the program left in evaluation mode, such as a frozen layer, stays in it.
+            for inner, training in was.items():
+                inner.training = training or not any(was.values())
+        try:
+            return functional_call(self.module, {**parameters, **buffers}, inputs)
+        finally:
+            for inner, training in was.items():
+                inner.training = training
+
+    def casts(self):
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        # A cache of casts would keep tensors of the trace.
+        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
+
+    def split(self, values, counts):
+        values, parts = list(values), []
+        for count in counts:
+            parts.append(values[:count])
+            values = values[count:]
+        return parts
+
+    def train(self, *values):
+        """The training step: loss, gradients, outputs and new buffers."""
+        counts = (len(self.inputs), len(self.targets), len(self.parameters), len(self.buffers))
+        inputs, targets, parameters, buffers = self.split(values, counts)
+        parameters = {
+            name: p.detach().requires_grad_(name in self.trained) for name, p in zip(self.parameters, parameters)
+        }
+        buffers = {name: b.clone() for name, b in zip(self.buffers, buffers)}
+        before = {name: b._version for name, b in buffers.items()}
+        with torch.enable_grad(), self.casts():
+            with BatchNorms(buffers) as norms:
+                output = self.call("train", parameters, buffers, tuple(inputs))
+            loss = self.loss(output, *targets)
+        if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+            given = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ExportError(f"the loss is a scalar tensor, and {given} was returned")
+        wanted = [parameters[name] for name in self.trained]
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        self.without_gradient = [name for name, g in zip(self.trained, gradients) if g is None]
+        self.updated = [name for name, b in buffers.items() if b._version != before[name] or name in norms.updated]
+        self.outputs = flat_outputs(output)
+        outputs = [tensor.detach() for _, tensor in self.outputs] if self.train_outputs else []
+        return (
+            loss.detach(), *(g for g in gradients if g is not None), *outputs, *(buffers[name] for name in self.updated)
+        )  # fmt: skip
+
+    def eval(self, *values):
+        """The evaluation step: the outputs."""
+        inputs, parameters, buffers = self.split(values, (len(self.inputs), len(self.parameters), len(self.buffers)))
+        buffers = {name: b.clone() for name, b in zip(self.buffers, buffers)}
+        with torch.no_grad(), self.casts():
+            output = self.call("eval", dict(zip(self.parameters, parameters)), buffers, tuple(inputs))
+        return tuple(tensor.detach() for _, tensor in flat_outputs(output))
+
+    def arguments(self, mode, size):
+        """Values to trace a program with, and how many of them are of a batch."""
+        of_batch = [*self.inputs, *(self.targets if mode == "train" else ())]
+        if size is not None:
+            of_batch = [resized(t, size) if self.has_batch(t) else t for t in of_batch]
+        # Two tensors that are one would be one argument of the program.
+        of_batch = [t.detach().clone(memory_format=torch.contiguous_format) for t in of_batch]
+        state = [*self.parameters.values(), *self.buffers.values()]
+        return of_batch + [t.detach().clone(memory_format=torch.contiguous_format) for t in state], len(of_batch)
+
+    def has_batch(self, tensor):
+        return tensor.dim() > 0 and tensor.shape[0] == self.batch
+
+    def manifest(self, groups):
+        numbers = group_numbers(groups, self.parameters)
+
+        def described(name, tensor, **more):
+            return {"name": name, "shape": list(tensor.shape), "dtype": dtype_name(tensor)} | more
+
+        def of_batch(name, tensor):
+            shape = [None if index == 0 and self.has_batch(tensor) else size for index, size in enumerate(tensor.shape)]
+            return {"name": name, "shape": shape, "dtype": dtype_name(tensor)}
+
+        def gradient(name):
+            return "frozen" if name not in self.trained else "unused" if name in self.without_gradient else "given"
+
+        return {
+            "format": FORMAT,
+            "torch": torch.__version__.split("+")[0],
+            "device": self.device.type,
+            "machine": os.uname().machine,
+            "inputs": [of_batch(f"input {n}", t) for n, t in enumerate(self.inputs)],
+            "targets": [of_batch(f"target {n}", t) for n, t in enumerate(self.targets)],
+            "parameters": [
+                described(name, p, gradient=gradient(name), group=numbers.get(name)) for name, p in self.parameters.items()
+            ],
+            "buffers": [described(name, b, updated=name in self.updated) for name, b in self.buffers.items()],
+            "tied": self.tied,
+            "outputs": [name for name, _ in self.outputs],
+            "train_outputs": self.train_outputs,
+            "random": self.random,
+        }
+
+
+def dtype_name(tensor):
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def group_numbers(groups, parameters):
+    if groups is None:
+        return {}
+    groups = groups.param_groups if isinstance(groups, torch.optim.Optimizer) else groups
+    names = {id(p): name for name, p in parameters.items()}
+    numbers = {names[id(p)]: n for n, group in enumerate(groups) for p in group["params"] if id(p) in names}
+    missing = [name for name, p in parameters.items() if p.requires_grad and name not in numbers]
+    if missing:
+        raise ExportError(f"no group has the parameters {', '.join(missing)}")
+    return numbers
+
+
+def flat_outputs(output):
+    """The tensors of an output with their names in it."""
+    leaves = pytree.tree_flatten_with_path(output)[0]
+    for path, leaf in leaves:
+        if leaf is not None and not isinstance(leaf, torch.Tensor):
+            raise ExportError(f"outputs are tensors, and {pytree.keystr(path) or 'the output'} is a {type(leaf).__name__}")
+    return [(pytree.keystr(path), leaf) for path, leaf in leaves if leaf is not None]
+
+
+def resized(tensor, size):
+    """A batch of another size, of the samples that there are."""
+    return tensor[torch.arange(size, device=tensor.device) % tensor.shape[0]]
+
+
+def inductor_options(device, processor):
+    if device.type != "cpu":
+        return {}
+    # The number of threads is that of the process that trains.
+    return {"cpp.simdlen": PROCESSORS[processor][0], "cpp.march": "", "cpp.dynamic_threads": True}
+
+
+@contextlib.contextmanager
+def determinism(on):
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(on)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def compile_program(shared, mode, size, path, options, deterministic):
+    function = shared.train if mode == "train" else shared.eval
+    arguments, of_batch = shared.arguments(mode, size)
+    what = f"the {'training' if mode == 'train' else 'evaluation'} step"
+    with determinism(deterministic), rng_unchanged(shared.device):
+        with explained(f"{what} cannot be traced"):
+            graph = make_fx(function, tracing_mode="symbolic" if size is None else "real", _allow_non_fake_inputs=True)(*arguments)
+        check_operators(graph, what)
+        shared.random |= mode == "train" and any(is_random(node) for node in graph.graph.nodes)
+        shapes = None
+        if size is None:
+            batch = torch.export.Dim("batch", min=SMALLEST, max=LARGEST)
+            shapes = tuple(
+                {0: batch} if n < of_batch and shared.has_batch(t) else None for n, t in enumerate(arguments)
+            )
+        with explained(f"{what} cannot be exported"), torch.no_grad():
+            program = torch.export.export(graph, tuple(arguments), dynamic_shapes=shapes)
+        with explained(f"{what} cannot be compiled"), torch.no_grad():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+
+
+@contextlib.contextmanager
+def rng_unchanged(device):
+    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
+        yield
+
+
+def is_random(node):
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def check_operators(graph, what):
+    """Names operators that libtorch does not have, and those that ask for a value on the host."""
+    operators = {str(node.target) for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    foreign = sorted(name for name in operators if name.split(".")[0] not in ("aten", "prims"))
+    if foreign:
+        raise ExportError(f"{what} has operators that libtorch does not have: {', '.join(foreign)}")
+    if "aten._local_scalar_dense.default" in operators:
+        raise ExportError(f"{what} reads a value on the host (aten._local_scalar_dense), which a program cannot")
+    constants = [name for name, t in graph.named_buffers() if t.numel() > 0 and t.requires_grad]
+    if constants:
+        raise ExportError(f"{what} uses tensors with gradients that are no parameters of the module: {', '.join(constants)}")
+
+
+@contextlib.contextmanager
+def explained(failed):
+    try:
+        yield
+    except ExportError:
+        raise
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        operators = sorted(set(re.findall(r"\b(?:aten|prims|torchvision|quantized)[.:]+[a-z_0-9]+(?:\.[A-Za-z_0-9]+)?", text)))
+        named = f" (operator {', '.join(operators)})" if operators else ""
+        if "data-dependent" in text:
+            named = " (a value of the batch decides a branch or a size, or is read on the host, as by .item())"
+        raise ExportError(f"{failed}{named}: {text}") from error
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("function", metavar="FILE.py:FUNCTION")
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("--batch-sizes", help='"dynamic" (the default), or sizes such as 64,27')
+    parser.add_argument("--train-outputs", action="store_true", default=None, help="the training step returns the outputs, too")
+    parser.add_argument("--autocast", choices=("bfloat16",))
+    parser.add_argument("--processor", choices=tuple(PROCESSORS), help="instructions of the programs (default baseline)")
+    given = parser.parse_args()
+    file, _, function = given.function.rpartition(":")
+    if not file:
+        parser.error(f"{given.function!r} is not FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location("exported", file)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    arguments = getattr(program, function)()
+    options = {
+        "batch_sizes": given.batch_sizes,
+        "train_outputs": given.train_outputs,
+        "autocast": getattr(torch, given.autocast) if given.autocast else None,
+        "processor": given.processor,
+    }
+    arguments |= {name: value for name, value in options.items() if value is not None}
+    try:
+        manifest = export_step(folder=given.folder, **arguments)
+    except ExportError as error:
+        raise SystemExit(f"export_step: {error}") from None
+    print(f"{given.folder}: {len(manifest['parameters'])} parameters, {len(manifest['programs'])} programs for torch {manifest['torch']}")
+
+
+if __name__ == "__main__":
+    main()

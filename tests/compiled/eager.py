@@ -1,0 +1,126 @@
+"""Exports three models with scripts/export_step.py, and trains them in eager PyTorch: python eager.py FOLDER
+
+For each model the folder gets its export, and NAME.safetensors with the batches of 100 steps, their losses, and the
+parameters and buffers at the end.
+"""
+
+import pathlib
+import sys
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+root = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(root / "scripts"))
+from export_step import ExportError, export_step
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+folder = pathlib.Path(sys.argv[1])
+STEPS = 100
+
+
+class Transformer(nn.Module):
+    """Embeddings are tied to the head; `scale` is frozen, and nothing uses `spare`."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.embedding = nn.Embedding(13, 16)
+        self.position = nn.Parameter(torch.randn(6, 16) / 10)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.scale = nn.Parameter(torch.tensor(0.5), requires_grad=False)
+        self.spare = nn.Parameter(torch.ones(3))
+        self.head = nn.Linear(16, 13, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        hidden = self.layers(self.embedding(tokens) + self.position)
+        return {"logits": self.head(hidden) * self.scale, "hidden": hidden}
+
+
+def tokens_loss(output, targets):
+    return nn.functional.cross_entropy(output["logits"].flatten(0, 1), targets.flatten())
+
+
+def models():
+    mlp = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.LayerNorm(12), nn.Linear(12, 3))
+    yield "mlp", mlp, nn.functional.cross_entropy, torch.randn(STEPS, 16, 8), torch.randint(0, 3, (STEPS, 16)), {}
+    conv = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
+    )  # fmt: skip
+    yield "conv", conv, nn.functional.cross_entropy, torch.randn(STEPS, 12, 1, 8, 8), torch.randint(0, 3, (STEPS, 12)), {}
+    x = torch.randint(0, 13, (STEPS, 8, 6))
+    options = dict(train_outputs=True, batch_sizes=(8, 3))
+    yield "transformer", Transformer(0.0), tokens_loss, x, x.roll(1, 2), options
+    yield "dropout", Transformer(0.1), tokens_loss, x, x.roll(1, 2), dict(batch_sizes=8)
+
+
+def train(model, loss, x, y):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    torch.manual_seed(7)
+    losses = []
+    for inputs, targets in zip(x, y):
+        optimizer.zero_grad()
+        value = loss(model(inputs), targets)
+        value.backward()
+        optimizer.step()
+        losses.append(value.detach())
+    return torch.stack(losses)
+
+
+def refused(expected, module, loss=None, x=torch.ones(4, 3), y=torch.ones(4), **options):
+    loss = loss or (lambda output, y: (output.flatten()[0] - y).square().mean())
+    try:
+        export_step(module, loss, x, y, folder / "refused", **options)
+    except ExportError as error:
+        assert expected in str(error), (expected, str(error))
+    else:
+        raise AssertionError(f"not refused: {expected}")
+    assert not list(folder.glob("refused*"))
+
+
+class Branches(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+
+class Reads(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * float(x.sum())
+
+
+@torch.library.custom_op("ours::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+twice.register_fake(lambda x: torch.empty_like(x))
+twice.register_autograd(lambda context, gradient: gradient * 2)
+
+
+class Custom(nn.Linear):
+    def forward(self, x):
+        return twice(super().forward(x))
+
+
+refused("a value of the batch decides a branch", Branches(3, 1))
+refused("read on the host", Reads(3, 1))
+refused("ours.twice", Custom(3, 1))
+refused("no parameter of the module needs a gradient", nn.Linear(3, 1).requires_grad_(False))
+refused("the loss is a scalar tensor, and a tensor of shape", nn.Linear(3, 1), lambda output, y: y + output[:, 0])
+refused("autocast is to torch.bfloat16", nn.Linear(3, 1), autocast=torch.float16)
+refused("processor is one of baseline, avx2, avx512", nn.Linear(3, 1), processor="mmx")
+refused("number 0 is a list", nn.Linear(3, 1), x=([1.0],))
+print("refusals", flush=True)
+
+for name, model, loss, x, y, options in models():
+    export_step(model, loss, x[0], y[0], folder / name, **options)
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    draws = torch.stack([loss(model(x[0]), y[0]).detach() for _ in range(400 if name == "dropout" else 1)])
+    model.load_state_dict(start)
+    losses = train(model, loss, x, y)
+    trained = {f"trained.{key}": value.clone() for key, value in model.state_dict().items()}
+    save_file({"x": x, "y": y, "losses": losses, "draws": draws, **trained}, folder / f"{name}.safetensors")
+    print(name, flush=True)

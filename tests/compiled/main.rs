@@ -1,0 +1,364 @@
+//! Models that PyTorch compiled: gradients, checkpoints, ranks and refusals, and training beside eager PyTorch.
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../../examples/conformance/compiled.rs"]
+mod fixture;
+#[cfg(all(feature = "distributed", unix))]
+mod ranks_train;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use tch::nn::{ModuleT, VarStore};
+use tch::{Device, Kind, Tensor};
+use tch_ignite::amp::{GradScaler, autocast};
+use tch_ignite::compiled::CompiledModel;
+use tch_ignite::data::Loader;
+use tch_ignite::engine::{Event, Until};
+use tch_ignite::handlers::EMAHandler;
+use tch_ignite::optim::Optimizer;
+use tch_ignite::supervised::{Supervised, create_supervised_evaluator, create_supervised_trainer};
+
+use common::serial;
+use fixture::Expected;
+
+fn package() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/compiled/mlp.pt2")
+}
+
+/// All values of a store, by name.
+fn values(vs: &VarStore) -> Vec<(String, Vec<f64>)> {
+    let mut values: Vec<_> = vs
+        .variables()
+        .into_iter()
+        .map(|(name, tensor)| {
+            (name, Vec::try_from(tensor.detach().flatten(0, -1).to_kind(Kind::Double)).unwrap())
+        })
+        .collect();
+    values.sort_by(|(a, _), (b, _)| a.cmp(b));
+    values
+}
+
+/// The folder of the golden package, and its numbers; `None` where it cannot run.
+fn folder() -> Result<Option<(tempfile::TempDir, Expected)>> {
+    let folder = tempfile::tempdir()?;
+    let expected = Expected::beside(&package())?;
+    expected.export(&package(), folder.path())?;
+    if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
+        common::skipped("the golden package is for Linux on x86-64");
+        return Ok(None);
+    }
+    match CompiledModel::load(folder.path(), &VarStore::new(Device::Cpu).root()) {
+        Err(error) if error.to_string().contains("need a libtorch.so") => {
+            common::skipped(format!("compiled models: {error}"));
+            Ok(None)
+        }
+        loaded => loaded.map(|_| Some((folder, expected))).map_err(Into::into),
+    }
+}
+
+fn gradients(vs: &VarStore) -> Vec<Tensor> {
+    vs.trainable_variables().iter().map(|variable| variable.grad().copy()).collect()
+}
+
+fn assert_close(ours: &[Tensor], expected: &[Tensor], factor: f64) {
+    assert_eq!(ours.len(), expected.len());
+    for (ours, expected) in ours.iter().zip(expected) {
+        let difference = (ours - expected * factor).abs().max().double_value(&[]);
+        assert!(difference < 1e-6 * factor.abs().max(1.), "{difference:e}");
+    }
+}
+
+/// Loss, gradients and 20 steps.
+#[test]
+fn the_golden_package_agrees_with_pytorch() -> Result<()> {
+    match folder()? {
+        Some(_) => fixture::compare(&package()),
+        None => Ok(()),
+    }
+}
+
+#[test]
+fn the_loss_has_a_backward_like_any_other() -> Result<()> {
+    let _guard = serial();
+    let Some((folder, expected)) = folder()? else { return Ok(()) };
+    let vs = VarStore::new(Device::Cpu);
+    let net = CompiledModel::load(folder.path(), &vs.root())?;
+    let (x, y) = (expected.tensor("x", None)?, expected.tensor("y", None)?);
+    let wanted = (0..6).map(|number| expected.tensor("grads", Some(number)));
+    let wanted = wanted.collect::<Result<Vec<_>>>()?;
+    let optimizer = Optimizer::sgd(&vs).lr(0.).build()?;
+
+    let loss = net.step(&[&x, &y])?.loss;
+    assert!(loss.requires_grad());
+    loss.f_backward()?;
+    assert_close(&gradients(&vs), &wanted, 1.);
+    let error = loss.f_backward().unwrap_err().to_string();
+    assert!(error.contains("a second time"), "{error}");
+    // The gradients of two steps add up, each with its factor.
+    (net.step(&[&x, &y])?.loss * -0.25).f_backward()?;
+    assert_close(&gradients(&vs), &wanted, 0.75);
+    optimizer.zero_grad()?;
+    // Steps may overlap, and a graph may be kept.
+    let (first, second) = (net.step(&[&x, &y])?.loss, net.step(&[&x, &y])?.loss);
+    let inputs = vs.trainable_variables();
+    let kept = Tensor::f_run_backward(&[&first * 3.], &inputs, true, false)?;
+    assert_close(&kept, &wanted, 3.);
+    (&first + second).f_backward()?;
+    assert_close(&gradients(&vs), &wanted, 2.);
+    optimizer.zero_grad()?;
+    // A scaler's factor is taken out again.
+    let scaler = GradScaler::new();
+    scaler.scale(&net.step(&[&x, &y])?.loss)?.f_backward()?;
+    scaler.unscale(&optimizer)?;
+    assert_close(&gradients(&vs), &wanted, 1.);
+    optimizer.zero_grad()?;
+    // What is not trained gets nothing, and without gradients there is no backward.
+    let frozen = vs.trainable_variables().remove(1);
+    let _ = frozen.set_requires_grad(false);
+    net.step(&[&x, &y])?.loss.f_backward()?;
+    assert!(!frozen.grad().defined());
+    let _ = frozen.set_requires_grad(true);
+    assert!(!tch::no_grad(|| net.step(&[&x, &y]))?.loss.requires_grad());
+    // Inputs that are not contiguous are the same inputs.
+    let turned = x.tr().contiguous().tr();
+    let losses = [net.step(&[&x, &y])?.loss, net.step(&[&turned, &y])?.loss];
+    assert_eq!(losses[0], losses[1]);
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_what_to_do() -> Result<()> {
+    let _guard = serial();
+    let Some((folder, expected)) = folder()? else { return Ok(()) };
+    let mut vs = VarStore::new(Device::Cpu);
+    let net = CompiledModel::load(folder.path(), &vs.root())?;
+    let (x, y) = (expected.tensor("x", None)?, expected.tensor("y", None)?);
+    let before = values(&vs);
+    let step_error = |inputs: &[&Tensor]| net.step(inputs).unwrap_err().to_string();
+    let error = step_error(&[&x]);
+    assert!(error.contains("1 tensors were given") && error.contains("1 targets"), "{error}");
+    let error = step_error(&[&x.to_kind(Kind::Double), &y]);
+    assert!(error.contains("exported as Float [16, 8]"), "{error}");
+    let error = step_error(&[&x.narrow(0, 0, 7), &y]);
+    assert!(error.contains("export the model anew"), "{error}");
+    let error = autocast(Device::Cpu, Kind::BFloat16, || step_error(&[&x, &y]))?;
+    assert!(error.contains("leave autocast out here"), "{error}");
+    let error = net.evaluate(&[&x]).unwrap_err().to_string();
+    assert!(error.contains("no evaluation for a batch"), "{error}");
+    assert!(format!("{net:?}").contains("CompiledModel"));
+
+    let error = CompiledModel::load(folder.path(), &vs.root()).unwrap_err().to_string();
+    assert!(error.contains("there is a variable '0.weight' already"), "{error}");
+    assert_eq!((vs.len(), values(&vs)), (6, before));
+    vs.double();
+    let error = step_error(&[&x, &y]);
+    assert!(error.contains("'0.weight' is now CPUDoubleType"), "{error}");
+    vs.float();
+    net.step(&[&x, &y])?;
+
+    // A second one on a path of its own.
+    CompiledModel::load(folder.path(), &(vs.root() / "other"))?;
+    assert!(vs.variables().contains_key("other.3.bias"));
+
+    let vs = VarStore::new(Device::Cpu);
+    let load_error = |folder: &Path| {
+        let error = CompiledModel::load(folder, &vs.root()).unwrap_err().to_string();
+        assert_eq!(vs.len(), 0);
+        error
+    };
+    let error = load_error(Path::new("nowhere"));
+    assert!(error.contains("nowhere/manifest.json"), "{error}");
+    std::fs::write(folder.path().join("train.pt2"), "no zip")?;
+    let error = load_error(folder.path());
+    assert!(error.contains("train.pt2"), "{error}");
+    std::fs::remove_file(folder.path().join("train.pt2"))?;
+    let error = load_error(folder.path());
+    assert!(error.contains("there is no train.pt2 in it. Export it anew"), "{error}");
+    let manifest = folder.path().join("manifest.json");
+    let text = std::fs::read_to_string(&manifest)?;
+    for (from, to, expected) in [
+        ("[12,8]", "[8,12]", "'0.weight' is Float [12, 8] in model.safetensors"),
+        ("\"2.weight\"", "\"4.weight\"", "has no '4.weight'"),
+        ("\"device\":\"cpu\"", "\"device\":\"cuda\"", "exported for cuda"),
+    ] {
+        std::fs::write(&manifest, text.replace(from, to))?;
+        let error = load_error(folder.path());
+        assert!(error.contains(expected), "{error}");
+    }
+    Ok(())
+}
+
+/// Trains with all that a ready trainer has, in one go or from a checkpoint in the middle.
+fn resumed_equals_whole(folder: &Path, data: &Loader) -> Result<()> {
+    let context = || -> Result<_> {
+        let vs = VarStore::new(Device::Cpu);
+        let net = CompiledModel::load(folder, &vs.root())?;
+        let optimizer = Optimizer::adam(&vs).build()?;
+        let cx = Supervised::compiled(net, optimizer).clip_grad_norm(0.5).accumulate(2)?;
+        let mut trainer = create_supervised_trainer();
+        let ema = EMAHandler::new(&vs, 0.1)?;
+        trainer.track("model", &vs).track("optimizer", &cx.optimizer).attach(ema.clone());
+        trainer.on(Event::IterationCompleted.once(5), |_, engine| {
+            engine.interrupt();
+            Ok(())
+        });
+        Ok((vs, cx, trainer, ema))
+    };
+    tch::manual_seed(1);
+    let (vs, mut cx, mut whole, ema) = context()?;
+    let begun = values(&vs);
+    whole.run(&mut cx, data, Until::epochs(4))?;
+    let saved = whole.checkpoint(&cx)?.copy()?;
+    whole.run(&mut cx, data, Until::epochs(4))?;
+    let expected = (values(&vs), ema.averages());
+    assert_ne!(expected.0, begun);
+
+    tch::manual_seed(2);
+    let (vs, mut cx, mut resumed, ema) = context()?;
+    resumed.restore(&mut cx, saved, true)?;
+    resumed.run(&mut cx, data, Until::epochs(4))?;
+    assert!((values(&vs), ema.averages()) == expected);
+    Ok(())
+}
+
+#[test]
+fn a_run_is_resumed_bit_for_bit() -> Result<()> {
+    let _guard = serial();
+    let Some((folder, expected)) = folder()? else { return Ok(()) };
+    let (x, y) = (expected.tensor("x", None)?, expected.tensor("y", None)?);
+    let (x, y) = (Tensor::cat(&[&x, &(&x * 0.5), &(&x - 1.)], 0), y.repeat([3]));
+    resumed_equals_whole(folder.path(), &Loader::new(&x, &y, 16)?.shuffle(3))
+}
+
+/// The largest difference of two tensors.
+fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
+}
+
+/// Trains as tests/compiled/eager.py does, and compares each loss and the end with eager PyTorch's.
+fn trains_as_eager(folder: &Path, name: &str, tolerance: f64) -> Result<()> {
+    let eager: std::collections::HashMap<_, _> =
+        Tensor::read_safetensors(folder.join(format!("{name}.safetensors")))?.into_iter().collect();
+    let vs = VarStore::new(Device::Cpu);
+    let net = CompiledModel::load(folder.join(name), &vs.root())?;
+    let optimizer = Optimizer::sgd(&vs).lr(0.05).build()?;
+    optimizer.knob("momentum")?.set(0.9)?;
+    let mut cx = Supervised::compiled(net, optimizer);
+    let mut evaluator = create_supervised_evaluator();
+    evaluator.metric(
+        "mean",
+        tch_ignite::metrics::Mean::of(|p: &tch_ignite::supervised::Prediction| {
+            p.y_pred.mean(Kind::Float)
+        }),
+    );
+    tch::manual_seed(7);
+    for step in 0..100 {
+        let batch = (eager["x"].get(step), eager["y"].get(step));
+        let loss = cx.train_step(batch)?.double_value(&[]);
+        let expected = eager["losses"].double_value(&[step]);
+        anyhow::ensure!((loss - expected).abs() < tolerance, "{name}, {step}: {loss}, {expected}");
+    }
+    let mut count = 0;
+    for (key, variable) in vs.variables() {
+        let trained = eager.get(&format!("trained.{key}")).context("no such name in Python")?;
+        let away = difference(&variable.detach(), trained);
+        anyhow::ensure!(away < tolerance, "{name}, {key}: {away:e}");
+        count += 1;
+    }
+    assert_eq!(count, eager.len() - 4, "{name}");
+    // Any size of batch is evaluated by the dynamic programs, with the new statistics.
+    if name != "transformer" {
+        let x = eager["x"].get(0);
+        let few = cx.net.forward_t(&x.narrow(0, 0, 5), false);
+        assert!(difference(&few, &cx.net.forward_t(&x, false).narrow(0, 0, 5)) < 1e-5);
+        let error = cx.net.evaluate(&[&x.narrow(0, 0, 1)]).unwrap_err().to_string();
+        assert!(error.contains("for a batch of 1, only for 2 to"), "{error}");
+        let all = Loader::new(&x, &eager["y"].get(0), 5)?.drop_last(true);
+        evaluator.run(&mut cx, &all, Until::epochs(1))?;
+        assert!(evaluator.state.metrics.get("mean")?.is_finite());
+    }
+    Ok(())
+}
+
+#[test]
+fn exported_models_train_as_in_eager_pytorch() -> Result<()> {
+    let _guard = serial();
+    if folder()?.is_none() {
+        return Ok(());
+    }
+    let name = std::thread::current().name().unwrap_or_default().to_owned();
+    let Some(python) = common::python(&name, "TORCH_PYTHON", "torch, safetensors") else {
+        return Ok(());
+    };
+    // A folder of an earlier run, for those who work on the tests.
+    let kept = std::env::var_os("TCH_IGNITE_COMPILED");
+    let new = tempfile::tempdir()?;
+    let folder = kept.as_ref().map_or(new.path(), Path::new);
+    if kept.is_none() {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/compiled/eager.py");
+        let output = Command::new(python).arg(script).arg(folder).output()?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        anyhow::ensure!(output.status.success(), "Python: {errors}");
+    }
+    trains_as_eager(folder, "mlp", 1e-5)?;
+    trains_as_eager(folder, "conv", 1e-5)?;
+    trains_as_eager(folder, "transformer", 1e-5)?;
+    has_names_and_roles(folder)?;
+    dropout_as_in_eager(folder)
+}
+
+/// Looks at outputs, names, roles, and programs for some sizes of batches.
+fn has_names_and_roles(folder: &Path) -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let net = CompiledModel::load(folder.join("transformer"), &vs.root())?;
+    let variables = vs.variables();
+    assert!(!variables["scale"].requires_grad() && variables["spare"].requires_grad());
+    assert_eq!(vs.trainable_variables().len(), variables.len() - 2);
+    assert_eq!(net.output_names().collect::<Vec<_>>(), ["['logits']", "['hidden']"]);
+    let x = Tensor::arange(48, (Kind::Int64, Device::Cpu)).remainder(13).view([8, 6]);
+    let step = net.step(&[&x, &x])?;
+    assert_eq!(step.outputs.len(), 2);
+    assert_eq!(step.outputs[0].size(), [8, 6, 13]);
+    step.loss.f_backward()?;
+    assert!(!variables["spare"].grad().defined() && !variables["scale"].grad().defined());
+    assert_eq!(net.step(&[&x.narrow(0, 0, 3), &x.narrow(0, 0, 3)])?.outputs[1].size(), [3, 6, 16]);
+    let error = net.step(&[&x.narrow(0, 0, 4), &x.narrow(0, 0, 4)]).unwrap_err().to_string();
+    assert!(error.contains("for a batch of 4, only for 8, 3"), "{error}");
+    let _ = tch::no_grad(|| variables["scale"].shallow_clone().set_requires_grad(true));
+    let error = net.step(&[&x, &x]).unwrap_err().to_string();
+    assert!(error.contains("'scale' is to be trained now, but was frozen"), "{error}");
+    Ok(())
+}
+
+/// Dropout draws other numbers than in Python, so the losses of many draws are compared.
+fn dropout_as_in_eager(folder: &Path) -> Result<()> {
+    let eager = Tensor::read_safetensors(folder.join("dropout.safetensors"))?;
+    let eager: std::collections::HashMap<_, _> = eager.into_iter().collect();
+    let vs = VarStore::new(Device::Cpu);
+    let net = CompiledModel::load(folder.join("dropout"), &vs.root())?;
+    let (x, y) = (eager["x"].get(0), eager["y"].get(0));
+    let draws = (0..400).map(|_| net.step(&[&x, &y]).map(|step| step.loss));
+    let draws = Tensor::stack(&draws.collect::<tch_ignite::Result<Vec<_>>>()?, 0);
+    let [ours, theirs] = [&draws, &eager["draws"]].map(|losses| {
+        (losses.mean(Kind::Double).double_value(&[]), losses.std(true).double_value(&[]))
+    });
+    let error = (ours.1.powi(2) / 400. + theirs.1.powi(2) / 400.).sqrt();
+    assert!((ours.0 - theirs.0).abs() < 4. * error, "{ours:?} {theirs:?}");
+    assert!((ours.1 / theirs.1 - 1.).abs() < 0.25, "{ours:?} {theirs:?}");
+    // The same numbers after a seed, and none in evaluation.
+    let loss = |seed: Option<i64>| {
+        if let Some(seed) = seed {
+            tch::manual_seed(seed);
+        }
+        net.step(&[&x, &y]).map(|step| step.loss.double_value(&[]))
+    };
+    let (first, second) = (loss(Some(5))?, loss(None)?);
+    assert_ne!(first, second);
+    assert_eq!((loss(Some(5))?, loss(None)?), (first, second));
+    assert!(net.evaluate(&[&x])?[0].equal(&net.evaluate(&[&x])?[0]));
+    let x = Tensor::arange(24 * 6, (Kind::Int64, Device::Cpu)).remainder(13).view([24, 6]);
+    resumed_equals_whole(&folder.join("dropout"), &Loader::new(&x, &x, 8)?.shuffle(3))
+}
