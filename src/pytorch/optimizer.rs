@@ -237,8 +237,12 @@ pub fn optimizer_value(optimizer: &Optimizer, names: &[&str]) -> Result<Value> {
         let Some(step) = steps.get(name) else { continue };
         let mut parts = Dict::new();
         if let Some(step) = step {
-            // Python saves step counts as tensors of float32.
-            parts.insert("step", Value::tensor(&Tensor::from(*step as f64).to_kind(Kind::Float))?);
+            // torch saves step counts as tensors of float32. AdEMAMix has them as numbers, and would compute with a tensor.
+            let count = match maximizes_in_python(optimizer.name()) {
+                true => Value::tensor(&Tensor::from(*step as f64).to_kind(Kind::Float))?,
+                false => Value::from(*step),
+            };
+            parts.insert("step", count);
         }
         let prefix = format!("{name}/");
         for (key, tensor) in template.tensors() {
