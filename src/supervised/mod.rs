@@ -187,7 +187,7 @@ impl<N: ModuleT> Supervised<N> {
             forward: Box::new(forward),
             output: Output::Loss(std::convert::identity),
             settings: Settings::new(),
-            share: Some(|(x, y)| (x.shallow_clone(), y.shallow_clone())),
+            share: Some(share),
         }
     }
 }
@@ -221,6 +221,11 @@ impl<N, X: Tensors, Y, P> Supervised<N, (X, Y), Prediction<P, Y>> {
     }
 }
 
+/// The same batch again; its tensors are shared.
+fn share((x, y): &Batch) -> Batch {
+    (x.shallow_clone(), y.shallow_clone())
+}
+
 impl Supervised<CompiledModel> {
     /// Makes a context for a model that was exported with its loss, one input and one target. Batches that share a step
     /// count by their numbers of samples. Autocast belongs into the export: [`autocast`](Self::autocast) here makes the
@@ -243,6 +248,7 @@ impl Supervised<CompiledModel> {
             forward: Box::new(forward),
             output: Output::Loss(std::convert::identity),
             settings: Settings::new(),
+            share: Some(share),
         }
     }
 }
