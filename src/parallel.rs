@@ -45,6 +45,14 @@ impl Parallel {
         false
     }
 
+    /// Whether there is a `DistributedDataParallel`.
+    pub(crate) fn is_parallel(&self) -> bool {
+        #[cfg(feature = "distributed")]
+        return self.ddp.is_some();
+        #[cfg(not(feature = "distributed"))]
+        false
+    }
+
     /// Sums a tensor over all ranks, in place, and returns the number of ranks.
     pub(crate) fn sum(&self, tensor: &Tensor) -> Result<u64> {
         #[cfg(feature = "distributed")]

@@ -20,7 +20,7 @@ use tch_ignite::loggers::{
     CsvLogger, JsonLinesLogger, Logger, OutputHandler, RunFolder, TensorBoard,
 };
 use tch_ignite::metrics::Mean;
-use tch_ignite::optim::Optimizer;
+use tch_ignite::optim::{GroupOptions, Optimizer};
 use tch_ignite::schedule::{CosineAnnealing, ParamScheduler};
 
 /// These variables say what a process is to do, and in which folder.
@@ -48,7 +48,13 @@ fn train(folder: &Path, background: bool) -> anyhow::Result<()> {
         .add(nn::linear(&root / "a", 8, 16, Default::default()))
         .add_fn_t(|x, train| x.relu().dropout(0.2, train))
         .add(nn::linear(&root / "b", 16, 1, Default::default()));
-    let optimizer = Optimizer::adam(&vs).build()?;
+    // Four algorithms, of which one counts for the group and one keeps numbers of its own.
+    let optimizer = Optimizer::adamw_schedule_free(&vs)
+        .group("a.weight", |name| name == "a.weight", GroupOptions::muon())
+        .group("a.bias", |name| name == "a.bias", GroupOptions::nadam())
+        .group("b.weight", |name| name == "b.weight", GroupOptions::new().warmup_steps(9))
+        .group("b.bias", |name| name == "b.bias", GroupOptions::ademamix().alpha_warmup(30))
+        .build()?;
     let x = (Tensor::arange(400, (Kind::Float, Device::Cpu)) * 0.7).sin().view([50, 8]);
     let y = x.sum_dim_intlist(1i64, true, Kind::Float);
     let data = Loader::new(&x, &y, 7)?.shuffle(3);
@@ -625,7 +631,8 @@ fn train_and_evaluate(folder: &Path, role: &str) -> anyhow::Result<()> {
     tch::manual_seed(3);
     let vs = VarStore::new(Device::Cpu);
     let net = nn::linear(vs.root(), 4, 1, Default::default());
-    let optimizer = Optimizer::adam(&vs).build()?;
+    // The parameters have other values in evaluations.
+    let optimizer = Optimizer::adamw_schedule_free(&vs).build()?;
     type Cx = (nn::Linear, Optimizer);
     let noise = || Tensor::rand([3, 4], (Kind::Float, Device::Cpu));
     let evaluator = |name: &'static str| -> anyhow::Result<Engine<'static, Cx, f64, Tensor>> {

@@ -161,6 +161,11 @@ impl GradientAccumulator {
         self.scaler.as_ref()
     }
 
+    /// Whether there are other ranks.
+    pub(crate) fn is_parallel(&self) -> bool {
+        self.parallel.is_parallel()
+    }
+
     /// The number of batches that share a step.
     pub fn steps(&self) -> u64 {
         self.accumulation.steps()

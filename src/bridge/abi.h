@@ -8,7 +8,8 @@
 
 #define TIG_ALGORITHMS(X)                                                                                \
   X(Sgd, 0) X(Adam, 1) X(AdamW, 2) X(RmsProp, 3) X(Adagrad, 4) X(NAdam, 5) X(RAdam, 6) X(Adamax, 7)      \
-  X(Adadelta, 8) X(Asgd, 9) X(Rprop, 10) X(Lion, 11) X(Adafactor, 12) X(Muon, 13) X(SparseAdam, 14)
+  X(Adadelta, 8) X(Asgd, 9) X(Rprop, 10) X(Lion, 11) X(Adafactor, 12) X(Muon, 13) X(SparseAdam, 14)  \
+  X(AdamWScheduleFree, 15) X(SgdScheduleFree, 16) X(AdEMAMix, 17) X(Lbfgs, 18)
 
 #define TIG_HYPERS(X)                                                                                    \
   X(Lr, 0) X(Momentum, 1) X(Dampening, 2) X(WeightDecay, 3) X(Nesterov, 4) X(Beta1, 5) X(Beta2, 6)       \
@@ -16,7 +17,9 @@
   X(InitialAccumulatorValue, 13) X(MomentumDecay, 14) X(DecoupledWeightDecay, 15) X(Rho, 16)             \
   X(Lambd, 17) X(T0, 18) X(EtaMinus, 19) X(EtaPlus, 20) X(StepSizeMin, 21) X(StepSizeMax, 22)            \
   X(Beta2Decay, 23) X(Eps1, 24) X(Eps2, 25) X(D, 26) X(NsA, 27) X(NsB, 28) X(NsC, 29) X(NsSteps, 30)     \
-  X(MatchRmsAdamW, 31)
+  X(MatchRmsAdamW, 31) X(R, 32) X(WarmupSteps, 33) X(WeightLrPower, 34) X(K, 35) X(WeightSum, 36)        \
+  X(LrMax, 37) X(TrainMode, 38) X(Beta3, 39) X(Beta3Warmup, 40) X(AlphaWarmup, 41) X(MaxIter, 42)        \
+  X(MaxEval, 43) X(ToleranceGrad, 44) X(ToleranceChange, 45) X(HistorySize, 46) X(StrongWolfe, 47)
 
 #define TIG_MODES(X) X(Loop, 0) X(Fused, 1) X(Kernels, 2)
 

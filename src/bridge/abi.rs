@@ -63,6 +63,10 @@ numbers! {
         Adafactor = 12,
         Muon = 13,
         SparseAdam = 14,
+        AdamWScheduleFree = 15,
+        SgdScheduleFree = 16,
+        AdEMAMix = 17,
+        Lbfgs = 18,
     }
 
     /// A hyper-parameter of a group.
@@ -100,6 +104,28 @@ numbers! {
         NsC = 29,
         NsSteps = 30,
         MatchRmsAdamW = 31,
+        R = 32,
+        WarmupSteps = 33,
+        WeightLrPower = 34,
+        /// The number of steps of the group.
+        K = 35,
+        /// The sum of the weights of all steps in the average.
+        WeightSum = 36,
+        LrMax = 37,
+        /// 0 while parameters have their values for evaluation.
+        TrainMode = 38,
+        Beta3 = 39,
+        /// 0 for no warm-up.
+        Beta3Warmup = 40,
+        /// 0 for no warm-up.
+        AlphaWarmup = 41,
+        MaxIter = 42,
+        /// 0 stands for five quarters of the iterations.
+        MaxEval = 43,
+        ToleranceGrad = 44,
+        ToleranceChange = 45,
+        HistorySize = 46,
+        StrongWolfe = 47,
     }
 
     /// How steps are made.

@@ -270,9 +270,9 @@ int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* foun
           const auto& rule = own_rule(optimizer, parameter);
           *found = 1;
           if (rule.counts) *step = s->step;
-          for (int i = 0; i < rule.tensors; ++i) tensors[i] = copy(s->tensors[i]);
-          for (int i = 0; i < rule.numbers; ++i)
-            tensors[rule.tensors + i] = copy(at::full({}, s->numbers[i], at::kFloat));
+          const int all = rule.tensors + rule.kept;
+          for (int i = 0; i < all; ++i) tensors[i] = copy(s->tensors[i]);
+          for (int i = 0; i < rule.numbers; ++i) tensors[all + i] = copy(at::full({}, s->numbers[i], at::kFloat));
         }
         break;
       case Class::Adam: return adam(state_of<torch::optim::AdamParamState>(optimizer, parameter));
@@ -312,8 +312,9 @@ int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64
         const auto& rule = own_rule(optimizer, parameter);
         auto s = std::make_unique<tig::OwnState>();
         s->step = std::max<int64_t>(step, 0);
-        for (int i = 0; i < rule.tensors; ++i) s->tensors[i] = tensor(i);
-        for (int i = 0; i < rule.numbers; ++i) s->numbers[i] = tensor(rule.tensors + i).item<float>();
+        const int all = rule.tensors + rule.kept;
+        for (int i = 0; i < all; ++i) s->tensors[i] = tensor(i);
+        for (int i = 0; i < rule.numbers; ++i) s->numbers[i] = tensor(all + i).item<float>();
         return set(std::move(s));
       }
       case Class::Adam: return adam(std::make_unique<torch::optim::AdamParamState>());

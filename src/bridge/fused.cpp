@@ -212,6 +212,7 @@ class Step {
     if (next != known.parameters.size()) return false;
 
     read_factor(!plan_.pass.empty());
+    advance<Rules>();
     for (const auto& parameter : known.parameters) {
       if (parameter.task == Plan::Known::NONE) continue;
       if (parameter.steps) ++*parameter.steps;
@@ -358,7 +359,8 @@ class Step {
         plan_.left[decision.group].push_back(*decision.p);
         any_left = true;
       }
-    // The loop comes first, because it may run out of memory; nothing else has been changed yet.
+    advance<Rules>();
+    // The loop comes first, because it may run out of memory; no parameter has been changed yet.
     if (any_left) loop_over_left();
     for (auto& decision : plan_.decisions) take<Rules>(decision);
     plan_.decisions.clear();
@@ -438,6 +440,16 @@ class Step {
   bool maximizes(size_t group) const {
     if constexpr (std::is_same<Rules, tig::OwnRules>::value) return options<Rules>(group).on(abi::Hyper::Maximize);
     else return plan_.maximizes(group);
+  }
+
+  // Counts the step in the groups whose algorithm counts for the group.
+  template <typename Rules>
+  void advance() {
+    if constexpr (std::is_same<Rules, tig::OwnRules>::value)
+      for (size_t group = 0; group < optimizer_.param_groups().size(); ++group) {
+        auto& o = options<Rules>(group);
+        if (const auto count = tig::rule_of(o.algorithm).advance) count(o);
+      }
   }
 
   // Reads the factor as a number, which the pass on the CPU needs. This costs a host sync only if the factor is on a

@@ -52,7 +52,7 @@ enum class Rule : int {
 #undef TIG_COMMA
 };
 
-using Numbers = std::array<double, 9>;
+using Numbers = std::array<double, 12>;
 
 struct Task {
   void* p;

@@ -9,8 +9,9 @@ using Kernel = Rule (*)(const OwnOptions&);
 
 template <typename R>
 OwnRule rule_with(Kernel kernel) {
-  return {R::name,   R::tensors, R::last_for, R::numbers, R::counts, R::shaped_like_parameter, R::sparse, kernel,
-          R::begin, R::refused, R::prepare,  R::loop};
+  return {R::name,   R::tensors,                R::last_for, R::kept, R::numbers, R::advance,
+          R::counts, R::shaped_like_parameter, R::sparse,   kernel,  R::begin,   R::refused,
+          R::prepare, R::loop};
 }
 
 // The kernel of an algorithm; null where there is none.

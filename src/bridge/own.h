@@ -39,7 +39,7 @@ struct OwnOptions : torch::optim::OptimizerOptions {
 // State of a parameter.
 struct OwnState : torch::optim::OptimizerParamState {
   int64_t step = 0;
-  std::array<Tensor, 3> tensors;  // as many as the rule has
+  std::array<Tensor, 3> tensors;  // as many as the rule has, and those that it keeps
   // Numbers that torch keeps as tensors of one f32 element.
   std::array<float, 2> numbers{};
 
@@ -59,6 +59,12 @@ struct RuleDefaults {
   // The hyper-parameter that is not 0 while the state has its last tensor; Lr if it always has.
   static constexpr Hyper last_for = Hyper::Lr;
 
+  // How many tensors the state has behind these that no step needs.
+  static constexpr int kept = 0;
+
+  // Counts a step in the options of a group, before any of its parameters is stepped; null where nothing is counted.
+  static constexpr void (*advance)(OwnOptions&) = nullptr;
+
   // Whether the count of steps is a part of the state.
   static constexpr bool counts = true;
 
@@ -76,7 +82,9 @@ struct OwnRule {
   const char* name;
   int tensors;
   Hyper last_for;
+  int kept;
   int numbers;
+  void (*advance)(OwnOptions&);  // null where a group counts nothing
   bool counts;
   bool shaped_like_parameter;
   bool sparse;  // whether it takes sparse gradients

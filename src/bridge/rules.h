@@ -69,7 +69,9 @@ struct AdamRules {
   static bool shares_numbers(const Options&) { return true; }
   static constexpr bool decoupled = std::is_same<O, torch::optim::AdamWOptions>::value;
 
-  static std::string refused(const at::Tensor&, const at::Tensor& g, const State*, const Options&) {
+  static std::string refused(const at::Tensor& p, const at::Tensor& g, const State*, const Options&) {
+    // libtorch's class takes the square of the magnitude, PyTorch's those of both parts.
+    if (p.is_complex()) return decoupled ? "AdamW does not support complex parameters" : "Adam does not support complex parameters";
     if (g.layout() == at::kStrided) return "";
     return decoupled ? "AdamW does not support sparse gradients" : "Adam does not support sparse gradients";
   }
@@ -110,7 +112,8 @@ struct RmsPropRules {
   static int64_t* steps(State& s) { return &s.step(); }
   static bool shares_numbers(const Options&) { return true; }
 
-  static std::string refused(const at::Tensor&, const at::Tensor& g, const State*, const Options&) {
+  static std::string refused(const at::Tensor& p, const at::Tensor& g, const State*, const Options&) {
+    if (p.is_complex()) return "RMSprop does not support complex parameters";
     return g.layout() == at::kStrided ? "" : "RMSprop does not support sparse gradients";
   }
 

@@ -223,7 +223,8 @@ impl<B, O> Checkpoint<B, O> {
 
     /// Writes only the weights of a model, as a plain safetensors file with PyTorch's names: ignite's
     /// `ModelCheckpoint`. A run cannot be resumed from such files. This sets the name in file names to `"model"`; call
-    /// [`name`](Self::name) afterwards for another.
+    /// [`name`](Self::name) afterwards for another. Parameters of a Schedule-Free optimizer that the engine tracks are
+    /// written with their values for evaluation.
     pub fn weights(mut self, model: impl IntoStateful<'static>) -> Self {
         self.weights = Some(model.into_stateful());
         self.name("model")
@@ -375,6 +376,11 @@ impl<B, O> Checkpoint<B, O> {
         let kept = RetentionStamp { owner: self.owner(run), name, score };
         let kept = serde_json::to_string(&kept).map_err(|error| Error::State(error.to_string()))?;
         let stamp = Stamp { written: folder.time(), kept: Some(kept) };
+        // The values for evaluation stay until the writer has copied or written the tensors.
+        let _weights = match self.weights {
+            Some(_) => engine.evaluation_weights(cx)?,
+            None => vec![],
+        };
         let before = self.list.clone();
         let remove = self.list.keep(new.clone());
         let written = self.contents(cx, engine).and_then(|(state, logs)| {

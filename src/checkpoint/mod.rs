@@ -46,7 +46,9 @@ mod retention;
 mod score;
 mod writer;
 
-pub use crate::state::{IntoStateful, Saveable, SavedGradients, StateDict, Stateful};
+pub use crate::state::{
+    EvaluationWeights, IntoStateful, Saveable, SavedGradients, StateDict, Stateful,
+};
 pub use best::{best_checkpoint, load_best};
 pub use filename::setup_filename_pattern;
 pub(crate) use folder::Folder;

@@ -6,7 +6,7 @@ use super::Engine;
 use super::checkpoint::{CONTEXT, RESERVED, SETTINGS};
 use super::restored::{of_named, of_part};
 use crate::error::Result;
-use crate::state::{IntoStateful, Saveable, StateDict, Stateful};
+use crate::state::{EvaluationWeights, IntoStateful, Saveable, StateDict, Stateful};
 
 /// The parts that `track`, `track_context` and `track_output` add to the state of an engine.
 pub(super) struct Tracked<'a, C, O> {
@@ -25,6 +25,7 @@ pub(super) struct ContextState<C> {
     pub(super) load: fn(&mut C, StateDict) -> Result<()>,
     pub(super) load_partially: fn(&mut C, StateDict) -> Result<Vec<String>>,
     pub(super) differs_by_rank: fn(&C) -> bool,
+    pub(super) evaluation_weights: fn(&C) -> Result<Option<EvaluationWeights>>,
     /// Whether a model may be part of the context.
     pub(super) has_model: bool,
 }
@@ -65,6 +66,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             load: |cx, state| cx.load_state_dict(state),
             load_partially: |cx, state| cx.load_state_dict_partially(state),
             differs_by_rank: C::differs_by_rank,
+            evaluation_weights: C::evaluation_weights,
             has_model: true,
         });
         self
@@ -93,6 +95,19 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     {
         self.tracked.output = Some(OutputState { save: O::to_state, load: O::from_state });
         self
+    }
+
+    /// Gives parameters of tracked optimizers their values for evaluation, until the result is dropped. Allocates nothing
+    /// where no optimizer has others than those for training.
+    pub(crate) fn evaluation_weights(&self, cx: &C) -> Result<Vec<EvaluationWeights>> {
+        let mut all = vec![];
+        if let Some(context) = &self.tracked.context {
+            all.extend(of_named(CONTEXT, || (context.evaluation_weights)(cx))?);
+        }
+        for (name, part) in &self.tracked.parts {
+            all.extend(of_named(name, || part.evaluation_weights())?);
+        }
+        Ok(all)
     }
 
     /// Copies of the states of all tracked parts, and of the context where it is tracked.

@@ -302,10 +302,13 @@ impl<C, B, O> Handler<C, B, O> for EMAHandler {
     fn call(
         &mut self,
         _event: Event,
-        _cx: &mut C,
+        cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
-        let momentum = self.update()?;
+        let momentum = {
+            let _weights = engine.evaluation_weights(cx)?;
+            self.update()?
+        };
         if self.save_history {
             engine.state.record_param(&self.name, vec![momentum]);
         }

@@ -14,6 +14,9 @@ use crate::state::StateDict;
 /// The handler owns the evaluator. Trainer and evaluator work on the same context. Warnings of the evaluator's run are
 /// added to the trainer's.
 ///
+/// During the evaluation, parameters of a Schedule-Free optimizer that the trainer tracks have their values for evaluation:
+/// see [`Optimizer::eval`](crate::optim::Optimizer::eval).
+///
 /// Where [`InterruptOn`](super::InterruptOn) listens to signals, a signal during an evaluation stops the evaluation at
 /// its next batch, and the trainer with it. When the run goes on, the evaluation is repeated from its start with the
 /// same random numbers, and then the handlers after it are called. In a group of processes, and at events that are
@@ -156,7 +159,10 @@ where
         // metrics that this one does not compute.
         self.evaluator.reset()?;
         self.evaluator.follow(engine);
-        let outcome = self.evaluate(cx, may_stop);
+        let outcome = {
+            let _weights = engine.evaluation_weights(cx)?;
+            self.evaluate(cx, may_stop)
+        };
         if let Ok(Outcome::Stopped(signal)) = outcome {
             signals::obey(engine, signal);
             engine.repeat_from_here();

@@ -141,9 +141,10 @@ impl<C, B, O> Handler<C, B, O> for SWAHandler {
     fn call(
         &mut self,
         _event: Event,
-        _cx: &mut C,
-        _engine: &mut Engine<'_, C, B, O>,
+        cx: &mut C,
+        engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
+        let _weights = engine.evaluation_weights(cx)?;
         Ok(self.update()?)
     }
 }

@@ -247,6 +247,8 @@ impl<C, B, O, H: Handler<C, B, O>> Handler<C, B, O> for WithAverages<H> {
         cx: &mut C,
         engine: &mut Engine<'_, C, B, O>,
     ) -> anyhow::Result<()> {
+        // The averages are of values for evaluation already, so no Schedule-Free optimizer may average them again.
+        let _weights = engine.evaluation_weights(cx)?;
         let _swapped = self.averages.swap()?;
         self.handler.call(event, cx, engine)
     }

@@ -56,8 +56,16 @@ impl Optimizer {
     /// Makes a step in which the gradients count `factor` times, and nothing if `found_inf` is not 0. Both are
     /// tensors of one element. On a device they are not read, with the exceptions of `Native::step`.
     pub(crate) fn update(&self, factor: Option<&Tensor>, found_inf: Option<&Tensor>) -> Result<()> {
+        if self.needs_closure() {
+            return Err(Error::invalid(
+                "LBFGS evaluates the loss several times in a step: call step_with(closure), whose closure computes the loss and its gradients anew",
+            ));
+        }
         self.admit_new()?;
-        let refused = self.native(|native| Ok(native.step(factor, found_inf).err()))?;
+        let refused = self.native(|native| {
+            self.check_training(native)?;
+            Ok(native.step(factor, found_inf).err())
+        })?;
         let Some(StepError { parameter, text }) = refused else { return Ok(()) };
         let operation = "optimizer step";
         let Some(parameter) = parameter else { return Err(Error::libtorch(operation, text)) };

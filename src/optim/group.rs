@@ -54,9 +54,9 @@ impl Group {
     /// Sets the hyper-parameter with this name; for names see [`get`](Self::get).
     ///
     /// # Errors
-    /// The optimizer has no such hyper-parameter, or the value is outside its bounds.
+    /// The optimizer has no such hyper-parameter, or counts its steps in it, or the value is outside its bounds.
     pub fn set(&self, hyper: &str, value: f64) -> Result<()> {
-        self.set_hyper(self.own_algorithm().hyper(hyper)?, value)
+        self.set_hyper(self.own_algorithm().settable(hyper)?, value)
     }
 
     /// A hyper-parameter of this group as a [`Knob`], which a scheduler can drive.
@@ -76,7 +76,7 @@ impl Group {
     /// # Errors
     /// The optimizer has no such hyper-parameter.
     pub fn knob(&self, hyper: &str) -> Result<Knob> {
-        let hyper = self.own_algorithm().hyper(hyper)?;
+        let hyper = self.own_algorithm().settable(hyper)?;
         Ok(Knob::of_groups(self.optimizer.clone(), Some(self.index), hyper))
     }
 

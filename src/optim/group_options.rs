@@ -149,4 +149,40 @@ options! {
     /// Whether updates of matrices have the root mean square of AdamW's (`adjust_lr_fn="match_rms_adamw"` of torch's
     /// Muon), so that AdamW's learning rate and weight decay fit.
     match_rms_adamw(on: bool) => MatchRmsAdamW: f64::from(on);
+
+    /// The number of steps in which the learning rate rises in a straight line (Schedule-Free).
+    warmup_steps(steps: u32) => WarmupSteps: f64::from(steps);
+
+    /// The power of the step count by which steps weigh in the average (Schedule-Free).
+    r(power: f64) => R: power;
+
+    /// The power of the largest learning rate so far by which steps weigh in the average (Schedule-Free).
+    weight_lr_power(power: f64) => WeightLrPower: power;
+
+    /// The decay rate of the slow average (AdEMAMix), in [0, 1).
+    beta3(value: f64) => Beta3: value;
+
+    /// The number of steps in which the half-life of the slow average rises (AdEMAMix); 0 for none.
+    beta3_warmup(steps: u32) => Beta3Warmup: f64::from(steps);
+
+    /// The number of steps in which the weight of the slow average rises (AdEMAMix); 0 for none.
+    alpha_warmup(steps: u32) => AlphaWarmup: f64::from(steps);
+
+    /// The most iterations in a step (LBFGS), at least 1.
+    max_iter(count: u32) => MaxIter: f64::from(count);
+
+    /// The most evaluations of the loss in a step (LBFGS); 0 stands for 5/4 of the iterations.
+    max_eval(count: u32) => MaxEval: f64::from(count);
+
+    /// A step ends where no element of the gradient is larger (LBFGS), not negative.
+    tolerance_grad(value: f64) => ToleranceGrad: value;
+
+    /// A step ends where loss or parameters change less (LBFGS), not negative.
+    tolerance_change(value: f64) => ToleranceChange: value;
+
+    /// The number of iterations that are remembered (LBFGS), at least 1.
+    history_size(count: u32) => HistorySize: f64::from(count);
+
+    /// Whether the length of each iteration is searched for (LBFGS; torch's `line_search_fn="strong_wolfe"`).
+    strong_wolfe(on: bool) => StrongWolfe: f64::from(on);
 }

@@ -7,7 +7,15 @@ use crate::error::{Error, Result};
 pub(crate) use crate::bridge::Hyper;
 use Hyper::*;
 
+/// The largest count: all whole numbers up to it are exact.
+const MOST: f64 = (1u64 << 53) as f64;
+
 impl Hyper {
+    /// Whether steps and the optimizer itself set this value.
+    pub(crate) fn is_counted(self) -> bool {
+        matches!(self, K | WeightSum | LrMax | TrainMode)
+    }
+
     /// The hyper-parameter of this name.
     pub(crate) fn named(name: &str) -> Option<Self> {
         (0..).map_while(|number| Self::try_from(number).ok()).find(|hyper| hyper.name() == name)
@@ -47,6 +55,22 @@ impl Hyper {
             NsC => "ns_coefficient_c",
             NsSteps => "ns_steps",
             MatchRmsAdamW => "match_rms_adamw",
+            R => "r",
+            WarmupSteps => "warmup_steps",
+            WeightLrPower => "weight_lr_power",
+            K => "k",
+            WeightSum => "weight_sum",
+            LrMax => "lr_max",
+            TrainMode => "train_mode",
+            Beta3 => "beta3",
+            Beta3Warmup => "beta3_warmup",
+            AlphaWarmup => "alpha_warmup",
+            MaxIter => "max_iter",
+            MaxEval => "max_eval",
+            ToleranceGrad => "tolerance_grad",
+            ToleranceChange => "tolerance_change",
+            HistorySize => "history_size",
+            StrongWolfe => "strong_wolfe",
         }
     }
 
@@ -54,10 +78,19 @@ impl Hyper {
     #[inline]
     pub(crate) fn check(self, value: f64) -> Result<()> {
         let (fits, bounds) = match self {
-            Beta1 | Beta2 => ((0. ..1.).contains(&value), "in [0, 1)"),
-            Dampening | Lambd | T0 | NsA | NsB | NsC => (value.is_finite(), "finite"),
-            Nesterov | Amsgrad | Centered | Maximize | DecoupledWeightDecay | MatchRmsAdamW => {
-                (value == 0. || value == 1., "0 or 1")
+            Beta1 | Beta2 | Beta3 => ((0. ..1.).contains(&value), "in [0, 1)"),
+            Dampening | Lambd | T0 | NsA | NsB | NsC | R | WeightLrPower | LrMax => {
+                (value.is_finite(), "finite")
+            }
+            Nesterov | Amsgrad | Centered | Maximize | DecoupledWeightDecay | MatchRmsAdamW
+            | StrongWolfe | TrainMode => (value == 0. || value == 1., "0 or 1"),
+            WarmupSteps | Beta3Warmup | AlphaWarmup | MaxEval | K => {
+                let whole = value.fract() == 0. && (0. ..=MOST).contains(&value);
+                (whole, "a whole number that is not negative")
+            }
+            MaxIter | HistorySize => {
+                let whole = value.fract() == 0. && (1. ..=MOST).contains(&value);
+                (whole, "a whole number of at least 1")
             }
             Rho => ((0. ..=1.).contains(&value), "in [0, 1]"),
             EtaMinus => (value > 0. && value < 1., "between 0 and 1"),

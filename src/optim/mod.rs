@@ -6,6 +6,8 @@
 
 mod algorithms;
 mod builder;
+mod closure;
+mod evaluation;
 mod fused;
 mod gradients;
 mod group;
@@ -14,13 +16,16 @@ mod grouping;
 mod hyper;
 mod knob;
 mod layerwise;
+mod lbfgs;
 mod param_groups;
 mod parameters;
 mod plan;
+mod sam;
 mod snapshot;
 mod state_dict;
 mod tch_optimizer;
 mod var_store_of;
+mod wolfe;
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -33,6 +38,7 @@ use tch::{TchError, Tensor};
 
 pub use algorithms::*;
 pub use builder::OptimizerBuilder;
+pub(crate) use evaluation::KEPT;
 pub use gradients::Gradients;
 pub use group::Group;
 pub use group_options::{GroupOptions, lr};
@@ -42,8 +48,10 @@ pub use layerwise::layerwise_lr_decay;
 pub use param_groups::{ParamGroups, is_bias_or_norm, is_matrix};
 pub(crate) use parameters::Parameters;
 pub use plan::OptimizerPlan;
+pub use sam::Sam;
 pub use snapshot::OptimizerSnapshot;
 pub(crate) use snapshot::StoreSnapshot;
+pub(crate) use state_dict::LBFGS;
 pub use tch_optimizer::TchOptimizer;
 pub use var_store_of::var_store_of;
 
@@ -84,6 +92,10 @@ struct Shared {
     /// The options that the optimizer was built with, as `"<group>.<option>"`.
     built: OnceLock<Map<String, Value>>,
     reductions: knob::Reductions,
+    /// Whether an algorithm is Schedule-Free, so that parameters have other values in evaluation.
+    averages: bool,
+    /// What LBFGS remembers; empty for all others.
+    lbfgs: Mutex<lbfgs::Memory>,
 }
 
 fn listed(names: &[String]) -> String {
@@ -146,7 +158,8 @@ impl Optimizer {
             .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
         for hyper in native.algorithm.hypers() {
             let value = native.get(0, hyper);
-            hyper.check(
+            native.algorithm.check(
+                hyper,
                 value.map_err(|text| Error::libtorch("cannot build the optimizer", text))?,
             )?;
         }
@@ -170,6 +183,13 @@ impl Optimizer {
                 .set_algorithm(index, algorithm, algorithm.description().hypers)
                 .map_err(|text| Error::libtorch("cannot build the optimizer", text))?;
         }
+        let mut all = by_group.iter().copied().chain([native.algorithm]);
+        if native.group_count() > 1 && all.clone().any(Algorithm::needs_closure) {
+            return Err(Error::invalid(
+                "LBFGS takes all parameters as one vector, so it has one group: leave groups out, or choose another optimizer",
+            ));
+        }
+        let averages = all.any(|algorithm| algorithm.interpolation().is_some());
         grouped.warn_of_tied();
         Ok(Self {
             shared: Arc::new(Shared {
@@ -181,6 +201,8 @@ impl Optimizer {
                 variables: variables.clone(),
                 built: OnceLock::new(),
                 reductions: knob::Reductions::default(),
+                averages,
+                lbfgs: Mutex::default(),
             }),
         })
     }
@@ -247,7 +269,7 @@ impl Optimizer {
     /// # Errors
     /// The optimizer, or the algorithm of a group, has no such hyper-parameter.
     pub fn knob(&self, hyper: &str) -> Result<Knob> {
-        let known = self.shared.algorithm.hyper(hyper)?;
+        let known = self.shared.algorithm.settable(hyper)?;
         for algorithm in &self.shared.by_group {
             algorithm.hyper(hyper)?;
         }
@@ -279,7 +301,7 @@ impl Optimizer {
 
     /// Sets a hyper-parameter of all groups, and of those that are to come.
     fn set_everywhere(&self, name: &str, value: f64) -> Result<()> {
-        let hyper = self.shared.algorithm.hyper(name)?;
+        let hyper = self.shared.algorithm.settable(name)?;
         for group in self.groups()? {
             if self.algorithm(group.index()) == self.shared.algorithm {
                 group.set_hyper(hyper, value)?;
@@ -347,6 +369,11 @@ impl Optimizer {
         })
     }
 
+    /// The parameters of all groups.
+    fn all_parameters(&self) -> Result<Vec<Tensor>> {
+        self.parameters_of(0..self.group_count()?)
+    }
+
     /// The parameters of these groups with their names. A parameter that the store has no name for gets an empty one.
     fn named_parameters_of(
         &self,
@@ -380,7 +407,8 @@ impl Optimizer {
     ///
     /// # Errors
     /// A parameter that cannot be stepped, such as one with a sparse gradient under Adam; then no parameter is
-    /// stepped. See also [`Optimizer`].
+    /// stepped. [`Lbfgs`], which needs [`step_with`](Self::step_with). A Schedule-Free optimizer whose parameters have
+    /// their values for evaluation: see [`train`](Self::train). See also [`Optimizer`].
     pub fn step(&self) -> Result<()> {
         self.update(None, None)
     }
@@ -536,7 +564,7 @@ fn set_hyper(
     hyper: Hyper,
     value: f64,
 ) -> Result<()> {
-    hyper.check(value)?;
+    algorithm.check(hyper, value)?;
     let failed = |text| Error::libtorch(format!("setting {hyper} of group {group}"), text);
     // Schedules set the learning rate all the time, and it never needs a tensor.
     if hyper != Hyper::Lr

@@ -95,7 +95,7 @@ impl Group {
     /// See [`Optimizer`].
     pub fn freeze(&self) -> Result<()> {
         let parameters = self.optimizer.parameters_of([self.index()])?;
-        parameters.iter().try_for_each(|parameter| self.optimizer.train(parameter, false))
+        parameters.iter().try_for_each(|parameter| self.optimizer.set_trains(parameter, false))
     }
 
     /// Goes on with the training of the group's parameters after [`freeze`](Self::freeze).
@@ -104,13 +104,13 @@ impl Group {
     /// See [`Optimizer`].
     pub fn unfreeze(&self) -> Result<()> {
         let parameters = self.optimizer.parameters_of([self.index()])?;
-        parameters.iter().try_for_each(|parameter| self.optimizer.train(parameter, true))
+        parameters.iter().try_for_each(|parameter| self.optimizer.set_trains(parameter, true))
     }
 }
 
 impl Optimizer {
     /// Switches the training of one parameter on or off.
-    pub(super) fn train(&self, parameter: &Tensor, on: bool) -> Result<()> {
+    pub(super) fn set_trains(&self, parameter: &Tensor, on: bool) -> Result<()> {
         let what = if on { "unfreezing" } else { "freezing" };
         if !on {
             set_gradient(parameter, None).map_err(|text| Error::libtorch(what, text))?;

@@ -7,7 +7,8 @@ use tch::nn::Variables;
 use tch::{TchError, Tensor};
 
 use super::hyper::Hyper;
-use super::{Optimizer, Shared};
+use super::lbfgs::Memory;
+use super::{Optimizer, Shared, locked};
 use crate::bridge::{RawState, set_gradient};
 use crate::error::{Error, Result};
 use crate::variables::Variable;
@@ -23,6 +24,7 @@ pub struct OptimizerSnapshot {
     hypers: Vec<Vec<(Hyper, f64)>>,
     /// Each parameter and its state; `None` if the parameter had not been stepped yet.
     states: Vec<(Tensor, Option<RawState>)>,
+    lbfgs: Memory,
 }
 
 impl fmt::Debug for OptimizerSnapshot {
@@ -74,7 +76,8 @@ impl Optimizer {
                 let state = state.as_ref().map(copied).transpose();
                 states.push((parameter, state.map_err(|error| failed(error.to_string()))?));
             }
-            Ok(OptimizerSnapshot { of: self.shared.clone(), hypers, states })
+            let lbfgs = locked(&self.shared.lbfgs).clone();
+            Ok(OptimizerSnapshot { of: self.shared.clone(), hypers, states, lbfgs })
         })
     }
 
@@ -96,6 +99,7 @@ impl Optimizer {
                     native.set(index, *hyper, *value).map_err(failed)?;
                 }
             }
+            *locked(&self.shared.lbfgs) = snapshot.lbfgs.clone();
             for (parameter, state) in &snapshot.states {
                 // The state is copied again, because training would otherwise change the snapshot's tensors.
                 let state = state.as_ref().map(copied).transpose();
@@ -115,7 +119,7 @@ fn copied(state: &RawState) -> Result<RawState, TchError> {
     Ok(RawState { step: state.step, tensors })
 }
 
-fn copy(tensor: &Tensor) -> Result<Tensor, TchError> {
+pub(super) fn copy(tensor: &Tensor) -> Result<Tensor, TchError> {
     let _guard = tch::no_grad_guard();
     let mut copy = tensor.f_empty_like()?;
     copy.f_copy_(tensor)?;

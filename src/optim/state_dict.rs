@@ -6,11 +6,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::{Group, Optimizer, TensorId};
+use super::hyper::Hyper;
+use super::lbfgs::Memory;
+use super::{Group, Optimizer, TensorId, locked};
 use crate::bridge::{Algorithm, RawState};
 use crate::error::{Error, Result};
-use crate::state::{IntoStateful, StateDict, Stateful};
+use crate::state::{EvaluationWeights, IntoStateful, StateDict, Stateful};
 use crate::variables::Variable;
+
+/// The part of the state that LBFGS alone has.
+pub(crate) const LBFGS: &str = "lbfgs";
 
 #[derive(Serialize, Deserialize)]
 struct SavedGroup {
@@ -34,13 +39,15 @@ struct Checked {
 /// A saved state, compared with the optimizer: values to load, and misfits.
 #[derive(Default)]
 struct Fitting {
-    options: Vec<(Group, String, f64)>,
+    options: Vec<(Group, Hyper, f64)>,
     parameters: Vec<Checked>,
     /// Parameters whose saved state does not fit as a whole, but was partly read into the optimizer's own tensors
     /// already. Their state is removed.
     spoilt: Vec<Tensor>,
     /// A line for each part of the saved state that does not fit.
     misfits: Vec<String>,
+    /// What LBFGS remembers.
+    lbfgs: Option<Memory>,
 }
 
 /// The state holds every hyper-parameter of every group, the step counts, the names of frozen parameters, and the state
@@ -68,7 +75,17 @@ impl Stateful for Optimizer {
         saved.set_value("groups", groups)?;
         saved.set_value("steps", steps)?;
         saved.set_value("frozen", frozen)?;
+        if self.needs_closure() {
+            let memory = locked(&self.shared.lbfgs).clone();
+            saved.set_part(LBFGS, memory.state_dict(&self.parameter_names()?)?);
+        }
         Ok(saved)
+    }
+
+    fn evaluation_weights(&self) -> Result<Option<EvaluationWeights>> {
+        let optimizer = self.clone();
+        let switched = self.to_evaluation()?;
+        Ok(switched.then(|| EvaluationWeights::new(move || optimizer.to_training(false))))
     }
 
     fn settings(&self) -> Map<String, Value> {
@@ -187,6 +204,14 @@ impl Optimizer {
             let state = step.map(|step| RawState { step, tensors });
             fitting.parameters.push(Checked { parameter, trains, state });
         }
+        if self.needs_closure() {
+            let parameters = self.parameters_of([0])?;
+            let saved = state.take_part(LBFGS)?;
+            match Memory::of_state(saved, &self.parameter_names()?, &parameters) {
+                Ok(memory) => fitting.lbfgs = Some(memory),
+                Err(error) => fitting.misfits.push(error.to_string()),
+            }
+        }
         for (name, tensor) in &state.tensors {
             let (kind, shape) = (tensor.kind(), tensor.size());
             fitting.misfits.push(format!("'{name}', {kind:?} of shape {shape:?}, is unknown here"));
@@ -197,10 +222,13 @@ impl Optimizer {
     /// Sets the values that fit, and removes the state of `spoilt` parameters.
     fn load(&self, fitting: Fitting) -> Result<()> {
         for (group, option, value) in &fitting.options {
-            group.set(option, *value)?;
+            group.set_hyper(*option, *value)?;
         }
         for Checked { parameter, trains, .. } in &fitting.parameters {
-            self.train(parameter, *trains)?;
+            self.set_trains(parameter, *trains)?;
+        }
+        if let Some(memory) = fitting.lbfgs {
+            *locked(&self.shared.lbfgs) = memory;
         }
         let loaded = fitting.parameters.iter().map(|c| (&c.parameter, c.state.as_ref()));
         let spoilt = fitting.spoilt.iter().map(|parameter| (parameter, None));
@@ -253,9 +281,10 @@ impl Fitting {
                 continue;
             }
             for (option, value) in &saved.options {
-                let known = group.own_algorithm().hyper(option);
-                match known.and_then(|hyper| hyper.check(*value)) {
-                    Ok(()) => self.options.push((group.clone(), option.clone(), *value)),
+                let algorithm = group.own_algorithm();
+                let known = algorithm.hyper(option);
+                match known.and_then(|hyper| algorithm.check(hyper, *value).map(|()| hyper)) {
+                    Ok(hyper) => self.options.push((group.clone(), hyper, *value)),
                     Err(error) => self.misfits.push(error.to_string()),
                 }
             }
@@ -284,13 +313,18 @@ impl Optimizer {
     pub(super) fn note_as_built(&self) -> Result<()> {
         let mut built = Map::new();
         for group in self.groups()? {
-            for hyper in group.own_algorithm().hypers() {
+            for hyper in group.own_algorithm().hypers().filter(|hyper| !hyper.is_counted()) {
                 let value = group.get(hyper.name())?;
                 built.insert(format!("{}.{hyper}", group.name()), value.into());
             }
         }
         let _ = self.shared.built.set(built);
         Ok(())
+    }
+
+    /// The names of all parameters, in libtorch's order.
+    fn parameter_names(&self) -> Result<Vec<String>> {
+        Ok(self.named_parameters()?.into_iter().map(|(_, parameter)| parameter.name).collect())
     }
 
     /// The optimizer's parameters that have names, in libtorch's order, and their algorithms.

@@ -49,6 +49,7 @@ mod dtype;
 mod freeze;
 mod globals;
 mod json;
+mod lbfgs;
 mod legacy;
 mod lightning;
 mod machine;

@@ -4,15 +4,16 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::lbfgs;
 use super::value::{Dict, Value};
 use super::weights::parameters_in_order;
 use crate::error::{Error, Result};
-use crate::optim::{Group, Optimizer};
+use crate::optim::{Group, KEPT, LBFGS, Optimizer};
 use crate::state::{StateDict, Stateful};
 use crate::variables::Variable;
 
 /// Options of Python's groups that do not change what a step does, or that only its schedulers use.
-const WITHOUT_EFFECT: [&str; 12] = [
+const WITHOUT_EFFECT: [&str; 13] = [
     "params",
     "param_names",
     "name",
@@ -25,6 +26,7 @@ const WITHOUT_EFFECT: [&str; 12] = [
     "max_momentum",
     "base_momentum",
     "decoupled_weight_decay",
+    "scheduled_lr",
 ];
 
 /// The parts of Python's state that [`load_optimizer`] took over, and those that it ignored. `Display` shows them in
@@ -132,6 +134,9 @@ pub fn load_optimizer(
     let mut steps: BTreeMap<String, Option<i64>> = BTreeMap::new();
     let saved_state = saved.require("state")?.as_dict();
     for (number, parts) in saved_state.ok_or_else(|| fault("its state is no dict"))?.iter() {
+        if optimizer.needs_closure() {
+            break;
+        }
         let number = number
             .as_i64()
             .ok_or_else(|| fault(format!("'{number}' is no number of a parameter")))?;
@@ -187,6 +192,20 @@ pub fn load_optimizer(
             report.loaded.push(name.to_owned());
         }
     }
+    if optimizer.needs_closure() {
+        let sizes = tensors_of.iter().map(|(name, own)| (name.clone(), own.numel() as i64));
+        let ours = template.part(LBFGS)?;
+        // Python keeps the state of all parameters with the first.
+        let order = names.in_order();
+        let first =
+            saved_state.and_then(|all| all.iter().next()).and_then(|(_, own)| own.as_dict());
+        let part = match first {
+            Some(saved) => lbfgs::of_python(saved, ours, &order, &sizes.collect())?,
+            None => lbfgs::of_python(&lbfgs::nothing(), ours, &order, &sizes.collect())?,
+        };
+        report.loaded.extend(first.map(|_| order).into_iter().flatten());
+        state.set_part(LBFGS, part);
+    }
     state.set_value("optimizer", optimizer.name())?;
     state.set_value("groups", ours_saved)?;
     state.set_value("steps", steps)?;
@@ -218,16 +237,27 @@ pub fn optimizer_value(optimizer: &Optimizer, names: &[&str]) -> Result<Value> {
         let Some(step) = steps.get(name) else { continue };
         let mut parts = Dict::new();
         if let Some(step) = step {
-            // Python saves step counts as tensors of float32.
-            parts.insert("step", Value::tensor(&Tensor::from(*step as f64).to_kind(Kind::Float))?);
+            // torch saves step counts as tensors of float32. AdEMAMix has them as numbers, and would compute with a tensor.
+            let count = match maximizes_in_python(optimizer.name()) {
+                true => Value::tensor(&Tensor::from(*step as f64).to_kind(Kind::Float))?,
+                false => Value::from(*step),
+            };
+            parts.insert("step", count);
         }
         let prefix = format!("{name}/");
         for (key, tensor) in template.tensors() {
-            if let Some(key) = key.strip_prefix(&prefix) {
+            // Python goes back from evaluation without the copy that we keep for that.
+            if let Some(key) = key.strip_prefix(&prefix).filter(|key| *key != KEPT) {
                 parts.insert(key, Value::tensor(tensor)?);
             }
         }
         states.push(index as i64, parts);
+    }
+    if optimizer.needs_closure() {
+        let own = optimizer.groups()?.iter().map(Group::variables).collect::<Result<Vec<_>>>()?;
+        let sizes = own.into_iter().flatten();
+        let sizes = sizes.map(|own| (own.name, own.tensor.numel() as i64)).collect();
+        states.push(0i64, lbfgs::to_python(template.part(LBFGS)?, &all, &sizes)?);
     }
     let mut saved = Dict::new();
     saved.insert("state", states);
@@ -343,6 +373,11 @@ impl Numbers {
         Ok(Self(by_number))
     }
 
+    /// All names in the order of their numbers.
+    fn in_order(&self) -> Vec<String> {
+        self.0.values().cloned().collect()
+    }
+
     fn name(&self, number: i64) -> Result<&str> {
         let name = self.0.get(&number).map(String::as_str);
         name.ok_or_else(|| fault(format!("parameter {number} is in no group")))
@@ -371,7 +406,8 @@ fn check_members(dict: &Dict, form: &SavedGroup, names: &Numbers) -> Result<()> 
 }
 
 /// Options that Python has as one tuple, and ours in its order.
-const TUPLES: [(&str, &[&str]); 5] = [
+const TUPLES: [(&str, &[&str]); 6] = [
+    ("betas", &["beta1", "beta2", "beta3"]),
     ("betas", &["beta1", "beta2"]),
     ("etas", &["etaminus", "etaplus"]),
     ("step_sizes", &["step_size_min", "step_size_max"]),
@@ -395,7 +431,7 @@ fn option_of(dict: &Dict, option: &str) -> Result<Option<f64>, String> {
         None => dict.get(name),
     };
     match value {
-        // Python's Muon, and versions from before it was there, do not maximize.
+        // Python's Muon, Schedule-Free and others, and versions from before it was there, do not maximize.
         None if option == "maximize" => Ok(Some(0.)),
         None if option == "match_rms_adamw" => match dict.get("adjust_lr_fn") {
             Some(Value::None) => Ok(Some(0.)),
@@ -406,6 +442,14 @@ fn option_of(dict: &Dict, option: &str) -> Result<Option<f64>, String> {
             },
             None => Ok(None),
         },
+        None if option == "strong_wolfe" => match dict.get("line_search_fn") {
+            Some(Value::None) => Ok(Some(0.)),
+            Some(value) if value.as_str() == Some("strong_wolfe") => Ok(Some(1.)),
+            Some(value) => Err(format!("line_search_fn is {value}")),
+            None => Ok(None),
+        },
+        // 0 is no warm-up here.
+        Some(Value::None) if matches!(option, "alpha_warmup" | "beta3_warmup") => Ok(Some(0.)),
         // The precision of the parameter's type.
         Some(Value::None) if option == "eps1" => Ok(Some(0.)),
         None => Ok(None),
@@ -430,8 +474,12 @@ fn check_rest(
 ) -> Result<()> {
     for (option, value) in dict.iter() {
         let option = option.as_str().unwrap_or_default();
-        let is_ours = form.options.keys().any(|own| pythons(own).0 == option)
-            || option == "adjust_lr_fn" && form.options.contains_key("match_rms_adamw");
+        let renamed = match option {
+            "adjust_lr_fn" => "match_rms_adamw",
+            "line_search_fn" => "strong_wolfe",
+            option => option,
+        };
+        let is_ours = form.options.keys().any(|own| pythons(own).0 == renamed);
         if is_ours || matches!(option, "params" | "param_names" | "name") {
             continue;
         }
@@ -468,16 +516,38 @@ fn step_of(name: &str, value: &Value) -> Result<i64> {
     }
 }
 
+/// Whether Python's class of this name has `maximize`, as most of torch's have. Classes of other packages, Muon and LBFGS
+/// have not.
+fn maximizes_in_python(optimizer: &str) -> bool {
+    let others = ["Muon", "LBFGS", "Lion", "AdEMAMix", "AdamWScheduleFree", "SGDScheduleFree"];
+    !others.contains(&optimizer)
+}
+
 /// A group as Python saves it, with all options that Python's optimizer looks for.
 fn group_value(optimizer: &str, group: &SavedGroup, numbers: &[usize]) -> Value {
     let mut dict = Dict::new();
     for (option, value) in &group.options {
         match option.as_str() {
-            "maximize" if matches!(optimizer, "Muon" | "Lion") => {}
-            "nesterov" | "amsgrad" | "centered" | "maximize" | "decoupled_weight_decay" => {
+            "maximize" if !maximizes_in_python(optimizer) => {}
+            "nesterov"
+            | "amsgrad"
+            | "centered"
+            | "maximize"
+            | "decoupled_weight_decay"
+            | "train_mode" => {
                 dict.insert(option, *value != 0.);
             }
-            "ns_steps" => dict.insert(option, *value as i64),
+            "alpha_warmup" | "beta3_warmup" if *value == 0. => dict.insert(option, Value::None),
+            "ns_steps" | "k" | "warmup_steps" | "alpha_warmup" | "beta3_warmup" | "max_iter"
+            | "history_size" => dict.insert(option, *value as i64),
+            "max_eval" => {
+                let default = group.options.get("max_iter").map_or(0, |most| *most as i64 * 5 / 4);
+                dict.insert(option, if *value == 0. { default } else { *value as i64 });
+            }
+            "strong_wolfe" => {
+                let on = *value != 0.;
+                dict.insert("line_search_fn", if on { "strong_wolfe".into() } else { Value::None });
+            }
             "match_rms_adamw" => {
                 let name = if *value != 0. { "match_rms_adamw" } else { "original" };
                 dict.insert("adjust_lr_fn", name);
@@ -489,20 +559,28 @@ fn group_value(optimizer: &str, group: &SavedGroup, numbers: &[usize]) -> Value 
     for (name, parts) in TUPLES {
         let values = parts.iter().map(|part| group.options.get(*part).map(|value| (part, *value)));
         let Some(values) = values.collect::<Option<Vec<_>>>() else { continue };
+        if dict.get(name).is_some() {
+            continue;
+        }
         let value = |(part, value)| match (part, value) {
             (&"eps1", 0.) => Value::None,
             _ => Value::from(value),
         };
         dict.insert(name, Value::tuple(values.into_iter().map(value)));
     }
-    if !matches!(optimizer, "Muon" | "SparseAdam" | "Lion") {
+    let is_torchs = maximizes_in_python(optimizer);
+    if is_torchs && optimizer != "SparseAdam" {
         dict.insert("differentiable", false);
         dict.insert("foreach", Value::None);
+    }
+    if optimizer.ends_with("ScheduleFree") {
+        dict.insert("foreach", true);
+        dict.insert("scheduled_lr", 0.);
     }
     if matches!(optimizer, "SGD" | "Adam" | "AdamW" | "Adagrad") {
         dict.insert("fused", Value::None);
     }
-    if !matches!(optimizer, "SGD" | "Adagrad" | "Adafactor" | "Muon" | "SparseAdam" | "Lion") {
+    if is_torchs && !matches!(optimizer, "SGD" | "Adagrad" | "Adafactor" | "SparseAdam") {
         dict.insert("capturable", false);
     }
     if matches!(optimizer, "Adam" | "AdamW") {

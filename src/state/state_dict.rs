@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tch::Tensor;
 
-use super::{json_floats, strides};
+use super::{EvaluationWeights, json_floats, strides};
 use crate::bridge::TensorId;
 use crate::error::{Error, Result};
 
@@ -240,5 +240,15 @@ pub trait Stateful {
     /// yet. A checkpoint then holds the state of each rank; otherwise only that of the main rank.
     fn differs_by_rank(&self) -> bool {
         false
+    }
+
+    /// Gives parameters the values that are meant for evaluation, until the result is dropped; `None` where they have
+    /// them already, or where there are no others. Schedule-Free optimizers have others. The engine calls this before
+    /// evaluations, updates of averages, and files of weights alone; a context that holds an optimizer forwards it.
+    ///
+    /// # Errors
+    /// The values cannot be computed. Nothing is changed then.
+    fn evaluation_weights(&self) -> Result<Option<EvaluationWeights>> {
+        Ok(None)
     }
 }

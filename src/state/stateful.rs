@@ -10,7 +10,7 @@ use tch::Tensor;
 use tch::nn::{VarStore, Variables};
 
 use super::layout::Layout;
-use super::{StateDict, Stateful};
+use super::{EvaluationWeights, StateDict, Stateful};
 use crate::bridge::{TensorId, bytes, set_gradient};
 use crate::error::{Error, Result};
 
@@ -83,6 +83,10 @@ impl<T: Stateful> Stateful for Rc<RefCell<T>> {
     fn differs_by_rank(&self) -> bool {
         self.try_borrow().is_ok_and(|part| part.differs_by_rank())
     }
+
+    fn evaluation_weights(&self) -> Result<Option<EvaluationWeights>> {
+        self.try_borrow().map_or(Ok(None), |part| part.evaluation_weights())
+    }
 }
 
 #[deny(clippy::missing_trait_methods)]
@@ -113,6 +117,10 @@ impl<T: Stateful> Stateful for Arc<Mutex<T>> {
 
     fn differs_by_rank(&self) -> bool {
         free(self).is_ok_and(|part| part.differs_by_rank())
+    }
+
+    fn evaluation_weights(&self) -> Result<Option<EvaluationWeights>> {
+        free(self).map_or(Ok(None), |part| part.evaluation_weights())
     }
 }
 

@@ -17,9 +17,9 @@ use crate::data::Batch;
 use crate::engine::{Engine, Evaluator, Trainer};
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::optim::Optimizer;
+use crate::optim::{Optimizer, Sam};
 pub use crate::prediction::Prediction;
-use crate::state::{Saveable, SavedGradients, StateDict, Stateful};
+use crate::state::{EvaluationWeights, Saveable, SavedGradients, StateDict, Stateful};
 use pass::{Pass, Training};
 use single_sample::SingleSample;
 pub use tbptt::{
@@ -109,6 +109,8 @@ pub struct Supervised<N, B = Batch, P = Prediction, O = Tensor> {
     forward: ForwardFn<N, B, P>,
     output: Output<P, O>,
     settings: Settings,
+    /// Shares a batch, for steps that evaluate it several times; `None` where nobody knows how.
+    share: Option<fn(&B) -> B>,
 }
 
 crate::debug::opaque_debug!(Supervised<N, B, P, O>);
@@ -120,6 +122,7 @@ struct Settings {
     accumulator: GradientAccumulator,
     max_norm: Option<f64>,
     max_value: Option<f64>,
+    sam: Option<Sam>,
     /// The norm of the gradients before the last clipping by norm; `None` until there was one.
     grad_norm: Option<Tensor>,
     single_sample: SingleSample,
@@ -133,6 +136,7 @@ impl Settings {
             accumulator: GradientAccumulator::unshared(),
             max_norm: None,
             max_value: None,
+            sam: None,
             grad_norm: None,
             single_sample: SingleSample::default(),
         }
@@ -183,6 +187,7 @@ impl<N: ModuleT> Supervised<N> {
             forward: Box::new(forward),
             output: Output::Loss(std::convert::identity),
             settings: Settings::new(),
+            share: Some(share),
         }
     }
 }
@@ -211,8 +216,14 @@ impl<N, X: Tensors, Y, P> Supervised<N, (X, Y), Prediction<P, Y>> {
             forward: Box::new(forward),
             output: Output::Loss(std::convert::identity),
             settings: Settings::new(),
+            share: None,
         }
     }
+}
+
+/// The same batch again; its tensors are shared.
+fn share((x, y): &Batch) -> Batch {
+    (x.shallow_clone(), y.shallow_clone())
 }
 
 impl Supervised<CompiledModel> {
@@ -237,6 +248,7 @@ impl Supervised<CompiledModel> {
             forward: Box::new(forward),
             output: Output::Loss(std::convert::identity),
             settings: Settings::new(),
+            share: Some(share),
         }
     }
 }
@@ -260,8 +272,15 @@ impl<N, B, P, Y, O> Supervised<N, B, Prediction<P, Y>, O> {
         let output = move |Prediction { y_pred, y }: Prediction<P, Y>, loss| {
             Ok(output_transform(y_pred.map(&mut { detached })?, y, loss))
         };
-        let Self { net, optimizer, forward, settings, .. } = self;
-        Supervised { net, optimizer, forward, output: Output::Of(Box::new(output)), settings }
+        let Self { net, optimizer, forward, settings, share, .. } = self;
+        Supervised {
+            net,
+            optimizer,
+            forward,
+            output: Output::Of(Box::new(output)),
+            settings,
+            share,
+        }
     }
 }
 
@@ -276,10 +295,10 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
         B: 'static,
         P: 'static,
     {
-        let Self { net, optimizer, forward, output, settings } = self;
+        let Self { net, optimizer, forward, output, settings, .. } = self;
         let forward =
             move |net: &N, batch: A, pass: &mut Pass<'_>| forward(net, prepare_batch(batch), pass);
-        Supervised { net, optimizer, forward: Box::new(forward), output, settings }
+        Supervised { net, optimizer, forward: Box::new(forward), output, settings, share: None }
     }
 
     /// Runs forward and loss under [`autocast`](crate::amp::autocast) to `kind`, f16 or bf16, in training; in evaluation the
@@ -346,6 +365,13 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
         self
     }
 
+    /// Makes the steps sharpness-aware: each batch is evaluated twice. `sam` is around this context's optimizer. Clipping
+    /// is of the second gradient. See [`train_step`](Self::train_step) for the options that steps of this kind refuse.
+    pub fn sam(mut self, sam: Sam) -> Self {
+        self.settings.sam = Some(sam);
+        self
+    }
+
     /// The norm of the gradients before the last clipping by norm, a tensor of one element on the gradients' device;
     /// `None` until there was one.
     pub fn grad_norm(&self) -> Option<&Tensor> {
@@ -359,6 +385,11 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
     ///
     /// With accumulation each `steps`-th call makes a step. Use [`train_step_in`](Self::train_step_in) where the end of
     /// an epoch may cut a window short.
+    ///
+    /// Where the step evaluates the loss by itself ([`Sam`], and [`Lbfgs`](crate::optim::Lbfgs) as the optimizer), it
+    /// evaluates this batch again, which takes a context made by [`new`](Self::new) without
+    /// [`prepare_batch`](Self::prepare_batch). Such steps refuse accumulation and scaling; those of LBFGS, which looks at
+    /// the loss of this rank alone and needs the gradient as it is, also refuse data-parallel training and clipping.
     ///
     /// # Errors
     /// A batch of one sample that leaves a layer of batch normalisation with a single value for each channel, as in
@@ -377,9 +408,70 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
     /// # Errors
     /// The errors of [`train_step`](Self::train_step).
     pub fn train_step_in(&mut self, batch: B, window: Window) -> anyhow::Result<O> {
+        self.optimizer.train()?;
+        if self.settings.sam.is_some() || self.optimizer.needs_closure() {
+            return self.step_with_closure(batch, window);
+        }
         while self.settings.accumulator.begin(&self.optimizer, window)? {
             self.update()?;
         }
+        let (prediction, loss, ready) = self.forward_and_backward(batch)?;
+        if ready {
+            self.update()?;
+        }
+        self.output(prediction, &loss)
+    }
+
+    /// Makes a step that evaluates the batch as often as it needs.
+    fn step_with_closure(&mut self, batch: B, window: Window) -> anyhow::Result<O> {
+        let sam = self.settings.sam.clone();
+        let name = if sam.is_some() { "SAM" } else { self.optimizer.name() };
+        let Settings { accumulator, max_norm, max_value, .. } = &self.settings;
+        let clips = max_norm.is_some() || max_value.is_some();
+        let refused = [
+            (accumulator.steps() > 1, "accumulation: give it larger batches"),
+            (accumulator.scaler().is_some(), "a GradScaler: train in bf16 or f32"),
+            (sam.is_none() && clips, "clipping: limit the step by its line search"),
+            (sam.is_none() && accumulator.is_parallel(), "several ranks: train with one"),
+        ];
+        let refused = refused.into_iter().find(|(refused, _)| *refused).map(|(_, what)| what);
+        let with_another = sam.as_ref().is_some_and(|sam| !sam.optimizer().is(&self.optimizer));
+        let (share, None, false) = (self.share, refused, with_another) else {
+            return Err(Error::invalid(match refused {
+                Some(what) => format!(
+                    "{name} evaluates a batch several times in a step, and does not go with {what}"
+                ),
+                None => "the Sam is around another optimizer than the one of this Supervised: make it of that one".into(),
+            })
+            .into());
+        };
+        let share = share.ok_or_else(|| {
+            Error::invalid(format!(
+                "{name} evaluates a batch several times in a step, and only a batch of two tensors can be: make the context by Supervised::new, and leave prepare_batch out"
+            ))
+        })?;
+        let optimizer = self.optimizer.clone();
+        let mut first = None;
+        let mut evaluate = || -> anyhow::Result<Tensor> {
+            self.settings.accumulator.begin(&optimizer, window)?;
+            let (prediction, loss, _) = self.forward_and_backward(share(&batch))?;
+            first.get_or_insert(prediction);
+            Ok(loss)
+        };
+        let loss = match sam {
+            None => optimizer.step_with(evaluate)?,
+            Some(sam) => {
+                let loss = sam.gradients_beside(&mut evaluate)?;
+                self.update()?;
+                loss
+            }
+        };
+        self.output(first.flatten(), &loss)
+    }
+
+    /// Runs forward, the loss and backward of a batch that has begun. Returns the prediction if the output is made of it,
+    /// the loss, and whether the gradients are ready for a step.
+    fn forward_and_backward(&mut self, batch: B) -> anyhow::Result<(Option<P>, Tensor, bool)> {
         let Settings { autocast, channels_last, accumulator, single_sample, .. } =
             &mut self.settings;
         let training =
@@ -396,9 +488,12 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
             }
             Output::Of(_) => Some(prediction),
         };
-        if self.settings.accumulator.backward(&self.optimizer, &loss, weight)? {
-            self.update()?;
-        }
+        let ready = self.settings.accumulator.backward(&self.optimizer, &loss, weight)?;
+        Ok((prediction, loss, ready))
+    }
+
+    /// What the step returns.
+    fn output(&self, prediction: Option<P>, loss: &Tensor) -> anyhow::Result<O> {
         let loss = loss.f_detach()?;
         match (&self.output, prediction) {
             (Output::Of(output), Some(prediction)) => Ok(output(prediction, loss)?),
@@ -459,6 +554,7 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
     /// [`channels_last`](Self::channels_last).
     pub fn eval_step(&mut self, batch: B) -> anyhow::Result<P> {
         let _guard = tch::no_grad_guard();
+        self.optimizer.eval()?;
         let Settings { autocast, channels_last, .. } = self.settings;
         let mut pass = Pass { autocast, channels_last, training: None };
         (self.forward)(&self.net, batch, &mut pass)
@@ -525,6 +621,10 @@ impl<N, B, P, O> Stateful for Supervised<N, B, P, O> {
 
     fn differs_by_rank(&self) -> bool {
         self.settings.accumulator.differs_by_rank()
+    }
+
+    fn evaluation_weights(&self) -> Result<Option<EvaluationWeights>> {
+        self.optimizer.evaluation_weights()
     }
 }
 

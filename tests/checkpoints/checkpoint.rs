@@ -68,7 +68,7 @@ fn net(vs: &VarStore, hidden: i64) -> nn::SequentialT {
 }
 
 /// Rprop is not among them: it has no weight decay, which the program reads.
-const OPTIMIZERS: [&str; 13] = [
+const OPTIMIZERS: [&str; 16] = [
     "SGD",
     "Adam",
     "AdamW",
@@ -82,6 +82,9 @@ const OPTIMIZERS: [&str; 13] = [
     "Lion",
     "Adafactor",
     "Muon",
+    "AdEMAMix",
+    "SGDScheduleFree",
+    "AdamWScheduleFree",
 ];
 
 fn optimizer(name: &str, vs: &VarStore) -> Result<Optimizer> {
@@ -104,6 +107,9 @@ fn optimizer(name: &str, vs: &VarStore) -> Result<Optimizer> {
         "ASGD" => grouped(Optimizer::asgd(vs).t0(2.).lambd(0.1)),
         "Lion" => grouped(Optimizer::lion(vs)),
         "Adafactor" => grouped(Optimizer::adafactor(vs)),
+        "AdEMAMix" => grouped(Optimizer::ademamix(vs).alpha_warmup(5).beta3_warmup(9)),
+        "SGDScheduleFree" => grouped(Optimizer::sgd_schedule_free(vs)),
+        "AdamWScheduleFree" => grouped(Optimizer::adamw_schedule_free(vs).warmup_steps(4)),
         // Two algorithms.
         _ => Optimizer::muon(vs)
             .group("base", |name| name != "fc.weight", GroupOptions::nadam().lr(1e-2))

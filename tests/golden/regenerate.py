@@ -3,6 +3,7 @@
     python -m venv golden-venv
     golden-venv/bin/pip install torch==2.13.0 pytorch-ignite==0.5.5 numpy
     golden-venv/bin/pip install scikit-learn scipy tqdm tensorboardX  # optional, see below
+    golden-venv/bin/pip install lion-pytorch==0.2.5 schedulefree==1.4.1  # optional, too
     golden-venv/bin/python regenerate.py              # check all files beside this script
     golden-venv/bin/python regenerate.py train.jsonl  # check one
     golden-venv/bin/python regenerate.py --write      # replace what differs

@@ -9,6 +9,7 @@ mod common;
 
 mod bad_input;
 mod batch_samplers;
+mod closures;
 mod data_loader;
 mod data_splits;
 mod engine_values;
@@ -30,6 +31,7 @@ mod ready_trainer;
 mod report;
 #[cfg(feature = "toml")]
 mod schedule_files;
+mod schedule_free;
 mod schedule_properties;
 mod schedule_state;
 mod schedules;

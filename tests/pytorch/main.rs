@@ -8,6 +8,7 @@ mod interop;
 
 mod layouts;
 mod memory;
+mod packages;
 mod pretrained;
 mod schedulers;
 mod script_module;

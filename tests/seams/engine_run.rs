@@ -337,6 +337,56 @@ fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
             let config = nn::RmsProp { alpha, eps: 1e-8, wd: weight_decay, momentum, centered };
             finish(Optimizer::builder(config, vs), program)
         }
+        Algorithm::Adagrad { lr_decay, weight_decay, initial } => {
+            let builder = Optimizer::adagrad(vs).lr_decay(lr_decay).weight_decay(weight_decay);
+            let builder = builder.initial_accumulator_value(initial);
+            finish(builder, program)
+        }
+        Algorithm::NAdam { beta1, beta2, weight_decay, decoupled } => {
+            let builder = Optimizer::nadam(vs).betas(beta1, beta2).weight_decay(weight_decay);
+            let builder = builder.decoupled_weight_decay(decoupled);
+            finish(builder, program)
+        }
+        Algorithm::RAdam { beta1, beta2, weight_decay, decoupled } => {
+            let builder = Optimizer::radam(vs).betas(beta1, beta2).weight_decay(weight_decay);
+            let builder = builder.decoupled_weight_decay(decoupled);
+            finish(builder, program)
+        }
+        Algorithm::Adamax { beta1, beta2, weight_decay } => {
+            let builder = Optimizer::adamax(vs).betas(beta1, beta2).weight_decay(weight_decay);
+            finish(builder, program)
+        }
+        Algorithm::Adadelta { rho, weight_decay } => {
+            let builder = Optimizer::adadelta(vs).rho(rho).weight_decay(weight_decay);
+            finish(builder, program)
+        }
+        Algorithm::Asgd { lambd, t0, weight_decay } => {
+            let builder = Optimizer::asgd(vs).lambd(lambd).t0(t0).weight_decay(weight_decay);
+            finish(builder, program)
+        }
+        Algorithm::Rprop => finish(Optimizer::rprop(vs), program),
+        Algorithm::Lion { beta1, beta2, weight_decay } => {
+            let builder = Optimizer::lion(vs).betas(beta1, beta2).weight_decay(weight_decay);
+            finish(builder, program)
+        }
+        Algorithm::AdEMAMix { beta1, beta2, weight_decay, warmup } => {
+            let builder =
+                Optimizer::ademamix(vs).betas(beta1, beta2).beta3(0.99).weight_decay(weight_decay);
+            let builder = builder.alpha_warmup(warmup).beta3_warmup(warmup);
+            finish(builder, program)
+        }
+        Algorithm::SgdScheduleFree { momentum, weight_decay, warmup, r } => {
+            let builder =
+                Optimizer::sgd_schedule_free(vs).momentum(momentum).weight_decay(weight_decay);
+            let builder = builder.warmup_steps(warmup).r(r);
+            finish(builder, program)
+        }
+        Algorithm::AdamWScheduleFree { beta1, beta2, weight_decay, warmup } => {
+            let builder =
+                Optimizer::adamw_schedule_free(vs).betas(beta1, beta2).weight_decay(weight_decay);
+            let builder = builder.warmup_steps(warmup);
+            finish(builder, program)
+        }
     }
 }
 
@@ -351,15 +401,16 @@ impl Shape {
 
 impl Scheduled {
     fn knob(&self, optimizer: &Optimizer, ema: Option<&EMAHandler>) -> Knob {
-        let hyper = match (self.knob, optimizer.name()) {
-            (Driven::EmaMomentum, _) => return ema.unwrap().knob(),
-            (Driven::LrOf(group), _) => {
+        let hyper = match self.knob {
+            Driven::EmaMomentum => return ema.unwrap().knob(),
+            Driven::LrOf(group) => {
                 return optimizer.group_at(group).unwrap().knob("lr").unwrap();
             }
-            (Driven::Lr, _) => "lr",
-            (Driven::WeightDecay, _) => "weight_decay",
-            (Driven::Momentum, "Adam" | "AdamW") => "beta1",
-            (Driven::Momentum, _) => "momentum",
+            Driven::Lr => "lr",
+            Driven::WeightDecay => "weight_decay",
+            Driven::Momentum => {
+                return optimizer.knob("beta1").or(optimizer.knob("momentum")).unwrap();
+            }
         };
         optimizer.knob(hyper).unwrap()
     }
@@ -467,18 +518,16 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
     }
     trainer.metric("loss", Mean::new()).metric("running", RunningAverage::new().alpha(0.9));
 
-    let (trace, rates, algorithm) = (plants.trace.clone(), optimizer.clone(), program.optimizer);
+    let (trace, rates) = (plants.trace.clone(), optimizer.clone());
     trainer.on(OPTIMIZER_STEPPED, move |cx, engine| {
         let groups = rates.groups()?;
         let (weights, biases) = (&groups[0], groups.last().unwrap());
-        let momentum = match algorithm {
-            Algorithm::Adam { .. } | Algorithm::AdamW { .. } => "beta1",
-            _ => "momentum",
-        };
+        // Some have neither.
+        let momentum = weights.get("beta1").or(weights.get("momentum")).unwrap_or(0.);
         let mut values = vec![
             ("rates", vec![weights.lr()?, biases.lr()?]),
-            ("weight decay", vec![weights.weight_decay()?]),
-            ("momentum", vec![weights.get(momentum)?]),
+            ("weight decay", vec![weights.weight_decay().unwrap_or(0.)]),
+            ("momentum", vec![momentum]),
         ];
         values.extend(cx.grad_norm().map(|norm| ("norm", numbers([norm]))));
         let iteration = engine.state.iteration;

@@ -147,6 +147,62 @@ pub enum Algorithm {
     Adam { beta1: f64, beta2: f64, weight_decay: f64, amsgrad: bool },
     AdamW { beta1: f64, beta2: f64, weight_decay: f64, amsgrad: bool },
     RmsProp { alpha: f64, momentum: f64, weight_decay: f64, centered: bool },
+    Adagrad { lr_decay: f64, weight_decay: f64, initial: f64 },
+    NAdam { beta1: f64, beta2: f64, weight_decay: f64, decoupled: bool },
+    RAdam { beta1: f64, beta2: f64, weight_decay: f64, decoupled: bool },
+    Adamax { beta1: f64, beta2: f64, weight_decay: f64 },
+    Adadelta { rho: f64, weight_decay: f64 },
+    Asgd { lambd: f64, t0: f64, weight_decay: f64 },
+    Rprop,
+    Lion { beta1: f64, beta2: f64, weight_decay: f64 },
+    AdEMAMix { beta1: f64, beta2: f64, weight_decay: f64, warmup: u32 },
+    SgdScheduleFree { momentum: f64, weight_decay: f64, warmup: u32, r: f64 },
+    AdamWScheduleFree { beta1: f64, beta2: f64, weight_decay: f64, warmup: u32 },
+}
+
+impl Algorithm {
+    /// The momentum, or the decay rate of the first moment.
+    pub fn momentum(self) -> Option<f64> {
+        match self {
+            Self::Sgd { momentum, .. }
+            | Self::RmsProp { momentum, .. }
+            | Self::SgdScheduleFree { momentum, .. } => Some(momentum),
+            Self::Adam { beta1, .. }
+            | Self::AdamW { beta1, .. }
+            | Self::NAdam { beta1, .. }
+            | Self::RAdam { beta1, .. }
+            | Self::Adamax { beta1, .. }
+            | Self::Lion { beta1, .. }
+            | Self::AdEMAMix { beta1, .. }
+            | Self::AdamWScheduleFree { beta1, .. } => Some(beta1),
+            Self::Adagrad { .. } | Self::Adadelta { .. } | Self::Asgd { .. } | Self::Rprop => None,
+        }
+    }
+
+    pub fn weight_decay(self) -> Option<f64> {
+        match self {
+            Self::Sgd { weight_decay, .. }
+            | Self::Adam { weight_decay, .. }
+            | Self::AdamW { weight_decay, .. }
+            | Self::RmsProp { weight_decay, .. }
+            | Self::Adagrad { weight_decay, .. }
+            | Self::NAdam { weight_decay, .. }
+            | Self::RAdam { weight_decay, .. }
+            | Self::Adamax { weight_decay, .. }
+            | Self::Adadelta { weight_decay, .. }
+            | Self::Asgd { weight_decay, .. }
+            | Self::Lion { weight_decay, .. }
+            | Self::AdEMAMix { weight_decay, .. }
+            | Self::SgdScheduleFree { weight_decay, .. }
+            | Self::AdamWScheduleFree { weight_decay, .. } => Some(weight_decay),
+            Self::Rprop => None,
+        }
+    }
+
+    /// Whether parameters have other values in evaluations.
+    pub fn is_schedule_free(self) -> bool {
+        matches!(self, Self::SgdScheduleFree { .. } | Self::AdamWScheduleFree { .. })
+    }
 }
 
 /// How the batches of a window are weighted.
@@ -429,6 +485,13 @@ impl Break {
 }
 
 impl Shape {
+    /// The first value of some knobs must be above 0.
+    fn begin_above_zero(&mut self) {
+        if let Shape::Lines(points) = self {
+            points[0].1 = points[0].1.max(0.01);
+        }
+    }
+
     /// The value of event `n`, from 0.
     pub fn value(&self, n: u64) -> f64 {
         match self {
@@ -463,7 +526,7 @@ impl Program {
         let mut this = self.of_ranks();
         let two_groups = this.lr_of_biases.is_some();
         let mut seen: Vec<Driven> = vec![];
-        this.schedules.retain(|schedule| {
+        this.schedules.retain_mut(|schedule| {
             let knob = schedule.knob;
             let overlaps = |other: &Driven| {
                 *other == knob
@@ -475,8 +538,13 @@ impl Program {
             let there = match knob {
                 Driven::LrOf(group) => group == 0 || two_groups,
                 Driven::EmaMomentum => this.ema.is_some_and(|ema| ema.warmup.is_none()),
-                _ => true,
+                Driven::Momentum => this.optimizer.momentum().is_some(),
+                Driven::WeightDecay => this.optimizer.weight_decay().is_some(),
+                Driven::Lr => true,
             };
+            if knob == Driven::Momentum && this.optimizer.is_schedule_free() {
+                schedule.shape.begin_above_zero();
+            }
             let keep = there && !seen.iter().any(overlaps);
             if keep {
                 seen.push(knob);
@@ -686,7 +754,8 @@ fn data() -> impl Strategy<Value = Data> {
 fn algorithm() -> impl Strategy<Value = Algorithm> {
     let decay = || decimal(&[0., 0.01, 0.1]);
     let betas = || (decimal(&[0.9, 0.5, 0.]), decimal(&[0.999, 0.9]));
-    prop_oneof![
+    let warmup = || prop_oneof![Just(0u32), 1u32..6];
+    let libtorchs = prop_oneof![
         (decimal(&[0., 0.9, 0.5]), decimal(&[0., 0.3]), decay(), any::<bool>()).prop_map(
             |(momentum, dampening, weight_decay, nesterov)| Algorithm::Sgd {
                 momentum,
@@ -709,7 +778,61 @@ fn algorithm() -> impl Strategy<Value = Algorithm> {
                 centered
             }
         ),
-    ]
+    ];
+    let of_moments = prop_oneof![
+        (betas(), decay(), any::<bool>()).prop_map(|((beta1, beta2), weight_decay, decoupled)| {
+            Algorithm::NAdam { beta1, beta2, weight_decay, decoupled }
+        }),
+        (betas(), decay(), any::<bool>()).prop_map(|((beta1, beta2), weight_decay, decoupled)| {
+            Algorithm::RAdam { beta1, beta2, weight_decay, decoupled }
+        }),
+        (betas(), decay()).prop_map(|((beta1, beta2), weight_decay)| Algorithm::Adamax {
+            beta1,
+            beta2,
+            weight_decay
+        }),
+        (betas(), decay()).prop_map(|((beta1, beta2), weight_decay)| Algorithm::Lion {
+            beta1,
+            beta2,
+            weight_decay
+        }),
+        (betas(), decay(), warmup()).prop_map(|((beta1, beta2), weight_decay, warmup)| {
+            Algorithm::AdEMAMix { beta1, beta2, weight_decay, warmup }
+        }),
+    ];
+    let others = prop_oneof![
+        (decimal(&[0., 0.1]), decay(), decimal(&[0., 0.5])).prop_map(
+            |(lr_decay, weight_decay, initial)| Algorithm::Adagrad {
+                lr_decay,
+                weight_decay,
+                initial
+            }
+        ),
+        (decimal(&[0.9, 0.5]), decay())
+            .prop_map(|(rho, weight_decay)| Algorithm::Adadelta { rho, weight_decay }),
+        (decimal(&[1e-4, 0.1]), decimal(&[2., 1e6]), decay())
+            .prop_map(|(lambd, t0, weight_decay)| Algorithm::Asgd { lambd, t0, weight_decay }),
+        Just(Algorithm::Rprop),
+    ];
+    let schedule_free = prop_oneof![
+        (decimal(&[0.9, 0.5]), decay(), warmup(), decimal(&[0., 0.5])).prop_map(
+            |(momentum, weight_decay, warmup, r)| Algorithm::SgdScheduleFree {
+                momentum,
+                weight_decay,
+                warmup,
+                r
+            }
+        ),
+        (decimal(&[0.9, 0.5]), decimal(&[0.999, 0.9]), decay(), warmup()).prop_map(
+            |(beta1, beta2, weight_decay, warmup)| Algorithm::AdamWScheduleFree {
+                beta1,
+                beta2,
+                weight_decay,
+                warmup
+            }
+        ),
+    ];
+    prop_oneof![4 => libtorchs, 3 => of_moments, 2 => others, 2 => schedule_free]
 }
 
 /// Events at which handlers act.
@@ -749,11 +872,8 @@ fn scheduled() -> impl Strategy<Value = Scheduled> {
         }),
     ];
     (knob, when(EVENTS), shape).prop_map(|(knob, mut on, mut shape)| {
-        if knob == Driven::EmaMomentum
-            && let Shape::Lines(points) = &mut shape
-        {
-            // The first value must be above 0.
-            points[0].1 = points[0].1.max(0.01);
+        if knob == Driven::EmaMomentum {
+            shape.begin_above_zero();
         }
         if on.at == At::Started {
             on.after = 0;

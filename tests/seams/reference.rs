@@ -24,10 +24,24 @@ struct Parameter {
     /// The sum of the window's gradients, each times the weight of its batch.
     gradient: Option<Vec<f64>>,
     step: i32,
-    /// The momentum or first moment, then the second moment, then a third buffer that some variants have.
+    /// The momentum or first moment (the points that the steps move, if the optimizer is Schedule-Free), then the second
+    /// moment, then a third buffer that some variants have.
     momentum: Option<Vec<f64>>,
     square: Vec<f64>,
     third: Vec<f64>,
+    /// Numbers that torch keeps in f32.
+    rounded: [f32; 2],
+}
+
+/// What a Schedule-Free optimizer counts for each group.
+#[derive(Clone, Copy)]
+struct Counted {
+    steps: f64,
+    largest_lr: f64,
+    weights: f64,
+    /// The learning rate of the step, and the share of its points in the average.
+    lr: f64,
+    share: f64,
 }
 
 /// The best value so far, and how many values in a row were not better.
@@ -52,6 +66,7 @@ struct Reference<'p> {
     weight_decay: f64,
     momentum: f64,
     algorithm: Algorithm,
+    counted: [Counted; 2],
     /// The scale of the loss, and (below) how many steps were made since it changed.
     scale: f64,
     good_steps: u32,
@@ -151,6 +166,10 @@ impl<'p> Reference<'p> {
             named.iter().map(|(_, t)| t.shallow_clone().set_requires_grad(true)).collect();
         shake(&tensors, shaken);
         let mut parameters: Vec<Parameter> = vec![];
+        let initial = match program.optimizer {
+            Algorithm::Adagrad { initial, .. } => initial,
+            _ => 0.,
+        };
         for ((name, _), tensor) in named.iter().zip(&tensors) {
             if parameters.iter().any(|known| known.tensor.data_ptr() == tensor.data_ptr()) {
                 continue;
@@ -163,16 +182,13 @@ impl<'p> Reference<'p> {
                 gradient: None,
                 step: 0,
                 momentum: None,
-                square: vec![0.; size],
+                square: vec![initial; size],
                 third: vec![0.; size],
+                rounded: [1.; 2],
             });
         }
-        let (momentum, weight_decay) = match program.optimizer {
-            Algorithm::Sgd { momentum, weight_decay, .. } => (momentum, weight_decay),
-            Algorithm::RmsProp { momentum, weight_decay, .. } => (momentum, weight_decay),
-            Algorithm::Adam { beta1, weight_decay, .. }
-            | Algorithm::AdamW { beta1, weight_decay, .. } => (beta1, weight_decay),
-        };
+        let momentum = program.optimizer.momentum().unwrap_or(0.);
+        let weight_decay = program.optimizer.weight_decay().unwrap_or(0.);
         let values: Vec<_> = tensors.iter().map(|tensor| numbers([tensor])).collect();
         let mut this = Self {
             program,
@@ -185,6 +201,7 @@ impl<'p> Reference<'p> {
             weight_decay,
             momentum,
             algorithm: program.optimizer,
+            counted: [Counted { steps: 0., largest_lr: -1., weights: 0., lr: 0., share: 0. }; 2],
             scale: program.scaler.as_ref().map_or(1., |scaler| scaler.scale),
             good_steps: 0,
             pending: 0.,
@@ -501,6 +518,7 @@ impl<'p> Reference<'p> {
         }
         let scaled = self.program.scaler.is_some();
         if !(scaled && overflow) {
+            self.count();
             for (index, gradient) in gradients.into_iter().enumerate() {
                 if let Some(gradient) = gradient {
                     self.update_one(index, gradient);
@@ -521,6 +539,40 @@ impl<'p> Reference<'p> {
         self.at(At::WindowCompleted)
     }
 
+    /// Counts a step of a Schedule-Free optimizer.
+    fn count(&mut self) {
+        let (warmup, r) = match self.algorithm {
+            Algorithm::SgdScheduleFree { warmup, r, .. } => (f64::from(warmup), r),
+            Algorithm::AdamWScheduleFree { warmup, .. } => (f64::from(warmup), 0.),
+            _ => return,
+        };
+        for (counted, lr) in self.counted.iter_mut().zip(self.lr) {
+            counted.steps += 1.;
+            counted.lr = if counted.steps < warmup { lr * counted.steps / warmup } else { lr };
+            counted.largest_lr = counted.largest_lr.max(counted.lr);
+            let weight = counted.steps.powf(r) * counted.largest_lr.powi(2);
+            counted.weights += weight;
+            counted.share = if counted.weights > 0. { weight / counted.weights } else { 0. };
+        }
+    }
+
+    /// The values of the tensors in evaluations, by the names' order.
+    fn evaluated(&self) -> Vec<Tensor> {
+        let evaluated = |tensor: &Tensor| {
+            let mut parameters = self.parameters.iter();
+            let parameter = parameters.find(|own| own.tensor.data_ptr() == tensor.data_ptr());
+            let z = parameter.and_then(|parameter| parameter.momentum.as_ref());
+            let copy = tensor.detach().copy();
+            if let (Some(z), true) = (z, self.algorithm.is_schedule_free()) {
+                let values = numbers([tensor]).into_iter().zip(z);
+                let values = values.map(|(y, z)| (y - (1. - self.momentum) * z) / self.momentum);
+                set(&copy, &values.collect::<Vec<_>>());
+            }
+            copy
+        };
+        self.tensors.iter().map(evaluated).collect()
+    }
+
     /// Updates one parameter by the formulas of torch.optim.
     fn update_one(&mut self, index: usize, gradient: Vec<f64>) {
         let parameter = &mut self.parameters[index];
@@ -532,8 +584,33 @@ impl<'p> Reference<'p> {
         let momentum = match self.algorithm {
             // SGD's momentum buffer begins with the first step that has a momentum.
             Algorithm::Sgd { .. } if first == 0. => &mut vec![],
+            algorithm if algorithm.is_schedule_free() => {
+                parameter.momentum.get_or_insert_with(|| values.clone())
+            }
             _ => parameter.momentum.get_or_insert_with(|| vec![0.; size]),
         };
+        let step = f64::from(parameter.step);
+        let counted = self.counted[parameter.group];
+        // Numbers that are the same for all elements, and that torch keeps in f32.
+        let rounded = parameter.rounded;
+        let mut of_nadam = (0., 0.);
+        match self.algorithm {
+            Algorithm::NAdam { .. } => {
+                let mu = |step: f64| first * (1. - 0.5 * 0.96f64.powf(step * 0.004));
+                parameter.rounded[0] *= mu(step) as f32;
+                let product = f64::from(parameter.rounded[0]);
+                of_nadam = (
+                    lr * (1. - mu(step)) / (1. - product),
+                    lr * mu(step + 1.) / (1. - product * mu(step + 1.)),
+                );
+            }
+            Algorithm::Asgd { lambd, t0, .. } => {
+                let eta = lr / (1. + lambd * lr * step).powf(0.75);
+                parameter.rounded = [eta as f32, (1. / (step - t0).max(1.)) as f32];
+            }
+            _ => {}
+        }
+        let [eta, mu] = if is_new { [lr as f32, 1.] } else { rounded }.map(f64::from);
         for i in 0..size {
             let (mut g, w) = (gradient[i], values[i]);
             match self.algorithm {
@@ -581,6 +658,114 @@ impl<'p> Reference<'p> {
                         change = momentum[i];
                     }
                     values[i] = w - lr * change;
+                }
+                Algorithm::Adagrad { lr_decay, .. } => {
+                    g += decay * w;
+                    parameter.square[i] += g * g;
+                    let lr = lr / (1. + (step - 1.) * lr_decay);
+                    values[i] = w - lr * g / (parameter.square[i].sqrt() + 1e-10);
+                }
+                Algorithm::NAdam { beta2, decoupled, .. } => {
+                    let w = decayed(decoupled, w, &mut g, lr, decay);
+                    momentum[i] = momentum[i] * first + (1. - first) * g;
+                    parameter.square[i] = parameter.square[i] * beta2 + (1. - beta2) * g * g;
+                    let correction2 = 1. - beta2.powf(step);
+                    let denominator = (parameter.square[i] / correction2).sqrt() + 1e-8;
+                    let (of_gradient, of_moment) = of_nadam;
+                    values[i] = w - (of_gradient * g + of_moment * momentum[i]) / denominator;
+                }
+                Algorithm::RAdam { beta2, decoupled, .. } => {
+                    let w = decayed(decoupled, w, &mut g, lr, decay);
+                    momentum[i] = momentum[i] * first + (1. - first) * g;
+                    parameter.square[i] = parameter.square[i] * beta2 + (1. - beta2) * g * g;
+                    let corrected = momentum[i] / (1. - first.powf(step));
+                    let correction2 = 1. - beta2.powf(step);
+                    let most = 2. / (1. - beta2) - 1.;
+                    let now = most - 2. * step * beta2.powf(step) / correction2;
+                    let change = if now > 5. {
+                        let rectified = (now - 4.) * (now - 2.) * most;
+                        let rectified = (rectified / ((most - 4.) * (most - 2.) * now)).sqrt();
+                        let denominator = parameter.square[i].sqrt() + 1e-8;
+                        corrected * rectified * correction2.sqrt() / denominator
+                    } else {
+                        corrected
+                    };
+                    values[i] = w - lr * change;
+                }
+                Algorithm::Adamax { beta2, .. } => {
+                    g += decay * w;
+                    momentum[i] = momentum[i] * first + (1. - first) * g;
+                    parameter.square[i] = (parameter.square[i] * beta2).max(g.abs() + 1e-8);
+                    let lr = lr / (1. - first.powf(step));
+                    values[i] = w - lr * momentum[i] / parameter.square[i];
+                }
+                Algorithm::Adadelta { rho, .. } => {
+                    g += decay * w;
+                    parameter.square[i] = parameter.square[i] * rho + (1. - rho) * g * g;
+                    let change = (parameter.third[i] + 1e-6).sqrt() * g;
+                    let change = change / (parameter.square[i] + 1e-6).sqrt();
+                    parameter.third[i] = parameter.third[i] * rho + (1. - rho) * change * change;
+                    values[i] = w - lr * change;
+                }
+                Algorithm::Asgd { lambd, .. } => {
+                    g += decay * w;
+                    values[i] = w * (1. - lambd * eta) - eta * g;
+                    // Nothing of the average is compared.
+                    momentum[i] += (values[i] - momentum[i]) * mu;
+                }
+                Algorithm::Rprop => {
+                    if is_new {
+                        parameter.square[i] = lr;
+                    }
+                    let before = momentum[i];
+                    let factor = match g * before {
+                        same if same > 0. => 1.2,
+                        turned if turned < 0. => 0.5,
+                        _ => 1.,
+                    };
+                    parameter.square[i] = (parameter.square[i] * factor).clamp(1e-6, 50.);
+                    if factor < 1. {
+                        g = 0.;
+                    }
+                    momentum[i] = g;
+                    values[i] = w - sign(g) * parameter.square[i];
+                }
+                Algorithm::Lion { beta2, .. } => {
+                    let w = w * (1. - lr * decay);
+                    values[i] = w - lr * sign(momentum[i] * first + (1. - first) * g);
+                    momentum[i] = momentum[i] * beta2 + (1. - beta2) * g;
+                }
+                Algorithm::AdEMAMix { beta2, warmup, .. } => {
+                    let part = (step / f64::from(warmup)).min(1.);
+                    let half_life = |beta: f64| 0.5f64.ln() / (beta + 1e-8).ln() - 1.;
+                    let beta3 = match part < 1. {
+                        true => {
+                            let now = (1. - part) * half_life(first) + part * half_life(0.99);
+                            0.5f64.powf(1. / (now + 1.))
+                        }
+                        false => 0.99,
+                    };
+                    momentum[i] = momentum[i] * first + (1. - first) * g;
+                    parameter.third[i] = parameter.third[i] * beta3 + (1. - beta3) * g;
+                    parameter.square[i] = parameter.square[i] * beta2 + (1. - beta2) * g * g;
+                    let correction2 = 1. - beta2.powf(step);
+                    let denominator = (parameter.square[i] / correction2).sqrt() + 1e-8;
+                    let fast = momentum[i] / (1. - first.powf(step));
+                    let change = (fast + 2. * part * parameter.third[i]) / denominator;
+                    values[i] = w - lr * (change + decay * w);
+                }
+                Algorithm::SgdScheduleFree { .. } | Algorithm::AdamWScheduleFree { .. } => {
+                    if let Algorithm::AdamWScheduleFree { beta2, .. } = self.algorithm {
+                        parameter.square[i] = parameter.square[i] * beta2 + (1. - beta2) * g * g;
+                        let correction = 1. - beta2.powf(counted.steps);
+                        g /= (parameter.square[i] / correction).sqrt() + 1e-8;
+                    }
+                    g += decay * w;
+                    // The average of all points z, the next z, and the point y between the two.
+                    let x = (w - (1. - first) * momentum[i]) / first;
+                    momentum[i] -= counted.lr * g;
+                    let x = x + (momentum[i] - x) * counted.share;
+                    values[i] = (1. - first) * momentum[i] + first * x;
                 }
             }
         }
@@ -678,14 +863,14 @@ impl<'p> Reference<'p> {
             }
             self.ema_updates += 1;
             let momentum = self.ema_momentum;
-            average(&mut self.ema, &self.tensors, |old, new| {
-                old * (1. - momentum) + new * momentum
-            });
+            let now = self.evaluated();
+            average(&mut self.ema, &now, |old, new| old * (1. - momentum) + new * momentum);
         }
         if program.swa.is_some_and(passes) {
             self.swa_count += 1.;
             let count = self.swa_count;
-            average(&mut self.swa, &self.tensors, |old, new| old + (new - old) / count);
+            let now = self.evaluated();
+            average(&mut self.swa, &now, |old, new| old + (new - old) / count);
         }
         if let Some(evaluation) = program.evaluation
             && passes(evaluation.on)
@@ -793,7 +978,7 @@ impl<'p> Reference<'p> {
     /// The mean of the squared errors, without gradients.
     fn evaluate(&self, of_averages: bool) -> f64 {
         let _guard = tch::no_grad_guard();
-        let copies: Vec<_> = self.tensors.iter().map(Tensor::copy).collect();
+        let copies = self.evaluated();
         if of_averages {
             copies.iter().zip(&self.ema).for_each(|(copy, average)| set(copy, average));
         }
@@ -865,6 +1050,20 @@ fn shake(tensors: &[Tensor], share: f64) {
             set(tensor, &values);
         }
     }
+}
+
+/// The parameter before a step with decoupled weight decay; otherwise the decay is added to the gradient.
+fn decayed(decoupled: bool, w: f64, g: &mut f64, lr: f64, decay: f64) -> f64 {
+    if decoupled {
+        return w * (1. - lr * decay);
+    }
+    *g += decay * w;
+    w
+}
+
+/// 1, -1, or 0.
+fn sign(x: f64) -> f64 {
+    if x == 0. { 0. } else { x.signum() }
 }
 
 fn average(averages: &mut [Vec<f64>], tensors: &[Tensor], new: impl Fn(f64, f64) -> f64) {

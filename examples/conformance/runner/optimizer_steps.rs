@@ -4,13 +4,10 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
-use tch_ignite::optim::{Group, Optimizer};
+use tch_ignite::optim::{Group, Optimizer, Sam};
 
 use super::Outcome;
 use super::json::{array, count, float, floats, object, text};
-
-/// Classes of the cases that are not here yet.
-const NOT_HERE: [&str; 3] = ["LBFGS", "AdamWScheduleFree", "SGDScheduleFree"];
 
 /// torch's defect in cases whose groups have a value of their own for this option.
 const INITIAL_VALUE: &str = "torch's Adagrad ignores the initial_accumulator_value of a group";
@@ -21,8 +18,13 @@ type Fused = fn(usize) -> bool;
 /// With fused steps, with the loop, and with a switch at every other step.
 pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
     let class = text(&config["type"])?;
-    if NOT_HERE.contains(&class) {
-        return Outcome::skipped(format!("{class} does not exist yet"));
+    let with_closures = match class {
+        "LBFGS" => Some(lbfgs(config, expect)?),
+        "SAM" => Some(sam(config, expect)?),
+        _ => None,
+    };
+    if let Some(result) = with_closures {
+        return Ok(result.map_or_else(Outcome::Failed, |()| Outcome::Passed));
     }
     let ways: [(&str, Fused); 3] =
         [("fused", |_| true), ("the loop", |_| false), ("both in turn", |step| step % 2 == 0)];
@@ -105,6 +107,119 @@ fn steps(
             result = result.and(Err(format!("{extra} of {name} should not be there")));
         }
     }
+    if !expect["eval_params"].is_null() {
+        let trained: Vec<_> = parameters.iter().map(|(_, p)| p.detach().copy()).collect();
+        optimizer.eval()?;
+        for ((name, parameter), expected) in parameters.iter().zip(array(&expect["eval_params"])?) {
+            let what = format!("{name} in evaluation");
+            result = result.and(near(&what, parameter, expected, tolerance)?);
+        }
+        optimizer.train()?;
+        if parameters.iter().zip(trained).any(|((_, p), trained)| p.detach() != trained) {
+            result = result.and(Err("training does not go on with the same values".into()));
+        }
+    }
+    Ok(result)
+}
+
+/// The function that LBFGS and SAM minimize.
+struct Problem {
+    a: Tensor,
+    b: Tensor,
+    x0: Tensor,
+    quartic: f64,
+}
+
+impl Problem {
+    fn of(config: &Value) -> Result<Self> {
+        let problem = &config["problem"];
+        let vector = |value: &Value| Ok::<_, anyhow::Error>(Tensor::from_slice(&floats(value)?));
+        let rows = array(&problem["m"])?.iter().map(vector).collect::<Result<Vec<_>>>()?;
+        let m = Tensor::f_stack(&rows, 0)?;
+        let (b, x0) = (vector(&problem["b"])?, vector(&problem["x0"])?);
+        let unit = Tensor::f_eye(x0.size1()?, (Kind::Double, Device::Cpu))?;
+        let a = m.f_tr()?.f_matmul(&m)?.f_add(&unit.f_mul_scalar(0.1)?)?;
+        if config["dtype"] != "float64" {
+            bail!("a closure in another type than float64");
+        }
+        Ok(Self { a, b, x0, quartic: float(&problem["quartic"])? })
+    }
+
+    fn loss(&self, x: &Tensor) -> Result<Tensor> {
+        let square = x.f_dot(&self.a.f_matmul(x)?)?.f_mul_scalar(0.5)?.f_sub(&self.b.f_dot(x)?)?;
+        let fourth = x.f_pow_tensor_scalar(4)?.f_sum(Kind::Double)?;
+        let loss = square.f_add(&fourth.f_mul_scalar(self.quartic)?)?;
+        loss.f_backward()?;
+        Ok(loss)
+    }
+}
+
+fn store() -> VarStore {
+    let mut vs = VarStore::new(Device::Cpu);
+    vs.set_kind(Kind::Double);
+    vs
+}
+
+/// Minimizes the function of a case, and compares losses, points and counts of evaluations.
+fn lbfgs(config: &Value, expect: &Value) -> Result<Result<(), String>> {
+    const TOLERANCE: f64 = 1e-9;
+    let (problem, vs) = (Problem::of(config)?, store());
+    let x = vs.root().add("x", problem.x0.copy(), true);
+    let optimizer = Optimizer::lbfgs(&vs).build()?;
+    let group = optimizer.group_at(0)?;
+    for (name, value) in object(&config["defaults"])? {
+        match name.as_str() {
+            "line_search_fn" => group.set("strong_wolfe", f64::from(u8::from(!value.is_null())))?,
+            name => group.set(name, float(value)?)?,
+        }
+    }
+    let mut calls = 0;
+    let mut result = Ok(());
+    for (step, expected) in array(&expect["steps"])?.iter().enumerate() {
+        let loss = optimizer.step_with(|| {
+            calls += 1;
+            optimizer.zero_grad()?;
+            problem.loss(&x)
+        })?;
+        result = result
+            .and(near(&format!("the loss of step {step}"), &loss, &expected["loss"], TOLERANCE)?)
+            .and(near(&format!("x after step {step}"), &x, &expected["x"], TOLERANCE)?);
+        let expected = &expected["closure_calls"];
+        if count(expected)? != Some(calls) {
+            let why = format!("{calls} evaluations after step {step} instead of {expected}");
+            result = result.and(Err(why));
+        }
+    }
+    Ok(result)
+}
+
+/// Sharpness-aware steps of any optimizer; the point is in two parameters.
+fn sam(config: &Value, expect: &Value) -> Result<Result<(), String>> {
+    const TOLERANCE: f64 = 1e-12;
+    let (problem, vs) = (Problem::of(config)?, store());
+    let split = count(&config["problem"]["split"])?.context("a place to split")?;
+    let split = i64::try_from(split)?;
+    let size = problem.x0.size1()?;
+    let part = |from, length| Ok::<_, anyhow::Error>(problem.x0.f_narrow(0, from, length)?.copy());
+    let first = vs.root().add("first", part(0, split)?, true);
+    let second = vs.root().add("second", part(split, size.saturating_sub(split))?, true);
+    let optimizer = built(text(&config["base"])?, &vs)?;
+    for (name, value) in object(&config["defaults"])? {
+        set(&optimizer.group_at(0)?, name, value)?;
+    }
+    let sam = Sam::new(&optimizer).rho(float(&config["rho"])?)?;
+    let sam = if config["adaptive"] == true { sam.adaptive() } else { sam };
+    let mut result = Ok(());
+    for (step, expected) in array(&expect["steps"])?.iter().enumerate() {
+        let x = || Tensor::f_cat(&[&first, &second], 0);
+        let loss = sam.step_with(|| {
+            optimizer.zero_grad()?;
+            problem.loss(&x()?)
+        })?;
+        result = result
+            .and(near(&format!("the loss of step {step}"), &loss, &expected["loss"], TOLERANCE)?)
+            .and(near(&format!("x after step {step}"), &x()?, &expected["x"], TOLERANCE)?);
+    }
     Ok(result)
 }
 
@@ -125,6 +240,9 @@ fn built(class: &str, vs: &VarStore) -> Result<Optimizer> {
         "Adafactor" => Optimizer::adafactor(vs).build(),
         "Muon" => Optimizer::muon(vs).build(),
         "SparseAdam" => Optimizer::sparse_adam(vs).build(),
+        "AdamWScheduleFree" => Optimizer::adamw_schedule_free(vs).build(),
+        "SGDScheduleFree" => Optimizer::sgd_schedule_free(vs).build(),
+        "AdEMAMix" => Optimizer::ademamix(vs).build(),
         other => bail!("no optimizer {other}"),
     }?)
 }
@@ -132,6 +250,9 @@ fn built(class: &str, vs: &VarStore) -> Result<Optimizer> {
 /// Sets an option under torch's name.
 fn set(group: &Group, name: &str, value: &Value) -> Result<()> {
     let parts: &[&str] = match name {
+        "betas" if value.as_array().is_some_and(|betas| betas.len() == 3) => {
+            &["beta1", "beta2", "beta3"]
+        }
         "betas" => &["beta1", "beta2"],
         "etas" => &["etaminus", "etaplus"],
         "step_sizes" => &["step_size_min", "step_size_max"],
@@ -140,7 +261,10 @@ fn set(group: &Group, name: &str, value: &Value) -> Result<()> {
             let matches = value.as_str() == Some("match_rms_adamw");
             return Ok(group.set("match_rms_adamw", f64::from(u8::from(matches)))?);
         }
-        name => return Ok(group.set(name, float(value)?)?),
+        name => {
+            let number = value.as_bool().map(|on| f64::from(u8::from(on)));
+            return Ok(group.set(name, number.map_or_else(|| float(value), Ok)?)?);
+        }
     };
     let values = array(value)?;
     if values.len() != parts.len() {

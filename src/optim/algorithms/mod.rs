@@ -5,25 +5,33 @@ mod adadelta;
 mod adafactor;
 mod adagrad;
 mod adamax;
+mod adamw_schedule_free;
+mod ademamix;
 mod asgd;
+mod lbfgs;
 mod libtorch;
 mod lion;
 mod muon;
 mod nadam;
 mod radam;
 mod rprop;
+mod sgd_schedule_free;
 mod sparse_adam;
 
 pub use adadelta::Adadelta;
 pub use adafactor::Adafactor;
 pub use adagrad::Adagrad;
 pub use adamax::Adamax;
+pub use adamw_schedule_free::AdamWScheduleFree;
+pub use ademamix::AdEMAMix;
 pub use asgd::Asgd;
+pub use lbfgs::Lbfgs;
 pub use lion::Lion;
 pub use muon::Muon;
 pub use nadam::NAdam;
 pub use radam::RAdam;
 pub use rprop::Rprop;
+pub use sgd_schedule_free::SgdScheduleFree;
 pub use sparse_adam::SparseAdam;
 
 use tch::nn::{self, OptimizerConfig};
@@ -121,6 +129,46 @@ impl Algorithm {
             .find(|hyper| self.hypers().any(|own| own == *hyper))
     }
 
+    /// The hyper-parameter by which the parameters of a Schedule-Free optimizer lie between their two other points: 1 is
+    /// the average.
+    pub(crate) fn interpolation(self) -> Option<Hyper> {
+        match self {
+            Self::AdamWScheduleFree => Some(Hyper::Beta1),
+            Self::SgdScheduleFree => Some(Hyper::Momentum),
+            _ => None,
+        }
+    }
+
+    /// Whether a step evaluates the loss by itself.
+    pub(crate) fn needs_closure(self) -> bool {
+        self == Self::Lbfgs
+    }
+
+    /// Checks a value against the bounds of the hyper-parameter, and those that only this optimizer has.
+    #[inline]
+    pub(crate) fn check(self, hyper: Hyper, value: f64) -> Result<()> {
+        hyper.check(value)?;
+        if hyper != Hyper::Lr && self.interpolation() == Some(hyper) && !(value > 0. && value < 1.)
+        {
+            return Err(Error::invalid(format!(
+                "{hyper} of {} must be between 0 and 1, but {value} was given",
+                self.name()
+            )));
+        }
+        Ok(())
+    }
+
+    /// [`hyper`](Self::hyper) for a hyper-parameter that is to be set, and not one that steps count in.
+    pub(crate) fn settable(self, name: &str) -> Result<Hyper> {
+        match self.hyper(name)? {
+            hyper if hyper.is_counted() => Err(Error::invalid(format!(
+                "{hyper} is counted by the steps of {}, and can only be read",
+                self.name()
+            ))),
+            hyper => Ok(hyper),
+        }
+    }
+
     /// The hyper-parameter with this PyTorch name; an error if this optimizer has none.
     pub(crate) fn hyper(self, name: &str) -> Result<Hyper> {
         self.hypers().find(|h| h.name() == name).ok_or_else(|| Error::UnknownHyperParameter {
@@ -145,7 +193,7 @@ pub(super) enum Needed {
     Always,
     /// While the hyper-parameter is not 0. Only a parameter's first step makes it.
     While(Hyper),
-    /// Never: a step that finds none makes it.
+    /// Never: a step goes without it, or makes it.
     Never,
 }
 
@@ -216,6 +264,10 @@ impl Algorithm {
             Self::Adafactor => &Adafactor::DESCRIPTION,
             Self::Muon => &Muon::DESCRIPTION,
             Self::SparseAdam => &SparseAdam::DESCRIPTION,
+            Self::AdamWScheduleFree => &AdamWScheduleFree::DESCRIPTION,
+            Self::SgdScheduleFree => &SgdScheduleFree::DESCRIPTION,
+            Self::AdEMAMix => &AdEMAMix::DESCRIPTION,
+            Self::Lbfgs => &Lbfgs::DESCRIPTION,
         }
     }
 }

@@ -11,6 +11,8 @@ PAIRS = ("betas", "etas", "step_sizes", "eps")
 def optimizer(config):
     if config["type"] == "LBFGS":
         return lbfgs(config)
+    if config["type"] == "SAM":
+        return sam(config)
     dtype = DTYPES[config["dtype"]]
     parameters = [torch.nn.Parameter(tensor(spec["data"], spec["shape"], dtype)) for spec in config["params"]]
     groups = [
@@ -48,6 +50,10 @@ def build(name, groups, defaults):
         from lion_pytorch import Lion
 
         return Lion(groups, **defaults)
+    if name == "AdEMAMix":
+        from ademamix import AdEMAMix
+
+        return AdEMAMix(groups, **defaults)
     if name in ("AdamWScheduleFree", "SGDScheduleFree"):
         import schedulefree
 
@@ -106,6 +112,33 @@ def lbfgs(config):
     for _ in range(config["steps"]):
         loss = made.step(closure)
         steps.append({"loss": loss.item(), "x": flat(x), "closure_calls": calls})
+    return plain({"steps": steps})
+
+
+def sam(config):
+    from sam import SAM
+
+    problem = config["problem"]
+    dtype = DTYPES[config["dtype"]]
+    m = torch.tensor(problem["m"], dtype=dtype)
+    b, x0 = (torch.tensor(problem[name], dtype=dtype) for name in ("b", "x0"))
+    a = m.T @ m + 0.1 * torch.eye(len(b), dtype=dtype)
+    parts = [torch.nn.Parameter(part.clone()) for part in x0.tensor_split([problem["split"]])]
+    base = {"foreach": False, **options(config["defaults"])}
+    made = SAM(parts, getattr(torch.optim, config["base"]), rho=config["rho"], adaptive=config["adaptive"], **base)
+
+    def closure():
+        made.zero_grad()
+        x = torch.cat(parts)
+        loss = 0.5 * x @ a @ x - b @ x + problem["quartic"] * (x**4).sum()
+        loss.backward()
+        return loss
+
+    steps = []
+    for _ in range(config["steps"]):
+        loss = closure()
+        made.step(closure)
+        steps.append({"loss": loss.item(), "x": flat(torch.cat(parts))})
     return plain({"steps": steps})
 
 

@@ -1,0 +1,213 @@
+//! Schedule-Free optimizers: the values that parameters have while they are trained, and those for evaluation.
+
+use tch::{TchError, Tensor};
+
+use super::Optimizer;
+use super::hyper::Hyper;
+use super::snapshot::copy;
+use crate::bridge::{Algorithm, Native, RawState};
+use crate::error::{Error, Result};
+
+/// The name of the state tensor that keeps the values for training during an evaluation.
+pub(crate) const KEPT: &str = "y";
+
+/// A parameter that changes between its two values.
+struct Switched {
+    parameter: Tensor,
+    state: RawState,
+    /// The weight of the point `z` in the interpolation that leads to the other values.
+    weight: f64,
+}
+
+impl Switched {
+    /// Goes to the other values by the interpolation.
+    fn interpolate(&mut self) -> Result<(), TchError> {
+        match &self.state.tensors[0] {
+            Some(z) => self.parameter.f_lerp_(z, self.weight).map(drop),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Optimizer {
+    /// Gives the parameters the values that are meant for evaluation. Only
+    /// [Schedule-Free](super::AdamWScheduleFree) optimizers have others than those for training: with all others, and
+    /// where the parameters have these values already, this does nothing.
+    ///
+    /// The supervised trainer and evaluator call this and [`train`](Self::train) by themselves.
+    /// [`Evaluate`](crate::handlers::Evaluate), [`EMAHandler`](crate::handlers::EMAHandler),
+    /// [`SWAHandler`](crate::handlers::SWAHandler) and
+    /// [`Checkpoint::weights`](crate::checkpoint::Checkpoint::weights) do so too where the engine tracks the optimizer.
+    /// Checkpoints of a run hold the parameters as they are, and which values these are. Call this before the model is
+    /// used, saved or its averages are swapped in by hand.
+    ///
+    /// ```
+    /// # use tch::{Device, Kind, nn};
+    /// # use tch_ignite::optim::Optimizer;
+    /// # let vs = nn::VarStore::new(Device::Cpu);
+    /// # let w = vs.root().ones("w", &[1]);
+    /// let optimizer = Optimizer::sgd_schedule_free(&vs).lr(1.0).build()?;
+    /// for _ in 0..2 {
+    ///     optimizer.backward_step(&w.sum(Kind::Float))?;
+    /// }
+    /// let trained = w.double_value(&[0]);
+    /// optimizer.eval()?;
+    /// assert_eq!(w.double_value(&[0]), -0.5); // the mean of 0 and -1
+    /// optimizer.train()?;
+    /// assert_eq!(w.double_value(&[0]), trained);
+    /// # Ok::<(), tch_ignite::Error>(())
+    /// ```
+    ///
+    /// A copy of the parameters is kept until [`train`](Self::train), so that training goes on bit for bit.
+    ///
+    /// # Errors
+    /// There is no memory for the copy; nothing is changed then. See also [`Optimizer`].
+    pub fn eval(&self) -> Result<()> {
+        self.to_evaluation().map(drop)
+    }
+
+    /// Gives the parameters the values for training back: those that they had before [`eval`](Self::eval), or, where
+    /// other values were given to a parameter since, those that belong to these.
+    ///
+    /// To see whether values were given, this compares each parameter, which is a host sync on CUDA. It does nothing
+    /// where the parameters have their values for training.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
+    pub fn train(&self) -> Result<()> {
+        self.to_training(true)
+    }
+
+    /// Whether the parameters have their values for training: false between [`eval`](Self::eval) and
+    /// [`train`](Self::train) of a Schedule-Free optimizer.
+    ///
+    /// # Errors
+    /// See [`Optimizer`].
+    pub fn is_training(&self) -> Result<bool> {
+        self.native(|native| Ok(self.groups_that_train(native, false)?.is_empty()))
+    }
+
+    /// Refuses a step with the values for evaluation.
+    #[inline]
+    pub(super) fn check_training(&self, native: &Native) -> Result<()> {
+        if !self.shared.averages || self.groups_that_train(native, false)?.is_empty() {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "the parameters of {} have their values for evaluation, so their gradients are of no use to a step: call optimizer.train() before forward",
+            self.name()
+        )))
+    }
+
+    /// Goes to the values for evaluation, and returns whether the parameters had those for training.
+    pub(super) fn to_evaluation(&self) -> Result<bool> {
+        if !self.shared.averages {
+            return Ok(false);
+        }
+        self.admit_new()?;
+        let _guard = tch::no_grad_guard();
+        self.native(|native| {
+            let groups = self.groups_that_train(native, true)?;
+            let mut switched = vec![];
+            for &group in &groups {
+                let beta = self.interpolation(native, group)?;
+                switched.extend(self.switched(native, group, 1. - 1. / beta)?);
+            }
+            // All copies are made before anything is changed.
+            for Switched { parameter, state, .. } in &mut switched {
+                let kept = copy(parameter).map_err(failed_tch)?;
+                if let Some(place) = kept_by(self.algorithm_of(native, parameter)?) {
+                    state.tensors[place] = Some(kept);
+                }
+            }
+            for mut switched in switched {
+                native.set_state(&switched.parameter, Some(&switched.state)).map_err(failed)?;
+                switched.interpolate().map_err(failed_tch)?;
+            }
+            for &group in &groups {
+                native.set(group, Hyper::TrainMode, 0.).map_err(failed)?;
+            }
+            Ok(!groups.is_empty())
+        })
+    }
+
+    /// Goes to the values for training. With `look`, values that were given to parameters in evaluation count.
+    pub(super) fn to_training(&self, look: bool) -> Result<()> {
+        if !self.shared.averages {
+            return Ok(());
+        }
+        let _guard = tch::no_grad_guard();
+        self.native(|native| {
+            for group in self.groups_that_train(native, false)? {
+                let beta = self.interpolation(native, group)?;
+                let kept = kept_by(self.algorithm(group));
+                for mut switched in self.switched(native, group, 1. - beta)? {
+                    let y = kept.and_then(|place| switched.state.tensors[place].take());
+                    match y {
+                        Some(y)
+                            if !look
+                                || is_evaluated(&switched, &y, beta).map_err(failed_tch)? =>
+                        {
+                            switched.parameter.f_copy_(&y).map_err(failed_tch)?;
+                        }
+                        _ => switched.interpolate().map_err(failed_tch)?,
+                    }
+                    native.set_state(&switched.parameter, Some(&switched.state)).map_err(failed)?;
+                }
+                native.set(group, Hyper::TrainMode, 1.).map_err(failed)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The Schedule-Free groups whose parameters have their values for training, or those that have them not.
+    fn groups_that_train(&self, native: &Native, train: bool) -> Result<Vec<usize>> {
+        let mut groups = vec![];
+        for group in 0..native.group_count() {
+            if self.algorithm(group).interpolation().is_some()
+                && (native.get(group, Hyper::TrainMode).map_err(failed)? != 0.) == train
+            {
+                groups.push(group);
+            }
+        }
+        Ok(groups)
+    }
+
+    /// The value by which the group's parameters lie between their two other points.
+    fn interpolation(&self, native: &Native, group: usize) -> Result<f64> {
+        let hyper = self.algorithm(group).interpolation();
+        hyper.map_or(Ok(1.), |hyper| native.get(group, hyper).map_err(failed))
+    }
+
+    /// The parameters of a group that were stepped.
+    fn switched(&self, native: &Native, group: usize, weight: f64) -> Result<Vec<Switched>> {
+        let mut switched = vec![];
+        for parameter in native.parameters(group).map_err(failed)? {
+            if let Some(state) = native.state(&parameter).map_err(failed)? {
+                switched.push(Switched { parameter, state, weight });
+            }
+        }
+        Ok(switched)
+    }
+}
+
+/// Whether the parameter has the values for evaluation that belong to `y`.
+fn is_evaluated(switched: &Switched, y: &Tensor, beta: f64) -> Result<bool, TchError> {
+    match &switched.state.tensors[0] {
+        Some(z) => switched.parameter.f_equal(&y.f_lerp(z, 1. - 1. / beta)?),
+        None => Ok(true),
+    }
+}
+
+/// The place of the values for training among the state tensors.
+fn kept_by(algorithm: Algorithm) -> Option<usize> {
+    algorithm.state_names().iter().position(|name| *name == KEPT)
+}
+
+fn failed(text: String) -> Error {
+    Error::libtorch("switching between the values for training and evaluation", text)
+}
+
+fn failed_tch(error: TchError) -> Error {
+    failed(error.to_string())
+}

@@ -1,0 +1,159 @@
+//! Optimizers with a state of their own kind (LBFGS), or of Python's packages: their states go to Python and back.
+
+use anyhow::Result;
+use std::path::Path;
+use tch::nn::{self, VarStore};
+use tch::{Device, Kind, Tensor};
+use tch_ignite::optim::Optimizer;
+use tch_ignite::pytorch::{self, Dict, Weights};
+
+use super::{common::serial, python};
+
+const NAMES: [(&str, &str); 4] = [
+    ("LBFGS", "torch.optim"),
+    ("SGDScheduleFree", "schedulefree"),
+    ("AdamWScheduleFree", "schedulefree"),
+    ("AdEMAMix", "ademamix"),
+];
+
+/// A network in float64, whose layers are made in another order than Python's.
+fn made(name: &str) -> Result<(VarStore, Optimizer, nn::Sequential)> {
+    let mut vs = VarStore::new(Device::Cpu);
+    let fc = nn::linear(vs.root() / "fc", 5, 2, Default::default());
+    let base = nn::linear(vs.root() / "base", 3, 5, Default::default());
+    let net = nn::seq().add(base).add_fn(|x| x.tanh()).add(fc);
+    vs.double();
+    let optimizer = match name {
+        "LBFGS" => {
+            let builder = Optimizer::lbfgs(&vs).lr(0.3).max_iter(3).history_size(4);
+            builder.strong_wolfe(true).build()?
+        }
+        "SGDScheduleFree" => Optimizer::sgd_schedule_free(&vs).warmup_steps(4).build()?,
+        "AdamWScheduleFree" => {
+            let builder = Optimizer::adamw_schedule_free(&vs).lr(0.02).betas(0.8, 0.99);
+            builder.warmup_steps(4).weight_decay(0.1).build()?
+        }
+        _ => Optimizer::ademamix(&vs).alpha_warmup(6).build()?,
+    };
+    Ok((vs, optimizer, net))
+}
+
+/// Python's order of the parameters.
+const ORDER: [&str; 4] = ["base.weight", "base.bias", "fc.weight", "fc.bias"];
+
+fn step(optimizer: &Optimizer, net: &nn::Sequential, iteration: i64) -> Result<f64> {
+    let x = Tensor::arange(12, (Kind::Double, Device::Cpu)).view([4, 3]) * 0.1
+        + iteration as f64 * 0.01;
+    let loss = optimizer.step_with(|| {
+        optimizer.zero_grad()?;
+        let loss = x.apply(net).square().mean(Kind::Double);
+        loss.backward();
+        Ok(loss)
+    })?;
+    Ok(f64::try_from(loss.detach())?)
+}
+
+fn save(vs: &VarStore, optimizer: &Optimizer, path: &Path) -> Result<()> {
+    let mut checkpoint = Dict::new();
+    checkpoint.insert("model", Weights::of_store(vs)?.to_value());
+    checkpoint.insert("optimizer", pytorch::optimizer_value(optimizer, &ORDER)?);
+    Ok(pytorch::write(path, &checkpoint.into())?)
+}
+
+fn load(vs: &VarStore, optimizer: &mut Optimizer, path: &Path) -> Result<()> {
+    let saved = pytorch::read(path)?;
+    Weights::of(saved.require("model")?)?.load(vs)?;
+    let loaded = pytorch::load_optimizer(optimizer, saved.require("optimizer")?, &ORDER)?;
+    assert_eq!(loaded.loaded.len(), 4);
+    Ok(())
+}
+
+const SCRIPT: &str = r#"
+import importlib
+try:
+    made = getattr(importlib.import_module(sys.argv[4]), sys.argv[3])
+except ModuleNotFoundError:
+    print("null")
+    sys.exit()
+saved = torch.load(sys.argv[1], weights_only=True)
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base, self.fc = torch.nn.Linear(3, 5, dtype=torch.float64), torch.nn.Linear(5, 2, dtype=torch.float64)
+    def forward(self, x):
+        return self.fc(self.base(x).tanh())
+net = Net()
+net.load_state_dict(saved["model"])
+optimizer = made(net.parameters(), lr=7.0)
+optimizer.load_state_dict(saved["optimizer"])
+if hasattr(optimizer, "train"):
+    optimizer.train()
+losses = []
+for iteration in range(3, 6):
+    x = torch.arange(12, dtype=torch.float64).view(4, 3) * 0.1 + iteration * 0.01
+    def closure():
+        optimizer.zero_grad()
+        loss = net(x).square().mean()
+        loss.backward()
+        return loss
+    losses.append(optimizer.step(closure).item())
+if sys.argv[5] == "eval":
+    optimizer.eval()
+torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, sys.argv[2])
+print(json.dumps(losses))
+"#;
+
+#[test]
+fn states_go_to_files_and_to_python_and_back() -> Result<()> {
+    let _guard = serial();
+    let folder = tempfile::tempdir()?;
+    let (path, back) = (folder.path().join("run.pt"), folder.path().join("back.pt"));
+    let averaging = |name: &str| name.ends_with("ScheduleFree");
+    for (name, module) in NAMES {
+        for evaluates in if averaging(name) { vec![false, true] } else { vec![false] } {
+            let (vs, optimizer, net) = made(name)?;
+            for iteration in 0..3 {
+                step(&optimizer, &net, iteration)?;
+            }
+            if evaluates {
+                optimizer.eval()?;
+            }
+            save(&vs, &optimizer, &path)?;
+            optimizer.train()?;
+            let uninterrupted = (3..9)
+                .map(|iteration| step(&optimizer, &net, iteration))
+                .collect::<Result<Vec<_>>>()?;
+
+            let (vs, mut optimizer, net) = made(name)?;
+            load(&vs, &mut optimizer, &path)?;
+            assert_eq!(optimizer.is_training()?, !evaluates);
+            optimizer.train()?;
+            for (index, expected) in uninterrupted.iter().enumerate() {
+                let loss = step(&optimizer, &net, index as i64 + 3)?;
+                let differs = (loss - expected).abs();
+                // The way back from an evaluation rounds, because files for Python have no copy.
+                let bound = if evaluates { 1e-13 } else { 0. };
+                assert!(differs <= bound, "{name} {evaluates}: {loss} instead of {expected}");
+            }
+
+            let mode = if evaluates { "eval" } else { "train" };
+            let arguments = [&path, &back, Path::new(name), Path::new(module), Path::new(mode)];
+            let Some(output) = python(SCRIPT, &arguments)? else { return Ok(()) };
+            let Some(mut losses) = serde_json::from_str::<Option<Vec<f64>>>(&output)? else {
+                println!("SKIPPED {name}: Python has no {module}");
+                continue;
+            };
+            let (vs, mut optimizer, net) = made(name)?;
+            load(&vs, &mut optimizer, &back)?;
+            optimizer.train()?;
+            for iteration in 6..9 {
+                losses.push(step(&optimizer, &net, iteration)?);
+            }
+            for (ours, expected) in losses.iter().zip(&uninterrupted) {
+                let differs = (ours - expected).abs();
+                assert!(differs <= 1e-10, "{name}: {losses:?} instead of {uninterrupted:?}");
+            }
+        }
+    }
+    Ok(())
+}
