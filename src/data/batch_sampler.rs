@@ -34,6 +34,12 @@ pub trait BatchSampler: Send + Sync {
     fn seed(&self) -> Option<u64> {
         None
     }
+
+    /// Returns whether an index may come more than once in a pass. The random numbers of a sample then depend on its
+    /// position in the pass too, so that it is not augmented the same way each time.
+    fn repeats(&self) -> bool {
+        false
+    }
 }
 
 /// Asks the sampler for a pass, and checks its batches against data with `len` samples. Returns the indices of all

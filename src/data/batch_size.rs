@@ -7,6 +7,9 @@ use super::SamplePosition;
 use crate::error::{Error, Result};
 use crate::optim::Knob;
 
+/// The message for those who change a batch size that is not used.
+pub(super) const FIXED_BY_SAMPLER: &str = "the loader's batches come from a batch sampler, so it has no batch size to change; change the sampler instead";
+
 /// A shared handle to the batch size of a [`Loader`](super::Loader) or [`DataLoader`](super::DataLoader). Clones
 /// share the size, so that it can be changed while the engine holds the loader.
 #[derive(Debug, Clone)]
@@ -18,6 +21,8 @@ pub struct BatchSize {
     made: u64,
     samples: u64,
     drop_last: bool,
+    /// Whether a batch sampler makes the batches, so that the size is not used and cannot be changed.
+    fixed: bool,
 }
 
 impl BatchSize {
@@ -33,7 +38,7 @@ impl BatchSize {
             move || read.load(Ordering::Relaxed) as f64,
             move |value| write.store((value as u64).max(1), Ordering::Relaxed),
         );
-        let this = Self { size, knob, made, samples, drop_last: false };
+        let this = Self { size, knob, made, samples, drop_last: false, fixed: false };
         this.set(made)?;
         Ok(this)
     }
@@ -45,6 +50,11 @@ impl BatchSize {
 
     pub(super) fn drop_last(&mut self, on: bool) {
         self.drop_last = on;
+    }
+
+    /// Refuses changes of the size from now on, by this handle and those cloned from it.
+    pub(super) fn fix(&mut self) {
+        self.fixed = true;
     }
 
     /// Sets the number of samples in a pass. Clones share the batch size, not this number.
@@ -60,8 +70,11 @@ impl BatchSize {
     /// Changes the batch size of the loader and its clones, from the next batch on.
     ///
     /// # Errors
-    /// A batch size of 0.
+    /// A batch size of 0, or a loader with a [batch sampler](super::DataLoader::batch_sampler).
     pub fn set(&self, samples: u64) -> Result<()> {
+        if self.fixed {
+            return Err(Error::invalid(FIXED_BY_SAMPLER));
+        }
         if samples == 0 {
             return Err(Error::invalid("batch_size must be at least 1, but 0 was given"));
         }

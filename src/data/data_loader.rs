@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use tch::{Cuda, Device, Tensor};
 
 use super::batch_sampler::batches_of;
+use super::batch_size::FIXED_BY_SAMPLER;
 use super::fetcher::{Fetched, Fetcher, Plan};
 use super::finish::Finish;
 use super::map_batches::after;
@@ -17,7 +18,7 @@ use super::{
     BatchSampler, BatchSize, Collate, Dataset, IntoSource, RandomSampler, SamplePosition, Sampler,
     Source, SplitMix64, Transfer,
 };
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Batches of a [`Dataset`], read sample by sample, on worker threads if wanted: PyTorch's `DataLoader`.
 ///
@@ -172,6 +173,8 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
     /// # Ok::<(), tch_ignite::Error>(())
     /// ```
     pub fn batch_sampler(mut self, sampler: impl BatchSampler + 'static) -> Self {
+        self.batch_size.fix();
+        self.fetcher.repeats = sampler.repeats();
         self.batch_sampler = Some(Arc::new(sampler));
         self
     }
@@ -184,6 +187,10 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
     /// number of workers, gets the same batches. The function runs without gradients: on the workers where batches stay
     /// on the CPU, and otherwise when the engine asks for a batch, on the batch that was moved to the
     /// [device](Self::to_device). A loader that has such a function already calls the new one after it.
+    ///
+    /// Processes of a group that have the same seed draw the same numbers; [`.seed(seed + rank)`](Self::seed) gives each
+    /// its own, beside a sampler that has the common seed. Ranks above 0 then warn, when a run is resumed, that their seed is
+    /// not the one of rank 0, which the checkpoint has.
     pub fn map_batches(
         mut self,
         map: impl Fn(B, &mut SplitMix64) -> AnyResult<B> + Send + Sync + 'static,
@@ -280,9 +287,6 @@ impl<D: Dataset + 'static, B> DataLoader<D, B> {
     /// # Errors
     /// A batch size of 0, or a loader with a [batch sampler](Self::batch_sampler).
     pub fn set_batch_size(&self, samples: u64) -> Result<()> {
-        if self.batch_sampler.is_some() {
-            return Err(Error::invalid(FIXED_BY_SAMPLER));
-        }
         self.batch_size.set(samples)
     }
 
@@ -308,9 +312,6 @@ impl<D: Dataset + 'static> DataLoader<D, (Tensor, Tensor)> {
         Ok(self)
     }
 }
-
-/// The message for those who change a batch size that is not used.
-const FIXED_BY_SAMPLER: &str = "the loader's batches come from a batch sampler, so it has no batch size to change; change the sampler instead";
 
 impl<D: Dataset, B> Clone for DataLoader<D, B> {
     /// Clones share the dataset, the batch size and the count of skipped samples.
@@ -468,6 +469,7 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
 
     fn next(&mut self) -> Option<AnyResult<B>> {
         let size = self.loader.batch_size();
+        // A clone that shares the size, and was made before the batch sampler was given, can change it.
         if self.loader.batch_sampler.is_some() && !self.loader.batch_size.is_as_made() {
             return Some(Err(anyhow::anyhow!(FIXED_BY_SAMPLER)));
         }
@@ -518,7 +520,8 @@ impl<D: Dataset + 'static, B: Send + 'static> Source<B> for Cursor<D, B> {
         settings.insert("seed of samples".into(), self.loader.fetcher.seed.into());
         settings.extend(seed_of(self.loader.sampler.as_deref()));
         if let Some(sampler) = &self.loader.batch_sampler {
-            settings.insert("batches".into(), sampler.num_batches().into());
+            let batches = "number of batches, which count the place in a pass,";
+            settings.insert(batches.into(), sampler.num_batches().into());
             settings.extend(sampler.seed().map(|seed| ("seed of the order".into(), seed.into())));
         }
         settings

@@ -8,6 +8,10 @@ use crate::error::Result;
 /// All ranks get the same number of batches: the list is padded with batches from its beginning. All ranks must make
 /// the sampler of the same samples and the same seed.
 ///
+/// A checkpoint counts the batches of a rank, so a run goes on in the middle of a pass with the same number of ranks only.
+/// With another one it goes on from the end of an epoch; within a pass some samples would come twice or not at all, and
+/// the run warns that the number of batches has changed.
+///
 /// ```
 /// use tch_ignite::data::{BatchSampler, BucketBatchSampler, DistributedBatchSampler};
 /// let all = BucketBatchSampler::by_samples(&[1, 2, 3, 4, 5], 2)?.buckets(1);
@@ -53,5 +57,9 @@ impl<S: BatchSampler> BatchSampler for DistributedBatchSampler<S> {
 
     fn seed(&self) -> Option<u64> {
         self.sampler.seed()
+    }
+
+    fn repeats(&self) -> bool {
+        self.sampler.repeats()
     }
 }

@@ -128,6 +128,10 @@ impl Sampler for DistributedSampler {
             }
         })
     }
+
+    fn seed(&self) -> Option<u64> {
+        self.seed
+    }
 }
 
 #[cfg(test)]
@@ -150,6 +154,13 @@ mod tests {
         // The padding goes round more than once.
         assert_eq!(shares(2, 5, false)?, [[0], [1], [0], [1], [0]]);
         assert_eq!(shares(7, 1, false)?, [[0, 1, 2, 3, 4, 5, 6]]);
+        Ok(())
+    }
+
+    #[test]
+    fn the_seed_is_the_one_that_shuffles() -> Result<()> {
+        let sampler = DistributedSampler::new(10, 1, 2)?;
+        assert_eq!((sampler.seed(), sampler.clone().shuffle(7).seed()), (None, Some(7)));
         Ok(())
     }
 

@@ -37,7 +37,8 @@ impl<B> Finish<B> {
         self.mapped(batch, key)
     }
 
-    /// Finishes a batch on another device. `on_device` is made with the first batch.
+    /// Finishes a batch on another device. `on_device` is made with the first batch, and again with one that
+    /// has another number of dimensions.
     pub(super) fn on(
         &self,
         device: Device,
@@ -49,8 +50,8 @@ impl<B> Finish<B> {
             Some((normalize, of_inputs)) => of_inputs(batch, &mut |x| {
                 normalize.check(x.kind(), &x.size())?;
                 let on_device = match on_device {
-                    Some(made) => made,
-                    None => on_device.insert(normalize.on(device, x.dim())?),
+                    Some(made) if made.dimensions() == x.dim() => made,
+                    _ => on_device.insert(normalize.on(device, x.dim())?),
                 };
                 Ok(on_device.batch(x)?)
             })?,
@@ -89,6 +90,9 @@ mod tests {
             assert_eq!(here, there);
             assert!(on_device.is_some());
         }
+        let flat = bytes.f_select(2, 0)?;
+        let there = finish.on(Device::Cpu, &mut on_device, flat.shallow_clone(), [3; 3])?;
+        assert_eq!(there, finish.on_cpu(flat, [3; 3])?);
         let floats = bytes.f_to_kind(Kind::Float)?;
         let error = finish.on(Device::Cpu, &mut on_device, floats, [0; 3]).unwrap_err();
         assert!(error.to_string().contains("Float"));

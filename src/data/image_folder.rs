@@ -68,7 +68,7 @@ impl ImageFolder {
     /// A folder that cannot be read, no folder of a class, a class without pictures, or a picture of a type that needs
     /// [another decoder](Self::with_loader) (`.tif`, `.tiff`, `.webp`).
     pub fn new(root: impl AsRef<Path>) -> Result<Self> {
-        let folder = Self::with_loader(root, decode)?;
+        let folder = Self::find(root.as_ref(), Arc::new(decode), true)?;
         let other = folder.samples.iter().find(|(path, _)| reads(path) == Some(false));
         if let Some((path, _)) = other {
             return Err(Error::invalid(format!(
@@ -88,7 +88,11 @@ impl ImageFolder {
         root: impl AsRef<Path>,
         load: impl Fn(&Path) -> AnyResult<Tensor> + Send + Sync + 'static,
     ) -> Result<Self> {
-        let root = root.as_ref();
+        Self::find(root.as_ref(), Arc::new(load), false)
+    }
+
+    /// Finds the pictures. `ours` says that our own decoder reads them, for the errors.
+    fn find(root: &Path, load: Arc<LoadFn>, ours: bool) -> Result<Self> {
         let folders = entries(root)?.into_iter().filter(|entry| entry.is_folder);
         let mut folders: Vec<_> = folders.map(|entry| entry.name).collect();
         folders.sort();
@@ -113,15 +117,17 @@ impl ImageFolder {
             }
         }
         if !empty.is_empty() {
+            let endings = EXTENSIONS.iter().filter(|(_, reads)| *reads || !ours);
+            let endings: Vec<_> = endings.map(|(ending, _)| format!(".{ending}")).collect();
             return Err(Error::invalid(format!(
                 "found no picture for the classes {} in '{}': pictures end in {}; remove the folders, or put pictures into them",
                 empty.join(", "),
                 root.display(),
-                EXTENSIONS.map(|(extension, _)| format!(".{extension}")).join(", ")
+                endings.join(", ")
             )));
         }
         let classes = folders.iter().map(|name| name.to_string_lossy().into_owned()).collect();
-        Ok(Self { classes, samples, load: Arc::new(load) })
+        Ok(Self { classes, samples, load })
     }
 
     /// Returns the names of the classes, which are those of their folders. Class `i` is the `i`-th.

@@ -194,7 +194,9 @@ impl Loader {
     }
 
     /// Makes a loader of some samples of this one, in the order of `indices`. Both share the data; each has a batch
-    /// size of its own, the same at first.
+    /// size of its own, the same at first. The new loader has all that was set before: also
+    /// [`drop_last`](Self::drop_last), which leaves out samples, and [`map_batches`](Self::map_batches), which may
+    /// augment. Call after `subset` what is for training alone.
     ///
     /// ```
     /// # use tch::{Device, Kind, Tensor};

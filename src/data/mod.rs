@@ -166,7 +166,7 @@ pub struct SamplePosition {
 /// Types that can be given to [`Engine::run`](crate::engine::Engine::run).
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no data of batches `{B}`",
-    note = "data is a `&Loader`, a `&DataLoader`, a `Vec` of batches (tensors, and tuples of them, are shared), `source(..)` for a `Source` of your own, `restartable(|| iterator)` for anything that can be iterated again",
+    note = "data is a `&Loader`, a `&DataLoader`, a `&StreamLoader`, a `Vec` of batches (tensors, and tuples of them, are shared), `source(..)` for a `Source` of your own, `restartable(|| iterator)` for anything that can be iterated again",
     note = "a `Supervised` context takes batches of another type after `prepare_batch(|batch| (x, y))`, in the engines `cx.trainer()` and `cx.evaluator()`"
 )]
 pub trait IntoSource<'a, B> {

@@ -24,11 +24,16 @@ impl Normalize {
                 std.len()
             )));
         }
-        if let Some(bad) = mean.iter().find(|mean| !mean.is_finite()) {
-            return Err(Error::invalid(format!("mean must be finite, but {bad} was given")));
+        if let Some(bad) = mean.iter().find(|mean| !(**mean as f32).is_finite()) {
+            return Err(Error::invalid(format!(
+                "mean must be finite in f32, but {bad:?} was given"
+            )));
         }
-        if let Some(bad) = std.iter().find(|std| !(std.is_finite() && **std as f32 > 0.)) {
-            return Err(Error::invalid(format!("std must be above 0, but {bad} was given")));
+        if let Some(bad) = std.iter().find(|std| !(**std as f32 > 0. && (**std as f32).is_finite()))
+        {
+            return Err(Error::invalid(format!(
+                "std must be above 0 and finite in f32, but {bad:?} was given"
+            )));
         }
         let channels = mean.len() as i64;
         let make = || {
@@ -91,6 +96,11 @@ pub(super) struct OnDevice {
 }
 
 impl OnDevice {
+    /// Returns the number of dimensions of the batches that this normalises.
+    pub(super) fn dimensions(&self) -> usize {
+        self.mean.dim()
+    }
+
     /// Normalises a batch of bytes with libtorch's operations.
     pub(super) fn batch(&self, bytes: &Tensor) -> Result<Tensor, TchError> {
         apply(&bytes.f_to_kind(Kind::Float)?, &self.mean, &self.std)

@@ -1,5 +1,5 @@
 use anyhow::{Result, ensure};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::Collate;
 
@@ -28,7 +28,8 @@ impl Padded {
         Self { tensor, value: 0. }
     }
 
-    /// Sets the value that fills up, the same for all samples.
+    /// Sets the value that fills up, the same for all samples. A batch of integers or truth values needs one that its
+    /// kind can hold, or is an error.
     pub fn value(mut self, value: f64) -> Self {
         self.value = value;
         self
@@ -62,7 +63,25 @@ impl Collate for Padded {
                 sample.value
             );
         }
+        ensure!(
+            holds(kind, value),
+            "padded samples of kind {kind:?} cannot be filled up with {value:?}, which the kind cannot hold; give another value, or samples of floats"
+        );
         let tensors: Vec<_> = samples.into_iter().map(|sample| sample.tensor).collect();
         Ok(Tensor::f_pad_sequence(&tensors, true, value, "right")?)
     }
+}
+
+/// Returns whether a tensor of this kind can hold the value. libtorch cuts off fractions without a word.
+fn holds(kind: Kind, value: f64) -> bool {
+    let range = match kind {
+        Kind::Bool => 0. ..=1.,
+        Kind::Uint8 => 0. ..=u8::MAX.into(),
+        Kind::Int8 => i8::MIN.into()..=i8::MAX.into(),
+        Kind::Int16 => i16::MIN.into()..=i16::MAX.into(),
+        Kind::Int => i32::MIN.into()..=i32::MAX.into(),
+        Kind::Int64 => i64::MIN as f64..=(i64::MAX as f64).next_down(),
+        _ => return true,
+    };
+    value.fract() == 0. && range.contains(&value)
 }

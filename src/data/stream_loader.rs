@@ -49,8 +49,9 @@ use crate::guard::guarded;
 /// together. It needs the same number of workers, and is warned about another one.
 ///
 /// # Errors and panics
-/// An error of an iterator ends the run at the batch that the sample belongs to; the batch is lost, and a run that goes on
-/// has the following ones. A panic also ends the worker's share.
+/// An error or a panic of an iterator ends the run at the batch that the sample belongs to. A run that goes on reads this
+/// batch again, and fails again where the sample still cannot be read. An iterator that is to go on without such samples
+/// leaves them out itself: `lines.filter(Result::is_ok)`.
 ///
 /// # Threads
 /// Workers live as long as a pass. The end of a pass or run waits for the samples that are being read. Workers make
@@ -64,6 +65,9 @@ pub struct StreamLoader<T, B> {
     prefetch_factor: usize,
     device: Option<(Device, MoveFn<B>)>,
 }
+
+/// The largest prefetch factor. A channel allocates the room for all its batches at once.
+const MOST_AHEAD: usize = 1 << 16;
 
 type Samples<T> = Box<dyn Iterator<Item = AnyResult<T>>>;
 type MakeFn<T> = dyn Fn(u64, WorkerInfo) -> AnyResult<Samples<T>> + Send + Sync;
@@ -151,7 +155,7 @@ impl<T: 'static, B> StreamLoader<T, B> {
         self
     }
 
-    /// Sets how many batches each worker may have ready, 2 by default; it makes one more meanwhile.
+    /// Sets how many batches each worker may have ready, 2 by default and at most 65536; it makes one more meanwhile.
     pub fn prefetch_factor(mut self, batches: usize) -> Self {
         self.prefetch_factor = batches;
         self
@@ -352,8 +356,9 @@ fn serve<T: 'static, B>(
 impl<T: 'static, B: Send + 'static> Source<B> for Cursor<T, B> {
     fn validate(&self) -> AnyResult<()> {
         anyhow::ensure!(
-            self.loader.prefetch_factor > 0 || self.loader.num_workers == 0,
-            "prefetch_factor must be at least 1 with workers, but 0 was given"
+            (1..=MOST_AHEAD).contains(&self.loader.prefetch_factor) || self.loader.num_workers == 0,
+            "prefetch_factor must be at least 1 and at most {MOST_AHEAD} with workers, but {} was given",
+            self.loader.prefetch_factor
         );
         Ok(())
     }
@@ -363,8 +368,9 @@ impl<T: 'static, B: Send + 'static> Source<B> for Cursor<T, B> {
     }
 
     fn seek(&mut self, pass: u64, batch: u64) -> AnyResult<()> {
+        self.validate()?;
         self.stop();
-        (self.turn, self.begun) = (0, true);
+        (self.turn, self.begun, self.is_beyond_end) = (0, true, false);
         let num_workers = self.loader.num_workers.max(1);
         for id in 0..num_workers {
             let worker = WorkerInfo { id, num_workers };
@@ -374,7 +380,19 @@ impl<T: 'static, B: Send + 'static> Source<B> for Cursor<T, B> {
             };
             self.lanes.push(lane);
         }
-        self.is_beyond_end = !(0..batch).all(|_| self.take(true).is_some());
+        for _ in 0..batch {
+            match self.take(true) {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => {
+                    self.stop();
+                    return Err(error.context("passing over the batches before the position"));
+                }
+                None => {
+                    self.is_beyond_end = true;
+                    break;
+                }
+            }
+        }
         Ok(())
     }
 

@@ -139,15 +139,16 @@ impl<S: Schedule, C, B, O> Handler<C, B, O> for BatchSizeScheduler<S> {
         };
         let Some(size) = size else { return Ok(()) };
         let batches = self.batch_size.batches_with(size);
-        if matches!(event, Event::Started | Event::EpochStarted | Event::EpochCompleted) {
-            anyhow::ensure!(
-                batches > 0,
-                "the schedule gives batch_size {size}, but with drop_last the loader's {} samples make no batch of that size",
-                self.batch_size.samples()
-            );
+        let adapts = matches!(event, Event::Started | Event::EpochStarted | Event::EpochCompleted);
+        anyhow::ensure!(
+            !adapts || batches > 0,
+            "the schedule gives batch_size {size}, but with drop_last the loader's {} samples make no batch of that size",
+            self.batch_size.samples()
+        );
+        self.batch_size.set(size)?;
+        if adapts {
             engine.state.epoch_length = Some(batches);
         }
-        self.batch_size.set(size)?;
         self.events_done += 1;
         Ok(())
     }

@@ -98,6 +98,11 @@ fn batches_that_do_not_fit_are_refused() -> Result<()> {
     engine.attach(BatchSizeScheduler::new(&loader, StepLR::new(4., 1)).on(Event::IterationStarted));
     let error = text(engine.run(&mut (), &loader, Until::epochs(1)));
     assert!(error.contains("no batch size to change"), "{error}");
+    // A schedule that keeps the size is refused too, before it changes the length of the epoch.
+    let mut engine = Engine::new(|_: &mut (), _, _: Tensor| Ok(()));
+    engine.attach(BatchSizeScheduler::new(&loader, StepLR::new(2., 1).gamma(1.)));
+    let error = text(engine.run(&mut (), &loader, Until::epochs(1)));
+    assert!(error.contains("no batch size to change"), "{error}");
     assert!(text(BucketBatchSampler::by_tokens(&[3, 9, 4], 8)).contains("sample 1 alone has 9"));
     assert!(text(BucketBatchSampler::by_samples(&[], 8)).contains("at least one sample"));
     assert!(text(BucketBatchSampler::by_samples(&[1], 0)).contains("at least 1"));
@@ -156,6 +161,60 @@ fn ranks_share_the_batches() -> Result<()> {
         assert!(batches.iter().all(|batch| seen.contains(batch)));
     }
     assert_eq!(shares[1].seed(), Some(3));
+    Ok(())
+}
+
+/// One sample, three times in a pass.
+struct Thrice;
+
+impl BatchSampler for Thrice {
+    fn num_batches(&self) -> usize {
+        2
+    }
+
+    fn batches(&self, _pass: u64) -> Result<Vec<Vec<usize>>> {
+        Ok(vec![vec![0, 0], vec![0]])
+    }
+
+    fn repeats(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn a_sample_that_comes_again_is_augmented_anew() -> Result<()> {
+    let sampler = DistributedBatchSampler::new(Thrice, 0, 1)?;
+    assert!(sampler.repeats() && !Listed(vec![]).repeats());
+    let dataset = from_fn(1, |_, rng| Ok(rng.uniform()));
+    let mut source = DataLoader::new(dataset, 1)?.batch_sampler(sampler).into_source();
+    let mut drawn = vec![];
+    while let Some(batch) = source.next() {
+        drawn.extend(Vec::<f64>::try_from(batch?)?);
+    }
+    drawn.sort_by(f64::total_cmp);
+    drawn.dedup();
+    assert_eq!(drawn.len(), 3);
+    Ok(())
+}
+
+#[test]
+fn another_number_of_ranks_is_warned_about() -> Result<()> {
+    let loader = |ranks| -> Result<_> {
+        let all = BucketBatchSampler::by_samples(&lengths(60), 3)?.shuffle(2);
+        let share = DistributedBatchSampler::new(all, 0, ranks)?;
+        Ok(DataLoader::new(numbers(60), 1)?.batch_sampler(share))
+    };
+    let engine = || Engine::new(|_: &mut (), _, _: Tensor| Ok(()));
+    let mut first = engine();
+    first.on(Event::IterationCompleted.once(3), |_, engine| {
+        engine.interrupt();
+        Ok(())
+    });
+    first.run(&mut (), loader(1)?, Until::epochs(2))?;
+    let mut second = engine();
+    second.restore(&mut (), first.checkpoint(&())?, true)?;
+    let warnings = second.run(&mut (), loader(2)?, Until::epochs(2))?.warnings.join("\n");
+    assert!(warnings.contains("number of batches, which count the place in a pass"), "{warnings}");
     Ok(())
 }
 
@@ -218,5 +277,20 @@ fn padding_is_torchs() -> Result<()> {
     );
     let doubles = Tensor::zeros([2, 2], (Kind::Double, tch::Device::Cpu));
     assert!(refused(Padded::new(doubles).value(-1.)).contains("Double"));
+    for (kind, value) in [
+        (Kind::Int64, 0.5),
+        (Kind::Int64, f64::NAN),
+        (Kind::Uint8, -1.),
+        (Kind::Int8, 128.),
+        (Kind::Bool, 2.),
+    ] {
+        let sample = Padded::new(Tensor::zeros([2], (kind, tch::Device::Cpu))).value(value);
+        let error = text(Padded::collate(vec![sample]));
+        assert!(error.contains(&format!("cannot be filled up with {value:?}")), "{error}");
+    }
+    let texts =
+        [1i64, 3].map(|len| Padded::new(Tensor::arange(len, (Kind::Int64, tch::Device::Cpu))));
+    let padded = Padded::collate(texts.map(|text| text.value(-100.)).to_vec())?;
+    assert_eq!(Vec::<Vec<i64>>::try_from(padded)?, [[0, -100, -100], [0, 1, 2]]);
     Ok(())
 }

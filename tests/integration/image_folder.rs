@@ -99,6 +99,9 @@ fn folders_that_are_not_as_expected_are_refused() -> Result<()> {
     fs::write(root.join("emu/readme.txt"), "")?;
     let empty = text(ImageFolder::new(root));
     assert!(empty.contains("no picture for the classes dog, emu"), "{empty}");
+    assert!(empty.contains(".pgm;") && !empty.contains(".webp"), "{empty}");
+    let others = text(ImageFolder::with_loader(root, |_| Ok(Tensor::from(0.))));
+    assert!(others.contains(".pgm, .tif, .tiff, .webp;"), "{others}");
     for name in ["dog", "emu"] {
         fs::remove_dir_all(root.join(name))?;
     }

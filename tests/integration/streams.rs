@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use tch::Tensor;
 use tch_ignite::data::{IntoSource, Source, StreamLoader, WorkerInfo};
 use tch_ignite::engine::{Engine, Event, Until};
@@ -163,7 +163,38 @@ fn errors_and_panics_end_the_run_and_name_the_sample() -> Result<()> {
         assert_eq!(format!("{error:#}"), "beginning the share of worker 0 in pass 1: no server");
     }
     assert!(Loader::new(0, |_, _| Ok(std::iter::empty())).is_err());
-    assert!(shared().num_workers(1).prefetch_factor(0).into_source().validate().is_err());
+    for factor in [0, usize::MAX] {
+        let mut source = shared().num_workers(1).prefetch_factor(factor).into_source();
+        let error = source.validate().unwrap_err().to_string();
+        assert!(error.contains(&format!("but {factor} was given")), "{error}");
+        assert!(source.seek(0, 0).is_err());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_share_that_fails_while_it_is_passed_over_is_an_error() -> Result<()> {
+    for (workers, at_once) in [(0, true), (0, false), (2, true), (2, false)] {
+        let walks = AtomicUsize::new(0);
+        let make = move |_, worker: WorkerInfo| {
+            let again = walks.fetch_add(1, SeqCst) >= worker.num_workers();
+            ensure!(!(again && at_once), "no server");
+            Ok(worker.share((0..12).map(move |i| {
+                ensure!(!again || i < 4, "a line is broken");
+                Ok(i)
+            })))
+        };
+        let mut source = StreamLoader::<i64, _>::new(2, make)?.num_workers(workers).into_source();
+        source.seek(0, 0)?;
+        assert_eq!(rest(source.as_mut()).len(), 6);
+        let error = format!("{:#}", source.seek(0, 3).unwrap_err());
+        let (beginning, end) = match at_once {
+            false => ("passing over the batches before the position: sample", "a line is broken"),
+            true if workers > 0 => ("passing over the batches before the position", "no server"),
+            true => ("beginning the share of worker 0", "no server"),
+        };
+        assert!(error.starts_with(beginning) && error.ends_with(end), "{error}");
+    }
     Ok(())
 }
 

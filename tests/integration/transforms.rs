@@ -122,6 +122,10 @@ fn wrong_arguments_are_refused_with_what_was_given() {
         (adjust_hue(&x, 0.6), "0.6 was given"),
         (adjust_saturation(&Tensor::zeros([2, 4, 4], (Kind::Float, Device::Cpu)), 1.), "it has 2"),
         (ColorJitter::new().hue(0.7).apply(&x, rng), "hue must be at least 0 and at most 0.5"),
+        (
+            ColorJitter::new().brightness(-1.).apply(&x, rng),
+            "brightness must be at least 0 and finite, but -1 was given",
+        ),
         (ColorJitter::new().contrast(f64::NAN).apply(&x, rng), "contrast"),
         (mixup(&two.to_kind(Kind::Uint8), &labels, 2, 1., rng).map(|(x, _)| x), "floats"),
         (mixup(&two, &labels, 2, 0., rng).map(|(x, _)| x), "alpha"),

@@ -344,10 +344,12 @@ fn what_cannot_be_normalized_is_refused() -> anyhow::Result<()> {
             "need images of shape [samples, 2, …], but the shape is [4, 3, 2]",
         ),
         (try_with(bytes(&[4]), &[0.; 4], &[1.; 4]), "the shape is [4]"),
-        (try_with(images(), &[f64::NAN], &[1.]), "mean must be finite, but NaN"),
-        (try_with(images(), &[0.], &[0.]), "std must be above 0, but 0"),
-        (try_with(images(), &[0.], &[-1.]), "but -1 was given"),
-        (try_with(images(), &[0.], &[f64::INFINITY]), "but inf was given"),
+        (try_with(images(), &[f64::NAN], &[1.]), "mean must be finite in f32, but NaN"),
+        (try_with(images(), &[0.], &[0.]), "std must be above 0 and finite in f32, but 0"),
+        (try_with(images(), &[0.], &[-1.]), "but -1.0 was given"),
+        (try_with(images(), &[0.], &[f64::INFINITY]), "finite in f32, but inf was given"),
+        (try_with(images(), &[1e300], &[1.]), "mean must be finite in f32, but 1e300 was given"),
+        (try_with(images(), &[0.], &[1e300]), "finite in f32, but 1e300 was given"),
         (try_with(images(), &[0.], &[1e-60]), "std must be above 0"),
     ] {
         assert!(error.contains(expected), "{error}");

@@ -60,15 +60,15 @@ impl ColorJitter {
     /// Wrong arguments of this jitter, or a tensor that is no picture of bytes or floats with 1 or 3 channels.
     pub fn apply(&self, image: &Tensor, rng: &mut SplitMix64) -> Result<Tensor> {
         let Self { brightness, contrast, saturation, hue } = *self;
-        for (name, by, most) in [
-            ("brightness", brightness, f64::MAX),
-            ("contrast", contrast, f64::MAX),
-            ("saturation", saturation, f64::MAX),
-            ("hue", hue, 0.5),
+        for (name, by, most, bound) in [
+            ("brightness", brightness, f64::MAX, "finite"),
+            ("contrast", contrast, f64::MAX, "finite"),
+            ("saturation", saturation, f64::MAX, "finite"),
+            ("hue", hue, 0.5, "at most 0.5"),
         ] {
             ensure!(
                 (0. ..=most).contains(&by),
-                "ColorJitter: {name} must be at least 0 and at most {most}, but {by} was given"
+                "ColorJitter: {name} must be at least 0 and {bound}, but {by} was given"
             );
         }
         let mut image = image.shallow_clone();
