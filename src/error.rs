@@ -166,8 +166,10 @@ impl fmt::Display for Causes<'_> {
 /// A panic caught in user code, as an error with the panic's message.
 ///
 /// tch's methods without `f_` panic where libtorch refuses an operation. The message is then libtorch's sentence, and the
-/// panic itself prints nothing, unless `RUST_BACKTRACE` is set: the first run installs a panic hook for that, which hands
-/// all other panics to the hook that was there before. A program that sets a hook of its own later replaces it.
+/// panic itself prints nothing, unless `RUST_BACKTRACE` is set. The first call of user code whose panics become errors (by
+/// a run of an engine, a step of [`Supervised`](crate::supervised::Supervised), …) installs a panic hook for that, except
+/// where panics abort. All other panics go to the hook that was there before: also those of an `unwrap` in the program,
+/// and those of tch where it is no release from a registry. A program that sets a hook of its own later replaces it.
 #[derive(Debug)]
 pub struct Panicked(pub String);
 

@@ -37,13 +37,15 @@ impl Drop for Entered {
     }
 }
 
-/// Installs a panic hook, once in a process, that is silent about panics of tch's methods in code whose panics this
+/// Installs a panic hook, once in a process, that is silent about panics within tch's methods in code whose panics this
 /// crate turns into errors. The default hook would print libtorch's message with its C++ stack trace, 30 lines and more,
 /// and then the program prints the error with the message alone. All other panics go to the hook that was there before,
-/// and with `RUST_BACKTRACE` set these do, too. A hook that the program sets later takes the place of this one.
+/// because their places are known to nobody else: also an `unwrap` of the program on an error of tch. With
+/// `RUST_BACKTRACE` set those of tch go there, too, and where a panic aborts, nothing is installed, because no error
+/// follows. A hook that the program sets later takes the place of this one.
 fn shorten_panics() {
     static INSTALLED: Once = Once::new();
-    if INSTALLED.is_completed() || std::thread::panicking() {
+    if cfg!(panic = "abort") || INSTALLED.is_completed() || std::thread::panicking() {
         // A thread that panics may not change the hook.
         return;
     }
@@ -52,7 +54,7 @@ fn shorten_panics() {
         std::panic::set_hook(Box::new(move |info| {
             let is_caught = ENTERED.try_with(|entered| entered.get().is_some()).unwrap_or(false);
             let wants_all = || std::env::var_os("RUST_BACKTRACE").is_some_and(|it| it != "0");
-            if !(is_caught && crate::panic::is_of_tch(info.payload()) && !wants_all()) {
+            if !(is_caught && crate::panic::is_of_tch(info) && !wants_all()) {
                 before(info);
             }
         }));

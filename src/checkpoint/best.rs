@@ -15,9 +15,13 @@ use crate::state::IntoStateful;
 /// in its latest run there. Of equal scores this is the file that was written last. The headers of all files in the
 /// folder are read.
 ///
+/// In a group of processes the main rank may still be writing when another rank's run has returned: let all ranks meet
+/// (`barrier`) between the run and this, or they may choose different files. With
+/// [`background`](super::Checkpoint::background) the file is there once the run has returned.
+///
 /// # Errors
-/// The folder cannot be read; no file in it has a score; or several handlers with different scores wrote there (the text
-/// names the best file of each).
+/// The folder cannot be read; a `.safetensors` file in it cannot be read, so that nobody knows whether it is the best; no
+/// file in it has a score; or several handlers with different scores wrote there (the text names the best file of each).
 pub fn best_checkpoint(folder: impl AsRef<Path>) -> Result<PathBuf> {
     let folder = folder.as_ref();
     let names = match folder::names(folder) {
@@ -30,11 +34,11 @@ pub fn best_checkpoint(folder: impl AsRef<Path>) -> Result<PathBuf> {
         }
         Err(source) => return Err(Error::Io { path: folder.to_owned(), source }),
     };
-    // The best file of the latest run of each handler, by the handler's identity.
+    // This holds, for each handler by its identity, the best file of the handler's latest run.
     let mut best: BTreeMap<String, ((u64, f64, u64), String)> = BTreeMap::new();
     let mut without_score = 0;
     for name in names.into_iter().filter(|name| !folder::is_part(name)) {
-        let Some((stamp, written)) = stamp(&folder.join(&name), &name) else { continue };
+        let Some((stamp, written)) = stamp(&folder.join(&name), &name)? else { continue };
         let Some(score) = score_of(&stamp) else {
             without_score += 1;
             continue;
@@ -63,19 +67,35 @@ pub fn best_checkpoint(folder: impl AsRef<Path>) -> Result<PathBuf> {
     }
 }
 
-/// The stamp of a file that carries one under its own name, and when the file was written.
-fn stamp(path: &Path, name: &str) -> Option<(RetentionStamp, u64)> {
-    let contents = Contents::open(path).ok()?;
-    let stamp: RetentionStamp = serde_json::from_str(contents.stamp.kept.as_deref()?).ok()?;
-    (stamp.name == name).then_some((stamp, contents.stamp.written))
+/// Reads the stamp of a file that carries one under its own name, and when the file was written.
+///
+/// # Errors
+/// The file is named like a checkpoint, is there, and cannot be read.
+fn stamp(path: &Path, name: &str) -> Result<Option<(RetentionStamp, u64)>> {
+    let contents = match Contents::open(path) {
+        Ok(contents) => contents,
+        // A file that a handler has removed meanwhile is none of its best.
+        Err(why) if name.ends_with(".safetensors") && path.exists() => {
+            return Err(Error::State(format!(
+                "{}: this file cannot be read, so nobody knows whether it is the best one: {why}. Move it out of the folder, or load another by load_part",
+                path.display()
+            )));
+        }
+        Err(_) => return Ok(None),
+    };
+    let kept = contents.stamp.kept.as_deref();
+    let stamp: Option<RetentionStamp> = kept.and_then(|kept| serde_json::from_str(kept).ok());
+    let own = stamp.filter(|stamp| stamp.name == name);
+    Ok(own.map(|stamp| (stamp, contents.stamp.written)))
 }
 
-/// The score of a file; `None` where the step stands for it.
+/// Returns the score of a file; `None` where the step stands for it.
 fn score_of(stamp: &RetentionStamp) -> Option<f64> {
     let score = Score::loaded(&stamp.score).ok()?;
-    // The identity of a handler has the name of its score in the third place.
+    // Stamps of older versions do not say whether the score is one. The identity of a handler has the name of its score
+    // in the third place.
     let named = stamp.owner.of.split('/').nth(2).is_some_and(|name| !name.is_empty());
-    (named || matches!(score, Score::Float(_))).then(|| score.as_f64())
+    (stamp.scored || named || matches!(score, Score::Float(_))).then(|| score.as_f64())
 }
 
 /// Loads one part from the [best checkpoint](best_checkpoint) in a folder, for example the model's weights once training

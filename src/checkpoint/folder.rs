@@ -188,6 +188,9 @@ pub(super) struct RetentionStamp {
     /// The file's own name, so that copies under other names are left alone.
     pub(super) name: String,
     pub(super) score: Value,
+    /// Whether the score is one of `score_function` or `best`, and not the step.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) scored: bool,
 }
 
 /// The name in the file `latest`, if there is such a file.

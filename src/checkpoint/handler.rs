@@ -373,7 +373,8 @@ impl<B, O> Checkpoint<B, O> {
         let folder = self.folder()?;
         let run = *self.run.get_or_insert_with(|| folder.time());
         let (name, score) = (new.name.clone(), new.priority.saved());
-        let kept = RetentionStamp { owner: self.owner(run), name, score };
+        let (owner, scored) = (self.owner(run), self.score.is_some());
+        let kept = RetentionStamp { owner, name, score, scored };
         let kept = serde_json::to_string(&kept).map_err(|error| Error::State(error.to_string()))?;
         let stamp = Stamp { written: folder.time(), kept: Some(kept) };
         // The values for evaluation stay until the writer has copied or written the tensors.

@@ -346,12 +346,13 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let metric = Rc::new(RefCell::new(MetricHandler::new(name, metric, usage)));
         let of_rank: Rc<RefCell<dyn RankMetric<O> + 'a>> = metric.clone();
         let id = self.add_handler(metric)?;
+        self.metrics.retain(|metric| metric.strong_count() > 0);
         self.metrics.push(Rc::downgrade(&of_rank));
         Ok(id)
     }
 
     /// The event that was fired last, whether it had handlers or not; `None` before the first: ignite's
-    /// `last_event_name`. In a handler this is the handler's event.
+    /// `last_event_name`. In a handler this is the handler's event, also after the handler fired another one.
     pub fn last_event_name(&self) -> Option<Event> {
         self.last_event
     }
@@ -413,9 +414,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// The event is not registered, or a handler failed; the handlers after it are not called.
     pub fn fire_event(&mut self, event: Event, cx: &mut C) -> Result<()> {
         let index = self.handlers.index(event)?;
-        self.last_event = Some(event);
+        let outer = self.last_event.replace(event);
         let _entered = Entered::here();
-        self.fire_index(event, index, cx)
+        let fired = self.fire_index(event, index, cx);
+        if self.handlers.firings_under_way() > 0 {
+            // A handler fired this event, and goes on.
+            self.last_event = outer;
+        }
+        fired
     }
 
     #[inline]

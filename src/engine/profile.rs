@@ -24,6 +24,8 @@ struct Record {
     steps: Stats,
     events: Vec<(Event, Stats)>,
     handlers: HashMap<(HandlerId, Event), (String, Stats)>,
+    /// The times that `reset` forgot, so that the summary of a run still has all of its own.
+    forgotten: TimeSpent,
 }
 
 /// Statistics of the times of repeated calls.
@@ -121,18 +123,20 @@ impl Profile {
         handlers.entry((id, event)).or_insert_with(|| (name(), Stats::default())).1.add(time);
     }
 
-    /// The times of data, steps and handlers so far.
+    /// Returns the times of data, steps and handlers so far, also those before a `reset`.
     pub(super) fn spent(&self) -> TimeSpent {
         let record = self.record.borrow();
         // Events of a program are fired within steps, whose time has theirs.
         let own = record.events.iter().filter(|(event, _)| event.built_in().is_some());
         let handlers = own.map(|(_, stats)| stats.total).sum();
-        TimeSpent { data: record.data.total, steps: record.steps.total, handlers }
+        let spent = TimeSpent { data: record.data.total, steps: record.steps.total, handlers };
+        spent.plus(record.forgotten)
     }
 
-    /// Forgets all times.
+    /// Forgets all times. [`Summary::time`](super::Summary::time) of a run under way still counts them.
     pub fn reset(&self) {
-        *self.record.borrow_mut() = Record::default();
+        let forgotten = self.spent();
+        *self.record.borrow_mut() = Record { forgotten, ..Record::default() };
     }
 
     /// Rows for the loop: `"data"`, `"step"`, and `"handlers"` for each event that has some.
@@ -206,6 +210,22 @@ impl fmt::Display for Profile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_spent_outlasts_a_reset() {
+        let profile = Profile::default();
+        let millis = Duration::from_millis;
+        for _ in 0..2 {
+            profile.note_data(millis(1));
+            profile.note_step(millis(2));
+            profile.note_event(Event::IterationCompleted, millis(3));
+            profile.reset();
+        }
+        profile.note_step(millis(5));
+        assert_eq!((profile.basic()[0].count, profile.basic()[1].total), (0, millis(5)));
+        let expected = TimeSpent { data: millis(2), steps: millis(9), handlers: millis(6) };
+        assert_eq!(profile.spent(), expected);
+    }
 
     #[test]
     fn moments_are_those_of_the_definition() {

@@ -31,6 +31,15 @@ pub struct TimeSpent {
 }
 
 impl TimeSpent {
+    /// Adds the times of two records.
+    pub(super) fn plus(self, other: Self) -> Self {
+        Self {
+            data: self.data + other.data,
+            steps: self.steps + other.steps,
+            handlers: self.handlers + other.handlers,
+        }
+    }
+
     /// The time since an earlier record.
     pub(super) fn since(self, earlier: Self) -> Self {
         Self {

@@ -3,7 +3,7 @@ use std::cell::Cell;
 use super::handler::NamedHandler;
 use super::position::Position;
 use super::random_numbers::{generators, load_generators_strictly};
-use super::{Engine, Profile, Requests, State};
+use super::{Engine, Event, Profile, Requests, State};
 use crate::data::Source;
 use crate::error::{Error, Result};
 use crate::guard::guarded;
@@ -16,6 +16,7 @@ struct SuspendedRun<'a, B, O> {
     data: Option<Box<dyn Source<B> + 'a>>,
     requests: Requests,
     exception: Option<Error>,
+    last_event: Option<Event>,
     refused: Option<String>,
     random: Option<StateDict>,
     profile: Option<Profile>,
@@ -108,6 +109,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             data: self.data.take(),
             requests: std::mem::take(&mut self.requests),
             exception: self.exception.take(),
+            last_event: self.last_event.take(),
             refused: self.refused.clone(),
             random: self.random.take(),
             profile: self.profile.take(),
@@ -132,6 +134,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.data = suspended.data;
         self.requests = suspended.requests;
         self.exception = suspended.exception;
+        self.last_event = suspended.last_event;
         self.refused = suspended.refused;
         self.random = suspended.random;
         self.profile = suspended.profile;

@@ -667,11 +667,13 @@ mod tests {
             trainer.state.metrics.set("kept", 1.);
             if find {
                 let finder = LrFinder::new(&optimizer, &vs).num_iter(20);
-                let before = (values(&vs), trainer.state_dict());
+                let before = (values(&vs), trainer.state_dict(), trainer.last_event_name());
+                assert_eq!(before.2, Some(Event::Interrupt));
                 let curve = finder.run(&mut trainer, &mut other, &data[..], share)?;
                 assert_eq!(curve.lr().len(), other.len());
                 assert!(other.windows(2).all(|pair| pair[0] < pair[1]));
-                assert_eq!((values(&vs), trainer.state_dict()), before);
+                let after = (values(&vs), trainer.state_dict(), trainer.last_event_name());
+                assert_eq!(after, before);
                 assert_eq!(trainer.state.metrics.get("kept")?, 1.);
             }
             let summary = trainer.run(&mut lrs, &data[..], Until::default())?;

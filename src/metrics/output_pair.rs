@@ -136,7 +136,12 @@ fn without(y_pred: &Tensor, y: &Tensor, index: i64) -> anyhow::Result<(Tensor, T
         has_classes || scores == shape,
         "leave_out needs y of shape (N, …), and y_pred of the same shape or (N, C, …), but given y_pred: {scores:?} and y: {shape:?}"
     );
-    let counts = [Some(y.f_ne(index)?)];
-    let y_pred = if has_classes { y_pred.f_movedim_int(1, -1)? } else { y_pred.shallow_clone() };
-    Ok((y_pred.f_index(&counts)?, y.f_index(&counts)?))
+    let y = y.f_flatten(0, -1)?;
+    let y_pred = match has_classes {
+        true => y_pred.f_movedim_int(1, -1)?.f_flatten(0, -2)?,
+        false => y_pred.f_flatten(0, -1)?,
+    };
+    // A mask as the index of both would be a host sync for each.
+    let places = y.f_ne(index)?.f_nonzero()?.f_squeeze_dim(1)?;
+    Ok((y_pred.f_index_select(0, &places)?, y.f_index_select(0, &places)?))
 }

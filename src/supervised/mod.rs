@@ -10,13 +10,14 @@ use tch::{Kind, Tensor};
 
 pub use crate::event::{OPTIMIZER_STEPPED, WINDOW_COMPLETED};
 
-use crate::accumulate::{Accumulation, GradientAccumulator, WeightedLoss, Window};
+use crate::accumulate::{Accumulation, GradientAccumulator, Weight, WeightedLoss, Window};
 use crate::amp::{GradScaler, Saved};
 use crate::compiled::{CompiledModel, StepOutput};
 use crate::data::Batch;
 use crate::engine::{Engine, Evaluator, Trainer};
 use crate::error::{Error, Result};
 use crate::event::Event;
+use crate::guard::guarded;
 use crate::optim::{Optimizer, Sam};
 pub use crate::prediction::Prediction;
 use crate::state::{EvaluationWeights, Saveable, SavedGradients, StateDict, Stateful};
@@ -229,8 +230,8 @@ fn share((x, y): &Batch) -> Batch {
 impl Supervised<CompiledModel> {
     /// Makes a context for a model that was exported with its loss, one input and one target. Batches that share a step
     /// count by their numbers of samples. Autocast belongs into the export: [`autocast`](Self::autocast) here makes the
-    /// steps errors. An [`output_transform`](Self::output_transform) gets the first output of a model that was exported
-    /// with `train_outputs`, and an undefined tensor otherwise.
+    /// steps errors. An [`output_transform`](Self::output_transform) gets the model's first output; it makes the steps
+    /// errors where the model was not exported with `train_outputs=True`.
     pub fn compiled(net: CompiledModel, optimizer: Optimizer) -> Self {
         let forward = |net: &CompiledModel, (x, y): Batch, pass: &mut Pass<'_>| {
             let targets = || Some(description(&y));
@@ -258,7 +259,13 @@ impl<N, B, P, Y, O> Supervised<N, B, Prediction<P, Y>, O> {
     /// Without this the output is the loss. Metrics of the training read it, for example
     /// `Accuracy::of(|output: &(Tensor, Tensor, Tensor)| (&output.0, &output.1))`.
     ///
-    /// The output lasts until the next batch is there, so it holds memory of the predictions for so long. No host sync.
+    /// The output lasts until the next batch is there, so it holds memory of the predictions for so long. Each checkpoint
+    /// holds the last output, too (the main rank's, in a group), because handlers of the events after the step may read it
+    /// when a run goes on. So return what the metrics need and no more, such as `y_pred.argmax(1, false)` instead of the
+    /// scores of many classes. No host sync.
+    ///
+    /// It is called after the loss and before backward: where it panics, the step is an error, and no step of the
+    /// optimizer is made. Steps that evaluate a batch several times call it at the first evaluation.
     pub fn output_transform<T>(
         self,
         output_transform: impl Fn(P, Y, Tensor) -> T + Send + 'static,
@@ -266,8 +273,13 @@ impl<N, B, P, Y, O> Supervised<N, B, Prediction<P, Y>, O> {
     where
         P: Tensors,
     {
-        let detached = |tensor: Tensor| {
-            tensor.f_detach().map_err(|error| Error::libtorch("detaching a prediction", error))
+        let detached = |tensor: Tensor| match tensor.defined() {
+            true => {
+                tensor.f_detach().map_err(|error| Error::libtorch("detaching a prediction", error))
+            }
+            false => Err(Error::invalid(
+                "the output_transform needs the prediction, and the model returned an undefined tensor in training: export a compiled model with train_outputs=True, or leave output_transform out",
+            )),
         };
         let output = move |Prediction { y_pred, y }: Prediction<P, Y>, loss| {
             Ok(output_transform(y_pred.map(&mut { detached })?, y, loss))
@@ -395,7 +407,8 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
     /// A batch of one sample that leaves a layer of batch normalisation with a single value for each channel, as in
     /// PyTorch, because the running variance would be NaN for ever; the error names the layers, and parameters and
     /// running averages are unchanged. A panic of the model or the loss, which is how tch reports errors: where it is
-    /// libtorch's, the text has types, shapes and devices of the batch. Also the errors of [`GradientAccumulator::backward`] and [`Optimizer::step`],
+    /// libtorch's, the text has types, shapes and devices of the batch. A panic of the
+    /// [`output_transform`](Self::output_transform). Also the errors of [`GradientAccumulator::backward`] and [`Optimizer::step`],
     /// and an input without four dimensions after [`channels_last`](Self::channels_last).
     pub fn train_step(&mut self, batch: B) -> anyhow::Result<O> {
         let window = self.settings.accumulator.next_window();
@@ -415,11 +428,12 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
         while self.settings.accumulator.begin(&self.optimizer, window)? {
             self.update()?;
         }
-        let (prediction, loss, ready) = self.forward_and_backward(batch)?;
-        if ready {
+        let (prediction, loss, weight) = self.forward_with_loss(batch)?;
+        let output = self.output(prediction, &loss)?;
+        if self.settings.accumulator.backward(&self.optimizer, &loss, weight)? {
             self.update()?;
         }
-        self.output(prediction, &loss)
+        Ok(output)
     }
 
     /// Makes a step that evaluates the batch as often as it needs.
@@ -454,24 +468,28 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
         let mut first = None;
         let mut evaluate = || -> anyhow::Result<Tensor> {
             self.settings.accumulator.begin(&optimizer, window)?;
-            let (prediction, loss, _) = self.forward_and_backward(share(&batch))?;
-            first.get_or_insert(prediction);
+            let (prediction, loss, weight) = self.forward_with_loss(share(&batch))?;
+            match first {
+                None => first = Some(self.output(prediction, &loss)?),
+                Some(_) => drop(prediction),
+            }
+            self.settings.accumulator.backward(&optimizer, &loss, weight)?;
             Ok(loss)
         };
-        let loss = match sam {
-            None => optimizer.step_with(evaluate)?,
-            Some(sam) => {
-                let loss = sam.gradients_beside(&mut evaluate)?;
-                self.update()?;
-                loss
+        match sam {
+            None => {
+                let _ = optimizer.step_with(evaluate)?;
             }
-        };
-        self.output(first.flatten(), &loss)
+            Some(sam) => {
+                let _ = sam.gradients_beside(&mut evaluate)?;
+                self.update()?;
+            }
+        }
+        Ok(first.ok_or_else(|| Error::invalid(format!("{name} did not evaluate the batch")))?)
     }
 
-    /// Runs forward, the loss and backward of a batch that has begun. Returns the prediction if the output is made of it,
-    /// the loss, and whether the gradients are ready for a step.
-    fn forward_and_backward(&mut self, batch: B) -> anyhow::Result<(Option<P>, Tensor, bool)> {
+    /// Runs forward and the loss of a batch that has begun. Returns the prediction, the loss and its weight.
+    fn forward_with_loss(&mut self, batch: B) -> anyhow::Result<(P, Tensor, Weight)> {
         let Settings { autocast, channels_last, accumulator, single_sample, .. } =
             &mut self.settings;
         let training =
@@ -481,24 +499,16 @@ impl<N, B, P, O> Supervised<N, B, P, O> {
         let prediction = (self.forward)(&self.net, batch, &mut pass)?;
         let passed = pass.training.and_then(|training| training.loss);
         let (loss, weight) = passed.ok_or_else(|| Error::invalid("the model was not called"))?;
-        let prediction = match &self.output {
-            Output::Loss(_) => {
-                drop(prediction);
-                None
-            }
-            Output::Of(_) => Some(prediction),
-        };
-        let ready = self.settings.accumulator.backward(&self.optimizer, &loss, weight)?;
-        Ok((prediction, loss, ready))
+        Ok((prediction, loss, weight))
     }
 
-    /// What the step returns.
-    fn output(&self, prediction: Option<P>, loss: &Tensor) -> anyhow::Result<O> {
+    /// Makes the output of the step, and drops the prediction where the output has none of it. Steps call this before
+    /// backward, so that an error leaves the gradients as they are.
+    fn output(&self, prediction: P, loss: &Tensor) -> anyhow::Result<O> {
         let loss = loss.f_detach()?;
-        match (&self.output, prediction) {
-            (Output::Of(output), Some(prediction)) => Ok(output(prediction, loss)?),
-            (Output::Loss(output), _) => Ok(output(loss)),
-            (Output::Of(_), None) => Err(Error::invalid("the prediction is lost").into()),
+        match &self.output {
+            Output::Loss(output) => Ok(output(loss)),
+            Output::Of(output) => guarded(|| Ok(output(prediction, loss)?)),
         }
     }
 

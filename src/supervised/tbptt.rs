@@ -49,6 +49,10 @@ impl<N, H: Tensors> SupervisedTbptt<N, H> {
 /// The output of an iteration is the mean of the losses of its chunks, on their device. Options of the context
 /// (clipping, autocast, accumulation, …) count chunks as batches.
 ///
+/// With [`data_parallel`](Supervised::data_parallel) the ranks exchange gradients in each chunk, so the batches of an
+/// iteration need the same number of chunks on all ranks: pad or cut sequences to one length there. Otherwise gradients
+/// of different chunks are mixed, or ranks wait for each other until the exchange times out.
+///
 /// ```
 /// use tch::nn::{self, RNN};
 /// use tch::{Device, Kind, Reduction, Tensor};
@@ -84,7 +88,8 @@ impl<N, H: Tensors> SupervisedTbptt<N, H> {
 /// ```
 ///
 /// # Errors
-/// `tbptt_step` is below 1.
+/// `tbptt_step` is below 1. A run fails at a batch whose input and targets differ in their number of time steps, or have
+/// none; no step is made for it.
 pub fn create_supervised_tbptt_trainer<'a, N: 'a, H: Tensors + 'a>(
     tbptt_step: i64,
     dim: i64,
@@ -122,9 +127,15 @@ pub fn create_supervised_tbptt_trainer<'a, N: 'a, H: Tensors + 'a>(
 /// Cuts both tensors into chunks along `dim`.
 fn chunks(x: &Tensor, y: &Tensor, step: i64, dim: i64) -> anyhow::Result<Vec<Batch>> {
     let (xs, ys) = (x.f_split(step, dim)?, y.f_split(step, dim)?);
+    // `split` has refused dimensions that the tensors lack; a negative one counts from the end.
+    let steps = |tensor: &Tensor| {
+        let shape = tensor.size();
+        let at = if dim < 0 { dim + shape.len() as i64 } else { dim };
+        usize::try_from(at).ok().and_then(|at| shape.get(at).copied()).unwrap_or(0)
+    };
     anyhow::ensure!(
-        !xs.is_empty() && xs.len() == ys.len(),
-        "inputs and targets need the same number of time steps along dimension {dim}, but their shapes are {:?} and {:?}",
+        steps(x) > 0 && steps(x) == steps(y),
+        "inputs and targets need the same number of time steps along dimension {dim}, at least 1, but their shapes are {:?} and {:?}",
         x.size(),
         y.size()
     );

@@ -53,6 +53,7 @@ fn the_engine_knows_the_event_that_it_fired_last() -> Result<()> {
     engine.on(Event::EpochCompleted, |seen, engine| {
         seen.extend(engine.last_event_name());
         engine.fire_event(OWN, seen)?;
+        seen.extend(engine.last_event_name());
         Ok(())
     });
     engine.on(OWN, |seen, engine| {
@@ -61,8 +62,10 @@ fn the_engine_knows_the_event_that_it_fired_last() -> Result<()> {
     });
     let mut seen = vec![];
     engine.run(&mut seen, vec![1.0], Until::epochs(1))?;
-    assert_eq!(seen, [Event::EpochCompleted, OWN]);
+    assert_eq!(seen, [Event::EpochCompleted, OWN, Event::EpochCompleted]);
     assert_eq!(engine.last_event_name(), Some(Event::Completed));
+    engine.fire_event(OWN, &mut seen)?;
+    assert_eq!(engine.last_event_name(), Some(OWN));
     Ok(())
 }
 
@@ -205,6 +208,21 @@ fn the_best_of_weights_and_of_the_latest_run_counts() -> Result<()> {
 }
 
 #[test]
+fn a_whole_number_without_a_name_is_a_score_too() -> Result<()> {
+    let root = tempfile::tempdir()?;
+    let folder = root.path().join("whole");
+    let vs = run_with(&folder, &[0.25, 0.75, 0.5], |trainer, _| {
+        let percent = |state: &State<f64, ()>| {
+            state.metrics.get("accuracy").map(|accuracy| (accuracy * 100.) as i64)
+        };
+        trainer.attach(Checkpoint::new(&folder).score_function(percent).n_saved(2));
+    })?;
+    load_best(&vs, &folder, "model")?;
+    assert_eq!(weight(&vs), 0.75);
+    Ok(())
+}
+
+#[test]
 fn a_folder_without_one_best_file_says_why() -> Result<()> {
     let root = tempfile::tempdir()?;
     let text = |folder: &std::path::Path| best_checkpoint(folder).unwrap_err().to_string();
@@ -213,8 +231,11 @@ fn a_folder_without_one_best_file_says_why() -> Result<()> {
     run_with(&plain, &[0.5], |trainer, _| {
         trainer.attach(Checkpoint::new(&plain));
     })?;
-    let says = text(&plain);
-    assert!(says.contains("no file in this folder has a score (1 checkpoints"), "{says}");
+    let says_plain = text(&plain);
+    assert!(
+        says_plain.contains("no file in this folder has a score (1 checkpoints"),
+        "{says_plain}"
+    );
     let two = root.path().join("two");
     run_with(&two, &[0.5], |trainer, _| {
         trainer.attach(Checkpoint::new(&two).best(1, "accuracy", Mode::Max));
@@ -222,5 +243,11 @@ fn a_folder_without_one_best_file_says_why() -> Result<()> {
     })?;
     let says = text(&two);
     assert!(says.contains("accuracy=0.5000") && says.contains("loss=0.5000"), "{says}");
+    // The files of other programs do not matter; one that may be the best does.
+    std::fs::write(plain.join("notes.txt"), "half")?;
+    assert_eq!(text(&plain), says_plain);
+    std::fs::write(plain.join("damaged.safetensors"), "half")?;
+    let says = text(&plain);
+    assert!(says.contains("damaged.safetensors") && says.contains("cannot be read"), "{says}");
     Ok(())
 }

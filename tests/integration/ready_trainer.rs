@@ -323,6 +323,72 @@ fn truncated_backpropagation_has_ignites_numbers() -> Result<()> {
 }
 
 #[test]
+fn inputs_and_targets_of_other_lengths_are_refused_before_a_chunk() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let net = linear(&vs);
+    let before = weights(&vs);
+    // One dimension is given from the end.
+    for (steps, dim) in [([12, 11], 1), ([11, 12], -2), ([0, 0], 1)] {
+        let mut cx = Supervised::tbptt(
+            nn::Linear {
+                ws: net.ws.shallow_clone(),
+                bs: net.bs.as_ref().map(Tensor::shallow_clone),
+            },
+            Optimizer::sgd(&vs).lr(0.1).build()?,
+            |net, x, _: Option<&Tensor>, _train| {
+                let y_pred = x.apply(net);
+                (y_pred.shallow_clone(), y_pred)
+            },
+            |y_pred, y| (y_pred.sum(Kind::Float) - y.sum(Kind::Float)).square(),
+        );
+        let data = restartable(move || {
+            let zeros =
+                |steps: i64, size: i64| Tensor::zeros([2, steps, size], (Kind::Float, Device::Cpu));
+            [(zeros(steps[0], 4), zeros(steps[1], 3))].into_iter()
+        });
+        let mut trainer = create_supervised_tbptt_trainer(5, dim)?;
+        let text = trainer.run(&mut cx, data, Until::epochs(1)).unwrap_err().to_string();
+        let shapes = [format!("[2, {}, 4]", steps[0]), format!("[2, {}, 3]", steps[1])];
+        assert!(shapes.iter().all(|shape| text.contains(shape)), "{text}");
+    }
+    assert_eq!(weights(&vs), before);
+    Ok(())
+}
+
+#[test]
+fn an_output_that_cannot_be_made_leaves_the_model_as_it_was() -> Result<()> {
+    let vs = VarStore::new(Device::Cpu);
+    let net = linear(&vs);
+    let before = weights(&vs);
+    let model = |defined: bool| {
+        move |net: &nn::Linear, x: &Tensor, _train: bool| {
+            let y_pred = x.apply(net);
+            let other = if defined { y_pred.shallow_clone() } else { Tensor::new() };
+            (y_pred, other)
+        }
+    };
+    for (defined, says) in [(false, "train_outputs=True"), (true, "panicked: no output")] {
+        let optimizer = Optimizer::sgd(&vs).lr(0.1).momentum(0.9).build()?;
+        let mut cx = Supervised::with_model_fn(
+            nn::Linear {
+                ws: net.ws.shallow_clone(),
+                bs: net.bs.as_ref().map(Tensor::shallow_clone),
+            },
+            optimizer,
+            model(defined),
+            |(y_pred, _): &(Tensor, Tensor), y: &Tensor| loss(y_pred, y),
+        )
+        .output_transform(|_, _, _| -> Tensor { panic!("no output") });
+        let text = format!("{:#}", cx.train_step(batch(0)).unwrap_err());
+        assert!(text.contains(says), "{text}");
+        assert_eq!(weights(&vs), before);
+        let gradient = net.ws.grad();
+        assert!(!gradient.defined() || gradient.abs().max().double_value(&[]) == 0.);
+    }
+    Ok(())
+}
+
+#[test]
 fn a_metric_computes_what_it_needs_of_the_output() -> Result<()> {
     let output = || {
         let logits = Tensor::from_slice(&[-2f64, 1., 3., -1.]);
@@ -365,6 +431,10 @@ fn places_are_left_out_of_class_scores() -> Result<()> {
     metric.update(&(scores.shallow_clone(), tokens.shallow_clone()))?;
     let right = scores.argmax(1, false).eq_tensor(&tokens).sum(Kind::Int64).int64_value(&[]);
     assert_eq!(metric.compute()?.read()?, right as f64 / 6.);
+    let output = (scores.shallow_clone(), tokens.shallow_clone());
+    let (updated, waits) = tch_ignite::host_syncs(|| metric.update(&output))?;
+    updated?;
+    assert_eq!(waits.iter().filter(|wait| *wait == "aten::nonzero").count(), 1, "{waits:?}");
     // Nothing is left, so nothing counts.
     metric.reset();
     metric.update(&(scores.shallow_clone(), tokens.fill(9)))?;

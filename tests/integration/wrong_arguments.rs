@@ -191,13 +191,16 @@ fn a_step_that_panics() {
         eprintln!("the program's own hook");
         before(info);
     }));
-    for of_tch in [true, false] {
-        let mut engine = Engine::new(|_: &mut (), _, of_tch: bool| {
-            assert!(of_tch, "the program's own panic");
+    for of in ["tch", "program", "unwrap"] {
+        let mut engine = Engine::new(|_: &mut (), _, of: &str| {
+            assert!(of != "program", "the program's own panic");
             let zeros = |size| Tensor::zeros([size], (Kind::Float, Device::Cpu));
-            Ok(zeros(2) + zeros(3))
+            Ok(match of {
+                "unwrap" => zeros(2).f_view([5]).unwrap(),
+                _ => zeros(2) + zeros(3),
+            })
         });
-        let error = engine.run(&mut (), vec![of_tch], Until::epochs(1)).unwrap_err();
+        let error = engine.run(&mut (), vec![of], Until::epochs(1)).unwrap_err();
         eprintln!("error: {error}");
     }
     // Outside of an engine everything is as it was.
@@ -223,6 +226,10 @@ fn a_panic_of_tch_in_a_step_prints_no_stack_trace() -> Result<()> {
     assert!(of_program.contains("the program's own hook"), "{printed}");
     assert!(of_program.contains("the program's own panic"), "{printed}");
     assert!(!of_program.contains("Exception raised from"), "{printed}");
+    // An error of tch that the program itself unwraps has its place in the program.
+    let (of_unwrap, rest) = rest.split_once("error: ").unwrap_or_default();
+    assert!(of_unwrap.contains("the program's own hook"), "{printed}");
+    assert!(of_unwrap.contains("wrong_arguments.rs:"), "{printed}");
     // The panic that no engine catches goes to the hook that was there before.
     assert!(rest.contains("the program's own hook") && rest.ends_with("the end\n"), "{printed}");
     // Whoever asks for backtraces gets everything.
