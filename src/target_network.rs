@@ -3,7 +3,7 @@ use std::collections::HashMap;
 use tch::Tensor;
 use tch::nn::VarStore;
 
-use crate::bridge::{Average, Pairs};
+use crate::bridge::{Average, Pairs, TensorId};
 use crate::error::{Error, Result};
 use crate::variables::variables;
 
@@ -37,7 +37,8 @@ impl TargetNetwork {
     /// Pairs the variables of the two stores. The target stays as it is; [`hard_update`](Self::hard_update) makes it a copy.
     ///
     /// # Errors
-    /// A variable that only one of the stores has, or that has another size in the other.
+    /// A variable that only one of the stores has, that has another size in the other, or that has several names in the
+    /// target only (tied weights).
     pub fn new(target: &VarStore, online: &VarStore) -> Result<Self> {
         let (followers, sources) = (variables(&target.variables_), variables(&online.variables_));
         let mut left: HashMap<&str, (&Tensor, bool)> = HashMap::new();
@@ -46,7 +47,7 @@ impl TargetNetwork {
         }
         let (mut parameters, mut buffers) = (vec![], vec![]);
         for follower in &followers {
-            let mut found = None;
+            let mut found: Option<(&Tensor, bool)> = None;
             for name in follower.names() {
                 let (source, trainable) = left.remove(name).ok_or_else(|| {
                     Error::invalid(format!(
@@ -58,6 +59,12 @@ impl TargetNetwork {
                         "'{name}' has size {:?} in the target, and {:?} in the other network",
                         follower.tensor.size(),
                         source.size()
+                    )));
+                }
+                if found.is_some_and(|(other, _)| TensorId::of(other) != TensorId::of(source)) {
+                    return Err(Error::invalid(format!(
+                        "'{}' and '{name}' are one variable in the target and two in the other network: tie them in both, or in neither",
+                        follower.name
                     )));
                 }
                 found = Some((source, trainable));

@@ -359,9 +359,18 @@ class Step {
         plan_.left[decision.group].push_back(*decision.p);
         any_left = true;
       }
+    std::vector<typename Rules::Options> before;
+    if (any_left)
+      for (size_t group = 0; group < optimizer_.param_groups().size(); ++group) before.push_back(options<Rules>(group));
     advance<Rules>();
-    // The loop comes first, because it may run out of memory; no parameter has been changed yet.
-    if (any_left) loop_over_left();
+    // The loop comes first, because it may run out of memory; no parameter has been changed yet. The groups do not count
+    // such a step.
+    try {
+      if (any_left) loop_over_left();
+    } catch (...) {
+      for (size_t group = 0; group < before.size(); ++group) options<Rules>(group) = before[group];
+      throw;
+    }
     for (auto& decision : plan_.decisions) take<Rules>(decision);
     plan_.decisions.clear();
     known.valid = mode_ == Mode::Fused && !any_left && plan_.buckets.empty();

@@ -104,6 +104,10 @@ fn score_of(stamp: &RetentionStamp) -> Option<f64> {
 ///
 /// The trainer may live on, or the program may be another one than that which trained.
 ///
+/// A Schedule-Free optimizer has other values for evaluation than for training. A file of weights holds the former: call
+/// [`optimizer.eval()`](crate::optim::Optimizer::eval) before it is loaded. A checkpoint of a run holds the parameters as
+/// they were: load the optimizer's part as well, and then call `optimizer.eval()`.
+///
 /// ```
 /// # use tch::{Device, Kind, Tensor, nn};
 /// # use tch_ignite::engine::{Engine, Until};

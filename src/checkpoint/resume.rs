@@ -293,6 +293,9 @@ pub fn save_weights(vs: &VarStore, path: impl AsRef<Path>) -> Result<()> {
 ///
 /// [`load_part`] loads the model from a training checkpoint.
 ///
+/// Weights of a Schedule-Free optimizer are its values for evaluation: where one has stepped the store, call
+/// [`optimizer.eval()`](crate::optim::Optimizer::eval) before they are loaded.
+///
 /// # Errors
 /// The file is damaged or is a training checkpoint, or its names, shapes or types differ from the store's. Nothing is
 /// changed then.
@@ -371,6 +374,9 @@ pub struct IncompatibleKeys {
 
 /// Loads one tracked part from a training checkpoint, for example the model's weights for an evaluation or fine-tuning.
 /// The part is first read into new memory. A model's shapes and types are compared before that.
+///
+/// The model of a Schedule-Free optimizer mostly has its values for training in there: load the optimizer's part as well,
+/// and then call [`optimizer.eval()`](crate::optim::Optimizer::eval).
 ///
 /// ```
 /// # use tch::{Device, nn};

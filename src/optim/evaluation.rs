@@ -27,6 +27,12 @@ impl Switched {
             None => Ok(()),
         }
     }
+
+    /// The other values, which [`interpolate`](Self::interpolate) would give; `None` where they are the same.
+    fn interpolated(&self) -> Result<Option<Tensor>, TchError> {
+        let z = self.state.tensors[0].as_ref();
+        z.map(|z| self.parameter.f_lerp(z, self.weight)).transpose()
+    }
 }
 
 impl Optimizer {
@@ -60,6 +66,11 @@ impl Optimizer {
     ///
     /// A copy of the parameters is kept until [`train`](Self::train), so that training goes on bit for bit.
     ///
+    /// Files of weights hold the values for evaluation, so call this before one is loaded
+    /// ([`load_weights`](crate::checkpoint::load_weights)) into parameters that this optimizer has stepped. Checkpoints of a
+    /// run hold the parameters as they were, mostly the values for training: to evaluate the model of one, load the part of
+    /// the optimizer as well as that of the model ([`load_part`](crate::checkpoint::load_part)), and call this then.
+    ///
     /// # Errors
     /// There is no memory for the copy; nothing is changed then. See also [`Optimizer`].
     pub fn eval(&self) -> Result<()> {
@@ -73,7 +84,7 @@ impl Optimizer {
     /// where the parameters have their values for training.
     ///
     /// # Errors
-    /// See [`Optimizer`].
+    /// There is no memory, or a parameter was given another shape; nothing is changed then. See also [`Optimizer`].
     pub fn train(&self) -> Result<()> {
         self.to_training(true)
     }
@@ -138,22 +149,33 @@ impl Optimizer {
         }
         let _guard = tch::no_grad_guard();
         self.native(|native| {
-            for group in self.groups_that_train(native, false)? {
+            let groups = self.groups_that_train(native, false)?;
+            // All values are computed before anything is changed.
+            let mut decided = vec![];
+            for &group in &groups {
                 let beta = self.interpolation(native, group)?;
                 let kept = kept_by(self.algorithm(group));
                 for mut switched in self.switched(native, group, 1. - beta)? {
                     let y = kept.and_then(|place| switched.state.tensors[place].take());
-                    match y {
+                    let y = match y {
                         Some(y)
                             if !look
                                 || is_evaluated(&switched, &y, beta).map_err(failed_tch)? =>
                         {
-                            switched.parameter.f_copy_(&y).map_err(failed_tch)?;
+                            Some(y)
                         }
-                        _ => switched.interpolate().map_err(failed_tch)?,
-                    }
-                    native.set_state(&switched.parameter, Some(&switched.state)).map_err(failed)?;
+                        _ => switched.interpolated().map_err(failed_tch)?,
+                    };
+                    decided.push((switched, y));
                 }
+            }
+            for (Switched { mut parameter, state, .. }, y) in decided {
+                if let Some(y) = y {
+                    parameter.f_copy_(&y).map_err(failed_tch)?;
+                }
+                native.set_state(&parameter, Some(&state)).map_err(failed)?;
+            }
+            for &group in &groups {
                 native.set(group, Hyper::TrainMode, 1.).map_err(failed)?;
             }
             Ok(())

@@ -16,6 +16,22 @@ impl Hyper {
         matches!(self, K | WeightSum | LrMax | TrainMode)
     }
 
+    /// Whether this is on (1) or off (0).
+    #[inline]
+    pub(crate) fn is_flag(self) -> bool {
+        matches!(
+            self,
+            Nesterov
+                | Amsgrad
+                | Centered
+                | Maximize
+                | DecoupledWeightDecay
+                | MatchRmsAdamW
+                | StrongWolfe
+                | TrainMode
+        )
+    }
+
     /// The hyper-parameter of this name.
     pub(crate) fn named(name: &str) -> Option<Self> {
         (0..).map_while(|number| Self::try_from(number).ok()).find(|hyper| hyper.name() == name)
@@ -82,8 +98,7 @@ impl Hyper {
             Dampening | Lambd | T0 | NsA | NsB | NsC | R | WeightLrPower | LrMax => {
                 (value.is_finite(), "finite")
             }
-            Nesterov | Amsgrad | Centered | Maximize | DecoupledWeightDecay | MatchRmsAdamW
-            | StrongWolfe | TrainMode => (value == 0. || value == 1., "0 or 1"),
+            flag if flag.is_flag() => (value == 0. || value == 1., "0 or 1"),
             WarmupSteps | Beta3Warmup | AlphaWarmup | MaxEval | K => {
                 let whole = value.fract() == 0. && (0. ..=MOST).contains(&value);
                 (whole, "a whole number that is not negative")

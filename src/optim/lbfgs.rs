@@ -9,6 +9,7 @@ use super::Optimizer;
 use super::closure::Before;
 use super::hyper::Hyper;
 use super::locked;
+use super::snapshot::copy;
 use super::wolfe::{Point, Search};
 use crate::error::{Error, Result};
 use crate::state::StateDict;
@@ -251,7 +252,6 @@ impl Memory {
                     d: &direction,
                     start: Point { loss, gradient: gradient.shallow_clone() },
                     slope,
-                    tolerance_change: o.tolerance_change,
                     most: o.max_eval.saturating_sub(evaluations),
                 };
                 let found = search.run(self.t, |t| objective.beside(t, &direction))?;
@@ -410,7 +410,8 @@ impl Memory {
             let (Some(y), Some(s)) = (&y, &s) else {
                 return Err(Error::State("the state of LBFGS is not complete".into()));
             };
-            let of = |all: &Tensor| tensor(all.f_select(0, row as i64));
+            // A row of its own is aligned as at the time of saving, and does not keep the others in memory.
+            let of = |all: &Tensor| tensor(all.f_select(0, row as i64).and_then(|row| copy(&row)));
             history.push_back(Correction { y: of(y)?, s: of(s)?, ro: *ro });
         }
         if saved.n_iter > 0 && (d.is_none() || prev_flat_grad.is_none()) {

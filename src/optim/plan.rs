@@ -58,8 +58,8 @@ use crate::plan_file::{Lines, Place, PlanFile};
 /// a group are `name`, `frozen` ([`Group::freeze`](super::Group::freeze)), options, and `type` for an algorithm of its own,
 /// where the optimizer takes such groups ([`OptimizerBuilder::group`](super::OptimizerBuilder::group)).
 ///
-/// Options that are tuples in PyTorch are lists (`betas`, `etas`, `step_sizes`, `ns_coefficients`, `eps` of Adafactor), or
-/// single values under the names of [`Group::get`](super::Group::get).
+/// Options that are tuples in PyTorch are lists (`betas`, of which AdEMAMix has three, `etas`, `step_sizes`,
+/// `ns_coefficients`, `eps` of Adafactor), or single values under the names of [`Group::get`](super::Group::get).
 ///
 /// Errors have the path to what is wrong, with line and column. Reading a plan refuses unknown keys and optimizers, options
 /// that the optimizer does not have, and values outside their bounds; building it, groups without parameters and
@@ -114,8 +114,9 @@ enum OneOf {
     Texts(Vec<String>),
 }
 
-/// Options that are lists, with the options of their elements.
-const LISTS: [(&str, &[&str]); 5] = [
+/// Options that are lists, with the options of their elements. One name may have several lists.
+const LISTS: [(&str, &[&str]); 6] = [
+    ("betas", &["beta1", "beta2", "beta3"]),
     ("betas", &["beta1", "beta2"]),
     ("etas", &["etaminus", "etaplus"]),
     ("step_sizes", &["step_size_min", "step_size_max"]),
@@ -209,9 +210,10 @@ impl OptimizerPlan {
                 PlannedGroup::read(&place.key("group").index(index), algorithm, group)
             })
             .collect::<Result<_>>()?;
-        if let Some(index) =
-            groups.iter().rev().skip(1).rposition(|group| group.members.takes_all())
-        {
+        let too_early = groups
+            .split_last()
+            .and_then(|(_, before)| before.iter().position(|group| group.members.takes_all()));
+        if let Some(index) = too_early {
             let name = &groups[index].members.name;
             let text = format!(
                 "group '{name}' has no condition, so it takes all parameters that are left: put it last, or give it a prefix or another condition"
@@ -265,27 +267,34 @@ fn options(
 ) -> Result<Vec<(Hyper, f64)>> {
     let mut options = vec![];
     let mut read = |place: &Place, name: &str, value: &Value| {
-        let hyper = algorithm.hyper(name).map_err(|error| place.error(error))?;
-        let number = value.as_f64().or(value.as_bool().map(f64::from)).ok_or_else(|| {
-            place
-                .error(format!("invalid type: expected a number, true or false, but given {value}"))
+        let hyper = algorithm.settable(name).map_err(|error| place.error(error))?;
+        let (flag, expected) = match hyper.is_flag() {
+            true => (value.as_bool(), "true or false"),
+            false => (None, "a number"),
+        };
+        let number = value.as_f64().or(flag.map(f64::from)).ok_or_else(|| {
+            place.error(format!("invalid type: expected {expected}, but given {value}"))
         })?;
-        hyper.check(number).map_err(|error| place.error(error))?;
+        algorithm.check(hyper, number).map_err(|error| place.error(error))?;
         options.push((hyper, number));
         Ok(())
     };
     for (key, value) in written {
         let place = place.key(key);
-        let names = LISTS.iter().find(|(list, _)| list == key).map_or(&[][..], |(_, names)| *names);
-        let Value::Array(values) = value else {
+        // The list counts of which the algorithm has the most options, and the last of equal ones.
+        let known =
+            |names: &[&str]| names.iter().filter(|name| algorithm.hyper(name).is_ok()).count();
+        let lists = LISTS.iter().filter(|(list, _)| list == key).map(|(_, names)| *names);
+        let (Value::Array(values), Some(names)) = (value, lists.max_by_key(|names| known(names)))
+        else {
             read(&place, key, value)?;
             continue;
         };
-        if values.len() != names.len() || names.is_empty() {
-            return Err(place.error(match names.len() {
-                0 => format!("expected a number, true or false, but given {value}"),
-                count => format!("expected a list of {count} numbers, but given {value}"),
-            }));
+        if values.len() != names.len() {
+            let count = names.len();
+            return Err(
+                place.error(format!("expected a list of {count} numbers, but given {value}"))
+            );
         }
         for (index, (name, value)) in names.iter().zip(values).enumerate() {
             read(&place.index(index), name, value)?;

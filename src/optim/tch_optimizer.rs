@@ -81,13 +81,18 @@ impl<'o> TchOptimizer<'o> {
     /// Makes one step.
     ///
     /// # Panics
-    /// A parameter cannot be stepped: see [`Optimizer::step`].
+    /// A parameter cannot be stepped, or the parameters have their values for evaluation: see [`Optimizer::step`] and
+    /// [`Optimizer::eval`].
     pub fn step(&mut self) {
         self.admit_new();
+        self.optimizer.check_training(self.native).unwrap_or_else(|error| panic!("{error}"));
         self.native.step(None, None).unwrap_or_else(|error| panic!("{}", error.text));
     }
 
     /// Calls `zero_grad`, backward from `loss`, and `step`.
+    ///
+    /// # Panics
+    /// As [`step`](Self::step), and where backward fails.
     pub fn backward_step(&mut self, loss: &Tensor) {
         self.zero_grad();
         loss.backward();
@@ -95,6 +100,9 @@ impl<'o> TchOptimizer<'o> {
     }
 
     /// `backward_step` with gradients clipped by value.
+    ///
+    /// # Panics
+    /// As [`backward_step`](Self::backward_step).
     pub fn backward_step_clip(&mut self, loss: &Tensor, max: f64) {
         self.zero_grad();
         loss.backward();
@@ -103,6 +111,9 @@ impl<'o> TchOptimizer<'o> {
     }
 
     /// `backward_step` with gradients clipped by norm: a host sync.
+    ///
+    /// # Panics
+    /// As [`backward_step`](Self::backward_step).
     pub fn backward_step_clip_norm(&mut self, loss: &Tensor, max: f64) {
         self.zero_grad();
         loss.backward();

@@ -8,6 +8,10 @@ use crate::error::Error;
 const C1: f64 = 1e-4;
 const C2: f64 = 0.9;
 
+/// The search ends where no parameter would move by more than this between the ends of the bracket. torch has this number
+/// whatever its `tolerance_change` is.
+const LEAST_CHANGE: f64 = 1e-9;
+
 /// The loss and its gradient at one point.
 pub(super) struct Point {
     pub(super) loss: f64,
@@ -35,7 +39,6 @@ pub(super) struct Search<'d> {
     pub(super) start: Point,
     /// The slope at the start, which is below 0.
     pub(super) slope: f64,
-    pub(super) tolerance_change: f64,
     /// The most points that are tried, after the first.
     pub(super) most: u64,
 }
@@ -97,7 +100,7 @@ impl Search<'_> {
         while tries < self.most {
             let ends = (bracket[0].t.min(bracket[1].t), bracket[0].t.max(bracket[1].t));
             let width = ends.1 - ends.0;
-            if width * length < self.tolerance_change {
+            if width * length < LEAST_CHANGE {
                 break;
             }
             let mut next = interpolated(&bracket[0], &bracket[1], ends);

@@ -136,7 +136,7 @@ impl CyclicLR {
 
     /// Scales the height of the cycles by a function of the number of the cycle, or of the event with
     /// [`scale_mode`](Self::scale_mode), instead of by the [`mode`](Self::mode). The schedule cannot be written to a file
-    /// then.
+    /// then, and a resume compares only its other arguments.
     ///
     /// ```
     /// use tch_ignite::schedule::{CyclicLR, Schedule};
@@ -202,7 +202,17 @@ impl Schedule for CyclicLR {
         Some((self.step_size_up + down).ceil() as u64)
     }
 
+    /// A function cannot be written down: `"scale_fn": true` stands for it beside the other arguments.
     fn arguments(&self) -> Option<serde_json::Value> {
-        super::written(self)
+        let mut arguments = super::written(&Self { scale_fn: None, ..self.clone() })?;
+        if let (Some(_), Some(all)) = (&self.scale_fn, arguments.as_object_mut()) {
+            all.insert("scale_fn".into(), true.into());
+            let mode = match self.scale_mode {
+                ScaleMode::Cycle => "cycle",
+                ScaleMode::Iterations => "iterations",
+            };
+            all.insert("scale_mode".into(), mode.into());
+        }
+        Some(arguments)
     }
 }

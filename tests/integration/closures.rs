@@ -124,6 +124,39 @@ fn lbfgs_goes_on_bit_for_bit_after_a_state_and_a_snapshot() -> Result<()> {
     Ok(())
 }
 
+/// The vectors of the history are rows of one tensor in a state, and rows of this length are not aligned there.
+#[test]
+fn lbfgs_goes_on_bit_for_bit_with_vectors_of_any_length() -> Result<()> {
+    let made = || -> Result<(VarStore, Tensor, Optimizer)> {
+        let vs = VarStore::new(Device::Cpu);
+        let x = vs.root().add("x", waves(&[37], 0.3).to_kind(Kind::Float), true);
+        let optimizer = Optimizer::lbfgs(&vs).max_iter(4).strong_wolfe(true).build()?;
+        Ok((vs, x, optimizer))
+    };
+    let step = |optimizer: &Optimizer, x: &Tensor| {
+        optimizer.step_with(|| {
+            optimizer.zero_grad()?;
+            let away = x - waves(&[37], 1.).to_kind(Kind::Float);
+            let scales = Tensor::arange(37i64, (Kind::Float, Device::Cpu)) * 0.1 + 0.2;
+            let quartic = away.pow_tensor_scalar(4).sum(Kind::Float) * 0.1;
+            let loss = (away.square() * scales).sum(Kind::Float) + quartic;
+            loss.backward();
+            Ok(loss)
+        })
+    };
+    let (_vs, x, optimizer) = made()?;
+    let _ = (step(&optimizer, &x)?, step(&optimizer, &x)?);
+    let (_other, y, resumed) = made()?;
+    let state = (&optimizer).into_stateful().state_dict()?.copy()?;
+    tch::no_grad(|| y.shallow_clone().copy_(&x));
+    (&resumed).into_stateful().load_state_dict(state)?;
+    for n in 0..3 {
+        let _ = (step(&optimizer, &x)?, step(&resumed, &y)?);
+        assert_eq!(x.detach(), y.detach(), "{n}");
+    }
+    Ok(())
+}
+
 #[test]
 fn frozen_parameters_stay_and_new_ones_come_along() -> Result<()> {
     let (vs, x) = vector(Kind::Double);

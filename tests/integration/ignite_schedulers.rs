@@ -235,7 +235,18 @@ fn the_cycles_of_cyclic_lr_are_scaled_by_a_function() {
     for (event, value) in (0..).zip(lrs) {
         close(falling.at(event), value);
     }
-    assert!(halved.arguments().is_none());
+    // A position fits only a schedule whose other arguments are the same.
+    let state = halved.save(3);
+    assert_eq!(halved.clone().scale_fn(|_| 1.).load(&state).unwrap(), 3);
+    let higher = CyclicLR::new(0.1, 2.).step_size_up(3.).step_size_down(2.);
+    for other in [
+        higher.scale_fn(|_| 1.),
+        halved.clone().scale_mode(ScaleMode::Iterations),
+        CyclicLR::new(0.1, 1.).step_size_up(3.).step_size_down(2.),
+    ] {
+        let text = other.load(&state).unwrap_err().to_string();
+        assert!(text.contains("other arguments"), "{text}");
+    }
     let text = PlannedSchedule::new("lr", None, halved.clone()).unwrap_err().to_string();
     assert_eq!(text, "CyclicLR cannot be written to a file");
     assert!(PlannedSchedule::new("lr", None, halved.clone().scale(2.)).is_err());

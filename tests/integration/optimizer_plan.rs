@@ -121,6 +121,10 @@ fn lists_and_groups_of_other_algorithms_are_read() -> Result<()> {
         ("Adafactor", 0.25)
     );
     assert_eq!((group("others")?.algorithm(), group("others")?.betas()?), ("AdamW", (0.9, 0.5)));
+    let plan = r#"{"optimizer": {"type": "AdEMAMix", "betas": [0.5, 0.25, 0.75]}}"#;
+    let optimizer = OptimizerPlan::from_json(plan)?.build(&store())?;
+    let group = optimizer.group_at(0)?;
+    assert_eq!((group.betas()?, group.get("beta3")?), ((0.5, 0.25), 0.75));
     Ok(())
 }
 
@@ -160,11 +164,31 @@ fn mistakes_are_told_with_their_place() {
         ),
         (
             format!("{sgd}momentum = 'high'"),
-            "optimizer.momentum: invalid type: expected a number, true or false, but given \"high\" (line 3, column 12)",
+            "optimizer.momentum: invalid type: expected a number, but given \"high\" (line 3, column 12)",
         ),
         (
             format!("{sgd}momentum = [0.9]"),
-            "optimizer.momentum: expected a number, true or false, but given [0.9] (line 3, column 12)",
+            "optimizer.momentum: invalid type: expected a number, but given [0.9] (line 3, column 12)",
+        ),
+        (
+            format!("{sgd}lr = true"),
+            "optimizer.lr: invalid type: expected a number, but given true (line 3, column 6)",
+        ),
+        (
+            format!("{sgd}nesterov = 'yes'"),
+            "optimizer.nesterov: invalid type: expected true or false, but given \"yes\"",
+        ),
+        (
+            "[optimizer]\ntype = 'SGDScheduleFree'\nmomentum = 0".into(),
+            "optimizer.momentum: momentum of SGDScheduleFree must be between 0 and 1, but 0 was given (line 3, column 12)",
+        ),
+        (
+            "[optimizer]\ntype = 'SGDScheduleFree'\nk = 3".into(),
+            "optimizer.k: k is counted by the steps of SGDScheduleFree, and can only be read (line 3, column 5)",
+        ),
+        (
+            "[optimizer]\ntype = 'AdEMAMix'\nbetas = [0.9, 0.99]".into(),
+            "optimizer.betas: expected a list of 3 numbers, but given [0.9,0.99] (line 3, column 9)",
         ),
         (
             "[optimizer]\ntype = 'Adam'\nbetas = [0.9]".into(),
@@ -194,6 +218,12 @@ fn mistakes_are_told_with_their_place() {
         (
             group("[[optimizer.group]]\nname = 'b'"),
             "optimizer.group[0]: group 'a' has no condition, so it takes all parameters that are left",
+        ),
+        (
+            group(
+                "prefix = 'fc'\n[[optimizer.group]]\nname = 'b'\n[[optimizer.group]]\nname = 'c'",
+            ),
+            "optimizer.group[1]: group 'b' has no condition, so it takes all parameters that are left",
         ),
         (group("prefix = 'fc'"), "optimizer: in no parameter group: 'embedding.weight'"),
         (
@@ -351,5 +381,16 @@ fn a_target_network_follows_by_name() -> Result<()> {
     let _ = c.root().ones("x", &[3]);
     let sizes = "'x' has size [3] in the target, and [2] in the other network";
     assert_eq!(text(TargetNetwork::new(&c, &a)), sizes);
+    // A variable with two names cannot follow two variables; two can follow one.
+    let (tied, untied) = (nn::VarStore::new(Device::Cpu), nn::VarStore::new(Device::Cpu));
+    let one = tied.root().ones("a", &[2]);
+    let _ = tied.root().add("b", one.shallow_clone(), true);
+    let (_, b) = (untied.root().zeros("a", &[2]), untied.root().zeros("b", &[2]));
+    assert_eq!(
+        text(TargetNetwork::new(&tied, &untied)),
+        "'a' and 'b' are one variable in the target and two in the other network: tie them in both, or in neither"
+    );
+    TargetNetwork::new(&untied, &tied)?.hard_update()?;
+    assert_eq!(b.double_value(&[1]), 1.);
     Ok(())
 }

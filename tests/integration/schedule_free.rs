@@ -184,6 +184,8 @@ fn a_state_of_mid_evaluation_is_right() -> Result<()> {
         let error = resumed.step().unwrap_err().to_string();
         assert!(error.contains(name) && error.contains("optimizer.train()"), "{error}");
         let refused = resumed.step_clipped(1.).is_err();
+        let error = resumed.with_tch(|lent| lent.step()).unwrap_err().to_string();
+        assert!(error.contains("optimizer.train()"), "{error}");
         assert!(refused && values(&other) == values(&vs));
         for (net, optimizer) in [(&net, &optimizer), (&other_net, &resumed)] {
             optimizer.train()?;
@@ -208,6 +210,28 @@ fn values_given_in_evaluation_count() -> Result<()> {
     let z = optimizer.state("fc.bias")?[0].1.copy();
     optimizer.train()?;
     assert!((bias - (z * 0.1 + 7. * 0.9)).abs().max().double_value(&[]) < 1e-14);
+    Ok(())
+}
+
+/// Where one parameter cannot go back to its values for training, none does.
+#[test]
+fn all_parameters_go_back_or_none() -> Result<()> {
+    for (name, spoilt) in NAMES.iter().flat_map(|name| [(*name, "fc.weight"), (*name, "fc.bias")]) {
+        let (vs, net, optimizer) = made(name)?;
+        train(&net, &optimizer, 1)?;
+        let trained = values(&vs);
+        optimizer.eval()?;
+        let averaged = values(&vs);
+        let mut parameter = vs.variables()[spoilt].shallow_clone();
+        let value = parameter.detach().copy();
+        parameter.set_data(&waves(&[7], 0.));
+        assert!(optimizer.train().is_err(), "{name} {spoilt}");
+        assert!(!optimizer.is_training()?);
+        parameter.set_data(&value);
+        assert_eq!(values(&vs), averaged, "{name} {spoilt}");
+        optimizer.train()?;
+        assert_eq!(values(&vs), trained, "{name} {spoilt}");
+    }
     Ok(())
 }
 
