@@ -23,10 +23,12 @@ import pathlib
 import re
 import shutil
 import tempfile
+import zlib
 
 import torch
 import torch.utils._pytree as pytree
 from safetensors.torch import save_file
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,12 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FORMAT = 1
 # A program for a range of sizes is not made for one sample: PyTorch treats a dimension of one as another program.
 SMALLEST, LARGEST = 2, 1 << 20
-# What inductor is told for each processor: the bits of a vector, and the instructions that the program then has.
-PROCESSORS = {
-    "baseline": (1, []),
-    "avx2": (256, ["avx2", "fma", "f16c"]),
-    "avx512": (512, ["avx512f", "avx512dq", "avx512vl", "avx512bw", "fma"]),
-}
+# What inductor is told for each processor: the bits of a vector, and the instructions that it then has to choose.
+PROCESSORS = {"baseline": (1, None), "avx2": (256, "avx2"), "avx512": (512, "avx512f")}
 
 
 class ExportError(RuntimeError):
@@ -81,34 +79,51 @@ def export_step(
     check_arguments(module, inputs, targets, autocast, processor)
     shared = Shared(module, loss, inputs, targets, train_outputs, autocast)
     sizes = None if batch_sizes == "dynamic" else as_sizes(batch_sizes)
-    folder = pathlib.Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.json").exists():
-        raise ExportError(f"{folder} holds other files than an export: name a new folder")
+    if sizes is None and shared.batch < SMALLEST:
+        raise ExportError(f"the example batch has {shared.batch} samples, and a program for all sizes is traced with {SMALLEST} or more: give a larger one, or batch_sizes")
+    folder = pathlib.Path(folder).resolve()
+    check_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = pathlib.Path(tempfile.mkdtemp(prefix=folder.name + ".part.", dir=folder.parent))
     try:
         options = inductor_options(shared.device, processor)
+        instructions = instructions_of(options, processor) if shared.device.type == "cpu" else []
         programs = []
         for mode in ("train", "eval"):
             for size in sizes or [None]:
                 name = f"{mode}.pt2" if size is None else f"{mode}-{size}.pt2"
                 compile_program(shared, mode, size, work / name, options, deterministic)
                 batch = [SMALLEST, LARGEST] if size is None else [size, size]
-                programs.append({"mode": mode, "file": name, "batch": batch})
+                code = (work / name).read_bytes()
+                programs.append({"mode": mode, "file": name, "batch": batch, "length": len(code), "crc32": zlib.crc32(code)})
         manifest = shared.manifest(groups)
-        manifest |= {"programs": programs, "instructions": PROCESSORS[processor][1] if shared.device.type == "cpu" else []}
+        manifest |= {"programs": programs, "instructions": instructions}
         tensors = {**shared.parameters, **shared.buffers}
         save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, work / "model.safetensors")
         (work / "manifest.json").write_text(json.dumps(manifest, indent=1))
         work.chmod(0o755)
         for file in work.iterdir():
             file.chmod(0o644)
+        check_folder(folder)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return manifest
+
+
+def check_folder(folder):
+    """Refuses a folder that holds anything but an export, as it is going to be replaced."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    with contextlib.suppress(OSError, ValueError):
+        names = re.compile(r"manifest\.json|model\.safetensors|(train|eval)(-\d+)?\.pt2")
+        ours = all(names.fullmatch(file.name) and file.is_file() and not file.is_symlink() for file in folder.iterdir())
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if ours and isinstance(manifest, dict) and {"format", "programs"} <= manifest.keys():
+            return
+    raise ExportError(f"{folder} holds other files than an export: name a new folder")
 
 
 def as_tuple(value):
@@ -140,17 +155,29 @@ def check_arguments(module, inputs, targets, autocast, processor):
         raise ExportError(f"module, inputs and targets are on one device, and these are on {sorted(map(str, devices))}")
 
 
-class BatchNorms(TorchDispatchMode):
-    """Notes which buffers layers of batch normalisation get: their operators change them without counting a version."""
+class Writes(TorchDispatchMode):
+    """Notes which buffers operators write to, be it through views or `.data`, which count no version."""
 
     def __init__(self, buffers):
         super().__init__()
-        self.names, self.updated = {id(tensor): name for name, tensor in buffers.items()}, set()
+        self.names, self.updated = {}, set()
+        for name, tensor in buffers.items():
+            self.names.setdefault(memory(tensor), []).append(name)
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-        if "batch_norm" in str(operator):
-            self.updated |= {self.names[id(value)] for value in arguments if id(value) in self.names}
+        described = operator._schema.arguments
+        given = {argument.name: value for argument, value in zip(described, arguments)} | (options or {})
+        # Some operators of batch normalisation do not say that they write to the statistics.
+        statistics = ("running_mean", "running_var") if given.get("training") else ()
+        for argument in described:
+            value = given.get(argument.name)
+            if (argument.is_write or argument.name in statistics) and isinstance(value, torch.Tensor):
+                self.updated |= set(self.names.get(memory(value), ()))
         return operator(*arguments, **(options or {}))
+
+
+def memory(tensor):
+    return tensor.untyped_storage()._cdata
 
 
 class NoRandomNumbers(TorchDispatchMode):
@@ -185,14 +212,18 @@ class Shared:
             self.tied |= {name: names[id(tensor)] for name, tensor in one.items() if name not in other}
 
     def call(self, mode, parameters, buffers, inputs):
-        """The module's output, as a tree."""
+        """The module's output, as a tree. Buffers that the module assigns are put into the dict."""
         was = {inner: inner.training for inner in self.module.modules()}
         self.module.train(mode == "train")
-        if mode == "train":  # What the program left in evaluation mode, such as a frozen layer, stays in it.
+        # What the program left in evaluation mode, such as a frozen layer, stays in it.
+        if mode == "train" and any(was.values()):
             for inner, training in was.items():
-                inner.training = training or not any(was.values())
+                inner.training = training
+        values = {**parameters, **buffers}
         try:
-            return functional_call(self.module, {**parameters, **buffers}, inputs)
+            output = functional_call(self.module, values, inputs)
+            buffers.update({name: values[name] for name in buffers})
+            return output
         finally:
             for inner, training in was.items():
                 inner.training = training
@@ -218,9 +249,9 @@ class Shared:
             name: p.detach().requires_grad_(name in self.trained) for name, p in zip(self.parameters, parameters)
         }
         buffers = {name: b.clone() for name, b in zip(self.buffers, buffers)}
-        before = {name: b._version for name, b in buffers.items()}
+        given, places = dict(buffers), {name: memory(b) for name, b in buffers.items()}
         with torch.enable_grad(), self.casts():
-            with BatchNorms(buffers) as norms:
+            with Writes(buffers) as writes:
                 output = self.call("train", parameters, buffers, tuple(inputs))
             loss = self.loss(output, *targets)
         if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
@@ -230,11 +261,16 @@ class Shared:
         with NoRandomNumbers():
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
         self.without_gradient = [name for name, g in zip(self.trained, gradients) if g is None]
-        self.updated = [name for name, b in buffers.items() if b._version != before[name] or name in norms.updated]
+        for name, b in buffers.items():
+            if given[name] is b and memory(b) != places[name]:
+                raise ExportError(f"the buffer '{name}' is given other memory (by `.data =` or `set_`): assign the buffer, or copy_ to it")
+            if not isinstance(b, torch.Tensor) or b.shape != given[name].shape or b.dtype != given[name].dtype:
+                raise ExportError(f"the buffer '{name}' is assigned a value of another shape or type")
+        self.updated = [name for name, b in buffers.items() if b is not given[name] or name in writes.updated]
         self.outputs = flat_outputs(output)
         outputs = [tensor.detach() for _, tensor in self.outputs] if self.train_outputs else []
         return (
-            loss.detach(), *(g for g in gradients if g is not None), *outputs, *(buffers[name] for name in self.updated)
+            loss.detach(), *(g for g in gradients if g is not None), *outputs, *(buffers[name].detach() for name in self.updated)
         )  # fmt: skip
 
     def eval(self, *values):
@@ -319,10 +355,21 @@ def resized(tensor, size):
 
 
 def inductor_options(device, processor):
-    if device.type != "cpu":
-        return {}
+    if device.type != "cpu":  # The part that runs on the host has to run on any processor.
+        return {"cpp.simdlen": PROCESSORS["baseline"][0], "cpp.march": ""}
     # The number of threads is that of the process that trains.
     return {"cpp.simdlen": PROCESSORS[processor][0], "cpp.march": "", "cpp.dynamic_threads": True}
+
+
+def instructions_of(options, processor):
+    """The instructions that inductor chooses under these options, by their names in the flags of compilers."""
+    with torch._inductor.config.patch(options):
+        flags = pick_vec_isa().build_arch_flags().split()
+    instructions = [flag.removeprefix("-m") for flag in flags]
+    needed = PROCESSORS[processor][1]
+    if needed and needed not in instructions:
+        raise ExportError(f"this machine, or its compiler, has no {processor}: export on one that has, or for processor \"baseline\"")
+    return instructions
 
 
 @contextlib.contextmanager

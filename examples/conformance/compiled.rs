@@ -65,12 +65,16 @@ impl Expected {
             described[0] = Value::Null;
             Ok((json!([{"name": key, "shape": described, "dtype": dtype}]), shape[0]))
         };
+        let bytes = std::fs::read(package)?;
         let ((x, size), (y, _)) = (batch("x", "float32")?, batch("y", "int64")?);
         let manifest = json!({
             "format": 1, "torch": "2.13.0", "device": "cpu", "machine": "x86_64", "instructions": [],
             "inputs": x, "targets": y, "parameters": parameters, "buffers": [], "tied": {},
             "outputs": [], "train_outputs": false,
-            "programs": [{"mode": "train", "file": "train.pt2", "batch": [size, size]}],
+            "programs": [{
+                "mode": "train", "file": "train.pt2", "batch": [size, size],
+                "length": bytes.len(), "crc32": crc32fast::hash(&bytes),
+            }],
         });
         Ok(std::fs::write(folder.join("manifest.json"), manifest.to_string())?)
     }

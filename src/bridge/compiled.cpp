@@ -9,6 +9,10 @@
 #include <torch/types.h>
 #include <torch/version.h>
 
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
+
 #include <memory>
 #include <string>
 #include <vector>
@@ -47,6 +51,9 @@ struct StepBackward : Node {
   std::string name() const override { return "CompiledStepBackward"; }
 
   variable_list apply(variable_list&& of_loss) override {
+    TORCH_CHECK(
+        !at::GradMode::is_enabled(),
+        "a compiled step has no second derivative: its gradients are numbers without a graph. Leave create_graph out");
     TORCH_CHECK(!gradients.empty(), "backward ran through a compiled step a second time; its gradients are handed out once");
     const bool keep = torch::autograd::get_current_graph_task_keep_graph();
     auto& factor = of_loss.at(0);
@@ -121,7 +128,41 @@ std::vector<at::Tensor> run(const Program& program, const at::Tensor* const* inp
   return program.loader->run(all);
 }
 
+// Compares the results of a step with its parameters and buffers, before anything is changed.
+void check_results(const Program& program, const std::vector<at::Tensor>& results, size_t updated) {
+  TORCH_CHECK(results[0].dim() == 0, "the step returned a loss of shape ", results[0].sizes());
+  size_t gradient = 1;
+  for (const auto& bound : program.bound) {
+    if (bound.role != Role::Trained && bound.role != Role::Updated) continue;
+    const bool trained = bound.role == Role::Trained;
+    const auto& result = results[trained ? gradient++ : updated++];
+    TORCH_CHECK(
+        result.sizes() == bound.sizes && result.scalar_type() == bound.type, "the step returned ",
+        trained ? "a gradient" : "a new value", " of ", result.scalar_type(), result.sizes(), " for '", bound.name,
+        "'. Export the model anew");
+  }
+}
+
+// A program may return one tensor several times, and tensors that share their memory.
+bool is_shared(const at::Tensor& result) { return result.use_count() > 1 || result.storage().use_count() > 1; }
+
 using Each = void (*)(void*, at::Tensor*);
+
+// Packages need libtorch.so by that name. The loader of the system does not look for it where a program's own rpath
+// points, but takes one that is in memory already. If it is missing, loading a package says so.
+void load_libtorch() {
+#ifdef __linux__
+  static const bool loaded = [] {
+    Dl_info where;
+    void* symbol = dlsym(RTLD_DEFAULT, "aoti_torch_device_type_cpu");
+    if (!symbol || !dladdr(symbol, &where) || !where.dli_fname) return false;
+    const std::string file = where.dli_fname;
+    const auto beside = file.substr(0, file.rfind('/') + 1) + "libtorch.so";
+    return dlopen(beside.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr;
+  }();
+  (void)loaded;
+#endif
+}
 
 }  // namespace
 
@@ -140,6 +181,7 @@ int tig_compiled_load(
     Program** made,
     char** error) {
   return guarded(error, [&] {
+    load_libtorch();
     auto program = std::make_unique<Program>();
     program->loader = std::make_unique<torch::inductor::AOTIModelPackageLoader>(
         path, "model", false, 1, static_cast<c10::DeviceIndex>(device));
@@ -161,7 +203,8 @@ void tig_compiled_free(Program* program) { delete program; }
 int tig_compiled_run(
     const Program* program, const at::Tensor* const* inputs, size_t count, void* data, Each each, char** error) {
   return guarded(error, [&] {
-    for (auto& output : run(*program, inputs, count)) each(data, new at::Tensor(std::move(output)));
+    // An output may be a parameter itself.
+    for (const auto& output : run(*program, inputs, count)) each(data, new at::Tensor(output.detach()));
   });
 }
 
@@ -180,6 +223,7 @@ int tig_compiled_step(
     const auto gradients = 1 + program->trained, expected = gradients + outputs + program->updated;
     TORCH_CHECK(
         results.size() == expected, "the step returned ", results.size(), " tensors, and the manifest describes ", expected);
+    check_results(*program, results, gradients + outputs);
     auto loss = std::move(results[0]);
     {
       at::NoGradGuard no_grad;
@@ -197,23 +241,20 @@ int tig_compiled_step(
       for (const auto& bound : program->bound) {
         if (bound.role != Role::Trained) continue;
         auto& gradient = results[from++];
-        TORCH_CHECK(
-            gradient.sizes() == bound.tensor.sizes(), "the step returned a gradient of shape ", gradient.sizes(), " for '",
-            bound.name, "'");
         // Gradients are multiplied and kept where they are, so none may share its memory with another.
-        if (gradient.storage().use_count() > 1) gradient = gradient.clone();
+        if (is_shared(gradient)) gradient = gradient.clone();
         any |= bound.tensor.requires_grad();
         backward->add_next_edge(
             bound.tensor.requires_grad() ? torch::autograd::impl::gradient_edge(bound.tensor) : torch::autograd::Edge());
         backward->gradients.push_back(std::move(gradient));
       }
       if (any) {
-        if (loss.storage().use_count() > 1) loss = loss.clone();
+        if (is_shared(loss)) loss = loss.clone();
         torch::autograd::set_history(loss, node);
       }
     }
     each(data, new at::Tensor(std::move(loss)));
-    for (size_t i = 0; i < outputs; ++i) each(data, new at::Tensor(std::move(results[gradients + i])));
+    for (size_t i = 0; i < outputs; ++i) each(data, new at::Tensor(results[gradients + i].detach()));
   });
 }
 

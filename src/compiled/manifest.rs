@@ -15,6 +15,8 @@ use crate::pytorch::DType;
 const FORMAT: u64 = 1;
 /// No manifest of a real model is as long.
 const MAX_LENGTH: u64 = 100_000_000;
+/// The largest number of a group: a store has room for all groups below it.
+const MAX_GROUP: usize = 1 << 16;
 
 #[derive(Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
 #[serde(rename_all = "lowercase")]
@@ -70,6 +72,10 @@ pub(super) struct Program {
     pub(super) mode: Mode,
     pub(super) file: String,
     pub(super) batch: (i64, i64),
+    /// The length of the file in bytes and its CRC-32, which tell it from the file of another export: its code trusts the
+    /// sizes that the manifest describes.
+    pub(super) length: u64,
+    pub(super) crc32: u32,
 }
 
 #[derive(Deserialize)]
@@ -151,6 +157,19 @@ impl Manifest {
         if let Some((name, kept)) = self.tied.iter().find(|(_, kept)| !names.contains(kept)) {
             return Err(format!("'{name}' is tied to '{kept}', which is not there"));
         }
+        for Parameter { name, dtype, gradient, group, .. } in &self.parameters {
+            let is_float =
+                matches!(dtype, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
+                    || matches!(dtype, Kind::ComplexFloat | Kind::ComplexDouble);
+            if !is_float && !matches!(gradient, Gradient::Frozen) {
+                return Err(format!(
+                    "the parameter '{name}' of type {dtype:?} can have no gradient"
+                ));
+            }
+            if let Some(group) = group.filter(|group| *group > MAX_GROUP) {
+                return Err(format!("'{name}' is in group {group}, beyond {MAX_GROUP}"));
+            }
+        }
         for program in &self.programs {
             let name = Path::new(&program.file);
             if name.file_name().is_none_or(|name| name != program.file.as_str()) {
@@ -202,7 +221,7 @@ mod tests {
             "tied": {"v": "w"},
             "outputs": [""],
             "train_outputs": false,
-            "programs": [{"mode": "train", "file": "train.pt2", "batch": [2, 9]}],
+            "programs": [{"mode": "train", "file": "train.pt2", "batch": [2, 9], "length": 1, "crc32": 7}],
         })
     }
 
@@ -221,8 +240,28 @@ mod tests {
             ("programs", json!([]), "no training step"),
             (
                 "programs",
-                json!([{"mode": "train", "file": "../x.pt2", "batch": [2, 9]}]),
+                json!([{"mode": "train", "file": "../x.pt2", "batch": [2, 9], "length": 1, "crc32": 7}]),
                 "lies elsewhere",
+            ),
+            (
+                "programs",
+                json!([{"mode": "train", "file": "train.pt2", "batch": [2, 9]}]),
+                "missing field `length`",
+            ),
+            (
+                "parameters",
+                json!([{"name": "w", "shape": [8], "dtype": "int64", "gradient": "given"}]),
+                "'w' of type Int64 can have no gradient",
+            ),
+            (
+                "parameters",
+                json!([{"name": "w", "shape": [8], "dtype": "int64", "gradient": "unused"}]),
+                "can have no gradient",
+            ),
+            (
+                "parameters",
+                json!([{"name": "w", "shape": [8], "dtype": "float32", "gradient": "given", "group": 1e6 as u64}]),
+                "in group 1000000, beyond",
             ),
             ("inputs", json!([]), "no inputs"),
             (

@@ -1,4 +1,6 @@
 use std::fmt;
+use std::fs::File;
+use std::io::{ErrorKind, Read as _};
 use std::path::Path;
 
 use tch::nn::{self, ModuleT};
@@ -90,6 +92,13 @@ impl CompiledModel {
             let package = folder.join(&program.file);
             if !package.is_file() {
                 return Err(failed(format!("there is no {} in it. Export it anew", program.file)));
+            }
+            let (length, crc32) = checksum(&package)?;
+            if (length, crc32) != (program.length, program.crc32) {
+                return Err(failed(format!(
+                    "{} is not of this export, or damaged. Copy the whole folder, or export it anew",
+                    program.file
+                )));
             }
             CompiledProgram::load(&package, device, &bound)
                 .map_err(|text| failed(format!("{}: {}", program.file, with_advice(&text))))
@@ -215,6 +224,23 @@ fn is_kind(device: Device, name: &str) -> bool {
         Device::Cpu => name == "cpu",
         Device::Cuda(_) => name == "cuda",
         _ => false,
+    }
+}
+
+/// The length of a file and its CRC-32.
+fn checksum(path: &Path) -> Result<(u64, u32)> {
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let mut file = File::open(path).map_err(io)?;
+    let (mut crc, mut length, mut part) = (crc32fast::Hasher::new(), 0, vec![0; 1 << 20]);
+    loop {
+        let count = match file.read(&mut part) {
+            Ok(0) => return Ok((length, crc.finalize())),
+            Ok(count) => count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(error) => return Err(io(error)),
+        };
+        crc.update(&part[..count]);
+        length += count as u64;
     }
 }
 

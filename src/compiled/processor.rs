@@ -30,8 +30,19 @@ fn has(instructions: &str) -> bool {
         "avx512bw" => is_x86_feature_detected!("avx512bw"),
         "avx512bf16" => is_x86_feature_detected!("avx512bf16"),
         "avx512vnni" => is_x86_feature_detected!("avx512vnni"),
+        "amx-tile" | "amx-bf16" | "amx-int8" | "amx-fp16" => {
+            in_cpuinfo(&instructions.replace('-', "_"))
+        }
         _ => false,
     }
+}
+
+/// Looks for instructions that the standard library does not know yet.
+#[cfg(target_arch = "x86_64")]
+fn in_cpuinfo(flag: &str) -> bool {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = text.lines().find_map(|line| line.strip_prefix("flags"));
+    flags.is_some_and(|flags| flags.split_whitespace().any(|has| has == flag))
 }
 
 #[cfg(not(target_arch = "x86_64"))]

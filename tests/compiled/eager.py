@@ -41,6 +41,29 @@ class Transformer(nn.Module):
         return {"logits": self.head(hidden) * self.scale, "hidden": hidden}
 
 
+class Own(nn.Module):
+    """Two parameters have one gradient, a buffer is assigned, another changed through its data, and a layer stays frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(3, 8))
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("count", torch.zeros(()))
+        self.eval()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x):
+        if self.training:
+            self.mean = self.mean * 0.9 + x.mean(0) * 0.1
+            self.count.data.add_(1)
+        return nn.functional.linear(self.norm(x) - self.mean, self.a + self.b), self.a
+
+
 def tokens_loss(output, targets):
     return nn.functional.cross_entropy(output["logits"].flatten(0, 1), targets.flatten())
 
@@ -52,6 +75,8 @@ def models():
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
     )  # fmt: skip
     yield "conv", conv, nn.functional.cross_entropy, torch.randn(STEPS, 12, 1, 8, 8), torch.randint(0, 3, (STEPS, 12)), {}
+    own_loss = lambda output, y: nn.functional.cross_entropy(output[0], y)
+    yield "own", Own(), own_loss, torch.randn(STEPS, 16, 8), torch.randint(0, 3, (STEPS, 16)), {}
     x = torch.randint(0, 13, (STEPS, 8, 6))
     options = dict(train_outputs=True, batch_sizes=(8, 3))
     yield "transformer", Transformer(0.0), tokens_loss, x, x.roll(1, 2), options
@@ -112,6 +137,31 @@ class Custom(nn.Linear):
         return twice(super().forward(x))
 
 
+class Grows(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 1)
+        self.register_buffer("seen", torch.zeros(1, 3))
+
+    def forward(self, x):
+        self.seen = torch.cat([self.seen, self.seen])
+        return super().forward(x)
+
+
+refused("the buffer 'seen' is assigned a value of another shape", Grows())
+refused("the example batch has 1 samples", nn.Linear(3, 1), x=torch.ones(1, 3), y=torch.ones(1))
+if not torch.cpu._is_avx512_supported():
+    refused("has no avx512", nn.Linear(3, 1), processor="avx512")
+for text in ("{}", '{"format": 1, "programs": []}'):
+    (folder / "mine").mkdir(exist_ok=True)
+    (folder / "mine" / "manifest.json").write_text(text)
+    (folder / "mine" / "notes.txt").write_text("mine")
+    try:
+        export_step(nn.Linear(3, 1), lambda output, y: output.sum(), torch.ones(4, 3), torch.ones(4), folder / "mine")
+    except ExportError as error:
+        assert "holds other files than an export" in str(error), error
+    else:
+        raise AssertionError("files were removed")
+    assert (folder / "mine" / "notes.txt").read_text() == "mine"
 refused("a value of the batch decides a branch", Branches(3, 1))
 refused("read on the host", Reads(3, 1))
 refused("ours.twice", Custom(3, 1))
@@ -124,7 +174,10 @@ refused("number 0 is a list", nn.Linear(3, 1), x=([1.0],))
 print("refusals", flush=True)
 
 for name, model, loss, x, y, options in models():
-    export_step(model, loss, x[0], y[0], folder / name, **options)
+    manifest = export_step(model, loss, x[0], y[0], folder / name, **options)
+    if name == "own":
+        assert [b["name"] for b in manifest["buffers"] if b["updated"]] == ["mean", "count"], manifest["buffers"]
+    model.train()
     start = {key: value.clone() for key, value in model.state_dict().items()}
     draws = torch.stack([loss(model(x[0]), y[0]).detach() for _ in range(400 if name == "dropout" else 1)])
     model.load_state_dict(start)
