@@ -237,13 +237,15 @@ pub enum Priority {
 
 pub(super) const PRIORITIES: usize = 4;
 
-/// Puts the name of a handler's type before the text of an argument that it refuses.
+/// Puts the name of a handler's type before the text of an argument that it refuses. Metrics and schedulers begin the text
+/// with their own names.
 pub(super) fn named(type_name: &str, error: Error) -> Error {
     let name = short(type_name);
+    let is_named = |text: &str| {
+        name == "MetricHandler" || text.starts_with(name) || text.starts_with("scheduler '")
+    };
     match error {
-        Error::InvalidArgument(text) if name == "MetricHandler" || text.starts_with(name) => {
-            Error::InvalidArgument(text)
-        }
+        Error::InvalidArgument(text) if is_named(&text) => Error::InvalidArgument(text),
         Error::InvalidArgument(text) => Error::invalid(format!("{name}: {text}")),
         other => other,
     }

@@ -141,11 +141,15 @@ fn ruled_out(target: &str, args: &Value) -> Option<String> {
     Some(format!("the types rule out {reason}"))
 }
 
-/// Checks that the error's text begins with the part of ignite's text that the case gives.
+/// Checks that the error's text begins with the part of ignite's text that the case gives, after the name of the handler
+/// or metric that ours may say first (`LrFinder: …`).
 fn said(ours: Option<String>, expect: &Value) -> Result<(), String> {
     let theirs = expect["match"].as_str().unwrap_or_default();
+    let begins = |text: &str| text.starts_with(theirs);
+    let begins_after_name =
+        |text: &str| text.split_once(": ").is_some_and(|(_, rest)| begins(rest));
     match ours {
-        Some(text) if text.starts_with(theirs) => Ok(()),
+        Some(text) if begins(&text) || begins_after_name(&text) => Ok(()),
         Some(text) => Err(format!("says {text:?} instead of {theirs:?}")),
         None => Err(format!("accepts what ignite refuses with {theirs:?}")),
     }
