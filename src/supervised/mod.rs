@@ -150,7 +150,7 @@ impl<N: ModuleT> Supervised<N> {
     ///
     /// If batches share a step, by [`accumulate`](Self::accumulate) or among ranks, each counts by its number of
     /// samples: the first dimension of the input. A loss that is a mean over other units returns `(loss, weight)`,
-    /// where the [`Weight`](crate::Weight) is the number of units: a number, or a tensor, which is not read on a GPU. Then
+    /// where the [`Weight`] is the number of units: a number, or a tensor, which is not read on a GPU. Then
     /// the gradient is that of one large batch:
     ///
     /// ```
