@@ -206,6 +206,7 @@ impl Optimizer {
         let mut switched = vec![];
         for parameter in native.parameters(group).map_err(failed)? {
             if let Some(state) = native.state(&parameter).map_err(failed)? {
+                check_alike(&parameter, &state)?;
                 switched.push(Switched { parameter, state, weight });
             }
         }
@@ -218,6 +219,19 @@ fn is_evaluated(switched: &Switched, y: &Tensor, beta: f64) -> Result<bool, TchE
     match &switched.state.tensors[0] {
         Some(z) => switched.parameter.f_equal(&y.f_lerp(z, 1. - 1. / beta)?),
         None => Ok(true),
+    }
+}
+
+/// Refuses a parameter that was given values of another shape, type or device than its state has. This is checked
+/// before, because tch panics where libtorch refuses an operation with a number.
+fn check_alike(parameter: &Tensor, state: &RawState) -> Result<()> {
+    let Some(z) = &state.tensors[0] else { return Ok(()) };
+    let of = |tensor: &Tensor| (tensor.size(), tensor.kind(), tensor.device());
+    match (of(parameter), of(z)) {
+        (parameter, z) if parameter == z => Ok(()),
+        (parameter, z) => Err(failed(format!(
+            "a parameter has {parameter:?} now, but its state was made for {z:?}: give it values like those before"
+        ))),
     }
 }
 
