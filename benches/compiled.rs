@@ -41,7 +41,7 @@ enum Model {
     Gpt,
 }
 
-/// Those of compiled.py.
+/// Sizes of the networks in compiled.py.
 const CHARACTERS: i64 = 128;
 const CONTEXT: i64 = 64;
 const WIDTH: i64 = 128;

@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FORMAT = 1
 # A program for a range of sizes is not made for one sample: PyTorch treats a dimension of one as another program.
 SMALLEST, LARGEST = 2, 1 << 20
-# What inductor is told for each processor: the bits of a vector, and the instructions that it then has to choose.
+# Inductor is told this for each processor: the bits of a vector, and the instructions that it then has to choose.
 PROCESSORS = {"baseline": (1, None), "avx2": (256, "avx2"), "avx512": (512, "avx512f")}
 
 
@@ -215,7 +215,7 @@ class Shared:
         """The module's output, as a tree. Buffers that the module assigns are put into the dict."""
         was = {inner: inner.training for inner in self.module.modules()}
         self.module.train(mode == "train")
-        # What the program left in evaluation mode, such as a frozen layer, stays in it.
+        # Layers that the program left in evaluation mode, such as frozen ones, stay in it.
         if mode == "train" and any(was.values()):
             for inner, training in was.items():
                 inner.training = training

@@ -87,7 +87,7 @@ impl Block {
             let config = nn::LinearConfig { ws_init: normal(std), bs_init: None, bias: false };
             nn::linear(path, inputs, outputs, config)
         };
-        // What is added to the input of a block starts smaller, the more blocks there are.
+        // Layers whose output is added to a block's input start smaller, the more blocks there are.
         let added = 0.02 / (2. * layers as f64).sqrt();
         Self {
             norm1: Norm::new(&(root / "ln_1"), width),

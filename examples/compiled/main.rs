@@ -42,7 +42,7 @@ struct Args {
     smoke: bool,
 }
 
-/// Those of examples/compiled/gpt.py.
+/// Sizes of the network in examples/compiled/gpt.py.
 const CONTEXT: i64 = 64;
 const CHARACTERS: u8 = 128;
 const BATCH: usize = 16;

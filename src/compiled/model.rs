@@ -14,7 +14,7 @@ use crate::variables::place;
 
 /// A model that PyTorch compiled with its loss and backward: see [the module](crate::compiled).
 ///
-/// Its parameters and buffers are in the store, and programs work on the store's own memory. Train it with
+/// Parameters and buffers of the model are in the store, and programs work on the store's own memory. Train it with
 /// [`Supervised::compiled`](crate::supervised::Supervised::compiled), or call [`step`](Self::step) in a step of your own:
 ///
 /// ```no_run

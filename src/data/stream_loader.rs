@@ -73,7 +73,7 @@ type Samples<T> = Box<dyn Iterator<Item = AnyResult<T>>>;
 type MakeFn<T> = dyn Fn(u64, WorkerInfo) -> AnyResult<Samples<T>> + Send + Sync;
 type MoveFn<B> = fn(B, Device, bool) -> AnyResult<B>;
 
-/// Which worker of a [`StreamLoader`] an iterator is for: torch's `get_worker_info`.
+/// The worker of a [`StreamLoader`] that an iterator is made for, as torch's `get_worker_info` tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WorkerInfo {
     id: usize,

@@ -94,7 +94,7 @@ struct Shared {
     reductions: knob::Reductions,
     /// Whether an algorithm is Schedule-Free, so that parameters have other values in evaluation.
     averages: bool,
-    /// What LBFGS remembers; empty for all others.
+    /// LBFGS remembers this between steps; it stays empty for all others.
     lbfgs: Mutex<lbfgs::Memory>,
 }
 

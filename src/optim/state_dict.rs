@@ -46,7 +46,7 @@ struct Fitting {
     spoilt: Vec<Tensor>,
     /// A line for each part of the saved state that does not fit.
     misfits: Vec<String>,
-    /// What LBFGS remembers.
+    /// LBFGS remembers this between steps.
     lbfgs: Option<Memory>,
 }
 

@@ -60,7 +60,7 @@ fn reordered(vector: &Tensor, from: &[String], to: &[String], sizes: &Sizes) -> 
     Tensor::f_cat(&parts, -1).map_err(failed)
 }
 
-/// What Python keeps for its first parameter; `order` is Python's order of all parameters.
+/// Makes the state that Python keeps for its first parameter; `order` is Python's order of all parameters.
 pub(super) fn to_python(state: &StateDict, order: &[String], sizes: &Sizes) -> Result<Dict> {
     let values: Values = state.value("values")?;
     let mut dict = Dict::new();
@@ -93,7 +93,7 @@ pub(super) fn to_python(state: &StateDict, order: &[String], sizes: &Sizes) -> R
     Ok(dict)
 }
 
-/// What Python would keep before the first step.
+/// Makes the state that Python would keep before the first step.
 pub(super) fn nothing() -> Dict {
     let mut dict = Dict::new();
     dict.insert("func_evals", 0i64);

@@ -182,14 +182,7 @@ impl<N: ModuleT> Supervised<N> {
             let y_pred = pass.run(x, targets, model, |y_pred| loss(y_pred, &y).into())?;
             Ok(Prediction { y_pred, y })
         };
-        Self {
-            net,
-            optimizer,
-            forward: Box::new(forward),
-            output: Output::Loss(std::convert::identity),
-            settings: Settings::new(),
-            share: Some(share),
-        }
+        Self::of(net, optimizer, Box::new(forward), Some(share))
     }
 }
 
@@ -211,18 +204,24 @@ impl<N, X: Tensors, Y, P> Supervised<N, (X, Y), Prediction<P, Y>> {
             let y_pred = pass.run(x, || None, model, |y_pred| loss(y_pred, &y).into())?;
             Ok(Prediction { y_pred, y })
         };
-        Self {
-            net,
-            optimizer,
-            forward: Box::new(forward),
-            output: Output::Loss(std::convert::identity),
-            settings: Settings::new(),
-            share: None,
-        }
+        Self::of(net, optimizer, Box::new(forward), None)
     }
 }
 
-/// The same batch again; its tensors are shared.
+impl<N, B, P> Supervised<N, B, P> {
+    /// Makes a context with the default settings, whose training steps give the loss.
+    fn of(
+        net: N,
+        optimizer: Optimizer,
+        forward: ForwardFn<N, B, P>,
+        share: Option<fn(&B) -> B>,
+    ) -> Self {
+        let (output, settings) = (Output::Loss(std::convert::identity), Settings::new());
+        Self { net, optimizer, forward, output, settings, share }
+    }
+}
+
+/// Returns the same batch again, with shared tensors.
 fn share((x, y): &Batch) -> Batch {
     (x.shallow_clone(), y.shallow_clone())
 }
@@ -243,14 +242,7 @@ impl Supervised<CompiledModel> {
             let y_pred = step.outputs.into_iter().next().unwrap_or_else(Tensor::new);
             Ok(Prediction { y_pred, y })
         };
-        Self {
-            net,
-            optimizer,
-            forward: Box::new(forward),
-            output: Output::Loss(std::convert::identity),
-            settings: Settings::new(),
-            share: Some(share),
-        }
+        Self::of(net, optimizer, Box::new(forward), Some(share))
     }
 }
 

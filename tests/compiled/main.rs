@@ -145,7 +145,7 @@ fn the_loss_has_a_backward_like_any_other() -> Result<()> {
     scaler.unscale(&optimizer)?;
     assert_close(&gradients(&vs), &wanted, 1.);
     optimizer.zero_grad()?;
-    // What is not trained gets nothing, and without gradients there is no backward.
+    // A frozen parameter gets no gradient, and where gradients are off the loss has no backward.
     let frozen = vs.trainable_variables().remove(1);
     let _ = frozen.set_requires_grad(false);
     net.step(&[&x, &y])?.loss.f_backward()?;

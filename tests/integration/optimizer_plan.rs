@@ -318,7 +318,7 @@ fn steps_with_clipping_are_their_parts() -> Result<()> {
     for (ours, expected) in by_norm.iter().zip(parts(true)?) {
         assert!((ours - expected).abs() < 1e-14, "{ours} {expected}");
     }
-    // What is refused leaves the gradients.
+    // A step that is refused leaves the gradients.
     let w = Tensor::ones([1], (Kind::Float, Device::Cpu)).set_requires_grad(true);
     let vs = var_store_of([("w", &w)])?;
     let optimizer = Optimizer::sgd(&vs).build()?;

@@ -184,7 +184,7 @@ fn a_device_that_is_not_there_is_one_line() {
 
 /// The child process of the next test.
 #[test]
-#[ignore = "the next test runs it in a process of its own"]
+#[ignore = "is no test by itself: a_panic_of_tch_in_a_step_prints_no_stack_trace starts it in a process of its own (cargo test --release --features distributed,mlflow --test integration a_panic_of_tch_in_a_step)"]
 fn a_step_that_panics() {
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {

@@ -33,7 +33,7 @@ struct Parameter {
     rounded: [f32; 2],
 }
 
-/// What a Schedule-Free optimizer counts for each group.
+/// The numbers that a Schedule-Free optimizer counts for each group.
 #[derive(Clone, Copy)]
 struct Counted {
     steps: f64,
