@@ -27,7 +27,7 @@ environment:
   scripts/fetch-mnist.sh name in their --help
 EOF
 }
-say() { printf 'scripts/test.sh: %s\n' "$*"; }
+say() { printf 'scripts/test.sh: %s (after %d s)\n' "$*" "$SECONDS"; }
 die() { say "error: $*" >&2; exit 1; }
 
 case "${1:-}" in

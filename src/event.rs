@@ -102,6 +102,7 @@ impl Event {
     }
 
     /// The index of a built-in event; `None` for a custom one.
+    #[inline]
     pub(crate) fn built_in(self) -> Option<usize> {
         Some(match self {
             Self::Started => 0,
@@ -134,6 +135,7 @@ impl Event {
         )
     }
 
+    #[inline]
     pub(crate) fn count(self) -> Count {
         match self {
             Self::GetBatchStarted

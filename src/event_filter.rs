@@ -150,6 +150,7 @@ impl FilteredEvent {
     ///
     /// # Errors
     /// The user's filter panicked.
+    #[inline]
     pub(crate) fn passes(&self, n: u64) -> anyhow::Result<bool> {
         match &self.passes {
             Some(passes) => {
@@ -159,6 +160,7 @@ impl FilteredEvent {
         }
     }
 
+    #[inline]
     fn passes_numbers(&self, n: u64) -> bool {
         if let Some(once) = &self.once {
             return once.contains(&n);

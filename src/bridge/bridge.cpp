@@ -181,7 +181,9 @@ int tig_set(Optimizer* optimizer, int kind, Plan* plan, size_t group, int option
     const Hyper hyper = abi::of<Hyper>(option);
     auto& groups = optimizer->param_groups();
     auto& options = group == DEFAULTS ? optimizer->defaults() : groups.at(group).options();
-    if (abi::of<Class>(kind) == Class::Own) static_cast<tig::OwnOptions&>(options)[hyper] = value;
+    // Schedules set the learning rate all the time, and all classes have it.
+    if (hyper == Hyper::Lr) options.set_lr(value);
+    else if (abi::of<Class>(kind) == Class::Own) static_cast<tig::OwnOptions&>(options)[hyper] = value;
     else if (hyper == Hyper::Maximize) {
       plan->maximize.resize(std::max(plan->maximize.size(), groups.size()), plan->maximize_others);
       if (group == DEFAULTS) plan->maximize_others = value != 0;

@@ -560,10 +560,17 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
     ///
     /// # Errors
     /// The first handler that panicked when it was dropped.
+    #[inline]
     fn purge(&mut self) -> Result<(), HandlerPanicked> {
         if self.depth > 0 || self.held || self.leaving.is_empty() {
             return Ok(());
         }
+        self.drop_leaving()
+    }
+
+    /// Drops the handlers of the slots that are [`leaving`](Self::leaving).
+    #[cold]
+    fn drop_leaving(&mut self) -> Result<(), HandlerPanicked> {
         let mut result = Ok(());
         for slot in std::mem::take(&mut self.leaving) {
             self.vacant += 1;
@@ -691,46 +698,56 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         self.purge()
     }
 
-    /// Takes out the handler at `position` in the event's list of this priority, if it is to run in a firing that began
-    /// after `removals` removals. The inner `None` means that it is not to run; the outer one that the list ends here.
+    /// The slot of the next handler to call in a firing that began after `removals` removals. `place` is a priority and
+    /// a position in the event's list of that priority, and goes on behind that handler. `None` at the end of the lists.
     #[inline]
-    pub(super) fn take(
-        &mut self,
+    pub(super) fn next_due(
+        &self,
         index: EventIndex,
-        (priority, position): (usize, usize),
+        place: &mut (usize, usize),
         number: u64,
         removals: u64,
-    ) -> Option<MaybeRunning<'a, C, B, O>> {
-        let entry = self.lists[index.0].by_priority[priority].get(position)?;
-        let index = entry.slot;
-        let slot = &mut self.slots[index];
-        if slot.removed.is_some_and(|removal| removal <= removals) {
-            return Some(Ok(None));
-        }
-        if let Some(filter) = &entry.filter {
-            match filter.passes(number) {
-                Ok(true) => {}
-                Ok(false) => return Some(Ok(None)),
-                Err(source) => {
-                    return Some(Err(HandlerPanicked { name: slot.shown_name(), source }));
+    ) -> Option<Result<usize, HandlerPanicked>> {
+        let lists = &self.lists[index.0].by_priority;
+        while let Some(list) = lists.get(place.0) {
+            while let Some(entry) = list.get(place.1) {
+                place.1 += 1;
+                let slot = &self.slots[entry.slot];
+                if slot.removed.is_some_and(|removal| removal <= removals) {
+                    continue;
+                }
+                match entry.filter.as_ref().map_or(Ok(true), |filter| filter.passes(number)) {
+                    Ok(true) => return Some(Ok(entry.slot)),
+                    Ok(false) => {}
+                    Err(source) => {
+                        let name = slot.shown_name();
+                        return Some(Err(HandlerPanicked { name, source }));
+                    }
                 }
             }
+            *place = (place.0 + 1, 0);
         }
-        // A handler that is already running further out is not entered again.
-        let (ranks, in_trials) = (slot.ranks, slot.in_trials);
-        let callable = slot.callable.take();
-        Some(Ok(callable.map(|callable| RunningHandler {
-            slot: index,
-            callable,
-            ranks,
-            in_trials,
-        })))
+        None
     }
 
+    /// Takes a handler out of its slot to run; `None` if it is already running further out.
     #[inline]
-    pub(super) fn put_back(&mut self, taken: RunningHandler<'a, C, B, O>) {
+    pub(super) fn take(&mut self, slot: usize) -> Option<Callable<'a, C, B, O>> {
+        self.slots[slot].callable.take()
+    }
+
+    /// Puts a handler back that [`take`](Self::take) gave.
+    #[inline]
+    pub(super) fn put_back(&mut self, slot: usize, callable: Callable<'a, C, B, O>) {
         // The index still holds: slots are only removed when no firing is under way.
-        self.slots[taken.slot].callable = Some(taken.callable);
+        self.slots[slot].callable = Some(callable);
+    }
+
+    /// The handler's ranks, and whether trial runs call it.
+    #[inline]
+    pub(super) fn reach(&self, slot: usize) -> (Ranks, bool) {
+        let slot = &self.slots[slot];
+        (slot.ranks, slot.in_trials)
     }
 
     /// All handlers that are not closures, with distinct names.
@@ -814,12 +831,12 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
         custom.map(|custom| custom.firings = firings).is_some()
     }
 
-    pub(super) fn id(&self, taken: &RunningHandler<'a, C, B, O>) -> HandlerId {
-        self.slots[taken.slot].id
+    pub(super) fn id(&self, slot: usize) -> HandlerId {
+        self.slots[slot].id
     }
 
-    pub(super) fn name(&self, taken: &RunningHandler<'a, C, B, O>) -> String {
-        self.slots[taken.slot].shown_name()
+    pub(super) fn name(&self, slot: usize) -> String {
+        self.slots[slot].shown_name()
     }
 }
 
@@ -839,9 +856,6 @@ impl Names {
     }
 }
 
-/// `None` for a handler that is not to run.
-type MaybeRunning<'a, C, B, O> = Result<Option<RunningHandler<'a, C, B, O>>, HandlerPanicked>;
-
 /// A handler object with its distinct name; `handler` is `None` while the handler is running.
 pub(super) struct NamedHandler<'s, 'a, C, B, O> {
     pub(super) name: String,
@@ -855,14 +869,6 @@ pub(super) struct NamedHandler<'s, 'a, C, B, O> {
 pub(super) struct HandlerPanicked {
     pub(super) name: String,
     pub(super) source: anyhow::Error,
-}
-
-/// A handler that was taken out of its slot to run.
-pub(super) struct RunningHandler<'a, C, B, O> {
-    slot: usize,
-    pub(super) callable: Callable<'a, C, B, O>,
-    pub(super) ranks: Ranks,
-    pub(super) in_trials: bool,
 }
 
 #[cfg(test)]

@@ -50,7 +50,7 @@ use crate::event::Count;
 use crate::guard::{Entered, guarded, guarded_drop, guarded_within};
 use crate::metrics::{Metric, Usage};
 use crate::state::StateDict;
-use handler::{Callable, EventIndex, Handlers, RunningHandler, SlotKind};
+use handler::{Callable, EventIndex, Handlers, SlotKind};
 use metric::{MetricHandler, RankMetric};
 use peers::Peers;
 use position::Position;
@@ -416,7 +416,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let index = self.handlers.index(event)?;
         let outer = self.last_event.replace(event);
         let _entered = Entered::here();
-        let fired = self.fire_index(event, index, cx);
+        let fired = self.fire_from(event, index, (0, 0), cx);
         if self.handlers.firings_under_way() > 0 {
             // A handler fired this event, and goes on.
             self.last_event = outer;
@@ -424,17 +424,17 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         fired
     }
 
-    #[inline]
+    // The loop fires each event, and most have no handlers.
+    #[inline(always)]
     fn fire(&mut self, event: Event, cx: &mut C) -> Result<()> {
         let Some(index) = event.built_in().map(EventIndex::built_in) else {
             return self.fire_event(event, cx);
         };
         self.last_event = Some(event);
-        if self.handlers.is_empty(index) { Ok(()) } else { self.fire_index(event, index, cx) }
-    }
-
-    fn fire_index(&mut self, event: Event, index: EventIndex, cx: &mut C) -> Result<()> {
-        self.fire_from(event, index, (0, 0), cx)
+        match self.handlers.is_empty(index) {
+            true => Ok(()),
+            false => self.fire_from(event, index, (0, 0), cx),
+        }
     }
 
     /// Calls the handlers of an event from this place on: a priority, and a position in the list of that priority.
@@ -442,7 +442,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         &mut self,
         event: Event,
         index: EventIndex,
-        (mut priority, mut position): (usize, usize),
+        mut place: (usize, usize),
         cx: &mut C,
     ) -> Result<()> {
         let firings = self.handlers.count_firing(index);
@@ -455,16 +455,10 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         let begun = self.clock();
         let removals = self.handlers.begin();
         let mut result = Ok(());
-        while priority < handler::PRIORITIES {
-            let place = (priority, position);
-            let Some(taken) = self.handlers.take(index, place, number, removals) else {
-                (priority, position) = (priority + 1, 0);
-                continue;
-            };
-            position += 1;
-            let called = match taken {
-                Ok(Some(taken)) => self.call(event, taken, cx),
-                Ok(None) => continue,
+        while let Some(due) = self.handlers.next_due(index, &mut place, number, removals) {
+            let here = (place.0, place.1 - 1);
+            let called = match due {
+                Ok(slot) => self.call(event, slot, cx),
                 Err(panicked) => Err(self.handler_error(panicked.name, event, panicked.source)),
             };
             if called.is_err() {
@@ -474,16 +468,14 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                     Event::ExceptionRaised => {}
                     // Work is saved though another handler failed, because no further event of the run follows.
                     Event::Interrupt | Event::Terminate | Event::Completed => {
-                        if priority < Priority::Save as usize {
-                            (priority, position) = (Priority::Save as usize, 0);
-                        }
+                        place = place.max((Priority::Save as usize, 0));
                     }
                     _ => break,
                 }
             }
             if self.requests.repeat {
                 self.requests.repeat = false;
-                self.position.cursor.again = self.handlers.call_at(index, place);
+                self.position.cursor.again = self.handlers.call_at(index, here);
                 break;
             }
         }
@@ -503,35 +495,42 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         self.profile.is_some().then(Instant::now)
     }
 
-    fn call(
-        &mut self,
-        event: Event,
-        mut taken: RunningHandler<'a, C, B, O>,
-        cx: &mut C,
-    ) -> Result<()> {
+    /// Calls a handler, unless it is already running further out.
+    #[inline]
+    fn call(&mut self, event: Event, slot: usize, cx: &mut C) -> Result<()> {
+        let Some(mut callable) = self.handlers.take(slot) else { return Ok(()) };
         let begun = self.clock();
-        let result = guarded_within(|| match &mut taken.callable {
+        let result = guarded_within(|| match &mut callable {
             Callable::Closure(closure) => closure(cx, self),
-            Callable::Object(_) if taken.ranks == Ranks::Main && !self.is_main() => Ok(()),
-            Callable::Object(_) if trial::in_trial() && !taken.in_trials => Ok(()),
-            Callable::Object(handler) => handler.call(event, cx, self),
+            Callable::Object(handler) => match self.handlers.reach(slot) {
+                (Ranks::Main, _) if !self.is_main() => Ok(()),
+                (_, false) if trial::in_trial() => Ok(()),
+                _ => handler.call(event, cx, self),
+            },
         });
+        self.handlers.put_back(slot, callable);
         if let (Some(profile), Some(begun)) = (&self.profile, begun) {
-            let (id, name) = (self.handlers.id(&taken), || self.handlers.name(&taken));
+            let (id, name) = (self.handlers.id(slot), || self.handlers.name(slot));
             profile.note_handler(id, event, begun.elapsed(), name);
         }
-        let result =
-            result.map_err(|source| self.handler_error(self.handlers.name(&taken), event, source));
         if self.requests.terminate && self.requests.terminated_by.is_none() {
-            let name = self.handlers.name(&taken);
-            let (epoch, iteration) = (self.state.epoch, self.state.iteration);
-            let text = format!("handler {name} of {event} (epoch {epoch}, iteration {iteration})");
-            self.requests.terminated_by = Some(text);
+            self.note_who_terminated(event, slot);
         }
-        self.handlers.put_back(taken);
-        result
+        match result {
+            Ok(()) => Ok(()),
+            Err(source) => Err(self.handler_error(self.handlers.name(slot), event, source)),
+        }
     }
 
+    #[cold]
+    fn note_who_terminated(&mut self, event: Event, slot: usize) {
+        let name = self.handlers.name(slot);
+        let (epoch, iteration) = (self.state.epoch, self.state.iteration);
+        let text = format!("handler {name} of {event} (epoch {epoch}, iteration {iteration})");
+        self.requests.terminated_by = Some(text);
+    }
+
+    #[cold]
     fn handler_error(&self, handler: String, event: Event, source: anyhow::Error) -> Error {
         let (epoch, iteration) = (self.state.epoch, self.state.iteration);
         Error::Handler { handler, event, epoch, iteration, source }

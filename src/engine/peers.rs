@@ -184,7 +184,15 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     /// Exchanges the requests that handlers of the event made, and makes what any rank asked for a request of all.
     /// Returns false where the ranks do not meet at this event.
+    #[inline]
     pub(super) fn agree(&mut self, event: Event) -> Result<bool> {
+        match self.peers {
+            Some(_) => self.exchange_requests(event),
+            None => Ok(true),
+        }
+    }
+
+    fn exchange_requests(&mut self, event: Event) -> Result<bool> {
         let Some(peers) = &self.peers else { return Ok(true) };
         if !self.meets_at(event, peers) {
             return Ok(false);
@@ -215,7 +223,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Joins and computes the metrics that have a value at this event, before the event's handlers are called.
+    #[inline]
     pub(super) fn join_metrics(&mut self, event: Event) -> Result<()> {
+        if self.peers.is_none() {
+            return Ok(());
+        }
         let joined = self.joined_metrics(event);
         if joined.is_err() {
             // The event is not fired after an error, so the metrics' handlers will not use up their updates.

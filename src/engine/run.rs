@@ -552,6 +552,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Drops the batch, if there is one. A panic becomes an error.
+    #[inline]
     fn let_go_of_batch(&mut self) -> Result<()> {
         match self.state.batch.take() {
             Some(batch) => guarded_drop(batch)
@@ -561,6 +562,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     }
 
     /// Drops the output, if there is one. A panic becomes an error.
+    #[inline]
     fn let_go_of_output(&mut self) -> Result<()> {
         let (epoch, iteration) = (self.state.epoch, self.state.iteration);
         match self.state.output.take() {
@@ -767,12 +769,11 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
                 }
             };
             self.position.event = event;
-            match self.position.cursor.again.take() {
-                Some(call) => self.fire_again(event, &call, cx)?,
-                None => {
-                    self.join_metrics(event)?;
-                    self.fire(event, cx)?;
-                }
+            if self.position.cursor.again.is_none() {
+                self.join_metrics(event)?;
+                self.fire(event, cx)?;
+            } else if let Some(call) = self.position.cursor.again.take() {
+                self.fire_again(event, &call, cx)?;
             }
             if !self.agree(event)? {
                 // Other requests wait until the ranks meet.

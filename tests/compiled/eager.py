@@ -179,7 +179,7 @@ for name, model, loss, x, y, options in models():
         assert [b["name"] for b in manifest["buffers"] if b["updated"]] == ["mean", "count"], manifest["buffers"]
     model.train()
     start = {key: value.clone() for key, value in model.state_dict().items()}
-    draws = torch.stack([loss(model(x[0]), y[0]).detach() for _ in range(400 if name == "dropout" else 1)])
+    draws = torch.stack([loss(model(x[0]), y[0]).detach() for _ in range(1000 if name == "dropout" else 1)])
     model.load_state_dict(start)
     losses = train(model, loss, x, y)
     trained = {f"trained.{key}": value.clone() for key, value in model.state_dict().items()}
