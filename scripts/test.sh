@@ -10,7 +10,8 @@ usage: scripts/test.sh [--help]
 
 Sets up libtorch (.libtorch/) and MNIST (data/mnist/) where they are missing, and Python's
 readers of the files we write (.python/), then runs the format check, clippy, all tests,
-the documentation build and the examples in smoke mode. Stops at the first failure.
+the documentation build, the examples in smoke mode and scripts/package.sh. Stops at the
+first failure.
 
 Tests that need what is not there say SKIPPED, and are listed again at the end: Chromium
 (CHROMIUM, or on the PATH) looks at reports; clang and objdump look for vector code in the
@@ -111,6 +112,9 @@ fi
 say "character transformer in smoke mode, alone and on two ranks"
 cargo run --release --features "$features" --example chargpt -- --smoke --text docs/DIFFERENCES.md --out "$out/chargpt"
 cargo run --release --features "$features" --example chargpt -- --smoke --text docs/DIFFERENCES.md --optimizer muon --bf16 --ranks 2 --accumulate 3 --out "$out/chargpt2"
+
+say "the package, as crates.io would have it"
+scripts/package.sh --all-targets
 
 skipped=$(grep -a 'SKIPPED' "$out/tests.log" | sort -u || true)
 if [ -z "$skipped" ]; then
