@@ -45,7 +45,10 @@ fn apart(ours: &[Tensor], expected: &[Tensor], tolerance: f64) -> Result<f64> {
         let largest = expected.abs().max().double_value(&[]).max(f64::MIN_POSITIVE);
         let apart = (ours - expected).abs().max().double_value(&[]) / largest;
         // A NaN fails too.
-        ensure!(apart <= tolerance, "tensor {index} is {apart:.1e} off; {tolerance:.0e} is allowed");
+        ensure!(
+            apart <= tolerance,
+            "tensor {index} is {apart:.1e} off; {tolerance:.0e} is allowed"
+        );
         Ok(most.max(apart))
     })
 }
@@ -73,7 +76,8 @@ fn numbers(device: Device, kind: Kind, shape: &[i64], seed: f64) -> Tensor {
 fn parameters(device: Device, kind: Kind) -> VarStore {
     let mut vs = VarStore::new(device);
     vs.set_kind(kind);
-    for (index, shape) in [vec![3], vec![17, 5], vec![8, 3, 5, 5], vec![1031, 257]].iter().enumerate()
+    for (index, shape) in
+        [vec![3], vec![17, 5], vec![8, 3, 5, 5], vec![1031, 257]].iter().enumerate()
     {
         let value = numbers(device, kind, shape, index as f64);
         let _ = vs.root().add(&format!("p{index}"), value.set_requires_grad(true), true);
@@ -100,8 +104,21 @@ fn backward(vs: &VarStore, optimizer: &Optimizer, seed: f64) -> Result<()> {
 
 pub fn fused(device: Device) -> Result<String> {
     const OPTIMIZERS: [&str; 15] = [
-        "SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD",
-        "Rprop", "Lion", "Adafactor", "AdEMAMix", "AdamWScheduleFree",
+        "SGD",
+        "Adam",
+        "AdamW",
+        "RMSprop",
+        "Adagrad",
+        "NAdam",
+        "RAdam",
+        "Adamax",
+        "Adadelta",
+        "ASGD",
+        "Rprop",
+        "Lion",
+        "Adafactor",
+        "AdEMAMix",
+        "AdamWScheduleFree",
     ];
     let mut most = 0f64;
     for name in OPTIMIZERS {
@@ -194,11 +211,15 @@ pub fn pinned_memory(device: Device) -> Result<String> {
 pub fn normalizing(device: Device) -> Result<String> {
     on_both(device, 1e-6, |device| {
         let bytes = numbers(Device::Cpu, Kind::Double, &[40, 3, 8, 8], 0.) * 127. + 128.;
-        let (bytes, rows) = (bytes.to_kind(Kind::Uint8), Tensor::arange(40, (Kind::Int64, Device::Cpu)));
+        let (bytes, rows) =
+            (bytes.to_kind(Kind::Uint8), Tensor::arange(40, (Kind::Int64, Device::Cpu)));
         let (mean, std) = ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]);
         let loader = Loader::new(&bytes, &rows, 16)?.shuffle(2).normalize(&mean, &std)?;
         let mut seen = batches(loader.to_device(device))?;
-        let samples = from_fn(40, move |index, _| Ok((bytes.f_get(index as i64)?, index as i64)));
+        let samples = from_fn(40, |index, _| {
+            let picture = numbers(Device::Cpu, Kind::Double, &[3, 8, 8], index as f64);
+            Ok(((picture * 127. + 128.).to_kind(Kind::Uint8), index as i64))
+        });
         let loader = DataLoader::new(samples, 16)?.num_workers(1).normalize(&mean, &std)?;
         seen.extend(batches(loader.pin_memory(true).to_device(device))?);
         Ok(seen)

@@ -107,8 +107,9 @@ fn chargpt(device: Device, batch: usize) -> Result<f64> {
     let optimizer = Optimizer::adamw(&vs).lr(1e-3).build()?;
     let tokens = Tensor::randint(65, [PASS * batch as i64, 65], (Kind::Int64, device));
     let (x, y) = (tokens.narrow(1, 0, 64), tokens.narrow(1, 1, 64));
-    let loss =
-        |y_pred: &Tensor, y: &Tensor| y_pred.flatten(0, 1).cross_entropy_for_logits(&y.flatten(0, 1));
+    let loss = |y_pred: &Tensor, y: &Tensor| {
+        y_pred.flatten(0, 1).cross_entropy_for_logits(&y.flatten(0, 1))
+    };
     let mut cx = Supervised::new(net, optimizer, loss).clip_grad_norm(1.);
     if batch > 12 {
         cx = cx.autocast(Kind::BFloat16);
@@ -117,7 +118,12 @@ fn chargpt(device: Device, batch: usize) -> Result<f64> {
 }
 
 /// The samples that are trained with in a second, in passes of `PASS` batches.
-fn run<N: ModuleT>(device: Device, mut cx: Supervised<N>, data: &Loader, batch: usize) -> Result<f64> {
+fn run<N: ModuleT>(
+    device: Device,
+    mut cx: Supervised<N>,
+    data: &Loader,
+    batch: usize,
+) -> Result<f64> {
     let mut trainer = create_supervised_trainer();
     trainer.metric("loss", RunningAverage::new());
     let mut epochs = 1;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use tch::nn::{self, ModuleT, VarStore};
+use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::amp::GradScaler;
 use tch_ignite::prelude::*;
@@ -41,9 +41,10 @@ fn loss_with(
     let mut trainer = create_supervised_trainer();
     trainer.metric("loss", Mean::new());
     trainer.run(&mut cx, &points(device, 30)?, Until::epochs(10))?;
-    let finite = vs.variables().values().all(|value| {
-        value.isfinite().all().int64_value(&[]) == 1 && value.kind() == Kind::Float
-    });
+    let finite = vs
+        .variables()
+        .values()
+        .all(|value| value.isfinite().all().int64_value(&[]) == 1 && value.kind() == Kind::Float);
     ensure!(finite, "a parameter is no finite f32");
     Ok(trainer.state.metrics.get("loss")?)
 }
@@ -54,7 +55,10 @@ fn mixed(
     set: impl FnOnce(Supervised<nn::SequentialT>) -> Supervised<nn::SequentialT>,
 ) -> Result<String> {
     let (single, mixed) = (loss_with(device, |cx| cx)?, loss_with(device, set)?);
-    ensure!(single < 0.4 && (mixed - single).abs() < 0.1, "the loss is {mixed:.3}, in f32 {single:.3}");
+    ensure!(
+        single < 0.4 && (mixed - single).abs() < 0.1,
+        "the loss is {mixed:.3}, in f32 {single:.3}"
+    );
     Ok(format!("the loss is {mixed:.3}, in f32 {single:.3}"))
 }
 
@@ -98,7 +102,8 @@ fn trained(device: Device, folder: &Path, epochs: u64, seed: i64) -> Result<Vec<
 }
 
 pub fn resume(device: Device) -> Result<String> {
-    let folder = |name| std::env::temp_dir().join(format!("gpu-check-{}-{name}", std::process::id()));
+    let folder =
+        |name| std::env::temp_dir().join(format!("gpu-check-{}-{name}", std::process::id()));
     let (whole, parts) = (folder("whole"), folder("parts"));
     let whole_run = trained(device, &whole, 4, 1);
     let resumed = trained(device, &parts, 2, 1).and_then(|_| trained(device, &parts, 4, 2));
@@ -133,7 +138,11 @@ pub fn process_group(device: Device) -> Result<String> {
             trainer.distributed(&pg);
         }
         trainer.run(&mut cx, &points(device, 10)?, Until::epochs(2))?;
-        Ok(vs.trainable_variables().iter().map(|value| value.detach().to_device(Device::Cpu)).collect())
+        Ok(vs
+            .trainable_variables()
+            .iter()
+            .map(|value| value.detach().to_device(Device::Cpu))
+            .collect())
     };
     ensure!(trained(true)? == trained(false)?, "data-parallel training of one rank differs");
     Ok(format!("{backend:?}: all_reduce and data-parallel training"))
@@ -160,7 +169,8 @@ pub fn digits(device: Device) -> Result<String> {
         .add_fn(|x| x.max_pool2d_default(4).relu().flat_view())
         .add(nn::linear(&root / "fc", 32 * 6 * 6, 10, Default::default()));
     let optimizer = Optimizer::sgd(&vs).momentum(0.9).lr(5e-2).build()?;
-    let train = Loader::new(&data.train_images, &data.train_labels, 64)?.shuffle(42).to_device(device);
+    let train =
+        Loader::new(&data.train_images, &data.train_labels, 64)?.shuffle(42).to_device(device);
     let test = Loader::new(&data.test_images, &data.test_labels, 1000)?.to_device(device);
     let epochs = if device.is_cuda() { 5 } else { 2 };
     let steps = epochs * train.batches();
@@ -170,7 +180,11 @@ pub fn digits(device: Device) -> Result<String> {
     trainer
         .attach(CosineAnnealingScheduler::new(&optimizer, "lr", 5e-2, 0., steps))
         .attach(Evaluate::each_epoch("test", evaluator, &test));
-    trainer.run(&mut Supervised::new(net, optimizer, cross_entropy), &train, Until::epochs(epochs))?;
+    trainer.run(
+        &mut Supervised::new(net, optimizer, cross_entropy),
+        &train,
+        Until::epochs(epochs),
+    )?;
     let accuracy = 100. * trainer.state.metrics.get("test/accuracy")?;
     let text = format!("{accuracy:.2} % after {epochs} epochs of {} digits", train.samples());
     ensure!(accuracy > 95., "{text}");

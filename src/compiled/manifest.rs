@@ -114,7 +114,10 @@ impl Manifest {
             ));
         }
         if std::fs::metadata(&path).map_err(io)?.len() > MAX_LENGTH {
-            return Err(failed("it is too long for a manifest: give the folder that scripts/export_step.py wrote".into()));
+            return Err(failed(
+                "it is too long for a manifest: give the folder that scripts/export_step.py wrote"
+                    .into(),
+            ));
         }
         Self::parse(&std::fs::read(&path).map_err(io)?).map_err(failed)
     }

@@ -789,9 +789,18 @@ fn numbers_of_tch_are_named_once() {
             .fold(builder, |b, (number, name)| b.name_group(*number, *name, GroupOptions::new()));
         text(named.build())
     };
-    assert_eq!(build(&[(0, "a"), (0, "b")]), "group 0 is named twice: 'a' and 'b'; call name_group once for each number");
-    assert_eq!(build(&[(0, "a"), (1, "a")]), "two parameter groups are named 'a': give each a name of its own");
-    assert_eq!(build(&[(1, "group_0")]), "two parameter groups are named 'group_0': give each a name of its own");
+    assert_eq!(
+        build(&[(0, "a"), (0, "b")]),
+        "group 0 is named twice: 'a' and 'b'; call name_group once for each number"
+    );
+    assert_eq!(
+        build(&[(0, "a"), (1, "a")]),
+        "two parameter groups are named 'a': give each a name of its own"
+    );
+    assert_eq!(
+        build(&[(1, "group_0")]),
+        "two parameter groups are named 'group_0': give each a name of its own"
+    );
     let error = build(&[(usize::MAX, "last")]);
     assert!(error.contains(&usize::MAX.to_string()), "{error}");
 }

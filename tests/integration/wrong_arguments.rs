@@ -233,7 +233,10 @@ fn each_wrong_argument_is_named_with_what_was_given_and_what_to_do() -> Result<(
             &["GradScaler", "call update() after each step"],
         ),
         (
-            format!("{:#}", random_horizontal_flip(&picture, 2., &mut SplitMix64::new(0)).unwrap_err()),
+            format!(
+                "{:#}",
+                random_horizontal_flip(&picture, 2., &mut SplitMix64::new(0)).unwrap_err()
+            ),
             &["random_horizontal_flip", "between 0 and 1", "2"],
         ),
         (format!("{:#}", pad(&picture, [-1, 0, 0, 0]).unwrap_err()), &["pad", "-1", "crop"]),

@@ -28,7 +28,7 @@ pub fn run(
     }
     let (name, args) = (text(&config["metric"])?, &config["args"]);
     if !config["usage"].is_null() {
-        return with_usage(config, expect);
+        return with_usage(config, expect, device);
     }
     let batches = array(&config["batches"])?;
     let compared = if config["y_dtype"].is_null() {
@@ -229,7 +229,7 @@ fn same(ours: &MetricValue, theirs: &Value, relative: f64) -> Result<Result<(), 
 }
 
 /// Compares the values of an attached metric after each iteration and each epoch.
-fn with_usage(config: &Value, expect: &Value) -> Result<Outcome> {
+fn with_usage(config: &Value, expect: &Value, device: Device) -> Result<Outcome> {
     let usage = match &config["usage"] {
         Value::Object(filtered) => {
             let filter = &filtered["batch_filtered"];
@@ -246,7 +246,7 @@ fn with_usage(config: &Value, expect: &Value) -> Result<Outcome> {
     };
     let length = count(&config["epoch_length"])?.context("epoch_length")?;
     let epochs = count(&config["max_epochs"])?.context("max_epochs")?;
-    let mut outputs = pairs(config)?.into_iter();
+    let mut outputs = pairs(config, device)?.into_iter();
     let mut engine: Engine<[Vec<Option<f64>>; 2], (), Pair> =
         Engine::new(move |_, _, ()| outputs.next().context("more iterations than outputs"));
     engine.metric_with("metric", build(text(&config["metric"])?, &Value::Null)?, usage);
