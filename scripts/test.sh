@@ -104,6 +104,11 @@ say "fine-tuning and GAN examples in smoke mode"
 cargo run --release --features "$features" --example finetune -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/finetune"
 cargo run --release --features "$features" --example gan -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/gan"
 
+if "${TORCH_PYTHON:-python3}" -c 'import torch' 2>/dev/null; then
+  say "the check for GPUs, tried on the CPU"
+  scripts/gpu-check.sh --cpu
+fi
+
 if "${TORCH_PYTHON:-python3}" -c 'import safetensors, torch' 2>/dev/null; then
   say "a model of Python, compiled and trained"
   "${TORCH_PYTHON:-python3}" scripts/export_step.py examples/compiled/gpt.py:example "$out/gpt"
