@@ -17,7 +17,7 @@ fn points(device: Device, batches: i64) -> Result<Loader> {
     let x = (Tensor::arange(batches * 32 * 16, (Kind::Float, Device::Cpu)) * 0.71).sin();
     let x = x.view([batches * 32, 16]);
     let y = x.narrow(1, 0, 3).argmax(1, false);
-    Ok(Loader::new(&x, &y, 32)?.shuffle(1).to_device(device))
+    Ok(Loader::new(&x.to_device(device), &y.to_device(device), 32)?.shuffle(1))
 }
 
 fn network(vs: &VarStore) -> nn::SequentialT {
