@@ -8,29 +8,21 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use tch::nn::{self, ModuleT, VarStore};
-use tch::{Cuda, Device, Tensor};
-use tch_ignite::checkpoint::Checkpoint;
-use tch_ignite::data::{DistributedSampler, Loader};
+use tch::{Device, Tensor};
+use tch_ignite::data::DistributedSampler;
 #[cfg(feature = "distributed")]
 use tch_ignite::distributed::{
     DdpOptions, DistributedDataParallel, ProcessGroup, ProcessGroupOptions, launch,
 };
-use tch_ignite::engine::{Event, Stop, Until};
-use tch_ignite::handlers::{Evaluate, History, InterruptOn, ProgressBar};
-use tch_ignite::metrics::{Accuracy, RunningAverage};
-use tch_ignite::optim::{Optimizer, OptimizerPlan, lr};
-use tch_ignite::schedule::{
-    CosineAnnealingScheduler, LinearCyclicalScheduler, RunLength, SchedulePlan,
-};
-use tch_ignite::supervised::{
-    Prediction, Supervised, create_supervised_evaluator, create_supervised_trainer,
-};
+use tch_ignite::engine::Stop;
+use tch_ignite::optim::OptimizerPlan;
+use tch_ignite::prelude::*;
+use tch_ignite::schedule::{RunLength, SchedulePlan};
 
 /// Trains a small network on MNIST.
 #[derive(Parser)]
-#[command(allow_negative_numbers = true)]
 struct Args {
     /// Folder with the four IDX files, unzipped
     #[arg(long, value_name = "DIR", default_value = "data/mnist")]
@@ -44,24 +36,12 @@ struct Args {
     /// Pictures in a batch, over all ranks
     #[arg(long, value_name = "N", default_value_t = 64)]
     batch_size: usize,
-    /// Optimizer of the parameters
-    #[arg(long, value_enum, default_value_t = Algorithm::Sgd)]
-    optimizer: Algorithm,
     /// How much of the hidden layer is dropped out in training
-    #[arg(long, value_name = "P", default_value_t = 0.3, value_parser = probability)]
+    #[arg(long, value_name = "P", default_value_t = 0.3)]
     dropout: f64,
-    /// Highest learning rate of the convolutions [default: fits the optimizer]
-    #[arg(long, value_name = "LR")]
-    lr_base: Option<f64>,
-    /// Learning rate of the linear layers at the start [default: fits the optimizer]
-    #[arg(long, value_name = "LR")]
-    lr_fc: Option<f64>,
     /// Optimizer with groups base and fc, and schedules, from this JSON or TOML file [default: built in]
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto", value_parser = device)]
-    device: Device,
     /// Seed of the parameters, the dropout and the order of the pictures
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u32,
@@ -79,35 +59,6 @@ struct Args {
     smoke: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Algorithm {
-    Sgd,
-    Adam,
-    Adamw,
-    Rmsprop,
-}
-
-fn device(text: &str) -> Result<Device> {
-    let device = match (text, text.strip_prefix("cuda:")) {
-        ("auto", _) => Device::cuda_if_available(),
-        ("cpu", _) => Device::Cpu,
-        ("cuda", _) => Device::Cuda(0),
-        (_, Some(n)) => Device::Cuda(n.parse().context("after 'cuda:' a number is needed")?),
-        _ => anyhow::bail!("use auto, cpu, cuda or cuda:N"),
-    };
-    if let Device::Cuda(n) = device {
-        let count = Cuda::device_count();
-        ensure!((n as i64) < count, "this libtorch sees {count} CUDA devices");
-    }
-    Ok(device)
-}
-
-fn probability(text: &str) -> Result<f64> {
-    let p = text.parse()?;
-    ensure!((0. ..1.).contains(&p), "it is from 0 up to 1, and 1 would leave nothing");
-    Ok(p)
-}
-
 fn network(vs: &VarStore, dropout: f64) -> impl ModuleT + use<> {
     let root = vs.root();
     // With weights of 0 in the last layer, every digit has the same score at the start.
@@ -122,34 +73,22 @@ fn network(vs: &VarStore, dropout: f64) -> impl ModuleT + use<> {
         .add(nn::linear(&root / "fc2", 128, 10, zero))
 }
 
+/// Two groups, each with a learning rate of its own.
 fn optimizer(args: &Args, vs: &VarStore) -> Result<Optimizer> {
-    if let Some(file) = &args.plan {
-        return Ok(OptimizerPlan::from_path(file)?.build(vs)?);
-    }
-    let (builder, default_lr) = match args.optimizer {
-        Algorithm::Sgd => (Optimizer::named("SGD", vs)?.momentum(0.9).weight_decay(5e-4), 0.05),
-        Algorithm::Adam => (Optimizer::named("Adam", vs)?, 2e-3),
-        Algorithm::Adamw => (Optimizer::named("AdamW", vs)?, 2e-3),
-        Algorithm::Rmsprop => (Optimizer::named("RMSprop", vs)?, 1e-3),
-    };
-    let (base, fc) = (args.lr_base.unwrap_or(default_lr), args.lr_fc.unwrap_or(default_lr));
-    Ok(builder
-        .group("base", |name| name.starts_with("conv"), lr(base))
-        .group("fc", |name| name.starts_with("fc"), lr(fc))
-        .build()?)
-}
-
-/// The rank of this process, and the number of processes that train together.
-#[derive(Clone, Copy)]
-struct SamplePosition {
-    rank: usize,
-    ranks: usize,
+    Ok(match &args.plan {
+        Some(file) => OptimizerPlan::from_path(file)?.build(vs)?,
+        None => Optimizer::sgd(vs)
+            .momentum(0.9)
+            .weight_decay(5e-4)
+            .group("base", |name| name.starts_with("conv"), lr(0.05))
+            .group("fc", |name| name.starts_with("fc"), lr(0.05))
+            .build()?,
+    })
 }
 
 /// Loaders of this rank's share of the training and test set, on the device, normalised by mean and standard
 /// deviation of the training set.
-fn data(args: &Args, place: SamplePosition) -> Result<(Loader, Loader)> {
-    let SamplePosition { rank, ranks } = place;
+fn data(args: &Args, device: Device, rank: usize, ranks: usize) -> Result<(Loader, Loader)> {
     ensure!(
         args.batch_size.is_multiple_of(ranks),
         "a batch of {} pictures cannot be divided among {ranks} ranks: choose another --batch-size",
@@ -162,8 +101,8 @@ fn data(args: &Args, place: SamplePosition) -> Result<(Loader, Loader)> {
     let loader = |images: &Tensor, labels: &Tensor, batch_size, at_most: i64| {
         let count = if args.smoke { at_most.min(images.size()[0]) } else { images.size()[0] };
         let images = ((images.narrow(0, 0, count) - &mean) / &std).f_view([-1, 1, 28, 28])?;
-        let labels = labels.f_narrow(0, 0, count)?.to_device(args.device);
-        anyhow::Ok(Loader::new(&images.to_device(args.device), &labels, batch_size)?)
+        let labels = labels.f_narrow(0, 0, count)?.to_device(device);
+        anyhow::Ok(Loader::new(&images.to_device(device), &labels, batch_size)?)
     };
     let train = loader(&set.train_images, &set.train_labels, args.batch_size / ranks, 1024)?;
     let test = loader(&set.test_images, &set.test_labels, 500, 500)?;
@@ -178,13 +117,13 @@ fn train(mut args: Args) -> Result<()> {
         ProcessGroupOptions::new().timeout(std::time::Duration::from_secs(300)),
     )?;
     #[cfg(feature = "distributed")]
-    let place = SamplePosition { rank: pg.rank(), ranks: pg.world_size() };
+    let (rank, ranks, index) = (pg.rank(), pg.world_size(), pg.local_rank());
     #[cfg(not(feature = "distributed"))]
-    let place = SamplePosition { rank: 0, ranks: 1 };
-    #[cfg(feature = "distributed")]
-    if place.ranks > 1 && args.device == Device::Cuda(0) {
-        args.device = Device::Cuda(pg.local_rank());
-    }
+    let (rank, ranks, index) = (0, 1, 0);
+    let device = match Device::cuda_if_available() {
+        Device::Cuda(_) => Device::Cuda(index),
+        other => other,
+    };
     if args.smoke {
         args.epochs = args.epochs.min(2);
     }
@@ -193,16 +132,16 @@ fn train(mut args: Args) -> Result<()> {
     tch::set_num_threads(args.threads);
     tch_ignite::keep_freed_memory(256 << 20);
     tch::manual_seed(args.seed.into());
-    let (train_loader, test_loader) = data(&args, place)?;
-    let vs = VarStore::new(args.device);
+    let (train_loader, test_loader) = data(&args, device, rank, ranks)?;
+    let vs = VarStore::new(device);
     let net = network(&vs, args.dropout);
     let optimizer = optimizer(&args, &vs)?;
     let (base, fc) = (optimizer.group("base")?, optimizer.group("fc")?);
     let cross_entropy = |y_pred: &Tensor, y: &Tensor| y_pred.cross_entropy_for_logits(y);
     let mut model = Supervised::new(net, optimizer.clone(), cross_entropy);
-    if place.ranks > 1 {
+    if ranks > 1 {
         // All ranks have made the same weights with the same seed; from here on each draws its own dropout.
-        tch::manual_seed(i64::from(args.seed) + place.rank as i64);
+        tch::manual_seed(i64::from(args.seed) + rank as i64);
     }
     #[cfg(feature = "distributed")]
     {
@@ -292,7 +231,8 @@ fn train(mut args: Args) -> Result<()> {
 }
 
 /// Trains in this process, or in several processes that it starts.
-fn start(args: Args) -> Result<ExitCode> {
+fn main() -> Result<ExitCode> {
+    let args = Args::parse();
     if args.ranks > 1 {
         #[cfg(feature = "distributed")]
         if let Some(ended) = launch::spawn(args.ranks.into())? {
@@ -303,26 +243,4 @@ fn start(args: Args) -> Result<ExitCode> {
     }
     train(args)?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn main() -> ExitCode {
-    let result = match Args::try_parse() {
-        Ok(args) => start(args),
-        Err(help) if !help.use_stderr() => {
-            help.print().map(|()| ExitCode::SUCCESS).map_err(Into::into)
-        }
-        Err(error) => {
-            // Only the first paragraph of clap's message is printed, on one line.
-            let text = error.to_string();
-            let text = text.split("\n\n").next().unwrap_or_default().replace("\n  ", " ");
-            Err(anyhow::anyhow!("{}; see --help", text.trim_start_matches("error: ").trim()))
-        }
-    };
-    match result {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
 }

@@ -12,10 +12,13 @@ Packs the crate, unpacks it, and looks with cargo that
     feature alone;
   * with --all-targets: its examples and benches do too, with all features that need no CUDA
     and with none;
-  * a crate which depends on the unpacked package builds, and trains a little.
+  * a crate which depends on the unpacked package builds, and trains a little. This is the
+    verifying build of `cargo publish`, which needs crates.io besides.
 
 The checks are made with the feature doc-only, because C++ would be compiled anew for each set
-of features; the crate has all of it. Everything is built in the usual target folder.
+of features; the crate has all of it. Everything is built in the usual target folder, and the
+crate has the features that scripts/test.sh has, so that no dependency is compiled twice. The
+package's own C++ takes minutes, but with ccache (as .ci/run has it) seconds.
 
 environment:
   FEATURES   features to check alone (default: all that need neither CUDA nor a download)
@@ -65,24 +68,29 @@ say "a crate that depends on it"
 crate=$target/package/dependant
 rm -rf "$crate"
 mkdir -p "$crate/src"
+# Cargo chooses features of dependencies for all crates of a build, so this crate has those of our tests: with others,
+# torch-sys would be compiled anew.
 cat > "$crate/Cargo.toml" <<TOML
 [package]
 name = "dependant"
 version = "0.0.0"
-edition = "2021"
+edition = "2024"
 
 [dependencies]
-tch-ignite = { path = "../tch-ignite-$version" }
+tch-ignite = { path = "../tch-ignite-$version", features = ["distributed", "mlflow"] }
 anyhow = "1"
+
+$(sed -n '/^\[dev-dependencies\]/,/^$/p' Cargo.toml)
 
 [workspace]
 TOML
 cp Cargo.lock "$crate/"
-cat > "$crate/src/main.rs" <<'RUST'
-use tch_ignite::prelude::*;
-use tch_ignite::tch::{nn, Device, Kind, Reduction, Tensor};
+cat > "$crate/src/lib.rs" <<'RUST'
+#[test]
+fn trains() -> anyhow::Result<()> {
+    use tch_ignite::prelude::*;
+    use tch_ignite::tch::{Device, Kind, Reduction, Tensor, nn};
 
-fn main() -> anyhow::Result<()> {
     let vs = nn::VarStore::new(Device::Cpu);
     let net = nn::linear(vs.root(), 3, 1, Default::default());
     let optimizer = Optimizer::adam(&vs).lr(0.1).build()?;
@@ -97,6 +105,6 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 RUST
-cargo run --release --manifest-path "$crate/Cargo.toml" --quiet
+cargo test --release --lib --manifest-path "$crate/Cargo.toml" --quiet
 
 say "the package is whole"

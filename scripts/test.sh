@@ -10,7 +10,8 @@ usage: scripts/test.sh [--help]
 
 Sets up libtorch (.libtorch/) and MNIST (data/mnist/) where they are missing, and Python's
 readers of the files we write (.python/), then runs the format check, clippy, all tests,
-the documentation build and the examples in smoke mode. Stops at the first failure.
+the documentation build, the examples in smoke mode and scripts/package.sh. Stops at the
+first failure.
 
 Tests that need what is not there say SKIPPED, and are listed again at the end: Chromium
 (CHROMIUM, or on the PATH) looks at reports; clang and objdump look for vector code in the
@@ -103,6 +104,11 @@ say "fine-tuning and GAN examples in smoke mode"
 cargo run --release --features "$features" --example finetune -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/finetune"
 cargo run --release --features "$features" --example gan -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/gan"
 
+if "${TORCH_PYTHON:-python3}" -c 'import torch' 2>/dev/null; then
+  say "the check for GPUs, tried on the CPU"
+  scripts/gpu-check.sh --cpu
+fi
+
 if "${TORCH_PYTHON:-python3}" -c 'import safetensors, torch' 2>/dev/null; then
   say "a model of Python, compiled and trained"
   "${TORCH_PYTHON:-python3}" scripts/export_step.py examples/compiled/gpt.py:example "$out/gpt"
@@ -111,6 +117,9 @@ fi
 say "character transformer in smoke mode, alone and on two ranks"
 cargo run --release --features "$features" --example chargpt -- --smoke --text docs/DIFFERENCES.md --out "$out/chargpt"
 cargo run --release --features "$features" --example chargpt -- --smoke --text docs/DIFFERENCES.md --optimizer muon --bf16 --ranks 2 --accumulate 3 --out "$out/chargpt2"
+
+say "the package, as crates.io would have it"
+scripts/package.sh --all-targets
 
 skipped=$(grep -a 'SKIPPED' "$out/tests.log" | sort -u || true)
 if [ -z "$skipped" ]; then

@@ -36,7 +36,9 @@ pub fn host_syncs<R>(call: impl FnOnce() -> R) -> Result<(R, Vec<String>)> {
     }
 
     if WATCHING.replace(true) {
-        return Err(Error::invalid("host_syncs was called within host_syncs"));
+        return Err(Error::invalid(
+            "host_syncs was called within host_syncs: call it once, around all that is to be watched",
+        ));
     }
     let _watching = Watching;
     let failed = |text: String| Error::libtorch("watching for host syncs", text);

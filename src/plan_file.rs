@@ -25,8 +25,12 @@ impl PlanFile {
             #[cfg(feature = "toml")]
             Some("toml") => Self::from_toml(&text),
             #[cfg(not(feature = "toml"))]
-            Some("toml") => Err(Error::invalid("TOML needs the feature `toml` of tch-ignite")),
-            _ => Err(Error::invalid("a plan should be a .json or .toml file")),
+            Some("toml") => Err(Error::invalid(
+                "TOML needs the feature `toml` of tch-ignite: enable it, or write the plan as JSON",
+            )),
+            _ => Err(Error::invalid(
+                "a plan should be a .json or .toml file: give the file's name that ending",
+            )),
         };
         let mut file =
             file.map_err(|error| Error::invalid(format!("{}: {error}", path.display())))?;

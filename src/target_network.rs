@@ -93,7 +93,9 @@ impl TargetNetwork {
     /// A share that is not from 0 to 1, or a variable that got another size or device; nothing is changed then.
     pub fn soft_update(&mut self, tau: f64) -> Result<()> {
         if !(0. ..=1.).contains(&tau) {
-            return Err(Error::invalid(format!("tau should be from 0 to 1, but given {tau}")));
+            return Err(Error::invalid(format!(
+                "soft_update: tau, the share that is taken of the other network, should be from 0 to 1, but given {tau}"
+            )));
         }
         self.update(Average::Lerp(tau))
     }

@@ -6,6 +6,7 @@ mod runner;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use tch::Device;
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
@@ -14,7 +15,7 @@ fn golden(name: &str) -> PathBuf {
 /// Checks that every case of a file passes, but for `skipped` cases, which cannot be compared with this crate.
 fn check(name: &str, skipped: u64) {
     let mut tally = runner::Tally::default();
-    runner::run_file(&golden(name), &mut tally).unwrap();
+    runner::run_file(&golden(name), Device::Cpu, &mut tally).unwrap();
     println!("{name}: {tally}");
     let cases = std::fs::read_to_string(golden(name)).unwrap().lines().count() as u64;
     let all = (cases - skipped, 0, skipped);
@@ -100,7 +101,7 @@ fn cases_of_any_shape_end_in_a_line_each() {
         }
         std::fs::write(&path, odd.join("\n")).unwrap();
         let mut tally = runner::Tally::default();
-        runner::run_file(&path, &mut tally).unwrap();
+        runner::run_file(&path, Device::Cpu, &mut tally).unwrap();
         assert_eq!(tally.panicked, 0, "{}", file.display());
         let ran = tally.passed + tally.failed + tally.skipped;
         assert_eq!(ran, odd.len() as u64, "{}", file.display());

@@ -31,8 +31,11 @@ fn main() -> ExitCode {
             }
             continue;
         }
-        let run = if path.is_dir() { folder::run_folder } else { runner::run_file };
-        if let Err(error) = run(path, &mut tally) {
+        let ran = match path.is_dir() {
+            true => folder::run_folder(path, &mut tally),
+            false => runner::run_file(path, tch::Device::Cpu, &mut tally),
+        };
+        if let Err(error) = ran {
             eprintln!("conformance: {error:#}");
             return ExitCode::FAILURE;
         }

@@ -108,8 +108,16 @@ impl Manifest {
         let path = folder.join("manifest.json");
         let io = |source| Error::Io { path: path.clone(), source };
         let failed = |why: String| Error::State(format!("{}: {why}", path.display()));
+        if !path.exists() {
+            return Err(failed(
+                "there is no such file. Give the folder that scripts/export_step.py wrote".into(),
+            ));
+        }
         if std::fs::metadata(&path).map_err(io)?.len() > MAX_LENGTH {
-            return Err(failed("it is too long for a manifest".into()));
+            return Err(failed(
+                "it is too long for a manifest: give the folder that scripts/export_step.py wrote"
+                    .into(),
+            ));
         }
         Self::parse(&std::fs::read(&path).map_err(io)?).map_err(failed)
     }
@@ -178,10 +186,10 @@ impl Manifest {
         }
         let is_there = |mode| self.programs.iter().any(|program| program.mode == mode);
         if !is_there(Mode::Train) {
-            return Err("it has no training step".into());
+            return Err("it has no training step. Export it anew".into());
         }
         match self.inputs.is_empty() {
-            true => Err("it has no inputs".into()),
+            true => Err("it has no inputs. Export it anew".into()),
             false => Ok(()),
         }
     }

@@ -84,10 +84,13 @@ impl CompiledModel {
         for name in names.chain(manifest.tied.keys()) {
             let (inner, name_there) = place(path, name);
             if inner.as_ref().unwrap_or(path).get(name_there).is_some() {
-                return Err(failed(format!("there is a variable '{name}' already")));
+                return Err(failed(format!(
+                    "there is a variable '{name}' already. Load it into a path of its own, such as vs.root() / \"compiled\""
+                )));
             }
         }
-        let bound = tensors(folder, &manifest, device).map_err(failed)?;
+        let bound = tensors(folder, &manifest, device)
+            .map_err(|why| failed(format!("{why}. Copy the whole folder, or export it anew")))?;
         let programs = manifest.programs.iter().map(|program| {
             let package = folder.join(&program.file);
             if !package.is_file() {

@@ -152,7 +152,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// engine refuses to run until a restore succeeds. Also refused within a run.
     pub fn restore(&mut self, cx: &mut C, state: StateDict, strict: bool) -> Result<Restored> {
         if self.running {
-            return Err(Error::invalid("restore() was called within a run"));
+            return Err(Error::invalid("restore() was called within a run: call it before run()"));
         }
         let changed = guarded_state(|| Ok(self.changed_settings(&state)))?;
         let mut report = Report { restored: Restored { changed, ..Restored::default() }, strict };

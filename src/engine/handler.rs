@@ -410,7 +410,9 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
 
     pub(super) fn register(&mut self, event: Event) -> Result<()> {
         let Event::Custom(name) = event else {
-            return Err(Error::invalid(format!("{event} is there already")));
+            return Err(Error::invalid(format!(
+                "{event} is there already: register an event of your own once, under a name of its own"
+            )));
         };
         if self.custom.iter().all(|known| known.name != name) {
             self.custom.push(CustomEvent { name, firings: 0 });
@@ -453,7 +455,9 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
     ) -> Result<HandlerId> {
         if spec.events.0.is_empty() {
             let name = &spec.name;
-            return Err(Error::invalid(format!("handler '{name}' names no event to be called at")));
+            return Err(Error::invalid(format!(
+                "handler '{name}' names no event to be called at: give its HandlerSpec one"
+            )));
         }
         let mut indices = Vec::with_capacity(spec.events.0.len());
         let events: Vec<_> = spec.events.0.iter().map(|event| self.known(event)).collect();
@@ -510,7 +514,9 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
     /// same.
     pub(super) fn remove(&mut self, id: HandlerId) -> Result<()> {
         let Some(slot) = self.slot(id) else {
-            return Err(Error::invalid("this handler is not registered, or was removed already"));
+            return Err(Error::invalid(
+                "this handler is not registered, or was removed already: give the id that add_event_handler of this engine returned",
+            ));
         };
         self.removals += 1;
         self.slots[slot].removed = Some(self.removals);
@@ -534,7 +540,7 @@ impl<'a, C, B, O> Handlers<'a, C, B, O> {
             let schedulers: Vec<_> =
                 names.filter(|name| name.starts_with("scheduler ")).map(String::as_str).collect();
             Err(Error::invalid(match schedulers[..] {
-                [] => format!("no scheduler '{name}' is attached to this engine, nor any other"),
+                [] => format!("no scheduler '{name}' is attached to this engine, nor any other: attach it first"),
                 _ => format!(
                     "no scheduler '{name}' is attached to this engine (or it is running now); there are: {}",
                     schedulers.join(", ")

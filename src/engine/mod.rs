@@ -658,7 +658,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// or with a budget smaller than the position.
     pub fn load_state_dict(&mut self, state: &Map<String, Value>) -> Result<()> {
         if self.running {
-            return Err(Error::invalid("load_state_dict() was called within a run"));
+            return Err(Error::invalid(
+                "load_state_dict() was called within a run: call it before run()",
+            ));
         }
         self.state.load(state)?;
         (self.requests, self.random, self.log_places) = (Requests::default(), None, None);

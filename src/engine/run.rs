@@ -15,6 +15,9 @@ use crate::data::{IntoSource, SamplePosition, Source};
 use crate::error::{Error, Result};
 use crate::guard::{Entered, guarded_drop, guarded_within};
 
+/// Refuses a run within a run.
+pub(super) const RUNS_ALREADY: &str = "the engine is running already: its step and handlers can run another engine, but not their own";
+
 /// How far a run goes, and where it begins.
 struct Plan {
     previous: PreviousRun,
@@ -56,7 +59,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return Err(Error::invalid(text));
         }
         if self.running {
-            return Err(Error::invalid("the engine is running already"));
+            return Err(Error::invalid(RUNS_ALREADY));
         }
         let start = Instant::now();
         let spent_before = self.profile.as_ref().map(Profile::spent);
@@ -150,7 +153,9 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Refused while the engine is running.
     pub fn resume_terminated(&mut self) -> Result<()> {
         if self.running {
-            return Err(Error::invalid("resume_terminated() was called within a run"));
+            return Err(Error::invalid(
+                "resume_terminated() was called within a run: call it before the next run()",
+            ));
         }
         if self.position.previous == PreviousRun::Restored {
             self.position.forget_terminate();
@@ -910,7 +915,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
             return Err(wrap(anyhow::anyhow!("a handler took the batch away before the step")));
         };
         let Some(mut step) = self.step.take() else {
-            return Err(wrap(anyhow::anyhow!("the engine is running already")));
+            return Err(wrap(anyhow::anyhow!(RUNS_ALREADY)));
         };
         let begun = self.clock();
         let output = guarded_within(|| step(cx, self, batch));

@@ -3,6 +3,7 @@ use std::cell::Cell;
 use super::handler::NamedHandler;
 use super::position::Position;
 use super::random_numbers::{generators, load_generators_strictly};
+use super::run::RUNS_ALREADY;
 use super::{Engine, Event, Profile, Requests, State};
 use crate::data::Source;
 use crate::error::{Error, Result};
@@ -91,7 +92,7 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
     /// Sets the current run aside. Nothing is changed on error.
     fn suspend(&mut self, cx: &C) -> Result<SuspendedRun<'a, B, O>> {
         if self.running {
-            return Err(Error::invalid("the engine is running already"));
+            return Err(Error::invalid(RUNS_ALREADY));
         }
         let mut handlers = StateDict::new();
         for NamedHandler { name, handler, spec, .. } in self.handlers.objects() {

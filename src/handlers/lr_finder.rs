@@ -522,7 +522,7 @@ impl LrCurve {
     fn steepest(&self) -> Result<usize> {
         if self.loss.is_empty() {
             return Err(Error::invalid(
-                "learning rate finder didn't run yet so lr_suggestion can't be returned",
+                "learning rate finder didn't run yet so lr_suggestion can't be returned: the curve has no losses, take the one that LrFinder::run returns",
             ));
         }
         let finite = self.loss.split(|loss| !loss.is_finite()).next().unwrap_or_default();
@@ -547,7 +547,7 @@ impl LrCurve {
         use crate::plot::{Line, Sheet, X, label, svg_of};
         if self.loss.is_empty() {
             return Err(Error::invalid(
-                "learning rate finder didn't run yet so results can't be plotted",
+                "learning rate finder didn't run yet so results can't be plotted: the curve has no losses, take the one that LrFinder::run returns",
             ));
         }
         let suggested = self.steepest().ok();

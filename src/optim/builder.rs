@@ -177,7 +177,7 @@ fn named_numbers(names: Vec<(usize, String)>) -> Result<Vec<(usize, String)>> {
         for (other, other_name) in &names[..index] {
             if other == number {
                 return Err(Error::invalid(format!(
-                    "group {number} is named twice: '{other_name}' and '{name}'"
+                    "group {number} is named twice: '{other_name}' and '{name}'; call name_group once for each number"
                 )));
             }
             if other_name == name {
@@ -194,7 +194,7 @@ fn named_numbers(names: Vec<(usize, String)>) -> Result<Vec<(usize, String)>> {
 }
 
 fn two_groups(name: &str) -> Error {
-    Error::invalid(format!("two parameter groups are named '{name}'"))
+    Error::invalid(format!("two parameter groups are named '{name}': give each a name of its own"))
 }
 
 /// Builders for the optimizers that tch has, with PyTorch's defaults.

@@ -184,7 +184,7 @@ fn groups_of(rules: &[GroupRule], variables: &[&Variable]) -> Result<Vec<usize>>
             [] => homeless.push(quoted(variable)),
             [(a, name), (b, other_name), ..] if name == other_name => {
                 return Err(Error::invalid(format!(
-                    "parameter '{name}' is in two groups: '{}' and '{}'",
+                    "parameter '{name}' is in two groups: '{}' and '{}'; let only one of their conditions hold for it",
                     rules[a].name, rules[b].name
                 )));
             }
@@ -201,7 +201,7 @@ fn groups_of(rules: &[GroupRule], variables: &[&Variable]) -> Result<Vec<usize>>
     }
     let groups: Vec<_> = rules.iter().map(|rule| rule.name.as_str()).collect();
     Err(Error::invalid(format!(
-        "in no parameter group: {}; the groups are: {}",
+        "in no parameter group: {}; the groups are: {}. Each parameter has to be in one: widen a condition, or add a group",
         listed(&homeless),
         groups.join(", ")
     )))

@@ -41,7 +41,9 @@ pub fn var_store_of<'t, N: Into<String>>(
             )));
         }
         if locked(&vs.variables_).named_variables.contains_key(&name) {
-            return Err(Error::invalid(format!("two tensors are named '{name}'")));
+            return Err(Error::invalid(format!(
+                "two tensors are named '{name}': give each a name of its own"
+            )));
         }
         let trainable = tensor.requires_grad();
         // tch takes a name part by part.

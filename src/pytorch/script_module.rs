@@ -65,7 +65,7 @@ impl ScriptModule {
             let (inner, name) = place(path, &one.name);
             if inner.as_ref().unwrap_or(path).get(name).is_some() || !names.insert(&one.name) {
                 return Err(Error::invalid(format!(
-                    "the module {} cannot be loaded: there is a variable '{}' already",
+                    "the module {} cannot be loaded: there is a variable '{}' already. Load it into a path of its own",
                     file.display(),
                     one.name
                 )));

@@ -202,7 +202,8 @@ fn what_does_not_fit_is_refused_with_what_to_do() -> Result<()> {
         error
     };
     let error = load_error(Path::new("nowhere"));
-    assert!(error.contains("nowhere/manifest.json"), "{error}");
+    let advice = "nowhere/manifest.json: there is no such file. Give the folder that scripts/export_step.py wrote";
+    assert_eq!(error, advice);
     std::fs::write(folder.path().join("train.pt2"), "no zip")?;
     let error = load_error(folder.path());
     assert!(error.contains("train.pt2 is not of this export"), "{error}");
@@ -213,7 +214,7 @@ fn what_does_not_fit_is_refused_with_what_to_do() -> Result<()> {
     let text = std::fs::read_to_string(&manifest)?;
     for (from, to, expected) in [
         ("[12,8]", "[8,12]", "'0.weight' is Float [12, 8] in model.safetensors"),
-        ("\"2.weight\"", "\"4.weight\"", "has no '4.weight'"),
+        ("\"2.weight\"", "\"4.weight\"", "has no '4.weight'. Copy the whole folder"),
         ("\"device\":\"cpu\"", "\"device\":\"cuda\"", "exported for cuda"),
     ] {
         std::fs::write(&manifest, text.replace(from, to))?;

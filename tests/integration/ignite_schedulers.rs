@@ -156,7 +156,10 @@ fn the_value_to_come_is_read_by_name() -> Result<()> {
     let optimizer = two_groups()?;
     let mut trainer = trainer(&optimizer);
     let error = trainer.get_param("lr").unwrap_err().to_string();
-    assert_eq!(error, "no scheduler 'lr' is attached to this engine, nor any other");
+    assert_eq!(
+        error,
+        "no scheduler 'lr' is attached to this engine, nor any other: attach it first"
+    );
     let shared = Rc::new(RefCell::new(ParamScheduler::new(
         "shared",
         optimizer.knob("momentum")?,

@@ -407,11 +407,11 @@ fn refusals_at_build_say_what_was_given_and_what_there_is() {
     for (builder, expected) in [
         (
             sgd().group("first", on('a'), none()),
-            "in no parameter group: 'b.w'; the groups are: first",
+            "in no parameter group: 'b.w'; the groups are: first. Each parameter has to be in one: widen a condition, or add a group",
         ),
         (
             sgd().group("x", on('a'), none()).group("y", all, none()),
-            "parameter 'a.w' is in two groups: 'x' and 'y'",
+            "parameter 'a.w' is in two groups: 'x' and 'y'; let only one of their conditions hold for it",
         ),
         (
             sgd().group("x", all, none()).group("y", on('c'), none()),
@@ -419,7 +419,7 @@ fn refusals_at_build_say_what_was_given_and_what_there_is() {
         ),
         (
             sgd().group("x", on('a'), none()).group("x", on('b'), none()),
-            "two parameter groups are named 'x'",
+            "two parameter groups are named 'x': give each a name of its own",
         ),
         (
             sgd().name_group(0, "x", none()).group("y", all, none()),
@@ -579,7 +579,7 @@ fn a_late_variable_in_no_group_is_an_error_that_changes_nothing() -> Result<()> 
     // The first of the two new variables fits a group's rule.
     let _late = (vs.root() / "a").ones("late", &ONE);
     let _homeless = (vs.root() / "c").ones("w", &ONE);
-    let error = "in no parameter group: 'c.w'; the groups are: a, b";
+    let error = "in no parameter group: 'c.w'; the groups are: a, b. Each parameter has to be in one: widen a condition, or add a group";
     for _ in 0..2 {
         assert_eq!(text(optimizer.step()), error);
         assert_eq!(text(optimizer.zero_grad()), error);
@@ -789,9 +789,18 @@ fn numbers_of_tch_are_named_once() {
             .fold(builder, |b, (number, name)| b.name_group(*number, *name, GroupOptions::new()));
         text(named.build())
     };
-    assert_eq!(build(&[(0, "a"), (0, "b")]), "group 0 is named twice: 'a' and 'b'");
-    assert_eq!(build(&[(0, "a"), (1, "a")]), "two parameter groups are named 'a'");
-    assert_eq!(build(&[(1, "group_0")]), "two parameter groups are named 'group_0'");
+    assert_eq!(
+        build(&[(0, "a"), (0, "b")]),
+        "group 0 is named twice: 'a' and 'b'; call name_group once for each number"
+    );
+    assert_eq!(
+        build(&[(0, "a"), (1, "a")]),
+        "two parameter groups are named 'a': give each a name of its own"
+    );
+    assert_eq!(
+        build(&[(1, "group_0")]),
+        "two parameter groups are named 'group_0': give each a name of its own"
+    );
     let error = build(&[(usize::MAX, "last")]);
     assert!(error.contains(&usize::MAX.to_string()), "{error}");
 }

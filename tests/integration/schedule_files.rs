@@ -296,7 +296,9 @@ fn errors_outside_of_entries_name_their_place() {
         std::fs::write(&path, text).unwrap();
         SchedulePlan::from_path(&path).unwrap_err().to_string()
     };
-    assert!(file("a.yaml", "").ends_with("a.yaml: a plan should be a .json or .toml file"));
+    assert!(file("a.yaml", "").ends_with(
+        "a.yaml: a plan should be a .json or .toml file: give the file's name that ending"
+    ));
     let error = file("a.toml", "[[schedule]]\ntype = 'StepLR'\nbase = 1.0\nstep_size = 'x'");
     assert!(error.contains("a.toml: schedule[0].step_size: \"x\" is no length"), "{error}");
     let missing = SchedulePlan::from_path(folder.path().join("none.json")).unwrap_err();

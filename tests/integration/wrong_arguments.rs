@@ -5,16 +5,19 @@ use std::time::Duration;
 use anyhow::Result;
 use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
+use tch_ignite::amp::GradScaler;
 use tch_ignite::checkpoint::Checkpoint;
-use tch_ignite::data::{Loader, no_data};
+use tch_ignite::compiled::CompiledModel;
+use tch_ignite::data::transforms::{pad, random_horizontal_flip};
+use tch_ignite::data::{Loader, SplitMix64, no_data};
 use tch_ignite::engine::{Engine, Event, Until};
 use tch_ignite::handlers::*;
 use tch_ignite::metrics::*;
-use tch_ignite::optim::Optimizer;
+use tch_ignite::optim::{GroupOptions, Optimizer, OptimizerPlan, var_store_of};
 use tch_ignite::supervised::{
     Supervised, create_supervised_tbptt_trainer, create_supervised_trainer,
 };
-use tch_ignite::{Accumulation, Error};
+use tch_ignite::{Accumulation, Error, TargetNetwork, host_syncs};
 
 type Numbers<'a> = Engine<'a, (), f64, f64>;
 
@@ -59,6 +62,8 @@ fn each_wrong_argument_is_named_with_what_was_given_and_what_to_do() -> Result<(
         engine.run(&mut (), vec![1.0; 2], second).unwrap_err()
     };
     let text = |error: Error| error.to_string();
+    let picture = Tensor::zeros([3, 4, 4], (Kind::Uint8, Device::Cpu));
+    std::fs::write(folder.join("plan.yaml"), "")?;
     let cases: Vec<(String, &[&str])> = vec![
         (text(Accumulation::new(0).unwrap_err()), &["accumulate(0)", "how many batches"]),
         (
@@ -155,6 +160,86 @@ fn each_wrong_argument_is_named_with_what_was_given_and_what_to_do() -> Result<(
             ),
             &["3 inputs but 1 targets"],
         ),
+        (
+            text(
+                Optimizer::sgd(&vs)
+                    .group("a", |name| name == "bias", GroupOptions::new())
+                    .build()
+                    .unwrap_err(),
+            ),
+            &["'weight'", "the groups are: a", "widen a condition, or add a group"],
+        ),
+        (
+            text(
+                Optimizer::sgd(&vs)
+                    .group("a", |_| true, GroupOptions::new())
+                    .group("b", |name| name == "bias", GroupOptions::new())
+                    .build()
+                    .unwrap_err(),
+            ),
+            &["'bias'", "'a' and 'b'", "only one of their conditions"],
+        ),
+        (
+            text({
+                let x = Tensor::zeros([1], (Kind::Float, Device::Cpu));
+                var_store_of([("w", &x), ("w", &x.copy())]).unwrap_err()
+            }),
+            &["'w'", "a name of its own"],
+        ),
+        (
+            text(OptimizerPlan::from_path(folder.join("plan.yaml")).unwrap_err()),
+            &["plan.yaml", ".json or .toml", "give the file's name"],
+        ),
+        (
+            text(CompiledModel::load(folder.join("net"), &vs.root()).unwrap_err()),
+            &["net/manifest.json", "scripts/export_step.py"],
+        ),
+        (text(LrCurve::default().lr_suggestion().unwrap_err()), &["LrFinder::run"]),
+        (text(numbers().get_param("lr").unwrap_err()), &["'lr'", "attach it first"]),
+        (
+            text(numbers().register_events([Event::Started]).unwrap_err()),
+            &["STARTED is there already", "a name of its own"],
+        ),
+        (
+            text({
+                let mut engine = numbers();
+                engine.on(Event::Started, |cx, engine| {
+                    engine.run(cx, vec![1.0], Until::epochs(1))?;
+                    Ok(())
+                });
+                engine.run(&mut (), vec![1.0], Until::epochs(1)).unwrap_err()
+            }),
+            &["running already", "another engine"],
+        ),
+        (
+            text(host_syncs(|| host_syncs(|| ()).unwrap_err()).unwrap().0),
+            &["host_syncs", "call it once, around all"],
+        ),
+        (
+            text({
+                let other = VarStore::new(Device::Cpu);
+                let _ = linear(&other);
+                TargetNetwork::new(&vs, &other)?.soft_update(1.5).unwrap_err()
+            }),
+            &["soft_update", "tau", "from 0 to 1", "1.5"],
+        ),
+        (
+            text({
+                let scaler = GradScaler::new();
+                let optimizer = Optimizer::sgd(&vs).build()?;
+                scaler.step(&optimizer)?;
+                scaler.step(&optimizer).unwrap_err()
+            }),
+            &["GradScaler", "call update() after each step"],
+        ),
+        (
+            format!(
+                "{:#}",
+                random_horizontal_flip(&picture, 2., &mut SplitMix64::new(0)).unwrap_err()
+            ),
+            &["random_horizontal_flip", "between 0 and 1", "2"],
+        ),
+        (format!("{:#}", pad(&picture, [-1, 0, 0, 0]).unwrap_err()), &["pad", "-1", "crop"]),
         (text(Optimizer::sgd(&vs).lr(-0.1).build().unwrap_err()), &["lr", "-0.1"]),
     ];
     for (text, parts) in cases {

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use tch::{Kind, Reduction, Tensor};
+use tch::{Device, Kind, Reduction, Tensor};
 use tch_ignite::engine::{Engine, Event, MetricValue, Until};
 use tch_ignite::metrics::*;
 
@@ -17,13 +17,18 @@ const FLOAT32: &str = "a confusion matrix with an average is rounded to float32"
 /// A metric of `(y_pred, y)`, attached or called by hand.
 pub type Boxed = MetricsLambda<'static, Pair>;
 
-pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
+pub fn run(
+    config: &Value,
+    expect: &Value,
+    device: Device,
+    defect: &mut Option<&'static str>,
+) -> Result<Outcome> {
     if expect["dtype"] == "float32" {
         *defect = Some(FLOAT32);
     }
     let (name, args) = (text(&config["metric"])?, &config["args"]);
     if !config["usage"].is_null() {
-        return with_usage(config, expect);
+        return with_usage(config, expect, device);
     }
     let batches = array(&config["batches"])?;
     let compared = if config["y_dtype"].is_null() {
@@ -34,7 +39,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
             other => bail!("no average {other}"),
         }
     } else {
-        compare(build(name, args)?, pairs(config)?, expect)?
+        compare(build(name, args)?, pairs(config, device)?, expect)?
     };
     Ok(compared.into())
 }
@@ -224,7 +229,7 @@ fn same(ours: &MetricValue, theirs: &Value, relative: f64) -> Result<Result<(), 
 }
 
 /// Compares the values of an attached metric after each iteration and each epoch.
-fn with_usage(config: &Value, expect: &Value) -> Result<Outcome> {
+fn with_usage(config: &Value, expect: &Value, device: Device) -> Result<Outcome> {
     let usage = match &config["usage"] {
         Value::Object(filtered) => {
             let filter = &filtered["batch_filtered"];
@@ -241,7 +246,7 @@ fn with_usage(config: &Value, expect: &Value) -> Result<Outcome> {
     };
     let length = count(&config["epoch_length"])?.context("epoch_length")?;
     let epochs = count(&config["max_epochs"])?.context("max_epochs")?;
-    let mut outputs = pairs(config)?.into_iter();
+    let mut outputs = pairs(config, device)?.into_iter();
     let mut engine: Engine<[Vec<Option<f64>>; 2], (), Pair> =
         Engine::new(move |_, _, ()| outputs.next().context("more iterations than outputs"));
     engine.metric_with("metric", build(text(&config["metric"])?, &Value::Null)?, usage);
@@ -281,13 +286,14 @@ fn averaged(value: &Value) -> Result<MetricValue> {
     })
 }
 
-fn pairs(config: &Value) -> Result<Vec<Pair>> {
+fn pairs(config: &Value, device: Device) -> Result<Vec<Pair>> {
     let kind = |key: &str| match config[key].as_str() {
         Some("float64") => Kind::Double,
         _ => Kind::Int64,
     };
     let pair = |batch: &Value| {
-        Ok((tensor(&batch["y_pred"], kind("y_pred_dtype"))?, tensor(&batch["y"], kind("y_dtype"))?))
+        let of = |key, kind| anyhow::Ok(tensor(&batch[key], kind)?.f_to_device(device)?);
+        Ok((of("y_pred", kind("y_pred_dtype"))?, of("y", kind("y_dtype"))?))
     };
     array(&config["batches"])?.iter().map(pair).collect()
 }
@@ -358,7 +364,7 @@ pub fn refused(target: &str, args: &Value) -> Result<Option<String>> {
         (_, "update") => {
             let zeros = |shape: &Value| {
                 let shape = floats(shape)?.iter().map(|n| *n as i64).collect::<Vec<_>>();
-                Ok::<_, anyhow::Error>(Tensor::f_zeros(shape, (Kind::Float, tch::Device::Cpu))?)
+                Ok::<_, anyhow::Error>(Tensor::f_zeros(shape, (Kind::Float, Device::Cpu))?)
             };
             let output = match args["y_shape"].is_null() {
                 true => (tensor(&args["y_pred"], Kind::Int64)?, tensor(&args["y"], Kind::Int64)?),

@@ -23,6 +23,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
+use tch::Device;
 
 /// The outcome of one case.
 pub enum Outcome {
@@ -93,8 +94,8 @@ fn guarded(run: impl FnOnce() -> Result<Outcome>) -> Result<Outcome> {
     })
 }
 
-/// Runs all cases of a file and prints the ids of those that fail.
-pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
+/// Runs all cases of a file and prints the ids of those that fail. Training, optimizers and metrics run on the device.
+pub fn run_file(path: &Path, device: Device, tally: &mut Tally) -> Result<()> {
     let file = File::open(path).with_context(|| path.display().to_string())?;
     for (number, line) in BufReader::new(file).lines().enumerate() {
         let line = line?;
@@ -118,11 +119,11 @@ pub fn run_file(path: &Path, tally: &mut Tally) -> Result<()> {
             Some("schedule_resume") => schedule_resume::run(config, expect, &mut defect),
             Some("schedule_error") => schedule_error::run(config, expect, &mut defect),
             Some("engine_trace") => engine_trace::run(config, expect, &mut defect),
-            Some("train") => train::run(config, expect, &mut defect),
+            Some("train") => train::run(config, expect, device, &mut defect),
             Some("handler") => handler::run(config, expect, &mut defect),
             Some("lr_finder") => lr_finder::run(config, expect, &mut defect),
-            Some("metric") => metric::run(config, expect, &mut defect),
-            Some("optimizer") => optimizer_steps::run(config, expect, &mut defect),
+            Some("metric") => metric::run(config, expect, device, &mut defect),
+            Some("optimizer") => optimizer_steps::run(config, expect, device, &mut defect),
             kind => Outcome::skipped(format!("kind {} does not exist yet", kind.unwrap_or("?"))),
         });
         if let Some(defect) = defect {

@@ -16,11 +16,16 @@ const INITIAL_VALUE: &str = "torch's Adagrad ignores the initial_accumulator_val
 type Fused = fn(usize) -> bool;
 
 /// With fused steps, with the loop, and with a switch at every other step.
-pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
+pub fn run(
+    config: &Value,
+    expect: &Value,
+    device: Device,
+    defect: &mut Option<&'static str>,
+) -> Result<Outcome> {
     let class = text(&config["type"])?;
     let with_closures = match class {
-        "LBFGS" => Some(lbfgs(config, expect)?),
-        "SAM" => Some(sam(config, expect)?),
+        "LBFGS" => Some(lbfgs(config, expect, device)?),
+        "SAM" => Some(sam(config, expect, device)?),
         _ => None,
     };
     if let Some(result) = with_closures {
@@ -29,7 +34,7 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
     let ways: [(&str, Fused); 3] =
         [("fused", |_| true), ("the loop", |_| false), ("both in turn", |step| step % 2 == 0)];
     for (name, fused) in ways {
-        if let Err(why) = steps(class, config, expect, fused, defect)? {
+        if let Err(why) = steps(class, config, expect, device, fused, defect)? {
             return Ok(Outcome::Failed(format!("{name}: {why}")));
         }
     }
@@ -40,6 +45,7 @@ fn steps(
     class: &str,
     config: &Value,
     expect: &Value,
+    device: Device,
     fused: Fused,
     defect: &mut Option<&'static str>,
 ) -> Result<Result<(), String>> {
@@ -48,14 +54,16 @@ fn steps(
         "float32" => (Kind::Float, 1e-6),
         other => bail!("no type {other}"),
     };
-    let mut vs = VarStore::new(Device::Cpu);
+    // Muon multiplies matrices in bf16, and each device rounds the sums in its own order.
+    let tolerance = if class == "Muon" && device.is_cuda() { 1e-2 } else { tolerance };
+    let mut vs = VarStore::new(device);
     vs.set_kind(kind);
     let mut parameters = vec![];
     for spec in array(&config["params"])? {
         let (name, group) = (text(&spec["name"])?, count(&spec["group"])?.context("a group")?);
         let shape: Vec<i64> = serde_json::from_value(spec["shape"].clone())?;
         let value = Tensor::from_slice(&floats(&spec["data"])?).f_reshape(&shape[..])?;
-        let value = value.to_kind(kind).set_requires_grad(true);
+        let value = value.to_kind(kind).to_device(device).set_requires_grad(true);
         let path = vs.root().set_group(usize::try_from(group)?.min(1 << 10));
         parameters.push((name.to_owned(), path.add(name, value, true)));
     }
@@ -131,13 +139,14 @@ struct Problem {
 }
 
 impl Problem {
-    fn of(config: &Value) -> Result<Self> {
+    fn of(config: &Value, device: Device) -> Result<Self> {
         let problem = &config["problem"];
-        let vector = |value: &Value| Ok::<_, anyhow::Error>(Tensor::from_slice(&floats(value)?));
+        let vector =
+            |value: &Value| anyhow::Ok(Tensor::from_slice(&floats(value)?).f_to_device(device)?);
         let rows = array(&problem["m"])?.iter().map(vector).collect::<Result<Vec<_>>>()?;
         let m = Tensor::f_stack(&rows, 0)?;
         let (b, x0) = (vector(&problem["b"])?, vector(&problem["x0"])?);
-        let unit = Tensor::f_eye(x0.size1()?, (Kind::Double, Device::Cpu))?;
+        let unit = Tensor::f_eye(x0.size1()?, (Kind::Double, device))?;
         let a = m.f_tr()?.f_matmul(&m)?.f_add(&unit.f_mul_scalar(0.1)?)?;
         if config["dtype"] != "float64" {
             bail!("a closure in another type than float64");
@@ -154,16 +163,16 @@ impl Problem {
     }
 }
 
-fn store() -> VarStore {
-    let mut vs = VarStore::new(Device::Cpu);
+fn store(device: Device) -> VarStore {
+    let mut vs = VarStore::new(device);
     vs.set_kind(Kind::Double);
     vs
 }
 
 /// Minimizes the function of a case, and compares losses, points and counts of evaluations.
-fn lbfgs(config: &Value, expect: &Value) -> Result<Result<(), String>> {
+fn lbfgs(config: &Value, expect: &Value, device: Device) -> Result<Result<(), String>> {
     const TOLERANCE: f64 = 1e-9;
-    let (problem, vs) = (Problem::of(config)?, store());
+    let (problem, vs) = (Problem::of(config, device)?, store(device));
     let x = vs.root().add("x", problem.x0.copy(), true);
     let optimizer = Optimizer::lbfgs(&vs).build()?;
     let group = optimizer.group_at(0)?;
@@ -194,9 +203,9 @@ fn lbfgs(config: &Value, expect: &Value) -> Result<Result<(), String>> {
 }
 
 /// Sharpness-aware steps of any optimizer; the point is in two parameters.
-fn sam(config: &Value, expect: &Value) -> Result<Result<(), String>> {
+fn sam(config: &Value, expect: &Value, device: Device) -> Result<Result<(), String>> {
     const TOLERANCE: f64 = 1e-12;
-    let (problem, vs) = (Problem::of(config)?, store());
+    let (problem, vs) = (Problem::of(config, device)?, store(device));
     let split = count(&config["problem"]["split"])?.context("a place to split")?;
     let split = i64::try_from(split)?;
     let size = problem.x0.size1()?;
@@ -285,20 +294,24 @@ fn give(parameter: &Tensor, gradient: &Value) -> Result<()> {
     let kind = parameter.kind();
     let given = if gradient.is_object() {
         let rows: Vec<i64> = serde_json::from_value(gradient["rows"].clone())?;
-        let found = Tensor::f_embedding(parameter, &Tensor::from_slice(&rows), -1, false, true)?;
+        let found = {
+            let rows = Tensor::from_slice(&rows).f_to_device(parameter.device())?;
+            Tensor::f_embedding(parameter, &rows, -1, false, true)?
+        };
         let data = array(&gradient["data"])?.iter().map(floats).collect::<Result<Vec<_>>>()?;
         let data = Tensor::from_slice(&data.concat()).f_reshape(found.size())?;
-        found.f_mul(&data.to_kind(kind))?
+        found.f_mul(&data.to_kind(kind).to_device(parameter.device()))?
     } else {
         let data = Tensor::from_slice(&floats(gradient)?).f_reshape(parameter.size())?;
-        parameter.f_mul(&data.to_kind(kind))?
+        parameter.f_mul(&data.to_kind(kind).to_device(parameter.device()))?
     };
     Ok(given.f_sum(kind)?.f_backward()?)
 }
 
 /// Whether values agree, relative to the largest of the tensor.
 fn near(what: &str, ours: &Tensor, expected: &Value, tolerance: f64) -> Result<Result<(), String>> {
-    let ours: Vec<f64> = ours.detach().to_kind(Kind::Double).reshape([-1]).try_into()?;
+    let ours = ours.detach().to_device(Device::Cpu).to_kind(Kind::Double).reshape([-1]);
+    let ours = Vec::<f64>::try_from(ours)?;
     let expected = match expected {
         Value::Array(_) => floats(expected)?,
         number => vec![float(number)?],

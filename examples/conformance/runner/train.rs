@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tch::nn::VarStore;
-use tch::{Kind, Reduction, Tensor};
+use tch::{Device, Kind, Reduction, Tensor};
 use tch_ignite::engine::{Engine, Until};
 use tch_ignite::optim::Optimizer;
 
@@ -82,14 +82,19 @@ impl Net {
 type Fused = fn(u64) -> bool;
 
 /// Runs a case three times: with fused steps, with libtorch's own loop, and with both in turn.
-pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) -> Result<Outcome> {
+pub fn run(
+    config: &Value,
+    expect: &Value,
+    device: Device,
+    defect: &mut Option<&'static str>,
+) -> Result<Outcome> {
     let ways: [(&str, Fused); 3] = [
         ("fused", |_| true),
         ("the loop", |_| false),
         ("both in turn", |iteration| iteration % 2 == 0),
     ];
     for (name, fused) in ways {
-        if let Err(why) = train(config, expect, fused, defect)? {
+        if let Err(why) = train(config, expect, device, fused, defect)? {
             return Ok(Outcome::Failed(format!("{name}: {why}")));
         }
     }
@@ -99,16 +104,17 @@ pub fn run(config: &Value, expect: &Value, defect: &mut Option<&'static str>) ->
 fn train(
     config: &Value,
     expect: &Value,
+    device: Device,
     fused: Fused,
     defect: &mut Option<&'static str>,
 ) -> Result<Result<(), String>> {
     let entries = array(&config["schedulers"])?;
-    let vs = VarStore::new(tch::Device::Cpu);
+    let vs = VarStore::new(device);
     let mut parameters = vec![];
     for (name, group) in [("l1.weight", 0), ("l1.bias", 0), ("l2.weight", 1), ("l2.bias", 1)] {
         let (layer, leaf) = name.split_once('.').context("no layer")?;
         let path = vs.root().sub(layer).set_group(group);
-        let value = tensor(&config["model"][name])?.set_requires_grad(true);
+        let value = tensor(&config["model"][name])?.to_device(device).set_requires_grad(true);
         parameters.push((name, path.add(leaf, value, true)));
     }
     let specs: Vec<_> = entries.iter().map(|entry| &entry["scheduler"]).collect();
@@ -125,7 +131,8 @@ fn train(
     };
     let batches = array(&config["batches"])?;
     let mut trainer = Engine::new(|net: &mut Net, engine, batch: &Value| {
-        let batch = (tensor(&batch["x"])?, tensor(&batch["y"])?);
+        let batch =
+            (tensor(&batch["x"])?.to_device(device), tensor(&batch["y"])?.to_device(device));
         net.optimizer.set_fused(fused(engine.state.iteration))?;
         net.step(engine.state.iteration, batch)
     });
@@ -184,7 +191,7 @@ fn near_tensor(what: &str, ours: &Tensor, theirs: &Value) -> Result<Result<(), S
         return Ok(Err(format!("{what}: shape {:?} instead of {:?}", ours.size(), theirs.size())));
     }
     let flat = |tensor: &Tensor| -> Result<Vec<f64>> {
-        Ok(tensor.detach().to_kind(Kind::Double).reshape([-1]).try_into()?)
+        Ok(tensor.detach().to_device(Device::Cpu).to_kind(Kind::Double).reshape([-1]).try_into()?)
     };
     Ok(near(what, &flat(ours)?, &flat(&theirs)?))
 }

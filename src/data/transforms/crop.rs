@@ -13,7 +13,7 @@ pub fn pad(image: &Tensor, border: [i64; 4]) -> Result<Tensor> {
     let [left, top, right, bottom] = border;
     ensure!(
         border.iter().all(|pixels| *pixels >= 0),
-        "a border cannot be negative, but {border:?} was given"
+        "pad: a border cannot be negative, but {border:?} was given; crop cuts off"
     );
     if border == [0; 4] {
         return Ok(image.shallow_clone());

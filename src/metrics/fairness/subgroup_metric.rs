@@ -130,7 +130,10 @@ where
     fn validate(&self) -> Result<()> {
         let mut labels = HashSet::new();
         if let Some(twice) = self.groups.iter().find(|group| !labels.insert(group.label)) {
-            return Err(Error::invalid(format!("the group {} is named twice", twice.label)));
+            return Err(Error::invalid(format!(
+                "the group {} is named twice: give each group a label of its own",
+                twice.label
+            )));
         }
         self.groups.iter().try_for_each(|group| group.metric.validate())
     }
