@@ -3,6 +3,7 @@
 bench-table.py steps CRITERION_FOLDER BASELINE [PYTHON_FILE]
 bench-table.py training FILE
 bench-table.py compiled FILE
+bench-table.py weights FILE
 
 The table of steps has medians, how many times as fast as tch's own and as the fastest of torch's they are, and the
 ratio to the least time that the memory allows: the bytes that an operation reads and writes, at the rate of an
@@ -86,6 +87,25 @@ def compiled(file):
             print(f"| {model} | {names.get(way, way)} | {rate:,.0f} | {ours / rate:.2f} |")
 
 
+def weights(file):
+    runs = {}
+    for line in pathlib.Path(file).read_text().splitlines():
+        line = json.loads(line)
+        runs.setdefault(line["way"], []).append(line["result"])
+    found = {way: {key: statistics.median(r[key] for r in results) for key in results[0]} for way, results in runs.items()}
+    names = {
+        "bytes": "the bytes, into new memory", "buffer": "the bytes, into memory that is there",
+        "tensors": "here, into new tensors", "store": "here, into a store",
+        "load": "`torch.load`", "load into model": "`torch.load`, `load_state_dict`",
+        "mmap into model": "`torch.load(mmap=True)`, `load_state_dict`",
+    }  # fmt: skip
+    print("| | s | / the bytes | added MB |\n|---|---|---|---|")
+    for way, median in found.items():
+        base = found["buffer" if way in ("buffer", "store") or "model" in way else "bytes"]
+        ratio = median["seconds"] / base["seconds"]
+        print(f"| {names[way]} | {median['seconds']:.3f} | {ratio:.2f} | {median['added_mb']:,.0f} |")
+
+
 def steps(folder, baseline, *python):
     groups = medians(folder, baseline, python[0] if python else None)
     in_place = groups.pop("floor", {}).get("in place, 256 MiB")
@@ -113,4 +133,4 @@ def steps(folder, baseline, *python):
 
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
-    {"steps": steps, "training": training, "compiled": compiled}[what](*arguments)
+    {"steps": steps, "training": training, "compiled": compiled, "weights": weights}[what](*arguments)

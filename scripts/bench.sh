@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 usage() {
   cat <<'EOF'
-usage: scripts/bench.sh [--help] [--table] [steps | training | distributed | compiled]
+usage: scripts/bench.sh [--help] [--table] [steps | training | distributed | compiled | weights]
 
 Sets up libtorch (.libtorch/) where it is missing, measures, and prints Markdown tables.
 
@@ -16,12 +16,14 @@ Sets up libtorch (.libtorch/) where it is missing, measures, and prints Markdown
   distributed  all-reduce and a step of data-parallel training
   compiled     whole training of models that PyTorch compiled, beside tch's, PyTorch's eager and
                torch.compile (needs TORCH_PYTHON; exporting takes minutes)
+  weights      reading 1 GB of weights, beside reading the bytes and torch.load (1 GB of disk,
+               3 GB of memory)
 
 Each compares with PyTorch (training: with ignite too) where TORCH_PYTHON has it.
 
 environment:
   BENCH_THREADS  the numbers of threads (steps: default "1 2"; else OMP_NUM_THREADS, default 1)
-  BENCH_ROUNDS   training, compiled: how often each contender runs (default 3)
+  BENCH_ROUNDS   training, compiled, weights: how often each contender runs (default 3)
   TORCH_PYTHON   a Python with torch (default python3)
 and what scripts/setup-libtorch.sh names in its --help.
 EOF
@@ -32,7 +34,7 @@ what=steps table=no
 for argument in "$@"; do
   case "$argument" in
     --table) table=yes ;;
-    steps|training|distributed|compiled) what=$argument ;;
+    steps|training|distributed|compiled|weights) what=$argument ;;
     -h|--help) usage; exit 0 ;;
     *) usage >&2; say "error: unknown argument '$argument'"; exit 1 ;;
   esac
@@ -122,6 +124,31 @@ compiled() {
   done
   printf '\n%s thread(s)\n\n' "$OMP_NUM_THREADS"
   python3 scripts/bench-table.py compiled "$lines"
+}
+
+weights() {
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  lines="$out/weights.jsonl"
+  file="$(realpath "$out")/weights.pt"
+  trap 'rm -f "$file"' EXIT
+  ways=(bytes buffer tensors store)
+  if has torch; then ways+=("load" "load into model" "mmap into model"); fi
+  cargo bench --bench weights --no-run
+  cargo bench -q --bench weights -- --way write --file "$file"
+  : > "$lines"
+  for round in $(seq "${BENCH_ROUNDS:-3}"); do
+    for way in "${ways[@]}"; do
+      case "$way" in
+        load*|mmap*) run=("$python" benches/weights.py) ;;
+        *) run=(cargo bench -q --bench weights --) ;;
+      esac
+      result=$("${run[@]}" --way "$way" --file "$file" 2>/dev/null)
+      printf '{"way": "%s", "result": %s}\n' "$way" "$result" >> "$lines"
+      say "round $round: $way: $result"
+    done
+  done
+  printf '\n%s thread(s) of libtorch\n\n' "$OMP_NUM_THREADS"
+  python3 scripts/bench-table.py weights "$lines"
 }
 
 "$what"

@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 
 torch=${TORCH_VERSION:-2.13.0}   # the version of our libtorch, because torch's processes join ours in one group
 ignite=0.5.5                     # the version of tests/golden
+# Libraries whose files and optimizers tests compare with ours; tests/golden names the versions of the last two.
+libraries=(transformers==5.24.0 timm==1.0.31 pytorch-lightning==2.6.6 schedulefree==1.4.1 lion-pytorch==0.2.5)
 dest=${PYTHON_DIR:-.python}
 
 usage() {
@@ -16,8 +18,9 @@ Installs TensorBoard, safetensors and NumPy into .python/ (about 150 MB), and ma
 .python/bin/python3, which runs python3 with them. Nothing outside .python/ changes.
 Does nothing when they are already there.
 
-  --torch   torch and pytorch-ignite too: 1.5 GB where download.pytorch.org has the CPU
-            build, else 5 GB from PyPI (two to four minutes)
+  --torch   torch and pytorch-ignite too, and Transformers, timm, Lightning, schedulefree and
+            lion-pytorch (150 MB of it): 1.7 GB where download.pytorch.org has the CPU build,
+            else 5 GB from PyPI (two to four minutes)
 
 environment:
   TORCH_VERSION   version of torch         (default 2.13.0, as scripts/setup-libtorch.sh)
@@ -42,14 +45,15 @@ command -v python3 >/dev/null 2>&1 || die "no python3 found (Debian/Ubuntu: apt-
 # The script checks each time, because python3 itself may have been replaced since.
 ready() {
   [ -x "$1/bin/python3" ] || return 1
-  "$1/bin/python3" - "${with_torch:+$torch}" "$ignite" >/dev/null 2>&1 <<'EOT'
+  "$1/bin/python3" - "${with_torch:+$torch}" "pytorch-ignite==$ignite" "${libraries[@]}" >/dev/null 2>&1 <<'EOT'
 import importlib.metadata, sys
 import numpy, safetensors.numpy, tensorboard
-torch_wanted, ignite_wanted = sys.argv[1:]
+torch_wanted, *wanted = sys.argv[1:]
 if torch_wanted:
     import ignite, sklearn, scipy, tensorboardX, torch, tqdm
     assert torch.__version__.split("+")[0] == torch_wanted, torch.__version__
-    assert importlib.metadata.version("pytorch-ignite") == ignite_wanted
+    for name, version in (requirement.split("==") for requirement in wanted):
+        assert importlib.metadata.version(name) == version, name
 EOT
 }
 if ready "$dest"; then exit 0; fi
@@ -70,11 +74,15 @@ pip_install() {
 }
 packages=(tensorboard safetensors numpy)
 if [ -n "$with_torch" ]; then
-  packages+=("torch==$torch" "pytorch-ignite==$ignite" scikit-learn scipy tqdm tensorboardX)
+  # Each torch has its torchvision, which timm needs: 0.28 belongs to 2.13.
+  IFS=. read -r _ minor patch <<< "$torch"
+  vision="0.$((minor + 15)).$patch"
+  packages+=("torch==$torch" "torchvision==$vision" "pytorch-ignite==$ignite" scikit-learn scipy tqdm tensorboardX "${libraries[@]}")
   cpu=https://download.pytorch.org/whl/cpu
   if command -v curl >/dev/null 2>&1 && curl -fsI --connect-timeout 5 --max-time 20 -o /dev/null "$cpu/torch/"; then
     say "fetching torch $torch for the CPU, and the readers"
-    packages=(--extra-index-url "$cpu" "${packages[@]/torch==$torch/torch==$torch+cpu}")
+    packages=("${packages[@]/#torch==$torch/torch==$torch+cpu}")
+    packages=(--extra-index-url "$cpu" "${packages[@]/#torchvision==$vision/torchvision==$vision+cpu}")
   else
     free_kb=$(df -Pk . | awk 'NR==2 {print $4}')
     [ "$free_kb" -ge 9000000 ] || die "about 9 GB of free disk are needed here while unpacking PyPI's torch, $((free_kb / 1000)) MB are free"

@@ -22,6 +22,7 @@ environment:
   CI                  if set, installs Python's torch too; a test skipped for want of a
                       Python package is then a failure
   TORCH_PYTHON        a Python with torch 2.13.0, pytorch-ignite, safetensors and NumPy
+  TRANSFORMERS_PYTHON one that has Transformers, timm and Lightning too (default: TORCH_PYTHON)
   TENSORBOARD_PYTHON  a Python with TensorBoard
   OMP_NUM_THREADS     default 1
   MNIST_DIR and what scripts/setup-libtorch.sh, scripts/setup-python.sh and

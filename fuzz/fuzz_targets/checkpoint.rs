@@ -1,5 +1,5 @@
 //! Fuzzes the reader of checkpoints: whatever the bytes, it must return an error or a state, and never panic, hang or
-//! take much memory. Run it from the repository's root: `cargo +nightly fuzz run checkpoint -- -rss_limit_mb=3000`.
+//! take much memory. `scripts/fuzz.sh checkpoint` runs it.
 //!
 //! The first byte of the input says whether this program corrects the checksum and the length of the header, so that
 //! the code behind these checks is reached too. The rest is the file.

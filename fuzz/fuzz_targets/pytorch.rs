@@ -1,13 +1,44 @@
 //! Fuzzes the reader of PyTorch's files: whatever the bytes, it must return an error or a value, and never panic,
-//! hang, write a file or take much memory. Run it from the repository's root, with files that Python wrote to begin
-//! with: `cargo +nightly fuzz run pytorch fuzz/corpus/pytorch tests/golden/interop -- -rss_limit_mb=2000`.
+//! hang, write a file or take more memory than twice the file and 1 MB. `scripts/fuzz.sh pytorch` runs it, with the files of
+//! `tests/golden/interop` to begin with.
 //!
 //! Checksums are taken out of the archives first, so that the code behind them is reached.
 
 #![no_main]
 
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
 use libfuzzer_sys::fuzz_target;
 use tch_ignite::pytorch::{Reader, Value, Weights};
+
+/// Counts the bytes that Rust has, and the most it has had. libtorch's own memory is that of the tensors, which are
+/// counted by their storages.
+struct Counting;
+
+static NOW: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: forwards to the system allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        let now = NOW.fetch_add(layout.size(), Relaxed) + layout.size();
+        PEAK.fetch_max(now, Relaxed);
+        // SAFETY: the caller keeps the contract of `alloc`.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        NOW.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller keeps the contract of `dealloc`.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// What small files may take in any case.
+const FREE: usize = 1 << 20;
 
 /// Sets the checksums in an archive's directory to 0, which says that there are none.
 fn without_checksums(data: &[u8]) -> Vec<u8> {
@@ -33,8 +64,26 @@ fn use_all(value: &Value) {
     let _ = value.to_string();
 }
 
+/// How much more memory this process has than before, of Rust and of libtorch.
+fn allocated() -> usize {
+    // SAFETY: it only reads counters.
+    let info = unsafe { libc::mallinfo2() };
+    info.uordblks + info.hblkhd
+}
+
 fuzz_target!(|data: &[u8]| {
-    if let Ok(value) = Reader::new().read_bytes(without_checksums(data)) {
-        use_all(&value);
-    }
+    let bytes = without_checksums(data);
+    let (before, all) = (NOW.load(Relaxed), allocated());
+    PEAK.store(before, Relaxed);
+    // The bytes are in memory, and count as the file.
+    let read = Reader::new().read_bytes(bytes);
+    let peak = PEAK.load(Relaxed) - before;
+    assert!(peak <= 2 * data.len() + FREE, "{peak} bytes for a file of {}", data.len());
+    let Ok(value) = read else { return };
+    let mut tensors = vec![];
+    value.walk(&mut |_, value| tensors.extend(value.as_tensor().map(|stored| stored.tensor())));
+    let taken = allocated().saturating_sub(all);
+    assert!(taken <= 2 * data.len() + FREE, "{taken} bytes, with tensors, for a file of {}", data.len());
+    drop(tensors);
+    use_all(&value);
 });

@@ -78,13 +78,18 @@ impl Reductions {
     /// The factor on a hyper-parameter of a group; 1 if no reduction of it lives.
     #[inline]
     fn factor(&self, group: usize, hyper: Hyper) -> f64 {
+        self.living(group, hyper).map_or(1., |reduction| reduction.get())
+    }
+
+    /// The reduction of a hyper-parameter of a group, if one lives.
+    #[inline]
+    fn living(&self, group: usize, hyper: Hyper) -> Option<Reduction> {
         if !self.some.load(Ordering::Relaxed) {
-            return 1.;
+            return None;
         }
         let all = locked(&self.all);
         let reduced = all.iter().find(|reduced| (reduced.group, reduced.hyper) == (group, hyper));
-        let factor = reduced.and_then(|reduced| reduced.factor.upgrade());
-        factor.map_or(1., |factor| *locked(&factor))
+        reduced.and_then(|reduced| reduced.factor.upgrade()).map(Reduction)
     }
 
     /// The reduction of a hyper-parameter of a group; made with factor 1 if there is none.
@@ -237,9 +242,8 @@ impl Knob {
                 }
                 Ok(value * factor(0))
             }
-            Target::Custom(custom) => {
-                let reduction = locked(&custom.reduction).upgrade();
-                let value = value * reduction.map_or(1., |factor| *locked(&factor));
+            Target::Custom(_) => {
+                let value = value * self.living_reduction().map_or(1., |reduction| reduction.get());
                 self.set(value)?;
                 Ok(value)
             }
@@ -255,6 +259,17 @@ impl Knob {
             }
             Target::Custom(custom) => Reduction::alive(&mut locked(&custom.reduction)),
             Target::Missing(_) => Reduction::alive(&mut Weak::new()),
+        }
+    }
+
+    /// The reduction of this knob, of the first group for a knob of all groups, while a plateau scheduler has one.
+    pub(crate) fn living_reduction(&self) -> Option<Reduction> {
+        match &self.target {
+            Target::Groups { optimizer, group, hyper } => {
+                optimizer.shared.reductions.living(group.unwrap_or(0), *hyper)
+            }
+            Target::Custom(custom) => locked(&custom.reduction).upgrade().map(Reduction),
+            Target::Missing(_) => None,
         }
     }
 

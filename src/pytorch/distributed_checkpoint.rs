@@ -1,6 +1,6 @@
 //! Files of `torch.distributed.checkpoint` in the form of safetensors: each rank's has parts of tensors.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -26,9 +26,41 @@ struct Part {
     tensor: Arc<StoredTensor>,
 }
 
+/// Finds a file that is missing by the numbers in the names, `shard-RANK-model-INDEX-of-COUNT`. How many ranks there were is
+/// told nowhere.
+fn check_all_there(files: &[String]) -> Result<(), String> {
+    let numbers = |file: &String| -> Option<[usize; 3]> {
+        let (rank, rest) = file.strip_prefix("shard-")?.split_once("-model-")?;
+        let (index, count) = rest.strip_suffix(".safetensors")?.split_once("-of-")?;
+        Some([rank.parse().ok()?, index.parse().ok()?, count.parse().ok()?])
+    };
+    let all: Vec<_> = files.iter().filter_map(numbers).collect();
+    let first_missing = |numbers: BTreeSet<usize>| {
+        (1..)
+            .zip(&numbers)
+            .find(|(at, number)| at != *number)
+            .map_or(numbers.len() + 1, |(at, _)| at)
+    };
+    let ranks: BTreeSet<_> = all.iter().map(|[rank, ..]| *rank).collect();
+    let (last, missing) = (ranks.last().copied().unwrap_or(0), first_missing(ranks));
+    if missing <= last {
+        return Err(format!(
+            "the files of rank {missing} of at least {last} are missing (shard-{missing:05}-…)"
+        ));
+    }
+    let count = all.iter().map(|[.., count]| *count).max().unwrap_or(0);
+    match first_missing(all.iter().map(|[_, index, _]| *index).collect()) {
+        missing if missing <= count => Err(format!(
+            "no rank has a file {missing} of {count} (…-model-{missing:05}-of-{count:05})"
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// The tensors of all these files. Those that are whole are read when they are asked for, the others put together at
 /// once.
 pub(super) fn read(folder: &Path, files: &[String]) -> Result<Vec<(String, Arc<StoredTensor>)>> {
+    check_all_there(files).map_err(|why| Error::State(format!("{}: {why}", folder.display())))?;
     let mut all: BTreeMap<String, Vec<Part>> = BTreeMap::new();
     for file in files {
         let path = folder.join(file);

@@ -26,7 +26,7 @@ pub(super) fn freeze(made: &mut Made) -> Result<Value, String> {
     budget.reserve(&mut places, nodes.len())?;
     budget.give_back(nodes.capacity() * size_of::<Node>());
     places.extend(nodes.into_iter().map(Place::Node));
-    let mut freezer = Freezer { places, made, budget };
+    let mut freezer = Freezer { places, made, budget, nans: 0 };
     let frozen = freezer.item(result, 0)?;
     let limit = made.length.max(MIN_VALUES);
     match frozen.count > limit {
@@ -57,6 +57,8 @@ struct Freezer<'m> {
     places: Vec<Place>,
     made: &'m Made,
     budget: Budget,
+    /// How many NaN were met among keys.
+    nans: u64,
 }
 
 /// The `count` and `depth` of a container, summed up while its parts are frozen.
@@ -182,7 +184,7 @@ impl Freezer<'_> {
             sums.count = sums.count.saturating_add(key.count);
             sums.depth = sums.depth.max(key.depth);
             let value = self.part(value, depth, sums)?;
-            match places.entry(Key::of(&key.value)?) {
+            match places.entry(Key::of(&key.value, &mut self.nans)?) {
                 std::collections::hash_map::Entry::Occupied(place) => {
                     let place: &usize = place.get();
                     entries[*place].1 = value;
@@ -220,6 +222,8 @@ enum Key {
     Int(i64),
     BigInt(BigInt),
     Float(u64),
+    /// Equals no other key, not even that of another NaN.
+    Nan(u64),
     Complex(u64, u64),
     Text(Arc<str>),
     Bytes(Arc<[u8]>),
@@ -228,28 +232,43 @@ enum Key {
 }
 
 impl Key {
-    fn of(value: &Value) -> Result<Self, String> {
+    /// The key that a value is; `nans` numbers those that equal no other.
+    fn of(value: &Value, nans: &mut u64) -> Result<Self, String> {
         Ok(match value {
             Value::None => Self::None,
             Value::Bool(bool) => Self::Int((*bool).into()),
             Value::Int(int) => Self::Int(*int),
-            Value::BigInt(int) => Self::BigInt(int.clone()),
-            Value::Float(float) if float.is_nan() => {
-                return Err("NaN cannot be a key: it equals no key, not even itself".into());
-            }
-            // 2^63 is no i64, and the conversion would give the one before it.
-            Value::Float(float) if *float == (*float as i64) as f64 && *float < 9.2e18 => {
+            Value::BigInt(int) => match int.as_float() {
+                Some(float) => Self::Float(float.to_bits()),
+                None => Self::BigInt(int.clone()),
+            },
+            Value::Float(float) if float.is_nan() => Self::nan(nans),
+            // 2^63, which the highest i64 is rounded to, is no i64.
+            Value::Float(float) if *float == (*float as i64) as f64 && *float < i64::MAX as f64 => {
                 Self::Int(*float as i64)
             }
             Value::Float(float) => Self::Float(float.to_bits()),
-            Value::Complex(real, imaginary) => Self::Complex(real.to_bits(), imaginary.to_bits()),
+            Value::Complex(real, 0.) => Self::of(&Value::Float(*real), nans)?,
+            Value::Complex(real, imaginary) if real.is_nan() || imaginary.is_nan() => {
+                Self::nan(nans)
+            }
+            // Adding 0 makes 0 of -0, which it equals.
+            Value::Complex(real, imaginary) => {
+                Self::Complex((real + 0.).to_bits(), imaginary.to_bits())
+            }
             Value::Str(text) => Self::Text(text.clone()),
             Value::Bytes(bytes) => Self::Bytes(bytes.clone()),
             Value::Constant(name) | Value::Device(name) => Self::Name(name.clone()),
             Value::Tuple(values) => {
-                Self::Tuple(values.iter().map(Self::of).collect::<Result<_, _>>()?)
+                let keys = values.iter().map(|value| Self::of(value, nans));
+                Self::Tuple(keys.collect::<Result<_, _>>()?)
             }
             other => return Err(format!("a {} cannot be a key", other.type_name())),
         })
+    }
+
+    fn nan(nans: &mut u64) -> Self {
+        *nans += 1;
+        Self::Nan(*nans)
     }
 }

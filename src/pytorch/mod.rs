@@ -18,10 +18,11 @@
 //! [`read`] gives the whole content of a `.pt`, `.pth` or `.ckpt` as a [`Value`], of both containers: the zip archive
 //! that torch writes since 1.6, and the one before. [`write()`] writes one. [`Weights`] are what a `state_dict()`
 //! holds; [`Names`] map their names to those of a store. [`load_optimizer`] takes over `optimizer.state_dict()`,
-//! [`load_scheduler`] and [`load_plateau`] the position of a scheduler, [`set_rng_state`] the random numbers.
+//! [`load_scheduler`] and [`load_plateau`] the position of a scheduler, [`load_grad_scaler`] the scale of losses,
+//! [`load_ema`] and [`load_swa`] averages of weights, [`set_rng_state`] the random numbers.
 //! [`TrainingFile`] finds these parts in a training checkpoint of ignite, of Lightning or of a program's own layout; each
-//! has a counterpart that writes (`…_value`). [`read_pretrained`] and [`SavePretrained`] are for folders of Hugging Face,
-//! [`ScriptModule`] for TorchScript.
+//! has a counterpart that writes (`…_value`), and [`LightningCheckpoint`] puts them together as Lightning has them.
+//! [`read_pretrained`] and [`SavePretrained`] are for folders of Hugging Face, [`ScriptModule`] for TorchScript.
 //!
 //! # Safety of files from elsewhere
 //!
@@ -43,11 +44,13 @@
 //! Sparse, quantized and nested tensors come out as [`Value::Object`], with everything the file says of them.
 //! Attributes that Python code set on its tensors are left out. All tensors are on the CPU.
 
+mod averages;
 mod budget;
 mod distributed_checkpoint;
 mod dtype;
 mod freeze;
 mod globals;
+mod grad_scaler;
 mod json;
 mod lbfgs;
 mod legacy;
@@ -78,8 +81,10 @@ mod zip;
 
 use std::path::Path;
 
+pub use averages::{ema_value, load_ema, load_swa, swa_value};
 pub use dtype::DType;
-pub use lightning::lightning_value;
+pub use grad_scaler::{grad_scaler_value, load_grad_scaler};
+pub use lightning::LightningCheckpoint;
 pub use names::Names;
 pub use optimizer::{LoadedOptimizer, load_optimizer, optimizer_value};
 pub use plateau::{load_plateau, plateau_value};

@@ -9,7 +9,8 @@ use crate::error::Result;
 use crate::schedule::ReduceLROnPlateauScheduler;
 
 /// Goes on where torch's `ReduceLROnPlateau` was: `saved` is its `state_dict()`. The reduced rate itself comes with the
-/// optimizer's state, and a schedule on the same knob is not reduced by what Python had reduced.
+/// optimizer's state. Where a schedule drives the same knob, [`load_scheduler`](super::load_scheduler) finds by how much
+/// it is reduced: make the plateau before that.
 ///
 /// # Errors
 /// Other arguments than here, which are told; a state of another scheduler. Nothing is changed then.
@@ -33,7 +34,6 @@ pub fn load_plateau(plateau: &mut ReduceLROnPlateauScheduler, saved: &Value) -> 
     let best = best.ok_or_else(|| fault("it has no best"))?;
     let best = if best.is_finite() { best.into() } else { Json::Null };
     state.insert("best".into(), best);
-    state.remove("reductions");
     plateau.load_state_dict(&state)
 }
 

@@ -1,15 +1,14 @@
 //! The prefixes that wrappers put before the names of a model's parameters.
 
+use super::averages::COUNT;
 use super::names::Names;
 use super::weights::Weights;
 use crate::error::Result;
 
 /// `DataParallel`, `DistributedDataParallel` and `AveragedModel` put this before all names.
-const WRAPPED: &str = "module.";
+pub(super) const WRAPPED: &str = "module.";
 /// `torch.compile` puts this before the names of what it compiled, which may be a part of the model.
 const COMPILED: &str = "_orig_mod.";
-/// Number of averages in the state of an `AveragedModel`.
-const COUNT: &str = "n_averaged";
 
 /// Weights under the names that the model itself has, and what was taken off.
 pub(super) fn without(mut weights: Weights) -> Result<(Weights, Vec<String>)> {

@@ -34,8 +34,9 @@ struct Index {
 /// straight into the store's memory, as those of `.pt` files.
 ///
 /// A folder of torch's distributed checkpoints in this form (`HuggingFaceStorageWriter`, also with
-/// `save_distributed=True`) is read, too; tensors that ranks have parts of are put together at once. torch's
-/// `HuggingFaceStorageReader` reads what [`SavePretrained`] writes, for any number of ranks.
+/// `save_distributed=True`) is read, too; tensors that ranks have parts of are put together at once. How many ranks there
+/// were is told nowhere, so where the last ones' files are missing, tensors are shorter, and loading them says that they
+/// are of another shape. torch's `HuggingFaceStorageReader` reads what [`SavePretrained`] writes, for any number of ranks.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -53,7 +54,8 @@ struct Index {
 /// ```
 ///
 /// # Errors
-/// There are no weights in the folder; a file of the index is missing, lies elsewhere, or lacks a tensor; damaged files.
+/// There are no weights in the folder; a file of the index or of a rank in between is missing, lies elsewhere, or lacks a
+/// tensor; damaged files.
 pub fn read_pretrained(path: impl AsRef<Path>) -> Result<Weights> {
     let path = path.as_ref();
     if path.is_file() {

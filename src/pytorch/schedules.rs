@@ -7,6 +7,7 @@ use serde_json::{Map, Value as Json, json};
 use super::json::{object, to_json};
 use super::value::{Dict, Value};
 use crate::error::{Error, Result};
+use crate::optim::Knob;
 use crate::schedule::{AnySchedule, CyclicLR, OneCycleLR, ParamScheduler, Schedule};
 
 /// How many values are compared from where a run goes on.
@@ -42,6 +43,11 @@ pub fn momentum_schedule(saved: &Value, optimizer: &Value, group: usize) -> Resu
 ///
 /// The schedule must have the values of Python's from there on; that of the file itself is made by [`schedule`]. Of a
 /// `LambdaLR` or `MultiplicativeLR`, whose functions are in no file, the last value is compared.
+///
+/// Where a [`ReduceLROnPlateauScheduler`](crate::schedule::ReduceLROnPlateauScheduler) is there for the same knob, the
+/// optimizer's rate tells by how much a plateau had lowered Python's, and all values from there on are lowered as much.
+/// torch's `StepLR`, `MultiStepLR`, `ConstantLR`, `LinearLR`, `ExponentialLR`, `PolynomialLR` and `ChainedScheduler`
+/// make each rate from the one before and so do the same; a lowered rate of the others is refused.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -86,16 +92,29 @@ pub fn load_scheduler<S: Schedule>(
     scheduler.schedule().validate()?;
     let update = last_epoch(dict)?;
     let momentum = scheduler.knob().name() != "lr";
+    let (knobs, mut reductions) = (scheduler.knob().each()?, vec![]);
     let groups = match scheduler.knob().group() {
         Some(group) => group..group + 1,
         None => 0..groups_of(dict)?,
     };
-    for group in groups {
+    for (index, group) in groups.enumerate() {
         let ours = scheduler.schedule();
         if !momentum {
             let last = numbers(dict, "_last_lr")?.get(group).copied();
             let last = last.ok_or_else(|| fault(format!("it has no group {group}")))?;
-            check(update, ours.at(update), last, "Python's last rate", last)?;
+            let now = option(&options(optimizer, group)?, "lr")?;
+            match knobs.get(index).and_then(Knob::living_reduction) {
+                None => {
+                    check(update, ours.at(update), last, "Python's last rate", last)?;
+                    let what = "the optimizer's (make a plateau that has lowered it before)";
+                    check(update, ours.at(update), now, what, last)?;
+                }
+                Some(reduction) => {
+                    let factor = lowered(dict, ours.at(update), last, now)
+                        .map_err(|why| fault(format!("at update {update} {why}")))?;
+                    reductions.push((reduction, factor));
+                }
+            }
         }
         if has_functions(dict) {
             continue;
@@ -107,7 +126,51 @@ pub fn load_scheduler<S: Schedule>(
         }
     }
     scheduler.go_to_update(update);
+    reductions.iter().for_each(|(reduction, factor)| reduction.set(*factor));
     Ok(())
+}
+
+/// The factor by which a plateau has lowered a schedule's value to the rate that the optimizer has now; `last` is the
+/// rate after the scheduler's own last step.
+fn lowered(dict: &Dict, value: f64, last: f64, now: f64) -> Result<f64, String> {
+    let alike = |one: f64, other: f64| (one - other).abs() <= 1e-9 * one.abs().max(other.abs());
+    if alike(value, now) && alike(value, last) {
+        return Ok(1.);
+    }
+    let between = |one: f64, other: f64| alike(one, other) || one < other;
+    if !(now > 0. && between(now, last) && between(last, value)) {
+        return Err(format!(
+            "the schedule here gives {value}, and Python's rate is {last}, and {now} in the optimizer: a plateau cannot have lowered it"
+        ));
+    }
+    match multiplies(dict) {
+        true if alike(value, now) => Ok(1.),
+        true => Ok(now / value),
+        false => Err(format!(
+            "a plateau has lowered {value} to {now}, and Python's scheduler goes on in another way than by multiplying"
+        )),
+    }
+}
+
+/// Whether torch's scheduler makes all its further rates by multiplying the one before, so that a plateau's reduction stays.
+fn multiplies(dict: &Dict) -> bool {
+    let has = |key: &str| dict.get(key).is_some();
+    let inner = |one: &Value| one.as_dict().is_some_and(multiplies);
+    match (dict.get("_schedulers").and_then(Value::as_slice), dict.get("_milestones")) {
+        (Some(parts), None) => parts.iter().all(inner),
+        // Each part begins with a rate of its own.
+        (Some(parts), Some(milestones)) => {
+            let begun = |milestone: &Value| {
+                milestone.as_f64() <= dict.get("last_epoch").and_then(Value::as_f64)
+            };
+            milestones.as_slice().is_some_and(|all| all.iter().all(begun))
+                && parts.last().is_some_and(inner)
+        }
+        (None, _) => {
+            let others = ["lr_lambdas", "_schedule_phases", "step_ratio", "T_0", "T_max"];
+            !others.iter().any(|key| has(key))
+        }
+    }
 }
 
 /// Two values that differ by no more than by rounding; both may be NaN where schedules have ended.

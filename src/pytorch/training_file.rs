@@ -80,6 +80,7 @@ pub struct TrainingFile {
     models: Vec<(String, Value)>,
     optimizers: Vec<(String, Value)>,
     schedulers: Vec<(String, Value)>,
+    grad_scalers: Vec<(String, Value)>,
     position: Position,
     rng: Option<Value>,
     others: Vec<String>,
@@ -110,6 +111,7 @@ impl TrainingFile {
             models: vec![],
             optimizers: vec![],
             schedulers: vec![],
+            grad_scalers: vec![],
             position: Position::default(),
             rng: None,
             others: vec![],
@@ -175,6 +177,8 @@ impl TrainingFile {
             self.optimizers.push((name, part.clone()));
         } else if is_scheduler(part) {
             self.schedulers.push((name, part.clone()));
+        } else if is_grad_scaler(part) {
+            self.grad_scalers.push((name, part.clone()));
         } else if all_are(is_optimizer) {
             self.optimizers.extend(numbered(part));
         } else if all_are(is_scheduler) {
@@ -214,6 +218,11 @@ impl TrainingFile {
     /// The states of all schedulers, under their names in the file.
     pub fn schedulers(&self) -> &[(String, Value)] {
         &self.schedulers
+    }
+
+    /// The states of all scalers of losses (`GradScaler`), under their names in the file.
+    pub fn grad_scalers(&self) -> &[(String, Value)] {
+        &self.grad_scalers
     }
 
     /// The state of torch's generator of random numbers, for [`set_rng_state`](super::set_rng_state).
@@ -275,6 +284,14 @@ impl TrainingFile {
         self.only("scheduler", &self.schedulers)
     }
 
+    /// The state of the only scaler of losses, for [`load_grad_scaler`](super::load_grad_scaler).
+    ///
+    /// # Errors
+    /// There is none, or there are several: take one of [`grad_scalers`](Self::grad_scalers).
+    pub fn grad_scaler(&self) -> Result<&Value> {
+        self.only("GradScaler", &self.grad_scalers)
+    }
+
     /// Puts an engine where training was, as [`Engine::load_state_dict`] does. ignite's budget comes along; other
     /// layouts have none, so that `run` is given one. An `epoch` alone counts as that many that are done. Lightning's files say in mid epoch only from the second epoch on
     /// how many batches an epoch has, and other programs' never: where they do not, set `engine.state.epoch_length`
@@ -324,6 +341,11 @@ fn is_scheduler(value: &Value) -> bool {
         || keys_of(value, &["event_index", "param_name"])
 }
 
+/// A state of torch's `GradScaler`.
+fn is_grad_scaler(value: &Value) -> bool {
+    keys_of(value, &["scale", "growth_interval", "_growth_tracker"])
+}
+
 fn is_rng(name: &str, value: &Value) -> bool {
     name.contains("rng") && value.as_tensor().is_some_and(|stored| stored.size().len() == 1)
 }
@@ -348,6 +370,7 @@ impl fmt::Display for TrainingFile {
             ("model", &self.models),
             ("optimizer", &self.optimizers),
             ("scheduler", &self.schedulers),
+            ("GradScaler", &self.grad_scalers),
         ];
         for (what, parts) in parts {
             for (name, part) in parts {

@@ -497,9 +497,9 @@ impl BigInt {
     }
 }
 
-/// Writes the integer in decimal.
-impl fmt::Display for BigInt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl BigInt {
+    /// Whether it is below 0, and its absolute value, the lowest byte first.
+    fn magnitude(&self) -> (bool, Vec<u8>) {
         let negative = self.bytes.last().is_some_and(|byte| byte & 0x80 != 0);
         let mut carry = true;
         let mut magnitude: Vec<u8> = self.bytes.to_vec();
@@ -509,6 +509,26 @@ impl fmt::Display for BigInt {
                 (*byte, carry) = (negated, carried);
             }
         }
+        (negative, magnitude)
+    }
+
+    /// The float that equals it, if one does.
+    pub(super) fn as_float(&self) -> Option<f64> {
+        let (negative, magnitude) = self.magnitude();
+        let high = magnitude.iter().rposition(|byte| *byte != 0)?;
+        let low = magnitude.iter().position(|byte| *byte != 0)?;
+        let first = 8 * high + magnitude[high].ilog2() as usize;
+        let last = 8 * low + magnitude[low].trailing_zeros() as usize;
+        // The sum is exact: no part of it has more than 53 binary digits.
+        let sum = || magnitude.iter().rev().fold(0., |sum, byte| sum * 256. + f64::from(*byte));
+        (first - last < 53 && first < 1024).then(|| if negative { -sum() } else { sum() })
+    }
+}
+
+/// Writes the integer in decimal.
+impl fmt::Display for BigInt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (negative, mut magnitude) = self.magnitude();
         let mut digits = vec![];
         while magnitude.iter().any(|byte| *byte != 0) {
             let mut rest = 0u16;
@@ -609,6 +629,14 @@ mod tests {
             assert_eq!(BigInt::value(bytes).to_string(), text);
         }
         assert!(matches!(BigInt::value(&[0xff; 12]), Value::Int(-1)));
+        let float = |bytes: &[u8]| BigInt { bytes: bytes.into() }.as_float();
+        assert_eq!(float(&[0, 0, 0, 0, 0, 0, 0, 0x80, 0]), Some(2f64.powi(63)));
+        assert_eq!(float(&[0, 0, 0, 0, 0, 0, 0, 0, 0xc0]), Some(-(2f64.powi(70))));
+        assert_eq!(float(&[0, 8, 0, 0, 0, 0, 0, 0x80, 0]), Some(2f64.powi(63) + 2048.));
+        assert_eq!(float(&[0, 4, 0, 0, 0, 0, 0, 0x80, 0]), None);
+        let highest = [vec![0; 127], vec![0x80, 0]].concat();
+        assert_eq!(float(&highest), Some(2f64.powi(1023)));
+        assert_eq!(float(&[vec![0; 128], vec![1]].concat()), None);
         assert_eq!(Value::from(u64::MAX).to_string(), "18446744073709551615");
     }
 

@@ -188,9 +188,12 @@ impl Weights {
     /// Tells which variables [`load`](Self::load) would load and which would not fit; nothing is read. A tied variable is
     /// there if one of its names is.
     pub fn compare(&self, vs: &VarStore) -> Loaded {
-        let variables: BTreeMap<String, Tensor> = vs.variables().into_iter().collect();
+        self.compared(&vs.variables().into_iter().collect())
+    }
+
+    fn compared(&self, variables: &BTreeMap<String, Tensor>) -> Loaded {
         let mut found = Loaded { skipped: self.skipped.clone(), ..Loaded::default() };
-        for (name, variable) in &variables {
+        for (name, variable) in variables {
             match self.stored(name) {
                 None => found.missing.push(name.clone()),
                 Some(stored) if stored.shape == variable.size() => found.loaded.push(name.clone()),
@@ -219,9 +222,14 @@ impl Weights {
     /// Names or shapes do not fit; the error lists all of them, and nothing is changed. If the file cannot be read to
     /// its end, or a checksum is wrong, the error says so, and the store then holds a part of the file.
     pub fn load(&self, vs: &VarStore) -> Result<Loaded> {
-        let found = self.compare(vs);
+        self.load_into(vs.variables().into_iter().collect())
+    }
+
+    /// Loads the variables of a store, or tensors that stand for them.
+    pub(super) fn load_into(&self, variables: BTreeMap<String, Tensor>) -> Result<Loaded> {
+        let found = self.compared(&variables);
         match found.fits() {
-            true => self.copied(vs, found),
+            true => self.copied(variables, found),
             false => Err(Error::State(found.to_string())),
         }
     }
@@ -235,12 +243,11 @@ impl Weights {
         let found = self.compare(vs);
         match found.loaded.is_empty() && !found.missing.is_empty() {
             true => Err(Error::State(found.to_string())),
-            false => self.copied(vs, found),
+            false => self.copied(vs.variables().into_iter().collect(), found),
         }
     }
 
-    fn copied(&self, vs: &VarStore, found: Loaded) -> Result<Loaded> {
-        let mut variables = vs.variables();
+    fn copied(&self, mut variables: BTreeMap<String, Tensor>, found: Loaded) -> Result<Loaded> {
         for name in &found.loaded {
             if let (Some(stored), Some(variable)) = (self.stored(name), variables.get_mut(name)) {
                 tch::no_grad(|| stored.copied(variable)).map_err(|why| {

@@ -8,7 +8,9 @@ use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::engine::{Engine, Event, Trainer, Until};
 use tch_ignite::optim::Optimizer;
-use tch_ignite::pytorch::{self, Dict, Layout, Names, TrainingFile, Value, Weights};
+use tch_ignite::pytorch::{
+    self, Dict, Layout, LightningCheckpoint, Names, TrainingFile, Value, Weights,
+};
 use tch_ignite::schedule::{CosineAnnealing, ParamScheduler, StepLR};
 
 use super::{golden, python, serial};
@@ -255,7 +257,8 @@ print(json.dumps(losses))
     Ok(())
 }
 
-/// The layout of Lightning's own files is that of its fixture; how torch reads it is looked at here.
+/// The layout of Lightning's own files is that of its fixture; how torch reads it is looked at here, and how Lightning
+/// does in `lightning.rs`.
 #[test]
 fn python_reads_what_is_written_for_lightning() -> Result<()> {
     let _guard = serial();
@@ -275,7 +278,10 @@ fn python_reads_what_is_written_for_lightning() -> Result<()> {
         let weights = Weights::of_store(&vs)?.rename(&names)?;
         let mut of_optimizer = pytorch::optimizer_value(&optimizer, &[])?;
         let of_scheduler = pytorch::scheduler_value(&[&*scheduler.borrow()], &mut of_optimizer)?;
-        let value = pytorch::lightning_value(&weights, [of_optimizer], [of_scheduler], &engine)?;
+        let checkpoint = LightningCheckpoint::new(&weights)
+            .optimizers([of_optimizer])
+            .schedulers([of_scheduler]);
+        let value = checkpoint.value(&engine)?;
         pytorch::write(&path, &value)?;
         // It has the paths of a file of Lightning's own, but for those of other schedulers and the run's names.
         let paths = |value: &Value| -> Vec<String> {

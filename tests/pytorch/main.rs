@@ -6,7 +6,11 @@ mod common;
 #[path = "../../examples/conformance/interop.rs"]
 mod interop;
 
+mod averages;
+mod grad_scaler;
 mod layouts;
+mod libraries;
+mod lightning;
 mod memory;
 mod packages;
 mod pretrained;
@@ -245,9 +249,21 @@ fn keys_are_told_apart_as_in_python() -> Result<()> {
         b"\x80\x02}(\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7fK\x01G\x43\xe0\0\0\0\0\0\0K\x02u.";
     let value = read_pickle(pickle, &[])?;
     assert_eq!(value.as_dict().context("a dict")?.len(), 2);
-    // The pickle is {nan: 1}.
-    let error = refused(b"\x80\x02}(G\x7f\xf8\0\0\0\0\0\0K\x01u.");
-    assert!(error.contains("NaN cannot be a key"), "{error}");
+    // The pickle is {nan: 1, nan: 1}: no NaN equals another.
+    let nan = b"G\x7f\xf8\0\0\0\0\0\0K\x01";
+    let value = read_pickle(&[b"\x80\x02}(", &nan[..], nan, b"u."].concat(), &[])?;
+    assert_eq!(value.to_string(), "{nan: 1, nan: 1}");
+    // The pickle is {2.0**63: 1, 2**63: 2}, and {1+0j: 1, True: 2}.
+    let value = read_pickle(
+        b"\x80\x02}(G\x43\xe0\0\0\0\0\0\0K\x01\x8a\x09\0\0\0\0\0\0\0\x80\0K\x02u.",
+        &[],
+    )?;
+    assert_eq!(value.to_string(), "{9.223372036854776e+18: 2}");
+    let value = read_pickle(
+        b"\x80\x02}(c__builtin__\ncomplex\nG\x3f\xf0\0\0\0\0\0\0G\0\0\0\0\0\0\0\0\x86RK\x01\x88K\x02u.",
+        &[],
+    )?;
+    assert_eq!(value.to_string(), "{(1+0j): 2}");
     Ok(())
 }
 
@@ -988,8 +1004,18 @@ print(json.dumps(losses))
 
 /// Runs Python with this script and these arguments; `None` where it has no torch.
 fn python(script: &str, arguments: &[&Path]) -> Result<Option<String>> {
+    python_with("TORCH_PYTHON", "torch, ignite, safetensors", script, arguments)
+}
+
+/// Runs the Python that a variable names; `None` where it has not all of these modules.
+fn python_with(
+    variable: &str,
+    modules: &str,
+    script: &str,
+    arguments: &[&Path],
+) -> Result<Option<String>> {
     let name = std::thread::current().name().unwrap_or_default().to_owned();
-    let Some(python) = common::python(&name, "TORCH_PYTHON", "torch, ignite, safetensors") else {
+    let Some(python) = common::python(&name, variable, modules) else {
         return Ok(None);
     };
     let script = format!("{HELPERS}\n{script}");
@@ -997,6 +1023,13 @@ fn python(script: &str, arguments: &[&Path]) -> Result<Option<String>> {
     let errors = String::from_utf8_lossy(&output.stderr);
     anyhow::ensure!(output.status.success(), "Python: {errors}");
     Ok(Some(String::from_utf8(output.stdout)?))
+}
+
+/// Runs a Python that has these modules of libraries on top of torch: that of `TRANSFORMERS_PYTHON`, or of `TORCH_PYTHON`.
+fn python_of_libraries(modules: &str, script: &str, arguments: &[&Path]) -> Result<Option<String>> {
+    let own = std::env::var_os("TRANSFORMERS_PYTHON").is_some();
+    let variable = if own { "TRANSFORMERS_PYTHON" } else { "TORCH_PYTHON" };
+    python_with(variable, modules, script, arguments)
 }
 
 const HELPERS: &str = r#"
@@ -1175,61 +1208,6 @@ print(json.dumps({name: tensor.flatten().double().tolist() for name, tensor in n
     assert_ne!(values(&vs), before);
     for (name, values) in values(&vs) {
         assert_eq!(Some(&values), expected.get(&format!("net.{name}")), "{name}");
-    }
-    Ok(())
-}
-
-/// Measures loading 1 GB of weights beside reading the bytes and `torch.load`. Run it with `--ignored --nocapture`.
-#[test]
-#[ignore = "takes a GB of disk and two of memory: cargo test --release --features distributed,mlflow --test pytorch reading_takes_little -- --ignored --nocapture"]
-fn reading_takes_little_longer_than_reading_the_bytes() -> Result<()> {
-    use std::io::Read;
-    use std::time::Instant;
-    let folder = tempfile::tempdir_in("target")?;
-    let path = folder.path().join("large.pt");
-    let store = || {
-        let vs = VarStore::new(Device::Cpu);
-        (0..64).for_each(|index| {
-            let _ = (vs.root() / format!("layer{index}")).zeros("weight", &[2048, 2048]);
-        });
-        vs
-    };
-    {
-        let vs = store();
-        tch::no_grad(|| {
-            vs.variables().values_mut().for_each(|tensor| drop(tensor.uniform_(-1., 1.)))
-        });
-        let begin = Instant::now();
-        save_weights(&vs, &path, &Names::new())?;
-        println!("written in {:?}", begin.elapsed());
-    }
-    let length = fs::metadata(&path)?.len();
-    let vs = store();
-    let mut times = vec![];
-    for _ in 0..5 {
-        let (begin, before) = (Instant::now(), peak_memory());
-        load_weights(&vs, &path, &Names::new())?;
-        let loading = begin.elapsed().as_secs_f64();
-        println!("memory beside the store's own: {} MB", (peak_memory() - before) >> 20);
-        let begin = Instant::now();
-        let mut buffer = vec![0; length as usize];
-        fs::File::open(&path)?.read_exact(&mut buffer)?;
-        let reading = begin.elapsed().as_secs_f64();
-        let begin = Instant::now();
-        let value = pytorch::read(&path)?;
-        let mut tensors = vec![];
-        value.walk(&mut |_, value| tensors.extend(value.as_tensor().map(|tensor| tensor.tensor())));
-        let fresh = begin.elapsed().as_secs_f64();
-        times.push((loading, fresh, reading));
-    }
-    println!("into a store, into new tensors, the bytes: {times:.3?} s");
-    let script = r#"
-import time
-for _ in range(5):
-    begin = time.time(); state = torch.load(sys.argv[1], weights_only=True); print(f"torch.load: {time.time() - begin:.3f} s"); del state
-"#;
-    if let Some(output) = python(script, &[&path])? {
-        println!("{output}");
     }
     Ok(())
 }

@@ -146,10 +146,29 @@ print(json.dumps({name: tensor.flatten().double().tolist() for name, tensor in s
         let expected = Tensor::arange(35, (Kind::Double, Device::Cpu)).view([5, 7]);
         assert!(tensor.tensor()?.equal(&expected), "{name}");
     }
-    // A rank's file is missing.
-    fs::remove_file(there.join(&names(&there)?[0]))?;
+    // A rank's file is missing: the first one's is noticed by the numbers, and by what its tensors lack.
+    let [one, two] = &names(&there)?[..] else { anyhow::bail!("two files") };
+    let (one, two) = (there.join(one), there.join(two));
+    let kept = temporary.path().join("one");
+    fs::rename(&one, &kept)?;
+    let error = read_pretrained(&there).unwrap_err().to_string();
+    assert!(error.contains("the files of rank 1 of at least 2 are missing"), "{error}");
+    fs::rename(&two, &one)?;
     let error = read_pretrained(&there).unwrap_err().to_string();
     assert!(error.contains("cannot be put together: its parts have"), "{error}");
+    // The last one's is noticed by the shapes.
+    fs::rename(&kept, &one)?;
+    let vs = VarStore::new(Device::Cpu);
+    for name in ["rows", "columns", "same"] {
+        let _ = vs.root().ones(name, &[5, 7]);
+    }
+    let error = read_pretrained(&there)?.load(&vs).unwrap_err().to_string();
+    assert!(error.contains("rows is [5, 7] here and [3, 7] in the file"), "{error}");
+    assert!(values(&vs).iter().all(|(_, values)| values.iter().all(|value| *value == 1.)));
+    let other = there.join("shard-00001-model-00001-of-00002.safetensors");
+    fs::rename(&one, &other)?;
+    let error = read_pretrained(&there).unwrap_err().to_string();
+    assert!(error.contains("no rank has a file 2 of 2"), "{error}");
     Ok(())
 }
 

@@ -287,6 +287,140 @@ fn schedules_that_differ_from_the_file_are_refused() -> Result<()> {
     Ok(())
 }
 
+/// A plateau beside each of these schedulers of [`CASES`], stepped after it or before.
+const BESIDE: &str = r#"
+def both(case):
+    optimizer = groups()
+    scheduler = CASES[case](optimizer)
+    return optimizer, scheduler, L.ReduceLROnPlateau(optimizer, "max", 0.5, 2, 1e-3, "abs", cooldown=1)
+def run_both(parts, first, begin, end):
+    optimizer, scheduler, plateau = parts
+    seen = []
+    for update in range(begin, end):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        steps = [lambda: plateau.step(metric(update)), scheduler.step]
+        for step in steps if first else reversed(steps):
+            step()
+    return seen
+def states(parts):
+    return dict(zip(("optimizer", "scheduler", "plateau"), (part.state_dict() for part in parts)))
+"#;
+
+/// Schedulers that make each rate from the one before by multiplying.
+const MULTIPLY: [&str; 7] = [
+    "StepLR",
+    "MultiStepLR",
+    "ExponentialLR",
+    "LinearLR",
+    "ConstantLR",
+    "PolynomialLR",
+    "ChainedScheduler",
+];
+
+#[test]
+fn a_plateau_goes_on_beside_a_schedule_here_and_back_in_python() -> Result<()> {
+    let _guard = serial();
+    let folder = tempfile::tempdir()?;
+    let (path, back) = (folder.path().join("there.pt"), folder.path().join("here.pt"));
+    let script = format!(
+        "{CASES}{BESIDE}{}",
+        r#"
+saved, seen = {}, {}
+for name in CASES:
+    for first in (False, True):
+        if name == "ReduceLROnPlateau":
+            continue
+        parts, key = both(name), f"{name} {first}"
+        run_both(parts, first, 0, 7)
+        saved[key] = states(parts)
+        torch.save(saved, sys.argv[1])
+        saved = torch.load(sys.argv[1], weights_only=True)
+        seen[key] = run_both(parts, first, 7, 40)
+print(json.dumps(seen))
+"#
+    );
+    let Some(output) = python(&script, &[&path])? else { return Ok(()) };
+    let seen: serde_json::Map<String, Json> = serde_json::from_str(&output)?;
+    let all = pytorch::read(&path)?;
+    let plateau = |optimizer: &Optimizer| -> Result<ReduceLROnPlateauScheduler> {
+        Ok(plateau(optimizer)?.min_value([0.]))
+    };
+    let (mut written, mut refused) = (Dict::new(), 0);
+    for (name, expected) in &seen {
+        let expected: Vec<[f64; 2]> = serde_json::from_value(expected.clone())?;
+        let saved = all.require(name)?;
+        let (state, of_optimizer) = (saved.require("scheduler")?, saved.require("optimizer")?);
+        let (_vs, mut optimizer) = groups()?;
+        pytorch::load_optimizer(&mut optimizer, of_optimizer, &[])?;
+        let schedule = pytorch::schedule(state, of_optimizer, 0)?;
+        let knob = optimizer.group("a")?.knob("lr")?;
+        let mut alone = ParamScheduler::new("lr", knob, schedule);
+        let without = pytorch::load_scheduler(&mut alone, state, of_optimizer);
+        let mut plateau = plateau(&optimizer)?;
+        pytorch::load_plateau(&mut plateau, saved.require("plateau")?)?;
+        let schedulers = schedulers(saved, &optimizer);
+        if !MULTIPLY.iter().any(|multiplies| name.starts_with(&format!("{multiplies} "))) {
+            // Where the scheduler comes last, it has overwritten the reduction.
+            if let Err(error) = schedulers {
+                let error = error.to_string();
+                assert!(error.contains("goes on in another way"), "{name}: {error}");
+                assert_eq!(plateau.state_dict()["reductions"], serde_json::json!([1., 1.]));
+                refused += 1;
+            }
+            continue;
+        }
+        let error = without.unwrap_err().to_string();
+        let reason = if name.ends_with("True") { "Python's last rate" } else { "make a plateau" };
+        assert!(error.contains(reason), "{name}: {error}");
+        let mut schedulers = schedulers?;
+        for update in 7..20 {
+            schedulers.iter_mut().try_for_each(|scheduler| scheduler.advance().map(drop))?;
+            for (group, expected) in optimizer.groups()?.iter().zip(expected[update - 7]) {
+                let ours = group.lr()?;
+                ensure!((ours - expected).abs() <= 1e-12, "{name}, {update}: {ours}, {expected}");
+            }
+            plateau.advance(metric(update))?;
+        }
+        let mut of_optimizer = pytorch::optimizer_value(&optimizer, &[])?;
+        let rates: Vec<_> = schedulers.iter().collect();
+        let of_scheduler = pytorch::scheduler_value(&rates, &mut of_optimizer)?;
+        let mut parts = Dict::new();
+        parts.insert("optimizer", of_optimizer);
+        parts.insert("scheduler", of_scheduler);
+        parts.insert("plateau", pytorch::plateau_value(&plateau)?);
+        written.insert(name, parts);
+    }
+    assert_eq!(written.len(), 2 * MULTIPLY.len());
+    assert!(refused > 5, "{refused}");
+    pytorch::write(&back, &written.into())?;
+    let script = format!(
+        "{CASES}{BESIDE}{}",
+        r#"
+there, seen = torch.load(sys.argv[1], weights_only=True), {}
+for key, saved in there.items():
+    name, first = key.rsplit(" ", 1)
+    parts = both(name)
+    for part, state in zip(parts, saved.values()):
+        part.load_state_dict(state)
+    seen[key] = run_both(parts, first == "True", 20, 40)
+print(json.dumps(seen))
+"#
+    );
+    let Some(output) = python(&script, &[&back])? else { return Ok(()) };
+    let back: serde_json::Map<String, Json> = serde_json::from_str(&output)?;
+    assert_eq!(back.len(), 2 * MULTIPLY.len());
+    for (name, values) in &back {
+        let ours: Vec<[f64; 2]> = serde_json::from_value(values.clone())?;
+        let expected: Vec<[f64; 2]> = serde_json::from_value(seen[name].clone())?;
+        for (update, (ours, expected)) in ours.iter().zip(&expected[13..]).enumerate() {
+            let differ = ours.iter().zip(expected).any(|(a, b)| (a - b).abs() > 1e-12);
+            assert!(!differ, "{name}, update {}: {ours:?}, {expected:?}", update + 20);
+        }
+    }
+    Ok(())
+}
+
 /// Update k has the same value whichever event is counted.
 #[test]
 fn a_position_holds_for_events_before_and_after_the_step() -> Result<()> {
