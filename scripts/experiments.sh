@@ -8,7 +8,7 @@
 #   out       the folder for what the runs leave, runs/NAME
 #   pictures  the folder for pictures: docs, or $out in smoke mode
 #
-# and the functions say, die, torch_python and at_once of this file.
+# and the functions say, die, build, torch_python and at_once of this file. Programs are in $programs once they are built.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,14 +26,19 @@ EOT
   cat <<'EOT'
 
 environment:
-  EXPERIMENT_JOBS  how many runs at once, each on one thread (default: the number of cores)
-  TORCH_PYTHON     a Python with torch (default: the one of scripts/setup-python.sh --torch)
+  EXPERIMENT_JOBS      how many runs at once, each on one thread (default: the number of cores)
+  EXPERIMENT_FEATURES  features to build with, where others are built with them (none is needed)
+  TORCH_PYTHON         a Python with torch (default: the one of scripts/setup-python.sh --torch)
 and what scripts/setup-libtorch.sh, scripts/setup-python.sh and the scripts that fetch data
 name in their --help.
 EOT
 }
 say() { printf 'experiments: %s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
+
+# Builds examples: build --example NAME...
+build() { cargo build --release --quiet ${EXPERIMENT_FEATURES:+--features "$EXPERIMENT_FEATURES"} "$@"; }
+programs=${CARGO_TARGET_DIR:-target}/release/examples
 
 # Prints a Python that has torch, and fails where there is none.
 torch_python() {
