@@ -1,8 +1,8 @@
 """Trains the network of examples/chargpt in PyTorch: the same settings, text and schedule, other random numbers.
 
-usage: chargpt.py TEXT [--iterations N] [--seed N] [--threads N]
-
-Prints the validation loss every 250 iterations, over all windows of the last tenth of the text, and the time.
+Prints the validation loss every 100 iterations, over all windows of the last tenth of the text, and the time. With
+--log the losses go into a table as the example's, too. `tests/integration/chargpt.rs` gives both the same weights and
+windows, and compares each loss.
 """
 
 import argparse
@@ -14,23 +14,27 @@ import torch.nn.functional as F
 from torch import nn
 
 CONTEXT, LAYERS, HEADS, WIDTH, BATCH = 64, 4, 4, 128, 12
+LR = 1e-3
+
+
+def linear(inputs, outputs):
+    return nn.Linear(inputs, outputs, bias=False)
 
 
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        linear = lambda i, o: nn.Linear(i, o, bias=False)
         self.ln_1, self.ln_2 = (nn.LayerNorm(WIDTH, bias=False) for _ in range(2))
-        self.c_attn, self.attn_proj = linear(WIDTH, 3 * WIDTH), linear(WIDTH, WIDTH)
-        self.c_fc, self.mlp_proj = linear(WIDTH, 4 * WIDTH), linear(4 * WIDTH, WIDTH)
+        self.attn = nn.ModuleDict({"c_attn": linear(WIDTH, 3 * WIDTH), "c_proj": linear(WIDTH, WIDTH)})
+        self.mlp = nn.ModuleDict({"c_fc": linear(WIDTH, 4 * WIDTH), "c_proj": linear(4 * WIDTH, WIDTH)})
 
     def forward(self, x):
         n, t, _ = x.shape
         heads = lambda x: x.view(n, t, HEADS, WIDTH // HEADS).transpose(1, 2)
-        q, k, v = map(heads, self.c_attn(self.ln_1(x)).chunk(3, 2))
+        q, k, v = map(heads, self.attn["c_attn"](self.ln_1(x)).chunk(3, 2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.attn_proj(y.transpose(1, 2).reshape(x.shape))
-        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
+        x = x + self.attn["c_proj"](y.transpose(1, 2).reshape(x.shape))
+        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
 
 
 class Gpt(nn.Module):
@@ -41,7 +45,7 @@ class Gpt(nn.Module):
         self.ln_f = nn.LayerNorm(WIDTH, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * LAYERS) if "_proj" in name else 0.02)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * LAYERS) if "c_proj" in name else 0.02)
 
     def forward(self, tokens):
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
@@ -50,62 +54,79 @@ class Gpt(nn.Module):
         return F.linear(self.ln_f(x), self.wte.weight)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text")
-    parser.add_argument("--iterations", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-
-    with open(args.text) as file:
+def read(path):
+    """The size of the vocabulary, and inputs and targets of training and validation."""
+    with open(path, newline="") as file:
         text = file.read()
     number = {c: i for i, c in enumerate(sorted(set(text)))}
     tokens = torch.tensor([number[c] for c in text])
-    cut = len(text) // 10 * 9
-    train, val = tokens[:cut], tokens[cut:]
-    window = lambda tokens, step: (tokens[:-1].unfold(0, CONTEXT, step), tokens[1:].unfold(0, CONTEXT, step))
-    (x, y), (val_x, val_y) = window(train, 1), window(val, CONTEXT)
+    cut = len(text) * 9 // 10
+    windows = lambda tokens, step: (tokens[:-1].unfold(0, CONTEXT, step), tokens[1:].unfold(0, CONTEXT, step))
+    return len(number), windows(tokens[:cut], 1), windows(tokens[cut:], CONTEXT)
 
-    net = Gpt(len(number))
+
+def lr(iteration, iterations):
+    """The learning rate of an iteration, counted from 0."""
+    warmup = min(100, iterations // 10)
+    if iteration < warmup:
+        return LR * (iteration + 1) / (warmup + 1)
+    progress = (iteration - warmup) / (iterations - warmup)
+    return LR / 10 + (LR - LR / 10) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(net, windows, order, iterations):
+    """Trains on the windows in this order, and yields the loss of each iteration."""
     matrices = [p for p in net.parameters() if p.dim() > 1]
     flat = [p for p in net.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": flat, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
-    warmup = min(100, args.iterations // 10)
-
-    def lr(k):
-        if k < warmup:
-            return 1e-5 + (1e-3 - 1e-5) * k / warmup
-        progress = (k - warmup) / (args.iterations - warmup)
-        return 1e-4 + (1e-3 - 1e-4) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    def validation():
-        net.eval()
-        with torch.no_grad():
-            total = sum(
-                F.cross_entropy(net(a).flatten(0, 1), b.flatten(), reduction="sum").item()
-                for a, b in zip(val_x.split(128), val_y.split(128))
-            )
-        net.train()
-        return total / val_y.numel()
-
-    order = torch.randperm(len(x))
-    begun, evaluating = time.time(), 0.0
-    for k in range(args.iterations):
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.99))
+    for iteration in range(iterations):
         for group in optimizer.param_groups:
-            group["lr"] = lr(k)
-        rows = order[k * BATCH : (k + 1) * BATCH]
-        loss = F.cross_entropy(net(x[rows]).flatten(0, 1), y[rows].flatten())
+            group["lr"] = lr(iteration, iterations)
+        rows = order[iteration * BATCH : (iteration + 1) * BATCH]
+        x, y = (part[rows] for part in windows)
+        loss = F.cross_entropy(net(x).flatten(0, 1), y.flatten())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        if (k + 1) % 250 == 0 or k + 1 == args.iterations:
+        yield loss.item()
+
+
+@torch.no_grad()
+def validate(net, windows):
+    net.eval()
+    total = sum(
+        F.cross_entropy(net(x).flatten(0, 1), y.flatten(), reduction="sum").item()
+        for x, y in zip(*(part.split(128) for part in windows))
+    )
+    net.train()
+    return total / windows[1].numel()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", metavar="TEXT")
+    parser.add_argument("--iterations", type=int, default=2000, metavar="N")
+    parser.add_argument("--seed", type=int, default=1337, metavar="N")
+    parser.add_argument("--threads", type=int, default=1, metavar="N")
+    parser.add_argument("--log", type=argparse.FileType("w"), metavar="FILE")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    vocabulary, training, validation = read(args.text)
+    net = Gpt(vocabulary)
+    if args.log:
+        print("time,step,tag,value", file=args.log)
+    begun, evaluating = time.time(), 0.0
+    losses = train(net, training, torch.randperm(len(training[0])), args.iterations)
+    for iteration, _ in enumerate(losses, start=1):
+        if iteration % 100 == 0 or iteration == args.iterations:
             paused = time.time()
-            print(f"batch {k + 1}: validation loss {validation():.4f}", flush=True)
+            loss = validate(net, validation)
+            print(f"batch {iteration}: validation loss {loss:.4f}", flush=True)
+            if args.log:
+                print(f"{paused:.3f},{iteration},val/loss,{loss}", file=args.log, flush=True)
             evaluating += time.time() - paused
     print(f"training took {time.time() - begun - evaluating:.1f} s")
 

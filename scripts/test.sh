@@ -115,9 +115,15 @@ if "${TORCH_PYTHON:-python3}" -c 'import safetensors, torch' 2>/dev/null; then
   "${TORCH_PYTHON:-python3}" scripts/export_step.py examples/compiled/gpt.py:example "$out/gpt"
   cargo run --release --features "$features" --example compiled -- "$out/gpt" --smoke --out "$out/compiled"
 fi
-say "character transformer in smoke mode, alone and on two ranks"
-cargo run --release --features "$features" --example chargpt -- --smoke --text docs/DIFFERENCES.md --out "$out/chargpt"
-cargo run --release --features "$features" --example chargpt -- --smoke --text docs/DIFFERENCES.md --optimizer muon --bf16 --ranks 2 --accumulate 3 --out "$out/chargpt2"
+say "character transformer on two ranks; one goes on"
+chargpt=(cargo run --release --features "$features" --example chargpt -- --smoke --text docs/DIFFERENCES.md --optimizer muon --bf16 --out "$out/chargpt")
+"${chargpt[@]}" --accumulate 3 --ranks 2
+"${chargpt[@]}" --accumulate 3 --resume
+
+say "experiments in smoke mode"
+for experiment in scripts/experiments/*.sh; do
+  EXPERIMENT_FEATURES=$features scripts/experiments.sh "$(basename "$experiment" .sh)" --smoke
+done
 
 say "the package, as crates.io would have it"
 scripts/package.sh --all-targets

@@ -2,15 +2,18 @@
 //! context, batches of 12, 2,000 iterations of AdamW with warm-up and cosine.
 //!
 //! `scripts/fetch-text.sh` fetches a text, and `--help` lists the options. With the feature `distributed` it trains on
-//! several processes: with `--ranks 2`, or when torchrun or Slurm starts it. `benches/chargpt.py` is the same in PyTorch.
+//! several processes: with `--ranks 2`, or when torchrun or Slurm starts it. `benches/chargpt.py` is the same in PyTorch,
+//! and `docs/RESULTS.md` has what came out.
 
 mod model;
+mod recipe;
+mod text;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, ensure};
-use clap::{Parser, ValueEnum};
+use anyhow::{Result, ensure};
+use clap::Parser;
 use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
 use tch_ignite::data::DistributedSampler;
@@ -18,14 +21,16 @@ use tch_ignite::data::DistributedSampler;
 use tch_ignite::distributed::{
     DdpOptions, DistributedDataParallel, ProcessGroup, ProcessGroupOptions, launch,
 };
-use tch_ignite::optim::{GroupOptions, is_bias_or_norm, is_matrix};
+use tch_ignite::engine::{OPTIMIZER_STEPPED, Stop};
+use tch_ignite::loggers::{CsvLogger, OutputHandler};
 use tch_ignite::prelude::*;
-use tch_ignite::schedule::{Decay, WarmupStableDecay};
 
 use model::{Config, Gpt};
+use recipe::Algorithm;
+use text::{Text, windows};
 
-const HIGHEST_LR: f64 = 1e-3;
-const LOWEST_LR: f64 = 1e-4;
+/// The number of updates from one evaluation, and checkpoint, to the next.
+const EVALUATED_EVERY: u64 = 100;
 
 /// Trains a character transformer on a text.
 #[derive(Parser)]
@@ -40,7 +45,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 12)]
     batch_size: usize,
     /// Batches that an update is made of
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     accumulate: u64,
     /// AdamW for all, or Muon for the matrices of the blocks and AdamW for the rest
     #[arg(long, value_enum, default_value_t = Algorithm::Adamw)]
@@ -57,7 +62,7 @@ struct Args {
     /// Threads on the CPU
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..))]
     threads: i32,
-    /// Folder for checkpoints, history.csv and history.svg
+    /// Folder for checkpoints and the table of losses, log.csv
     #[arg(long, value_name = "DIR", default_value = "runs/chargpt")]
     out: PathBuf,
     /// Goes on from the newest checkpoint in the output folder, where there is one
@@ -69,82 +74,6 @@ struct Args {
     /// Only tries that everything works, in seconds
     #[arg(long)]
     smoke: bool,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Algorithm {
-    Adamw,
-    Muon,
-}
-
-/// The characters of the text in order, and the text as their numbers.
-struct Text {
-    characters: Vec<char>,
-    tokens: Vec<i64>,
-}
-
-impl Text {
-    fn read(args: &Args) -> Result<Self> {
-        let text = std::fs::read_to_string(&args.text).with_context(|| {
-            format!("no text in {} (run scripts/fetch-text.sh)", args.text.display())
-        })?;
-        let mut characters: Vec<char> = text.chars().collect();
-        characters.sort_unstable();
-        characters.dedup();
-        let number = |c| characters.binary_search(&c).map(|number| number as i64);
-        let tokens = text.chars().filter_map(|c| number(c).ok()).collect();
-        Ok(Self { characters, tokens })
-    }
-
-    fn decode(&self, tokens: &Tensor) -> Result<String> {
-        let tokens = Vec::<i64>::try_from(tokens.flatten(0, -1))?;
-        Ok(tokens.iter().filter_map(|token| self.characters.get(*token as usize)).collect())
-    }
-}
-
-/// Inputs and targets: the windows of `tokens` that begin at every `step`th character, and the same one character later.
-/// Both are views of one tensor.
-fn windows(tokens: &[i64], context: i64, step: i64, device: Device) -> Result<(Tensor, Tensor)> {
-    let text = Tensor::from_slice(tokens).to_device(device);
-    let last = text.size()[0] - 1;
-    ensure!(last >= context, "the text is too short for windows of {context} characters");
-    let inputs = text.f_narrow(0, 0, last)?.f_unfold(0, context, step)?;
-    Ok((inputs, text.f_narrow(0, 1, last)?.f_unfold(0, context, step)?))
-}
-
-fn optimizer(args: &Args, vs: &VarStore) -> Result<Optimizer> {
-    let (flat, norm) = (is_bias_or_norm(vs), is_bias_or_norm(vs));
-    let adamw = GroupOptions::adamw().lr(HIGHEST_LR).betas(0.9, 0.99);
-    Ok(match args.optimizer {
-        Algorithm::Adamw => Optimizer::adamw(vs)
-            .lr(HIGHEST_LR)
-            .betas(0.9, 0.99)
-            .group("decay", move |name| !flat(name), GroupOptions::new().weight_decay(0.1))
-            .group("no decay", norm, GroupOptions::new().weight_decay(0.))
-            .build()?,
-        Algorithm::Muon => {
-            let matrix = is_matrix(vs);
-            let hidden = move |name: &str| name.starts_with("h.") && matrix(name);
-            let (hidden_too, embedding) = (is_matrix(vs), |name: &str| !name.starts_with("h."));
-            let options =
-                GroupOptions::new().lr(HIGHEST_LR).weight_decay(0.1).match_rms_adamw(true);
-            Optimizer::muon(vs)
-                .group("hidden", hidden, options)
-                .group(
-                    "embeddings",
-                    move |name| embedding(name) && hidden_too(name),
-                    adamw.clone().weight_decay(0.1),
-                )
-                .group("no decay", norm, adamw.weight_decay(0.))
-                .build()?
-        }
-    })
-}
-
-/// The mean over the characters of a batch, and their number.
-fn loss(logits: &Tensor, targets: &Tensor) -> (Tensor, Tensor) {
-    let targets = targets.flatten(0, -1);
-    (logits.flatten(0, -2).cross_entropy_for_logits(&targets), Tensor::from(targets.numel() as i64))
 }
 
 fn train(mut args: Args) -> Result<()> {
@@ -160,41 +89,35 @@ fn train(mut args: Args) -> Result<()> {
     let (rank, ranks) = (pg.rank(), pg.world_size());
     #[cfg(not(feature = "distributed"))]
     let (rank, ranks) = (0, 1);
-    let per_batch = args.batch_size as u64 / (ranks as u64 * args.accumulate.max(1));
+    let per_batch = args.batch_size as u64 / (ranks as u64 * args.accumulate);
     ensure!(
         per_batch * ranks as u64 * args.accumulate == args.batch_size as u64 && per_batch > 0,
         "--batch-size {} cannot be divided among {ranks} ranks and {} batches",
         args.batch_size,
         args.accumulate
     );
-    #[cfg(feature = "distributed")]
-    let device = match Device::cuda_if_available() {
-        Device::Cuda(_) => Device::Cuda(pg.local_rank()),
-        other => other,
-    };
-    #[cfg(not(feature = "distributed"))]
     let device = Device::cuda_if_available();
+    #[cfg(feature = "distributed")]
+    let device = if device.is_cuda() { Device::Cuda(pg.local_rank()) } else { device };
     tch::set_num_threads(args.threads);
     tch_ignite::keep_freed_memory(256 << 20);
     tch::manual_seed(args.seed.into());
 
-    let text = Text::read(&args)?;
+    let text = Text::read(&args.text)?;
     config.vocabulary = text.characters.len() as i64;
-    let (train, val) = text.tokens.split_at(text.tokens.len() / 10 * 9);
+    let (train, val) = text.tokens.split_at(text.tokens.len() * 9 / 10);
     let val = if args.smoke { &val[..val.len().min(2000)] } else { val };
+    let share = |x: &Tensor| DistributedSampler::new(x.size()[0] as usize, rank, ranks);
     let (x, y) = windows(train, config.context, 1, device)?;
-    let share = |count: i64| DistributedSampler::new(count as usize, rank, ranks);
-    let train = Loader::new(&x, &y, per_batch as usize)?
-        .sampler(share(x.size()[0])?.shuffle(args.seed.into()).drop_last(true)?);
+    let shuffled = share(&x)?.shuffle(args.seed.into()).drop_last(true)?;
+    let train = Loader::new(&x, &y, per_batch as usize)?.sampler(shuffled);
     let (x, y) = windows(val, config.context, config.context, device)?;
-    let val = Loader::new(&x, &y, 128)?.sampler(share(x.size()[0])?.uneven(true)?);
+    let val = Loader::new(&x, &y, 128)?.sampler(share(&x)?.uneven(true)?);
 
     let vs = VarStore::new(device);
     let net = Gpt::new(&vs.root(), config);
-    let optimizer = optimizer(&args, &vs)?;
-    let mut cx = Supervised::new(net, optimizer.clone(), loss)
-        .accumulate(args.accumulate)?
-        .clip_grad_norm(1.);
+    let optimizer = recipe::optimizer(args.optimizer, &vs)?;
+    let mut cx = recipe::context(net, &optimizer).accumulate(args.accumulate)?;
     if args.bf16 {
         cx = cx.autocast(Kind::BFloat16);
     }
@@ -204,62 +127,45 @@ fn train(mut args: Args) -> Result<()> {
         cx = cx.data_parallel(DistributedDataParallel::new(&pg, &vs, DdpOptions::new())?);
         trainer.distributed(&pg);
     }
-    let mut evaluator = create_supervised_evaluator();
-    evaluator.metric(
-        "loss",
-        Loss::of(|logits: &Tensor, y: &Tensor| loss(logits, y).0, Prediction::parts),
-    );
 
-    // The schedules count updates, so a value is for as many batches as an update is made of.
-    let warmup = 100.min(args.iterations / 10);
-    let schedule = WarmupStableDecay::new(HIGHEST_LR, warmup, 0, args.iterations - warmup)
-        .start(HIGHEST_LR / 100.)
-        .end(LOWEST_LR)
-        .shape(Decay::Cosine);
+    let (last, every) = (args.iterations * args.accumulate, EVALUATED_EVERY * args.accumulate);
+    let evaluated = Event::IterationCompleted.filter(move |n| n % every == 0 || n == last);
     let lr = optimizer.knob("lr")?;
-    let every = args.accumulate * 250.min(args.iterations);
-    let history = History::new().knob("lr", lr.clone()).metric("loss").epoch_metric("val/loss");
     trainer
         .metric("loss", RunningAverage::new())
-        .attach(ParamScheduler::new("lr", lr, schedule).on(tch_ignite::engine::OPTIMIZER_STEPPED))
-        .attach(Evaluate::on(Event::IterationCompleted.every(every), "val", evaluator, &val))
-        .attach(history.clone())
+        .attach(
+            ParamScheduler::new("lr", lr, recipe::schedule(args.iterations)).on(OPTIMIZER_STEPPED),
+        )
+        .attach(Evaluate::on(evaluated.clone(), "val", recipe::evaluator(), &val))
         .attach(ProgressBar::new().metric("loss").metric("val/loss"))
-        .on_main(Event::IterationCompleted.every(every), move |_, engine| {
+        .on_main(evaluated.clone(), |_, engine| {
             let (iteration, metrics) = (engine.state.iteration, &engine.state.metrics);
             println!("batch {iteration}: validation loss {:.4}", metrics.get("val/loss")?);
             Ok(())
         })
         .attach(InterruptOn::signals()?)
-        .attach(
-            Checkpoint::new(args.out.join("checkpoints"))
-                .on(Event::IterationCompleted.every(every)),
-        )
+        .attach(Checkpoint::new(args.out.join("checkpoints")).on(evaluated.clone()))
         .track("model", &vs)
         .track("optimizer", &optimizer);
+    if trainer.is_main() {
+        let log = CsvLogger::open(args.out.join("log.csv"))?;
+        trainer.attach(OutputHandler::new(&log, "", evaluated).metric("loss").metric("val/loss"));
+    }
     if args.resume
         && let Some(resumed) = trainer.resume(&mut cx, args.out.join("checkpoints"))?
     {
         println!("{resumed}");
     }
-    let summary =
-        trainer.run(&mut cx, &train, Until::iterations(args.iterations * args.accumulate))?;
-    if rank > 0 {
+    let summary = trainer.run(&mut cx, &train, Until::iterations(last))?;
+    if !trainer.is_main() {
         return Ok(());
     }
-    history.write_csv(args.out.join("history.csv"))?;
-    history.plot(
-        args.out.join("history.svg"),
-        &[
-            ("learning rate", &["lr"]),
-            ("training loss", &["loss"]),
-            ("validation loss", &["val/loss"]),
-        ],
-    )?;
     println!("{summary}");
-    let start = Tensor::zeros([1, 1], (Kind::Int64, device));
-    println!("{}", text.decode(&cx.net.generate(start, args.write, 0.8)?)?);
-    println!("validation loss: {:.4}", trainer.state.metrics.get("val/loss")?);
+    if !matches!(summary.stop, Stop::Signal(_)) {
+        let start = Tensor::zeros([1, 1], (Kind::Int64, device));
+        println!("{}", text.decode(&cx.net.generate(start, args.write, 0.8)?)?);
+        println!("validation loss: {:.4}", trainer.state.metrics.get("val/loss")?);
+    }
     Ok(())
 }
 

@@ -9,6 +9,7 @@ mod common;
 
 mod bad_input;
 mod batch_samplers;
+mod chargpt;
 mod closures;
 mod data_loader;
 mod data_splits;
