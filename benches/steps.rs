@@ -1,7 +1,9 @@
-//! Compares our optimizer steps, clipping and averages with tch's own, on the shapes of real models.
+//! Compares our optimizer steps, clipping and averages with tch's own, on the shapes of real models. Of an optimizer that
+//! tch does not have, "tch" is its loop by libtorch's operations.
 //!
-//! `scripts/bench.sh` runs this and `steps.py` with one and with two threads, and makes a table. The group "floor"
-//! measures how fast memory can be updated in place, which bounds how fast the others could be.
+//! `scripts/bench.sh` runs this and `steps.py` with one and with two threads, shape by shape (`BENCH_SHAPE` has the name
+//! of one), and makes a table. The group "floor" measures how fast memory can be updated in place, which bounds how fast
+//! the others could be.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -15,14 +17,17 @@ use tch::{Device, Kind, Tensor};
 use tch_ignite::handlers::EMAHandler;
 use tch_ignite::optim::{Optimizer, OptimizerBuilder};
 
-/// The names of models and the shapes of all their parameters.
+/// The names of models and the shapes of all their parameters; only the one that `BENCH_SHAPE` names, if it is set.
 fn shapes() -> Vec<(&'static str, Vec<Vec<i64>>)> {
-    vec![
+    let only = std::env::var("BENCH_SHAPE");
+    let mut all = vec![
         ("200 of 16x16", vec![vec![16, 16]; 200]),
         ("ResNet-18", resnet18()),
         ("4 of 4M", vec![vec![2048, 2048]; 4]),
         ("GPT-2 small", gpt2_small()),
-    ]
+    ];
+    all.retain(|(name, _)| only.as_deref().is_ok_and(|only| only == *name) || only.is_err());
+    all
 }
 
 fn gpt2_small() -> Vec<Vec<i64>> {
@@ -89,23 +94,91 @@ fn steps(c: &mut Criterion) {
         compare(c, name, &shapes, Optimizer::adam);
         compare(c, name, &shapes, Optimizer::adamw);
         compare(c, name, &shapes, Optimizer::rms_prop);
-        if name.starts_with("200") || name == "ResNet-18" {
-            compare(c, name, &shapes, Optimizer::adagrad);
-            compare(c, name, &shapes, Optimizer::nadam);
-            compare(c, name, &shapes, Optimizer::radam);
-            compare(c, name, &shapes, Optimizer::adamax);
-            compare(c, name, &shapes, Optimizer::adadelta);
-            compare(c, name, &shapes, Optimizer::asgd);
-            compare(c, name, &shapes, Optimizer::rprop);
-            compare(c, name, &shapes, Optimizer::lion);
-        }
         if name.starts_with("GPT-2") {
             // Matrices of the hidden layers only.
             let hidden = shapes.into_iter().filter(|size| size.len() == 2 && size[0] < 4096);
             let hidden: Vec<_> = hidden.filter(|size| size[0] != 1024).collect();
-            compare(c, name, &hidden, Optimizer::muon);
+            alone(c, name, &hidden, Optimizer::muon);
+            sparse_adam(c, name);
+            continue;
+        }
+        compare(c, name, &shapes, Optimizer::adagrad);
+        compare(c, name, &shapes, Optimizer::nadam);
+        compare(c, name, &shapes, Optimizer::radam);
+        compare(c, name, &shapes, Optimizer::adamax);
+        compare(c, name, &shapes, Optimizer::adadelta);
+        compare(c, name, &shapes, Optimizer::asgd);
+        compare(c, name, &shapes, Optimizer::rprop);
+        compare(c, name, &shapes, Optimizer::lion);
+        compare(c, name, &shapes, Optimizer::sgd_schedule_free);
+        compare(c, name, &shapes, Optimizer::adamw_schedule_free);
+        compare(c, name, &shapes, Optimizer::ademamix);
+        alone(c, name, &shapes, Optimizer::adafactor);
+        if !name.starts_with("4 of") {
+            lbfgs(c, name, &shapes);
         }
     }
+}
+
+/// An optimizer whose steps are the same operations of libtorch's, fused or not.
+fn alone<T: OptimizerConfig>(
+    c: &mut Criterion,
+    shape: &str,
+    shapes: &[Vec<i64>],
+    builder: impl Fn(&VarStore) -> OptimizerBuilder<'_, T>,
+) {
+    let vs = store(shapes);
+    let optimizer = builder(&vs).lr(1e-6).build().expect("one group");
+    let mut group = group(c, format!("{}, {shape}", optimizer.name()), shapes);
+    group.bench_function("ours", |b| b.iter(|| optimizer.step().expect("steps")));
+    group.finish();
+}
+
+/// A batch of 1,024 words of GPT-2's embedding.
+fn sparse_adam(c: &mut Criterion, shape: &str) {
+    let vs = VarStore::new(Device::Cpu);
+    let table = vs.root().randn("table", &[50257, 768], 0., 0.1);
+    let words = Tensor::randint(50257, [1024], (Kind::Int64, Device::Cpu));
+    Tensor::embedding(&table, &words, -1, false, true).sum(Kind::Float).backward();
+    let optimizer = Optimizer::sparse_adam(&vs).lr(1e-6).build().expect("one group");
+    let mut group = group(c, format!("SparseAdam, {shape}"), &[]);
+    group.bench_function("ours", |b| b.iter(|| optimizer.step().expect("steps")));
+    group.finish();
+}
+
+/// A first step, of 20 iterations, down a narrow valley. The closure computes the gradient without backward, so that
+/// its share is small.
+fn lbfgs(c: &mut Criterion, shape: &str, shapes: &[Vec<i64>]) {
+    let vs = store(shapes);
+    let gradients: Vec<_> = vs.trainable_variables().iter().map(Tensor::grad).collect();
+    let values: Vec<_> = vs.trainable_variables().iter().map(Tensor::detach).collect();
+    let begin: Vec<_> = values.iter().map(Tensor::copy).collect();
+    let slope = |v: &Tensor| {
+        Tensor::linspace(1., 100., v.numel() as i64, (Kind::Float, Device::Cpu)).view_as(v)
+    };
+    let slopes: Vec<_> = values.iter().map(slope).collect();
+    let fresh = || {
+        for (v, begin) in values.iter().zip(&begin) {
+            v.shallow_clone().copy_(begin);
+        }
+        Optimizer::lbfgs(&vs).build().expect("one group")
+    };
+    let loss = || {
+        let mut loss = Tensor::zeros([], (Kind::Float, Device::Cpu));
+        for ((v, slope), gradient) in values.iter().zip(&slopes).zip(&gradients) {
+            let mut gradient = gradient.shallow_clone();
+            gradient.copy_(v);
+            gradient *= slope;
+            loss += gradient.view([-1]).dot(&v.view([-1])) / 2.;
+        }
+        Ok(loss)
+    };
+    let mut group = group(c, format!("LBFGS, {shape}"), shapes);
+    group.bench_function("ours", |b| {
+        let step = |optimizer: Optimizer| optimizer.step_with(loss).expect("steps");
+        b.iter_batched(fresh, step, BatchSize::PerIteration);
+    });
+    group.finish();
 }
 
 fn compare<T: OptimizerConfig>(
@@ -129,7 +202,7 @@ fn compare<T: OptimizerConfig>(
         let mut max = 1e3;
         group.bench_function("clip + step, tch", |b| {
             b.iter(|| {
-                max *= 0.999;
+                max *= 0.9999;
                 optimizer.with_tch(|tch| tch.clip_grad_norm(max)).expect("gradients");
                 optimizer.step().expect("steps")
             });
@@ -150,7 +223,7 @@ fn gradients(c: &mut Criterion) {
         for (kind, clips) in [("below the bound", false), ("clipped", true)] {
             let max = std::cell::Cell::new(1e3);
             let bound = || {
-                max.set(max.get() * 0.999);
+                max.set(max.get() * 0.9999);
                 if clips { max.get() } else { 1e9 }
             };
             group.bench_function(format!("clip_grad_norm, {kind}, tch"), |b| {
