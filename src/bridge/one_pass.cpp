@@ -34,12 +34,15 @@ constexpr int64_t STREAM_FROM = 1 << 25;
 // How many elements of f16 or bf16 are converted at a time. Five buffers of this many floats stay in the L1 cache.
 constexpr int64_t BLOCK = 512;
 
-// AVX-512 with vectors of so many bits. clang and GCC spell this differently, and each of them ignores the whole
+// AVX-512 with vectors of 256 and of 512 bits. clang and GCC spell this differently, and each of them ignores the whole
 // attribute, with its instruction set, if it contains the other's spelling.
+#define TIG_AVX512_SET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
 #if defined(__clang__)
-#define TIG_AVX512(BITS) __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(BITS)))
+#define TIG_AVX512_IN_256 __attribute__((target(TIG_AVX512_SET ",tune=skylake-avx512")))
+#define TIG_AVX512_IN_512 __attribute__((target(TIG_AVX512_SET), min_vector_width(512)))
 #else
-#define TIG_AVX512(BITS) __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=" #BITS)))
+#define TIG_AVX512_IN_256 __attribute__((target(TIG_AVX512_SET ",prefer-vector-width=256")))
+#define TIG_AVX512_IN_512 __attribute__((target(TIG_AVX512_SET ",prefer-vector-width=512")))
 #endif
 
 #ifdef TIG_X86
@@ -311,8 +314,8 @@ struct Isa {
 TIG_ISA(baseline, , FMA_EVERYWHERE)
 #ifdef TIG_X86
 TIG_ISA(avx2, __attribute__((target("avx2,fma"))), true)
-TIG_ISA(avx512vl, TIG_AVX512(256), true)
-TIG_ISA(avx512, TIG_AVX512(512), true)
+TIG_ISA(avx512vl, TIG_AVX512_IN_256, true)
+TIG_ISA(avx512, TIG_AVX512_IN_512, true)
 #endif
 
 const Isa& isa() {
