@@ -19,7 +19,7 @@ const FILES: &[&str] = &[
     "src/bridge/thread_state.cpp",
 ];
 const DISTRIBUTED: &[&str] = &["src/bridge/dist.cpp", "src/bridge/reducer.cpp"];
-const KERNELS: &[&str] = &["src/bridge/one_pass.cpp"];
+const KERNELS: &[&str] = &["src/bridge/kernel_form.cpp", "src/bridge/one_pass.cpp"];
 
 fn main() {
     println!("cargo:rerun-if-changed=src/bridge");

@@ -1,9 +1,11 @@
-"""Measures the same as steps.rs with PyTorch: python benches/steps.py [--threads N] [--out FILE]
+"""Measures the same as steps.rs with PyTorch: python benches/steps.py [--threads N] [--shape NAME] [--out FILE]
 
-Writes a JSON object on each line: group, name, median in ns.
+Writes a JSON object on each line: group, name, median in ns; FILE is appended to. Optimizers that PyTorch does not have are
+those of lion-pytorch, schedulefree and ademamix.py (https://github.com/apple/ml-ademamix), each where Python finds it.
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -41,81 +43,142 @@ def parameters(shapes):
     return made
 
 
+# How each optimizer can be stepped.
+LOOP, FOREACH, FUSED = "torch default", "torch foreach", "torch fused"
+OPTIONS = {LOOP: {"foreach": False}, FOREACH: {"foreach": True}, FUSED: {"fused": True}}
+WAYS = {
+    "SGD": (LOOP, FOREACH, FUSED), "Adam": (LOOP, FOREACH, FUSED), "AdamW": (LOOP, FOREACH, FUSED),
+    "RMSprop": (LOOP, FOREACH), "Adagrad": (LOOP, FOREACH, FUSED), "NAdam": (LOOP, FOREACH), "RAdam": (LOOP, FOREACH),
+    "Adamax": (LOOP, FOREACH), "Adadelta": (LOOP, FOREACH), "ASGD": (LOOP, FOREACH), "Rprop": (LOOP, FOREACH),
+    "Adafactor": (LOOP, FOREACH),
+}  # fmt: skip
+PACKAGES = {
+    "Lion": ("lion_pytorch", "Lion", (LOOP,)),
+    "SGDScheduleFree": ("schedulefree", "SGDScheduleFree", (LOOP, FOREACH)),
+    "AdamWScheduleFree": ("schedulefree", "AdamWScheduleFree", (LOOP, FOREACH)),
+    "AdEMAMix": ("ademamix", "AdEMAMix", (LOOP,)),
+}
+
+
 def optimizers(shape):
-    ways = {"torch default": {}, "torch foreach": {"foreach": True}, "torch fused": {"fused": True}}
-    for name, make, kwargs in (
-        ("SGD", torch.optim.SGD, {"momentum": 0.9}),
-        ("Adam", torch.optim.Adam, {}),
-        ("AdamW", torch.optim.AdamW, {}),
-        ("RMSprop", torch.optim.RMSprop, {}),
-    ):
-        for way, options in ways.items():
-            if not (name == "RMSprop" and "fused" in options):
-                yield name, way, make, {**kwargs, **options}
-    if shape in ("200 of 16x16", "ResNet-18"):
-        for name in ("Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop"):
-            for way, options in ways.items():
-                if name == "Adagrad" or "fused" not in options:
-                    yield name, way, getattr(torch.optim, name), options
-    if shape == "GPT-2 small":
-        yield "Muon", "torch default", torch.optim.Muon, {}
+    """Yields name, way, class and options."""
+    large = shape == "GPT-2 small"
+    for name, ways in WAYS.items():
+        if not large or name in ("SGD", "Adam", "AdamW", "RMSprop"):
+            for way in ways:
+                options = {**OPTIONS[way], "momentum": 0.9} if name == "SGD" else OPTIONS[way]
+                yield name, way, getattr(torch.optim, name), options
+    if large:
+        yield "Muon", LOOP, torch.optim.Muon, {}
+        return
+    for name, (package, optimizer, ways) in PACKAGES.items():
+        try:
+            made = getattr(importlib.import_module(package), optimizer)
+        except ImportError:
+            continue
+        for way in ways:
+            yield name, way, made, OPTIONS[way] if len(ways) > 1 else {}
+
+
+def sparse_adam():
+    table = torch.nn.Parameter(torch.randn(50257, 768) * 0.1)
+    words = torch.randint(50257, (1024,))
+    torch.nn.functional.embedding(words, table, sparse=True).sum().backward()
+    return torch.optim.SparseAdam([table], lr=1e-6).step
+
+
+def lbfgs(own):
+    """Returns what makes a first step possible again, and the step."""
+    slopes = [torch.linspace(1, 100, p.numel()).view_as(p) for p in own]
+    begin = [p.detach().clone() for p in own]
+    made = []
+
+    @torch.no_grad()
+    def loss():
+        loss = torch.zeros([])
+        for p, slope in zip(own, slopes):
+            p.grad.copy_(p).mul_(slope)
+            loss += p.grad.view(-1).dot(p.view(-1)) / 2
+        return loss
+
+    def fresh():
+        for p, value in zip(own, begin):
+            p.detach().copy_(value)
+        made[:] = [torch.optim.LBFGS(own)]
+
+    return fresh, lambda: made[0].step(loss)
 
 
 def contenders(shape, shapes):
-    """Yields group, name and the function to time, for each contender."""
+    """Yields group, name, the function to time, and what is called before it, for each contender."""
     for name, way, make, kwargs in optimizers(shape):
-        # Muon steps the matrices of the hidden layers.
-        hidden = [size for size in shapes if len(size) == 2 and size[0] < 4096 and size[0] != 1024]
+        # Muon steps the matrices of one of the 12 blocks.
+        hidden = [size for size in shapes if len(size) == 2][2:6]
         own = parameters(hidden if name == "Muon" else shapes)
         optimizer = make(own, lr=1e-6, **kwargs)
-        yield name, way, optimizer.step
+        if "ScheduleFree" in name:
+            optimizer.train()
+        yield name, way, optimizer.step, None
         if name == "AdamW":
             bound = [1e3]
 
             # The bound gets smaller every time, so that clipping always has to scale the gradients.
-            def clipped(own=own, optimizer=optimizer, bound=bound, foreach=way != "torch default"):
+            def clipped(own=own, optimizer=optimizer, bound=bound, foreach=way != LOOP):
                 bound[0] *= 0.999
                 torch.nn.utils.clip_grad_norm_(own, bound[0], foreach=foreach)
                 optimizer.step()
 
-            yield name, f"clip + step, {way}", clipped
+            yield name, f"clip + step, {way}", clipped, None
     own = parameters(shapes)
+    if shape == "GPT-2 small":
+        yield "SparseAdam", LOOP, sparse_adam(), None
+    elif shape != "4 of 4M":
+        fresh, step = lbfgs(own)
+        yield "LBFGS", LOOP, step, fresh
     bound = [1e3]
 
     def clip():
         bound[0] *= 0.999
         torch.nn.utils.clip_grad_norm_(own, bound[0])
 
-    yield "gradients", "clip_grad_norm, clipped, torch", clip
-    yield "gradients", "clip_grad_norm, below the bound, torch", lambda: torch.nn.utils.clip_grad_norm_(own, 1e9)
-    yield "gradients", "zeros, torch foreach", lambda: torch._foreach_zero_([p.grad for p in own])
+    def below():
+        torch.nn.utils.clip_grad_norm_(own, 1e9)
+
+    yield "gradients", "clip_grad_norm, clipped, torch", clip, None
+    yield "gradients", "clip_grad_norm, below the bound, torch", below, None
+    yield "gradients", "zeros, torch foreach", lambda: torch._foreach_zero_([p.grad for p in own]), None
     copies = [p.detach().clone() for p in own]
 
     @torch.no_grad()
     def lerp():
         torch._foreach_lerp_(copies, own, 1e-3)
 
-    yield "EMA", "torch, _foreach_lerp_", lerp
+    yield "EMA", "torch, _foreach_lerp_", lerp, None
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=argparse.FileType("w"), default=sys.stdout)
+    parser.add_argument("--shape", choices=shapes())
+    parser.add_argument("--out", type=argparse.FileType("a"), default=sys.stdout)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    # As in steps.rs.
+    clock = time.thread_time_ns if arguments.threads == 1 else time.perf_counter_ns
     for shape, sizes in shapes().items():
+        if arguments.shape not in (None, shape):
+            continue
         large = sum(torch.Size(size).numel() for size in sizes) > 1 << 26
-        for group, name, call in contenders(shape, sizes):
-            call()
-            call()
+        for group, name, call, before in contenders(shape, sizes):
             times = []
-            until = time.perf_counter() + 2
-            while len(times) < 5 or (time.perf_counter() < until and len(times) < (10 if large else 2000)):
-                start = time.perf_counter_ns()
+            until = time.perf_counter() + 1.5
+            while len(times) < 7 or (time.perf_counter() < until and len(times) < (12 if large else 2000)):
+                if before:
+                    before()
+                start = clock()
                 call()
-                times.append(time.perf_counter_ns() - start)
-            line = {"group": f"{group}, {shape}", "name": name, "median": statistics.median(times)}
+                times.append(clock() - start)
+            line = {"group": f"{group}, {shape}", "name": name, "median": statistics.median(times[2:])}
             print(json.dumps(line), file=arguments.out, flush=True)
 
 

@@ -1,12 +1,15 @@
-//! Compares our optimizer steps, clipping and averages with tch's own, on the shapes of real models.
+//! Compares our optimizer steps, clipping and averages with tch's own, on the shapes of real models. Of an optimizer that
+//! tch does not have, "tch" is its loop by libtorch's operations.
 //!
-//! `scripts/bench.sh` runs this and `steps.py` with one and with two threads, and makes a table. The group "floor"
-//! measures how fast memory can be updated in place, which bounds how fast the others could be.
+//! `scripts/bench.sh` runs this and `steps.py` with one and with two threads, shape by shape (`BENCH_SHAPE` has the name
+//! of one), and makes a table. The group "floor" measures how fast memory can be updated in place, which bounds how fast
+//! the others could be. With one thread the time is what that thread had of its core, so that other programs on the
+//! machine do not count; with several it is wall time.
 
 use std::hint::black_box;
 use std::time::Duration;
 
-use criterion::measurement::WallTime;
+use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{
     BatchSize, BenchmarkGroup, Criterion, SamplingMode, criterion_group, criterion_main,
 };
@@ -15,14 +18,59 @@ use tch::{Device, Kind, Tensor};
 use tch_ignite::handlers::EMAHandler;
 use tch_ignite::optim::{Optimizer, OptimizerBuilder};
 
-/// The names of models and the shapes of all their parameters.
+/// Time by one of the system's clocks.
+struct Clock(libc::clockid_t);
+
+impl Clock {
+    fn of_the_threads() -> Self {
+        let one = tch::get_num_threads() == 1;
+        Self(if one { libc::CLOCK_THREAD_CPUTIME_ID } else { libc::CLOCK_MONOTONIC })
+    }
+}
+
+impl Measurement for Clock {
+    type Intermediate = Duration;
+    type Value = Duration;
+
+    fn start(&self) -> Duration {
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the function writes to the timespec, and nothing else.
+        unsafe { libc::clock_gettime(self.0, &mut now) };
+        Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+    }
+
+    fn end(&self, start: Duration) -> Duration {
+        self.start() - start
+    }
+
+    fn add(&self, a: &Duration, b: &Duration) -> Duration {
+        *a + *b
+    }
+
+    fn zero(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn to_f64(&self, value: &Duration) -> f64 {
+        value.as_nanos() as f64
+    }
+
+    fn formatter(&self) -> &dyn ValueFormatter {
+        WallTime.formatter()
+    }
+}
+
+/// The names of models and the shapes of all their parameters; only the one that `BENCH_SHAPE` names, if it is set.
 fn shapes() -> Vec<(&'static str, Vec<Vec<i64>>)> {
-    vec![
+    let only = std::env::var("BENCH_SHAPE");
+    let mut all = vec![
         ("200 of 16x16", vec![vec![16, 16]; 200]),
         ("ResNet-18", resnet18()),
         ("4 of 4M", vec![vec![2048, 2048]; 4]),
         ("GPT-2 small", gpt2_small()),
-    ]
+    ];
+    all.retain(|(name, _)| only.as_deref().is_ok_and(|only| only == *name) || only.is_err());
+    all
 }
 
 fn gpt2_small() -> Vec<Vec<i64>> {
@@ -38,13 +86,13 @@ fn gpt2_small() -> Vec<Vec<i64>> {
 
 /// Makes a benchmark group that takes fewer samples of large models, because each takes long.
 fn group<'c>(
-    c: &'c mut Criterion,
+    c: &'c mut Criterion<Clock>,
     name: String,
     shapes: &[Vec<i64>],
-) -> BenchmarkGroup<'c, WallTime> {
+) -> BenchmarkGroup<'c, Clock> {
     let mut group = c.benchmark_group(name);
     let elements: i64 = shapes.iter().map(|shape| shape.iter().product::<i64>()).sum();
-    group.warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
+    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
     if elements > 1 << 26 {
         group.sample_size(10).sampling_mode(SamplingMode::Flat);
     } else {
@@ -83,33 +131,100 @@ fn store(shapes: &[Vec<i64>]) -> VarStore {
     vs
 }
 
-fn steps(c: &mut Criterion) {
+fn steps(c: &mut Criterion<Clock>) {
     for (name, shapes) in shapes() {
         compare(c, name, &shapes, |vs| Optimizer::builder(nn::sgd(0.9, 0., 0., false), vs));
         compare(c, name, &shapes, Optimizer::adam);
         compare(c, name, &shapes, Optimizer::adamw);
         compare(c, name, &shapes, Optimizer::rms_prop);
-        if name.starts_with("200") || name == "ResNet-18" {
-            compare(c, name, &shapes, Optimizer::adagrad);
-            compare(c, name, &shapes, Optimizer::nadam);
-            compare(c, name, &shapes, Optimizer::radam);
-            compare(c, name, &shapes, Optimizer::adamax);
-            compare(c, name, &shapes, Optimizer::adadelta);
-            compare(c, name, &shapes, Optimizer::asgd);
-            compare(c, name, &shapes, Optimizer::rprop);
-            compare(c, name, &shapes, Optimizer::lion);
-        }
         if name.starts_with("GPT-2") {
-            // Matrices of the hidden layers only.
-            let hidden = shapes.into_iter().filter(|size| size.len() == 2 && size[0] < 4096);
-            let hidden: Vec<_> = hidden.filter(|size| size[0] != 1024).collect();
-            compare(c, name, &hidden, Optimizer::muon);
+            // The matrices of one of the 12 blocks.
+            let hidden = shapes.into_iter().filter(|size| size.len() == 2).skip(2).take(4);
+            alone(c, name, &hidden.collect::<Vec<_>>(), Optimizer::muon);
+            sparse_adam(c, name);
+            continue;
+        }
+        compare(c, name, &shapes, Optimizer::adagrad);
+        compare(c, name, &shapes, Optimizer::nadam);
+        compare(c, name, &shapes, Optimizer::radam);
+        compare(c, name, &shapes, Optimizer::adamax);
+        compare(c, name, &shapes, Optimizer::adadelta);
+        compare(c, name, &shapes, Optimizer::asgd);
+        compare(c, name, &shapes, Optimizer::rprop);
+        compare(c, name, &shapes, Optimizer::lion);
+        compare(c, name, &shapes, Optimizer::sgd_schedule_free);
+        compare(c, name, &shapes, Optimizer::adamw_schedule_free);
+        compare(c, name, &shapes, Optimizer::ademamix);
+        alone(c, name, &shapes, Optimizer::adafactor);
+        if !name.starts_with("4 of") {
+            lbfgs(c, name, &shapes);
         }
     }
 }
 
+/// An optimizer whose steps are the same operations of libtorch's, fused or not.
+fn alone<T: OptimizerConfig>(
+    c: &mut Criterion<Clock>,
+    shape: &str,
+    shapes: &[Vec<i64>],
+    builder: impl Fn(&VarStore) -> OptimizerBuilder<'_, T>,
+) {
+    let vs = store(shapes);
+    let optimizer = builder(&vs).lr(1e-6).build().expect("one group");
+    let mut group = group(c, format!("{}, {shape}", optimizer.name()), shapes);
+    group.bench_function("ours", |b| b.iter(|| optimizer.step().expect("steps")));
+    group.finish();
+}
+
+/// A batch of 1,024 words of GPT-2's embedding.
+fn sparse_adam(c: &mut Criterion<Clock>, shape: &str) {
+    let vs = VarStore::new(Device::Cpu);
+    let table = vs.root().randn("table", &[50257, 768], 0., 0.1);
+    let words = Tensor::randint(50257, [1024], (Kind::Int64, Device::Cpu));
+    Tensor::embedding(&table, &words, -1, false, true).sum(Kind::Float).backward();
+    let optimizer = Optimizer::sparse_adam(&vs).lr(1e-6).build().expect("one group");
+    let mut group = group(c, format!("SparseAdam, {shape}"), &[]);
+    group.bench_function("ours", |b| b.iter(|| optimizer.step().expect("steps")));
+    group.finish();
+}
+
+/// A first step, of 20 iterations, down a narrow valley. The closure computes the gradient without backward, so that
+/// its share is small.
+fn lbfgs(c: &mut Criterion<Clock>, shape: &str, shapes: &[Vec<i64>]) {
+    let vs = store(shapes);
+    let gradients: Vec<_> = vs.trainable_variables().iter().map(Tensor::grad).collect();
+    let values: Vec<_> = vs.trainable_variables().iter().map(Tensor::detach).collect();
+    let begin: Vec<_> = values.iter().map(Tensor::copy).collect();
+    let slope = |v: &Tensor| {
+        Tensor::linspace(1., 100., v.numel() as i64, (Kind::Float, Device::Cpu)).view_as(v)
+    };
+    let slopes: Vec<_> = values.iter().map(slope).collect();
+    let fresh = || {
+        for (v, begin) in values.iter().zip(&begin) {
+            v.shallow_clone().copy_(begin);
+        }
+        Optimizer::lbfgs(&vs).build().expect("one group")
+    };
+    let loss = || {
+        let mut loss = Tensor::zeros([], (Kind::Float, Device::Cpu));
+        for ((v, slope), gradient) in values.iter().zip(&slopes).zip(&gradients) {
+            let mut gradient = gradient.shallow_clone();
+            gradient.copy_(v);
+            gradient *= slope;
+            loss += gradient.view([-1]).dot(&v.view([-1])) / 2.;
+        }
+        Ok(loss)
+    };
+    let mut group = group(c, format!("LBFGS, {shape}"), shapes);
+    group.bench_function("ours", |b| {
+        let step = |optimizer: Optimizer| optimizer.step_with(loss).expect("steps");
+        b.iter_batched(fresh, step, BatchSize::PerIteration);
+    });
+    group.finish();
+}
+
 fn compare<T: OptimizerConfig>(
-    c: &mut Criterion,
+    c: &mut Criterion<Clock>,
     shape: &str,
     shapes: &[Vec<i64>],
     builder: impl Fn(&VarStore) -> OptimizerBuilder<'_, T>,
@@ -129,7 +244,7 @@ fn compare<T: OptimizerConfig>(
         let mut max = 1e3;
         group.bench_function("clip + step, tch", |b| {
             b.iter(|| {
-                max *= 0.999;
+                max *= 0.9999;
                 optimizer.with_tch(|tch| tch.clip_grad_norm(max)).expect("gradients");
                 optimizer.step().expect("steps")
             });
@@ -142,7 +257,7 @@ fn compare<T: OptimizerConfig>(
     group.finish();
 }
 
-fn gradients(c: &mut Criterion) {
+fn gradients(c: &mut Criterion<Clock>) {
     for (name, shapes) in shapes() {
         let vs = store(&shapes);
         let optimizer = Optimizer::sgd(&vs).build().expect("one group");
@@ -150,7 +265,7 @@ fn gradients(c: &mut Criterion) {
         for (kind, clips) in [("below the bound", false), ("clipped", true)] {
             let max = std::cell::Cell::new(1e3);
             let bound = || {
-                max.set(max.get() * 0.999);
+                max.set(max.get() * 0.9999);
                 if clips { max.get() } else { 1e9 }
             };
             group.bench_function(format!("clip_grad_norm, {kind}, tch"), |b| {
@@ -186,7 +301,7 @@ fn gradients(c: &mut Criterion) {
     }
 }
 
-fn averages(c: &mut Criterion) {
+fn averages(c: &mut Criterion<Clock>) {
     for (name, shapes) in shapes() {
         let vs = store(&shapes);
         let variables = vs.trainable_variables();
@@ -208,7 +323,7 @@ fn averages(c: &mut Criterion) {
     }
 }
 
-fn floor(c: &mut Criterion) {
+fn floor(c: &mut Criterion<Clock>) {
     // The tensor is larger than any cache. An update in place reads and writes 8 bytes for each element.
     let mut large = Tensor::ones([1 << 26], (Kind::Float, Device::Cpu));
     let mut group = c.benchmark_group("floor");
@@ -217,5 +332,9 @@ fn floor(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, floor, steps, gradients, averages);
+criterion_group! {
+    name = benches;
+    config = Criterion::default().with_measurement(Clock::of_the_threads());
+    targets = floor, steps, gradients, averages
+}
 criterion_main!(benches);

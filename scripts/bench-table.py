@@ -17,8 +17,9 @@ import sys
 
 # How many bytes an operation reads and writes for each element, if it touches each of them once.
 BYTES = {
-    "SGD": 20, "Adam": 28, "AdamW": 28, "RMSprop": 20, "AdamW clip": 32,
-    "clip": 12, "norm": 4, "EMA": 12, "zeros": 4,
+    "SGD": 20, "Adam": 28, "AdamW": 28, "RMSprop": 20, "AdamW clip": 32, "Adagrad": 20, "NAdam": 28, "RAdam": 28,
+    "Adamax": 28, "Adadelta": 28, "ASGD": 20, "Rprop": 28, "Lion": 20, "SGDScheduleFree": 20, "AdamWScheduleFree": 28,
+    "AdEMAMix": 36, "clip": 12, "norm": 4, "EMA": 12, "zeros": 4,
 }  # fmt: skip
 ELEMENTS = {"ResNet-18": 11_689_512, "4 of 4M": 4 * 2048 * 2048, "GPT-2 small": 124_439_808}
 
@@ -54,7 +55,7 @@ def floor(group, operation, bandwidth):
         kind = {"zeros": "zeros", "clip_grad_norm, clipped": "clip"}.get(operation, "norm")
     elif operation:
         kind = f"{kind} clip"
-    return BYTES[kind] * ELEMENTS[shape] / bandwidth
+    return BYTES[kind] * ELEMENTS[shape] / bandwidth if kind in BYTES else None
 
 
 def training(file):
@@ -118,14 +119,14 @@ def steps(folder, baseline, *python):
             ours = whose.get("ours")
             tch = min((median for who, median in whose.items() if who.startswith("tch")), default=None)
             torch = min((median for who, median in whose.items() if who.startswith("torch")), default=None)
-            if ours is None or tch is None:
+            if ours is None:
                 continue
             least = floor(group, operation, bandwidth) if bandwidth else None
             columns = [
                 f"{group}: {operation}" if operation else group,
                 f"{ours / 1e3:,.1f}",
-                f"{tch / ours:.1f}",
-                f"{torch / ours:.1f}" if torch else "",
+                f"{tch / ours:.2f}" if tch else "",
+                f"{torch / ours:.2f}" if torch else "",
                 f"{ours / least:.2f}" if least else "",
             ]
             print("| " + " | ".join(columns) + " |")

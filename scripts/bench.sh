@@ -10,7 +10,7 @@ usage: scripts/bench.sh [--help] [--table] [steps | training | distributed | com
 
 Sets up libtorch (.libtorch/) where it is missing, measures, and prints Markdown tables.
 
-  steps        steps of all optimizers, clipping and averages (the default): about ten minutes
+  steps        steps of all optimizers, clipping and averages (the default): about half an hour
                for each number of threads, and 6 GB of memory; --table prints the last run's again
   training     an epoch of Fashion-MNIST (scripts/fetch-mnist.sh --fashion), contenders in turns
   distributed  all-reduce and a step of data-parallel training
@@ -52,8 +52,12 @@ steps() {
     if [ "$table" = no ]; then
       export OMP_NUM_THREADS="$threads"
       rm -f "$peer"
-      cargo bench --bench steps -- --noplot --save-baseline "threads-$threads"
-      if has torch; then "$python" benches/steps.py --threads "$threads" --out "$peer"; fi
+      # Shape by shape, so that ours and PyTorch's are measured within minutes of each other.
+      for BENCH_SHAPE in "200 of 16x16" "ResNet-18" "4 of 4M" "GPT-2 small"; do
+        export BENCH_SHAPE
+        cargo bench --bench steps -- --noplot --save-baseline "threads-$threads"
+        if has torch; then "$python" benches/steps.py --threads "$threads" --shape "$BENCH_SHAPE" --out "$peer"; fi
+      done
     fi
     printf '\n%s thread(s)\n\n' "$threads"
     [ -f "$peer" ] || peer=

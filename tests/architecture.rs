@@ -95,6 +95,24 @@ fn every_import_of_the_crate_goes_to_a_lower_floor() {
     assert!(files.len() > 200 && wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// CONTRIBUTING.md shows how an optimizer is added with the files of one, which must be quoted as they are.
+#[test]
+fn the_walk_quotes_lion_as_it_is() {
+    let read = |file: &str| {
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap()
+    };
+    let page = read("CONTRIBUTING.md");
+    for (fence, file) in
+        [("```cpp\n", "src/bridge/rules/lion.h"), ("```rust\n", "src/optim/algorithms/lion.rs")]
+    {
+        let (_, block) = page.split_once(fence).unwrap();
+        let (block, _) = block.split_once("```").unwrap();
+        let is_code = |line: &&str| !line.trim_start().starts_with("//");
+        let code: Vec<_> = read(file).lines().filter(is_code).map(str::to_owned).collect();
+        assert!(code.join("\n").contains(block.trim_end()), "CONTRIBUTING.md differs from {file}");
+    }
+}
+
 #[test]
 fn every_room_that_is_drawn_exists() {
     for room in floors().keys() {

@@ -38,12 +38,22 @@ void for_gradients(Optimizer& optimizer, Groups groups, F&& f) {
     }
 }
 
+// A task on a gradient alone, which is its `p` and its `g`.
+tig::Task task_of(const Tensor& gradient) {
+  tig::Task task{};
+  task.p = gradient.mutable_data_ptr();
+  task.g = task.p;
+  task.n = gradient.numel();
+  task.dtype = gradient.scalar_type();
+  return task;
+}
+
 struct Sorted {
   std::map<std::pair<c10::DeviceType, c10::DeviceIndex>, std::vector<Tensor>> lists;
   at::ScalarType norm_type = at::kFloat;  // f64 where a gradient is
 };
 
-// Puts the gradients that the one pass can handle into it (as `p` and as `g`), and the others into lists by device. Of
+// Puts the gradients that the one pass can handle into it, and the others into lists by device. Of
 // a sparse gradient only the values are listed; `coalesced` adds up the values of equal indices first.
 Sorted sort(Optimizer& optimizer, Groups groups, tig::OnePass& pass, bool coalesced, bool all_in_lists = false) {
   Sorted sorted;
@@ -51,12 +61,7 @@ Sorted sort(Optimizer& optimizer, Groups groups, tig::OnePass& pass, bool coales
   for_gradients(optimizer, groups, [&](const Tensor& gradient) {
     if (gradient.scalar_type() == at::kDouble) sorted.norm_type = at::kDouble;
     if (!all_in_lists && tig::is_plain_cpu(gradient)) {
-      tig::Task task{};
-      task.p = gradient.mutable_data_ptr();
-      task.g = task.p;
-      task.n = gradient.numel();
-      task.dtype = gradient.scalar_type();
-      pass.add(task);
+      pass.add(task_of(gradient));
     } else {
       const Tensor dense = !gradient.is_sparse() ? gradient
           : coalesced                            ? gradient.coalesce()._values()
@@ -159,16 +164,25 @@ int tig_clip_value(Optimizer* optimizer, const size_t* numbers, size_t count, Pl
   });
 }
 
-int tig_zero_gradients(Optimizer* optimizer, const size_t* numbers, size_t count, char** error) {
+int tig_zero_gradients(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, char** error) {
   return guarded(error, [&] {
     at::NoGradGuard no_grad;
+    tig::OnePass& pass = plan->gradients;
+    pass.clear();
     std::vector<Tensor> dense;
     for_gradients(*optimizer, {numbers, count}, [&](const Tensor& gradient) {
       // A gradient with a graph (create_graph) is detached, because the graph may still need its values.
       if (gradient.grad_fn()) gradient.detach_();
-      if (gradient.layout() == at::kStrided) dense.push_back(gradient);
-      else Tensor(gradient).zero_();
+      if (tig::is_plain_cpu(gradient)) {
+        pass.add(task_of(gradient));
+        gradient.unsafeGetTensorImpl()->bump_version();
+      } else if (gradient.layout() == at::kStrided) {
+        dense.push_back(gradient);
+      } else {
+        Tensor(gradient).zero_();
+      }
     });
+    pass.zero();
     if (!dense.empty()) at::_foreach_zero_(dense);
   });
 }

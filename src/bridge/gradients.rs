@@ -41,6 +41,7 @@ unsafe extern "C" {
         optimizer: Raw,
         groups: *const usize,
         count: usize,
+        plan: Raw,
         error: *mut *mut c_char,
     ) -> c_int;
     fn tig_clear_gradients(
@@ -126,7 +127,13 @@ impl Native {
     pub(crate) fn zero_gradients(&mut self, groups: &[usize]) -> Result<(), BridgeError> {
         // SAFETY: see above.
         checked(|error| unsafe {
-            tig_zero_gradients(self.raw.as_ptr(), groups.as_ptr(), groups.len(), error)
+            tig_zero_gradients(
+                self.raw.as_ptr(),
+                groups.as_ptr(),
+                groups.len(),
+                self.plan.as_ptr(),
+                error,
+            )
         })
     }
 

@@ -18,6 +18,8 @@ mod fused;
 mod generator;
 mod gradients;
 mod host_syncs;
+#[cfg(test)]
+mod kernel_form;
 mod memory;
 mod normalize;
 #[cfg(all(feature = "distributed", unix))]
@@ -53,6 +55,8 @@ pub(crate) use dist::{DistException, ProcessGroups, Store, StoreAddress};
 pub(crate) use fused::StepError;
 pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use host_syncs::HostSyncs;
+#[cfg(test)]
+pub(crate) use kernel_form::{in_kernel_forms, set_kernel_form};
 pub(crate) use memory::{bytes, bytes_mut, dense_on_cpu};
 pub(crate) use normalize::{Rows, normalize_rows};
 #[cfg(all(feature = "distributed", unix))]

@@ -8,11 +8,18 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 
 #include "arithmetic.h"
+#include "kernel_form.h"
 #include "rules/all.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define TIG_X86 1
+#endif
 
 namespace tig {
 namespace {
@@ -22,19 +29,23 @@ constexpr int64_t PARALLEL_FROM = 1 << 17;
 // How many elements a chunk has. Updating them takes long compared to fetching a chunk, and short compared to a time
 // slice of the scheduler.
 constexpr int64_t CHUNK = 1 << 15;
+// With fewer bytes of zeros in all, those that come next find them in a cache.
+constexpr int64_t STREAM_FROM = 1 << 25;
 // How many elements of f16 or bf16 are converted at a time. Five buffers of this many floats stay in the L1 cache.
 constexpr int64_t BLOCK = 512;
 
-// Asks for 512-bit registers, of which compilers use only half by default. clang and GCC spell this differently, and
-// each of them ignores the whole attribute, with its instruction set, if it contains the other's spelling.
+// AVX-512 with vectors of 256 and of 512 bits. clang and GCC spell this differently, and each of them ignores the whole
+// attribute, with its instruction set, if it contains the other's spelling.
+#define TIG_AVX512_SET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
 #if defined(__clang__)
-#define TIG_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"), min_vector_width(512)))
+#define TIG_AVX512_IN_256 __attribute__((target(TIG_AVX512_SET ",tune=skylake-avx512")))
+#define TIG_AVX512_IN_512 __attribute__((target(TIG_AVX512_SET), min_vector_width(512)))
 #else
-#define TIG_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define TIG_AVX512_IN_256 __attribute__((target(TIG_AVX512_SET ",prefer-vector-width=256")))
+#define TIG_AVX512_IN_512 __attribute__((target(TIG_AVX512_SET ",prefer-vector-width=512")))
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define TIG_X86 1
+#ifdef TIG_X86
 constexpr bool FMA_EVERYWHERE = false;
 #elif defined(__FMA__) || defined(__aarch64__)
 constexpr bool FMA_EVERYWHERE = true;
@@ -170,23 +181,23 @@ TIG_INLINE double widened(T x) {
 
 // The number of partial sums that run side by side. With a single sum each addition would wait for the one before.
 constexpr int LANES = 32;
-// Memory that is only read is prefetched this many bytes ahead, because the processor's own prefetcher stops at the
+// Memory that is only read may be prefetched this many bytes ahead, where the processor's own prefetcher stops at the
 // end of a page. LINE is the size of a cache line.
 constexpr int64_t AHEAD = 8192, LINE = 64;
 
 template <typename T>
-TIG_INLINE void fetch_ahead(const T* from, int64_t rest) {
-  if (rest * int64_t(sizeof(T)) <= AHEAD + LANES * int64_t(sizeof(T))) return;
+TIG_INLINE void fetch_ahead(const T* from, int64_t rest, bool prefetch) {
+  if (!prefetch || rest * int64_t(sizeof(T)) <= AHEAD + LANES * int64_t(sizeof(T))) return;
   for (int64_t line = 0; line < LANES * int64_t(sizeof(T)); line += LINE)
     __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD + line);
 }
 
 template <typename T>
-TIG_INLINE double sum_of_squares(const T* from, int64_t n) {
+TIG_INLINE double sum_of_squares(const T* from, int64_t n, bool prefetch) {
   double sums[LANES] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
-    fetch_ahead(from + i, n - i);
+    fetch_ahead(from + i, n - i, prefetch);
     for (int j = 0; j < LANES; ++j) {
       const double x = widened(from[i + j]);
       sums[j] += x * x;
@@ -203,24 +214,32 @@ TIG_INLINE double sum_of_squares(const T* from, int64_t n) {
 
 // The largest absolute value; NaN if an element is NaN.
 template <typename T>
-TIG_INLINE double largest(const T* from, int64_t n) {
-  double most = 0;
-  bool nan = false;
-  for (int64_t i = 0; i < n; ++i) {
-    const double x = std::abs(widened(from[i]));
-    most = x > most ? x : most;
-    nan |= x != x;
+TIG_INLINE double largest(const T* from, int64_t n, bool prefetch) {
+  double most[LANES] = {}, nan[LANES] = {};
+  const auto look = [&](T value, int lane) {
+    const double x = magnitude(widened(value));
+    most[lane] = x > most[lane] ? x : most[lane];
+    nan[lane] = x == x ? nan[lane] : x;
+  };
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    fetch_ahead(from + i, n - i, prefetch);
+    for (int j = 0; j < LANES; ++j) look(from[i + j], j);
   }
-  return nan ? std::numeric_limits<double>::quiet_NaN() : most;
+  for (; i < n; ++i) look(from[i], 0);
+  double all = 0;
+  for (double each : most) all = each > all ? each : all;
+  for (double each : nan) all = each == each ? all : each;
+  return all;
 }
 
 // The sum of 0 * x over all elements: 0 if all are finite, NaN if one is infinite or NaN.
 template <typename T>
-TIG_INLINE double zeros(const T* from, int64_t n) {
+TIG_INLINE double zeros(const T* from, int64_t n, bool prefetch) {
   double sums[LANES] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
-    fetch_ahead(from + i, n - i);
+    fetch_ahead(from + i, n - i, prefetch);
     for (int j = 0; j < LANES; ++j) sums[j] += widened(from[i + j]) * 0.;
   }
   for (; i < n; ++i) sums[0] += widened(from[i]) * 0.;
@@ -242,7 +261,7 @@ struct Isa {
   void (*load_bfloat)(float*, const c10::BFloat16*, int64_t, float);
   void (*store_half)(c10::Half*, const float*, int64_t);
   void (*store_bfloat)(c10::BFloat16*, const float*, int64_t);
-  double (*reduce)(const void*, int64_t, at::ScalarType, Reduction);
+  double (*reduce)(const void*, int64_t, at::ScalarType, Reduction, bool prefetch);
 };
 
 #define TIG_RULES(X)                                                                                   \
@@ -270,21 +289,21 @@ struct Isa {
   template <typename T>                                                                                         \
   TARGET void store_all(T* to, const float* from, int64_t n) { store(to, from, n); }                            \
   template <typename T>                                                                                         \
-  TARGET double reduce_as(const void* data, int64_t n, Reduction reduction) {                                   \
+  TARGET double reduce_as(const void* data, int64_t n, Reduction reduction, bool prefetch) {                    \
     const T* from = static_cast<const T*>(data);                                                                \
     switch (reduction) {                                                                                        \
-      case Reduction::Squares: return sum_of_squares(from, n);                                                  \
-      case Reduction::Largest: return largest(from, n);                                                         \
-      case Reduction::Zeros: return zeros(from, n);                                                             \
+      case Reduction::Squares: return sum_of_squares(from, n, prefetch);                                        \
+      case Reduction::Largest: return largest(from, n, prefetch);                                               \
+      case Reduction::Zeros: return zeros(from, n, prefetch);                                                   \
     }                                                                                                           \
     return std::numeric_limits<double>::quiet_NaN();                                                            \
   }                                                                                                             \
-  double reduce(const void* data, int64_t n, at::ScalarType dtype, Reduction reduction) {                       \
+  double reduce(const void* data, int64_t n, at::ScalarType dtype, Reduction reduction, bool prefetch) {        \
     switch (dtype) {                                                                                            \
-      case at::kDouble: return reduce_as<double>(data, n, reduction);                                           \
-      case at::kFloat: return reduce_as<float>(data, n, reduction);                                             \
-      case at::kHalf: return reduce_as<c10::Half>(data, n, reduction);                                          \
-      case at::kBFloat16: return reduce_as<c10::BFloat16>(data, n, reduction);                                  \
+      case at::kDouble: return reduce_as<double>(data, n, reduction, prefetch);                                 \
+      case at::kFloat: return reduce_as<float>(data, n, reduction, prefetch);                                   \
+      case at::kHalf: return reduce_as<c10::Half>(data, n, reduction, prefetch);                                \
+      case at::kBFloat16: return reduce_as<c10::BFloat16>(data, n, reduction, prefetch);                        \
       default: return std::numeric_limits<double>::quiet_NaN(); /* OnePass::add refused it */                   \
     }                                                                                                           \
   }                                                                                                             \
@@ -295,22 +314,20 @@ struct Isa {
 TIG_ISA(baseline, , FMA_EVERYWHERE)
 #ifdef TIG_X86
 TIG_ISA(avx2, __attribute__((target("avx2,fma"))), true)
-TIG_ISA(avx512, TIG_AVX512, true)
+TIG_ISA(avx512vl, TIG_AVX512_IN_256, true)
+TIG_ISA(avx512, TIG_AVX512_IN_512, true)
 #endif
 
 const Isa& isa() {
 #ifdef TIG_X86
-  static const Isa& chosen = [&]() -> const Isa& {
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return baseline::isa;
-    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return wide ? avx512::isa : avx2::isa;
-  }();
-  return chosen;
-#else
-  return baseline::isa;
+  switch (kernel_form().vectors) {
+    case Vectors::Baseline: return baseline::isa;
+    case Vectors::Avx2: return avx2::isa;
+    case Vectors::Avx512Vl: return avx512vl::isa;
+    case Vectors::Avx512: return avx512::isa;
+  }
 #endif
+  return baseline::isa;
 }
 
 // Whether there are loops for this type.
@@ -476,9 +493,40 @@ void OnePass::update(Rule rule, double number) {
 }
 
 namespace {
+#ifdef TIG_X86
+// Writes zeros past the caches, so that no line is fetched that is overwritten as a whole.
+__attribute__((target("avx"))) void stream_zeros(char* to, size_t bytes) {
+  const size_t before = std::min(bytes, -reinterpret_cast<uintptr_t>(to) % LINE), lines = (bytes - before) / LINE;
+  std::memset(to, 0, before);
+  to += before;
+  for (size_t line = 0; line < lines; ++line, to += LINE)
+    for (size_t half = 0; half < 2; ++half) _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + half, _mm256_setzero_si256());
+  std::memset(to, 0, bytes - before - lines * LINE);
+  _mm_sfence();  // other threads see these zeros before what this one writes next
+}
+#else
+void stream_zeros(char* to, size_t bytes) { std::memset(to, 0, bytes); }
+#endif
+}  // namespace
+
+void OnePass::zero() {
+  int64_t bytes = 0;
+  for (const Task& task : tasks_) bytes += task.n * static_cast<int64_t>(c10::elementSize(task.dtype));
+  const KernelForm form = kernel_form();
+  const bool stream = form.streaming && form.vectors != Vectors::Baseline && bytes >= STREAM_FROM;
+  for_chunks(false, [&](size_t, const Task& task, int64_t begin, int64_t end) {
+    const auto item = static_cast<int64_t>(c10::elementSize(task.dtype));
+    char* const to = static_cast<char*>(task.p) + begin * item;
+    const auto size = static_cast<size_t>((end - begin) * item);
+    if (stream) stream_zeros(to, size);
+    else std::memset(to, 0, size);
+  });
+}
+
+namespace {
 double reduce_range(const Task& task, int64_t begin, int64_t end, Reduction reduction) {
   auto data = static_cast<const char*>(task.g) + begin * static_cast<int64_t>(c10::elementSize(task.dtype));
-  return isa().reduce(data, end - begin, task.dtype, reduction);
+  return isa().reduce(data, end - begin, task.dtype, reduction, kernel_form().prefetch);
 }
 }  // namespace
 

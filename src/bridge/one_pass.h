@@ -86,6 +86,9 @@ class OnePass {
   // Makes the update `rule` with one number on the `p` of all tasks, in place of the tasks' own rules, which are lost.
   void update(Rule rule, double number);
 
+  // Fills the `p` of all tasks with zeros.
+  void zero();
+
   // The norm of all elements of all `g`, accumulated in f64. The result does not depend on the number of threads.
   double norm(Norm norm);
 

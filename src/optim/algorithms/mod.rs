@@ -373,4 +373,6 @@ macro_rules! algorithm {
 use algorithm;
 
 #[cfg(test)]
+mod kernel_forms;
+#[cfg(test)]
 mod tests;

@@ -9,10 +9,10 @@ use crate::state::Stateful;
 
 use Kind::{Double, Float};
 
-type Build = fn(&VarStore, GroupOptions) -> Optimizer;
+pub(super) type Build = fn(&VarStore, GroupOptions) -> Optimizer;
 
 /// Each optimizer with options that use all of its state, and what they are.
-fn all() -> Vec<(Build, GroupOptions)> {
+pub(super) fn all() -> Vec<(Build, GroupOptions)> {
     let own = GroupOptions::new;
     macro_rules! built {
         ($($method:ident: $options:expr,)*) => {
@@ -46,7 +46,7 @@ fn all() -> Vec<(Build, GroupOptions)> {
     }
 }
 
-fn values(shape: &[i64], seed: f64, kind: Kind) -> Tensor {
+pub(super) fn values(shape: &[i64], seed: f64, kind: Kind) -> Tensor {
     let ramp = Tensor::arange(shape.iter().product::<i64>(), (Double, Device::Cpu));
     ((ramp * 12.9898 + seed * 78.233).sin() * 43758.5453).frac().reshape(shape).to_kind(kind)
 }

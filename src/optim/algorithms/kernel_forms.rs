@@ -1,0 +1,154 @@
+//! Tests that the forms of the kernels, which differ from processor to processor, differ in no bit of their results.
+
+use tch::nn::VarStore;
+use tch::{Device, Kind, Tensor};
+
+use super::tests::{all, values};
+use crate::bridge::{Average, Pairs, in_kernel_forms, set_gradient, set_kernel_form};
+use crate::optim::Optimizer;
+
+const KINDS: [Kind; 4] = [Kind::Double, Kind::Float, Kind::Half, Kind::BFloat16];
+
+/// Whole vectors of every width, and a rest.
+const SHAPE: [i64; 2] = [67, 31];
+
+/// The bytes of tensors, because a NaN is not equal to itself.
+fn bytes(tensors: &[Tensor]) -> Vec<Vec<u8>> {
+    let bytes = |tensor: &Tensor| {
+        let tensor = tensor.detach().contiguous();
+        crate::bridge::bytes(&tensor).unwrap().to_vec()
+    };
+    tensors.iter().map(bytes).collect()
+}
+
+/// Fails if one of the forms gives other bytes than the first.
+fn same_in(forms: &[&str], what: &str, run: impl FnMut() -> Vec<Tensor>) {
+    let found: Vec<_> = in_kernel_forms(forms, run).iter().map(|all| bytes(all)).collect();
+    assert!(found.iter().all(|bytes| *bytes == found[0]), "{what}");
+}
+
+#[test]
+fn steps_have_the_same_bits_in_vectors_of_any_width() {
+    for (build, options) in all() {
+        let name = build(&VarStore::new(Device::Cpu), options.clone()).name();
+        for kind in KINDS.into_iter().filter(|_| name != "SparseAdam") {
+            let run = || {
+                let mut vs = VarStore::new(Device::Cpu);
+                vs.set_kind(kind);
+                let p = vs.root().add("p", values(&SHAPE, 1., kind), true);
+                let optimizer = build(&vs, options.clone());
+                for step in 0..3 {
+                    set_gradient(&p, Some(&values(&SHAPE, f64::from(step), kind))).unwrap();
+                    optimizer.step().unwrap();
+                }
+                let state = optimizer.state("p").unwrap().into_iter();
+                [p.detach().copy()].into_iter().chain(state.map(|(_, t)| t.copy())).collect()
+            };
+            same_in(&["avx2", "avx512vl", "avx512"], &format!("{name} in {kind:?}"), run);
+        }
+    }
+}
+
+#[test]
+fn averages_have_the_same_bits_in_vectors_of_any_width() {
+    for kind in KINDS {
+        let run = || {
+            let (average, source) = (values(&SHAPE, 1., kind), values(&SHAPE, 2., kind));
+            let mut pairs = Pairs::new([(&average, &source)].into_iter()).unwrap();
+            for how in [Average::Lerp(0.3), Average::Mean(3.), Average::Swap, Average::Lerp(0.6)] {
+                pairs.update(how).unwrap();
+            }
+            vec![average, source]
+        };
+        same_in(&["avx2", "avx512vl", "avx512"], &format!("{kind:?}"), run);
+    }
+}
+
+#[test]
+fn norms_and_clipping_have_the_same_bits_in_every_form() {
+    let forms = [
+        "avx2 no-prefetch",
+        "avx2 prefetch",
+        "avx512vl no-prefetch",
+        "avx512vl prefetch",
+        "avx512 no-prefetch",
+        "avx512 prefetch",
+    ];
+    for kind in KINDS {
+        // More than a chunk of work, with what is fetched ahead, and a rest.
+        let size = (1 << 15) + 5003;
+        for odd in [None, Some(f64::NAN), Some(f64::NEG_INFINITY)] {
+            let run = || {
+                let mut vs = VarStore::new(Device::Cpu);
+                vs.set_kind(kind);
+                let p = vs.root().zeros("p", &[size]);
+                let mut gradient = values(&[size], 1., kind);
+                if let Some(odd) = odd {
+                    let _ = gradient.narrow(0, size - 3, 1).fill_(odd);
+                }
+                set_gradient(&p, Some(&gradient)).unwrap();
+                let optimizer = Optimizer::sgd(&vs).build().unwrap();
+                let gradients = optimizer.gradients().unwrap();
+                let found = gradients.found_inf().unwrap();
+                assert_eq!(found.double_value(&[0]) != 0., odd.is_some(), "{kind:?} {odd:?}");
+                let two = gradients.norm().unwrap();
+                let largest = gradients.order(f64::INFINITY).norm().unwrap();
+                let _ = optimizer.clip_grad_norm(0.7).unwrap();
+                optimizer.clip_grad_value(0.01).unwrap();
+                vec![found, two, largest, gradient.copy()]
+            };
+            same_in(&forms, &format!("{kind:?} {odd:?}"), run);
+        }
+    }
+}
+
+#[test]
+fn zeros_are_written_to_gradients_and_nothing_else() {
+    // Together as many as are written past the caches, with ends in the middle of a line, and few.
+    for size in [(1 << 23) + 7, 1000] {
+        for kind in KINDS {
+            in_kernel_forms(&["streaming", "no-streaming"], || {
+                let mut vs = VarStore::new(Device::Cpu);
+                vs.set_kind(kind);
+                let p = vs.root().zeros("p", &[size]);
+                let memory = Tensor::ones([size + 64], (kind, Device::Cpu));
+                set_gradient(&p, Some(&memory.narrow(0, 3, size))).unwrap();
+                let version = p.grad().internal_version();
+                Optimizer::sgd(&vs).build().unwrap().zero_grad_in_place().unwrap();
+                assert_eq!(p.grad().count_nonzero(None::<i64>).int64_value(&[]), 0);
+                assert_eq!(memory.count_nonzero(None::<i64>).int64_value(&[]), 64);
+                assert!(p.grad().internal_version() > version);
+            });
+        }
+    }
+}
+
+const CHILD: &str = "TCH_IGNITE_TEST_KERNELS_CHILD";
+
+/// The variable is read once in a process, so the test starts itself in one of its own.
+#[test]
+fn wrong_words_are_errors() {
+    if std::env::var_os(CHILD).is_none() {
+        let error = set_kernel_form("avx512vl wide").unwrap_err();
+        assert!(error.contains("'wide'") && error.contains("no-streaming"), "{error}");
+        let name = "optim::algorithms::kernel_forms::wrong_words_are_errors";
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name])
+            .env(CHILD, "1")
+            .env("TCH_IGNITE_KERNELS", "no-prefetch wide")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+        return;
+    }
+    let vs = VarStore::new(Device::Cpu);
+    let p = vs.root().ones("p", &[3]);
+    set_gradient(&p, Some(&p.detach().ones_like())).unwrap();
+    let optimizer = Optimizer::sgd(&vs).lr(1.).build().unwrap();
+    for _ in 0..2 {
+        let error = optimizer.step().unwrap_err().to_string();
+        assert!(error.contains("TCH_IGNITE_KERNELS") && error.contains("'wide'"), "{error}");
+        assert_eq!(p.detach(), Tensor::ones([3], (Kind::Float, Device::Cpu)));
+    }
+}
