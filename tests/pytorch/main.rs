@@ -8,10 +8,12 @@ mod interop;
 
 mod layouts;
 mod memory;
+mod mnist1d;
 mod packages;
 mod pretrained;
 mod schedulers;
 mod script_module;
+mod whole_sets;
 
 use std::fs;
 use std::path::{Path, PathBuf};
