@@ -16,7 +16,9 @@ first failure.
 Tests that need what is not there say SKIPPED, and are listed again at the end: Chromium
 (CHROMIUM, or on the PATH) looks at reports; clang and objdump look for vector code in the
 kernels (scripts/check-kernels.sh); Python's torch trains beside ours, where TORCH_PYTHON
-names a Python that has it or scripts/setup-python.sh --torch has run.
+names a Python that has it or scripts/setup-python.sh --torch has run; Fashion-MNIST is
+trained on where Debian's package dataset-fashion-mnist is installed; all of MNIST-1D is
+compared where TORCH_PYTHON has the package mnist1d.
 
 environment:
   CI                  if set, installs Python's torch too; a test skipped for want of a
@@ -57,6 +59,7 @@ cargo fmt --all -- --check
 say "set-up"
 scripts/setup-libtorch.sh
 scripts/fetch-mnist.sh
+if [ -e "${FASHION_MNIST_FROM:-/usr/share/datasets/fashion-mnist}" ]; then scripts/fetch-mnist.sh --fashion; fi
 
 # Without Python, the tests that read our files with it, or train beside it, print SKIPPED.
 python=(scripts/setup-python.sh)

@@ -12,10 +12,12 @@ mod layouts;
 mod libraries;
 mod lightning;
 mod memory;
+mod mnist1d;
 mod packages;
 mod pretrained;
 mod schedulers;
 mod script_module;
+mod whole_sets;
 
 use std::fs;
 use std::path::{Path, PathBuf};

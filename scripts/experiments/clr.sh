@@ -1,0 +1,21 @@
+# Cyclical learning rates against others on Fashion-MNIST, five seeds (TIME)
+experiment() {
+  local data=${FASHION_MNIST_DIR:-data/fashion-mnist} options="" seed commands=()
+  if [ "$smoke" = yes ]; then
+    # The digits do where Fashion-MNIST cannot be had.
+    scripts/fetch-mnist.sh
+    data=${MNIST_DIR:-data/mnist} options=--smoke
+  else
+    scripts/fetch-mnist.sh --fashion
+  fi
+  build --example clr
+  rm -f "$out"/seed-*.csv
+  for seed in 0 1 2 3 4; do
+    commands+=("$programs/clr --data '$data' --seed $seed --out '$out' $options")
+  done
+  at_once "${commands[@]:0:4}"
+  at_once "${commands[4]}"   # the last one sums up all of them
+  cat "$out/summary.md"
+  [ "$smoke" = yes ] || cp "$out/range.svg" docs/clr-range.svg
+  [ "$smoke" = yes ] || cp "$out/accuracy.svg" docs/clr.svg
+}
