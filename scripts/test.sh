@@ -103,6 +103,9 @@ say "fine-tuning and GAN examples in smoke mode"
 cargo run --release --features "$features" --example finetune -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/finetune"
 cargo run --release --features "$features" --example gan -- --smoke --data "${MNIST_DIR:-data/mnist}" --out "$out/gan"
 
+say "a transformer in bf16, with each storage of its parameters"
+cargo run --release --features "$features" --example low_precision -- --iterations 20 --out "$out/low-precision.svg"
+
 if "${TORCH_PYTHON:-python3}" -c 'import safetensors, torch' 2>/dev/null; then
   say "a model of Python, compiled and trained"
   "${TORCH_PYTHON:-python3}" scripts/export_step.py examples/compiled/gpt.py:example "$out/gpt"
