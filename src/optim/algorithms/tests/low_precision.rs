@@ -181,7 +181,7 @@ fn roundings_are_independent() {
         let storage = LowPrecision::StochasticRounding { seed };
         let optimizer = Optimizer::sgd(&vs).lr(1. / 128.).low_precision(storage).build().unwrap();
         for _ in 0..steps {
-            tch::no_grad(|| [&p, &q].map(|p| p.shallow_clone().fill_(1.)));
+            let _ = tch::no_grad(|| [&p, &q].map(|p| p.shallow_clone().fill_(1.)));
             for p in [&p, &q] {
                 set_gradient(p, Some(&gradient.to_kind(Kind::BFloat16))).unwrap();
             }
@@ -357,7 +357,7 @@ fn given_values_count() {
                 optimizer.set_fused(fused).unwrap();
                 let gradient = Tensor::full([8], 0.03125, (Float, Device::Cpu));
                 step_by(&p, &optimizer, &gradient);
-                tch::no_grad(|| p.fill_(-0.015625));
+                let _ = tch::no_grad(|| p.fill_(-0.015625));
                 // The sum is exact in both types.
                 step_by(&p, &optimizer, &Tensor::full([8], 0.5, (Float, Device::Cpu)));
                 let expected = Tensor::full([8], -0.015625 - 0.5 / 128., (kind, Device::Cpu));
