@@ -84,6 +84,7 @@ fn train(args: &Args, kind: Kind, storage: Option<LowPrecision>) -> Result<Vec<(
     let data = Loader::new(&x, &y, BATCH_SIZE)?.shuffle(1);
     let (x, y) = windows(validation, CONFIG.context)?;
 
+    let mut losses = vec![];
     tch::manual_seed(1);
     let mut vs = VarStore::new(Device::Cpu);
     let net = Gpt::new(&vs.root(), CONFIG);
@@ -98,9 +99,8 @@ fn train(args: &Args, kind: Kind, storage: Option<LowPrecision>) -> Result<Vec<(
     let mut trainer = create_supervised_trainer();
     let schedule = CosineAnnealing::new(args.lr, args.lr / 100., args.iterations);
     trainer.attach(ParamScheduler::new("lr", optimizer.knob("lr")?, schedule));
-    let mut losses = vec![];
     let every = (args.iterations / 60).max(1);
-    trainer.on(Event::IterationCompleted.every(every), |cx, engine| {
+    trainer.on(Event::IterationCompleted.every(every), |cx: &mut Supervised<Gpt>, engine| {
         let loss = tch::no_grad(|| loss(&cx.net.forward_t(&x, false), &y));
         losses.push((engine.state.iteration, f64::try_from(loss)?));
         Ok(())
