@@ -143,18 +143,10 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
         let algorithm = |(number, options): &(_, GroupOptions)| (*number, options.algorithm);
         let algorithms: Vec<_> = options.iter().map(algorithm).collect();
         let own = options.iter().filter_map(|(number, own)| Some((*number, own.low_precision?)));
-        let storages = Storages {
-            by_group: own.collect(),
-            others: self.options.low_precision.flatten(),
-        };
-        let optimizer = Optimizer::assemble(
-            &self.config,
-            self.vs,
-            self.lr,
-            grouping,
-            &algorithms,
-            storages,
-        )?;
+        let storages =
+            Storages { by_group: own.collect(), others: self.options.low_precision.flatten() };
+        let optimizer =
+            Optimizer::assemble(&self.config, self.vs, self.lr, grouping, &algorithms, storages)?;
         for &(hyper, value) in &self.options.values {
             optimizer.set_everywhere(hyper.name(), value)?;
         }

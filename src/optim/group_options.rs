@@ -1,5 +1,5 @@
-use super::{LowPrecision, OptimizerBuilder};
 use super::hyper::Hyper;
+use super::{LowPrecision, OptimizerBuilder};
 use crate::bridge::Algorithm;
 
 /// The hyper-parameters of one group that differ from the optimizer's.

@@ -157,7 +157,8 @@ impl Optimizer {
         if !self.has_low_precision() {
             return Ok(());
         }
-        let names: Vec<_> = self.groups()?.into_iter().filter(|g| g.low_precision().is_some()).collect();
+        let names: Vec<_> =
+            self.groups()?.into_iter().filter(|g| g.low_precision().is_some()).collect();
         let names: Vec<_> = names.iter().map(Group::name).collect();
         self.gradients()?.groups(names.iter().map(String::as_str))?.widen()
     }

@@ -61,8 +61,8 @@ use crate::bridge::{Algorithm, Native, TensorId, set_gradient};
 use crate::error::{Error, Result};
 use crate::variables::{Variable, variables};
 use grouping::{Grouped, Grouping};
-use low_precision::{Storages, kept_name};
 pub(crate) use hyper::Hyper;
+use low_precision::{Storages, kept_name};
 
 /// How many names an error message lists before it says how many more there are.
 const NAMES_LISTED: usize = 8;

@@ -179,9 +179,8 @@ impl Optimizer {
             if let Some((key, size, kind)) = storage.map(|storage| storage.kept(&parameter)) {
                 kept = names().find_map(|name| state.tensors.remove(&format!("{name}/{key}")));
                 let fitting = Some((size, kind));
-                misfit = misfit.or_else(|| {
-                    tensor_misfit(&name, key, kept.as_ref()?, &parameter, fitting)
-                });
+                misfit = misfit
+                    .or_else(|| tensor_misfit(&name, key, kept.as_ref()?, &parameter, fitting));
             }
             let has_tensors = tensors.iter().chain([&kept]).any(Option::is_some);
             let impossible = |step: &Option<i64>| step.is_some_and(|s| !(0..1 << 53).contains(&s));

@@ -87,6 +87,7 @@ fn kahan_sums_are_near_a_training_in_f32() {
                 for name in ["a", "b"] {
                     let compensation = state_of(&low, name, "compensation").to_kind(Float);
                     let value = low.vs.variables()[name].detach().to_kind(Float) + compensation;
+                    assert!(bool::try_from(value.isfinite().all()).unwrap());
                     let difference =
                         difference(&[value], &[single.vs.variables()[name].detach().copy()]);
                     assert!(difference <= bound, "{} {mode:?}: {difference:e}", low.what());
@@ -138,7 +139,11 @@ fn stochastic_rounding_has_the_value_as_its_mean() {
     let seed = LowPrecision::StochasticRounding { seed: 3 };
     for (kind, start, steps) in
         // The distance to the number below, for a number of normal and of subnormal size.
-        [(Kind::BFloat16, 1., 2f64.powi(-8)), (Kind::Half, 1., 2f64.powi(-11)), (Kind::Half, 2f64.powi(-16), 2f64.powi(-24))]
+        [
+            (Kind::BFloat16, 1., 2f64.powi(-8)),
+            (Kind::Half, 1., 2f64.powi(-11)),
+            (Kind::Half, 2f64.powi(-16), 2f64.powi(-24)),
+        ]
     {
         for share in [1. / 16., 0.25, 0.5, 0.875] {
             let (p, optimizer) = constant(kind, start, COUNT, seed);
@@ -165,7 +170,8 @@ fn small_steps_add_up() {
             step_by(&p, &optimizer, &gradient);
         }
         let mean = p.detach().to_kind(Double).mean(Double).double_value(&[]);
-        let bound = if matches!(storage, LowPrecision::StochasticRounding { .. }) { 0.01 } else { 0. };
+        let bound =
+            if matches!(storage, LowPrecision::StochasticRounding { .. }) { 0.01 } else { 0. };
         assert!((mean - 0.75).abs() <= bound, "{storage:?}: {mean}");
     }
 }
@@ -334,8 +340,10 @@ fn skipped_and_scaled_steps() {
 #[test]
 fn other_types_are_not_concerned() {
     for storage in STORAGES {
-        for ((with, without), kind) in
-            each_with(storage).iter().zip(&each_with(None)).flat_map(|both| [(both, Float), (both, Double)])
+        for ((with, without), kind) in each_with(storage)
+            .iter()
+            .zip(&each_with(None))
+            .flat_map(|both| [(both, Float), (both, Double)])
         {
             let run = |each| {
                 let run = Run::new(each, kind);
@@ -415,7 +423,8 @@ fn states_of_other_storages_do_not_fit() {
     for (from, to) in all.clone().flat_map(|from| all.clone().map(move |to| (from, to))) {
         let loaded = each(to);
         let before = loaded.all();
-        let result = loaded.optimizer.clone().load_state_dict(each(from).optimizer.state_dict().unwrap());
+        let result =
+            loaded.optimizer.clone().load_state_dict(each(from).optimizer.state_dict().unwrap());
         assert_eq!(result.is_ok(), from == to, "{from:?} {to:?} {result:?}");
         assert_eq!(loaded.all(), before);
     }
@@ -442,8 +451,10 @@ fn values_for_evaluation_are_of_the_values_in_f32() {
             assert_eq!(low.vs.variables()[name].detach(), rounded);
         }
         for storage in STORAGES {
-            let run = Run::new(&(build, GroupOptions::new().low_precision(storage)), Kind::BFloat16);
-            let straight = Run::new(&(build, GroupOptions::new().low_precision(storage)), Kind::BFloat16);
+            let run =
+                Run::new(&(build, GroupOptions::new().low_precision(storage)), Kind::BFloat16);
+            let straight =
+                Run::new(&(build, GroupOptions::new().low_precision(storage)), Kind::BFloat16);
             for step in 0..4 {
                 run.steps(step..step + 1);
                 straight.steps(step..step + 1);
