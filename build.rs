@@ -13,6 +13,7 @@ const FILES: &[&str] = &[
     "src/bridge/generator.cpp",
     "src/bridge/gradients.cpp",
     "src/bridge/host_syncs.cpp",
+    "src/bridge/low_precision.cpp",
     "src/bridge/normalize.cpp",
     "src/bridge/own.cpp",
     "src/bridge/script.cpp",

@@ -113,6 +113,9 @@ if "${TORCH_PYTHON:-python3}" -c 'import torch' 2>/dev/null; then
   scripts/gpu-check.sh --cpu
 fi
 
+say "a transformer in bf16, with each storage of its parameters"
+cargo run --release --features "$features" --example low_precision -- --iterations 20 --out "$out/low-precision.svg"
+
 if "${TORCH_PYTHON:-python3}" -c 'import safetensors, torch' 2>/dev/null; then
   say "a model of Python, compiled and trained"
   "${TORCH_PYTHON:-python3}" scripts/export_step.py examples/compiled/gpt.py:example "$out/gpt"

@@ -20,7 +20,7 @@ use tch_ignite::loggers::{
     CsvLogger, JsonLinesLogger, Logger, OutputHandler, RunFolder, TensorBoard,
 };
 use tch_ignite::metrics::Mean;
-use tch_ignite::optim::{GroupOptions, Optimizer};
+use tch_ignite::optim::{GroupOptions, LowPrecision, Optimizer};
 use tch_ignite::schedule::{CosineAnnealing, ParamScheduler};
 
 /// These variables say what a process is to do, and in which folder.
@@ -44,16 +44,29 @@ fn train(folder: &Path, background: bool) -> anyhow::Result<()> {
     tch::manual_seed(if begun_before { i64::from(std::process::id()) } else { 1 });
     let vs = VarStore::new(Device::Cpu);
     let root = vs.root();
+    let halves = ["master", "kahan", "stochastic"].map(|name| {
+        let value = Tensor::ones([16], (Kind::BFloat16, Device::Cpu));
+        (&root / "half").add(name, value, true)
+    });
     let net = nn::seq_t()
         .add(nn::linear(&root / "a", 8, 16, Default::default()))
         .add_fn_t(|x, train| x.relu().dropout(0.2, train))
+        .add_fn(move |x| halves.iter().fold(x.shallow_clone(), |x, half| x * half))
         .add(nn::linear(&root / "b", 16, 1, Default::default()));
-    // Four algorithms, of which one counts for the group and one keeps numbers of its own.
+    // Four algorithms, of which one counts for the group and one keeps numbers of its own, and each storage of bf16.
+    let stored = |storage| GroupOptions::new().low_precision(storage);
     let optimizer = Optimizer::adamw_schedule_free(&vs)
         .group("a.weight", |name| name == "a.weight", GroupOptions::muon())
         .group("a.bias", |name| name == "a.bias", GroupOptions::nadam())
         .group("b.weight", |name| name == "b.weight", GroupOptions::new().warmup_steps(9))
         .group("b.bias", |name| name == "b.bias", GroupOptions::ademamix().alpha_warmup(30))
+        .group("master", |name| name == "half.master", stored(LowPrecision::MasterWeights))
+        .group("kahan", |name| name == "half.kahan", stored(LowPrecision::KahanSum))
+        .group(
+            "stochastic",
+            |name| name == "half.stochastic",
+            stored(LowPrecision::StochasticRounding { seed: 4 }),
+        )
         .build()?;
     let x = (Tensor::arange(400, (Kind::Float, Device::Cpu)) * 0.7).sin().view([50, 8]);
     let y = x.sum_dim_intlist(1i64, true, Kind::Float);
@@ -86,7 +99,7 @@ fn train(folder: &Path, background: bool) -> anyhow::Result<()> {
     let mut variables: Vec<_> = vs.variables().into_iter().collect();
     variables.sort_by(|(a, _), (b, _)| a.cmp(b));
     for (name, tensor) in variables {
-        let values = Vec::<f32>::try_from(tensor.detach().view([-1]))?;
+        let values = Vec::<f32>::try_from(tensor.detach().to_kind(Kind::Float).view([-1]))?;
         bits += &format!("{name} {:x?}\n", values.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
     }
     std::fs::write(folder.join("outcome"), bits)?;

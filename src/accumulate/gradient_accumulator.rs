@@ -19,7 +19,8 @@ use crate::state::{StateDict, Stateful};
 /// true. A batch that is lost to an error does not count: the other batches of its window are weighed as if it did not
 /// exist.
 ///
-/// The result equals that of one large batch up to rounding. For batches of equal weight, each loss is divided by the
+/// The result equals that of one large batch up to rounding. Gradients of parameters that are stored by
+/// [`LowPrecision`](crate::optim::LowPrecision) add up in f32, but for data-parallel models. For batches of equal weight, each loss is divided by the
 /// number of batches and nothing else is done, as such loops are usually written.
 ///
 /// ```
@@ -273,7 +274,13 @@ impl GradientAccumulator {
         let batches = before.as_ref().map_or(0, |pending| pending.batches);
         let added = self.add(optimizer, loss, weight, before, window, shared);
         match added {
-            Ok(pending) => self.pending = pending,
+            Ok(pending) => {
+                self.pending = pending;
+                // The reducer of data-parallel models needs gradients of the parameters' type.
+                if !window.last && !self.is_parallel() {
+                    optimizer.widen_gradients()?;
+                }
+            }
             Err(error) if batches > 0 => {
                 return Err(Error::invalid(format!(
                     "{:#} (with it the gradients of the other {batches} batches of its window are dropped, because a part of this batch's may be among them)",

@@ -33,6 +33,8 @@
 
 #define TIG_COMPRESSIONS(X) X(None, 0) X(Fp16, 1) X(Bf16, 2)
 
+#define TIG_LOW_PRECISIONS(X) X(None, 0) X(MasterWeights, 1) X(KahanSum, 2) X(StochasticRounding, 3)
+
 // All lists, each with the name of its enum and the words for it in an error.
 #define TIG_ALL_NUMBERS(X)                                      \
   X(Class, TIG_CLASSES, "kind of optimizer")                    \
@@ -43,7 +45,8 @@
   X(AutocastDevice, TIG_AUTOCAST_DEVICES, "device of autocast") \
   X(Cause, TIG_CAUSES, "cause of an exception")                 \
   X(Reduction, TIG_REDUCTIONS, "reduction")                     \
-  X(Compression, TIG_COMPRESSIONS, "compression")
+  X(Compression, TIG_COMPRESSIONS, "compression")               \
+  X(LowPrecision, TIG_LOW_PRECISIONS, "storage of low precision")
 
 namespace abi {
 

@@ -181,6 +181,14 @@ numbers! {
         Fp16 = 1,
         Bf16 = 2,
     }
+
+    /// How f16 and bf16 parameters are stored between steps.
+    enum LowPrecision {
+        None = 0,
+        MasterWeights = 1,
+        KahanSum = 2,
+        StochasticRounding = 3,
+    }
 }
 
 #[cfg(test)]

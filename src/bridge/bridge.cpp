@@ -234,15 +234,20 @@ int tig_zero_grad(Optimizer* optimizer, char** error) {
   });
 }
 
-// Gives the state of one parameter: up to three tensors (null where there is none) and the number of steps (-1 where
-// libtorch's class does not count). Numbers of our own optimizers are copied to tensors of one element, which stand after
-// the others. `found` is 0 before the parameter's first step.
-int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* found, int64_t* step, Tensor** tensors,
-              char** error) {
+// Gives the state of one parameter: up to three tensors (null where there is none), the data that its storage of low
+// precision keeps (master weights, compensation, or the number of random numbers as i64), and the number of steps (-1
+// where libtorch's class does not count). Numbers of our own optimizers are copied to tensors of one element, which stand
+// after the others. `found` is 0 before the parameter's first step.
+int tig_state(Optimizer* optimizer, int kind, Plan* plan, const Tensor* parameter, int* found, int64_t* step,
+              Tensor** tensors, Tensor** kept, char** error) {
   return guarded(error, [&] {
     *found = 0;
     *step = -1;
-    tensors[0] = tensors[1] = tensors[2] = nullptr;
+    tensors[0] = tensors[1] = tensors[2] = *kept = nullptr;
+    if (const tig::Kept* own = plan->kept_of(*parameter)) {
+      *found = 1;
+      *kept = copy(own->tensor.defined() ? own->tensor : at::full({}, own->stream, at::kLong));
+    }
     auto adam = [&](auto s) {
       if (!s) return;
       *found = 1;
@@ -284,9 +289,12 @@ int tig_state(Optimizer* optimizer, int kind, const Tensor* parameter, int* foun
 }
 
 // Sets the state of one parameter, in the form that tig_state gives. The tensors are shared, not copied.
-int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64_t step, Tensor* const* tensors,
-                  char** error) {
+int tig_set_state(Optimizer* optimizer, int kind, Plan* plan, const Tensor* parameter, int64_t step,
+                  Tensor* const* tensors, const Tensor* kept, char** error) {
   return guarded(error, [&] {
+    if (!kept) plan->kept.erase(parameter->unsafeGetTensorImpl());
+    else if (kept->scalar_type() == at::kLong) plan->kept[parameter->unsafeGetTensorImpl()] = {{}, kept->item<int64_t>()};
+    else plan->kept[parameter->unsafeGetTensorImpl()] = {*kept, 0};
     auto tensor = [&](int index) { return tensors[index] ? *tensors[index] : Tensor(); };
     auto set = [&](auto state) { optimizer->state()[parameter->unsafeGetTensorImpl()] = std::move(state); };
     auto adam = [&](auto s) {
@@ -298,6 +306,11 @@ int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64
     };
     switch (abi::of<Class>(kind)) {
       case Class::Sgd: {
+        // SGD has no state before its first step with momentum.
+        if (!tensors[0]) {
+          optimizer->state().erase(parameter->unsafeGetTensorImpl());
+          return;
+        }
         auto s = std::make_unique<torch::optim::SGDParamState>();
         s->momentum_buffer(tensor(0));
         return set(std::move(s));
@@ -326,8 +339,11 @@ int tig_set_state(Optimizer* optimizer, int kind, const Tensor* parameter, int64
 }
 
 // Removes the state of one parameter, as if the parameter had never been stepped.
-int tig_clear_state(Optimizer* optimizer, const Tensor* parameter, char** error) {
-  return guarded(error, [&] { optimizer->state().erase(parameter->unsafeGetTensorImpl()); });
+int tig_clear_state(Optimizer* optimizer, Plan* plan, const Tensor* parameter, char** error) {
+  return guarded(error, [&] {
+    optimizer->state().erase(parameter->unsafeGetTensorImpl());
+    plan->kept.erase(parameter->unsafeGetTensorImpl());
+  });
 }
 
 // Sets the gradient of a parameter; null removes it. The tensor is shared, not copied.

@@ -68,6 +68,27 @@ class Swapped {
   std::vector<std::vector<Tensor>>& parameters_;
 };
 
+// While an object of this class lives, the state of a parameter is that of another tensor, which stands for it.
+class Lent {
+ public:
+  Lent(Optimizer& optimizer, const Tensor& from, const Tensor& to)
+      : optimizer_(optimizer), from_(from.unsafeGetTensorImpl()), to_(to.unsafeGetTensorImpl()) { move(from_, to_); }
+  ~Lent() { move(to_, from_); }
+
+ private:
+  void move(void* from, void* to) {
+    auto& all = optimizer_.state();
+    const auto found = all.find(from);
+    if (found == all.end()) return;
+    auto state = std::move(found->second);
+    all.erase(found);
+    all[to] = std::move(state);
+  }
+  Optimizer& optimizer_;
+  void* from_;
+  void* to_;
+};
+
 // While an object of this class lives, some parameters have negated gradients.
 class Negated {
  public:
@@ -160,7 +181,7 @@ class Step {
           const Tensor& g = p.grad();
           if (!g.defined()) continue;
           auto* state = Rules::has_state(o) ? find<typename Rules::State>(optimizer_, p) : nullptr;
-          if (way<Rules>(p, g, state, o) == Plan::Way::KERNELS) plan_.on_device.push_back(p.unsafeGetTensorImpl());
+          if (way<Rules>(group, p, g, state, o) == Plan::Way::KERNELS) plan_.on_device.push_back(p.unsafeGetTensorImpl());
           else all = false;
           // With dampening the first step copies the undamped gradient into the buffer; a step from a buffer of zeros
           // would damp it. So the device cannot skip this first step by itself.
@@ -187,6 +208,27 @@ class Step {
           for (const Tensor& p : plan_.left[group]) negated.add(p);
     Swapped only_left(optimizer_, plan_.left);
     optimizer_.step();
+  }
+
+  // Steps a parameter with a storage of low precision by the loop, which steps its value in f32.
+  void loop_over_value(Plan::Decision& decision) {
+    const Tensor& p = *decision.p;
+    if (decision.kept) plan_.kept[p.unsafeGetTensorImpl()] = *std::move(decision.kept);
+    tig::Kept& kept = *plan_.kept_of(p);
+    Tensor value = tig::low_precision_value(p, kept, decision.storage.how);
+    Tensor gradient = p.grad().to(at::kFloat);
+    if (factor_) gradient = gradient.mul(factor_->to(gradient.device()).reshape({}));
+    if (kind_ != Class::Own && plan_.maximizes(decision.group)) gradient = gradient.neg();
+    value.mutable_grad() = gradient;
+    std::vector<std::vector<Tensor>> alone(optimizer_.param_groups().size());
+    alone[decision.group].push_back(value);
+    {
+      Lent state(optimizer_, p, value);
+      Swapped only_value(optimizer_, alone);
+      optimizer_.step();
+    }
+    value.mutable_grad().reset();
+    tig::store_low_precision(p, value, kept, decision.storage.how);
   }
 
   // Uses the tasks of the last step again, if only values have changed since. Returns false, and has changed nothing
@@ -216,6 +258,7 @@ class Step {
     for (const auto& parameter : known.parameters) {
       if (parameter.task == Plan::Known::NONE) continue;
       if (parameter.steps) ++*parameter.steps;
+      if (parameter.kept) plan_.pass.task(parameter.task).low.key = tig::next_key(parameter.kept->stream);
       parameter.p->bump_version();
     }
     for (uint32_t i = 0; i < known.shared.size(); ++i) {
@@ -238,6 +281,7 @@ class Step {
     if (now->key_set() != before.keys || now->dtype().toScalarType() != task.dtype || now->numel() != task.n) return false;
     const size_t item = c10::elementSize(task.dtype);
     if (!now->is_non_overlapping_and_dense() || memory(*now, item) != task.p) return false;
+    if (before.kept) return recall_low(before, *now, *g, task, item);
     if (!tig::is_within_storage(*now, item) || !tig::is_alike(*now, *g, item)) return false;
     if (&storage_of(*now) == &storage_of(*g)) return false;
     for (int i = 0; i < 3; ++i) {
@@ -251,6 +295,29 @@ class Step {
     return true;
   }
 
+  // The rest of recall() for a parameter with a storage of low precision.
+  bool recall_low(const Plan::Known::Parameter& before, c10::TensorImpl& p, c10::TensorImpl& g, tig::Task& task,
+                  size_t item) {
+    const auto wide = caffe2::TypeMeta::Make<float>();
+    const size_t wide_item = sizeof(float), gradient_item = task.low.wide_gradient ? wide_item : item;
+    if (!tig::is_within_storage(p, item)) return false;
+    if (!tig::is_alike(p, g, gradient_item, task.low.wide_gradient ? wide : p.dtype())) return false;
+    if (&storage_of(p) == &storage_of(g)) return false;
+    const auto fits = [&](c10::TensorImpl& tensor, size_t size, caffe2::TypeMeta type, const void* at) {
+      return tig::is_alike(p, tensor, size, type) && memory(tensor, size) == at && &storage_of(tensor) != &storage_of(g);
+    };
+    for (int i = 0; i < 3; ++i)
+      if (before.state[i] && !fits(*before.state[i], wide_item, wide, task.s[i])) return false;
+    if (before.kept->tensor.defined()) {
+      const bool master = task.low.how == tig::LowPrecision::MasterWeights;
+      c10::TensorImpl& kept = *before.kept->tensor.unsafeGetTensorImpl();
+      if (!fits(kept, master ? wide_item : item, master ? wide : p.dtype(), task.low.kept)) return false;
+    }
+    if (before.steps && *before.steps != plan_.known.shared[task.numbers].steps) return false;
+    task.g = read_memory(g, gradient_item);
+    return true;
+  }
+
   // Decides who steps which parameter. Changes no tensor, and throws Refused for a parameter that nobody can step.
   template <typename Rules>
   void decide() {
@@ -261,13 +328,14 @@ class Step {
     for (size_t group = 0; group < groups.size(); ++group) {
       const auto& o = options<Rules>(group);
       for (const Tensor& p : groups[group].params()) {
-        Plan::Decision made{group, &p, Plan::Way::NONE, nullptr, nullptr};
+        Plan::Decision made{group, &p, Plan::Way::NONE, nullptr, nullptr, plan_.storage(group, p), std::nullopt};
         const Tensor& g = p.unsafeGetTensorImpl()->grad();
         if (g.defined()) {
           auto* state = Rules::has_state(o) ? find<typename Rules::State>(optimizer_, p) : nullptr;
           made.state = state;
-          made.way = way<Rules>(p, g, state, o);
-          if (made.way == Plan::Way::LOOP) check_loop<Rules>(p, g, state, o);
+          made.way = way<Rules>(group, p, g, state, o);
+          if (made.storage.how != tig::LowPrecision::None) decide_low<Rules>(made, g, state, o);
+          else if (made.way == Plan::Way::LOOP) check_loop<Rules>(p, g, state, o);
           else if (Rules::has_state(o) && !state) made.made = Rules::make(p, o);
           any_in_pass = any_in_pass || made.way == Plan::Way::ONE_PASS;
         }
@@ -277,10 +345,39 @@ class Step {
     read_factor(any_in_pass);
   }
 
+  // Decides about a parameter with a storage of low precision.
   template <typename Rules>
-  Plan::Way way(const Tensor& p, const Tensor& g, const typename Rules::State* state, const typename Rules::Options& o) const {
+  void decide_low(Plan::Decision& decision, const Tensor& g, const typename Rules::State* state,
+                  const typename Rules::Options& o) {
+    const Tensor& p = *decision.p;
+    const auto how = decision.storage.how;
+    const tig::Kept* kept = plan_.kept_of(p);
+    if (decision.way == Plan::Way::LOOP) {
+      if (g.layout() != at::kStrided || p.layout() != at::kStrided)
+        throw Refused(p, "a storage of low precision (master weights, Kahan summation, stochastic rounding) needs dense "
+                         "parameters and gradients");
+      check_loop<Rules>(at::empty_like(p, p.options().dtype(at::kFloat)), g, state, o, p);
+      check_written(p, p, "it");
+      if (const std::string why = kept ? tig::low_precision_misfit(p, *kept, how) : ""; !why.empty())
+        throw Refused(p, why);
+    }
+    if (!kept) {
+      size_t place = 0;
+      const auto& all = optimizer_.param_groups()[decision.group].params();
+      while (!all[place].is_same(p)) ++place;
+      decision.kept = tig::begin_low_precision(p, decision.storage, {decision.group, place});
+    }
+    if (decision.way == Plan::Way::ONE_PASS && Rules::has_state(o) && !state)
+      decision.made = Rules::make(tig::low_precision_value(p, kept ? *kept : *decision.kept, how), o);
+  }
+
+  template <typename Rules>
+  Plan::Way way(size_t group, const Tensor& p, const Tensor& g, const typename Rules::State* state,
+                const typename Rules::Options& o) {
     if (mode_ == Mode::Loop) return Plan::Way::LOOP;
     const bool own = mode_ == Mode::Fused && Rules::in_pass(o) && tig::is_plain_cpu(p);
+    if (const auto how = plan_.storage(group, p).how; how != tig::LowPrecision::None)
+      return own && in_pass_low<Rules>(p, g, state, o, how) ? Plan::Way::ONE_PASS : Plan::Way::LOOP;
     if (!own && !(Rules::kernels && for_kernels(p))) return Plan::Way::LOOP;
     if (!tig::is_alike(p, g) || p.is_alias_of(g)) return Plan::Way::LOOP;
     if (state) {
@@ -296,22 +393,50 @@ class Step {
     return own ? Plan::Way::ONE_PASS : Plan::Way::KERNELS;
   }
 
+  // Whether the pass can step a parameter with a storage of low precision.
+  template <typename Rules>
+  bool in_pass_low(const Tensor& p, const Tensor& g, const typename Rules::State* state,
+                   const typename Rules::Options& o, tig::LowPrecision how) {
+    if (!tig::is_alike(p, g) && !tig::is_alike(p, g, at::kFloat)) return false;
+    std::vector<Tensor> apart{p, g};
+    const auto fits = [&](const Tensor& tensor, at::ScalarType type) {
+      for (const Tensor& other : apart)
+        if (!tensor.defined() || tensor.is_alias_of(other)) return false;
+      apart.push_back(tensor);
+      return tig::is_alike(p, tensor, type);
+    };
+    if (p.is_alias_of(g)) return false;
+    if (const tig::Kept* kept = plan_.kept_of(p); kept && how != tig::LowPrecision::StochasticRounding)
+      if (!fits(kept->tensor, how == tig::LowPrecision::MasterWeights ? at::kFloat : p.scalar_type())) return false;
+    if (state)
+      for (const Tensor* tensor : Rules::tensors(*state, o))
+        if (tensor && !fits(*tensor, at::kFloat)) return false;
+    return true;
+  }
+
   // Refuses a parameter that libtorch's loop would refuse. The loop itself would do so too late, after it has stepped
-  // the parameters before this one.
+  // the parameters before this one. `stepped` is what the loop steps: the parameter, or what stands for it.
   template <typename Rules>
   static void check_loop(const Tensor& p, const Tensor& g, const typename Rules::State* state,
                          const typename Rules::Options& o) {
-    if (const std::string why = Rules::refused(p, g, state, o); !why.empty()) throw Refused(p, why);
-    check_written(p, p, "it");
-    check_read(p, p, "it", g);
+    check_loop<Rules>(p, g, state, o, p);
+  }
+  template <typename Rules>
+  static void check_loop(const Tensor& stepped, const Tensor& g, const typename Rules::State* state,
+                         const typename Rules::Options& o, const Tensor& p) {
+    if (const std::string why = Rules::refused(stepped, g, state, o); !why.empty()) throw Refused(p, why);
+    check_written(p, stepped, "it");
+    check_read(p, stepped, "it", g);
     if (!state) return;
     for (const Tensor* tensor : Rules::tensors(*state, o)) {
       if (!tensor) continue;
       if (!tensor->defined()) throw Refused(p, "the optimizer's state of it is not complete");
       check_read(p, *tensor, "the optimizer's state of it", g);
+      if (!stepped.is_same(p) && tensor->scalar_type() != stepped.scalar_type())
+        throw Refused(p, "the optimizer's state of it is not f32, which a storage of low precision needs");
       if (tensor->layout() != at::kStrided) continue;
       check_written(p, *tensor, "the optimizer's state of it");
-      if (p.layout() == at::kStrided && at::get_overlap_status(p, *tensor) == at::MemOverlapStatus::Partial)
+      if (stepped.layout() == at::kStrided && at::get_overlap_status(stepped, *tensor) == at::MemOverlapStatus::Partial)
         throw Refused(p, "the optimizer's state of it shares a part of its memory");
     }
   }
@@ -354,10 +479,13 @@ class Step {
     plan_.left.resize(optimizer_.param_groups().size());
     for (auto& left : plan_.left) left.clear();
     bool any_left = false;
+    bool any_plain = false;
     for (const auto& decision : plan_.decisions)
       if (decision.way == Plan::Way::LOOP) {
-        plan_.left[decision.group].push_back(*decision.p);
         any_left = true;
+        if (decision.storage.how != tig::LowPrecision::None) continue;
+        plan_.left[decision.group].push_back(*decision.p);
+        any_plain = true;
       }
     std::vector<typename Rules::Options> before;
     if (any_left)
@@ -366,7 +494,10 @@ class Step {
     // The loop comes first, because it may run out of memory; no parameter has been changed yet. The groups do not count
     // such a step.
     try {
-      if (any_left) loop_over_left();
+      if (any_plain) loop_over_left();
+      for (auto& decision : plan_.decisions)
+        if (decision.way == Plan::Way::LOOP && decision.storage.how != tig::LowPrecision::None)
+          loop_over_value(decision);
     } catch (...) {
       for (size_t group = 0; group < before.size(); ++group) options<Rules>(group) = before[group];
       throw;
@@ -381,23 +512,25 @@ class Step {
     const Tensor& p = *decision.p;
     group_ = decision.group;
     if (decision.way == Plan::Way::NONE)
-      plan_.known.parameters.push_back({group_, p.unsafeGetTensorImpl(), {}, {}, nullptr, Plan::Known::NONE});
+      plan_.known.parameters.push_back({group_, p.unsafeGetTensorImpl(), {}, {}, nullptr, nullptr, Plan::Known::NONE});
     if (decision.way == Plan::Way::NONE || decision.way == Plan::Way::LOOP) return;
     const auto& o = options<Rules>(group_);
     const Tensor& g = p.unsafeGetTensorImpl()->grad();
     const bool first = decision.made != nullptr;
     auto* state = static_cast<typename Rules::State*>(first ? decision.made.get() : decision.state);
     if (first) optimizer_.state()[p.unsafeGetTensorImpl()] = std::move(decision.made);
+    if (decision.kept) plan_.kept[p.unsafeGetTensorImpl()] = *std::move(decision.kept);
     const tig::StateTensors tensors = state ? Rules::tensors(*state, o) : tig::StateTensors{};
     int64_t* const steps = state ? Rules::steps(*state) : nullptr;
-    if (decision.way == Plan::Way::ONE_PASS) add<Rules>(p, g, o, tensors, state, steps, first);
+    if (decision.way == Plan::Way::ONE_PASS) add<Rules>(decision, g, o, tensors, state, steps, first);
     else add_to_bucket(p, g, tensors, steps ? *steps : first ? 0 : 1);
     if (steps) ++*steps;
   }
 
   template <typename Rules>
-  void add(const Tensor& p, const Tensor& g, const typename Rules::Options& o, const tig::StateTensors& tensors,
-           typename Rules::State* state, int64_t* steps, bool first) {
+  void add(const Plan::Decision& decision, const Tensor& g, const typename Rules::Options& o,
+           const tig::StateTensors& tensors, typename Rules::State* state, int64_t* steps, bool first) {
+    const Tensor& p = *decision.p;
     auto& known = plan_.known;
     const Plan::Known::Shared shared{group_, Rules::rule(o, first), o.weight_decay() != 0, maximizes<Rules>(group_),
                                      steps ? *steps + 1 : 0, state};
@@ -420,11 +553,20 @@ class Step {
     task.decay = shared.decay;
     task.maximize = shared.maximize;
     task.numbers = numbers;
-    Plan::Known::Parameter parameter{group_, p.unsafeGetTensorImpl(), p.key_set(), {}, steps, 0};
+    Plan::Known::Parameter parameter{group_, p.unsafeGetTensorImpl(), p.key_set(), {}, steps, nullptr, 0};
+    size_t state_item = p.element_size();
+    if (const auto how = decision.storage.how; how != tig::LowPrecision::None) {
+      const bool master = how == tig::LowPrecision::MasterWeights;
+      tig::Kept& kept = *(parameter.kept = plan_.kept_of(p));
+      void* const memory_of_kept =
+          kept.tensor.defined() ? memory(*kept.tensor.unsafeGetTensorImpl(), master ? sizeof(float) : state_item) : nullptr;
+      task.low = {how, g.scalar_type() == at::kFloat, memory_of_kept, tig::next_key(kept.stream)};
+      state_item = sizeof(float);
+    }
     for (int i = 0; i < 3; ++i) {
       if (!tensors[i]) continue;
       parameter.state[i] = tensors[i]->unsafeGetTensorImpl();
-      task.s[i] = memory(*parameter.state[i], p.element_size());
+      task.s[i] = memory(*parameter.state[i], state_item);
     }
     parameter.task = plan_.pass.add(task);
     known.parameters.push_back(parameter);
@@ -585,6 +727,33 @@ int tig_step(Optimizer* optimizer, int kind, Plan* plan, int mode, const Tensor*
       plan->decisions.clear();
       throw;
     }
+  });
+}
+
+// Sets how the f16 and bf16 parameters of a group are stored; SIZE_MAX stands for groups that do not exist yet.
+int tig_set_low_precision(Plan* plan, size_t group, int how, uint64_t seed, char** error) {
+  return guarded(error, [&] {
+    const tig::Storage storage{abi::of<abi::LowPrecision>(how), seed};
+    if (group == SIZE_MAX) {
+      plan->storage_others = storage;
+      return;
+    }
+    if (plan->storages.size() <= group) plan->storages.resize(group + 1, plan->storage_others);
+    plan->storages[group] = storage;
+  });
+}
+
+// Gives the f32 value of a parameter that has the values `p` and this data (i64: none that counts), with the storage of
+// its group.
+int tig_low_precision_value(const Tensor* p, const Tensor* kept, Tensor** value, char** error) {
+  return guarded(error, [&] {
+    at::NoGradGuard no_grad;
+    const auto type = kept->scalar_type();
+    const auto how = type == at::kFloat  ? tig::LowPrecision::MasterWeights
+                     : type == at::kLong ? tig::LowPrecision::StochasticRounding
+                                         : tig::LowPrecision::KahanSum;
+    const tig::Kept copied{how == tig::LowPrecision::MasterWeights ? kept->clone() : *kept, 0};
+    *value = new Tensor(tig::low_precision_value(*p, copied, how));
   });
 }
 

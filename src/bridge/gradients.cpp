@@ -195,6 +195,20 @@ int tig_clear_gradients(Optimizer* optimizer, const size_t* numbers, size_t coun
   });
 }
 
+// Makes gradients in f16 and bf16 f32, so that backward adds to them in f32.
+int tig_widen_gradients(Optimizer* optimizer, const size_t* numbers, size_t count, char** error) {
+  return guarded(error, [&] {
+    at::NoGradGuard no_grad;
+    auto& all = optimizer->param_groups();
+    for (size_t i = 0; i < count; ++i)
+      for (const Tensor& p : all.at(numbers[i]).params()) {
+        const Tensor& gradient = p.unsafeGetTensorImpl()->grad();
+        if (gradient.defined() && tig::is_low_precision(gradient.scalar_type()))
+          p.mutable_grad() = gradient.detach().to(at::kFloat);
+      }
+  });
+}
+
 // Gives 1 if a gradient has an element that is not finite, else 0: an f32 tensor of one element, on the gradients'
 // device.
 int tig_found_inf(Optimizer* optimizer, const size_t* numbers, size_t count, Plan* plan, Tensor** found,

@@ -50,6 +50,12 @@ unsafe extern "C" {
         count: usize,
         error: *mut *mut c_char,
     ) -> c_int;
+    fn tig_widen_gradients(
+        optimizer: Raw,
+        groups: *const usize,
+        count: usize,
+        error: *mut *mut c_char,
+    ) -> c_int;
     fn tig_found_inf(
         optimizer: Raw,
         groups: *const usize,
@@ -142,6 +148,14 @@ impl Native {
         // SAFETY: see above.
         checked(|error| unsafe {
             tig_clear_gradients(self.raw.as_ptr(), groups.as_ptr(), groups.len(), error)
+        })
+    }
+
+    /// Makes gradients in f16 and bf16 f32.
+    pub(crate) fn widen_gradients(&mut self, groups: &[usize]) -> Result<(), BridgeError> {
+        // SAFETY: see above.
+        checked(|error| unsafe {
+            tig_widen_gradients(self.raw.as_ptr(), groups.as_ptr(), groups.len(), error)
         })
     }
 

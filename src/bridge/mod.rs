@@ -20,6 +20,7 @@ mod gradients;
 mod host_syncs;
 #[cfg(test)]
 mod kernel_form;
+mod low_precision;
 mod memory;
 mod normalize;
 #[cfg(all(feature = "distributed", unix))]
@@ -42,7 +43,7 @@ use tch::{COptimizer, TchError, Tensor};
 use torch_sys::C_tensor;
 
 use abi::Class;
-pub(crate) use abi::{Algorithm, Hyper, Mode};
+pub(crate) use abi::{Algorithm, Hyper, LowPrecision, Mode};
 #[cfg(feature = "distributed")]
 pub(crate) use abi::{Cause, Compression, Reduction};
 pub(crate) use allocator::keep_freed;
@@ -57,6 +58,7 @@ pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use host_syncs::HostSyncs;
 #[cfg(test)]
 pub(crate) use kernel_form::{in_kernel_forms, set_kernel_form};
+pub(crate) use low_precision::low_precision_value;
 pub(crate) use memory::{bytes, bytes_mut, dense_on_cpu};
 pub(crate) use normalize::{Rows, normalize_rows};
 #[cfg(all(feature = "distributed", unix))]
@@ -137,22 +139,27 @@ unsafe extern "C" {
     fn tig_state(
         optimizer: Raw,
         kind: c_int,
+        plan: Raw,
         parameter: *const C_tensor,
         found: *mut c_int,
         step: *mut i64,
         tensors: *mut *mut C_tensor,
+        kept: *mut *mut C_tensor,
         error: *mut *mut c_char,
     ) -> c_int;
     fn tig_set_state(
         optimizer: Raw,
         kind: c_int,
+        plan: Raw,
         parameter: *const C_tensor,
         step: i64,
         tensors: *const *const C_tensor,
+        kept: *const C_tensor,
         error: *mut *mut c_char,
     ) -> c_int;
     fn tig_clear_state(
         optimizer: Raw,
+        plan: Raw,
         parameter: *const C_tensor,
         error: *mut *mut c_char,
     ) -> c_int;
@@ -284,6 +291,9 @@ pub(crate) fn own_optimizer(
 pub(crate) struct RawState {
     pub(crate) step: Option<i64>,
     pub(crate) tensors: [Option<Tensor>; 3],
+    /// A parameter in f16 or bf16 has this beside its state, where its group has a storage of low precision: master
+    /// weights (f32), compensation (the parameter's type), or the number of random numbers of stochastic rounding (i64).
+    pub(crate) kept: Option<Tensor>,
 }
 
 /// tch's optimizer together with the address of the C++ optimizer in it.
@@ -442,23 +452,28 @@ impl Native {
         self.settle()?;
         let (mut found, mut step) = (0, -1);
         let mut tensors: [*mut C_tensor; 3] = [null_mut(); 3];
+        let mut kept = null_mut();
         // SAFETY: see above; `tensors` has room for three.
         checked(|error| unsafe {
             tig_state(
                 self.raw.as_ptr(),
                 self.class as c_int,
+                self.plan.as_ptr(),
                 parameter.as_ptr(),
                 &mut found,
                 &mut step,
                 tensors.as_mut_ptr(),
+                &mut kept,
                 error,
             )
         })?;
-        let tensors = tensors.map(|tensor| {
+        let owned = |tensor: *mut C_tensor| {
             // SAFETY: each is null or a torch::Tensor that was made with `new` for us and is ours from here on.
             (!tensor.is_null()).then(|| unsafe { Tensor::from_ptr(tensor) })
-        });
-        Ok((found != 0).then_some(RawState { step: (step >= 0).then_some(step), tensors }))
+        };
+        let (tensors, kept) = (tensors.map(owned), owned(kept));
+        let step = (step >= 0).then_some(step);
+        Ok((found != 0).then_some(RawState { step, tensors, kept }))
     }
 
     /// Adds a state tensor of zeros, at index `buffer`, to the parameters of the group that have a state
@@ -468,8 +483,11 @@ impl Native {
         for parameter in self.parameters(group)? {
             let Some(mut state) = self.state(&parameter)? else { continue };
             if state.tensors[buffer].is_none() {
-                let zeros = parameter.f_zeros_like().map_err(|error| error.to_string())?;
-                state.tensors[buffer] = Some(zeros);
+                let zeros = parameter.f_zeros_like().and_then(|zeros| match state.kept {
+                    Some(_) => zeros.f_to_kind(tch::Kind::Float),
+                    None => Ok(zeros),
+                });
+                state.tensors[buffer] = Some(zeros.map_err(|error| error.to_string())?);
                 self.set_state(&parameter, Some(&state))?;
             }
         }
@@ -486,21 +504,24 @@ impl Native {
         let Some(state) = state else {
             // SAFETY: see above; the pointer of a live tch tensor is a live torch::Tensor.
             return checked(|error| unsafe {
-                tig_clear_state(self.raw.as_ptr(), parameter.as_ptr(), error)
+                tig_clear_state(self.raw.as_ptr(), self.plan.as_ptr(), parameter.as_ptr(), error)
             });
         };
         let tensors = state
             .tensors
             .each_ref()
             .map(|tensor| tensor.as_ref().map_or(null(), tch::Tensor::as_ptr));
-        // SAFETY: see above; `tensors` has three entries, null or live tensors that outlive the call.
+        let kept = state.kept.as_ref().map_or(null(), tch::Tensor::as_ptr);
+        // SAFETY: see above; `tensors` has three entries, null or live tensors that outlive the call, as is `kept`.
         checked(|error| unsafe {
             tig_set_state(
                 self.raw.as_ptr(),
                 self.class as c_int,
+                self.plan.as_ptr(),
                 parameter.as_ptr(),
                 state.step.unwrap_or(-1),
                 tensors.as_ptr(),
+                kept,
                 error,
             )
         })
@@ -541,6 +562,7 @@ mod tests {
         let (raw, plan) = (native.raw.as_ptr(), native.plan.as_ptr());
         let (mut value, mut found, mut step) = (0., 0, 0);
         let mut tensors: [*mut C_tensor; 3] = [null_mut(); 3];
+        let mut kept = null_mut();
         let w = w.as_ptr();
         // SAFETY: as in the methods of Native that make these calls.
         let refused = unsafe {
@@ -550,9 +572,13 @@ mod tests {
                 checked(|e| tig_set(raw, UNKNOWN, plan, 0, 0, 1., e)),
                 checked(|e| tig_set(raw, -1, plan, 0, 0, 1., e)),
                 checked(|e| {
-                    tig_state(raw, UNKNOWN, w, &mut found, &mut step, tensors.as_mut_ptr(), e)
+                    let tensors = tensors.as_mut_ptr();
+                    tig_state(raw, UNKNOWN, plan, w, &mut found, &mut step, tensors, &mut kept, e)
                 }),
-                checked(|e| tig_set_state(raw, UNKNOWN, w, 1, tensors.as_ptr().cast(), e)),
+                checked(|e| {
+                    tig_set_state(raw, UNKNOWN, plan, w, 1, tensors.as_ptr().cast(), null(), e)
+                }),
+                native.set_low_precision_number(0, UNKNOWN, 0),
                 fused::step_with_numbers(&native, UNKNOWN, 1),
                 fused::step_with_numbers(&native, 1, UNKNOWN),
                 average::update_with_number(UNKNOWN),

@@ -14,6 +14,7 @@
 
 #include "arithmetic.h"
 #include "kernel_form.h"
+#include "low_precision_kernels.h"
 #include "rules/all.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -262,6 +263,10 @@ struct Isa {
   void (*store_half)(c10::Half*, const float*, int64_t);
   void (*store_bfloat)(c10::BFloat16*, const float*, int64_t);
   double (*reduce)(const void*, int64_t, at::ScalarType, Reduction, bool prefetch);
+  void (*read_half)(float*, const c10::Half*, const void*, int64_t, LowPrecision);
+  void (*read_bfloat)(float*, const c10::BFloat16*, const void*, int64_t, LowPrecision);
+  void (*write_half)(c10::Half*, void*, const float*, int64_t, LowPrecision, uint64_t key, uint64_t first);
+  void (*write_bfloat)(c10::BFloat16*, void*, const float*, int64_t, LowPrecision, uint64_t key, uint64_t first);
 };
 
 #define TIG_RULES(X)                                                                                   \
@@ -289,6 +294,15 @@ struct Isa {
   template <typename T>                                                                                         \
   TARGET void store_all(T* to, const float* from, int64_t n) { store(to, from, n); }                            \
   template <typename T>                                                                                         \
+  TARGET void read_low(float* to, const T* p, const void* kept, int64_t n, LowPrecision how) {                  \
+    read_stored(to, p, kept, n, how);                                                                           \
+  }                                                                                                             \
+  template <typename T>                                                                                         \
+  TARGET void write_low(T* p, void* kept, const float* value, int64_t n, LowPrecision how, uint64_t key,        \
+                        uint64_t first) {                                                                       \
+    write_stored(p, kept, value, n, how, key, first);                                                           \
+  }                                                                                                             \
+  template <typename T>                                                                                         \
   TARGET double reduce_as(const void* data, int64_t n, Reduction reduction, bool prefetch) {                    \
     const T* from = static_cast<const T*>(data);                                                                \
     switch (reduction) {                                                                                        \
@@ -308,7 +322,9 @@ struct Isa {
     }                                                                                                           \
   }                                                                                                             \
   const Isa isa = {find<float>,           find<double>,             load_all<c10::Half>, load_all<c10::BFloat16>, \
-                   store_all<c10::Half>,  store_all<c10::BFloat16>, reduce};                                      \
+                   store_all<c10::Half>,  store_all<c10::BFloat16>, reduce,                                       \
+                   read_low<c10::Half>,   read_low<c10::BFloat16>,  write_low<c10::Half>,                         \
+                   write_low<c10::BFloat16>};                                                                     \
   }
 
 TIG_ISA(baseline, , FMA_EVERYWHERE)
@@ -368,12 +384,42 @@ void update_range(const Task& task, const double* k, double factor, int64_t begi
   }
 }
 
+// f16 and bf16 with a storage of low precision: values, state and what is computed are f32.
+template <typename T, typename Load, typename Read, typename Write>
+void update_low(const Task& task, const double* k, double factor, int64_t begin, int64_t end, UpdateFn<float> run,
+                Load load, Read read, Write write) {
+  const LowPrecisionTask& low = task.low;
+  alignas(64) float values[BLOCK], gradients[BLOCK];
+  for (int64_t at = begin; at < end; at += BLOCK) {
+    const int64_t n = std::min(BLOCK, end - at);
+    const bool master = low.how == LowPrecision::MasterWeights;
+    T* const p = static_cast<T*>(task.p) + at;
+    void* const kept = master ? static_cast<void*>(at_offset<float>(low.kept, at)) : at_offset<T>(low.kept, at);
+    float* const value = master ? static_cast<float*>(kept) : values;
+    read(value, p, kept, n, low.how);
+    const float* g = static_cast<const float*>(task.g) + at;
+    if (!low.wide_gradient) {
+      load(gradients, static_cast<const T*>(task.g) + at, n, static_cast<float>(factor));
+      g = gradients;
+    }
+    auto state = [&](int i) { return at_offset<float>(task.s[i], at); };
+    run(value, g, state(0), state(1), state(2), n, k, low.wide_gradient ? static_cast<float>(factor) : 1.f);
+    write(p, kept, value, n, low.how, low.key, static_cast<uint64_t>(at));
+  }
+}
+
 void update_range(const Task& task, const double* k, double factor, int64_t begin, int64_t end) {
   const Isa& with = isa();
   if (task.dtype == at::kDouble)
     return update_range<double>(task, k, factor, begin, end, with.double_update(task.rule, task.decay));
   const auto run = with.float_update(task.rule, task.decay);
   if (task.dtype == at::kFloat) return update_range<float>(task, k, factor, begin, end, run);
+  if (task.low.how != LowPrecision::None) {
+    if (task.dtype == at::kHalf)
+      return update_low<c10::Half>(task, k, factor, begin, end, run, with.load_half, with.read_half, with.write_half);
+    return update_low<c10::BFloat16>(task, k, factor, begin, end, run, with.load_bfloat, with.read_bfloat,
+                                     with.write_bfloat);
+  }
   if (task.dtype == at::kHalf)
     return update_range<c10::Half>(task, k, factor, begin, end, run, with.load_half, with.store_half);
   update_range<c10::BFloat16>(task, k, factor, begin, end, run, with.load_bfloat, with.store_bfloat);
@@ -418,16 +464,20 @@ uint32_t OnePass::add(const Task& task) {
 // Whether a task writes to memory that another task reads or writes. Then the order of tasks matters, and the pass
 // runs on one thread.
 bool OnePass::overlapping() {
-  const auto range = [](const Task& task, const void* data) {
+  const auto range = [](const Task& task, const void* data, bool wide) {
     auto begin = static_cast<const char*>(data);
-    return std::make_pair(begin, begin + task.n * static_cast<int64_t>(c10::elementSize(task.dtype)));
+    return std::make_pair(begin, begin + task.n * static_cast<int64_t>(c10::elementSize(wide ? at::kFloat : task.dtype)));
   };
   if (!overlapping_) {
     written_.clear();
-    for (const Task& task : tasks_)
-      for (const void* data : {static_cast<const void*>(task.p), static_cast<const void*>(task.s[0]),
-                               static_cast<const void*>(task.s[1]), static_cast<const void*>(task.s[2])})
-        if (data && task.n > 0) written_.push_back(range(task, data));
+    for (const Task& task : tasks_) {
+      const auto writes = [&](const void* data, bool wide) {
+        if (data && task.n > 0) written_.push_back(range(task, data, wide));
+      };
+      writes(task.p, false);
+      for (const void* state : task.s) writes(state, task.low.how != LowPrecision::None);
+      writes(task.low.kept, task.low.how == LowPrecision::MasterWeights);
+    }
     std::sort(written_.begin(), written_.end());
     overlapping_ = false;
     for (size_t i = 1; i < written_.size(); ++i)
@@ -438,7 +488,7 @@ bool OnePass::overlapping() {
   for (size_t i = 0; i < tasks_.size(); ++i) {
     const Task& task = tasks_[i];
     if (!task.g || task.g == task.p || task.g == apart_[i] || task.n == 0) continue;
-    const auto read = range(task, task.g);
+    const auto read = range(task, task.g, task.low.wide_gradient);
     const auto ends_before = [&](const auto& one, const char* begin) { return one.second <= begin; };
     const auto next = std::lower_bound(written_.begin(), written_.end(), read.first, ends_before);
     if (next != written_.end() && next->first < read.second) return true;

@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "low_precision.h"
 #include "rules/list.h"
 
 #define TIG_INLINE inline __attribute__((always_inline))
@@ -54,6 +55,14 @@ enum class Rule : int {
 
 using Numbers = std::array<double, 12>;
 
+// What a task has to know of a parameter with a storage of low precision: its state is f32.
+struct LowPrecisionTask {
+  LowPrecision how;    // None for all other tasks
+  bool wide_gradient;  // the gradient is f32
+  void* kept;          // master weights or compensation
+  uint64_t key;        // of the random numbers of this step
+};
+
 struct Task {
   void* p;
   const void* g;
@@ -64,6 +73,7 @@ struct Task {
   bool decay;        // weight decay is not 0
   bool maximize;     // the gradients count negated
   uint32_t numbers;  // index of the task's numbers `k` in the pass
+  LowPrecisionTask low;
 };
 
 enum class Norm : int { Two, Infinity };
@@ -142,20 +152,26 @@ TIG_INLINE bool have_same_layout(const c10::TensorImpl& a, const c10::TensorImpl
   return true;
 }
 
-// Whether a kernel may read `other` element by element beside `tensor`, which is dense: `other` has the same type,
-// device and layout in memory, and all its elements lie within its storage. `item` is the size of an element of
-// `tensor`. The answer holds for one step only, because set_data can change all of this. Each step calls this for
-// each tensor, so it is inline.
-TIG_INLINE bool is_alike(const c10::TensorImpl& tensor, const c10::TensorImpl& other, size_t item) {
+// Whether a kernel may read `other` element by element beside `tensor`, which is dense: `other` has this type, the same
+// device and layout in memory, and all its elements, each of `item` bytes, lie within its storage. The answer holds for
+// one step only, because set_data can change all of this. Each step calls this for each tensor, so it is inline.
+TIG_INLINE bool is_alike(const c10::TensorImpl& tensor, const c10::TensorImpl& other, size_t item, caffe2::TypeMeta type) {
   // The keys say the kind of device, the layout, and whether the tensor is a negated view or an inference tensor. There
   // is only one CPU, so its device needs no comparison.
   const bool one_device = other.key_set().has_backend(c10::BackendComponent::CPUBit) || other.device() == tensor.device();
-  return other.key_set() == tensor.key_set() && one_device && other.dtype() == tensor.dtype() &&
+  return other.key_set() == tensor.key_set() && one_device && other.dtype() == type &&
          have_same_layout(tensor, other) && is_within_storage(other, item);
 }
+// The same for one type.
+TIG_INLINE bool is_alike(const c10::TensorImpl& tensor, const c10::TensorImpl& other, size_t item) {
+  return is_alike(tensor, other, item, tensor.dtype());
+}
+inline bool is_alike(const at::Tensor& tensor, const at::Tensor& other, at::ScalarType type) {
+  return other.defined() && is_alike(*tensor.unsafeGetTensorImpl(), *other.unsafeGetTensorImpl(),
+                                     c10::elementSize(type), c10::scalarTypeToTypeMeta(type));
+}
 inline bool is_alike(const at::Tensor& tensor, const at::Tensor& other) {
-  return other.defined() &&
-         is_alike(*tensor.unsafeGetTensorImpl(), *other.unsafeGetTensorImpl(), tensor.element_size());
+  return is_alike(tensor, other, tensor.scalar_type());
 }
 
 }  // namespace tig

@@ -5,7 +5,9 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "one_pass.h"
@@ -34,6 +36,8 @@ struct Plan {
     Way way;
     torch::optim::OptimizerParamState* state;  // null before the parameter's first step, and if the options need none
     std::unique_ptr<torch::optim::OptimizerParamState> made;  // new state for a first step; commit() hands it over
+    tig::Storage storage;           // of a parameter in f16 or bf16
+    std::optional<tig::Kept> kept;  // new data of such a parameter, likewise
   };
 
   // The data from which the tasks of the last step were built. If the next step finds all of it unchanged, it uses
@@ -54,6 +58,7 @@ struct Plan {
       c10::DispatchKeySet keys;
       c10::TensorImpl* state[3];
       int64_t* steps;  // the optimizer's own count for this parameter; null if it does not count
+      tig::Kept* kept;  // of a parameter with a storage of low precision
       uint32_t task;   // index in the pass; NONE if the parameter had no gradient
     };
     static constexpr uint32_t NONE = UINT32_MAX;
@@ -75,5 +80,21 @@ struct Plan {
   std::vector<bool> maximize;
   bool maximize_others = false;
 
+  // The storage of f16 and bf16 parameters of each group, and of groups that are not in the list; and data of each
+  // parameter that has such a storage and was stepped.
+  std::vector<tig::Storage> storages;
+  tig::Storage storage_others;
+  std::unordered_map<const void*, tig::Kept> kept;
+
   bool maximizes(size_t group) const { return group < maximize.size() ? maximize[group] : maximize_others; }
+
+  tig::Storage storage(size_t group, const at::Tensor& p) const {
+    if (!tig::is_low_precision(p.scalar_type())) return {};
+    return group < storages.size() ? storages[group] : storage_others;
+  }
+
+  tig::Kept* kept_of(const at::Tensor& p) {
+    const auto found = kept.find(p.unsafeGetTensorImpl());
+    return found == kept.end() || !tig::is_low_precision(p.scalar_type()) ? nullptr : &found->second;
+  }
 };

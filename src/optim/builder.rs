@@ -2,7 +2,8 @@ use tch::nn::{self, OptimizerConfig, VarStore};
 
 use super::grouping::{GroupRule, Grouping, unnamed};
 use super::hyper::Hyper;
-use super::{Group, GroupOptions, Optimizer};
+use super::low_precision::Storages;
+use super::{Group, GroupOptions, LowPrecision, Optimizer};
 use crate::error::{Error, Result};
 
 /// Builds an [`Optimizer`]; made by [`Optimizer::builder`].
@@ -33,6 +34,13 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
     /// Sets options of all groups that do not set their own, and have no algorithm of their own.
     pub(super) fn options(mut self, options: GroupOptions) -> Self {
         self.options = options;
+        self
+    }
+
+    /// How parameters in f16 and bf16 are stored between steps, in all groups that do not set their own: see
+    /// [`LowPrecision`]. Unless given, it is the parameters alone, rounded to the nearest.
+    pub fn low_precision(mut self, storage: impl Into<Option<LowPrecision>>) -> Self {
+        self.options.low_precision = Some(storage.into());
         self
     }
 
@@ -112,7 +120,8 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
     /// # Errors
     /// A variable in no group or in two (by one name or by two), a group without variables, two groups with the same
     /// name, a name for a number that no group has, [`group`](Self::group) together with
-    /// [`name_group`](Self::name_group), an option that the optimizer does not have, or a value outside its bounds.
+    /// [`name_group`](Self::name_group), an option that the optimizer does not have, a value outside its bounds, or
+    /// [`low_precision`](Self::low_precision) with LBFGS or SparseAdam.
     pub fn build(self) -> Result<Optimizer> {
         Hyper::Lr.check(self.lr)?;
         if !self.groups.is_empty() && !self.names.is_empty() {
@@ -133,7 +142,11 @@ impl<'v, T: OptimizerConfig> OptimizerBuilder<'v, T> {
         };
         let algorithm = |(number, options): &(_, GroupOptions)| (*number, options.algorithm);
         let algorithms: Vec<_> = options.iter().map(algorithm).collect();
-        let optimizer = Optimizer::assemble(&self.config, self.vs, self.lr, grouping, &algorithms)?;
+        let own = options.iter().filter_map(|(number, own)| Some((*number, own.low_precision?)));
+        let storages =
+            Storages { by_group: own.collect(), others: self.options.low_precision.flatten() };
+        let optimizer =
+            Optimizer::assemble(&self.config, self.vs, self.lr, grouping, &algorithms, storages)?;
         for &(hyper, value) in &self.options.values {
             optimizer.set_everywhere(hyper.name(), value)?;
         }

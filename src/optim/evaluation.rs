@@ -1,11 +1,11 @@
 //! Schedule-Free optimizers: the values that parameters have while they are trained, and those for evaluation.
 
-use tch::{TchError, Tensor};
+use tch::{Kind, TchError, Tensor};
 
 use super::Optimizer;
 use super::hyper::Hyper;
 use super::snapshot::copy;
-use crate::bridge::{Algorithm, Native, RawState};
+use crate::bridge::{Algorithm, Native, RawState, low_precision_value};
 use crate::error::{Error, Result};
 
 /// The name of the state tensor that keeps the values for training during an evaluation.
@@ -20,18 +20,30 @@ struct Switched {
 }
 
 impl Switched {
-    /// Goes to the other values by the interpolation.
+    /// Goes from the values for training to those for evaluation by the interpolation.
     fn interpolate(&mut self) -> Result<(), TchError> {
-        match &self.state.tensors[0] {
-            Some(z) => self.parameter.f_lerp_(z, self.weight).map(drop),
-            None => Ok(()),
+        let Some(z) = &self.state.tensors[0] else { return Ok(()) };
+        if self.state.kept.is_none() {
+            return self.parameter.f_lerp_(z, self.weight).map(drop);
         }
+        let values = self.wide(&self.parameter)?.f_lerp(z, self.weight)?;
+        self.parameter.f_copy_(&values).map(drop)
     }
 
-    /// The other values, which [`interpolate`](Self::interpolate) would give; `None` where they are the same.
+    /// The values for training that belong to those that the parameter was given in evaluation; `None` where they are the
+    /// same.
     fn interpolated(&self) -> Result<Option<Tensor>, TchError> {
-        let z = self.state.tensors[0].as_ref();
-        z.map(|z| self.parameter.f_lerp(z, self.weight)).transpose()
+        let Some(z) = &self.state.tensors[0] else { return Ok(None) };
+        self.parameter.f_to_kind(z.kind())?.f_lerp(z, self.weight).map(Some)
+    }
+
+    /// The values for training that a storage of low precision keeps where the parameter is `y`; `y` itself without one.
+    fn wide(&self, y: &Tensor) -> Result<Tensor, TchError> {
+        match &self.state.kept {
+            Some(kept) => low_precision_value(&y.f_to_kind(self.parameter.kind())?, kept)
+                .map_err(TchError::Torch),
+            None => Ok(y.shallow_clone()),
+        }
     }
 }
 
@@ -126,7 +138,11 @@ impl Optimizer {
             }
             // All copies are made before anything is changed.
             for Switched { parameter, state, .. } in &mut switched {
-                let kept = copy(parameter).map_err(failed_tch)?;
+                let kept = copy(parameter).and_then(|copy| match state.kept {
+                    Some(_) => copy.f_to_kind(Kind::Float),
+                    None => Ok(copy),
+                });
+                let kept = kept.map_err(failed_tch)?;
                 if let Some(place) = kept_by(self.algorithm_of(native, parameter)?) {
                     state.tensors[place] = Some(kept);
                 }
@@ -217,7 +233,10 @@ impl Optimizer {
 /// Whether the parameter has the values for evaluation that belong to `y`.
 fn is_evaluated(switched: &Switched, y: &Tensor, beta: f64) -> Result<bool, TchError> {
     match &switched.state.tensors[0] {
-        Some(z) => switched.parameter.f_equal(&y.f_lerp(z, 1. - 1. / beta)?),
+        Some(z) => {
+            let evaluated = switched.wide(y)?.f_lerp(z, 1. - 1. / beta)?;
+            switched.parameter.f_equal(&evaluated.f_to_kind(switched.parameter.kind())?)
+        }
         None => Ok(true),
     }
 }
@@ -227,7 +246,8 @@ fn is_evaluated(switched: &Switched, y: &Tensor, beta: f64) -> Result<bool, TchE
 fn check_alike(parameter: &Tensor, state: &RawState) -> Result<()> {
     let Some(z) = &state.tensors[0] else { return Ok(()) };
     let of = |tensor: &Tensor| (tensor.size(), tensor.kind(), tensor.device());
-    match (of(parameter), of(z)) {
+    let kind = if state.kept.is_some() { Kind::Float } else { parameter.kind() };
+    match ((parameter.size(), kind, parameter.device()), of(z)) {
         (parameter, z) if parameter == z => Ok(()),
         (parameter, z) => Err(failed(format!(
             "a parameter has {parameter:?} now, but its state was made for {z:?}: give it values like those before"

@@ -186,6 +186,17 @@ impl Gradients {
         self.native("zero_grad", super::super::bridge::Native::clear_gradients)
     }
 
+    /// Makes gradients in f16 and bf16 f32, exactly, so that further calls of backward add to them in f32; steps take
+    /// them as they are. For loops that add up the gradients of several batches by themselves: call it after each backward
+    /// but the last. [`GradientAccumulator`](crate::GradientAccumulator) does it for groups with
+    /// [`low_precision`](super::LowPrecision). `DistributedDataParallel` needs gradients of the parameters' type.
+    ///
+    /// # Errors
+    /// There is no memory. See also [`Optimizer`].
+    pub fn widen(&self) -> Result<()> {
+        self.native("widening gradients", super::super::bridge::Native::widen_gradients)
+    }
+
     /// 1 if an element of a gradient is not finite, else 0: a tensor of one f32 element on the gradients' device.
     pub(crate) fn found_inf(&self) -> Result<Tensor> {
         self.native("checking gradients", super::super::bridge::Native::found_inf)

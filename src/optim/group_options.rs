@@ -1,5 +1,5 @@
-use super::OptimizerBuilder;
 use super::hyper::Hyper;
+use super::{LowPrecision, OptimizerBuilder};
 use crate::bridge::Algorithm;
 
 /// The hyper-parameters of one group that differ from the optimizer's.
@@ -14,6 +14,8 @@ pub struct GroupOptions {
     /// The algorithm of the group, where it is not that of the optimizer.
     pub(super) algorithm: Option<Algorithm>,
     pub(super) values: Vec<(Hyper, f64)>,
+    /// How the group stores parameters in f16 and bf16, where it does so unlike the others.
+    pub(super) low_precision: Option<Option<LowPrecision>>,
 }
 
 /// Group options that set the learning rate: the start of a chain.
@@ -28,7 +30,7 @@ impl GroupOptions {
     }
 
     pub(super) fn of(algorithm: Algorithm) -> Self {
-        Self { algorithm: Some(algorithm), values: vec![] }
+        Self { algorithm: Some(algorithm), ..Self::default() }
     }
 
     /// Options of a group that AdamW steps, in an optimizer of another algorithm, such as [`Muon`](super::Muon): PyTorch's
@@ -40,6 +42,13 @@ impl GroupOptions {
     /// Learning rate, not negative.
     pub fn lr(self, value: f64) -> Self {
         self.with(Hyper::Lr, value)
+    }
+
+    /// How the group's parameters in f16 and bf16 are stored: see [`LowPrecision`]; `None` for the parameters alone, rounded
+    /// to the nearest. Other types are not concerned.
+    pub fn low_precision(mut self, storage: impl Into<Option<LowPrecision>>) -> Self {
+        self.low_precision = Some(storage.into());
+        self
     }
 
     pub(super) fn with(mut self, hyper: Hyper, value: f64) -> Self {

@@ -17,6 +17,7 @@ mod hyper;
 mod knob;
 mod layerwise;
 mod lbfgs;
+mod low_precision;
 mod param_groups;
 mod parameters;
 mod plan;
@@ -45,6 +46,7 @@ pub use group_options::{GroupOptions, lr};
 pub use knob::Knob;
 pub(crate) use knob::Reduction;
 pub use layerwise::layerwise_lr_decay;
+pub use low_precision::LowPrecision;
 pub use param_groups::{ParamGroups, is_bias_or_norm, is_matrix};
 pub(crate) use parameters::Parameters;
 pub use plan::OptimizerPlan;
@@ -60,6 +62,7 @@ use crate::error::{Error, Result};
 use crate::variables::{Variable, variables};
 use grouping::{Grouped, Grouping};
 pub(crate) use hyper::Hyper;
+use low_precision::{Storages, kept_name};
 
 /// How many names an error message lists before it says how many more there are.
 const NAMES_LISTED: usize = 8;
@@ -94,6 +97,8 @@ struct Shared {
     reductions: knob::Reductions,
     /// Whether an algorithm is Schedule-Free, so that parameters have other values in evaluation.
     averages: bool,
+    /// How the groups store parameters in f16 and bf16.
+    storages: Storages,
     /// LBFGS remembers this between steps; it stays empty for all others.
     lbfgs: Mutex<lbfgs::Memory>,
 }
@@ -129,6 +134,7 @@ impl Optimizer {
         lr: f64,
         grouping: Grouping,
         algorithms: &[(usize, Option<Algorithm>)],
+        storages: Storages,
     ) -> Result<Self> {
         let variables = &vs.variables_;
         // The variables get their own group numbers back when `grouped` is dropped, after tch has read ours.
@@ -190,6 +196,9 @@ impl Optimizer {
             ));
         }
         let averages = all.any(|algorithm| algorithm.interpolation().is_some());
+        let of_all = native.algorithm;
+        let algorithm = |group| by_group.get(group).copied().unwrap_or(of_all);
+        storages.set(&mut native, algorithm, |group| grouping.name(group))?;
         grouped.warn_of_tied();
         Ok(Self {
             shared: Arc::new(Shared {
@@ -202,6 +211,7 @@ impl Optimizer {
                 built: OnceLock::new(),
                 reductions: knob::Reductions::default(),
                 averages,
+                storages,
                 lbfgs: Mutex::default(),
             }),
         })
@@ -475,7 +485,7 @@ impl Optimizer {
 
     /// The state that is kept for a parameter, under PyTorch's names (`"step"`, an f64 scalar on the CPU; `"exp_avg"`,
     /// …); empty before the parameter's first step. The other tensors are the optimizer's own, but for those of one
-    /// number (`"mu_product"` of NAdam, `"eta"` and `"mu"` of ASGD): copy them to keep their values. Costs a host sync if steps with a GradScaler were made on a device since the last call.
+    /// number (`"mu_product"` of NAdam, `"eta"` and `"mu"` of ASGD, `"rounding"` of stochastic rounding): copy them to keep their values. Costs a host sync if steps with a GradScaler were made on a device since the last call.
     ///
     /// # Errors
     /// No parameter with this name. See also [`Optimizer`].
@@ -503,7 +513,9 @@ impl Optimizer {
             };
             let step = state.step.map(|step| ("step", Tensor::from(step as f64)));
             let tensors = names.into_iter().zip(state.tensors);
-            Ok(step.into_iter().chain(tensors.filter_map(|(n, t)| Some((n, t?)))).collect())
+            let tensors = tensors.filter_map(|(name, tensor)| Some((name, tensor?)));
+            let kept = state.kept.map(|kept| (kept_name(&kept), kept));
+            Ok(step.into_iter().chain(tensors).chain(kept).collect())
         })
     }
 

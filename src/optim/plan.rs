@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use tch::nn::VarStore;
 
 use super::hyper::Hyper;
-use super::{GroupOptions, Optimizer, is_bias_or_norm, is_matrix};
+use super::{GroupOptions, LowPrecision, Optimizer, is_bias_or_norm, is_matrix};
 use crate::bridge::Algorithm;
 use crate::error::Result;
 use crate::plan_file::{Lines, Place, PlanFile};
@@ -61,6 +61,9 @@ use crate::plan_file::{Lines, Place, PlanFile};
 /// Options that are tuples in PyTorch are lists (`betas`, of which AdEMAMix has three, `etas`, `step_sizes`,
 /// `ns_coefficients`, `eps` of Adafactor), or single values under the names of [`Group::get`](super::Group::get).
 ///
+/// `low_precision` of the optimizer or a group is `"master_weights"`, `"kahan_sum"`,
+/// `{ stochastic_rounding = { seed = 1 } }` or `"none"` ([`LowPrecision`]).
+///
 /// Errors have the path to what is wrong, with line and column. Reading a plan refuses unknown keys and optimizers, options
 /// that the optimizer does not have, and values outside their bounds; building it, groups without parameters and
 /// parameters without a group.
@@ -73,6 +76,8 @@ pub struct OptimizerPlan {
     #[serde(skip)]
     options: Vec<(Hyper, f64)>,
     #[serde(skip)]
+    low_precision: Option<Option<LowPrecision>>,
+    #[serde(skip)]
     groups: Vec<PlannedGroup>,
     #[serde(skip)]
     lines: Lines,
@@ -84,6 +89,7 @@ struct PlannedGroup {
     members: Members,
     algorithm: Algorithm,
     options: Vec<(Hyper, f64)>,
+    low_precision: Option<Option<LowPrecision>>,
 }
 
 /// The keys of a group that are no options.
@@ -203,6 +209,7 @@ impl OptimizerPlan {
             Some(groups) => place.key("group").read(groups)?,
             None => vec![],
         };
+        let low_precision = low_precision(&place, &mut rest)?;
         let options = options(&place, algorithm, &rest)?;
         let groups = groups.into_iter().enumerate();
         let groups: Vec<_> = groups
@@ -220,7 +227,7 @@ impl OptimizerPlan {
             );
             return Err(place.key("group").index(index).error(text));
         }
-        Ok(Self { written, algorithm, options, groups, lines })
+        Ok(Self { written, algorithm, options, low_precision, groups, lines })
     }
 
     /// Builds the optimizer over the parameters of a store, which the groups share among them.
@@ -230,12 +237,14 @@ impl OptimizerPlan {
     /// in no group.
     pub fn build(&self, vs: &VarStore) -> Result<Optimizer> {
         let place = self.lines.root().key("optimizer");
-        let options = GroupOptions { algorithm: None, values: self.options.clone() };
+        let (values, low_precision) = (self.options.clone(), self.low_precision);
+        let options = GroupOptions { algorithm: None, values, low_precision };
         let mut builder = Optimizer::of(self.algorithm, vs).options(options);
         let rules: Arc<[Rule]> = self.groups.iter().map(|group| group.members.rule(vs)).collect();
         for (index, group) in self.groups.iter().enumerate() {
             let own = (group.algorithm != self.algorithm).then_some(group.algorithm);
-            let options = GroupOptions { algorithm: own, values: group.options.clone() };
+            let (values, low_precision) = (group.options.clone(), group.low_precision);
+            let options = GroupOptions { algorithm: own, values, low_precision };
             let rules = rules.clone();
             let is_first =
                 move |name: &str| rules.iter().position(|rule| rule(name)) == Some(index);
@@ -255,7 +264,20 @@ impl PlannedGroup {
         let members: Members = place.read(Value::Object(members))?;
         let algorithm = members.r#type.as_deref().map_or(Ok(of_all), Algorithm::named);
         let algorithm = algorithm.map_err(|error| place.key("type").error(error))?;
-        Ok(Self { algorithm, options: options(place, algorithm, &group)?, members })
+        let low_precision = low_precision(place, &mut group)?;
+        Ok(Self { algorithm, options: options(place, algorithm, &group)?, low_precision, members })
+    }
+}
+
+/// Takes `low_precision` out of the keys of an optimizer or group.
+fn low_precision(
+    place: &Place,
+    written: &mut Map<String, Value>,
+) -> Result<Option<Option<LowPrecision>>> {
+    match written.remove("low_precision") {
+        None => Ok(None),
+        Some(Value::String(none)) if none == "none" => Ok(Some(None)),
+        Some(storage) => place.key("low_precision").read(storage).map(|own| Some(Some(own))),
     }
 }
 

@@ -116,7 +116,8 @@ fn copied(state: &RawState) -> Result<RawState, TchError> {
     for (copied, tensor) in tensors.iter_mut().zip(&state.tensors) {
         *copied = tensor.as_ref().map(copy).transpose()?;
     }
-    Ok(RawState { step: state.step, tensors })
+    let kept = state.kept.as_ref().map(copy).transpose()?;
+    Ok(RawState { step: state.step, tensors, kept })
 }
 
 pub(super) fn copy(tensor: &Tensor) -> Result<Tensor, TchError> {

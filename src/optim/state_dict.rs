@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::hyper::Hyper;
 use super::lbfgs::Memory;
-use super::{Group, Optimizer, TensorId, locked};
+use super::low_precision::{is_low_precision, kept_name};
+use super::{Group, LowPrecision, Optimizer, TensorId, locked};
 use crate::bridge::{Algorithm, RawState};
 use crate::error::{Error, Result};
 use crate::state::{EvaluationWeights, IntoStateful, StateDict, Stateful};
@@ -25,6 +26,14 @@ struct SavedGroup {
     algorithm: Option<String>,
     options: BTreeMap<String, f64>,
     parameters: Vec<String>,
+}
+
+/// A parameter as the optimizer has it.
+struct Own {
+    algorithm: Algorithm,
+    /// How the parameter is stored, if it is of a type that this is for.
+    storage: Option<LowPrecision>,
+    variable: Variable,
 }
 
 /// The saved state of one parameter, checked, and on the parameter's device.
@@ -57,7 +66,8 @@ impl Stateful for Optimizer {
         let mut saved = StateDict::new();
         let groups = self.groups()?.iter().map(saved_group).collect::<Result<Vec<_>>>()?;
         let (mut steps, mut frozen) = (BTreeMap::new(), vec![]);
-        for (algorithm, Variable { name, tensor: parameter, .. }) in self.named_parameters()? {
+        for Own { algorithm, variable, .. } in self.own_parameters()? {
+            let Variable { name, tensor: parameter, .. } = variable;
             let failed = |text| Error::libtorch(format!("reading the state of '{name}'"), text);
             if !parameter.requires_grad() {
                 frozen.push(name.clone());
@@ -69,6 +79,9 @@ impl Stateful for Optimizer {
                 if let Some(tensor) = tensor {
                     saved.set_tensor(&format!("{name}/{key}"), tensor);
                 }
+            }
+            if let Some(kept) = state.kept {
+                saved.set_tensor(&format!("{name}/{}", kept_name(&kept)), kept);
             }
         }
         saved.set_value("optimizer", self.name())?;
@@ -130,13 +143,13 @@ impl Optimizer {
         let mut saved: Vec<SavedGroup> = state.value("groups")?;
         let mut steps: BTreeMap<String, Option<i64>> = state.value("steps")?;
         let frozen: Vec<String> = state.value("frozen")?;
-        let parameters = self.named_parameters()?;
+        let parameters = self.own_parameters()?;
         // A parameter with several names may have been saved under another one of them.
-        for (_, parameter) in &parameters {
-            for other in &parameter.other_names {
+        for Own { variable, .. } in &parameters {
+            for other in &variable.other_names {
                 for name in saved.iter_mut().flat_map(|group| &mut group.parameters) {
                     if name == other {
-                        name.clone_from(&parameter.name);
+                        name.clone_from(&variable.name);
                     }
                 }
             }
@@ -144,7 +157,7 @@ impl Optimizer {
         let groups = self.groups()?;
         let mut fitting = Fitting::default();
         fitting.compare_groups(&saved, &groups)?;
-        for (algorithm, variable) in parameters {
+        for Own { algorithm, storage, variable } in parameters {
             let Variable { name, other_names, tensor: parameter, .. } = variable;
             let names = || std::iter::once(&name).chain(&other_names);
             let step = names().find_map(|name| steps.remove(name));
@@ -156,16 +169,28 @@ impl Optimizer {
                 let tensor =
                     names().find_map(|name| state.tensors.remove(&format!("{name}/{key}")));
                 let Some(tensor) = tensor else { continue };
-                misfit =
-                    misfit.or_else(|| tensor_misfit(algorithm, &name, key, &tensor, &parameter));
+                // Steps with a storage of low precision compute in f32.
+                let kind = if storage.is_some() { Kind::Float } else { parameter.kind() };
+                let fitting = algorithm.state_like(key, &parameter.size(), kind);
+                misfit = misfit.or_else(|| tensor_misfit(&name, key, &tensor, &parameter, fitting));
                 *place = Some(tensor);
             }
-            let has_tensors = tensors.iter().any(Option::is_some);
+            let mut kept = None;
+            if let Some((key, size, kind)) = storage.map(|storage| storage.kept(&parameter)) {
+                kept = names().find_map(|name| state.tensors.remove(&format!("{name}/{key}")));
+                let fitting = Some((size, kind));
+                misfit = misfit
+                    .or_else(|| tensor_misfit(&name, key, kept.as_ref()?, &parameter, fitting));
+            }
+            let has_tensors = tensors.iter().chain([&kept]).any(Option::is_some);
             let impossible = |step: &Option<i64>| step.is_some_and(|s| !(0..1 << 53).contains(&s));
             if misfit.is_none() {
                 misfit = match &step {
                     None if has_tensors => Some(format!("'{name}' has tensors but no step")),
-                    Some(_) if !algorithm.has_needed(&tensors, &parameter.size()) => {
+                    Some(_)
+                        if !algorithm.has_needed(&tensors, &parameter.size())
+                            || kept.is_some() != storage.is_some() =>
+                    {
                         Some(format!("the state of '{name}' is not complete"))
                     }
                     Some(step) if step.is_some() != algorithm.counts_steps() => {
@@ -184,9 +209,10 @@ impl Optimizer {
                     let failed = |text| Error::libtorch("reading the optimizer's state", text);
                     native.state(&parameter).map_err(failed)
                 })?;
-                let own = own.into_iter().flat_map(|own| own.tensors).flatten();
-                let own: Vec<_> = own.map(|tensor| TensorId::of(&tensor)).collect();
-                if tensors.iter().flatten().any(|tensor| own.contains(&TensorId::of(tensor))) {
+                let own = own.into_iter().flat_map(|own| own.tensors.into_iter().chain([own.kept]));
+                let own: Vec<_> = own.flatten().map(|tensor| TensorId::of(&tensor)).collect();
+                let mut read = tensors.iter().chain([&kept]).flatten();
+                if read.any(|tensor| own.contains(&TensorId::of(tensor))) {
                     fitting.spoilt.push(parameter);
                 }
                 continue;
@@ -194,14 +220,16 @@ impl Optimizer {
             if !is_saved {
                 continue;
             }
-            for (place, key) in tensors.iter_mut().zip(algorithm.state_names()) {
+            let key = kept.as_ref().map_or("", kept_name);
+            let keys = algorithm.state_names().into_iter().chain([key]);
+            for (place, key) in tensors.iter_mut().chain([&mut kept]).zip(keys) {
                 if let Some(tensor) = place {
                     *tensor = placed_like(tensor, &parameter).map_err(|error| {
                         Error::libtorch(format!("loading '{name}/{key}'"), error)
                     })?;
                 }
             }
-            let state = step.map(|step| RawState { step, tensors });
+            let state = step.map(|step| RawState { step, tensors, kept });
             fitting.parameters.push(Checked { parameter, trains, state });
         }
         if self.needs_closure() {
@@ -303,7 +331,7 @@ fn placed_like(tensor: &Tensor, parameter: &Tensor) -> Result<Tensor, tch::TchEr
         return Ok(tensor.shallow_clone());
     }
     let _guard = tch::no_grad_guard();
-    let mut placed = parameter.f_detach()?.f_empty_like()?;
+    let mut placed = parameter.f_detach()?.f_empty_like()?.f_to_kind(tensor.kind())?;
     placed.f_copy_(tensor)?;
     Ok(placed)
 }
@@ -317,6 +345,10 @@ impl Optimizer {
                 let value = group.get(hyper.name())?;
                 built.insert(format!("{}.{hyper}", group.name()), value.into());
             }
+            if let Some(storage) = group.low_precision() {
+                let storage = serde_json::to_value(storage).unwrap_or_default();
+                built.insert(format!("{}.low_precision", group.name()), storage);
+            }
         }
         let _ = self.shared.built.set(built);
         Ok(())
@@ -324,37 +356,44 @@ impl Optimizer {
 
     /// The names of all parameters, in libtorch's order.
     fn parameter_names(&self) -> Result<Vec<String>> {
-        Ok(self.named_parameters()?.into_iter().map(|(_, parameter)| parameter.name).collect())
+        Ok(self.own_parameters()?.into_iter().map(|own| own.variable.name).collect())
     }
 
-    /// The optimizer's parameters that have names, in libtorch's order, and their algorithms.
-    fn named_parameters(&self) -> Result<Vec<(Algorithm, Variable)>> {
+    /// The optimizer's parameters that have names, in libtorch's order.
+    fn own_parameters(&self) -> Result<Vec<Own>> {
         let mut named = vec![];
         for group in self.groups()? {
+            let (algorithm, storage) = (group.own_algorithm(), group.low_precision());
             let parameters = group.variables()?.into_iter().filter(|own| !own.name.is_empty());
-            named.extend(parameters.map(|parameter| (group.own_algorithm(), parameter)));
+            named.extend(parameters.map(|variable| {
+                let storage = storage.filter(|_| is_low_precision(&variable.tensor));
+                Own { algorithm, storage, variable }
+            }));
         }
         Ok(named)
     }
 }
 
-/// Why a saved tensor cannot be a part of the parameter's state.
+/// Why a saved tensor cannot be a part of the parameter's state, where a tensor of this size and type fits.
 fn tensor_misfit(
-    algorithm: Algorithm,
     name: &str,
     key: &str,
     tensor: &Tensor,
     parameter: &Tensor,
+    fitting: Option<(Vec<i64>, Kind)>,
 ) -> Option<String> {
-    let (size, kind) = (parameter.size(), parameter.kind());
-    let fitting = algorithm.state_like(key, &size, kind);
-    if fitting.is_some_and(|fitting| fitting == (tensor.size(), tensor.kind())) {
+    let given = (tensor.size(), tensor.kind());
+    if fitting.as_ref() == Some(&given) {
         return None;
     }
+    let (kind, size) = (parameter.kind(), parameter.size());
+    let of_another_type = fitting.filter(|(_, fitting)| *fitting != kind);
+    let stored = of_another_type.map(|(_, kind)| format!(", whose state is {kind:?} here"));
     Some(format!(
-        "'{name}/{key}' is {:?} of shape {:?}, and the parameter is {kind:?} of shape {size:?}",
-        tensor.kind(),
-        tensor.size(),
+        "'{name}/{key}' is {:?} of shape {:?}, and the parameter is {kind:?} of shape {size:?}{}",
+        given.1,
+        given.0,
+        stored.unwrap_or_default()
     ))
 }
 

@@ -286,8 +286,13 @@ fn ordered(members: Vec<Variable>, names: &[&str]) -> Result<Vec<String>> {
     Ok(placed.into_iter().map(|(_, name)| name).collect())
 }
 
-/// Python has no optimizer whose groups have different algorithms.
+/// Python has no optimizer whose groups have different algorithms, or a storage of low precision.
 fn check_one_algorithm(optimizer: &Optimizer) -> Result<()> {
+    if optimizer.has_low_precision() {
+        return Err(fault(
+            "groups are stored by low_precision here, and Python's optimizers have no such state",
+        ));
+    }
     match optimizer.is_mixed() {
         true => Err(fault("groups have different algorithms here, and cannot have in Python")),
         false => Ok(()),

@@ -6,8 +6,8 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use serde_json::{Map, Value};
-use tch::Tensor;
 use tch::nn::{VarStore, Variables};
+use tch::{Kind, Tensor};
 
 use super::layout::Layout;
 use super::{EvaluationWeights, StateDict, Stateful};
@@ -202,7 +202,10 @@ impl Stateful for SavedGradients {
         let variables = variables_of(&self.0).tensors;
         for (name, gradient) in &state.tensors {
             let fits = variables.get(name).is_some_and(|variable| {
-                (variable.kind(), variable.size()) == (gradient.kind(), gradient.size())
+                // Gradients of several batches add up in f32.
+                let wide = matches!(variable.kind(), Kind::Half | Kind::BFloat16)
+                    && gradient.kind() == Kind::Float;
+                variable.size() == gradient.size() && (wide || variable.kind() == gradient.kind())
             });
             if !fits {
                 return Err(Error::State(format!(

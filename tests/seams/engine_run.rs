@@ -365,6 +365,9 @@ fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
             finish(builder, program)
         }
         Algorithm::Rprop => finish(Optimizer::rprop(vs), program),
+        Algorithm::Adafactor { d, weight_decay } => {
+            finish(Optimizer::adafactor(vs).d(d).weight_decay(weight_decay), program)
+        }
         Algorithm::Lion { beta1, beta2, weight_decay } => {
             let builder = Optimizer::lion(vs).betas(beta1, beta2).weight_decay(weight_decay);
             finish(builder, program)

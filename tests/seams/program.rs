@@ -154,6 +154,7 @@ pub enum Algorithm {
     Adadelta { rho: f64, weight_decay: f64 },
     Asgd { lambd: f64, t0: f64, weight_decay: f64 },
     Rprop,
+    Adafactor { d: f64, weight_decay: f64 },
     Lion { beta1: f64, beta2: f64, weight_decay: f64 },
     AdEMAMix { beta1: f64, beta2: f64, weight_decay: f64, warmup: u32 },
     SgdScheduleFree { momentum: f64, weight_decay: f64, warmup: u32, r: f64 },
@@ -175,7 +176,11 @@ impl Algorithm {
             | Self::Lion { beta1, .. }
             | Self::AdEMAMix { beta1, .. }
             | Self::AdamWScheduleFree { beta1, .. } => Some(beta1),
-            Self::Adagrad { .. } | Self::Adadelta { .. } | Self::Asgd { .. } | Self::Rprop => None,
+            Self::Adagrad { .. }
+            | Self::Adadelta { .. }
+            | Self::Asgd { .. }
+            | Self::Rprop
+            | Self::Adafactor { .. } => None,
         }
     }
 
@@ -191,6 +196,7 @@ impl Algorithm {
             | Self::Adamax { weight_decay, .. }
             | Self::Adadelta { weight_decay, .. }
             | Self::Asgd { weight_decay, .. }
+            | Self::Adafactor { weight_decay, .. }
             | Self::Lion { weight_decay, .. }
             | Self::AdEMAMix { weight_decay, .. }
             | Self::SgdScheduleFree { weight_decay, .. }
@@ -813,6 +819,8 @@ fn algorithm() -> impl Strategy<Value = Algorithm> {
         (decimal(&[1e-4, 0.1]), decimal(&[2., 1e6]), decay())
             .prop_map(|(lambd, t0, weight_decay)| Algorithm::Asgd { lambd, t0, weight_decay }),
         Just(Algorithm::Rprop),
+        (decimal(&[1., 1.5]), decay())
+            .prop_map(|(d, weight_decay)| Algorithm::Adafactor { d, weight_decay }),
     ];
     let schedule_free = prop_oneof![
         (decimal(&[0.9, 0.5]), decay(), warmup(), decimal(&[0., 0.5])).prop_map(

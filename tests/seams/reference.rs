@@ -573,8 +573,60 @@ impl<'p> Reference<'p> {
         self.tensors.iter().map(evaluated).collect()
     }
 
+    /// Updates one parameter by the formulas of torch.optim.Adafactor, which are about rows and columns.
+    fn update_by_factors(&mut self, index: usize, gradient: &[f64], d: f64) {
+        let parameter = &mut self.parameters[index];
+        let (lr, mut values) = (self.lr[parameter.group], numbers([&parameter.tensor]));
+        parameter.step += 1;
+        let step = f64::from(parameter.step);
+        let root_mean_square = |values: &[f64]| {
+            (values.iter().map(|value| value * value).sum::<f64>() / values.len() as f64).sqrt()
+        };
+        let size = root_mean_square(&values).max(1e-3) * lr.min(1. / step.sqrt());
+        let share = step.powf(-0.8);
+        let columns = match parameter.tensor.size()[..] {
+            [_, columns] => columns as usize,
+            _ => 0,
+        };
+        let variances: Vec<f64> = if columns == 0 {
+            for (square, g) in parameter.square.iter_mut().zip(gradient) {
+                *square += (g * g - *square) * share;
+            }
+            parameter.square.clone()
+        } else {
+            let rows = values.len() / columns;
+            let g = |row: usize, column: usize| gradient[row * columns + column];
+            for row in 0..rows {
+                let mean = (0..columns).map(|column| g(row, column).powi(2)).sum::<f64>();
+                let mean = mean / columns as f64;
+                parameter.square[row] += (mean - parameter.square[row]) * share;
+            }
+            for column in 0..columns {
+                let mean = (0..rows).map(|row| g(row, column).powi(2)).sum::<f64>() / rows as f64;
+                parameter.third[column] += (mean - parameter.third[column]) * share;
+            }
+            let mean = parameter.square[..rows].iter().sum::<f64>() / rows as f64;
+            let variance = |place: usize| {
+                let (row, column) = (place / columns, place % columns);
+                parameter.square[row] * parameter.third[column] / mean.max(f64::EPSILON)
+            };
+            (0..values.len()).map(variance).collect()
+        };
+        let changes = variances.iter().zip(gradient);
+        let changes: Vec<_> =
+            changes.map(|(v, g)| g / v.max(f64::EPSILON * f64::EPSILON).sqrt()).collect();
+        let most = (root_mean_square(&changes) / d).max(1.);
+        for (value, change) in values.iter_mut().zip(changes) {
+            *value = *value * (1. - lr * self.weight_decay) - size / most * change;
+        }
+        set(&parameter.tensor, &values);
+    }
+
     /// Updates one parameter by the formulas of torch.optim.
     fn update_one(&mut self, index: usize, gradient: Vec<f64>) {
+        if let Algorithm::Adafactor { d, .. } = self.algorithm {
+            return self.update_by_factors(index, &gradient, d);
+        }
         let parameter = &mut self.parameters[index];
         let (lr, decay, first) = (self.lr[parameter.group], self.weight_decay, self.momentum);
         let mut values = numbers([&parameter.tensor]);
@@ -614,6 +666,7 @@ impl<'p> Reference<'p> {
         for i in 0..size {
             let (mut g, w) = (gradient[i], values[i]);
             match self.algorithm {
+                Algorithm::Adafactor { .. } => {}
                 Algorithm::Sgd { dampening, nesterov, .. } => {
                     g += decay * w;
                     if first != 0. {

@@ -9,6 +9,8 @@ use crate::state::Stateful;
 
 use Kind::{Double, Float};
 
+mod low_precision;
+
 pub(super) type Build = fn(&VarStore, GroupOptions) -> Optimizer;
 
 /// Each optimizer with options that use all of its state, and what they are.
