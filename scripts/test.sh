@@ -125,8 +125,10 @@ if "${TORCH_PYTHON:-python3}" -c 'import safetensors, torch' 2>/dev/null; then
 fi
 say "character transformer on two ranks; one goes on"
 chargpt=(cargo run --release --features "$features" --example chargpt -- --smoke --text docs/DIFFERENCES.md --optimizer muon --bf16 --out "$out/chargpt")
-"${chargpt[@]}" --accumulate 3 --ranks 2
-"${chargpt[@]}" --accumulate 3 --resume
+"${chargpt[@]}" --accumulate 3 --ranks 2 --stop-after 10
+"${chargpt[@]}" --accumulate 3 --resume | tee "$out/chargpt.log"
+grep -q 'resumed .* at iteration 30 ' "$out/chargpt.log" || die "it did not go on where the two ranks were"
+grep -q '^batch 60: ' "$out/chargpt.log" || die "it did not go on to the end"
 
 say "experiments in smoke mode"
 for experiment in scripts/experiments/*.sh; do
