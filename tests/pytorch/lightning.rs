@@ -239,6 +239,8 @@ fn windows_are_counted_as_lightning_counts_them() -> Result<()> {
     let engine = trainer(&run, 1)?;
     let error = LightningCheckpoint::new(&weights).accumulate(0).value(&engine).unwrap_err();
     assert!(error.to_string().contains("strictly positive"), "{error}");
+    let error = LightningCheckpoint::new(&weights).accumulate(u64::MAX).value(&engine).unwrap_err();
+    assert!(error.to_string().contains("cannot share a step"), "{error}");
     let global = LightningCheckpoint::new(&weights).accumulate(2).value(&engine)?;
     assert_eq!(global.get("global_step").and_then(Value::as_i64).context("a step")?, 0);
     Ok(())
