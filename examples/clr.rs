@@ -169,7 +169,7 @@ struct Runs {
 
 /// The first line of a table.
 fn header(schedules: &[(&'static str, AnySchedule)]) -> String {
-    schedules.iter().fold("iteration".to_owned(), |header, (name, _)| header + "," + *name)
+    schedules.iter().fold("iteration".to_owned(), |header, (name, _)| format!("{header},{name}"))
 }
 
 /// The runs of all seeds whose tables are in a folder. A table has a row for each measurement: the iteration, and the
