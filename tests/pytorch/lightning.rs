@@ -150,7 +150,7 @@ fn lightning_goes_on_with_a_run_that_began_here_and_back() -> Result<()> {
             .grad_scaler(pytorch::grad_scaler_value(&scaler)?)
             .accumulate(steps);
         pytorch::write(path("here"), &checkpoint.value(&engine)?)?;
-        engine.run(&mut expected, data(), Until::epochs(4))?;
+        engine.run(&mut expected, data(), Until::iterations(4 * BATCHES as u64))?;
         cases.push((Some(path("here")), path("there"), 18, steps));
         all.push(expected.split_off(begun as usize));
     }
