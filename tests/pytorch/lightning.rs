@@ -9,7 +9,7 @@ use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::GradientAccumulator;
 use tch_ignite::amp::GradScaler;
-use tch_ignite::engine::{Engine, Trainer, Until};
+use tch_ignite::engine::{Engine, Event, Trainer, Until};
 use tch_ignite::optim::Optimizer;
 use tch_ignite::pytorch::{
     self, Dict, Layout, LightningCheckpoint, Names, TrainingFile, Value, Weights,
@@ -138,7 +138,11 @@ fn lightning_goes_on_with_a_run_that_began_here_and_back() -> Result<()> {
         let run = made()?;
         let mut engine = trainer(&run, steps)?;
         let mut expected = vec![];
-        engine.run(&mut expected, data(), Until::iterations(begun))?;
+        engine.on(Event::IterationCompleted.once(begun), |_, engine| {
+            engine.interrupt();
+            Ok(())
+        });
+        engine.run(&mut expected, data(), Until::epochs(4))?;
         let weights = Weights::of_store(&run.vs)?.rename(&names)?;
         let mut of_optimizer = pytorch::optimizer_value(&run.optimizer, &[])?;
         let of_scheduler =
@@ -150,7 +154,7 @@ fn lightning_goes_on_with_a_run_that_began_here_and_back() -> Result<()> {
             .grad_scaler(pytorch::grad_scaler_value(&scaler)?)
             .accumulate(steps);
         pytorch::write(path("here"), &checkpoint.value(&engine)?)?;
-        engine.run(&mut expected, data(), Until::iterations(4 * BATCHES as u64))?;
+        engine.run(&mut expected, data(), Until::epochs(4))?;
         cases.push((Some(path("here")), path("there"), 18, steps));
         all.push(expected.split_off(begun as usize));
     }
