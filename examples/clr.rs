@@ -9,7 +9,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use tch::nn::{self, VarStore};
 use tch::{Device, Tensor};
@@ -179,6 +179,8 @@ fn read(folder: &Path, schedules: &[(&'static str, AnySchedule)]) -> Result<Vec<
             }
         }
     }
+    let alike = |runs: &Runs| runs.runs.iter().all(|run| run.len() == runs.runs[0].len());
+    ensure!(all.iter().all(alike), "{} has tables of longer and shorter runs", folder.display());
     Ok(all)
 }
 
