@@ -9,7 +9,7 @@ use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::GradientAccumulator;
 use tch_ignite::amp::GradScaler;
-use tch_ignite::engine::{Engine, Trainer, Until};
+use tch_ignite::engine::{Engine, Event, Trainer, Until};
 use tch_ignite::optim::Optimizer;
 use tch_ignite::pytorch::{
     self, Dict, Layout, LightningCheckpoint, Names, TrainingFile, Value, Weights,
@@ -138,7 +138,11 @@ fn lightning_goes_on_with_a_run_that_began_here_and_back() -> Result<()> {
         let run = made()?;
         let mut engine = trainer(&run, steps)?;
         let mut expected = vec![];
-        engine.run(&mut expected, data(), Until::iterations(begun))?;
+        engine.on(Event::IterationCompleted.once(begun), |_, engine| {
+            engine.interrupt();
+            Ok(())
+        });
+        engine.run(&mut expected, data(), Until::epochs(4))?;
         let weights = Weights::of_store(&run.vs)?.rename(&names)?;
         let mut of_optimizer = pytorch::optimizer_value(&run.optimizer, &[])?;
         let of_scheduler =
