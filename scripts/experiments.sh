@@ -49,7 +49,7 @@ torch_python() {
 }
 
 # Runs the commands, one in each argument, several at once. Fails if one of them does.
-at_once() { printf '%s\0' "$@" | xargs -0 -P "${EXPERIMENT_JOBS:-$(nproc)}" -I COMMAND bash -euo pipefail -c COMMAND; }
+at_once() { printf '%s\0' "$@" | xargs -0 -P "$jobs" -I COMMAND bash -euo pipefail -c COMMAND; }
 
 name= smoke=no
 for argument in "$@"; do
@@ -67,10 +67,12 @@ command -v cargo >/dev/null 2>&1 || die "no cargo found. Install Rust 1.89 or ne
 out=runs/$name pictures=docs
 if [ "$smoke" = yes ]; then out=runs/$name-smoke pictures=$out; fi
 mkdir -p "$out"
+# nproc obeys OMP_NUM_THREADS.
+jobs=${EXPERIMENT_JOBS:-$(env -u OMP_NUM_THREADS nproc)}
 export OMP_NUM_THREADS=1
 scripts/setup-libtorch.sh
 # shellcheck source=/dev/null
 source "scripts/experiments/$name.sh"
 begun=$SECONDS
 experiment
-say "$name took $(((SECONDS - begun) / 60)) min $(((SECONDS - begun) % 60)) s with ${EXPERIMENT_JOBS:-$(nproc)} runs at once"
+say "$name took $(((SECONDS - begun) / 60)) min $(((SECONDS - begun) % 60)) s with $jobs runs at once"
