@@ -82,7 +82,7 @@ fn norms_and_clipping_have_the_same_bits_in_every_form() {
                 let mut vs = VarStore::new(Device::Cpu);
                 vs.set_kind(kind);
                 let p = vs.root().zeros("p", &[size]);
-                let mut gradient = values(&[size], 1., kind);
+                let gradient = values(&[size], 1., kind);
                 if let Some(odd) = odd {
                     let _ = gradient.narrow(0, size - 3, 1).fill_(odd);
                 }
