@@ -430,7 +430,10 @@ fn the_position_cannot_be_changed_within_a_run() {
         Ok(engine.load_state_dict(&state)?)
     });
     let all = chain(engine.run(&mut vec![], vec![1], Until::epochs(1)));
-    assert!(all.ends_with("load_state_dict() was called within a run"), "{all}");
+    assert!(
+        all.ends_with("load_state_dict() was called within a run: call it before run()"),
+        "{all}"
+    );
     let mut engine = plain();
     engine.on(Event::EpochStarted, |_, engine| Ok(engine.reset()?));
     let all = chain(engine.run(&mut vec![], vec![1], Until::epochs(1)));
