@@ -21,10 +21,36 @@ fn bytes(tensors: &[Tensor]) -> Vec<Vec<u8>> {
     tensors.iter().map(bytes).collect()
 }
 
-/// Fails if one of the forms gives other bytes than the first.
+/// Whether this processor has all instructions that kernels are compiled for.
+fn has_all_instructions() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Fails if one of the forms gives other bytes than the first, and says so where there are no two to compare.
 fn same_in(forms: &[&str], what: &str, run: impl FnMut() -> Vec<Tensor>) {
-    let found: Vec<_> = in_kernel_forms(forms, run).iter().map(|all| bytes(all)).collect();
-    assert!(found.iter().all(|bytes| *bytes == found[0]), "{what}");
+    let found = in_kernel_forms(forms, run);
+    assert!(found.len() == forms.len() || !has_all_instructions(), "{what}: {} forms", found.len());
+    let Some(((first, of_first), others)) = found.split_first() else {
+        println!("SKIPPED: {what}: this processor runs none of {forms:?}");
+        return;
+    };
+    if others.is_empty() {
+        println!("SKIPPED: {what}: of {forms:?} this processor runs {first:?} alone");
+    }
+    let of_first = bytes(of_first);
+    for (form, tensors) in others {
+        assert!(bytes(tensors) == of_first, "{what}: {form:?} and {first:?}");
+    }
 }
 
 #[test]
@@ -104,10 +130,11 @@ fn norms_and_clipping_have_the_same_bits_in_every_form() {
 
 #[test]
 fn zeros_are_written_to_gradients_and_nothing_else() {
-    // Together as many as are written past the caches, with ends in the middle of a line, and few.
-    for size in [(1 << 23) + 7, 1000] {
-        for kind in KINDS {
-            in_kernel_forms(&["streaming", "no-streaming"], || {
+    for kind in KINDS {
+        // As many as are written past the caches in each type, with ends in the middle of a line, and few.
+        let streamed = (1 << 25) / kind.elt_size_in_bytes() as i64 + 7;
+        for size in [streamed, 1000] {
+            let found = in_kernel_forms(&["streaming", "no-streaming"], || {
                 let mut vs = VarStore::new(Device::Cpu);
                 vs.set_kind(kind);
                 let p = vs.root().zeros("p", &[size]);
@@ -119,6 +146,7 @@ fn zeros_are_written_to_gradients_and_nothing_else() {
                 assert_eq!(memory.count_nonzero(None::<i64>).int64_value(&[]), 64);
                 assert!(p.grad().internal_version() > version);
             });
+            assert_eq!(found.len(), 2);
         }
     }
 }
@@ -129,7 +157,8 @@ const CHILD: &str = "TCH_IGNITE_TEST_KERNELS_CHILD";
 #[test]
 fn wrong_words_are_errors() {
     if std::env::var_os(CHILD).is_none() {
-        let error = set_kernel_form("avx512vl wide").unwrap_err();
+        // The words come before the processor, which may not have these instructions.
+        let error = set_kernel_form("avx512 wide").unwrap_err();
         assert!(error.contains("'wide'") && error.contains("no-streaming"), "{error}");
         let name = "optim::algorithms::kernel_forms::wrong_words_are_errors";
         let output = std::process::Command::new(std::env::current_exe().unwrap())
