@@ -77,7 +77,9 @@ template <typename T>
 TIG_INLINE void write_kahan(T* __restrict p, T* __restrict compensation, const float* __restrict value, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     p[i] = static_cast<T>(value[i]);
-    compensation[i] = static_cast<T>(value[i] - static_cast<float>(p[i]));
+    const float lost = value[i] - static_cast<float>(p[i]);
+    // Of a value that T cannot hold nothing is kept.
+    compensation[i] = static_cast<T>(lost - lost == 0.f ? lost : 0.f);
   }
 }
 
