@@ -5,11 +5,12 @@ use tch::{Device, Kind, Tensor};
 
 use super::tests::{all, values};
 use crate::bridge::{Average, Pairs, in_kernel_forms, set_gradient, set_kernel_form};
-use crate::optim::Optimizer;
+use crate::optim::{GroupOptions, LowPrecision, Optimizer};
+use crate::state::Stateful;
 
 const KINDS: [Kind; 4] = [Kind::Double, Kind::Float, Kind::Half, Kind::BFloat16];
 
-/// Whole vectors of every width, and a rest.
+/// Whole vectors of every width, and a rest; more than one block of f16 and bf16.
 const SHAPE: [i64; 2] = [67, 31];
 
 /// The bytes of tensors, because a NaN is not equal to itself.
@@ -55,9 +56,19 @@ fn same_in(forms: &[&str], what: &str, run: impl FnMut() -> Vec<Tensor>) {
 
 #[test]
 fn steps_have_the_same_bits_in_vectors_of_any_width() {
-    for (build, options) in all() {
+    let storages = [
+        None,
+        Some(LowPrecision::MasterWeights),
+        Some(LowPrecision::KahanSum),
+        Some(LowPrecision::StochasticRounding { seed: 7 }),
+    ];
+    for ((build, options), storage) in
+        all().into_iter().flat_map(|each| storages.map(|storage| (each.clone(), storage)))
+    {
         let name = build(&VarStore::new(Device::Cpu), options.clone()).name();
-        for kind in KINDS.into_iter().filter(|_| name != "SparseAdam") {
+        let options = options.low_precision(if name == "SparseAdam" { None } else { storage });
+        let kinds = if storage.is_some() { &KINDS[2..] } else { &KINDS[..] };
+        for kind in kinds.iter().copied().filter(|_| name != "SparseAdam") {
             let run = || {
                 let mut vs = VarStore::new(Device::Cpu);
                 vs.set_kind(kind);
@@ -70,7 +81,8 @@ fn steps_have_the_same_bits_in_vectors_of_any_width() {
                 let state = optimizer.state("p").unwrap().into_iter();
                 [p.detach().copy()].into_iter().chain(state.map(|(_, t)| t.copy())).collect()
             };
-            same_in(&["avx2", "avx512vl", "avx512"], &format!("{name} in {kind:?}"), run);
+            let what = format!("{name} in {kind:?} {storage:?}");
+            same_in(&["avx2", "avx512vl", "avx512"], &what, run);
         }
     }
 }
@@ -153,7 +165,34 @@ fn zeros_are_written_to_gradients_and_nothing_else() {
 
 const CHILD: &str = "TCH_IGNITE_TEST_KERNELS_CHILD";
 
-/// The variable is read once in a process, so the test starts itself in one of its own.
+/// Runs tests of this program in a process of its own, because the variable is read once.
+fn in_child(kernels: &str, tests: &[&str]) {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .arg("--exact")
+        .args(tests)
+        .env(CHILD, "1")
+        .env("TCH_IGNITE_KERNELS", kernels)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let passed = format!("{} passed", tests.len());
+    assert!(output.status.success() && text.contains(&passed), "{text}");
+}
+
+/// The baseline is what a processor without AVX2 runs. It rounds products before it adds to them, so its bits are its
+/// own, and it must not run beside other tests of this process.
+#[test]
+fn the_baseline_computes_what_the_loop_computes() {
+    in_child(
+        "baseline",
+        &[
+            "optim::algorithms::tests::fused_steps_agree_with_the_loop",
+            "optim::algorithms::tests::low_precision::fused_steps_compute_what_the_loop_computes",
+            "optim::algorithms::tests::low_precision::fused_steps_store_what_the_loop_stores",
+        ],
+    );
+}
+
 #[test]
 fn wrong_words_are_errors() {
     if std::env::var_os(CHILD).is_none() {
@@ -161,23 +200,30 @@ fn wrong_words_are_errors() {
         let error = set_kernel_form("avx512 wide").unwrap_err();
         assert!(error.contains("'wide'") && error.contains("no-streaming"), "{error}");
         let name = "optim::algorithms::kernel_forms::wrong_words_are_errors";
-        let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", name])
-            .env(CHILD, "1")
-            .env("TCH_IGNITE_KERNELS", "no-prefetch wide")
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && text.contains("1 passed"), "{text}");
-        return;
+        return in_child("no-prefetch wide", &[name]);
     }
     let vs = VarStore::new(Device::Cpu);
-    let p = vs.root().ones("p", &[3]);
-    set_gradient(&p, Some(&p.detach().ones_like())).unwrap();
-    let optimizer = Optimizer::sgd(&vs).lr(1.).build().unwrap();
-    for _ in 0..2 {
-        let error = optimizer.step().unwrap_err().to_string();
-        assert!(error.contains("TCH_IGNITE_KERNELS") && error.contains("'wide'"), "{error}");
-        assert_eq!(p.detach(), Tensor::ones([3], (Kind::Float, Device::Cpu)));
+    let all = [vs.root().ones("matrix", &[2, 2]), vs.root().ones("vector", &[3])];
+    for p in &all {
+        set_gradient(p, Some(&p.detach().ones_like())).unwrap();
+    }
+    // Muon is stepped by the loop, which comes before the kernels; Schedule-Free counts its steps before both.
+    let muon = Optimizer::muon(&vs)
+        .group("matrices", |name| name == "matrix", GroupOptions::new())
+        .group("others", |name| name == "vector", GroupOptions::adamw());
+    for optimizer in [
+        Optimizer::sgd(&vs).lr(1.).build().unwrap(),
+        Optimizer::sgd_schedule_free(&vs).lr(1.).build().unwrap(),
+        muon.build().unwrap(),
+    ] {
+        let before = optimizer.state_dict().unwrap();
+        for _ in 0..2 {
+            let error = optimizer.step().unwrap_err().to_string();
+            assert!(error.contains("TCH_IGNITE_KERNELS") && error.contains("'wide'"), "{error}");
+            for p in &all {
+                assert_eq!(p.detach(), p.detach().ones_like());
+            }
+            assert!(optimizer.state_dict().unwrap().is_like(&before), "{}", optimizer.name());
+        }
     }
 }
