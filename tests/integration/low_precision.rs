@@ -86,6 +86,24 @@ fn gradients_in_f32_are_saved() {
     assert_eq!(q.double_value(&[0]), -260., "-259 rounded to bf16");
 }
 
+/// A batch whose gradients cannot be widened has failed, and the next one begins a window.
+#[test]
+fn a_batch_that_fails_counts_no_more() {
+    let (vs, p) = store();
+    let storage = LowPrecision::KahanSum;
+    let optimizer = Optimizer::sgd(&vs).lr(1.).low_precision(storage).build().unwrap();
+    let mut accumulator = GradientAccumulator::new(2).unwrap();
+    let window = accumulator.next_window();
+    accumulator.begin(&optimizer, window).unwrap();
+    let loss = (&p * 64.).sum(Kind::BFloat16);
+    // While it is lent out, the optimizer widens nothing.
+    let failed = optimizer.with_tch(|_| accumulator.backward(&optimizer, &loss, 1)).unwrap();
+    assert!(failed.is_err());
+    accumulate(&p, &optimizer, &mut accumulator, &[1., 3.]).unwrap();
+    assert_eq!(p.grad().double_value(&[0]), 2.);
+    assert_eq!(p.double_value(&[0]), -2.);
+}
+
 #[test]
 fn gradients_are_widened_by_hand() {
     let (vs, p) = store();
