@@ -33,7 +33,7 @@ struct Kept {
 inline bool is_low_precision(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
 
 // The number of bits by which the significand of f32 is longer.
-inline int dropped_bits(at::ScalarType type) { return type == at::kBFloat16 ? 16 : 13; }
+constexpr int dropped_bits(at::ScalarType type) { return type == at::kBFloat16 ? 16 : 13; }
 
 // Data of a parameter before its first step; `place` differs for all parameters of an optimizer.
 Kept begin_low_precision(const at::Tensor& p, const Storage& storage, std::pair<uint64_t, uint64_t> place);

@@ -1,6 +1,8 @@
 // The storage of low_precision.h in loops over memory, for the one pass. Each has a twin there by operations of libtorch.
 #pragma once
 
+#include <c10/core/ScalarType.h>
+
 #include <cstring>
 #include <limits>
 
@@ -10,7 +12,7 @@
 namespace tig {
 
 template <typename T>
-constexpr int SIGNIFICAND = std::is_same<T, c10::BFloat16>::value ? 8 : 11;
+constexpr int SIGNIFICAND = 24 - dropped_bits(c10::CppTypeToScalarType<T>::value);
 
 TIG_INLINE uint32_t bits_of(float x) {
   uint32_t bits;

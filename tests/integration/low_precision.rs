@@ -1,10 +1,10 @@
 //! Tests of parameters in bf16: windows of several batches, plans, and evaluation by the ready trainer.
 
-use tch::nn::{self, VarStore};
+use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
 use tch_ignite::GradientAccumulator;
 use tch_ignite::checkpoint::{SavedGradients, Stateful};
-use tch_ignite::optim::{GroupOptions, LowPrecision, Optimizer, OptimizerPlan};
+use tch_ignite::optim::{GroupOptions, LowPrecision, Optimizer};
 use tch_ignite::pytorch;
 
 const ALL: [Option<LowPrecision>; 4] = [
@@ -116,8 +116,12 @@ fn gradients_are_widened_by_hand() {
     assert_eq!(optimizer.clip_grad_norm(1.).unwrap().kind(), Kind::Float);
 }
 
+#[cfg(feature = "toml")]
 #[test]
 fn plans_say_how_parameters_are_stored() {
+    use tch::nn;
+    use tch_ignite::optim::OptimizerPlan;
+
     let text = r#"
         [optimizer]
         type = "AdamW"
@@ -181,6 +185,14 @@ fn files_of_pytorch_are_refused() {
     let saved = pytorch::optimizer_value(&plain, &[]).unwrap();
     let error = pytorch::load_optimizer(&mut optimizer, &saved, &[]).unwrap_err().to_string();
     assert!(error.contains("low_precision"), "{error}");
+
+    // The same program in f32 has no such state.
+    let vs = VarStore::new(Device::Cpu);
+    let p = vs.root().ones("p", &[2]);
+    let mut optimizer = Optimizer::adamw(&vs).low_precision(storage).build().unwrap();
+    optimizer.backward_step(&p.sum(Kind::Float)).unwrap();
+    let saved = pytorch::optimizer_value(&optimizer, &[]).unwrap();
+    pytorch::load_optimizer(&mut optimizer, &saved, &[]).unwrap();
 }
 
 /// Settings of a run say how parameters are stored, so a changed option is told when it is resumed.
