@@ -1,10 +1,9 @@
 // The storage of low_precision.h in loops over memory, for the one pass. Each has a twin there by operations of libtorch.
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "low_precision.h"
 #include "one_pass.h"
@@ -12,7 +11,7 @@
 namespace tig {
 
 template <typename T>
-constexpr int SIGNIFICAND = 24 - dropped_bits(c10::CppTypeToScalarType<T>::value);
+constexpr int SIGNIFICAND = 24 - dropped_bits(std::is_same<T, c10::BFloat16>::value ? at::kBFloat16 : at::kHalf);
 
 TIG_INLINE uint32_t bits_of(float x) {
   uint32_t bits;
