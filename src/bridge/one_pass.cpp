@@ -308,7 +308,7 @@ struct Isa {
     switch (reduction) {                                                                                        \
       case Reduction::Squares: return sum_of_squares(from, n, prefetch);                                        \
       case Reduction::Largest: return largest(from, n, prefetch);                                               \
-      case Reduction::NonFinite: return nonfinite(from, n, prefetch);                                       \
+      case Reduction::NonFinite: return nonfinite(from, n, prefetch);                                           \
     }                                                                                                           \
     return std::numeric_limits<double>::quiet_NaN();                                                            \
   }                                                                                                             \
