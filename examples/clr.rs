@@ -9,7 +9,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use tch::nn::{self, VarStore};
 use tch::{Device, Tensor};
@@ -32,9 +32,12 @@ struct Args {
     /// Seed of the weights and of the order of the pictures
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u32,
-    /// Folder for seed-N.csv, and for a summary and a picture of all the seeds in it
+    /// Folder for seed-N.csv
     #[arg(long, value_name = "DIR", default_value = "runs/clr")]
     out: PathBuf,
+    /// Trains nothing: sums up the tables of all seeds in the folder, and draws them and the range test
+    #[arg(long)]
+    summary: bool,
     /// Only tries that everything works, on a few pictures, in seconds
     #[arg(long)]
     smoke: bool,
@@ -124,6 +127,12 @@ fn schedules((low, high): (f64, f64), epoch: u64, run: u64) -> Vec<(&'static str
     ]
 }
 
+/// Whether accuracy is measured after this iteration: four times an epoch.
+fn is_measured(iteration: u64, epochs: u64, run: u64) -> bool {
+    let quarter = |iteration: u64| iteration * 4 * epochs / run;
+    quarter(iteration) > quarter(iteration.saturating_sub(1))
+}
+
 /// Trains once, and returns the accuracy on the test set, in percent, four times an epoch.
 fn train(
     schedule: AnySchedule,
@@ -135,10 +144,8 @@ fn train(
     let mut evaluator = create_supervised_evaluator();
     evaluator.metric("accuracy", Accuracy::of(Prediction::parts));
     let run = epochs * train.batches();
-    let quarters = Event::IterationCompleted.filter(move |iteration| {
-        let quarter = |iteration| iteration * 4 * epochs / run;
-        quarter(iteration) > quarter(iteration.saturating_sub(1))
-    });
+    let quarters =
+        Event::IterationCompleted.filter(move |iteration| is_measured(iteration, epochs, run));
     let mut accuracies = vec![];
     let mut trainer = create_supervised_trainer();
     trainer
@@ -160,9 +167,19 @@ struct Runs {
     runs: Vec<Vec<(u64, f64)>>,
 }
 
+/// The first line of a table.
+fn header(schedules: &[(&'static str, AnySchedule)]) -> String {
+    schedules.iter().fold("iteration".to_owned(), |header, (name, _)| format!("{header},{name}"))
+}
+
 /// The runs of all seeds whose tables are in a folder. A table has a row for each measurement: the iteration, and the
-/// accuracy with each schedule.
-fn read(folder: &Path, schedules: &[(&'static str, AnySchedule)]) -> Result<Vec<Runs>> {
+/// accuracy with each schedule. Refuses tables of runs of another length.
+fn read(
+    folder: &Path,
+    schedules: &[(&'static str, AnySchedule)],
+    (epochs, run): (u64, u64),
+) -> Result<Vec<Runs>> {
+    let measured: Vec<u64> = (1..=run).filter(|at| is_measured(*at, epochs, run)).collect();
     let mut all: Vec<Runs> =
         schedules.iter().map(|(name, _)| Runs { name, runs: vec![] }).collect();
     for entry in std::fs::read_dir(folder)? {
@@ -170,14 +187,25 @@ fn read(folder: &Path, schedules: &[(&'static str, AnySchedule)]) -> Result<Vec<
         if !file.file_name().to_string_lossy().starts_with("seed-") {
             continue;
         }
+        let text = std::fs::read_to_string(file.path())?;
+        let mut lines = text.lines();
+        let mut fits = lines.next() == Some(&*header(schedules));
         all.iter_mut().for_each(|runs| runs.runs.push(vec![]));
-        for line in std::fs::read_to_string(file.path())?.lines().skip(1) {
+        for line in lines {
             let (iteration, accuracies) = line.split_once(',').context("a line of one field")?;
             for (runs, accuracy) in all.iter_mut().zip(accuracies.split(',')) {
                 let point = (iteration.parse()?, accuracy.parse()?);
                 runs.runs.last_mut().context("no run was begun")?.push(point);
             }
         }
+        for run in all.iter().filter_map(|runs| runs.runs.last()) {
+            fits &= run.iter().map(|point| point.0).eq(measured.iter().copied());
+        }
+        ensure!(
+            fits,
+            "{} is of other schedules, or of runs that do not end at iteration {run}: remove it, or choose another --out",
+            file.path().display()
+        );
     }
     Ok(all)
 }
@@ -244,6 +272,17 @@ fn summary(all: &[Runs]) -> Result<String> {
     Ok(text + "\n")
 }
 
+/// Writes the table of a seed. Another process may be reading the folder, so the table gets its name once it is whole.
+fn write_table(args: &Args, mut table: String, runs: &[Vec<(u64, f64)>]) -> Result<()> {
+    for (row, (iteration, _)) in runs[0].iter().enumerate() {
+        write!(table, "\n{iteration}")?;
+        runs.iter().try_for_each(|run| write!(table, ",{:.2}", run[row].1))?;
+    }
+    let part = args.out.join(format!("part-{}.csv", args.seed));
+    std::fs::write(&part, table)?;
+    Ok(std::fs::rename(part, args.out.join(format!("seed-{}.csv", args.seed)))?)
+}
+
 fn main() -> Result<()> {
     let mut args = Args::parse();
     if args.smoke {
@@ -257,27 +296,30 @@ fn main() -> Result<()> {
 
     let curve = range_test(&train_set)?;
     let (low, high) = bounds(&curve)?;
-    curve.plot(args.out.join("range.svg"))?;
     println!("range test: {low:.4} to {high:.4}");
 
     let schedules = schedules((low, high), epoch, run);
-    let mut runs = vec![];
-    for (name, schedule) in &schedules {
-        let start = Instant::now();
-        let run = train(schedule.clone(), args.seed, (&train_set, &test_set), args.epochs)?;
-        let (seconds, last) = (start.elapsed().as_secs_f64(), run.last().context("no accuracy")?);
-        println!("{name}, seed {}: {:.2} %, {seconds:.1} s", args.seed, last.1);
-        runs.push(run);
+    // Tables that could not be summed up with those of this run are refused before it.
+    let all = read(&args.out, &schedules, (args.epochs, run))?;
+    if !args.summary {
+        let mut runs = vec![];
+        for (name, schedule) in &schedules {
+            let start = Instant::now();
+            let run = train(schedule.clone(), args.seed, (&train_set, &test_set), args.epochs)?;
+            let (seconds, last) =
+                (start.elapsed().as_secs_f64(), run.last().context("no accuracy")?);
+            println!("{name}, seed {}: {:.2} %, {seconds:.1} s", args.seed, last.1);
+            runs.push(run);
+        }
+        return write_table(&args, header(&schedules), &runs);
     }
-    let mut table = String::from("iteration");
-    schedules.iter().for_each(|(name, _)| table += &format!(",{name}"));
-    for (row, (iteration, _)) in runs[0].iter().enumerate() {
-        write!(table, "\n{iteration}")?;
-        runs.iter().try_for_each(|run| write!(table, ",{:.2}", run[row].1))?;
-    }
-    std::fs::write(args.out.join(format!("seed-{}.csv", args.seed)), table)?;
 
-    let all = read(&args.out, &schedules)?;
+    ensure!(
+        all.iter().all(|runs| !runs.runs.is_empty()),
+        "there is no seed-N.csv in {}: train with --seed first",
+        args.out.display()
+    );
+    curve.plot(args.out.join("range.svg"))?;
     let rates = schedules
         .iter()
         .map(|(name, schedule)| anyhow::Ok(Curve::new(*name, schedule.simulate_values(run)?)));

@@ -1,6 +1,6 @@
 //! Trains a small transformer in f32, in bf16 alone, and in bf16 with each storage of `LowPrecision`, and plots the losses.
 //!
-//! `cargo run --release --example low_precision` makes docs/low-precision.svg, in about five minutes of one core.
+//! `cargo run --release --example low_precision` makes docs/low-precision.svg, in about three minutes of one core.
 
 #[path = "chargpt/model.rs"]
 #[expect(dead_code, reason = "this example writes no text")]

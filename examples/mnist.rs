@@ -37,7 +37,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 64)]
     batch_size: usize,
     /// How much of the hidden layer is dropped out in training
-    #[arg(long, value_name = "P", default_value_t = 0.3)]
+    #[arg(long, value_name = "P", default_value_t = 0.3, value_parser = probability)]
     dropout: f64,
     /// Optimizer with groups base and fc, and schedules, from this JSON or TOML file [default: built in]
     #[arg(long, value_name = "FILE")]
@@ -48,6 +48,9 @@ struct Args {
     /// Threads on the CPU; with one, a seed gives the same numbers on any number of cores
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..))]
     threads: i32,
+    /// Trains on the CPU, also where there is a GPU for each rank
+    #[arg(long)]
+    cpu: bool,
     /// Folder for history.csv and history.svg
     #[arg(long, value_name = "DIR", default_value = "runs/mnist")]
     out: PathBuf,
@@ -57,6 +60,11 @@ struct Args {
     /// Only tries that everything works, on a few pictures, in seconds
     #[arg(long)]
     smoke: bool,
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| (0. ..1.).contains(number));
+    number.ok_or_else(|| "it must be from 0 to below 1".into())
 }
 
 fn network(vs: &VarStore, dropout: f64) -> impl ModuleT + use<> {
@@ -121,9 +129,13 @@ fn train(mut args: Args) -> Result<()> {
     #[cfg(not(feature = "distributed"))]
     let (rank, ranks, index) = (0, 1, 0);
     let device = match Device::cuda_if_available() {
-        Device::Cuda(_) => Device::Cuda(index),
-        other => other,
+        Device::Cuda(_) if !args.cpu => Device::Cuda(index),
+        _ => Device::Cpu,
     };
+    if let Device::Cuda(index) = device {
+        let count = tch::Cuda::device_count();
+        ensure!((index as i64) < count, "rank {rank} has no GPU, there are {count}: try --cpu");
+    }
     if args.smoke {
         args.epochs = args.epochs.min(2);
     }

@@ -40,10 +40,10 @@ die() { say "error: $*"; exit 1; }
 build() { cargo build --release --quiet ${EXPERIMENT_FEATURES:+--features "$EXPERIMENT_FEATURES"} "$@"; }
 programs=${CARGO_TARGET_DIR:-target}/release/examples
 
-# Prints a Python that has torch, and fails where there is none.
+# Prints a Python that has torch, and fails where there is none. In smoke mode none is fetched.
 torch_python() {
   local python=${TORCH_PYTHON:-.python/bin/python3}
-  [ -n "${TORCH_PYTHON:-}" ] || scripts/setup-python.sh --torch >&2 || true
+  [ -n "${TORCH_PYTHON:-}" ] || [ "$smoke" = yes ] || scripts/setup-python.sh --torch >&2 || true
   "$python" -c 'import torch' 2>/dev/null || { say "no Python with torch (TORCH_PYTHON=...): the experiment runs without it"; return 1; }
   printf '%s\n' "$python"
 }

@@ -69,7 +69,11 @@ case "${1:-}" in
   --prepare) prepare; exit 0 ;;
 esac
 python=${TORCH_PYTHON:-python3}
-"$python" -c 'import torch' 2>/dev/null || die "$python cannot import torch. Set TORCH_PYTHON to a Python that can."
+# Our library takes libtorch from that PyTorch, so it has to be of the version that the library is built for.
+needed=2.11.
+[ "${1:-}" != --cpu ] || needed=2.13.0
+version=$("$python" -c 'import torch; print(torch.__version__)' 2>/dev/null) || die "$python cannot import torch. Set TORCH_PYTHON to a Python that can."
+[[ $version == "$needed"* ]] || die "$python has torch $version, and the library is built for ${needed%.}. Set TORCH_PYTHON to a Python with that."
 if [ "${1:-}" = --cpu ]; then
   cargo build --release --features distributed,mlflow --example gpu_check
   page=$(mktemp)

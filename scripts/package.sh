@@ -18,7 +18,8 @@ Packs the crate, unpacks it, and looks with cargo that
 The checks are made with the feature doc-only, because C++ would be compiled anew for each set
 of features; the crate has all of it. Everything is built in the usual target folder, and the
 crate has the features that scripts/test.sh has, so that no dependency is compiled twice. The
-package's own C++ takes minutes, but with ccache (as .ci/run has it) seconds.
+package's own C++ takes minutes, but with ccache (as .ci/run has it) seconds. Cargo asks crates.io
+for its index.
 
 environment:
   FEATURES   features to check alone (default: all that need neither CUDA nor a download)

@@ -98,9 +98,8 @@ fn every_import_of_the_crate_goes_to_a_lower_floor() {
 /// CONTRIBUTING.md shows how an optimizer is added with the files of one, which must be quoted as they are.
 #[test]
 fn the_walk_quotes_lion_as_it_is() {
-    let read = |file: &str| {
-        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap()
-    };
+    let read =
+        |file: &str| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
     let page = read("CONTRIBUTING.md");
     for (fence, file) in
         [("```cpp\n", "src/bridge/rules/lion.h"), ("```rust\n", "src/optim/algorithms/lion.rs")]

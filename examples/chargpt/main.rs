@@ -41,6 +41,9 @@ struct Args {
     /// Updates of the weights
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(1..))]
     iterations: u64,
+    /// Ends after this many updates of them, for --resume to go on [default: after all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    stop_after: Option<u64>,
     /// Windows of the text in an update, over all ranks
     #[arg(long, value_name = "N", default_value_t = 12)]
     batch_size: usize,
@@ -128,7 +131,8 @@ fn train(mut args: Args) -> Result<()> {
         trainer.distributed(&pg);
     }
 
-    let (last, every) = (args.iterations * args.accumulate, EVALUATED_EVERY * args.accumulate);
+    let updates = args.stop_after.map_or(args.iterations, |updates| updates.min(args.iterations));
+    let (last, every) = (updates * args.accumulate, EVALUATED_EVERY * args.accumulate);
     let evaluated = Event::IterationCompleted.filter(move |n| n % every == 0 || n == last);
     let lr = optimizer.knob("lr")?;
     trainer

@@ -35,15 +35,20 @@ pub fn golden_metrics(device: Device) -> Result<String> {
     golden(device, &["metric.jsonl"])
 }
 
+/// How far the elements of two tensors are apart, relative to the largest value of the second.
+fn distances(ours: &Tensor, expected: &Tensor) -> Tensor {
+    let on_cpu = |tensor: &Tensor| tensor.detach().to_device(Device::Cpu).to_kind(Kind::Double);
+    let (ours, expected) = (on_cpu(ours), on_cpu(expected));
+    let largest = expected.abs().max().double_value(&[]).max(f64::MIN_POSITIVE);
+    (ours - expected).abs() / largest
+}
+
 /// How far the tensors are apart, relative to the largest value of each; an error where that is more than the tolerance.
 fn apart(ours: &[Tensor], expected: &[Tensor], tolerance: f64) -> Result<f64> {
-    let on_cpu = |tensor: &Tensor| tensor.detach().to_device(Device::Cpu).to_kind(Kind::Double);
     ensure!(ours.len() == expected.len() && !ours.is_empty(), "other tensors");
     ours.iter().zip(expected).enumerate().try_fold(0f64, |most, (index, (ours, expected))| {
         ensure!(ours.size() == expected.size(), "tensor {index} is {ours:?}, not {expected:?}");
-        let (ours, expected) = (on_cpu(ours), on_cpu(expected));
-        let largest = expected.abs().max().double_value(&[]).max(f64::MIN_POSITIVE);
-        let apart = (ours - expected).abs().max().double_value(&[]) / largest;
+        let apart = distances(ours, expected).max().double_value(&[]);
         // A NaN fails too.
         ensure!(
             apart <= tolerance,
@@ -133,7 +138,19 @@ pub fn fused(device: Device) -> Result<String> {
                 }
                 Ok(values(&vs))
             };
-            let apart = apart(&stepped(true)?, &stepped(false)?, tolerance);
+            let (ours, expected) = (stepped(true)?, stepped(false)?);
+            if name == "Lion" && kind == Kind::Float {
+                // Lion steps by the sign of 0.9 m + 0.1 g. Where that is 0 but for rounding, a kernel that multiplies
+                // and adds at once may have the other sign; of these 265,000 elements hardly one is so close to 0.
+                let others = ours.iter().zip(&expected).map(|(ours, expected)| {
+                    let within = distances(ours, expected).le(tolerance);
+                    within.logical_not().sum(Kind::Int64).int64_value(&[])
+                });
+                let others: i64 = others.sum();
+                ensure!(others <= 4, "Lion, Float: {others} elements are more than rounding off");
+                continue;
+            }
+            let apart = apart(&ours, &expected, tolerance);
             let apart = apart.map_err(|error| error.context(format!("{name}, {kind:?}")))?;
             if kind == Kind::Double {
                 most = most.max(apart);

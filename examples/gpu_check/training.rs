@@ -172,7 +172,7 @@ pub fn digits(device: Device) -> Result<String> {
     let train =
         Loader::new(&data.train_images, &data.train_labels, 64)?.shuffle(42).to_device(device);
     let test = Loader::new(&data.test_images, &data.test_labels, 1000)?.to_device(device);
-    let epochs = if device.is_cuda() { 5 } else { 2 };
+    let (epochs, enough) = if device.is_cuda() { (5, 95.) } else { (2, 90.) };
     let steps = epochs * train.batches();
     let mut evaluator = create_supervised_evaluator();
     evaluator.metric("accuracy", Accuracy::of(Prediction::parts));
@@ -187,7 +187,7 @@ pub fn digits(device: Device) -> Result<String> {
     )?;
     let accuracy = 100. * trainer.state.metrics.get("test/accuracy")?;
     let text = format!("{accuracy:.2} % after {epochs} epochs of {} digits", train.samples());
-    ensure!(accuracy > 95., "{text}");
+    ensure!(accuracy > enough, "{text}");
     Ok(text)
 }
 

@@ -67,7 +67,7 @@ fn standardised(template: &[f64]) -> Vec<f64> {
 fn sample(curve: &[f64], rng: &mut RandomState) -> Vec<f64> {
     let choices = (LONGEST_PADDING - SHORTEST_PADDING + 1) as f64;
     let padding = SHORTEST_PADDING + (rng.uniform() * choices) as usize;
-    // What belongs to the curve is above 0 by a hair, so that it can be told from padding.
+    // A hair is added to the curve, so that its zeros can be told from padding.
     let mut padded: Vec<f64> = curve.iter().map(|y| y + 1e-8).collect();
     padded.resize(curve.len() + padding, 0.);
     let scale = 1. + SCALE * (rng.uniform() - 0.5);

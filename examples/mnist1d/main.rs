@@ -48,7 +48,7 @@ const MODELS: [Model; 4] = [
     Model { name: "GRU", published: 91., network: gru },
 ];
 
-/// What PyTorch begins with, by the number of inputs of a unit: tch begins with larger weights.
+/// PyTorch begins with these weights, by the number of inputs of a unit; tch begins with larger ones.
 fn uniform(inputs: i64) -> Init {
     let bound = 1. / (inputs as f64).sqrt();
     Init::Uniform { lo: -bound, up: bound }

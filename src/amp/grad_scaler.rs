@@ -127,7 +127,7 @@ impl Scaler {
         let optimized = self.checked(optimizer)?;
         if optimized.stepped {
             return Err(Error::invalid(
-                "step() has already been called since the last update() of this GradScaler: call update() after each step",
+                "step() has already been called since the last update() of this GradScaler: call update() once, after the steps of all optimizers",
             ));
         }
         let unscaled = optimized.unscaled;
@@ -221,7 +221,7 @@ impl GradScaler {
         let optimized = scaler.checked(optimizer)?;
         if optimized.unscaled || optimized.stepped {
             return Err(Error::invalid(
-                "unscale() has already been called on this optimizer, or step(), since the last update() of this GradScaler: call unscale() once before each step, and update() after it",
+                "unscale() has already been called on this optimizer, or step(), since the last update() of this GradScaler: call unscale() once before the step, and update() once after the steps of all optimizers",
             ));
         }
         let scaled = optimizer.gradients().and_then(|gradients| gradients.scale(&inverse));

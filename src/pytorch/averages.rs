@@ -19,7 +19,7 @@ pub(super) const COUNT: &str = "n_averaged";
 
 /// Goes on with the averages of torch's `AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))`: `saved` is its
 /// `state_dict()`, and `names` map the names of its parameters, without the prefixes of wrappers, to the store's. The
-/// decay is in no file.
+/// decay is in no file. A warm-up of the handler counts torch's updates, also the first one, which copied the model there.
 ///
 /// ```
 /// use tch::{Device, nn};
@@ -46,7 +46,9 @@ pub fn load_ema(ema: &EMAHandler, saved: &Value, names: &Names) -> Result<Loaded
     }
 }
 
-/// The state of an exponential average for `averaged.load_state_dict()` of torch's `AveragedModel`.
+/// The state of an exponential average for `averaged.load_state_dict()` of torch's `AveragedModel`. Without an update it
+/// counts the copy that the averages began with here as the one that torch would make, so a handler that
+/// [loads](load_ema) it again is one update ahead in a warm-up.
 ///
 /// # Errors
 /// Averages that are swapped in; the errors of [`Weights::rename`].

@@ -26,9 +26,9 @@ struct Part {
     tensor: Arc<StoredTensor>,
 }
 
-/// Finds a file that is missing by the numbers in the names, `shard-RANK-model-INDEX-of-COUNT`. How many ranks there were is
-/// told nowhere.
-fn check_all_there(files: &[String]) -> Result<(), String> {
+/// The first file that may be missing, by the numbers in the names, `shard-RANK-model-INDEX-of-COUNT`. It need not be: a rank
+/// that saved no part of a tensor writes no file. How many ranks there were is told nowhere.
+fn gap(files: &[String]) -> Option<String> {
     let numbers = |file: &String| -> Option<[usize; 3]> {
         let (rank, rest) = file.strip_prefix("shard-")?.split_once("-model-")?;
         let (index, count) = rest.strip_suffix(".safetensors")?.split_once("-of-")?;
@@ -44,23 +44,22 @@ fn check_all_there(files: &[String]) -> Result<(), String> {
     let ranks: BTreeSet<_> = all.iter().map(|[rank, ..]| *rank).collect();
     let (last, missing) = (ranks.last().copied().unwrap_or(0), first_missing(ranks));
     if missing <= last {
-        return Err(format!(
-            "the files of rank {missing} of at least {last} are missing (shard-{missing:05}-…)"
+        return Some(format!(
+            "perhaps the files of rank {missing} of at least {last} are missing (shard-{missing:05}-…)"
         ));
     }
     let count = all.iter().map(|[.., count]| *count).max().unwrap_or(0);
     match first_missing(all.iter().map(|[_, index, _]| *index).collect()) {
-        missing if missing <= count => Err(format!(
-            "no rank has a file {missing} of {count} (…-model-{missing:05}-of-{count:05})"
+        missing if missing <= count => Some(format!(
+            "perhaps a file {missing} of {count} is missing (…-model-{missing:05}-of-{count:05})"
         )),
-        _ => Ok(()),
+        _ => None,
     }
 }
 
 /// The tensors of all these files. Those that are whole are read when they are asked for, the others put together at
 /// once.
 pub(super) fn read(folder: &Path, files: &[String]) -> Result<Vec<(String, Arc<StoredTensor>)>> {
-    check_all_there(files).map_err(|why| Error::State(format!("{}: {why}", folder.display())))?;
     let mut all: BTreeMap<String, Vec<Part>> = BTreeMap::new();
     for file in files {
         let path = folder.join(file);
@@ -86,9 +85,11 @@ pub(super) fn read(folder: &Path, files: &[String]) -> Result<Vec<(String, Arc<S
             all.entry(name).or_default().push(Part { offset, tensor });
         }
     }
+    let hint = gap(files).map_or_else(String::new, |gap| format!("; {gap}"));
     let joined = all.into_iter().map(|(name, parts)| {
         let tensor = joined(parts).map_err(|why| {
-            Error::State(format!("{}: '{name}' cannot be put together: {why}", folder.display()))
+            let folder = folder.display();
+            Error::State(format!("{folder}: '{name}' cannot be put together: {why}{hint}"))
         })?;
         Ok((name, tensor))
     });

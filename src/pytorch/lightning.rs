@@ -119,7 +119,7 @@ impl<'w> LightningCheckpoint<'w> {
     /// as having made a step at the end of each window of batches.
     ///
     /// # Errors
-    /// An engine that does not know the length of its epochs; no batches that share a step.
+    /// An engine that does not know the length of its epochs; no batches that share a step, or 2^63 and more.
     pub fn value<C, B, O>(&self, engine: &Engine<'_, C, B, O>) -> Result<Value> {
         let done = engine.state.iteration as i64;
         let length = match engine.state.epoch_length {
@@ -131,7 +131,9 @@ impl<'w> LightningCheckpoint<'w> {
                 ));
             }
         };
-        let window = Accumulation::new(self.accumulate)?.steps() as i64;
+        let window = i64::try_from(Accumulation::new(self.accumulate)?.steps()).map_err(|_| {
+            Error::invalid(format!("{} batches cannot share a step of Lightning", self.accumulate))
+        })?;
         // After the last batch of an epoch it is not begun anew.
         let (whole, rest) = (done / length, done % length);
         let is_last = done > 0 && rest == 0;

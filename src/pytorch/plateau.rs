@@ -10,7 +10,7 @@ use crate::schedule::ReduceLROnPlateauScheduler;
 
 /// Goes on where torch's `ReduceLROnPlateau` was: `saved` is its `state_dict()`. The reduced rate itself comes with the
 /// optimizer's state. Where a schedule drives the same knob, [`load_scheduler`](super::load_scheduler) finds by how much
-/// it is reduced: make the plateau before that.
+/// it is reduced: make the plateau, and load it, before that. What it has reduced here before does not count any more.
 ///
 /// # Errors
 /// Other arguments than here, which are told; a state of another scheduler. Nothing is changed then.
@@ -24,6 +24,8 @@ pub fn load_plateau(plateau: &mut ReduceLROnPlateauScheduler, saved: &Value) -> 
         }
     }
     let mut state = plateau.state_dict();
+    // Without them, schedules are not reduced.
+    state.remove("reductions");
     for key in ["num_bad_epochs", "cooldown_counter", "last_epoch"] {
         let count = dict.get(key).and_then(Value::as_i64);
         let count = count.ok_or_else(|| fault(format!("it has no {key}")))?;

@@ -54,8 +54,8 @@ struct Index {
 /// ```
 ///
 /// # Errors
-/// There are no weights in the folder; a file of the index or of a rank in between is missing, lies elsewhere, or lacks a
-/// tensor; damaged files.
+/// There are no weights in the folder; a file of the index is missing, lies elsewhere, or lacks a tensor; the files of
+/// ranks lack a part of a tensor; damaged files.
 pub fn read_pretrained(path: impl AsRef<Path>) -> Result<Weights> {
     let path = path.as_ref();
     if path.is_file() {

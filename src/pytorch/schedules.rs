@@ -79,7 +79,9 @@ pub fn momentum_schedule(saved: &Value, optimizer: &Value, group: usize) -> Resu
 /// ```
 ///
 /// # Errors
-/// A schedule with other values, which are told; a state that is no scheduler's. Nothing is changed then.
+/// A schedule with other values, which are told; a state that is no scheduler's. Without a plateau here, a rate in the
+/// optimizer's state that is not the schedule's: a plateau had lowered it, or the program sets it after
+/// `scheduler.step()`, as a warm-up by hand does. Nothing is changed then.
 pub fn load_scheduler<S: Schedule>(
     scheduler: &mut ParamScheduler<S>,
     saved: &Value,
@@ -106,8 +108,11 @@ pub fn load_scheduler<S: Schedule>(
             match knobs.get(index).and_then(Knob::living_reduction) {
                 None => {
                     check(update, ours.at(update), last, "Python's last rate", last)?;
-                    let what = "the optimizer's (make a plateau that has lowered it before)";
-                    check(update, ours.at(update), now, what, last)?;
+                    check(update, ours.at(update), now, "the optimizer's", last).map_err(|error| {
+                        Error::State(format!(
+                            "{error}: make a plateau that has lowered it before, or, if the program itself sets it after scheduler.step(), set lr of its group to {last} there"
+                        ))
+                    })?;
                 }
                 Some(reduction) => {
                     let factor = lowered(dict, ours.at(update), last, now)
@@ -144,8 +149,7 @@ fn lowered(dict: &Dict, value: f64, last: f64, now: f64) -> Result<f64, String> 
         ));
     }
     match multiplies(dict) {
-        true if alike(value, now) => Ok(1.),
-        true => Ok(now / value),
+        true => Ok((now / value).min(1.)),
         false => Err(format!(
             "a plateau has lowered {value} to {now}, and Python's scheduler goes on in another way than by multiplying"
         )),
@@ -160,16 +164,16 @@ fn multiplies(dict: &Dict) -> bool {
         (Some(parts), None) => parts.iter().all(inner),
         // Each part begins with a rate of its own.
         (Some(parts), Some(milestones)) => {
+            let last = dict.get("last_epoch").and_then(Value::as_f64);
             let begun = |milestone: &Value| {
-                milestone.as_f64() <= dict.get("last_epoch").and_then(Value::as_f64)
+                milestone.as_f64().zip(last).is_some_and(|(milestone, last)| milestone <= last)
             };
             milestones.as_slice().is_some_and(|all| all.iter().all(begun))
                 && parts.last().is_some_and(inner)
         }
-        (None, _) => {
-            let others = ["lr_lambdas", "_schedule_phases", "step_ratio", "T_0", "T_max"];
-            !others.iter().any(|key| has(key))
-        }
+        // StepLR, MultiStepLR and ExponentialLR have a gamma, and so has CyclicLR, which has a step_ratio; LinearLR,
+        // ConstantLR and PolynomialLR have total_iters.
+        (None, _) => (has("gamma") || has("total_iters")) && !has("step_ratio"),
     }
 }
 

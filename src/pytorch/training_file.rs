@@ -104,7 +104,7 @@ impl TrainingFile {
     /// Looks at the content of a file, such as one that was read with classes [allowed](Reader::allow).
     ///
     /// # Errors
-    /// It has no model, optimizer, scheduler or position.
+    /// It has no model, optimizer, scheduler, scaler of losses, position or state of random numbers.
     pub fn of(value: &Value) -> Result<Self> {
         let mut found = Self {
             layout: Layout::Dict,
@@ -152,13 +152,20 @@ impl TrainingFile {
         let nothing = found.models.is_empty()
             && found.optimizers.is_empty()
             && found.schedulers.is_empty()
+            && found.grad_scalers.is_empty()
+            && found.rng.is_none()
             && found.position == Position::default();
         match nothing {
             false => Ok(found),
-            true => Err(Error::State(format!(
-                "there is no model, optimizer, scheduler or position in it; it has {}",
-                found.others.iter().take(20).cloned().collect::<Vec<_>>().join(", ")
-            ))),
+            true => {
+                let there = match &found.others[..] {
+                    [] => "nothing else".into(),
+                    others => others[..others.len().min(20)].join(", "),
+                };
+                Err(Error::State(format!(
+                    "there is no model, optimizer, scheduler, GradScaler, position or state of random numbers in it; it has {there}"
+                )))
+            }
         }
     }
 

@@ -29,14 +29,19 @@ pub fn serial() -> MutexGuard<'static, ()> {
     SERIAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The Python that an environment variable names (`python3` unless set); an error with its name if it cannot import
+/// these modules.
+pub fn find_python(variable: &str, modules: &str) -> Result<String, String> {
+    let python = std::env::var(variable).unwrap_or_else(|_| "python3".into());
+    let has = Command::new(&python).args(["-c", &format!("import {modules}")]).output();
+    if has.is_ok_and(|output| output.status.success()) { Ok(python) } else { Err(python) }
+}
+
 /// The Python that an environment variable names (`python3` unless set), if it can import these modules. Otherwise
 /// this prints that the test is skipped.
 pub fn python(test: &str, variable: &str, modules: &str) -> Option<String> {
-    let python = std::env::var(variable).unwrap_or_else(|_| "python3".into());
-    let has = Command::new(&python).args(["-c", &format!("import {modules}")]).output();
-    if has.is_ok_and(|output| output.status.success()) {
-        return Some(python);
-    }
-    skipped(format!("{test}: {python} is no Python with {modules}; set {variable} to one"));
-    None
+    let skip = |python: String| {
+        skipped(format!("{test}: {python} is no Python with {modules}; set {variable} to one"));
+    };
+    find_python(variable, modules).map_err(skip).ok()
 }

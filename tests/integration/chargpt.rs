@@ -98,6 +98,8 @@ fn losses_are_those_of_pytorch() -> Result<()> {
     let order: Vec<i64> = sampler.order(0)?.into_iter().map(|place| place as i64).collect();
 
     let made = || {
+        let _guard = common::serial();
+        tch::manual_seed(7);
         let mut vs = VarStore::new(Device::Cpu);
         let net = Gpt::new(&vs.root(), config);
         vs.double();

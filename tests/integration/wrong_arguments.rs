@@ -230,7 +230,7 @@ fn each_wrong_argument_is_named_with_what_was_given_and_what_to_do() -> Result<(
                 scaler.step(&optimizer)?;
                 scaler.step(&optimizer).unwrap_err()
             }),
-            &["GradScaler", "call update() after each step"],
+            &["GradScaler", "call update() once, after the steps of all optimizers"],
         ),
         (
             format!(

@@ -105,5 +105,11 @@ fn states_of_other_things_are_refused_and_change_nothing() -> Result<()> {
         assert!(error.contains(reason), "{error}");
         assert_eq!(scaler.get_scale()?, 8.);
     }
+    // A file may have nothing else.
+    let mut file = Dict::new();
+    file.insert("amp", saved.clone());
+    let again = GradScaler::new();
+    pytorch::load_grad_scaler(&again, TrainingFile::of(&file.into())?.grad_scaler()?)?;
+    assert_eq!(again.get_scale()?, 8.);
     Ok(())
 }

@@ -85,7 +85,7 @@ fn what_is_missing_or_has_no_place_is_told_by_name() -> Result<()> {
         (TrainingFile::of(&3.into()).map(drop), "a int is no checkpoint"),
         (
             TrainingFile::of(&Dict::new().into()).map(drop),
-            "no model, optimizer, scheduler or position",
+            "no model, optimizer, scheduler, GradScaler, position or state of random numbers in it; it has nothing",
         ),
     ] {
         let error = error.unwrap_err().to_string();

@@ -35,6 +35,19 @@ fn train(vs: &VarStore) -> Result<()> {
     Ok(optimizer.backward_step(&loss)?)
 }
 
+/// Weights have to be equal. Those that are read from a file may be aligned otherwise in memory, so that vectorised kernels
+/// add in another order: outputs are as close as that leaves them.
+const COMPARED: &str = r#"
+def same_models(ours, theirs):
+    state = theirs.state_dict()
+    assert set(ours.state_dict()) == set(state)
+    for name, tensor in ours.state_dict().items():
+        assert "num_batches_tracked" in name or tensor.dtype == state[name].dtype and torch.equal(tensor, state[name]), name
+def same_outputs(ours, theirs, name):
+    tolerance = 2**-6 if theirs.dtype is torch.bfloat16 else 1e-5
+    assert theirs.std() > 0 and (ours - theirs).abs().max() <= tolerance * theirs.abs().max(), name
+"#;
+
 /// Small models with random weights, by name: each with an input.
 const TRANSFORMERS: &str = r#"
 import os, pathlib
@@ -64,11 +77,6 @@ def trained(model):
         for parameter in model.parameters():
             parameter.mul_(0.5)
     return model.eval()
-def same_models(ours, theirs):
-    state = theirs.state_dict()
-    assert set(ours.state_dict()) == set(state)
-    for name, tensor in ours.state_dict().items():
-        assert "num_batches_tracked" in name or tensor.dtype == state[name].dtype and torch.equal(tensor, state[name]), name
 "#;
 
 #[test]
@@ -104,7 +112,7 @@ for name, (make, _) in MODELS.items():
         assert!(folder.join("model.safetensors.index.json").is_file(), "{name}");
     }
     let script = format!(
-        "{TRANSFORMERS}{}",
+        "{TRANSFORMERS}{COMPARED}{}",
         r#"
 there, here = map(pathlib.Path, sys.argv[1:3])
 for name, (make, inputs) in MODELS.items():
@@ -119,7 +127,7 @@ for name, (make, inputs) in MODELS.items():
         same_models(model, expected)
         with torch.no_grad():
             ours, theirs = model(**inputs).logits, expected(**inputs).logits
-        assert torch.equal(ours, theirs) and theirs.std() > 0, name
+        same_outputs(ours, theirs, name)
         print(folder.name)
 "#
     );
@@ -174,7 +182,7 @@ for name in NAMES:
         save_weights(&vs, here.join(format!("{name}.pth")), &Names::new())?;
     }
     let script = format!(
-        "{TIMM}{}",
+        "{TIMM}{COMPARED}{}",
         r#"
 here = pathlib.Path(sys.argv[1])
 for name in NAMES:
@@ -191,7 +199,8 @@ for name in NAMES:
     for model in models:
         with torch.no_grad():
             ours, theirs = model.eval()(x), expected(x)
-        assert torch.equal(ours, theirs) and theirs.std() > 0, name
+        same_models(model, expected)
+        same_outputs(ours, theirs, name)
         print(name)
 "#
     );

@@ -9,7 +9,7 @@ use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::GradientAccumulator;
 use tch_ignite::amp::GradScaler;
-use tch_ignite::engine::{Engine, Trainer, Until};
+use tch_ignite::engine::{Engine, Event, Trainer, Until};
 use tch_ignite::optim::Optimizer;
 use tch_ignite::pytorch::{
     self, Dict, Layout, LightningCheckpoint, Names, TrainingFile, Value, Weights,
@@ -138,7 +138,11 @@ fn lightning_goes_on_with_a_run_that_began_here_and_back() -> Result<()> {
         let run = made()?;
         let mut engine = trainer(&run, steps)?;
         let mut expected = vec![];
-        engine.run(&mut expected, data(), Until::iterations(begun))?;
+        engine.on(Event::IterationCompleted.once(begun), |_, engine| {
+            engine.interrupt();
+            Ok(())
+        });
+        engine.run(&mut expected, data(), Until::epochs(4))?;
         let weights = Weights::of_store(&run.vs)?.rename(&names)?;
         let mut of_optimizer = pytorch::optimizer_value(&run.optimizer, &[])?;
         let of_scheduler =
@@ -239,6 +243,8 @@ fn windows_are_counted_as_lightning_counts_them() -> Result<()> {
     let engine = trainer(&run, 1)?;
     let error = LightningCheckpoint::new(&weights).accumulate(0).value(&engine).unwrap_err();
     assert!(error.to_string().contains("strictly positive"), "{error}");
+    let error = LightningCheckpoint::new(&weights).accumulate(u64::MAX).value(&engine).unwrap_err();
+    assert!(error.to_string().contains("cannot share a step"), "{error}");
     let global = LightningCheckpoint::new(&weights).accumulate(2).value(&engine)?;
     assert_eq!(global.get("global_step").and_then(Value::as_i64).context("a step")?, 0);
     Ok(())

@@ -55,19 +55,17 @@ fn ten_samples_are_those_of_the_package() -> Result<()> {
 
 #[test]
 fn all_samples_are_those_of_the_package() -> Result<()> {
-    let python = std::env::var("TORCH_PYTHON").unwrap_or_else(|_| "python3".into());
+    let Ok(python) = common::find_python("TORCH_PYTHON", "mnist1d") else {
+        // CI has ten samples to compare with, and does not install the package, so the line does not name Python.
+        common::skipped("no package mnist1d: ten of its 5,000 samples are compared");
+        return Ok(());
+    };
     for (samples, seed) in [(5000, 42), (5000, 7), (130, 0)] {
         let arguments = ["-c", PACKAGE, &samples.to_string(), &seed.to_string()];
-        match Command::new(&python).args(arguments).output() {
-            Ok(output) if output.status.success() => {
-                compare(samples, seed, &String::from_utf8(output.stdout)?)?;
-            }
-            // CI has ten samples to compare with, and does not install the package.
-            _ => {
-                common::skipped("no package mnist1d: ten of its 5,000 samples are compared");
-                return Ok(());
-            }
-        }
+        let output = Command::new(&python).args(arguments).output()?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "Python: {errors}");
+        compare(samples, seed, &String::from_utf8(output.stdout)?)?;
     }
     Ok(())
 }

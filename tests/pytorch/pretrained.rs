@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
-use tch_ignite::pytorch::{Names, SavePretrained, read_pretrained};
+use tch_ignite::pytorch::{Names, SavePretrained, Weights, read_pretrained};
 
 use super::{python, serial, small, values};
 
@@ -140,22 +140,38 @@ print(json.dumps({name: tensor.flatten().double().tolist() for name, tensor in s
     assert_eq!(found.into_iter().collect::<Vec<_>>(), values(&vs));
 
     assert_eq!(names(&there)?.len(), 2);
-    let weights = read_pretrained(&there)?;
-    assert_eq!(weights.names(), ["columns", "rows", "same"]);
-    for (name, tensor) in weights.iter() {
-        let expected = Tensor::arange(35, (Kind::Double, Device::Cpu)).view([5, 7]);
-        assert!(tensor.tensor()?.equal(&expected), "{name}");
-    }
-    // A rank's file is missing: the first one's is noticed by the numbers, and by what its tensors lack.
+    let check = |weights: &Weights| -> Result<()> {
+        assert_eq!(weights.names(), ["columns", "rows", "same"]);
+        for (name, tensor) in weights.iter() {
+            let expected = Tensor::arange(35, (Kind::Double, Device::Cpu)).view([5, 7]);
+            assert!(tensor.tensor()?.equal(&expected), "{name}");
+        }
+        Ok(())
+    };
+    check(&read_pretrained(&there)?)?;
     let [one, two] = &names(&there)?[..] else { anyhow::bail!("two files") };
     let (one, two) = (there.join(one), there.join(two));
+    // A rank that saved nothing writes no file, and the mapping of files may name one that nobody wrote.
+    for (rank, count) in [(3, 1), (3, 2)] {
+        let other = there.join(format!("shard-{rank:05}-model-00001-of-{count:05}.safetensors"));
+        fs::rename(&two, &other)?;
+        check(&read_pretrained(&there)?)?;
+        fs::rename(&other, &two)?;
+    }
+    // A rank's file is missing: the first one's is noticed by what its tensors lack, and told by the numbers.
     let kept = temporary.path().join("one");
     fs::rename(&one, &kept)?;
     let error = read_pretrained(&there).unwrap_err().to_string();
+    assert!(error.contains("cannot be put together: its parts have"), "{error}");
     assert!(error.contains("the files of rank 1 of at least 2 are missing"), "{error}");
     fs::rename(&two, &one)?;
     let error = read_pretrained(&there).unwrap_err().to_string();
-    assert!(error.contains("cannot be put together: its parts have"), "{error}");
+    assert!(error.contains("cannot be put together") && !error.contains("perhaps"), "{error}");
+    let other = there.join("shard-00001-model-00001-of-00002.safetensors");
+    fs::rename(&one, &other)?;
+    let error = read_pretrained(&there).unwrap_err().to_string();
+    assert!(error.contains("perhaps a file 2 of 2 is missing"), "{error}");
+    fs::remove_file(&other)?;
     // The last one's is noticed by the shapes.
     fs::rename(&kept, &one)?;
     let vs = VarStore::new(Device::Cpu);
@@ -165,10 +181,6 @@ print(json.dumps({name: tensor.flatten().double().tolist() for name, tensor in s
     let error = read_pretrained(&there)?.load(&vs).unwrap_err().to_string();
     assert!(error.contains("rows is [5, 7] here and [3, 7] in the file"), "{error}");
     assert!(values(&vs).iter().all(|(_, values)| values.iter().all(|value| *value == 1.)));
-    let other = there.join("shard-00001-model-00001-of-00002.safetensors");
-    fs::rename(&one, &other)?;
-    let error = read_pretrained(&there).unwrap_err().to_string();
-    assert!(error.contains("no rank has a file 2 of 2"), "{error}");
     Ok(())
 }
 

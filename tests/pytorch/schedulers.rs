@@ -239,6 +239,16 @@ fn schedules_that_differ_from_the_file_are_refused() -> Result<()> {
     pytorch::load_scheduler(&mut same, &saved, &of_optimizer)?;
     assert_eq!(same.state_dict()["event_index"], 1);
 
+    // A rate that the program has set after `scheduler.step()`, where there is no plateau.
+    knob.set(0.05)?;
+    let set_by_hand = pytorch::optimizer_value(&optimizer, &[])?;
+    knob.set(0.1)?;
+    let mut other = scheduler(StepLR::new(0.1, 5).into());
+    let error = pytorch::load_scheduler(&mut other, &saved, &set_by_hand).unwrap_err().to_string();
+    assert!(error.contains("make a plateau"), "{error}");
+    assert!(error.contains("set lr of its group to 0.1 there"), "{error}");
+    assert_eq!(other.state_dict()["event_index"], 0);
+
     let with = |key: &str, value: Value| -> Result<Value> {
         let mut dict = saved.as_dict().context("a dict")?.clone();
         dict.insert(key, value);
@@ -284,6 +294,22 @@ fn schedules_that_differ_from_the_file_are_refused() -> Result<()> {
     let mut plateau = plateau(&optimizer)?.patience(3);
     let error = pytorch::load_plateau(&mut plateau, &saved).unwrap_err().to_string();
     assert!(error.contains("patience is 2 there and 3 here"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn what_a_plateau_has_reduced_here_does_not_count_after_loading() -> Result<()> {
+    let (_vs, optimizer) = groups()?;
+    let saved = pytorch::plateau_value(&plateau(&optimizer)?)?;
+    let mut used = plateau(&optimizer)?;
+    (0..4).try_for_each(|_| used.advance(0.))?;
+    assert_eq!(used.state_dict()["reductions"], serde_json::json!([0.5, 0.5]));
+    pytorch::load_plateau(&mut used, &saved)?;
+    assert_eq!(used.state_dict()["reductions"], serde_json::json!([1., 1.]));
+    assert_eq!(used.state_dict()["event_index"], 0);
+    let knob = optimizer.group("a")?.knob("lr")?;
+    ParamScheduler::new("lr", knob.clone(), ExponentialLR::new(0.3, 1.)).advance()?;
+    assert_eq!(knob.get()?, 0.3);
     Ok(())
 }
 

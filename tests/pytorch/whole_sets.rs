@@ -105,6 +105,7 @@ fn network(vs: &mut VarStore) -> impl ModuleT + use<> {
     vs.set_kind(Kind::Double);
     let root = vs.root();
     let _guard = serial();
+    tch::manual_seed(18);
     let by_two = nn::ConvConfig { stride: 2, ..Default::default() };
     nn::seq()
         .add_fn(|x| x.to_kind(Kind::Double) / 255.)

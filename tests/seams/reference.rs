@@ -584,17 +584,8 @@ impl<'p> Reference<'p> {
         };
         let size = root_mean_square(&values).max(1e-3) * lr.min(1. / step.sqrt());
         let share = step.powf(-0.8);
-        let columns = match parameter.tensor.size()[..] {
-            [_, columns] => columns as usize,
-            _ => 0,
-        };
-        let variances: Vec<f64> = if columns == 0 {
-            for (square, g) in parameter.square.iter_mut().zip(gradient) {
-                *square += (g * g - *square) * share;
-            }
-            parameter.square.clone()
-        } else {
-            let rows = values.len() / columns;
+        let variances: Vec<f64> = if let [rows, columns] = parameter.tensor.size()[..] {
+            let (rows, columns) = (rows as usize, columns as usize);
             let g = |row: usize, column: usize| gradient[row * columns + column];
             for row in 0..rows {
                 let mean = (0..columns).map(|column| g(row, column).powi(2)).sum::<f64>();
@@ -611,6 +602,11 @@ impl<'p> Reference<'p> {
                 parameter.square[row] * parameter.third[column] / mean.max(f64::EPSILON)
             };
             (0..values.len()).map(variance).collect()
+        } else {
+            for (square, g) in parameter.square.iter_mut().zip(gradient) {
+                *square += (g * g - *square) * share;
+            }
+            parameter.square.clone()
         };
         let changes = variances.iter().zip(gradient);
         let changes: Vec<_> =
