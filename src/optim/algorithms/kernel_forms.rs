@@ -34,7 +34,9 @@ fn has_all_instructions() -> bool {
             && is_x86_feature_detected!("avx512vl")
     }
     #[cfg(not(target_arch = "x86_64"))]
-    false
+    {
+        false
+    }
 }
 
 /// Fails if one of the forms gives other bytes than the first, and says so where there are no two to compare.

@@ -226,6 +226,27 @@ fn a_store_may_change_its_type() {
     }
 }
 
+/// Steps of tch itself know no storage, and make moments in the parameter's type.
+#[test]
+fn moments_of_steps_without_a_storage_are_refused() {
+    for storage in STORAGES {
+        for fused in [true, false] {
+            let mut vs = VarStore::new(Device::Cpu);
+            vs.set_kind(Kind::BFloat16);
+            let p = vs.root().ones("p", &[8]);
+            let optimizer = Optimizer::adamw(&vs).low_precision(storage).build().unwrap();
+            optimizer.set_fused(fused).unwrap();
+            set_gradient(&p, Some(&p.detach().ones_like())).unwrap();
+            optimizer.with_tch(|tch| tch.step()).unwrap();
+            let before = p.detach().copy();
+            let error = optimizer.step().unwrap_err().to_string();
+            let says = ["'p'", "not f32", "anew"];
+            assert!(says.iter().all(|part| error.contains(part)), "{error}");
+            assert_eq!(p.detach(), before);
+        }
+    }
+}
+
 /// Without a storage a widened gradient is rounded to the parameter's type, and so is what the optimizer keeps of it.
 #[test]
 fn widened_gradients_count_without_a_storage() {
