@@ -18,7 +18,9 @@ use tch::{Device, Kind, Tensor};
 use tch_ignite::handlers::EMAHandler;
 use tch_ignite::optim::{Optimizer, OptimizerBuilder};
 
-/// By this a bound of clipping gets smaller each time; steps.py has the same.
+/// A bound of clipping below the norm of all these gradients, and by how much it gets smaller each time, so that all are
+/// scaled; steps.py has the same.
+const BOUND: f64 = 100.;
 const SHRINK: f64 = 0.9999;
 
 /// Time by one of the system's clocks.
@@ -245,7 +247,7 @@ fn compare<T: OptimizerConfig>(
     if name == "AdamW" {
         // The bound shrinks a little every time, so that clipping always has to scale the gradients.
         optimizer.set_fused(false).expect("not lent");
-        let mut max = 1e3;
+        let mut max = BOUND;
         group.bench_function("clip + step, tch", |b| {
             b.iter(|| {
                 max *= SHRINK;
@@ -267,7 +269,7 @@ fn gradients(c: &mut Criterion<Clock>) {
         let optimizer = Optimizer::sgd(&vs).build().expect("one group");
         let mut group = group(c, format!("gradients, {name}"), &shapes);
         for (kind, clips) in [("below the bound", false), ("clipped", true)] {
-            let max = std::cell::Cell::new(1e3);
+            let max = std::cell::Cell::new(BOUND);
             let bound = || {
                 max.set(max.get() * SHRINK);
                 if clips { max.get() } else { 1e9 }

@@ -274,9 +274,7 @@ impl GradientAccumulator {
         let batches = before.as_ref().map_or(0, |pending| pending.batches);
         let added = self.add(optimizer, loss, weight, before, window, shared);
         match added {
-            Ok(pending) => {
-                self.pending = pending;
-            }
+            Ok(pending) => self.pending = pending,
             Err(error) if batches > 0 => {
                 return Err(Error::invalid(format!(
                     "{:#} (with it the gradients of the other {batches} batches of its window are dropped, because a part of this batch's may be among them)",
