@@ -120,11 +120,11 @@ def contenders(shape, shapes):
             optimizer.train()
         yield name, way, optimizer.step, None
         if name == "AdamW":
-            bound = [1e3]
+            bound = [100.0]
 
             # The bound gets smaller every time, so that clipping always has to scale the gradients.
             def clipped(own=own, optimizer=optimizer, bound=bound, foreach=way != LOOP):
-                bound[0] *= 0.999
+                bound[0] *= 0.9999
                 torch.nn.utils.clip_grad_norm_(own, bound[0], foreach=foreach)
                 optimizer.step()
 
@@ -135,10 +135,10 @@ def contenders(shape, shapes):
     elif shape != "4 of 4M":
         fresh, step = lbfgs(own)
         yield "LBFGS", LOOP, step, fresh
-    bound = [1e3]
+    bound = [100.0]
 
     def clip():
-        bound[0] *= 0.999
+        bound[0] *= 0.9999
         torch.nn.utils.clip_grad_norm_(own, bound[0])
 
     def below():

@@ -18,6 +18,11 @@ use tch::{Device, Kind, Tensor};
 use tch_ignite::handlers::EMAHandler;
 use tch_ignite::optim::{Optimizer, OptimizerBuilder};
 
+/// A bound of clipping below the norm of all these gradients, and by how much it gets smaller each time, so that all are
+/// scaled; steps.py has the same.
+const BOUND: f64 = 100.;
+const SHRINK: f64 = 0.9999;
+
 /// Time by one of the system's clocks.
 struct Clock(libc::clockid_t);
 
@@ -70,6 +75,7 @@ fn shapes() -> Vec<(&'static str, Vec<Vec<i64>>)> {
         ("GPT-2 small", gpt2_small()),
     ];
     all.retain(|(name, _)| only.as_deref().is_ok_and(|only| only == *name) || only.is_err());
+    assert!(!all.is_empty(), "BENCH_SHAPE is {only:?}, and no shapes have this name");
     all
 }
 
@@ -241,10 +247,10 @@ fn compare<T: OptimizerConfig>(
     if name == "AdamW" {
         // The bound shrinks a little every time, so that clipping always has to scale the gradients.
         optimizer.set_fused(false).expect("not lent");
-        let mut max = 1e3;
+        let mut max = BOUND;
         group.bench_function("clip + step, tch", |b| {
             b.iter(|| {
-                max *= 0.9999;
+                max *= SHRINK;
                 optimizer.with_tch(|tch| tch.clip_grad_norm(max)).expect("gradients");
                 optimizer.step().expect("steps")
             });
@@ -263,9 +269,9 @@ fn gradients(c: &mut Criterion<Clock>) {
         let optimizer = Optimizer::sgd(&vs).build().expect("one group");
         let mut group = group(c, format!("gradients, {name}"), &shapes);
         for (kind, clips) in [("below the bound", false), ("clipped", true)] {
-            let max = std::cell::Cell::new(1e3);
+            let max = std::cell::Cell::new(BOUND);
             let bound = || {
-                max.set(max.get() * 0.9999);
+                max.set(max.get() * SHRINK);
                 if clips { max.get() } else { 1e9 }
             };
             group.bench_function(format!("clip_grad_norm, {kind}, tch"), |b| {
@@ -326,7 +332,9 @@ fn averages(c: &mut Criterion<Clock>) {
 fn floor(c: &mut Criterion<Clock>) {
     // The tensor is larger than any cache. An update in place reads and writes 8 bytes for each element.
     let mut large = Tensor::ones([1 << 26], (Kind::Float, Device::Cpu));
-    let mut group = c.benchmark_group("floor");
+    // Shapes that are measured alone have a rate of their own, because the machine may be another half an hour later.
+    let shape = std::env::var("BENCH_SHAPE").map(|shape| format!(", {shape}")).unwrap_or_default();
+    let mut group = c.benchmark_group(format!("floor{shape}"));
     group.measurement_time(Duration::from_secs(2)).sample_size(10);
     group.bench_function("in place, 256 MiB", |b| b.iter(|| drop(large.g_mul_scalar_(1.0000001))));
     group.finish();

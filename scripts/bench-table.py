@@ -109,10 +109,12 @@ def weights(file):
 
 def steps(folder, baseline, *python):
     groups = medians(folder, baseline, python[0] if python else None)
-    in_place = groups.pop("floor", {}).get("in place, 256 MiB")
-    bandwidth = (1 << 29) / in_place if in_place else None  # bytes read and written per ns
-    if bandwidth:
-        print(f"Memory is updated in place at {bandwidth:.1f} GB/s, read and written.\n")
+    # Bytes read and written per ns, in the run that measured these shapes; "" stands for a run of all.
+    bandwidths = {}
+    for group in [group for group in groups if group.partition(", ")[0] == "floor"]:
+        bandwidths[group.partition(", ")[2]] = (1 << 29) / groups.pop(group)["in place, 256 MiB"]
+    for shape, bandwidth in sorted(bandwidths.items()):
+        print(f"Memory is updated in place at {bandwidth:.1f} GB/s, read and written{shape and ' beside ' + shape}.\n")
     print("| | µs | tch's / ours | torch's best / ours | × floor |\n|---|---|---|---|---|")
     for group, rows in sorted(groups.items()):
         for operation, whose in sorted(operations(rows).items()):
@@ -121,6 +123,7 @@ def steps(folder, baseline, *python):
             torch = min((median for who, median in whose.items() if who.startswith("torch")), default=None)
             if ours is None:
                 continue
+            bandwidth = bandwidths.get(group.partition(", ")[2], bandwidths.get(""))
             least = floor(group, operation, bandwidth) if bandwidth else None
             columns = [
                 f"{group}: {operation}" if operation else group,

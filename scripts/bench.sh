@@ -59,7 +59,9 @@ steps() {
         if has torch; then "$python" benches/steps.py --threads "$threads" --shape "$BENCH_SHAPE" --out "$peer"; fi
       done
     fi
-    printf '\n%s thread(s)\n\n' "$threads"
+    clock="wall time"
+    [ "$threads" != 1 ] || clock="CPU time of the thread"
+    printf '\n%s thread(s), %s\n\n' "$threads" "$clock"
     [ -f "$peer" ] || peer=
     python3 scripts/bench-table.py steps "$out" "threads-$threads" $peer
   done

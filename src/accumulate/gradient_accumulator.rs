@@ -274,13 +274,7 @@ impl GradientAccumulator {
         let batches = before.as_ref().map_or(0, |pending| pending.batches);
         let added = self.add(optimizer, loss, weight, before, window, shared);
         match added {
-            Ok(pending) => {
-                self.pending = pending;
-                // The reducer of data-parallel models needs gradients of the parameters' type.
-                if !window.last && !self.is_parallel() {
-                    optimizer.widen_gradients()?;
-                }
-            }
+            Ok(pending) => self.pending = pending,
             Err(error) if batches > 0 => {
                 return Err(Error::invalid(format!(
                     "{:#} (with it the gradients of the other {batches} batches of its window are dropped, because a part of this batch's may be among them)",
@@ -338,7 +332,14 @@ impl GradientAccumulator {
             // The other ranks wait for this one. A backward from `share` would add NaN where the loss is none.
             self.parallel.backward_nothing(loss)?;
         }
-        Ok((!window.last).then_some(pending))
+        if window.last {
+            return Ok(None);
+        }
+        // The reducer of data-parallel models needs gradients of the parameters' type.
+        if !self.is_parallel() {
+            optimizer.widen_gradients()?;
+        }
+        Ok(Some(pending))
     }
 
     /// The factor for the gradients of a window; `shared` sums the weights over all ranks.

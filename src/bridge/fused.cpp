@@ -18,6 +18,7 @@
 #include <tuple>
 
 #include "bridge.h"
+#include "kernel_form.h"
 #include "plan.h"
 #include "rules.h"
 
@@ -68,36 +69,45 @@ class Swapped {
   std::vector<std::vector<Tensor>>& parameters_;
 };
 
-// While an object of this class lives, the state of a parameter is that of another tensor, which stands for it.
+// While an object of this class lives, the state of a parameter is that of another tensor, which stands for it. The
+// parameter keeps its place in the map, so that the state goes back without new memory.
 class Lent {
  public:
   Lent(Optimizer& optimizer, const Tensor& from, const Tensor& to)
-      : optimizer_(optimizer), from_(from.unsafeGetTensorImpl()), to_(to.unsafeGetTensorImpl()) { move(from_, to_); }
-  ~Lent() { move(to_, from_); }
+      : optimizer_(optimizer), from_(from.unsafeGetTensorImpl()), to_(to.unsafeGetTensorImpl()) {
+    auto& all = optimizer_.state();
+    if (all.find(from_) == all.end()) {
+      all[from_] = nullptr;
+    } else {
+      auto& lent = all[to_];
+      lent = std::move(all.find(from_)->second);
+    }
+  }
+  ~Lent() {
+    auto& all = optimizer_.state();
+    if (const auto lent = all.find(to_); lent != all.end()) {
+      all.find(from_)->second = std::move(lent->second);
+      all.erase(lent);
+    }
+    if (const auto own = all.find(from_); !own->second) all.erase(own);
+  }
 
  private:
-  void move(void* from, void* to) {
-    auto& all = optimizer_.state();
-    const auto found = all.find(from);
-    if (found == all.end()) return;
-    auto state = std::move(found->second);
-    all.erase(found);
-    all[to] = std::move(state);
-  }
   Optimizer& optimizer_;
   void* from_;
   void* to_;
 };
 
-// While an object of this class lives, some parameters have negated gradients.
-class Negated {
+// While an object of this class lives, some parameters have other gradients.
+class Replaced {
  public:
-  void add(const Tensor& p) {
+  void set(const Tensor& p, Tensor gradient) {
     gradients_.emplace_back(p, p.grad());
-    p.mutable_grad() = p.grad().neg();
+    p.mutable_grad() = std::move(gradient);
   }
-  ~Negated() {
-    for (auto& [p, gradient] : gradients_) p.mutable_grad() = std::move(gradient);
+  ~Replaced() {
+    for (auto last = gradients_.rbegin(); last != gradients_.rend(); ++last)
+      last->first.mutable_grad() = std::move(last->second);
   }
 
  private:
@@ -151,6 +161,7 @@ class Step {
   // Makes the step. Everything that can refuse it comes before the first change.
   void run() {
     at::NoGradGuard no_grad;
+    tig::kernel_form();  // throws if the environment variable is wrong, which is read once
     if (mode_ == Mode::Loop) settle(optimizer_, kind_, plan_);
     if (mode_ == Mode::Loop ? found_inf_ && skipped() : skipped_on_host()) return;
     with_rules(kind_, [&](auto rules) {
@@ -201,34 +212,52 @@ class Step {
     if (factor_)
       for (const auto& left : plan_.left)
         for (const Tensor& p : left) scale_gradient(p.grad(), *factor_);
-    Negated negated;
-    if (kind_ != Class::Own)  // ours negate them by themselves
-      for (size_t group = 0; group < plan_.left.size(); ++group)
-        if (plan_.maximizes(group))
-          for (const Tensor& p : plan_.left[group]) negated.add(p);
+    Replaced gradients;
+    for (size_t group = 0; group < plan_.left.size(); ++group)
+      for (const Tensor& p : plan_.left[group]) {
+        // A gradient that was widened: what the optimizer's class keeps of it must have the parameter's type.
+        if (tig::is_low_precision(p.scalar_type()) && p.grad().scalar_type() == at::kFloat)
+          gradients.set(p, p.grad().to(p.scalar_type()));
+        if (kind_ != Class::Own && plan_.maximizes(group)) gradients.set(p, p.grad().neg());  // ours do it by themselves
+      }
     Swapped only_left(optimizer_, plan_.left);
     optimizer_.step();
   }
 
-  // Steps a parameter with a storage of low precision by the loop, which steps its value in f32.
+  // Steps a parameter with a storage of low precision by the loop, which steps its value in f32. If its first step
+  // throws, nothing is kept of it, because a half of what is kept could not be saved and loaded.
   void loop_over_value(Plan::Decision& decision) {
+    void* const p = decision.p->unsafeGetTensorImpl();
+    const bool first = plan_.kept_of(*decision.p) == nullptr, no_state = !has_state_of(p);
+    try {
+      if (decision.kept) plan_.kept[p] = *std::move(decision.kept);
+      step_value(decision, *plan_.kept_of(*decision.p));
+    } catch (...) {
+      if (first) plan_.kept.erase(p);
+      if (no_state) optimizer_.state().erase(p);
+      throw;
+    }
+  }
+
+  bool has_state_of(void* p) const { return optimizer_.state().find(p) != optimizer_.state().end(); }
+
+  void step_value(const Plan::Decision& decision, tig::Kept& kept) {
     const Tensor& p = *decision.p;
-    if (decision.kept) plan_.kept[p.unsafeGetTensorImpl()] = *std::move(decision.kept);
-    tig::Kept& kept = *plan_.kept_of(p);
-    Tensor value = tig::low_precision_value(p, kept, decision.storage.how);
+    const auto how = decision.storage.how;
+    const Tensor value = tig::low_precision_to_step(p, kept, how);
     Tensor gradient = p.grad().to(at::kFloat);
     if (factor_) gradient = gradient.mul(factor_->to(gradient.device()).reshape({}));
     if (kind_ != Class::Own && plan_.maximizes(decision.group)) gradient = gradient.neg();
-    value.mutable_grad() = gradient;
     std::vector<std::vector<Tensor>> alone(optimizer_.param_groups().size());
     alone[decision.group].push_back(value);
     {
+      Replaced gradients;  // master weights live on, and have none between steps
+      gradients.set(value, gradient);
       Lent state(optimizer_, p, value);
       Swapped only_value(optimizer_, alone);
       optimizer_.step();
     }
-    value.mutable_grad().reset();
-    tig::store_low_precision(p, value, kept, decision.storage.how);
+    tig::store_low_precision(p, value, kept, how);
   }
 
   // Uses the tasks of the last step again, if only values have changed since. Returns false, and has changed nothing
@@ -335,7 +364,7 @@ class Step {
           made.state = state;
           made.way = way<Rules>(group, p, g, state, o);
           if (made.storage.how != tig::LowPrecision::None) decide_low<Rules>(made, g, state, o);
-          else if (made.way == Plan::Way::LOOP) check_loop<Rules>(p, g, state, o);
+          else if (made.way == Plan::Way::LOOP) check_loop<Rules>(p, g, state, o, false);
           else if (Rules::has_state(o) && !state) made.made = Rules::make(p, o);
           any_in_pass = any_in_pass || made.way == Plan::Way::ONE_PASS;
         }
@@ -351,13 +380,12 @@ class Step {
                   const typename Rules::Options& o) {
     const Tensor& p = *decision.p;
     const auto how = decision.storage.how;
-    const tig::Kept* kept = plan_.kept_of(p);
+    const tig::Kept* kept = kept_that_counts(p, how);
     if (decision.way == Plan::Way::LOOP) {
       if (g.layout() != at::kStrided || p.layout() != at::kStrided)
         throw Refused(p, "a storage of low precision (master weights, Kahan summation, stochastic rounding) needs dense "
                          "parameters and gradients");
-      check_loop<Rules>(at::empty_like(p, p.options().dtype(at::kFloat)), g, state, o, p);
-      check_written(p, p, "it");
+      check_loop<Rules>(p, g, state, o, true);
       if (const std::string why = kept ? tig::low_precision_misfit(p, *kept, how) : ""; !why.empty())
         throw Refused(p, why);
     }
@@ -369,6 +397,15 @@ class Step {
     }
     if (decision.way == Plan::Way::ONE_PASS && Rules::has_state(o) && !state)
       decision.made = Rules::make(tig::low_precision_value(p, kept ? *kept : *decision.kept, how), o);
+  }
+
+  // What was kept of a parameter. A compensation of another type is of values that the parameter had before its own type
+  // was changed, so it counts no more.
+  const tig::Kept* kept_that_counts(const Tensor& p, tig::LowPrecision how) const {
+    const tig::Kept* kept = plan_.kept_of(p);
+    const bool outdated = kept && how == tig::LowPrecision::KahanSum && kept->tensor.defined() &&
+                          kept->tensor.scalar_type() != p.scalar_type();
+    return outdated ? nullptr : kept;
   }
 
   template <typename Rules>
@@ -406,7 +443,7 @@ class Step {
       return tig::is_alike(p, tensor, type);
     };
     if (p.is_alias_of(g)) return false;
-    if (const tig::Kept* kept = plan_.kept_of(p); kept && how != tig::LowPrecision::StochasticRounding)
+    if (const tig::Kept* kept = kept_that_counts(p, how); kept && how != tig::LowPrecision::StochasticRounding)
       if (!fits(kept->tensor, how == tig::LowPrecision::MasterWeights ? at::kFloat : p.scalar_type())) return false;
     if (state)
       for (const Tensor* tensor : Rules::tensors(*state, o))
@@ -415,28 +452,26 @@ class Step {
   }
 
   // Refuses a parameter that libtorch's loop would refuse. The loop itself would do so too late, after it has stepped
-  // the parameters before this one. `stepped` is what the loop steps: the parameter, or what stands for it.
+  // the parameters before this one. `in_f32` says that the loop steps the parameter's value in f32.
   template <typename Rules>
   static void check_loop(const Tensor& p, const Tensor& g, const typename Rules::State* state,
-                         const typename Rules::Options& o) {
-    check_loop<Rules>(p, g, state, o, p);
-  }
-  template <typename Rules>
-  static void check_loop(const Tensor& stepped, const Tensor& g, const typename Rules::State* state,
-                         const typename Rules::Options& o, const Tensor& p) {
+                         const typename Rules::Options& o, bool in_f32) {
+    // Rules look at type, size and device alone, so one element stands for the value.
+    const Tensor stepped = in_f32 ? at::empty({}, p.options().dtype(at::kFloat)).expand(p.sizes()) : p;
     if (const std::string why = Rules::refused(stepped, g, state, o); !why.empty()) throw Refused(p, why);
-    check_written(p, stepped, "it");
-    check_read(p, stepped, "it", g);
+    check_written(p, p, "it");
+    check_read(p, p, "it", g);
     if (!state) return;
     for (const Tensor* tensor : Rules::tensors(*state, o)) {
       if (!tensor) continue;
       if (!tensor->defined()) throw Refused(p, "the optimizer's state of it is not complete");
       check_read(p, *tensor, "the optimizer's state of it", g);
-      if (!stepped.is_same(p) && tensor->scalar_type() != stepped.scalar_type())
-        throw Refused(p, "the optimizer's state of it is not f32, which a storage of low precision needs");
+      if (in_f32 && tensor->scalar_type() != at::kFloat)
+        throw Refused(p, "the optimizer's state of it is not f32, which a storage of low precision needs: it is of steps "
+                         "that were made without the storage, such as those of tch itself; build the optimizer anew");
       if (tensor->layout() != at::kStrided) continue;
       check_written(p, *tensor, "the optimizer's state of it");
-      if (stepped.layout() == at::kStrided && at::get_overlap_status(stepped, *tensor) == at::MemOverlapStatus::Partial)
+      if (p.layout() == at::kStrided && at::get_overlap_status(p, *tensor) == at::MemOverlapStatus::Partial)
         throw Refused(p, "the optimizer's state of it shares a part of its memory");
     }
   }
@@ -491,8 +526,8 @@ class Step {
     if (any_left)
       for (size_t group = 0; group < optimizer_.param_groups().size(); ++group) before.push_back(options<Rules>(group));
     advance<Rules>();
-    // The loop comes first, because it may run out of memory; no parameter has been changed yet. The groups do not count
-    // such a step.
+    // The loop comes first, because it may run out of memory. Then the groups do not count the step, and of the parameters
+    // those that the loop had reached are stepped.
     try {
       if (any_plain) loop_over_left();
       for (auto& decision : plan_.decisions)
@@ -752,8 +787,7 @@ int tig_low_precision_value(const Tensor* p, const Tensor* kept, Tensor** value,
     const auto how = type == at::kFloat  ? tig::LowPrecision::MasterWeights
                      : type == at::kLong ? tig::LowPrecision::StochasticRounding
                                          : tig::LowPrecision::KahanSum;
-    const tig::Kept copied{how == tig::LowPrecision::MasterWeights ? kept->clone() : *kept, 0};
-    *value = new Tensor(tig::low_precision_value(*p, copied, how));
+    *value = new Tensor(tig::low_precision_value(*p, {*kept, 0}, how));
   });
 }
 

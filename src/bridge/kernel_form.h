@@ -13,7 +13,7 @@ enum class Vectors : uint8_t { Baseline, Avx2, Avx512Vl, Avx512 };
 struct alignas(4) KernelForm {  // read as one atomic value
   Vectors vectors;
   bool prefetch;   // whether kernels that only read fetch memory ahead
-  bool streaming;  // whether zeros that no cache could hold are written past the caches
+  bool streaming;  // whether 32 MB of zeros and more are written past the caches
 };
 
 // The form that suits this processor, changed by the environment variable TCH_IGNITE_KERNELS, or the last that was set.

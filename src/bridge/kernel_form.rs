@@ -16,12 +16,22 @@ pub(crate) fn set_kernel_form(words: &str) -> Result<(), BridgeError> {
     checked(|error| unsafe { tig_set_kernel_form(words.as_ptr(), error) })
 }
 
-/// Calls `f` while kernels run in each of these forms, except those that this processor cannot run, and returns what it
-/// returned. Other threads run kernels in the same forms meanwhile, but none of them calls this.
-pub(crate) fn in_kernel_forms<T>(forms: &[&str], mut f: impl FnMut() -> T) -> Vec<T> {
+/// Calls `f` while kernels run in each of these forms, except those that this processor has no instructions for, and
+/// returns what it returned, beside the forms. Other threads run kernels in the same forms meanwhile, but none of them
+/// calls this.
+pub(crate) fn in_kernel_forms<'a, T>(
+    forms: &[&'a str],
+    mut f: impl FnMut() -> T,
+) -> Vec<(&'a str, T)> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let found = forms.iter().filter(|form| set_kernel_form(form).is_ok()).map(|_| f()).collect();
+    let mut found = vec![];
+    for form in forms {
+        match set_kernel_form(form) {
+            Ok(()) => found.push((*form, f())),
+            Err(error) => assert!(error.contains("no instructions"), "{error}"),
+        }
+    }
     set_kernel_form("").expect("the form from before");
     found
 }

@@ -80,11 +80,7 @@ Tensor low_precision_value(const Tensor& parameter, const Kept& kept, LowPrecisi
   const Tensor p = parameter.detach();
   const Tensor wide = p.to(at::kFloat);
   switch (how) {
-    case LowPrecision::MasterWeights: {
-      Tensor master = kept.tensor;
-      at::where_out(master, master.to(p.scalar_type()).eq(p), master, wide);
-      return master;
-    }
+    case LowPrecision::MasterWeights: return at::where(kept.tensor.to(p.scalar_type()).eq(p), kept.tensor, wide);
     case LowPrecision::KahanSum: {
       const Tensor lost = kept.tensor.to(at::kFloat);
       const double most = 1. / static_cast<double>(int64_t{1} << (24 - dropped_bits(p.scalar_type())));
@@ -96,13 +92,26 @@ Tensor low_precision_value(const Tensor& parameter, const Kept& kept, LowPrecisi
   no_storage();
 }
 
+Tensor low_precision_to_step(const Tensor& parameter, const Kept& kept, LowPrecision how) {
+  if (how != LowPrecision::MasterWeights) return low_precision_value(parameter, kept, how);
+  const Tensor p = parameter.detach();
+  Tensor master = kept.tensor;
+  at::where_out(master, master.to(p.scalar_type()).eq(p), master, p.to(at::kFloat));
+  return master;
+}
+
+// All new memory comes before the first change, so that an error leaves the parameter and what is kept of it together.
 void store_low_precision(Tensor p, const Tensor& value, Kept& kept, LowPrecision how) {
   switch (how) {
     case LowPrecision::MasterWeights: p.copy_(value); return;
-    case LowPrecision::KahanSum:
-      p.copy_(value);
-      kept.tensor.copy_(value.sub(p.detach().to(at::kFloat)));
+    case LowPrecision::KahanSum: {
+      const Tensor rounded = value.to(p.scalar_type());
+      // Of a value that the type cannot hold nothing is kept.
+      const Tensor lost = value.sub(rounded.to(at::kFloat)).nan_to_num_(0., 0., 0.);
+      p.copy_(rounded);
+      kept.tensor.copy_(lost);
       return;
+    }
     case LowPrecision::StochasticRounding:
       p.copy_(rounded_at_random(value, p.scalar_type(), random_bits(p, next_key(kept.stream))));
       return;

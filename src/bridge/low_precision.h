@@ -33,14 +33,17 @@ struct Kept {
 inline bool is_low_precision(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
 
 // The number of bits by which the significand of f32 is longer.
-inline int dropped_bits(at::ScalarType type) { return type == at::kBFloat16 ? 16 : 13; }
+constexpr int dropped_bits(at::ScalarType type) { return type == at::kBFloat16 ? 16 : 13; }
 
 // Data of a parameter before its first step; `place` differs for all parameters of an optimizer.
 Kept begin_low_precision(const at::Tensor& p, const Storage& storage, std::pair<uint64_t, uint64_t> place);
 
 // The value in f32. A parameter that was given other values since its last step has these: they count, and what was kept
-// of the old ones does not. For master weights this is `kept` itself, brought up to date.
+// of the old ones does not.
 at::Tensor low_precision_value(const at::Tensor& p, const Kept& kept, LowPrecision how);
+
+// The same, to be stepped in place and stored: for master weights this is `kept` itself, brought up to date.
+at::Tensor low_precision_to_step(const at::Tensor& p, const Kept& kept, LowPrecision how);
 
 // Stores the value that a step computed.
 void store_low_precision(at::Tensor p, const at::Tensor& value, Kept& kept, LowPrecision how);

@@ -3,7 +3,7 @@
 use std::ffi::{c_char, c_int};
 use std::ptr::null_mut;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
 
 use super::{BridgeError, LowPrecision, Native, Raw, checked};
@@ -49,6 +49,11 @@ impl Native {
             tig_set_low_precision(self.plan.as_ptr(), group, how, seed, error)
         })
     }
+}
+
+/// Whether a tensor is of a type that storages of low precision are for: f16 or bf16.
+pub(crate) fn is_low_precision(tensor: &Tensor) -> bool {
+    matches!(tensor.kind(), Kind::Half | Kind::BFloat16)
 }
 
 /// The f32 value of a parameter that has the values `parameter`, with what its storage keeps: `RawState::kept`.

@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "low_precision.h"
 #include "one_pass.h"
@@ -10,7 +11,7 @@
 namespace tig {
 
 template <typename T>
-constexpr int SIGNIFICAND = std::is_same<T, c10::BFloat16>::value ? 8 : 11;
+constexpr int SIGNIFICAND = 24 - dropped_bits(std::is_same<T, c10::BFloat16>::value ? at::kBFloat16 : at::kHalf);
 
 TIG_INLINE uint32_t bits_of(float x) {
   uint32_t bits;
@@ -77,7 +78,9 @@ template <typename T>
 TIG_INLINE void write_kahan(T* __restrict p, T* __restrict compensation, const float* __restrict value, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     p[i] = static_cast<T>(value[i]);
-    compensation[i] = static_cast<T>(value[i] - static_cast<float>(p[i]));
+    const float lost = value[i] - static_cast<float>(p[i]);
+    // Of a value that T cannot hold nothing is kept.
+    compensation[i] = static_cast<T>(lost - lost == 0.f ? lost : 0.f);
   }
 }
 

@@ -58,7 +58,7 @@ pub(crate) use generator::{generator_state, set_generator_state};
 pub(crate) use host_syncs::HostSyncs;
 #[cfg(test)]
 pub(crate) use kernel_form::{in_kernel_forms, set_kernel_form};
-pub(crate) use low_precision::low_precision_value;
+pub(crate) use low_precision::{is_low_precision, low_precision_value};
 pub(crate) use memory::{bytes, bytes_mut, dense_on_cpu};
 pub(crate) use normalize::{Rows, normalize_rows};
 #[cfg(all(feature = "distributed", unix))]

@@ -236,7 +236,7 @@ TIG_INLINE double largest(const T* from, int64_t n, bool prefetch) {
 
 // The sum of 0 * x over all elements: 0 if all are finite, NaN if one is infinite or NaN.
 template <typename T>
-TIG_INLINE double zeros(const T* from, int64_t n, bool prefetch) {
+TIG_INLINE double nonfinite(const T* from, int64_t n, bool prefetch) {
   double sums[LANES] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
@@ -249,7 +249,7 @@ TIG_INLINE double zeros(const T* from, int64_t n, bool prefetch) {
   return sum;
 }
 
-enum class Reduction { Squares, Largest, Zeros };  // Zeros finds elements that are not finite: see zeros()
+enum class Reduction { Squares, Largest, NonFinite };
 
 template <typename S>
 using UpdateFn = void (*)(S*, const S*, S*, S*, S*, int64_t, const double*, S factor);
@@ -308,7 +308,7 @@ struct Isa {
     switch (reduction) {                                                                                        \
       case Reduction::Squares: return sum_of_squares(from, n, prefetch);                                        \
       case Reduction::Largest: return largest(from, n, prefetch);                                               \
-      case Reduction::Zeros: return zeros(from, n, prefetch);                                                   \
+      case Reduction::NonFinite: return nonfinite(from, n, prefetch);                                           \
     }                                                                                                           \
     return std::numeric_limits<double>::quiet_NaN();                                                            \
   }                                                                                                             \
@@ -594,7 +594,7 @@ double OnePass::norm(Norm norm) {
 bool OnePass::any_nonfinite() {
   std::atomic<bool> found{false};
   for_chunks(false, [&](size_t, const Task& task, int64_t begin, int64_t end) {
-    if (reduce_range(task, begin, end, Reduction::Zeros) != 0.) found.store(true, std::memory_order_relaxed);
+    if (reduce_range(task, begin, end, Reduction::NonFinite) != 0.) found.store(true, std::memory_order_relaxed);
   });
   return found;
 }

@@ -186,10 +186,14 @@ impl Gradients {
         self.native("zero_grad", super::super::bridge::Native::clear_gradients)
     }
 
-    /// Makes gradients in f16 and bf16 f32, exactly, so that further calls of backward add to them in f32; steps take
-    /// them as they are. For loops that add up the gradients of several batches by themselves: call it after each backward
-    /// but the last. [`GradientAccumulator`](crate::GradientAccumulator) does it for groups with
-    /// [`low_precision`](super::LowPrecision). `DistributedDataParallel` needs gradients of the parameters' type.
+    /// Makes gradients in f16 and bf16 f32, exactly, so that further calls of backward add to them in f32. Steps of
+    /// parameters with [`low_precision`](super::LowPrecision) take them as they are; those of others round them to the
+    /// parameter's type, and are slower for it. For loops that add up the gradients of several batches by themselves: call
+    /// it after each backward but the last. [`GradientAccumulator`](crate::GradientAccumulator) does it for groups with
+    /// `low_precision`.
+    ///
+    /// They stay f32 until they are set to none: [`zero_grad_in_place`](Optimizer::zero_grad_in_place) keeps the type, and
+    /// `DistributedDataParallel` needs gradients of the parameters' type.
     ///
     /// # Errors
     /// There is no memory. See also [`Optimizer`].

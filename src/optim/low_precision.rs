@@ -37,7 +37,8 @@ use crate::error::{Error, Result};
 /// ```
 ///
 /// Parameters may be given other values at any time (a file of weights, averages): these count, and what was kept of the
-/// old ones does not, but for less than the last bit with [`KahanSum`](Self::KahanSum).
+/// old ones does not, but for less than the last bit with [`KahanSum`](Self::KahanSum). Moments that steps made in f16 or
+/// bf16, without the storage (those of tch's own `step`, for example), do not fit: steps are refused then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 #[non_exhaustive]
@@ -46,10 +47,13 @@ pub enum LowPrecision {
     /// in f32 with the same gradients. 4 bytes more for each element.
     MasterWeights,
     /// The parameters, and what rounding took from each (`"compensation"`, in the parameter's type), which the next step
-    /// adds again: Kahan's summation. About 16 significant bits in bf16, and 22 in f16; 2 bytes more for each element.
+    /// adds again: Kahan's summation. About 16 significant bits in bf16. In f16 it is 22 for parameters from 1/8, and one
+    /// less for each halving below, because f16 has no number below 6e-8: updates of less than 3e-8 are lost, so
+    /// [`MasterWeights`](Self::MasterWeights) suit small weights better. 2 bytes more for each element.
     KahanSum,
-    /// The parameters alone. A value is rounded up or down at random, with the chances that make the mean the value. No
-    /// memory, and noise of the size of the last bit.
+    /// The parameters alone. A value is rounded up or down at random, with the chances that make the mean the value.
+    /// Noise of the size of the last bit, and no memory between steps; a step outside of the one pass on the CPU (CUDA,
+    /// Muon, Adafactor) makes several temporary tensors of 8 bytes an element, for one parameter after the other.
     ///
     /// The random numbers are those of the seed, the parameter, its step and the element alone (`"rounding"` counts
     /// them), so a resumed run, any number of threads, and all ranks round alike; no other generator is touched.
@@ -134,10 +138,6 @@ pub(super) fn kept_name(kept: &Tensor) -> &'static str {
     }
 }
 
-pub(super) fn is_low_precision(parameter: &Tensor) -> bool {
-    matches!(parameter.kind(), Kind::Half | Kind::BFloat16)
-}
-
 impl Group {
     /// How the group's parameters in f16 and bf16 are stored; `None` for the parameters alone, rounded to the nearest.
     pub fn low_precision(&self) -> Option<LowPrecision> {
@@ -146,15 +146,22 @@ impl Group {
 }
 
 impl Optimizer {
-    /// Whether a group has a storage of low precision.
-    pub(crate) fn has_low_precision(&self) -> bool {
-        let storages = &self.shared.storages;
-        storages.others.is_some() || storages.by_group.iter().any(|(_, own)| own.is_some())
+    /// Whether a parameter has a storage of low precision.
+    pub(crate) fn has_low_precision(&self) -> Result<bool> {
+        for group in self.groups()? {
+            let stored = group.low_precision().is_some();
+            if stored && group.variables()?.iter().any(|own| bridge::is_low_precision(&own.tensor))
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Makes the gradients of parameters with a storage of low precision f32, so that backward adds to them in f32.
     pub(crate) fn widen_gradients(&self) -> Result<()> {
-        if !self.has_low_precision() {
+        let storages = &self.shared.storages;
+        if storages.others.is_none() && storages.by_group.iter().all(|(_, own)| own.is_none()) {
             return Ok(());
         }
         let names: Vec<_> =

@@ -8,9 +8,9 @@ use tch::{Kind, Tensor};
 
 use super::hyper::Hyper;
 use super::lbfgs::Memory;
-use super::low_precision::{is_low_precision, kept_name};
+use super::low_precision::kept_name;
 use super::{Group, LowPrecision, Optimizer, TensorId, locked};
-use crate::bridge::{Algorithm, RawState};
+use crate::bridge::{Algorithm, RawState, is_low_precision};
 use crate::error::{Error, Result};
 use crate::state::{EvaluationWeights, IntoStateful, StateDict, Stateful};
 use crate::variables::Variable;

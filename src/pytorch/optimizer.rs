@@ -288,9 +288,9 @@ fn ordered(members: Vec<Variable>, names: &[&str]) -> Result<Vec<String>> {
 
 /// Python has no optimizer whose groups have different algorithms, or a storage of low precision.
 fn check_one_algorithm(optimizer: &Optimizer) -> Result<()> {
-    if optimizer.has_low_precision() {
+    if optimizer.has_low_precision()? {
         return Err(fault(
-            "groups are stored by low_precision here, and Python's optimizers have no such state",
+            "parameters in f16 or bf16 are stored by low_precision here, and Python's optimizers have no such state",
         ));
     }
     match optimizer.is_mixed() {

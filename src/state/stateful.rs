@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use super::layout::Layout;
 use super::{EvaluationWeights, StateDict, Stateful};
-use crate::bridge::{TensorId, bytes, set_gradient};
+use crate::bridge::{TensorId, bytes, is_low_precision, set_gradient};
 use crate::error::{Error, Result};
 
 /// A value that [`Engine::track`](crate::engine::Engine::track) takes: `&VarStore`, `&Optimizer`, a
@@ -203,8 +203,7 @@ impl Stateful for SavedGradients {
         for (name, gradient) in &state.tensors {
             let fits = variables.get(name).is_some_and(|variable| {
                 // Gradients of several batches add up in f32.
-                let wide = matches!(variable.kind(), Kind::Half | Kind::BFloat16)
-                    && gradient.kind() == Kind::Float;
+                let wide = is_low_precision(variable) && gradient.kind() == Kind::Float;
                 variable.size() == gradient.size() && (wide || variable.kind() == gradient.kind())
             });
             if !fits {

@@ -1,10 +1,10 @@
 //! Tests of parameters in bf16: windows of several batches, plans, and evaluation by the ready trainer.
 
-use tch::nn::{self, VarStore};
+use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
 use tch_ignite::GradientAccumulator;
 use tch_ignite::checkpoint::{SavedGradients, Stateful};
-use tch_ignite::optim::{GroupOptions, LowPrecision, Optimizer, OptimizerPlan};
+use tch_ignite::optim::{GroupOptions, LowPrecision, Optimizer};
 use tch_ignite::pytorch;
 
 const ALL: [Option<LowPrecision>; 4] = [
@@ -86,6 +86,24 @@ fn gradients_in_f32_are_saved() {
     assert_eq!(q.double_value(&[0]), -260., "-259 rounded to bf16");
 }
 
+/// A batch whose gradients cannot be widened has failed, and the next one begins a window.
+#[test]
+fn a_batch_that_fails_counts_no_more() {
+    let (vs, p) = store();
+    let storage = LowPrecision::KahanSum;
+    let optimizer = Optimizer::sgd(&vs).lr(1.).low_precision(storage).build().unwrap();
+    let mut accumulator = GradientAccumulator::new(2).unwrap();
+    let window = accumulator.next_window();
+    accumulator.begin(&optimizer, window).unwrap();
+    let loss = (&p * 64.).sum(Kind::BFloat16);
+    // While it is lent out, the optimizer widens nothing.
+    let failed = optimizer.with_tch(|_| accumulator.backward(&optimizer, &loss, 1)).unwrap();
+    assert!(failed.is_err());
+    accumulate(&p, &optimizer, &mut accumulator, &[1., 3.]).unwrap();
+    assert_eq!(p.grad().double_value(&[0]), 2.);
+    assert_eq!(p.double_value(&[0]), -2.);
+}
+
 #[test]
 fn gradients_are_widened_by_hand() {
     let (vs, p) = store();
@@ -98,8 +116,12 @@ fn gradients_are_widened_by_hand() {
     assert_eq!(optimizer.clip_grad_norm(1.).unwrap().kind(), Kind::Float);
 }
 
+#[cfg(feature = "toml")]
 #[test]
 fn plans_say_how_parameters_are_stored() {
+    use tch::nn;
+    use tch_ignite::optim::OptimizerPlan;
+
     let text = r#"
         [optimizer]
         type = "AdamW"
@@ -163,6 +185,14 @@ fn files_of_pytorch_are_refused() {
     let saved = pytorch::optimizer_value(&plain, &[]).unwrap();
     let error = pytorch::load_optimizer(&mut optimizer, &saved, &[]).unwrap_err().to_string();
     assert!(error.contains("low_precision"), "{error}");
+
+    // The same program in f32 has no such state.
+    let vs = VarStore::new(Device::Cpu);
+    let p = vs.root().ones("p", &[2]);
+    let mut optimizer = Optimizer::adamw(&vs).low_precision(storage).build().unwrap();
+    optimizer.backward_step(&p.sum(Kind::Float)).unwrap();
+    let saved = pytorch::optimizer_value(&optimizer, &[]).unwrap();
+    pytorch::load_optimizer(&mut optimizer, &saved, &[]).unwrap();
 }
 
 /// Settings of a run say how parameters are stored, so a changed option is told when it is resumed.

@@ -19,7 +19,6 @@ mod host_syncs;
 mod ignite_names;
 mod ignite_schedulers;
 mod image_folder;
-#[cfg(feature = "toml")]
 mod low_precision;
 mod metrics;
 mod metrics_behaviour;

@@ -162,17 +162,137 @@ fn stochastic_rounding_has_the_value_as_its_mean() {
 
 #[test]
 fn small_steps_add_up() {
-    for storage in STORAGES {
-        let (p, optimizer) = constant(Kind::BFloat16, 1., 4096, storage);
-        // 1024 steps of 2^-12, each a sixteenth of the distance to the next number.
-        let gradient = Tensor::full([4096], 128. / 4096., (Float, Device::Cpu));
-        for _ in 0..1024 {
-            step_by(&p, &optimizer, &gradient);
+    // Steps of a sixteenth and an eighth of the distance to the next number; the compensation of the latter is subnormal.
+    for (kind, start, step) in
+        [(Kind::BFloat16, 1., 2f64.powi(-12)), (Kind::Half, 2f64.powi(-7), 2f64.powi(-21))]
+    {
+        for storage in STORAGES {
+            let (p, optimizer) = constant(kind, start, 4096, storage);
+            let gradient = Tensor::full([4096], 128. * step, (Float, Device::Cpu));
+            for _ in 0..1024 {
+                step_by(&p, &optimizer, &gradient);
+            }
+            let mean = p.detach().to_kind(Double).mean(Double).double_value(&[]);
+            let random = matches!(storage, LowPrecision::StochasticRounding { .. });
+            let bound = if random { 0.01 * start } else { 0. };
+            assert!((mean - (start - 1024. * step)).abs() <= bound, "{kind:?} {storage:?}: {mean}");
         }
-        let mean = p.detach().to_kind(Double).mean(Double).double_value(&[]);
-        let bound =
-            if matches!(storage, LowPrecision::StochasticRounding { .. }) { 0.01 } else { 0. };
-        assert!((mean - 0.75).abs() <= bound, "{storage:?}: {mean}");
+    }
+}
+
+/// A value beyond f16's largest is infinite, and stays it: the next step makes no NaN of it.
+#[test]
+fn an_overflow_is_no_nan() {
+    for storage in STORAGES {
+        for fused in [true, false] {
+            let (p, optimizer) = constant(Kind::Half, 65504., 40, storage);
+            optimizer.set_fused(fused).unwrap();
+            for gradient in [-16384., 0.] {
+                step_by(&p, &optimizer, &Tensor::full([40], gradient, (Float, Device::Cpu)));
+                let infinite = Tensor::full([40], f64::INFINITY, (Kind::Half, Device::Cpu));
+                assert_eq!(p.detach(), infinite, "{storage:?} {fused} {gradient}");
+            }
+            if storage == LowPrecision::KahanSum {
+                let compensation = &optimizer.state("p").unwrap()[0].1;
+                assert_eq!(compensation, &compensation.zeros_like());
+            }
+        }
+    }
+}
+
+/// The compensation is of the type from before, and counts no more.
+#[test]
+fn a_store_may_change_its_type() {
+    for storage in STORAGES {
+        for fused in [true, false] {
+            let mut vs = VarStore::new(Device::Cpu);
+            vs.set_kind(Kind::BFloat16);
+            let p = vs.root().ones("p", &[8]);
+            let optimizer = Optimizer::adamw(&vs).low_precision(storage).build().unwrap();
+            optimizer.set_fused(fused).unwrap();
+            for kind in [Kind::BFloat16, Kind::Half, Kind::BFloat16] {
+                if kind != p.kind() {
+                    vs.set_kind(kind);
+                }
+                for _ in 0..2 {
+                    step_by(&p, &optimizer, &Tensor::full([8], 0.5, (Float, Device::Cpu)));
+                }
+                if storage == LowPrecision::KahanSum {
+                    let state = optimizer.state("p").unwrap();
+                    assert_eq!(state.last().unwrap().1.kind(), kind, "{fused}");
+                }
+            }
+        }
+    }
+}
+
+/// Steps of tch itself know no storage, and make moments in the parameter's type.
+#[test]
+fn moments_of_steps_without_a_storage_are_refused() {
+    for storage in STORAGES {
+        for fused in [true, false] {
+            let mut vs = VarStore::new(Device::Cpu);
+            vs.set_kind(Kind::BFloat16);
+            let p = vs.root().ones("p", &[8]);
+            let optimizer = Optimizer::adamw(&vs).low_precision(storage).build().unwrap();
+            optimizer.set_fused(fused).unwrap();
+            set_gradient(&p, Some(&p.detach().ones_like())).unwrap();
+            optimizer.with_tch(|tch| tch.step()).unwrap();
+            let before = p.detach().copy();
+            let error = optimizer.step().unwrap_err().to_string();
+            let says = ["'p'", "not f32", "anew"];
+            assert!(says.iter().all(|part| error.contains(part)), "{error}");
+            assert_eq!(p.detach(), before);
+        }
+    }
+}
+
+/// Without a storage a widened gradient is rounded to the parameter's type, and so is what the optimizer keeps of it.
+#[test]
+fn widened_gradients_count_without_a_storage() {
+    for each in each_with(None) {
+        for mode in [Mode::Fused, Mode::Loop, Mode::Kernels] {
+            let wide = Run::new(&each, Kind::BFloat16).mode(mode);
+            let plain = Run::new(&each, Kind::BFloat16).mode(Mode::Loop);
+            for step in 0..3 {
+                wide.gradients(step, 1.);
+                wide.optimizer.gradients().unwrap().widen().unwrap();
+                wide.optimizer.step().unwrap();
+                assert_eq!(wide.vs.variables()["a"].grad().kind(), Float);
+                plain.steps(step..step + 1);
+            }
+            assert_eq!(wide.all(), plain.all(), "{} {mode:?}", wide.what());
+            let loaded = Run::new(&each, Kind::BFloat16);
+            let saved = wide.optimizer.state_dict().unwrap();
+            loaded.optimizer.clone().load_state_dict(saved).expect(wide.optimizer.name());
+        }
+    }
+}
+
+/// Each element has its own random number and its own place in what is kept, in any block and on any thread.
+#[test]
+fn large_parameters_are_stored_alike_by_any_number_of_threads() {
+    for kind in KINDS {
+        for storage in STORAGES {
+            let run = |mode, threads| {
+                let mut vs = VarStore::new(Device::Cpu);
+                vs.set_kind(kind);
+                let _ = vs.root().add("flat", values(&[140_001], 1., kind), true);
+                let _ = vs.root().add("turned", values(&[353, 397], 2., kind).tr(), true);
+                let builder = Optimizer::sgd(&vs).lr(1. / 128.).low_precision(storage);
+                let optimizer = builder.build().unwrap();
+                let run = Run { vs, optimizer, kind }.mode(mode);
+                tch::set_num_threads(threads);
+                run.steps(0..3);
+                tch::set_num_threads(1);
+                run.all()
+            };
+            let looped = run(Mode::Loop, 1);
+            for threads in [1, 2] {
+                let fused = run(Mode::Fused, threads);
+                assert!(fused == looped, "{kind:?} {storage:?} {threads}");
+            }
+        }
     }
 }
 
@@ -196,6 +316,10 @@ fn roundings_are_independent() {
         [p.detach().copy(), q.detach().copy()]
     };
     let [p, q] = rounded(1, 1);
+    // Both halves have several blocks, which the kernel rounds one after the other.
+    let halves = p.split(2048, 0);
+    let same = halves[0].eq_tensor(&halves[1]).to_kind(Double).mean(Double).double_value(&[]);
+    assert!((same - 0.5).abs() < 0.06, "{same}");
     let mut all = vec![p, q];
     all.extend(rounded(1, 2));
     all.extend(rounded(2, 1));
