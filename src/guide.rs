@@ -19,6 +19,7 @@
 //! | which handler | [`all_handlers`] |
 //! | where ignite does something else | [`differences`] |
 //! | what was measured, and how | [`numbers`] |
+//! | known experiments, beside PyTorch | [`results`] |
 //!
 //! The pages are the files of the folder `docs`. This module is there in the documentation alone; the code of every page is
 //! compiled by its tests.
@@ -54,6 +55,8 @@ macro_rules! links {
 [COMPILED]: crate::guide::compiled
 [DIFFERENCES]: crate::guide::differences
 [NUMBERS]: crate::guide::numbers
+[RESULTS]: crate::guide::results
+[chargpt.svg]: https://docs.rs/crate/tch-ignite/latest/source/docs/chargpt.svg
 
 "
     };
@@ -90,6 +93,7 @@ pages! {
     all_optimizers: "OPTIMIZERS.md";
     differences: "DIFFERENCES.md";
     numbers: "NUMBERS.md";
+    results: "RESULTS.md";
 }
 
 /// The page of the feature `distributed`, without which it is not built.
