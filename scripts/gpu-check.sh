@@ -37,7 +37,8 @@ prepare() {
   local python=$target/python/bin/python3
   "$python" -c 'import torch; assert torch.__version__.startswith("2.11.0")' 2>/dev/null || {
     say "fetching PyTorch 2.11.0 with CUDA"
-    "$python" -m pip install --quiet --no-compile --disable-pip-version-check torch==2.11.0 numpy
+    "$python" -m pip install --quiet --no-compile --disable-pip-version-check torch==2.11.0 "nvidia-cuda-crt==13.0.*" \
+      "nvidia-cuda-cccl==13.0.*" numpy
   }
   scripts/fetch-mnist.sh
   # Cargo.lock has a newer tch: the lock file of a copy is changed.
