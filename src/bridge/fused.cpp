@@ -399,7 +399,7 @@ class Step {
       decision.made = Rules::make(tig::low_precision_value(p, kept ? *kept : *decision.kept, how), o);
   }
 
-  // What was kept of a parameter. A compensation of another type is of values that the parameter had before its own type
+  // Finds what was kept of a parameter. A compensation of another type belongs to values that the parameter had before its own type
   // was changed, so it counts no more.
   const tig::Kept* kept_that_counts(const Tensor& p, tig::LowPrecision how) const {
     const tig::Kept* kept = plan_.kept_of(p);

@@ -106,7 +106,7 @@ void store_low_precision(Tensor p, const Tensor& value, Kept& kept, LowPrecision
     case LowPrecision::MasterWeights: p.copy_(value); return;
     case LowPrecision::KahanSum: {
       const Tensor rounded = value.to(p.scalar_type());
-      // Of a value that the type cannot hold nothing is kept.
+      // Nothing is kept of a value that the type cannot hold.
       const Tensor lost = value.sub(rounded.to(at::kFloat)).nan_to_num_(0., 0., 0.);
       p.copy_(rounded);
       kept.tensor.copy_(lost);

@@ -79,7 +79,7 @@ TIG_INLINE void write_kahan(T* __restrict p, T* __restrict compensation, const f
   for (int64_t i = 0; i < n; ++i) {
     p[i] = static_cast<T>(value[i]);
     const float lost = value[i] - static_cast<float>(p[i]);
-    // Of a value that T cannot hold nothing is kept.
+    // Nothing is kept of a value that T cannot hold.
     compensation[i] = static_cast<T>(lost - lost == 0.f ? lost : 0.f);
   }
 }

@@ -55,7 +55,7 @@ enum class Rule : int {
 
 using Numbers = std::array<double, 12>;
 
-// What a task has to know of a parameter with a storage of low precision: its state is f32.
+// A task knows this of a parameter with a storage of low precision, whose state is f32.
 struct LowPrecisionTask {
   LowPrecision how;    // None for all other tasks
   bool wide_gradient;  // the gradient is f32

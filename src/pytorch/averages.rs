@@ -60,7 +60,7 @@ pub fn ema_value(ema: &EMAHandler, names: &Names) -> Result<Value> {
 /// Goes on with the means of torch's `AveragedModel(model)`: see [`load_ema`].
 ///
 /// # Errors
-/// Those of [`load_ema`], but for a state from before its first update.
+/// As [`load_ema`], but a state from before its first update is no error.
 pub fn load_swa(swa: &SWAHandler, saved: &Value, names: &Names) -> Result<Loaded> {
     load(swa.clone(), "n_averaged", count_of(saved)?, saved, names)
 }
