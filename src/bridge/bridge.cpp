@@ -179,11 +179,12 @@ int tig_get(Optimizer* optimizer, int kind, const Plan* plan, size_t group, int 
 int tig_set(Optimizer* optimizer, int kind, Plan* plan, size_t group, int option, double value, char** error) {
   return guarded(error, [&] {
     const Hyper hyper = abi::of<Hyper>(option);
+    const Class known = abi::of<Class>(kind);
     auto& groups = optimizer->param_groups();
     auto& options = group == DEFAULTS ? optimizer->defaults() : groups.at(group).options();
     // Schedules set the learning rate all the time, and all classes have it.
     if (hyper == Hyper::Lr) options.set_lr(value);
-    else if (abi::of<Class>(kind) == Class::Own) static_cast<tig::OwnOptions&>(options)[hyper] = value;
+    else if (known == Class::Own) static_cast<tig::OwnOptions&>(options)[hyper] = value;
     else if (hyper == Hyper::Maximize) {
       plan->maximize.resize(std::max(plan->maximize.size(), groups.size()), plan->maximize_others);
       if (group == DEFAULTS) plan->maximize_others = value != 0;

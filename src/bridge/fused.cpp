@@ -467,8 +467,8 @@ class Step {
       if (!tensor->defined()) throw Refused(p, "the optimizer's state of it is not complete");
       check_read(p, *tensor, "the optimizer's state of it", g);
       if (in_f32 && tensor->scalar_type() != at::kFloat)
-        throw Refused(p, "the optimizer's state of it is not f32, which a storage of low precision needs: it is of steps "
-                         "that were made without the storage, such as those of tch itself; build the optimizer anew");
+        throw Refused(p, "the optimizer's state of it is not f32, which a storage of low precision needs: build the optimizer "
+                         "anew");
       if (tensor->layout() != at::kStrided) continue;
       check_written(p, *tensor, "the optimizer's state of it");
       if (p.layout() == at::kStrided && at::get_overlap_status(p, *tensor) == at::MemOverlapStatus::Partial)

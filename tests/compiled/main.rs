@@ -264,12 +264,14 @@ fn a_run_is_resumed_bit_for_bit() -> Result<()> {
     let (x, y) = (expected.tensor("x", None)?, expected.tensor("y", None)?);
     let (x, y) = (Tensor::cat(&[&x, &(&x * 0.5), &(&x - 1.)], 0), y.repeat([3]));
     resumed_equals_whole(folder.path(), &Loader::new(&x, &y, 16)?.shuffle(3))?;
-    killed_equals_straight(folder.path(), &[&x, &y])
+    killed_equals_straight(folder.path(), &[&x, &y], 16)
 }
 
-/// These variables tell a process which model it trains, in which folder, and whether it is to be killed.
+/// These variables tell a process which model it trains, in which folder, with which batches, and whether it is to be
+/// killed.
 const MODEL: &str = "TCH_IGNITE_TEST_MODEL";
 const FOLDER: &str = "TCH_IGNITE_TEST_FOLDER";
+const BATCH: &str = "TCH_IGNITE_TEST_BATCH";
 const WAITS: &str = "TCH_IGNITE_TEST_WAITS";
 
 /// The processes of [`killed_equals_straight`] run this test alone: each trains from the newest checkpoint to the end.
@@ -291,7 +293,7 @@ fn process_that_trains_a_compiled_model() -> Result<()> {
     }
     let data: std::collections::HashMap<_, _> =
         Tensor::read_safetensors(folder.join("data.safetensors"))?.into_iter().collect();
-    let data = Loader::new(&data["x"], &data["y"], 8)?.shuffle(3);
+    let data = Loader::new(&data["x"], &data["y"], std::env::var(BATCH)?.parse()?)?.shuffle(3);
     let optimizer = Optimizer::adam(&vs).build()?;
     let mut cx = Supervised::compiled(net, optimizer).accumulate(2)?;
     let mut trainer = create_supervised_trainer();
@@ -320,11 +322,12 @@ fn process_that_trains_a_compiled_model() -> Result<()> {
 
 /// Compares a run of which three processes were killed with one that nobody killed. The kills fall into windows of
 /// accumulation and into the middle of passes.
-fn killed_equals_straight(model: &Path, [x, y]: &[&Tensor; 2]) -> Result<()> {
+fn killed_equals_straight(model: &Path, [x, y]: &[&Tensor; 2], batch: u64) -> Result<()> {
     let process = |folder: &Path| {
         let mut process = Command::new(std::env::current_exe()?);
         process.args(["--exact", "process_that_trains_a_compiled_model", "--nocapture"]);
-        process.env(MODEL, model).env(FOLDER, folder).stdout(Stdio::piped());
+        process.env(MODEL, model).env(FOLDER, folder).env(BATCH, batch.to_string());
+        process.stdout(Stdio::piped());
         anyhow::Ok(process)
     };
     let (straight, killed) = (tempfile::tempdir()?, tempfile::tempdir()?);
@@ -508,5 +511,5 @@ fn dropout_as_in_eager(folder: &Path) -> Result<()> {
     assert!(net.evaluate(&[&x])?[0].equal(&net.evaluate(&[&x])?[0]));
     let x = Tensor::arange(24 * 6, (Kind::Int64, Device::Cpu)).remainder(13).view([24, 6]);
     resumed_equals_whole(&folder.join("dropout"), &Loader::new(&x, &x, 8)?.shuffle(3))?;
-    killed_equals_straight(&folder.join("dropout"), &[&x, &x])
+    killed_equals_straight(&folder.join("dropout"), &[&x, &x], 8)
 }

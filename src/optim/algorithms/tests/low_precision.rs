@@ -226,9 +226,9 @@ fn a_store_may_change_its_type() {
     }
 }
 
-/// Steps of tch itself know no storage, and make moments in the parameter's type.
+/// The steps that `with_tch` lends are ours; a state of another type comes from elsewhere.
 #[test]
-fn moments_of_steps_without_a_storage_are_refused() {
+fn moments_of_another_type_are_refused() {
     for storage in STORAGES {
         for fused in [true, false] {
             let mut vs = VarStore::new(Device::Cpu);
@@ -238,6 +238,10 @@ fn moments_of_steps_without_a_storage_are_refused() {
             optimizer.set_fused(fused).unwrap();
             set_gradient(&p, Some(&p.detach().ones_like())).unwrap();
             optimizer.with_tch(|tch| tch.step()).unwrap();
+            optimizer.step().unwrap();
+            let (_, mut moment) = optimizer.state("p").unwrap().swap_remove(1);
+            assert_eq!(moment.kind(), Float);
+            moment.set_data(&moment.to_kind(Kind::BFloat16));
             let before = p.detach().copy();
             let error = optimizer.step().unwrap_err().to_string();
             let says = ["'p'", "not f32", "anew"];
