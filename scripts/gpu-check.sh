@@ -41,11 +41,12 @@ prepare() {
       "nvidia-cuda-cccl==13.0.*" numpy
   }
   scripts/fetch-mnist.sh
-  # Cargo.lock has a newer tch: the lock file of a copy is changed.
+  # Cargo.lock has a newer tch: the lock file of a copy is changed. Its files are as new as the copy, so that cargo looks at
+  # them again.
   local source=$target/source
   rm -rf "$source"
   mkdir -p "$source"
-  git ls-files -z | tar --null -T - -cf - | tar -xf - -C "$source"
+  git ls-files -z | tar --null -T - -cf - | tar -xmf - -C "$source"
   local site
   site=$("$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))')
   (
