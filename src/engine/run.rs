@@ -603,6 +603,8 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
 
     fn drive(&mut self, cx: &mut C) -> Result<Stop> {
         self.agree_on_start()?;
+        // The handlers of an error that the data raises below may write to the logs.
+        self.rewind_restored_logs()?;
         if self.position.data_start == Some(DataStart::AtCursor) {
             self.enter()?;
         }
@@ -615,7 +617,6 @@ impl<'a, C, B, O> Engine<'a, C, B, O> {
         if self.position.cursor.phase.in_epoch() {
             self.position.epoch_start = Some(Instant::now());
         }
-        self.rewind_restored_logs()?;
         self.restore_random_numbers()?;
         if self.requests.any {
             // A restored state may hold requests that were made before it was saved.

@@ -147,6 +147,20 @@ fn a_batch_that_cannot_be_fetched_again_is_fetched_once_more() {
 }
 
 #[test]
+fn a_log_is_cut_before_a_batch_is_fetched_again_in_vain() {
+    equals_the_reference(
+        Program::default()
+            .budget(Epochs(1))
+            .epoch_length(Some(2))
+            .log(Some(When { at: IterationCompleted, every: 1, after: 1 }))
+            .checkpoint(When { at: IterationStarted, every: 1, after: 0 })
+            .on_exception(true)
+            .resumed_at_the_end(true)
+            .breaks(vec![Break { place: Refetch, number: 2, how: Error, then: Resume }]),
+    );
+}
+
+#[test]
 fn programs_of_fixed_seeds_equal_the_reference() {
     assert_eq!(differences(0..200), 0);
 }

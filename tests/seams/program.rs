@@ -498,6 +498,15 @@ impl Shape {
         }
     }
 
+    /// Turns steps into a line that ends after the first of them. Schedule-Free divides by its momentum where it goes from
+    /// its parameters to their averages: a momentum near 0, where steps lead to, multiplies the rounding of all before.
+    fn stay_above_zero(&mut self) {
+        self.begin_above_zero();
+        if let Shape::Steps { base, size, gamma } = *self {
+            *self = Shape::Lines(vec![(0, base), (size as i64, base * gamma)]);
+        }
+    }
+
     /// The value of event `n`, from 0.
     pub fn value(&self, n: u64) -> f64 {
         match self {
@@ -549,7 +558,7 @@ impl Program {
                 Driven::Lr => true,
             };
             if knob == Driven::Momentum && this.optimizer.is_schedule_free() {
-                schedule.shape.begin_above_zero();
+                schedule.shape.stay_above_zero();
             }
             let keep = there && !seen.iter().any(overlaps);
             if keep {
