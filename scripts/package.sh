@@ -98,9 +98,9 @@ fn trains() -> anyhow::Result<()> {
     let x = Tensor::rand([64, 3], (Kind::Float, Device::Cpu));
     let data = Loader::new(&x, &x.sum_dim_intlist(1, true, Kind::Float), 8)?.shuffle(1);
     let mut trainer = create_supervised_trainer();
-    trainer.metric("loss", RunningAverage::new());
+    trainer.metric("loss", RunningAverage::new().alpha(0.5));
     let mut cx = Supervised::new(net, optimizer, |y_pred, y| y_pred.mse_loss(y, Reduction::Mean));
-    println!("{}", trainer.run(&mut cx, &data, Until::epochs(20))?);
+    println!("{}", trainer.run(&mut cx, &data, Until::epochs(100))?);
     let loss = trainer.state.metrics.get("loss")?;
     anyhow::ensure!(loss < 0.01, "the loss is {loss}");
     Ok(())
