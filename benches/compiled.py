@@ -57,8 +57,8 @@ def example(model):
         )
     else:
         net = nn.Sequential(
-            nn.Conv2d(1, 32, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(),
-            nn.Flatten(), nn.Linear(1024, 256), nn.ReLU(), nn.Linear(256, 10),
+            nn.Conv2d(1, 16, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(16, 32, 5), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10),
         )  # fmt: skip
     return net, F.cross_entropy, torch.randn(64, 1, 28, 28), torch.randint(0, 10, (64,))
 

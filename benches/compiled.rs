@@ -107,14 +107,15 @@ fn network(root: &nn::Path<'_>, model: Model) -> nn::SequentialT {
             .add(linear("fc2", 256, 128))
             .add_fn(|x| x.relu())
             .add(linear("fc3", 128, 10)),
+        // The network of examples/mnist.rs, without dropout.
         Model::Cnn => nn::seq_t()
-            .add(nn::conv2d(root / "conv1", 1, 32, 5, Default::default()))
+            .add(nn::conv2d(root / "conv1", 1, 16, 5, Default::default()))
             .add_fn(|x| x.max_pool2d_default(2).relu())
-            .add(nn::conv2d(root / "conv2", 32, 64, 5, Default::default()))
+            .add(nn::conv2d(root / "conv2", 16, 32, 5, Default::default()))
             .add_fn(|x| x.max_pool2d_default(2).relu().flatten(1, -1))
-            .add(linear("fc1", 1024, 256))
+            .add(linear("fc1", 512, 128))
             .add_fn(|x| x.relu())
-            .add(linear("fc2", 256, 10)),
+            .add(linear("fc2", 128, 10)),
         Model::Gpt => gpt(root),
     }
 }

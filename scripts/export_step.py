@@ -29,9 +29,13 @@ import torch
 import torch.utils._pytree as pytree
 from safetensors.torch import save_file
 from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.ir import ExternKernel
+from torch._inductor.lowering import register_lowering
+from torch._inductor.virtualized import V
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 FORMAT = 1
 # A program for a range of sizes is not made for one sample: PyTorch treats a dimension of one as another program.
@@ -385,13 +389,130 @@ def determinism(on):
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
+# Inductor computes what is cheap anew where it is read. Forward and backward are one program here, so that the backward of
+# max pooling would search each window again, for each element. `keep` writes a tensor to memory, in the layout that
+# convolutions have.
+LIBRARY = torch.library.Library("tch_ignite", "DEF")
+LIBRARY.define("keep(Tensor x) -> Tensor")
+LIBRARY.impl("keep", torch.clone, "CompositeExplicitAutograd")
+keep = torch.ops.tch_ignite.keep.default
+
+
+@torch.library.register_fake("tch_ignite::keep")
+def keep_fake(x):
+    return torch.empty_like(x)
+
+
+@register_lowering(keep, type_promotion_kind=None)
+def keep_lowering(x):
+    if V.graph.layout_opt and len(x.get_size()) == 4:
+        return ExternKernel.require_channels_last(x)
+    x.realize()
+    return x
+
+
+# The place of each maximum within its window, by the indices that max pooling has returned.
+PLACES = WeakIdKeyDictionary()
+# Numbers up to this are exact in all floating types.
+LARGEST_WINDOW = 128
+
+
+def pair(value):
+    value = list(value) if isinstance(value, (list, tuple)) else [value]
+    return value * 2 if len(value) == 1 else value
+
+
+def windows(x, kernel, stride, padding, dilation):
+    """The sizes of windows that do not overlap and have no padding, or None."""
+    kernel, stride = pair(kernel), pair(stride or kernel)
+    plain = x.dim() == 4 and x.is_floating_point() and kernel == stride and pair(padding) == [0, 0] and pair(dilation) == [1, 1]
+    height, width = x.shape[-2:]
+    whole = plain and height % kernel[0] == 0 and width % kernel[1] == 0
+    return kernel if whole and kernel[0] * kernel[1] <= LARGEST_WINDOW else None
+
+
+def max_pool(x, kernel, stride=(), padding=0, dilation=1, ceil_mode=False):
+    """max_pool2d_with_indices, whose backward finds the places of the maxima in memory."""
+    sizes = windows(x, kernel, stride, padding, dilation)
+    if sizes is None:
+        return NotImplemented
+    (rows, columns), width = sizes, x.shape[-1]
+    best = place = None
+    for number in range(rows * columns):
+        candidate = x[:, :, number // columns :: rows, number % columns :: columns]
+        if best is None:
+            best, place = candidate, torch.zeros_like(candidate)
+            continue
+        # A NaN is the maximum, and the last one is taken, as in libtorch.
+        better = (candidate > best) | (candidate != candidate)
+        best = torch.where(better, candidate, best)
+        place = torch.where(better, float(number), place)
+    # A place has the type of the maxima, because vectors of one width are compared fastest.
+    place = keep(place)
+    inner = place.to(torch.int64)
+    top = torch.arange(best.shape[-2], device=x.device).unsqueeze(1) * rows
+    left = torch.arange(best.shape[-1], device=x.device) * columns
+    indices = (top + inner // columns) * width + left + inner % columns
+    PLACES[indices] = place
+    return best, indices
+
+
+def max_pool_backward(gradient, x, kernel, stride, padding, dilation, ceil_mode, indices):
+    sizes, place = windows(x, kernel, stride, padding, dilation), PLACES.get(indices)
+    if sizes is None or place is None:
+        return NotImplemented
+    (rows, columns), shape = sizes, x.shape
+    above, beside = shape[-2] // rows, shape[-1] // columns
+
+    def spread(pooled):
+        """The value of each window at all its elements."""
+        pooled = pooled.unsqueeze(4).unsqueeze(3)
+        return pooled.expand(shape[0], shape[1], above, rows, beside, columns).reshape(shape)
+
+    row, column = (torch.arange(size, device=x.device) for size in shape[-2:])
+    number = ((row % rows).unsqueeze(1) * columns + column % columns).to(place.dtype)
+    return torch.where(spread(place) == number, spread(gradient), 0.0)
+
+
+def channels_last(x):
+    """One channel, described as channels last: the memory is the same, and a convolution's output has its layout."""
+    if x.dim() != 4 or x.device.type != "cpu" or x.shape[1] != 1 or x.stride(1) == 1 or not x.is_contiguous():
+        return x
+    height, width = x.shape[2:]
+    return x.as_strided(x.shape, (height * width, 1, width, 1))
+
+
+def convolution(x, weight, *rest):
+    described = channels_last(x), channels_last(weight)
+    if described[0] is x and described[1] is weight:
+        return NotImplemented
+    return torch.ops.aten.convolution(*described, *rest)
+
+
+def convolution_backward(gradient, x, weight, *rest):
+    described = channels_last(x), channels_last(weight)
+    if described[0] is x and described[1] is weight:
+        return NotImplemented
+    return torch.ops.aten.convolution_backward(gradient, *described, *rest)
+
+
+DECOMPOSITIONS = {
+    torch.ops.aten.max_pool2d_with_indices.default: max_pool,
+    torch.ops.aten.max_pool2d_with_indices_backward.default: max_pool_backward,
+    torch.ops.aten.convolution.default: convolution,
+    torch.ops.aten.convolution_backward.default: convolution_backward,
+}
+
+
 def compile_program(shared, mode, size, path, options, deterministic):
     function = shared.train if mode == "train" else shared.eval
     arguments, of_batch = shared.arguments(mode, size)
     what = f"the {'training' if mode == 'train' else 'evaluation'} step"
     with determinism(deterministic), rng_unchanged(shared.device):
         with explained(f"{what} cannot be traced"):
-            graph = make_fx(function, tracing_mode="symbolic" if size is None else "real", _allow_non_fake_inputs=True)(*arguments)
+            tracing = "symbolic" if size is None else "real"
+            trace = make_fx(function, decomposition_table=DECOMPOSITIONS, tracing_mode=tracing, _allow_non_fake_inputs=True)
+            graph = trace(*arguments)
         check_operators(graph, what)
         shapes = None
         if size is None:
@@ -414,7 +535,7 @@ def rng_unchanged(device):
 def check_operators(graph, what):
     """Names operators that libtorch does not have, and those that ask for a value on the host."""
     operators = {str(node.target) for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
-    foreign = sorted(name for name in operators if name.split(".")[0] not in ("aten", "prims"))
+    foreign = sorted(name for name in operators if name.split(".")[0] not in ("aten", "prims", "tch_ignite"))
     if foreign:
         raise ExportError(f"{what} has operators that libtorch does not have: {', '.join(foreign)}")
     if "aten._local_scalar_dense.default" in operators:

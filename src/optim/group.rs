@@ -1,5 +1,8 @@
 use std::fmt;
 
+use tch::Tensor;
+
+use super::algorithms::Shape;
 use super::hyper::Hyper;
 use super::{Knob, Optimizer};
 use crate::bridge::Algorithm;
@@ -36,6 +39,18 @@ impl Group {
     /// one of its own.
     pub fn algorithm(&self) -> &'static str {
         self.own_algorithm().name()
+    }
+
+    /// Whether the steps of each parameter are counted.
+    pub(crate) fn counts_steps(&self) -> bool {
+        self.own_algorithm().counts_steps()
+    }
+
+    /// The size of a state tensor of this name for the parameter, and whether it is one number; `None` if there is none.
+    pub(crate) fn state_like(&self, name: &str, parameter: &Tensor) -> Option<(Vec<i64>, bool)> {
+        let state = self.own_algorithm().description().state.iter();
+        let tensor = state.into_iter().find(|tensor| tensor.name == name)?;
+        Some((tensor.shape.of(&parameter.size())?, tensor.shape == Shape::Number))
     }
 
     pub(super) fn own_algorithm(&self) -> Algorithm {

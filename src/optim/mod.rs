@@ -343,23 +343,6 @@ impl Optimizer {
         Ok(self.shared.algorithm)
     }
 
-    /// Whether groups have different algorithms.
-    pub(crate) fn is_mixed(&self) -> bool {
-        self.shared.by_group.iter().any(|algorithm| *algorithm != self.shared.algorithm)
-    }
-
-    /// Whether the steps of each parameter are counted.
-    pub(crate) fn counts_steps(&self) -> bool {
-        self.shared.algorithm.counts_steps()
-    }
-
-    /// The size of a state tensor of this name for the parameter, and whether it is one number; `None` if there is none.
-    pub(crate) fn state_like(&self, name: &str, parameter: &Tensor) -> Option<(Vec<i64>, bool)> {
-        let state = self.shared.algorithm.description().state.iter();
-        let tensor = state.into_iter().find(|tensor| tensor.name == name)?;
-        Some((tensor.shape.of(&parameter.size())?, tensor.shape == algorithms::Shape::Number))
-    }
-
     /// The variables of the store that the optimizer was built over.
     pub(crate) fn variables(&self) -> Arc<Mutex<Variables>> {
         self.shared.variables.clone()

@@ -54,6 +54,8 @@ impl fmt::Display for LoadedOptimizer {
 #[derive(Serialize, Deserialize)]
 struct SavedGroup {
     name: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    algorithm: Option<String>,
     options: BTreeMap<String, f64>,
     parameters: Vec<String>,
 }
@@ -67,6 +69,10 @@ struct SavedGroup {
 /// names of anything else in the list do no harm. Where `names` is empty, Python's own `param_names` give the order
 /// (an optimizer made with `named_parameters()` has them), or else [`Weights::of_store`](super::Weights::of_store)
 /// does.
+///
+/// Where groups have different algorithms here, Python has an optimizer for each algorithm. Their states come as one
+/// list, `[muon.state_dict(), adamw.state_dict()]`: in the order in which our groups first have the algorithms, and the
+/// groups of each in their order, unless their names say it.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -100,112 +106,40 @@ pub fn load_optimizer(
     saved: &Value,
     names: &[&str],
 ) -> Result<LoadedOptimizer> {
-    check_one_algorithm(optimizer)?;
-    let groups = saved_groups(saved)?;
-    let ours = optimizer.groups()?;
-    let ours = matched(&groups, ours)?;
-    let names = Numbers::of(&groups, &ours, names)?;
+    check_storage(optimizer)?;
+    let all = Theirs::all(optimizer, saved, names)?;
     let mut report = LoadedOptimizer::default();
 
     // The optimizer's own state serves as a form that is filled in, because it has all groups, options and
     // parameters.
     let template = optimizer.state_dict()?;
     let mut ours_saved: Vec<SavedGroup> = template.value("groups")?;
-    for (dict, group) in groups.iter().zip(&ours) {
-        let (name, place) = (group.name(), group.index());
-        let form = ours_saved.get_mut(place).ok_or_else(|| fault("its groups have changed"))?;
-        check_members(dict, form, &names)?;
-        for (option, value) in &mut form.options {
-            *value = option_of(dict, option)
-                .map_err(|why| fault(format!("group '{name}', {option}: {why}")))?
-                .ok_or_else(|| fault(format!(
-                    "group '{name}' has no {option}: it is the state of another optimizer than {}",
-                    optimizer.name()
-                )))?;
+    for theirs in &all {
+        for (dict, group) in &theirs.groups {
+            let (name, algorithm) = (group.name(), group.algorithm());
+            let form = ours_saved.get_mut(group.index());
+            let form = form.ok_or_else(|| fault("its groups have changed"))?;
+            check_members(dict, form, &theirs.names)?;
+            for (option, value) in &mut form.options {
+                *value = option_of(dict, option)
+                    .map_err(|why| fault(format!("group '{name}', {option}: {why}")))?
+                    .ok_or_else(|| fault(format!(
+                        "group '{name}' has no {option}: it is the state of another optimizer than {algorithm}"
+                    )))?;
+            }
+            check_rest(dict, form, algorithm, &mut report)?;
         }
-        check_rest(dict, form, optimizer.name(), &mut report)?;
     }
 
-    let mut tensors_of = HashMap::new();
-    for group in &ours {
-        tensors_of.extend(group.variables()?.into_iter().map(|own| (own.name, own.tensor)));
-    }
     let mut state = StateDict::new();
     let mut steps: BTreeMap<String, Option<i64>> = BTreeMap::new();
-    let saved_state = saved.require("state")?.as_dict();
-    for (number, parts) in saved_state.ok_or_else(|| fault("its state is no dict"))?.iter() {
-        if optimizer.needs_closure() {
-            break;
-        }
-        let number = number
-            .as_i64()
-            .ok_or_else(|| fault(format!("'{number}' is no number of a parameter")))?;
-        let name = names.name(number)?;
-        let parts =
-            parts.as_dict().ok_or_else(|| fault(format!("the state of '{name}' is no dict")))?;
-        let (mut step, mut tensors) = (None, 0);
-        for (key, value) in parts.iter() {
-            let key = key.as_str().unwrap_or_default();
-            match value {
-                Value::None => {}
-                value if key == "step" => step = Some(step_of(name, value)?),
-                Value::Tensor(stored) => {
-                    // A few bytes may claim to be a tensor of any shape, so a tensor is copied only if its shape
-                    // fits.
-                    let parameter = tensors_of.get(name);
-                    let fitting = parameter.and_then(|own| optimizer.state_like(key, own));
-                    let (shape, is_number) = fitting.unwrap_or_else(|| {
-                        (parameter.map(Tensor::size).unwrap_or_default(), false)
-                    });
-                    if stored.size() != shape {
-                        return Err(fault(format!(
-                            "'{name}/{key}' is of shape {:?}, and here of shape {shape:?}",
-                            stored.size()
-                        )));
-                    }
-                    // The state gets a copy, because the optimizer's steps change it. Numbers have the type of
-                    // Python's default.
-                    let tensor = tch::no_grad(|| {
-                        let copy = stored.tensor()?.f_detach_copy();
-                        let kind = |tensor: Tensor| match is_number {
-                            true => tensor.f_to_kind(Kind::Float),
-                            false => Ok(tensor),
-                        };
-                        copy.and_then(kind).map_err(|error| {
-                            Error::libtorch(format!("copying '{name}/{key}'"), error)
-                        })
-                    })?;
-                    state.set_tensor(&format!("{name}/{key}"), tensor);
-                    tensors += 1;
-                }
-                other => {
-                    return Err(fault(format!("'{name}/{key}' is a {}", other.type_name())));
-                }
-            }
-        }
-        // Some optimizers, such as SGD, count no steps.
-        if tensors > 0 && step.is_none() && optimizer.counts_steps() {
-            return Err(fault(format!("'{name}' has tensors but no step")));
-        }
-        if tensors > 0 || step.is_some() {
-            steps.insert(name.to_owned(), step);
-            report.loaded.push(name.to_owned());
+    for theirs in &all {
+        match optimizer.needs_closure() {
+            true => state.set_part(LBFGS, theirs.lbfgs(template.part(LBFGS)?, &mut report)?),
+            false => theirs.parameters(&mut state, &mut steps)?,
         }
     }
-    if optimizer.needs_closure() {
-        let sizes = tensors_of.iter().map(|(name, own)| (name.clone(), own.numel() as i64));
-        let ours = template.part(LBFGS)?;
-        // Python keeps the state of all parameters with the first.
-        let order = names.in_order();
-        let first =
-            saved_state.and_then(|all| all.iter().next()).and_then(|(_, own)| own.as_dict());
-        let part = match first {
-            Some(saved) => lbfgs::of_python(saved, ours, &order, &sizes.collect())?,
-            None => lbfgs::of_python(&lbfgs::nothing(), ours, &order, &sizes.collect())?,
-        };
-        report.loaded.extend(first.map(|_| order).into_iter().flatten());
-        state.set_part(LBFGS, part);
-    }
+    report.loaded.extend(steps.keys().cloned());
     state.set_value("optimizer", optimizer.name())?;
     state.set_value("groups", ours_saved)?;
     state.set_value("steps", steps)?;
@@ -215,30 +149,178 @@ pub fn load_optimizer(
     Ok(report)
 }
 
+/// The state of one of Python's optimizers, with the groups that are here for its own.
+struct Theirs<'s> {
+    saved: &'s Value,
+    groups: Vec<(&'s Dict, Group)>,
+    names: Numbers,
+}
+
+impl<'s> Theirs<'s> {
+    /// All states of a list, or the one that is none.
+    fn all(optimizer: &Optimizer, saved: &'s Value, names: &[&str]) -> Result<Vec<Self>> {
+        let sorted = by_algorithm(optimizer.groups()?);
+        let mut algorithms: Vec<_> = sorted.iter().map(Group::algorithm).collect();
+        algorithms.dedup();
+        let (states, ours): (Vec<&Value>, _) = match saved.as_slice() {
+            Some(states) => (states.iter().collect(), sorted),
+            None => (vec![saved], optimizer.groups()?),
+        };
+        if states.len() != algorithms.len() {
+            return Err(fault(format!(
+                "it is of {} optimizers of Python, and groups are stepped by {} here: give a list with the state of an \
+                 optimizer for each, in this order",
+                states.len(),
+                algorithms.join(" and ")
+            )));
+        }
+        let groups = states.iter().map(|state| saved_groups(state)).collect::<Result<Vec<_>>>()?;
+        let mut ours = matched(&groups.concat(), ours)?.into_iter();
+        let theirs = states.into_iter().zip(groups).map(|(saved, dicts)| {
+            let ours: Vec<_> = ours.by_ref().take(dicts.len()).collect();
+            let names = Numbers::of(&dicts, &ours, names)?;
+            Ok(Self { saved, groups: dicts.into_iter().zip(ours).collect(), names })
+        });
+        theirs.collect()
+    }
+
+    /// The states of parameters, by the parameters' numbers.
+    fn states(&self) -> Result<&'s Dict> {
+        let states = self.saved.require("state")?.as_dict();
+        states.ok_or_else(|| fault("its state is no dict"))
+    }
+
+    /// The tensors of all parameters, with their groups.
+    fn tensors(&self) -> Result<HashMap<String, (&Group, Tensor)>> {
+        let mut tensors = HashMap::new();
+        for (_, group) in &self.groups {
+            let variables = group.variables()?.into_iter();
+            tensors.extend(variables.map(|own| (own.name, (group, own.tensor))));
+        }
+        Ok(tensors)
+    }
+
+    /// Reads the state of each parameter.
+    fn parameters(
+        &self,
+        state: &mut StateDict,
+        steps: &mut BTreeMap<String, Option<i64>>,
+    ) -> Result<()> {
+        let ours = self.tensors()?;
+        for (number, parts) in self.states()?.iter() {
+            let number = number
+                .as_i64()
+                .ok_or_else(|| fault(format!("'{number}' is no number of a parameter")))?;
+            let name = self.names.name(number)?;
+            let (group, parameter) =
+                ours.get(name).ok_or_else(|| fault(format!("'{name}' is in no group")))?;
+            let parts = parts
+                .as_dict()
+                .ok_or_else(|| fault(format!("the state of '{name}' is no dict")))?;
+            let (mut step, mut tensors) = (None, 0);
+            for (key, value) in parts.iter() {
+                let key = key.as_str().unwrap_or_default();
+                match value {
+                    Value::None => {}
+                    value if key == "step" => step = Some(step_of(name, value)?),
+                    Value::Tensor(stored) => {
+                        // A few bytes may claim to be a tensor of any shape, so a tensor is copied only if its shape
+                        // fits.
+                        let fitting = group.state_like(key, parameter);
+                        let (shape, is_number) = fitting.unwrap_or((parameter.size(), false));
+                        if stored.size() != shape {
+                            return Err(fault(format!(
+                                "'{name}/{key}' is of shape {:?}, and here of shape {shape:?}",
+                                stored.size()
+                            )));
+                        }
+                        // The state gets a copy, because the optimizer's steps change it. Numbers have the type of
+                        // Python's default.
+                        let tensor = tch::no_grad(|| {
+                            let copy = stored.tensor()?.f_detach_copy();
+                            let kind = |tensor: Tensor| match is_number {
+                                true => tensor.f_to_kind(Kind::Float),
+                                false => Ok(tensor),
+                            };
+                            copy.and_then(kind).map_err(|error| {
+                                Error::libtorch(format!("copying '{name}/{key}'"), error)
+                            })
+                        })?;
+                        state.set_tensor(&format!("{name}/{key}"), tensor);
+                        tensors += 1;
+                    }
+                    other => {
+                        return Err(fault(format!("'{name}/{key}' is a {}", other.type_name())));
+                    }
+                }
+            }
+            // Some optimizers, such as SGD, count no steps.
+            if tensors > 0 && step.is_none() && group.counts_steps() {
+                return Err(fault(format!("'{name}' has tensors but no step")));
+            }
+            if tensors > 0 || step.is_some() {
+                steps.insert(name.to_owned(), step);
+            }
+        }
+        Ok(())
+    }
+
+    /// The state of LBFGS, which Python keeps for all parameters with the first.
+    fn lbfgs(&self, ours: &StateDict, report: &mut LoadedOptimizer) -> Result<StateDict> {
+        let tensors = self.tensors()?.into_iter();
+        let sizes = tensors.map(|(name, (_, own))| (name, own.numel() as i64)).collect();
+        let order = self.names.in_order();
+        let first = self.states()?.iter().next().and_then(|(_, own)| own.as_dict());
+        let part = match first {
+            Some(saved) => lbfgs::of_python(saved, ours, &order, &sizes)?,
+            None => lbfgs::of_python(&lbfgs::nothing(), ours, &order, &sizes)?,
+        };
+        report.loaded.extend(first.map(|_| order).into_iter().flatten());
+        Ok(part)
+    }
+}
+
 /// The state of an optimizer as Python's `optimizer.load_state_dict()` takes it. `names` lists the parameters' names
-/// in the order in which Python numbers them, as for [`load_optimizer`].
+/// in the order in which Python numbers them, as for [`load_optimizer`]. Where groups have different algorithms, it is a
+/// list with the state of an optimizer for each algorithm, in the order in which our groups first have them.
 ///
 /// # Errors
-/// A parameter is not among the names.
+/// A parameter is not among the names, or is stored by [`LowPrecision`](crate::optim::LowPrecision).
 pub fn optimizer_value(optimizer: &Optimizer, names: &[&str]) -> Result<Value> {
-    check_one_algorithm(optimizer)?;
+    check_storage(optimizer)?;
     let template = optimizer.state_dict()?;
-    let groups: Vec<SavedGroup> = template.value("groups")?;
-    let (mut states, mut saved_groups, mut all) = (Dict::new(), vec![], vec![]);
-    for (group, own) in groups.iter().zip(optimizer.groups()?) {
-        let members = ordered(own.variables()?, names)?;
+    let groups = by_algorithm(optimizer.groups()?);
+    let of_python = groups.chunk_by(|group, next| group.algorithm() == next.algorithm());
+    let states = of_python.map(|groups| state_value(&template, groups, names));
+    let mut states = states.collect::<Result<Vec<_>>>()?;
+    match states.len() {
+        1 => Ok(states.remove(0)),
+        _ => Ok(Value::list(states)),
+    }
+}
+
+/// The state of Python's optimizer of these groups, which have one algorithm, in the state of ours.
+fn state_value(template: &StateDict, groups: &[Group], names: &[&str]) -> Result<Value> {
+    let ours: Vec<SavedGroup> = template.value("groups")?;
+    let (mut states, mut saved_groups, mut all, mut sizes) =
+        (Dict::new(), vec![], vec![], HashMap::new());
+    for group in groups {
+        let form = ours.get(group.index()).ok_or_else(|| fault("its groups have changed"))?;
+        let variables = group.variables()?;
+        sizes.extend(variables.iter().map(|own| (own.name.clone(), own.tensor.numel() as i64)));
+        let members = ordered(variables, names)?;
         // Python numbers the parameters of all groups in their order.
         let numbers: Vec<_> = (all.len()..all.len() + members.len()).collect();
-        saved_groups.push(group_value(optimizer.name(), group, &numbers));
-        all.extend(members);
+        saved_groups.push(group_value(group.algorithm(), form, &numbers));
+        all.extend(members.into_iter().map(|name| (group.algorithm(), name)));
     }
     let steps: BTreeMap<String, Option<i64>> = template.value("steps")?;
-    for (index, name) in all.iter().enumerate() {
+    for (index, (algorithm, name)) in all.iter().enumerate() {
         let Some(step) = steps.get(name) else { continue };
         let mut parts = Dict::new();
         if let Some(step) = step {
             // torch saves step counts as tensors of float32. AdEMAMix has them as numbers, and would compute with a tensor.
-            let count = match maximizes_in_python(optimizer.name()) {
+            let count = match maximizes_in_python(algorithm) {
                 true => Value::tensor(&Tensor::from(*step as f64).to_kind(Kind::Float))?,
                 false => Value::from(*step),
             };
@@ -253,16 +335,25 @@ pub fn optimizer_value(optimizer: &Optimizer, names: &[&str]) -> Result<Value> {
         }
         states.push(index as i64, parts);
     }
-    if optimizer.needs_closure() {
-        let own = optimizer.groups()?.iter().map(Group::variables).collect::<Result<Vec<_>>>()?;
-        let sizes = own.into_iter().flatten();
-        let sizes = sizes.map(|own| (own.name, own.tensor.numel() as i64)).collect();
-        states.push(0i64, lbfgs::to_python(template.part(LBFGS)?, &all, &sizes)?);
+    if let Ok(memory) = template.part(LBFGS) {
+        let all: Vec<_> = all.into_iter().map(|(_, name)| name).collect();
+        states.push(0i64, lbfgs::to_python(memory, &all, &sizes)?);
     }
     let mut saved = Dict::new();
     saved.insert("state", states);
     saved.insert("param_groups", Value::list(saved_groups));
     Ok(saved.into())
+}
+
+/// Groups in the order in which Python has them, where each algorithm is an optimizer: those of the first group's
+/// algorithm, then those of the next.
+fn by_algorithm(groups: Vec<Group>) -> Vec<Group> {
+    let mut sorted: Vec<Group> = Vec::with_capacity(groups.len());
+    for group in groups {
+        let last = sorted.iter().rposition(|known| known.algorithm() == group.algorithm());
+        sorted.insert(last.map_or(sorted.len(), |last| last + 1), group);
+    }
+    sorted
 }
 
 /// The names by which our state knows a group's parameters, in Python's order. Python numbers a tied parameter where the
@@ -286,15 +377,12 @@ fn ordered(members: Vec<Variable>, names: &[&str]) -> Result<Vec<String>> {
     Ok(placed.into_iter().map(|(_, name)| name).collect())
 }
 
-/// Python has no optimizer whose groups have different algorithms, or a storage of low precision.
-fn check_one_algorithm(optimizer: &Optimizer) -> Result<()> {
-    if optimizer.has_low_precision()? {
-        return Err(fault(
+/// Python has no storage of low precision.
+fn check_storage(optimizer: &Optimizer) -> Result<()> {
+    match optimizer.has_low_precision()? {
+        true => Err(fault(
             "parameters in f16 or bf16 are stored by low_precision here, and Python's optimizers have no such state",
-        ));
-    }
-    match optimizer.is_mixed() {
-        true => Err(fault("groups have different algorithms here, and cannot have in Python")),
+        )),
         false => Ok(()),
     }
 }

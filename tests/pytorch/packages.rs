@@ -4,8 +4,9 @@ use anyhow::Result;
 use std::path::Path;
 use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
-use tch_ignite::optim::Optimizer;
-use tch_ignite::pytorch::{self, Dict, Weights};
+use tch_ignite::optim::{Group, GroupOptions, Optimizer};
+use tch_ignite::pytorch::{self, Dict, Value, Weights};
+use tch_ignite::state::Stateful;
 
 use super::{common::serial, python};
 
@@ -153,6 +154,112 @@ fn states_go_to_files_and_to_python_and_back() -> Result<()> {
                 let differs = (ours - expected).abs();
                 assert!(differs <= 1e-10, "{name}: {losses:?} instead of {uninterrupted:?}");
             }
+        }
+    }
+    Ok(())
+}
+
+/// Two biases, then a hidden matrix of another algorithm, then the head: Python has two optimizers, of two groups and of one.
+fn of_two_algorithms(hidden: &str) -> Result<(VarStore, Optimizer, nn::Sequential)> {
+    let (vs, _, net) = made("AdEMAMix")?;
+    tch::manual_seed(5);
+    for (_, mut own) in vs.variables() {
+        tch::no_grad(|| own.uniform_(-0.5, 0.5));
+    }
+    let builder = match hidden {
+        "Muon" => Optimizer::muon(&vs).lr(0.02),
+        _ => Optimizer::adafactor(&vs).lr(0.02),
+    };
+    let optimizer = builder
+        .group("biases", |name| name.ends_with("bias"), GroupOptions::adamw().lr(0.01))
+        .group("hidden", |name| name == "base.weight", GroupOptions::new())
+        .group("head", |name| name == "fc.weight", GroupOptions::adamw().weight_decay(0.1))
+        .build()?;
+    Ok((vs, optimizer, net))
+}
+
+const SCRIPT_OF_TWO: &str = r#"
+saved = torch.load(sys.argv[1], weights_only=True)
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base, self.fc = torch.nn.Linear(3, 5, dtype=torch.float64), torch.nn.Linear(5, 2, dtype=torch.float64)
+    def forward(self, x):
+        return self.fc(self.base(x).tanh())
+net = Net()
+net.load_state_dict(saved["model"])
+optimizers = [
+    torch.optim.AdamW([{"params": [net.base.bias, net.fc.bias]}, {"params": [net.fc.weight]}], lr=7.0),
+    getattr(torch.optim, sys.argv[3])([net.base.weight], lr=7.0),
+]
+for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+    optimizer.load_state_dict(state)
+losses = []
+for iteration in range(3, 6):
+    x = torch.arange(12, dtype=torch.float64).view(4, 3) * 0.1 + iteration * 0.01
+    loss = net(x).square().mean()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    losses.append(loss.item())
+torch.save({"model": net.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, sys.argv[2])
+print(json.dumps(losses))
+"#;
+
+#[test]
+fn groups_of_two_algorithms_are_two_optimizers_of_python() -> Result<()> {
+    let _guard = serial();
+    let folder = tempfile::tempdir()?;
+    let (path, back) = (folder.path().join("run.pt"), folder.path().join("back.pt"));
+    let load = |path: &Path, vs: &VarStore, optimizer: &mut Optimizer| -> Result<Vec<String>> {
+        let saved = pytorch::read(path)?;
+        Weights::of(saved.require("model")?)?.load(vs)?;
+        Ok(pytorch::load_optimizer(optimizer, saved.require("optimizers")?, &ORDER)?.loaded)
+    };
+    for hidden in ["Muon", "Adafactor"] {
+        let (vs, optimizer, net) = of_two_algorithms(hidden)?;
+        for iteration in 0..3 {
+            step(&optimizer, &net, iteration)?;
+        }
+        let mut checkpoint = Dict::new();
+        checkpoint.insert("model", Weights::of_store(&vs)?.to_value());
+        checkpoint.insert("optimizers", pytorch::optimizer_value(&optimizer, &ORDER)?);
+        pytorch::write(&path, &checkpoint.into())?;
+        let (resumed, mut again, same_net) = of_two_algorithms(hidden)?;
+        again.group("head")?.set_lr(0.5)?;
+        assert_eq!(load(&path, &resumed, &mut again)?.len(), 4);
+        let rates = again.groups()?.iter().map(Group::lr).collect::<Result<Vec<_>, _>>()?;
+        assert_eq!(rates, [0.01, 0.02, 1e-3]);
+        let uninterrupted: Vec<f64> =
+            (3..9).map(|iteration| step(&optimizer, &net, iteration)).collect::<Result<_>>()?;
+        for (iteration, expected) in (3..9).zip(&uninterrupted) {
+            assert_eq!(step(&again, &same_net, iteration)?, *expected, "{hidden}: {iteration}");
+        }
+
+        // What does not fit changes nothing: one state of two, or both in the other order.
+        let saved = pytorch::read(&path)?;
+        let states = saved.require("optimizers")?.as_slice().unwrap_or_default().to_vec();
+        let before = format!("{:?}", again.state_dict()?.tensors);
+        let error = pytorch::load_optimizer(&mut again, &states[0], &ORDER).unwrap_err().to_string();
+        assert!(error.contains(&format!("AdamW and {hidden}")), "{error}");
+        let swapped = Value::list(states.into_iter().rev());
+        let error = pytorch::load_optimizer(&mut again, &swapped, &ORDER).unwrap_err().to_string();
+        assert!(error.contains("parameters there and 2 here"), "{error}");
+        assert_eq!(format!("{:?}", again.state_dict()?.tensors), before);
+
+        let arguments = [&*path, &*back, Path::new(hidden)];
+        let Some(output) = python(SCRIPT_OF_TWO, &arguments)? else { return Ok(()) };
+        let mut losses: Vec<f64> = serde_json::from_str(&output)?;
+        let (vs, mut optimizer, net) = of_two_algorithms(hidden)?;
+        load(&back, &vs, &mut optimizer)?;
+        for iteration in 6..9 {
+            losses.push(step(&optimizer, &net, iteration)?);
+        }
+        for (ours, expected) in losses.iter().zip(&uninterrupted) {
+            let all = format!("{hidden}: {losses:?} instead of {uninterrupted:?}");
+            assert!((ours - expected).abs() <= 1e-12, "{all}");
         }
     }
     Ok(())
