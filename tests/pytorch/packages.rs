@@ -4,9 +4,9 @@ use anyhow::Result;
 use std::path::Path;
 use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
+use tch_ignite::checkpoint::Stateful;
 use tch_ignite::optim::{Group, GroupOptions, Optimizer};
 use tch_ignite::pytorch::{self, Dict, Value, Weights};
-use tch_ignite::state::Stateful;
 
 use super::{common::serial, python};
 
@@ -166,11 +166,8 @@ fn of_two_algorithms(hidden: &str) -> Result<(VarStore, Optimizer, nn::Sequentia
     for (_, mut own) in vs.variables() {
         tch::no_grad(|| own.uniform_(-0.5, 0.5));
     }
-    let builder = match hidden {
-        "Muon" => Optimizer::muon(&vs).lr(0.02),
-        _ => Optimizer::adafactor(&vs).lr(0.02),
-    };
-    let optimizer = builder
+    let optimizer = Optimizer::named(hidden, &vs)?
+        .lr(0.02)
         .group("biases", |name| name.ends_with("bias"), GroupOptions::adamw().lr(0.01))
         .group("hidden", |name| name == "base.weight", GroupOptions::new())
         .group("head", |name| name == "fc.weight", GroupOptions::adamw().weight_decay(0.1))
@@ -242,7 +239,8 @@ fn groups_of_two_algorithms_are_two_optimizers_of_python() -> Result<()> {
         let saved = pytorch::read(&path)?;
         let states = saved.require("optimizers")?.as_slice().unwrap_or_default().to_vec();
         let before = format!("{:?}", again.state_dict()?.tensors);
-        let error = pytorch::load_optimizer(&mut again, &states[0], &ORDER).unwrap_err().to_string();
+        let error =
+            pytorch::load_optimizer(&mut again, &states[0], &ORDER).unwrap_err().to_string();
         assert!(error.contains(&format!("AdamW and {hidden}")), "{error}");
         let swapped = Value::list(states.into_iter().rev());
         let error = pytorch::load_optimizer(&mut again, &swapped, &ORDER).unwrap_err().to_string();
