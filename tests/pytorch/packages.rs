@@ -164,7 +164,7 @@ fn of_two_algorithms(hidden: &str) -> Result<(VarStore, Optimizer, nn::Sequentia
     let (vs, _, net) = made("AdEMAMix")?;
     tch::manual_seed(5);
     for (_, mut own) in vs.variables() {
-        tch::no_grad(|| own.uniform_(-0.5, 0.5));
+        let _ = tch::no_grad(|| own.uniform_(-0.5, 0.5));
     }
     let optimizer = Optimizer::named(hidden, &vs)?
         .lr(0.02)
