@@ -22,7 +22,7 @@ use tch_ignite::handlers::{
 };
 use tch_ignite::loggers::{JsonLinesLogger, OutputHandler};
 use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage};
-use tch_ignite::optim::{Knob, Optimizer, OptimizerBuilder, lr};
+use tch_ignite::optim::{GroupOptions, Knob, Optimizer, OptimizerBuilder, lr};
 use tch_ignite::schedule::{
     AnySchedule, BatchSizeScheduler, ParamScheduler, PiecewiseLinear, ReduceLROnPlateauScheduler,
     StepLR,
@@ -313,10 +313,16 @@ fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
         program: &Program,
     ) -> Optimizer {
         let builder = builder.lr(program.lr);
-        let Some(of_biases) = program.lr_of_biases else { return builder.build().unwrap() };
+        let Some(lr_of_biases) = program.lr_of_biases else { return builder.build().unwrap() };
+        let of_biases = match program.optimizer {
+            Algorithm::Muon { weight_decay, .. } => {
+                GroupOptions::adamw().weight_decay(weight_decay).lr(lr_of_biases)
+            }
+            _ => lr(lr_of_biases),
+        };
         builder
             .group("weights", |name| !world::is_bias(name), lr(program.lr))
-            .group("biases", world::is_bias, lr(of_biases))
+            .group("biases", world::is_bias, of_biases)
             .build()
             .unwrap()
     }
@@ -367,6 +373,12 @@ fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
         Algorithm::Rprop => finish(Optimizer::rprop(vs), program),
         Algorithm::Adafactor { d, weight_decay } => {
             finish(Optimizer::adafactor(vs).d(d).weight_decay(weight_decay), program)
+        }
+        Algorithm::Muon { nesterov, weight_decay } => {
+            let builder = Optimizer::muon(vs).nesterov(nesterov).weight_decay(weight_decay);
+            // These coefficients of the iteration leave the matrix as it is. Its arithmetic in bf16 has golden cases, and
+            // the textbook's would round otherwise.
+            finish(builder.ns_coefficients(1., 0., 0.), program)
         }
         Algorithm::Lion { beta1, beta2, weight_decay } => {
             let builder = Optimizer::lion(vs).betas(beta1, beta2).weight_decay(weight_decay);

@@ -141,6 +141,7 @@ pub enum Budget {
     Samples(u64),
 }
 
+/// The optimizer. Muon is for the weights, with AdamW for the biases in a group of the same optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Algorithm {
     Sgd { momentum: f64, dampening: f64, weight_decay: f64, nesterov: bool },
@@ -155,6 +156,7 @@ pub enum Algorithm {
     Asgd { lambd: f64, t0: f64, weight_decay: f64 },
     Rprop,
     Adafactor { d: f64, weight_decay: f64 },
+    Muon { nesterov: bool, weight_decay: f64 },
     Lion { beta1: f64, beta2: f64, weight_decay: f64 },
     AdEMAMix { beta1: f64, beta2: f64, weight_decay: f64, warmup: u32 },
     SgdScheduleFree { momentum: f64, weight_decay: f64, warmup: u32, r: f64 },
@@ -180,7 +182,8 @@ impl Algorithm {
             | Self::Adadelta { .. }
             | Self::Asgd { .. }
             | Self::Rprop
-            | Self::Adafactor { .. } => None,
+            | Self::Adafactor { .. }
+            | Self::Muon { .. } => None,
         }
     }
 
@@ -197,6 +200,7 @@ impl Algorithm {
             | Self::Adadelta { weight_decay, .. }
             | Self::Asgd { weight_decay, .. }
             | Self::Adafactor { weight_decay, .. }
+            | Self::Muon { weight_decay, .. }
             | Self::Lion { weight_decay, .. }
             | Self::AdEMAMix { weight_decay, .. }
             | Self::SgdScheduleFree { weight_decay, .. }
@@ -539,6 +543,9 @@ impl Program {
     /// This program without the parts that contradict others.
     fn settled(self) -> Self {
         let mut this = self.of_ranks();
+        if let Algorithm::Muon { .. } = this.optimizer {
+            this.lr_of_biases.get_or_insert(this.lr);
+        }
         let two_groups = this.lr_of_biases.is_some();
         let mut seen: Vec<Driven> = vec![];
         this.schedules.retain_mut(|schedule| {
@@ -830,6 +837,8 @@ fn algorithm() -> impl Strategy<Value = Algorithm> {
         Just(Algorithm::Rprop),
         (decimal(&[1., 1.5]), decay())
             .prop_map(|(d, weight_decay)| Algorithm::Adafactor { d, weight_decay }),
+        (any::<bool>(), decay())
+            .prop_map(|(nesterov, weight_decay)| Algorithm::Muon { nesterov, weight_decay }),
     ];
     let schedule_free = prop_oneof![
         (decimal(&[0.9, 0.5]), decay(), warmup(), decimal(&[0., 0.5])).prop_map(

@@ -618,21 +618,52 @@ impl<'p> Reference<'p> {
         set(&parameter.tensor, &values);
     }
 
+    /// Updates one matrix by the formulas of torch.optim.Muon without its iteration: the momentum over its norm, in bf16.
+    fn update_by_norm(&mut self, index: usize, gradient: &[f64], nesterov: bool) {
+        let parameter = &mut self.parameters[index];
+        let (lr, mut values) = (self.lr[parameter.group], numbers([&parameter.tensor]));
+        let momentum = parameter.momentum.get_or_insert_with(|| vec![0.; values.len()]);
+        let mut changes = vec![];
+        for (m, g) in momentum.iter_mut().zip(gradient) {
+            *m += (g - *m) * (1. - 0.95);
+            changes.push(if nesterov { g + (*m - g) * 0.95 } else { *m });
+        }
+        let size = parameter.tensor.size();
+        let changes = Tensor::from_slice(&changes).view(&size[..]).to_kind(Kind::BFloat16);
+        let changes = &changes / changes.norm().clamp_min(1e-7);
+        let scale = (size[0] as f64 / size[1] as f64).max(1.).sqrt();
+        for (value, change) in values.iter_mut().zip(numbers([&changes.to_kind(Kind::Double)])) {
+            *value = *value * (1. - lr * self.weight_decay) - lr * scale * change;
+        }
+        set(&parameter.tensor, &values);
+    }
+
     /// Updates one parameter by the formulas of torch.optim.
     fn update_one(&mut self, index: usize, gradient: Vec<f64>) {
-        if let Algorithm::Adafactor { d, .. } = self.algorithm {
-            return self.update_by_factors(index, &gradient, d);
+        let (mut algorithm, mut first) = (self.algorithm, self.momentum);
+        match algorithm {
+            Algorithm::Adafactor { d, .. } => return self.update_by_factors(index, &gradient, d),
+            Algorithm::Muon { nesterov, weight_decay } => {
+                if self.parameters[index].group == 0 {
+                    return self.update_by_norm(index, &gradient, nesterov);
+                }
+                (first, algorithm) = (
+                    0.9,
+                    Algorithm::AdamW { beta1: 0.9, beta2: 0.999, weight_decay, amsgrad: false },
+                );
+            }
+            _ => {}
         }
         let parameter = &mut self.parameters[index];
-        let (lr, decay, first) = (self.lr[parameter.group], self.weight_decay, self.momentum);
+        let (lr, decay) = (self.lr[parameter.group], self.weight_decay);
         let mut values = numbers([&parameter.tensor]);
         parameter.step += 1;
         let is_new = parameter.momentum.is_none();
         let size = values.len();
-        let momentum = match self.algorithm {
+        let momentum = match algorithm {
             // SGD's momentum buffer begins with the first step that has a momentum.
             Algorithm::Sgd { .. } if first == 0. => &mut vec![],
-            algorithm if algorithm.is_schedule_free() => {
+            averaged if averaged.is_schedule_free() => {
                 parameter.momentum.get_or_insert_with(|| values.clone())
             }
             _ => parameter.momentum.get_or_insert_with(|| vec![0.; size]),
@@ -642,7 +673,7 @@ impl<'p> Reference<'p> {
         // Numbers that are the same for all elements, and that torch keeps in f32.
         let rounded = parameter.rounded;
         let mut of_nadam = (0., 0.);
-        match self.algorithm {
+        match algorithm {
             Algorithm::NAdam { .. } => {
                 let mu = |step: f64| first * (1. - 0.5 * 0.96f64.powf(step * 0.004));
                 parameter.rounded[0] *= mu(step) as f32;
@@ -661,8 +692,8 @@ impl<'p> Reference<'p> {
         let [eta, mu] = if is_new { [lr as f32, 1.] } else { rounded }.map(f64::from);
         for i in 0..size {
             let (mut g, w) = (gradient[i], values[i]);
-            match self.algorithm {
-                Algorithm::Adafactor { .. } => {}
+            match algorithm {
+                Algorithm::Adafactor { .. } | Algorithm::Muon { .. } => {}
                 Algorithm::Sgd { dampening, nesterov, .. } => {
                     g += decay * w;
                     if first != 0. {
@@ -674,7 +705,7 @@ impl<'p> Reference<'p> {
                 }
                 Algorithm::Adam { beta2, amsgrad, .. }
                 | Algorithm::AdamW { beta2, amsgrad, .. } => {
-                    let decoupled = matches!(self.algorithm, Algorithm::AdamW { .. });
+                    let decoupled = matches!(algorithm, Algorithm::AdamW { .. });
                     let mut w = w;
                     if decoupled {
                         w *= 1. - lr * decay;
@@ -804,7 +835,7 @@ impl<'p> Reference<'p> {
                     values[i] = w - lr * (change + decay * w);
                 }
                 Algorithm::SgdScheduleFree { .. } | Algorithm::AdamWScheduleFree { .. } => {
-                    if let Algorithm::AdamWScheduleFree { beta2, .. } = self.algorithm {
+                    if let Algorithm::AdamWScheduleFree { beta2, .. } = algorithm {
                         parameter.square[i] = parameter.square[i] * beta2 + (1. - beta2) * g * g;
                         let correction = 1. - beta2.powf(counted.steps);
                         g /= (parameter.square[i] / correction).sqrt() + 1e-8;
