@@ -29,6 +29,7 @@ import torch
 import torch.utils._pytree as pytree
 from safetensors.torch import save_file
 from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.decomposition import max_pool2d_with_indices
 from torch._inductor.ir import ExternKernel
 from torch._inductor.lowering import register_lowering
 from torch._inductor.virtualized import V
@@ -435,7 +436,8 @@ def max_pool(x, kernel, stride=(), padding=0, dilation=1, ceil_mode=False):
     """max_pool2d_with_indices, whose backward finds the places of the maxima in memory."""
     sizes = windows(x, kernel, stride, padding, dilation)
     if sizes is None:
-        return NotImplemented
+        pooled = max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil_mode)
+        return pooled if pooled is NotImplemented else (pooled[0], keep(pooled[1]))
     (rows, columns), width = sizes, x.shape[-1]
     best = place = None
     for number in range(rows * columns):

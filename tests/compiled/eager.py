@@ -14,7 +14,7 @@ from torch import nn
 
 root = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(root / "scripts"))
-from export_step import ExportError, export_step
+from export_step import ExportError, export_step, max_pool, max_pool_backward
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -72,7 +72,7 @@ def models():
     mlp = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.LayerNorm(12), nn.Linear(12, 3))
     yield "mlp", mlp, nn.functional.cross_entropy, torch.randn(STEPS, 16, 8), torch.randint(0, 3, (STEPS, 16)), {}
     conv = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d((3, 2)), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(8, 3)
     )  # fmt: skip
     yield "conv", conv, nn.functional.cross_entropy, torch.randn(STEPS, 12, 1, 8, 8), torch.randint(0, 3, (STEPS, 12)), {}
     own_loss = lambda output, y: nn.functional.cross_entropy(output[0], y)
@@ -172,6 +172,21 @@ refused("autocast is to torch.bfloat16", nn.Linear(3, 1), autocast=torch.float16
 refused("processor is one of baseline, avx2, avx512", nn.Linear(3, 1), processor="mmx")
 refused("number 0 is a list", nn.Linear(3, 1), x=([1.0],))
 print("refusals", flush=True)
+
+# Our max pooling takes the same of several maxima as libtorch's, and the same NaN.
+for size, dtype in (((2, 3, 6, 4), torch.float64), ((1, 2, 7, 5), torch.float32), ((2, 3, 6, 4), torch.bfloat16)):
+    x = torch.randint(-2, 3, size).to(dtype)
+    x[0, 0, 0, 0], x[0, 0, 2, 1], x[0, 1, :3] = torch.nan, torch.nan, -torch.inf
+    theirs = torch.ops.aten.max_pool2d_with_indices(x, (3, 2))
+    ours = max_pool(x, (3, 2))
+    if size[2] % 3 != 0:
+        assert ours is NotImplemented
+        continue
+    assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(ours, theirs)), (ours, theirs)
+    rest = torch.randn_like(theirs[0]), x, (3, 2), (3, 2), 0, 1, False
+    back = max_pool_backward(*rest, ours[1])
+    assert torch.equal(back, torch.ops.aten.max_pool2d_with_indices_backward(*rest, theirs[1]))
+print("max pooling", flush=True)
 
 for name, model, loss, x, y, options in models():
     manifest = export_step(model, loss, x[0], y[0], folder / name, **options)
