@@ -16,6 +16,7 @@ compiler.
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -29,10 +30,6 @@ import torch
 import torch.utils._pytree as pytree
 from safetensors.torch import save_file
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch._inductor.decomposition import max_pool2d_with_indices
-from torch._inductor.ir import ExternKernel
-from torch._inductor.lowering import register_lowering
-from torch._inductor.virtualized import V
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -390,32 +387,45 @@ def determinism(on):
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
-# Inductor computes what is cheap anew where it is read. Forward and backward are one program here, so that the backward of
-# max pooling would search each window again, for each element. `keep` writes a tensor to memory, in the layout that
-# convolutions have.
-LIBRARY = torch.library.Library("tch_ignite", "DEF")
-LIBRARY.define("keep(Tensor x) -> Tensor")
-LIBRARY.impl("keep", torch.clone, "CompositeExplicitAutograd")
-keep = torch.ops.tch_ignite.keep.default
+# The offset of each maximum within its window, by the indices that max pooling has returned.
+OFFSETS = WeakIdKeyDictionary()
+# Inductor makes a loop of larger windows.
+LARGEST_WINDOW = 25
 
 
-@torch.library.register_fake("tch_ignite::keep")
-def keep_fake(x):
-    return torch.empty_like(x)
+@functools.cache
+def decompositions():
+    """What the programs have in place of some of libtorch's operators, because it is faster there. All give the same numbers.
 
+    Inductor computes what is cheap anew where it is read. Forward and backward are one program here, so that the backward
+    of max pooling would search each window again, for every element. `tch_ignite::keep` writes a tensor to memory.
+    """
+    from torch._inductor.ir import ExternKernel
+    from torch._inductor.lowering import register_lowering
+    from torch._inductor.virtualized import V
 
-@register_lowering(keep, type_promotion_kind=None)
-def keep_lowering(x):
-    if V.graph.layout_opt and len(x.get_size()) == 4:
-        return ExternKernel.require_channels_last(x)
-    x.realize()
-    return x
+    # This file may be loaded twice in one process.
+    if not hasattr(torch.ops.tch_ignite, "keep"):
+        torch.library.define("tch_ignite::keep", "(Tensor x) -> Tensor")
+        torch.library.impl("tch_ignite::keep", "CompositeExplicitAutograd", torch.clone)
+        torch.library.register_fake("tch_ignite::keep", torch.empty_like)
 
+        @register_lowering(torch.ops.tch_ignite.keep.default, type_promotion_kind=None)
+        def lower_keep(x):
+            size = x.get_size()
+            # The layout of convolutions of pictures; of sequences it is another.
+            if V.graph.layout_opt and len(size) == 4 and size[2] != 1:
+                return ExternKernel.require_channels_last(x)
+            x.realize()
+            return x
 
-# The place of each maximum within its window, by the indices that max pooling has returned.
-PLACES = WeakIdKeyDictionary()
-# Numbers up to this are exact in all floating types.
-LARGEST_WINDOW = 128
+    aten = torch.ops.aten
+    return {
+        aten.max_pool2d_with_indices.default: max_pool,
+        aten.max_pool2d_with_indices_backward.default: max_pool_backward,
+        aten.convolution.default: convolution,
+        aten.convolution_backward.default: convolution_backward,
+    }
 
 
 def pair(value):
@@ -423,47 +433,58 @@ def pair(value):
     return value * 2 if len(value) == 1 else value
 
 
-def windows(x, kernel, stride, padding, dilation):
-    """The sizes of windows that do not overlap and have no padding, or None."""
-    kernel, stride = pair(kernel), pair(stride or kernel)
-    plain = x.dim() == 4 and x.is_floating_point() and kernel == stride and pair(padding) == [0, 0] and pair(dilation) == [1, 1]
-    height, width = x.shape[-2:]
-    whole = plain and height % kernel[0] == 0 and width % kernel[1] == 0
-    return kernel if whole and kernel[0] * kernel[1] <= LARGEST_WINDOW else None
+def disjoint(x, kernel, stride, padding, dilation):
+    """Whether windows lie side by side and cover the whole picture."""
+    kernel, sizes = pair(kernel), x.shape[-2:]
+    return (
+        x.dim() == 4
+        and x.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        and (pair(stride or kernel), pair(padding), pair(dilation)) == (kernel, [0, 0], [1, 1])
+        and 1 < kernel[0] * kernel[1] <= LARGEST_WINDOW
+        and all(size % length == 0 for size, length in zip(sizes, kernel))
+    )
 
 
 def max_pool(x, kernel, stride=(), padding=0, dilation=1, ceil_mode=False):
-    """max_pool2d_with_indices, whose backward finds the places of the maxima in memory."""
-    sizes = windows(x, kernel, stride, padding, dilation)
-    if sizes is None:
-        pooled = max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil_mode)
-        return pooled if pooled is NotImplemented else (pooled[0], keep(pooled[1]))
+    """max_pool2d_with_indices, which keeps for the backward where the maxima are."""
+    keep, prims = torch.ops.tch_ignite.keep, torch.ops.prims
+    sizes = pair(kernel)
+    if not disjoint(x, kernel, stride, padding, dilation):
+        if sizes[0] * sizes[1] > LARGEST_WINDOW:
+            return NotImplemented
+        windows = sizes, pair(stride or kernel), pair(padding), pair(dilation)
+        best, offset = prims._low_memory_max_pool_with_offsets(x, *windows, ceil_mode)
+        # Offsets have one byte and indices eight, but on a CPU the way from one to the other takes longer than the rest.
+        on_cpu = x.device.type == "cpu"
+        offset = offset if on_cpu else keep(offset)
+        indices = prims._low_memory_max_pool_offsets_to_indices(offset, sizes, x.shape[-2:], *windows[1:])
+        return best, keep(indices) if on_cpu else indices
     (rows, columns), width = sizes, x.shape[-1]
-    best = place = None
+    best = offset = None
     for number in range(rows * columns):
         candidate = x[:, :, number // columns :: rows, number % columns :: columns]
         if best is None:
-            best, place = candidate, torch.zeros_like(candidate)
+            best, offset = candidate, torch.zeros_like(candidate)
             continue
         # A NaN is the maximum, and the last one is taken, as in libtorch.
         better = (candidate > best) | (candidate != candidate)
         best = torch.where(better, candidate, best)
-        place = torch.where(better, float(number), place)
-    # A place has the type of the maxima, because vectors of one width are compared fastest.
-    place = keep(place)
-    inner = place.to(torch.int64)
+        offset = torch.where(better, float(number), offset)
+    # An offset has the type of the maxima, because vectors of one width are compared fastest.
+    offset = keep(offset)
+    within = offset.to(torch.int64)
     top = torch.arange(best.shape[-2], device=x.device).unsqueeze(1) * rows
     left = torch.arange(best.shape[-1], device=x.device) * columns
-    indices = (top + inner // columns) * width + left + inner % columns
-    PLACES[indices] = place
+    indices = (top + within // columns) * width + left + within % columns
+    OFFSETS[indices] = offset
     return best, indices
 
 
 def max_pool_backward(gradient, x, kernel, stride, padding, dilation, ceil_mode, indices):
-    sizes, place = windows(x, kernel, stride, padding, dilation), PLACES.get(indices)
-    if sizes is None or place is None:
+    offset = OFFSETS.get(indices)
+    if offset is None or not disjoint(x, kernel, stride, padding, dilation):
         return NotImplemented
-    (rows, columns), shape = sizes, x.shape
+    (rows, columns), shape = pair(kernel), x.shape
     above, beside = shape[-2] // rows, shape[-1] // columns
 
     def spread(pooled):
@@ -472,38 +493,32 @@ def max_pool_backward(gradient, x, kernel, stride, padding, dilation, ceil_mode,
         return pooled.expand(shape[0], shape[1], above, rows, beside, columns).reshape(shape)
 
     row, column = (torch.arange(size, device=x.device) for size in shape[-2:])
-    number = ((row % rows).unsqueeze(1) * columns + column % columns).to(place.dtype)
-    return torch.where(spread(place) == number, spread(gradient), 0.0)
+    number = ((row % rows).unsqueeze(1) * columns + column % columns).to(offset.dtype)
+    return torch.where(spread(offset) == number, spread(gradient), 0.0)
 
 
 def channels_last(x):
-    """One channel, described as channels last: the memory is the same, and a convolution's output has its layout."""
-    if x.dim() != 4 or x.device.type != "cpu" or x.shape[1] != 1 or x.stride(1) == 1 or not x.is_contiguous():
-        return x
-    height, width = x.shape[2:]
-    return x.as_strided(x.shape, (height * width, 1, width, 1))
+    """One channel, described as channels last: the memory is the same, and a convolution's result needs no transposing."""
+    batch, _, height, width = x.shape
+    return x.reshape(batch, height, width, 1).permute(0, 3, 1, 2)
 
 
-def convolution(x, weight, *rest):
-    described = channels_last(x), channels_last(weight)
-    if described[0] is x and described[1] is weight:
+def has_one_channel(x):
+    return x.dim() == 4 and x.device.type == "cpu" and x.shape[1] == 1 and x.is_contiguous() and x.stride(1) != 1
+
+
+def convolution(x, *rest):
+    if not has_one_channel(x):
         return NotImplemented
-    return torch.ops.aten.convolution(*described, *rest)
+    # The module sees the layout that it would see without this.
+    return torch.ops.aten.convolution(channels_last(x), *rest).contiguous()
 
 
-def convolution_backward(gradient, x, weight, *rest):
-    described = channels_last(x), channels_last(weight)
-    if described[0] is x and described[1] is weight:
+def convolution_backward(gradient, x, *rest):
+    if not has_one_channel(x):
         return NotImplemented
-    return torch.ops.aten.convolution_backward(gradient, *described, *rest)
-
-
-DECOMPOSITIONS = {
-    torch.ops.aten.max_pool2d_with_indices.default: max_pool,
-    torch.ops.aten.max_pool2d_with_indices_backward.default: max_pool_backward,
-    torch.ops.aten.convolution.default: convolution,
-    torch.ops.aten.convolution_backward.default: convolution_backward,
-}
+    results = torch.ops.aten.convolution_backward(gradient, channels_last(x), *rest)
+    return tuple(result if result is None else result.contiguous() for result in results)
 
 
 def compile_program(shared, mode, size, path, options, deterministic):
@@ -513,7 +528,7 @@ def compile_program(shared, mode, size, path, options, deterministic):
     with determinism(deterministic), rng_unchanged(shared.device):
         with explained(f"{what} cannot be traced"):
             tracing = "symbolic" if size is None else "real"
-            trace = make_fx(function, decomposition_table=DECOMPOSITIONS, tracing_mode=tracing, _allow_non_fake_inputs=True)
+            trace = make_fx(function, decomposition_table=decompositions(), tracing_mode=tracing, _allow_non_fake_inputs=True)
             graph = trace(*arguments)
         check_operators(graph, what)
         shapes = None
@@ -555,7 +570,7 @@ def explained(failed):
         raise
     except Exception as error:
         text = str(error).strip() or type(error).__name__
-        operators = sorted(set(re.findall(r"\b(?:aten|prims|torchvision|quantized)[.:]+[a-z_0-9]+(?:\.[A-Za-z_0-9]+)?", text)))
+        operators = sorted(set(re.findall(r"\b(?:aten|prims|tch_ignite|torchvision|quantized)[.:]+[a-z_0-9]+(?:\.[A-Za-z_0-9]+)?", text)))
         named = f" (operator {', '.join(operators)})" if operators else ""
         if "data-dependent" in text:
             named = " (a value of the batch decides a branch or a size, or is read on the host, as by .item())"

@@ -88,9 +88,15 @@ impl<'w> LightningCheckpoint<'w> {
         Self { weights, optimizers, schedulers, grad_scaler: None, accumulate: 1 }
     }
 
-    /// Adds the states of optimizers: [`optimizer_value`](super::optimizer_value).
+    /// Adds the states of optimizers: [`optimizer_value`](super::optimizer_value). A list of states, of an optimizer whose
+    /// groups have several algorithms, is one of as many optimizers in Lightning.
     pub fn optimizers(mut self, values: impl IntoIterator<Item = Value>) -> Self {
-        self.optimizers.extend(values);
+        for value in values {
+            match value.as_slice() {
+                Some(states) => self.optimizers.extend_from_slice(states),
+                None => self.optimizers.push(value),
+            }
+        }
         self
     }
 

@@ -72,7 +72,8 @@ struct SavedGroup {
 ///
 /// Where groups have different algorithms here, Python has an optimizer for each algorithm. Their states come as one
 /// list, `[muon.state_dict(), adamw.state_dict()]`: in the order in which our groups first have the algorithms, and the
-/// groups of each in their order, unless their names say it.
+/// groups of each in their order, unless their names say it. Of a [`TrainingFile`](super::TrainingFile) that is
+/// `Value::list(file.optimizers().iter().map(|(_, state)| state.clone()))`.
 ///
 /// ```
 /// # let folder = tempfile::tempdir()?;
@@ -166,18 +167,33 @@ impl<'s> Theirs<'s> {
             Some(states) => (states.iter().collect(), sorted),
             None => (vec![saved], optimizer.groups()?),
         };
+        let wanted = match &algorithms[..] {
+            [one] => format!("the state of one optimizer of Python, of {one}"),
+            several => format!("a list with the states of {}, in this order", several.join(" and ")),
+        };
         if states.len() != algorithms.len() {
-            return Err(fault(format!(
-                "it is of {} optimizers of Python, and groups are stepped by {} here: give a list with the state of an \
-                 optimizer for each, in this order",
-                states.len(),
-                algorithms.join(" and ")
-            )));
+            let given = match saved.as_slice() {
+                Some(states) => format!("a list of {} states", states.len()),
+                None => "one state".to_owned(),
+            };
+            return Err(fault(format!("it is {given}, and wanted is {wanted}")));
         }
         let groups = states.iter().map(|state| saved_groups(state)).collect::<Result<Vec<_>>>()?;
         let mut ours = matched(&groups.concat(), ours)?.into_iter();
-        let theirs = states.into_iter().zip(groups).map(|(saved, dicts)| {
-            let ours: Vec<_> = ours.by_ref().take(dicts.len()).collect();
+        let ours: Vec<Vec<_>> =
+            groups.iter().map(|dicts| ours.by_ref().take(dicts.len()).collect()).collect();
+        for ours in &ours {
+            let first = ours.first().map(Group::algorithm);
+            if let Some(other) = ours.iter().find(|group| Some(group.algorithm()) != first) {
+                return Err(fault(format!(
+                    "one of its states has {} groups, of which '{}' is stepped by {} here, and another is not; wanted is {wanted}",
+                    ours.len(),
+                    other.name(),
+                    other.algorithm()
+                )));
+            }
+        }
+        let theirs = states.into_iter().zip(groups).zip(ours).map(|((saved, dicts), ours)| {
             let names = Numbers::of(&dicts, &ours, names)?;
             Ok(Self { saved, groups: dicts.into_iter().zip(ours).collect(), names })
         });
@@ -289,9 +305,13 @@ impl<'s> Theirs<'s> {
 pub fn optimizer_value(optimizer: &Optimizer, names: &[&str]) -> Result<Value> {
     check_storage(optimizer)?;
     let template = optimizer.state_dict()?;
+    let memory = match optimizer.needs_closure() {
+        true => Some(template.part(LBFGS)?),
+        false => None,
+    };
     let groups = by_algorithm(optimizer.groups()?);
     let of_python = groups.chunk_by(|group, next| group.algorithm() == next.algorithm());
-    let states = of_python.map(|groups| state_value(&template, groups, names));
+    let states = of_python.map(|groups| state_value(&template, memory, groups, names));
     let mut states = states.collect::<Result<Vec<_>>>()?;
     match states.len() {
         1 => Ok(states.remove(0)),
@@ -300,7 +320,12 @@ pub fn optimizer_value(optimizer: &Optimizer, names: &[&str]) -> Result<Value> {
 }
 
 /// The state of Python's optimizer of these groups, which have one algorithm, in the state of ours.
-fn state_value(template: &StateDict, groups: &[Group], names: &[&str]) -> Result<Value> {
+fn state_value(
+    template: &StateDict,
+    memory: Option<&StateDict>,
+    groups: &[Group],
+    names: &[&str],
+) -> Result<Value> {
     let ours: Vec<SavedGroup> = template.value("groups")?;
     let (mut states, mut saved_groups, mut all, mut sizes) =
         (Dict::new(), vec![], vec![], HashMap::new());
@@ -335,7 +360,7 @@ fn state_value(template: &StateDict, groups: &[Group], names: &[&str]) -> Result
         }
         states.push(index as i64, parts);
     }
-    if let Ok(memory) = template.part(LBFGS) {
+    if let Some(memory) = memory {
         let all: Vec<_> = all.into_iter().map(|(_, name)| name).collect();
         states.push(0i64, lbfgs::to_python(memory, &all, &sizes)?);
     }

@@ -42,6 +42,11 @@ pub fn scheduler_value<S: Schedule>(
     schedulers: &[&ParamScheduler<S>],
     optimizer: &mut Value,
 ) -> Result<Value> {
+    if optimizer.as_slice().is_some() {
+        return Err(fault(
+            "the optimizer's state is a list: give the state of the one optimizer in it that the schedulers drive",
+        ));
+    }
     let groups = optimizer.require("param_groups")?.as_slice().map(<[Value]>::to_vec);
     let mut groups = groups.ok_or_else(|| fault("the optimizer has no list of groups"))?;
     let all = schedulers.iter().map(|scheduler| one(scheduler)).collect::<Result<Vec<_>>>()?;

@@ -277,7 +277,8 @@ impl TrainingFile {
     /// The state of the only optimizer, for [`load_optimizer`](super::load_optimizer).
     ///
     /// # Errors
-    /// There is none, or there are several: take one of [`optimizers`](Self::optimizers).
+    /// There is none, or there are several: take one of [`optimizers`](Self::optimizers), or a list of all where groups
+    /// have several algorithms here.
     pub fn optimizer(&self) -> Result<&Value> {
         self.only("optimizer", &self.optimizers)
     }

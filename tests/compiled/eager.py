@@ -11,10 +11,11 @@ import torch
 import torch.utils.checkpoint
 from safetensors.torch import save_file
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 root = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(root / "scripts"))
-from export_step import ExportError, export_step, max_pool, max_pool_backward
+from export_step import ExportError, decompositions, export_step, max_pool, max_pool_backward
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -174,18 +175,49 @@ refused("number 0 is a list", nn.Linear(3, 1), x=([1.0],))
 print("refusals", flush=True)
 
 # Our max pooling takes the same of several maxima as libtorch's, and the same NaN.
-for size, dtype in (((2, 3, 6, 4), torch.float64), ((1, 2, 7, 5), torch.float32), ((2, 3, 6, 4), torch.bfloat16)):
+decompositions()
+for size, dtype, windows in (
+    ((2, 3, 6, 4), torch.float64, ((3, 2),)),
+    ((2, 3, 6, 4), torch.bfloat16, ((3, 2), (), (0, 0))),
+    ((1, 2, 7, 5), torch.float32, (3, 2, 1)),
+    ((1, 2, 7, 5), torch.float32, (2, 2, 0, 1, True)),
+):
     x = torch.randint(-2, 3, size).to(dtype)
     x[0, 0, 0, 0], x[0, 0, 2, 1], x[0, 1, :3] = torch.nan, torch.nan, -torch.inf
-    theirs = torch.ops.aten.max_pool2d_with_indices(x, (3, 2))
-    ours = max_pool(x, (3, 2))
-    if size[2] % 3 != 0:
-        assert ours is NotImplemented
-        continue
+    ours, theirs = max_pool(x, *windows), torch.ops.aten.max_pool2d_with_indices(x, *windows)
     assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(ours, theirs)), (ours, theirs)
-    rest = torch.randn_like(theirs[0]), x, (3, 2), (3, 2), 0, 1, False
-    back = max_pool_backward(*rest, ours[1])
-    assert torch.equal(back, torch.ops.aten.max_pool2d_with_indices_backward(*rest, theirs[1]))
+    if windows[0] == (3, 2):
+        rest = torch.randn_like(theirs[0]), x, (3, 2), (3, 2), 0, 1, False
+        back = max_pool_backward(*rest, ours[1])
+        assert torch.equal(back, torch.ops.aten.max_pool2d_with_indices_backward(*rest, theirs[1]))
+assert max_pool(torch.ones(1, 1, 7, 7), 6, 1) is NotImplemented
+
+# Modules see the layouts of eager PyTorch, so that views work, and pooling has no search in its backward.
+class Viewed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
+        self.register_buffer("bank", torch.randn(2, 4, 1, 2, 2))
+        self.head = nn.Linear(36, 3)
+
+    def forward(self, x):
+        pooled = nn.functional.max_pool2d(self.first(x), 2)
+        kept = torch.utils.checkpoint.checkpoint(lambda x: nn.functional.max_pool2d(x, 2), pooled, use_reentrant=False)
+        hidden = nn.functional.conv2d(self.second(pooled), self.bank[1], groups=4)
+        return self.head(hidden.view(-1, 36)) + kept.sum()
+
+
+x, y = torch.randn(3, 1, 14, 14), torch.randint(0, 3, (3,))
+viewed = Viewed()
+forward = lambda w: nn.functional.cross_entropy(torch.func.functional_call(viewed, {"first.weight": w}, x), y)
+step = lambda w: torch.autograd.grad(forward(w), w)[0]
+weight = viewed.first.weight.detach().requires_grad_()
+for tracing in ("real", "symbolic"):
+    traced = make_fx(step, decomposition_table=decompositions(), tracing_mode=tracing, _allow_non_fake_inputs=True)(weight)
+    operators = [str(node.target) for node in traced.graph.nodes]
+    assert operators.count("tch_ignite.keep.default") >= 2, operators
+    assert "aten.max_pool2d_with_indices_backward.default" not in operators, operators
+    torch.testing.assert_close(traced(weight), step(weight))
 print("max pooling", flush=True)
 
 for name, model, loss, x, y, options in models():

@@ -5,8 +5,9 @@ use std::path::Path;
 use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::checkpoint::Stateful;
+use tch_ignite::engine::{Engine, Until};
 use tch_ignite::optim::{Group, GroupOptions, Optimizer};
-use tch_ignite::pytorch::{self, Dict, Value, Weights};
+use tch_ignite::pytorch::{self, Dict, LightningCheckpoint, TrainingFile, Value, Weights};
 
 use super::{common::serial, python};
 
@@ -238,17 +239,33 @@ fn groups_of_two_algorithms_are_two_optimizers_of_python() -> Result<()> {
         // What does not fit changes nothing: one state of two, or both in the other order.
         let saved = pytorch::read(&path)?;
         let states = saved.require("optimizers")?.as_slice().unwrap_or_default().to_vec();
+
         let all = |optimizer: &Optimizer| -> Result<Vec<Tensor>> {
             Ok(optimizer.state_dict()?.tensors().map(|(_, tensor)| tensor.copy()).collect())
         };
         let before = all(&again)?;
         let error =
             pytorch::load_optimizer(&mut again, &states[0], &ORDER).unwrap_err().to_string();
-        assert!(error.contains(&format!("AdamW and {hidden}")), "{error}");
+        let wanted = format!("one state, and wanted is a list with the states of AdamW and {hidden}");
+        assert!(error.contains(&wanted), "{error}");
         let swapped = Value::list(states.into_iter().rev());
         let error = pytorch::load_optimizer(&mut again, &swapped, &ORDER).unwrap_err().to_string();
-        assert!(error.contains("parameters there and 2 here"), "{error}");
+        assert!(error.contains("is stepped by") && error.contains("in this order"), "{error}");
+        let three = Value::list([(); 3].map(|()| saved.clone()));
+        let error = pytorch::load_optimizer(&mut again, &three, &ORDER).unwrap_err().to_string();
+        assert!(error.contains("a list of 3 states"), "{error}");
         assert_eq!(all(&again)?, before);
+
+        // Lightning has a list of optimizers, too.
+        let mut trainer = Engine::new(|_: &mut (), _engine, _batch: i32| Ok(()));
+        trainer.run(&mut (), vec![0; 3], Until::epochs(1))?;
+        let of_lightning = LightningCheckpoint::new(&Weights::of_store(&vs)?)
+            .optimizers([saved.require("optimizers")?.clone()])
+            .value(&trainer)?;
+        let of_lightning = TrainingFile::of(&of_lightning)?;
+        assert_eq!(of_lightning.optimizers().len(), 2);
+        let listed = of_lightning.optimizers().iter().map(|(_, state)| state.clone());
+        pytorch::load_optimizer(&mut again, &Value::list(listed), &ORDER)?;
 
         let arguments = [&*path, &*back, Path::new(hidden)];
         let Some(output) = python(SCRIPT_OF_TWO, &arguments)? else { return Ok(()) };

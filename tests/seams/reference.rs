@@ -187,7 +187,10 @@ impl<'p> Reference<'p> {
                 rounded: [1.; 2],
             });
         }
-        let momentum = program.optimizer.momentum().unwrap_or(0.);
+        let momentum = match program.optimizer {
+            Algorithm::Muon { .. } => 0.95,
+            other => other.momentum().unwrap_or(0.),
+        };
         let weight_decay = program.optimizer.weight_decay().unwrap_or(0.);
         let values: Vec<_> = tensors.iter().map(|tensor| numbers([tensor])).collect();
         let mut this = Self {
@@ -625,8 +628,8 @@ impl<'p> Reference<'p> {
         let momentum = parameter.momentum.get_or_insert_with(|| vec![0.; values.len()]);
         let mut changes = vec![];
         for (m, g) in momentum.iter_mut().zip(gradient) {
-            *m += (g - *m) * (1. - 0.95);
-            changes.push(if nesterov { g + (*m - g) * 0.95 } else { *m });
+            *m += (g - *m) * (1. - self.momentum);
+            changes.push(if nesterov { g + (*m - g) * self.momentum } else { *m });
         }
         let size = parameter.tensor.size();
         let changes = Tensor::from_slice(&changes).view(&size[..]).to_kind(Kind::BFloat16);
