@@ -169,7 +169,9 @@ impl<'s> Theirs<'s> {
         };
         let wanted = match &algorithms[..] {
             [one] => format!("the state of one optimizer of Python, of {one}"),
-            several => format!("a list with the states of {}, in this order", several.join(" and ")),
+            several => {
+                format!("a list with the states of {}, in this order", several.join(" and "))
+            }
         };
         if states.len() != algorithms.len() {
             let given = match saved.as_slice() {

@@ -246,7 +246,8 @@ fn groups_of_two_algorithms_are_two_optimizers_of_python() -> Result<()> {
         let before = all(&again)?;
         let error =
             pytorch::load_optimizer(&mut again, &states[0], &ORDER).unwrap_err().to_string();
-        let wanted = format!("one state, and wanted is a list with the states of AdamW and {hidden}");
+        let wanted =
+            format!("one state, and wanted is a list with the states of AdamW and {hidden}");
         assert!(error.contains(&wanted), "{error}");
         let swapped = Value::list(states.into_iter().rev());
         let error = pytorch::load_optimizer(&mut again, &swapped, &ORDER).unwrap_err().to_string();
