@@ -135,8 +135,7 @@ impl Objective<'_> {
             let size = parameter.size();
             let count = size.iter().product::<i64>();
             let part = d.f_narrow(0, from, count).and_then(|part| part.f_reshape(&size[..]));
-            let part = part.and_then(|part| part.f_mul_scalar(t));
-            tensor(part.and_then(|part| parameter.f_add_(&part).map(drop)))?;
+            tensor(part.and_then(|part| add_scaled(parameter, t, &part)))?;
             from += count;
         }
         Ok(())
@@ -176,6 +175,12 @@ fn number(tensor: &Tensor) -> Result<f64, TchError> {
 
 fn dot(a: &Tensor, b: &Tensor) -> Result<f64, TchError> {
     number(&a.f_dot(b)?)
+}
+
+/// Adds a vector times a number, in one pass: torch's `add_(vector, alpha=factor)`, which tch has not.
+fn add_scaled(to: &mut Tensor, factor: f64, vector: &Tensor) -> Result<(), TchError> {
+    let factor = Tensor::from(factor).f_to_device(to.device())?.f_to_kind(to.kind())?;
+    to.f_addcmul_(vector, &factor).map(drop)
 }
 
 /// The largest absolute value.
@@ -302,13 +307,13 @@ impl Memory {
         let mut al = Vec::with_capacity(self.history.len());
         for Correction { y, s, ro } in self.history.iter().rev() {
             let a = dot(s, &q)? * ro;
-            let _ = q.f_add_(&y.f_mul_scalar(-a)?)?;
+            add_scaled(&mut q, -a, y)?;
             al.push(a);
         }
         let mut r = q.f_mul_scalar_(self.h_diag)?;
         for (Correction { y, s, ro }, a) in self.history.iter().zip(al.iter().rev()) {
             let b = dot(y, &r)? * ro;
-            let _ = r.f_add_(&s.f_mul_scalar(a - b)?)?;
+            add_scaled(&mut r, a - b, s)?;
         }
         Ok(r)
     }

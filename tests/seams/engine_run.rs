@@ -318,6 +318,7 @@ fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
             Algorithm::Muon { weight_decay, .. } => {
                 GroupOptions::adamw().weight_decay(weight_decay).lr(lr_of_biases)
             }
+            Algorithm::SparseAdam { .. } => GroupOptions::adamw().weight_decay(0.).lr(lr_of_biases),
             _ => lr(lr_of_biases),
         };
         builder
@@ -379,6 +380,9 @@ fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
             // These coefficients of the iteration leave the matrix as it is. Its arithmetic in bf16 has golden cases, and
             // the textbook's would round otherwise.
             finish(builder.ns_coefficients(1., 0., 0.), program)
+        }
+        Algorithm::SparseAdam { beta1, beta2 } => {
+            finish(Optimizer::sparse_adam(vs).betas(beta1, beta2), program)
         }
         Algorithm::Lion { beta1, beta2, weight_decay } => {
             let builder = Optimizer::lion(vs).betas(beta1, beta2).weight_decay(weight_decay);

@@ -117,6 +117,8 @@ pub enum Model {
     TwoLayers,
     /// A matrix under two names, used twice, and a bias.
     Tied,
+    /// A table with sparse gradients, one of whose rows is never looked up, and a bias.
+    Table,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -141,7 +143,7 @@ pub enum Budget {
     Samples(u64),
 }
 
-/// The optimizer. Muon is for the weights, with AdamW for the biases in a group of the same optimizer.
+/// The optimizer. Muon and SparseAdam are for the weights, with AdamW for the biases in a group of the same optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Algorithm {
     Sgd { momentum: f64, dampening: f64, weight_decay: f64, nesterov: bool },
@@ -157,6 +159,7 @@ pub enum Algorithm {
     Rprop,
     Adafactor { d: f64, weight_decay: f64 },
     Muon { nesterov: bool, weight_decay: f64 },
+    SparseAdam { beta1: f64, beta2: f64 },
     Lion { beta1: f64, beta2: f64, weight_decay: f64 },
     AdEMAMix { beta1: f64, beta2: f64, weight_decay: f64, warmup: u32 },
     SgdScheduleFree { momentum: f64, weight_decay: f64, warmup: u32, r: f64 },
@@ -183,7 +186,8 @@ impl Algorithm {
             | Self::Asgd { .. }
             | Self::Rprop
             | Self::Adafactor { .. }
-            | Self::Muon { .. } => None,
+            | Self::Muon { .. }
+            | Self::SparseAdam { .. } => None,
         }
     }
 
@@ -205,7 +209,7 @@ impl Algorithm {
             | Self::AdEMAMix { weight_decay, .. }
             | Self::SgdScheduleFree { weight_decay, .. }
             | Self::AdamWScheduleFree { weight_decay, .. } => Some(weight_decay),
-            Self::Rprop => None,
+            Self::Rprop | Self::SparseAdam { .. } => None,
         }
     }
 
@@ -543,7 +547,7 @@ impl Program {
     /// This program without the parts that contradict others.
     fn settled(self) -> Self {
         let mut this = self.of_ranks();
-        if let Algorithm::Muon { .. } = this.optimizer {
+        if let Algorithm::Muon { .. } | Algorithm::SparseAdam { .. } = this.optimizer {
             this.lr_of_biases.get_or_insert(this.lr);
         }
         let two_groups = this.lr_of_biases.is_some();
@@ -678,6 +682,9 @@ impl Program {
 
     /// This program without the parts that several ranks do not do, or not at the same place.
     fn of_ranks(mut self) -> Self {
+        if let Algorithm::SparseAdam { .. } = self.optimizer {
+            (self.model, self.ranks) = (Model::Table, 1);
+        }
         if self.ranks == 1 {
             return self;
         }
@@ -839,6 +846,7 @@ fn algorithm() -> impl Strategy<Value = Algorithm> {
             .prop_map(|(d, weight_decay)| Algorithm::Adafactor { d, weight_decay }),
         (any::<bool>(), decay())
             .prop_map(|(nesterov, weight_decay)| Algorithm::Muon { nesterov, weight_decay }),
+        betas().prop_map(|(beta1, beta2)| Algorithm::SparseAdam { beta1, beta2 }),
     ];
     let schedule_free = prop_oneof![
         (decimal(&[0.9, 0.5]), decay(), warmup(), decimal(&[0., 0.5])).prop_map(

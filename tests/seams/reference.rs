@@ -189,6 +189,7 @@ impl<'p> Reference<'p> {
         }
         let momentum = match program.optimizer {
             Algorithm::Muon { .. } => 0.95,
+            Algorithm::SparseAdam { beta1, .. } => beta1,
             other => other.momentum().unwrap_or(0.),
         };
         let weight_decay = program.optimizer.weight_decay().unwrap_or(0.);
@@ -481,7 +482,10 @@ impl<'p> Reference<'p> {
             if !parameter.tensor.requires_grad() || !gradient.defined() {
                 continue;
             }
-            let new = numbers([&gradient]);
+            let new = match gradient.is_sparse() {
+                true => numbers([&gradient.to_dense(None, false)]),
+                false => numbers([&gradient]),
+            };
             let _ = gradient.zero_();
             let sum = parameter.gradient.get_or_insert_with(|| vec![0.; new.len()]);
             sum.iter_mut().zip(new).for_each(|(sum, new)| *sum += new * weight);
@@ -646,14 +650,15 @@ impl<'p> Reference<'p> {
         let (mut algorithm, mut first) = (self.algorithm, self.momentum);
         match algorithm {
             Algorithm::Adafactor { d, .. } => return self.update_by_factors(index, &gradient, d),
-            Algorithm::Muon { nesterov, weight_decay } => {
-                if self.parameters[index].group == 0 {
-                    return self.update_by_norm(index, &gradient, nesterov);
-                }
-                (first, algorithm) = (
-                    0.9,
-                    Algorithm::AdamW { beta1: 0.9, beta2: 0.999, weight_decay, amsgrad: false },
-                );
+            Algorithm::Muon { nesterov, .. } if self.parameters[index].group == 0 => {
+                return self.update_by_norm(index, &gradient, nesterov);
+            }
+            Algorithm::Muon { .. } | Algorithm::SparseAdam { .. }
+                if self.parameters[index].group == 1 =>
+            {
+                let (beta1, beta2) = (0.9, 0.999);
+                algorithm = Algorithm::AdamW { beta1, beta2, weight_decay: 0., amsgrad: false };
+                first = beta1;
             }
             _ => {}
         }
@@ -697,6 +702,13 @@ impl<'p> Reference<'p> {
             let (mut g, w) = (gradient[i], values[i]);
             match algorithm {
                 Algorithm::Adafactor { .. } | Algorithm::Muon { .. } => {}
+                // The row that is never looked up has moments of 0, so it stays where it is.
+                Algorithm::SparseAdam { beta2, .. } => {
+                    momentum[i] = momentum[i] * first + (1. - first) * g;
+                    parameter.square[i] = parameter.square[i] * beta2 + (1. - beta2) * g * g;
+                    let lr = lr * (1. - beta2.powf(step)).sqrt() / (1. - first.powf(step));
+                    values[i] = w - lr * momentum[i] / (parameter.square[i].sqrt() + 1e-8);
+                }
                 Algorithm::Sgd { dampening, nesterov, .. } => {
                     g += decay * w;
                     if first != 0. {

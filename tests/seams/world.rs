@@ -40,6 +40,9 @@ pub fn parameters(model: Model, seed: u64) -> Vec<(&'static str, Tensor)> {
                 ("out.bias", first(2, &[1])),
             ]
         }
+        Model::Table => {
+            vec![("out.bias", first(1, &[1])), ("table.weight", first(2, &[INPUTS + 1, 1]))]
+        }
     }
 }
 
@@ -53,6 +56,10 @@ pub fn forward(model: Model, parameters: &[Tensor], x: &Tensor) -> Tensor {
         (Model::Tied, [embedding, head, bias]) => {
             let hidden = x.matmul(embedding).tanh().matmul(&head.tr());
             hidden.sum_dim_intlist(1i64, true, Kind::Double) + bias
+        }
+        (Model::Table, [bias, table]) => {
+            let rows = Tensor::arange(INPUTS, (Kind::Int64, Device::Cpu));
+            x.matmul(&Tensor::embedding(table, &rows, -1, false, true)) + bias
         }
         _ => unreachable!("the parameters of another model"),
     }
