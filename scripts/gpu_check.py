@@ -52,9 +52,15 @@ def waits(library, cuda):
         return sum(event.name in names for event in seen.events())
 
     library.gpu_check_train(ITERATIONS, False, cuda)
-    none, read = (counted(2 * ITERATIONS, read) - counted(ITERATIONS, read) for read in (False, True))
+    # The profiler may lose an event where it begins or ends, or see one that is not of the iterations: what is there in
+    # three tries is of the iterations.
+    for _ in range(3):
+        none, read = (counted(2 * ITERATIONS, read) - counted(ITERATIONS, read) for read in (False, True))
+        good = read - none >= ITERATIONS and not (cuda and none != 0)
+        if good:
+            break
     print(f"{none} in {ITERATIONS} iterations, {read} where each reads its loss")
-    sys.exit(int(read - none < ITERATIONS or (cuda and none != 0)))
+    sys.exit(int(not good))
 
 
 def child(arguments):
