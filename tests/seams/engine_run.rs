@@ -6,6 +6,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use signal_hook::consts::{SIGKILL, SIGTERM};
 use tch::nn::{self, ModuleT, OptimizerConfig, VarStore};
 use tch::{Device, Tensor};
 use tch_ignite::WeightedLoss;
@@ -115,12 +116,9 @@ fn planted(then: Then) -> String {
     format!("{PLANTED}, then {then:?}")
 }
 
-/// Sends this process a signal.
-fn signal(name: &str) {
-    let id = std::process::id().to_string();
-    assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
-    // Another thread may receive the signal, so this one waits for it.
-    std::thread::sleep(Duration::from_millis(10));
+/// Sends this thread a signal, which it has received when this returns.
+fn signal(number: i32) {
+    signal_hook::low_level::raise(number).unwrap();
 }
 
 impl Break {
@@ -129,8 +127,8 @@ impl Break {
         match self.how {
             How::Error => anyhow::bail!(planted(self.then)),
             How::Panic => panic!("{}", planted(self.then)),
-            How::Signal => signal("-TERM"),
-            How::Kill => signal("-KILL"),
+            How::Signal => signal(SIGTERM),
+            How::Kill => signal(SIGKILL),
             _ => unreachable!("there is no engine to be asked"),
         }
         Ok(())
