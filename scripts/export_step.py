@@ -413,7 +413,7 @@ def decompositions():
         @register_lowering(torch.ops.tch_ignite.keep.default, type_promotion_kind=None)
         def lower_keep(x):
             size = x.get_size()
-            # The layout of convolutions of pictures; of sequences it is another.
+            # Convolutions of pictures have this layout; those of sequences have another.
             if V.graph.layout_opt and len(size) == 4 and size[2] != 1:
                 return ExternKernel.require_channels_last(x)
             x.realize()
@@ -481,6 +481,7 @@ def max_pool(x, kernel, stride=(), padding=0, dilation=1, ceil_mode=False):
 
 
 def max_pool_backward(gradient, x, kernel, stride, padding, dilation, ceil_mode, indices):
+    """The backward of max_pool: each gradient goes to the element whose offset was kept. Windows do not overlap."""
     offset = OFFSETS.get(indices)
     if offset is None or not disjoint(x, kernel, stride, padding, dilation):
         return NotImplemented
@@ -508,6 +509,7 @@ def has_one_channel(x):
 
 
 def convolution(x, *rest):
+    """A convolution of pictures of one channel, computed in the layout of channels last."""
     if not has_one_channel(x):
         return NotImplemented
     # The module sees the layout that it would see without this.
@@ -515,6 +517,7 @@ def convolution(x, *rest):
 
 
 def convolution_backward(gradient, x, *rest):
+    """The backward of such a convolution, in the same layout."""
     if not has_one_channel(x):
         return NotImplemented
     results = torch.ops.aten.convolution_backward(gradient, channels_last(x), *rest)

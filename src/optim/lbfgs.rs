@@ -177,9 +177,9 @@ fn dot(a: &Tensor, b: &Tensor) -> Result<f64, TchError> {
     number(&a.f_dot(b)?)
 }
 
-/// Adds a vector times a number, in one pass: torch's `add_(vector, alpha=factor)`, which tch has not.
+/// Adds a vector times a number, in one pass: torch's `add_(vector, alpha=factor)`, which tch does not have.
 fn add_scaled(to: &mut Tensor, factor: f64, vector: &Tensor) -> Result<(), TchError> {
-    let factor = Tensor::from(factor).f_to_device(to.device())?.f_to_kind(to.kind())?;
+    let factor = Tensor::f_full([0i64; 0], factor, (to.kind(), to.device()))?;
     to.f_addcmul_(vector, &factor).map(drop)
 }
 

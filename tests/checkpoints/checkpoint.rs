@@ -1989,7 +1989,7 @@ fn a_signal_during_a_search_ends_it_with_an_error() -> Result<()> {
     let mut program = Program::new("SGD", 1)?;
     program.trainer.attach(InterruptOn::signals()?).attach(Checkpoint::new(folder.path()));
     program.trainer.on(Event::IterationStarted.once(3), |_, _| {
-        // One from another process may come only after the search.
+        // A signal from another process may come only after the search.
         Ok(signal_hook::low_level::raise(signal_hook::consts::SIGTERM)?)
     });
     let before = program.outcome()?;

@@ -236,7 +236,7 @@ fn groups_of_two_algorithms_are_two_optimizers_of_python() -> Result<()> {
             assert_eq!(step(&again, &same_net, iteration)?, *expected, "{hidden}: {iteration}");
         }
 
-        // What does not fit changes nothing: one state of two, or both in the other order.
+        // States that do not fit change nothing: one of two, or both in the other order.
         let saved = pytorch::read(&path)?;
         let states = saved.require("optimizers")?.as_slice().unwrap_or_default().to_vec();
 

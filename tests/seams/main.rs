@@ -132,7 +132,7 @@ fn differences(seeds: impl Iterator<Item = u64>) -> usize {
 
 /// A program that runs in processes starts this test in each of them.
 #[test]
-#[ignore = "is no test by itself: programs_of_fixed_seeds_equal_the_reference starts it in processes of their own"]
+#[ignore = "is no test by itself: programs_of_fixed_seeds_equal_the_reference starts it in processes of their own (cargo test --release --features distributed,mlflow --test seams programs_of_fixed_seeds)"]
 fn one_engine_of_a_program() {
     quiet();
     engine_run::child();
