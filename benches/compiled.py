@@ -78,26 +78,42 @@ def main():
         # The processor that measures is the one that exports, as torch.compile's is.
         flags = pathlib.Path("/proc/cpuinfo").read_text()
         processor = "avx512" if "avx512bw" in flags else "avx2" if "avx2" in flags else "baseline"
-        export_step(net, loss, x, y, arguments.folder, batch_sizes=len(x), processor=processor)
+        export_step(net, loss, x, y, arguments.folder, batch_sizes=len(x), train_outputs=True, processor=processor)
         return
-    forward = lambda x, y: loss(net(x), y)
+
+    def forward(x, y):
+        y_pred = net(x)
+        return loss(y_pred, y), y_pred
+
     if arguments.way == "torch.compile":
         forward = torch.compile(forward)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     data = TensorDataset(x.repeat(8, *[1] * (x.dim() - 1)), y.repeat(8, *[1] * (y.dim() - 1)))
     loader = DataLoader(data, len(x), shuffle=True)
-    warm, done, start = -(-arguments.steps // 5), 0, 0.0
+    warm, done, start, average = -(-arguments.steps // 5), 0, 0.0, None
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, warm + arguments.steps, 1e-4)
     while True:
+        correct, classes = torch.zeros((), dtype=torch.int64), 0
         for inputs, targets in loader:
             if done == warm:
                 start = time.perf_counter()
             if done == warm + arguments.steps:
-                print(f"{arguments.steps * len(x) / (time.perf_counter() - start):.1f}")
+                took = time.perf_counter() - start
+                print(f"loss {average.item():.4f}, accuracy {accuracy:.4f}", file=sys.stderr)
+                print(f"{arguments.steps * len(x) / took:.1f}")
                 return
             optimizer.zero_grad()
-            forward(inputs, targets).backward()
+            value, y_pred = forward(inputs, targets)
+            value.backward()
             optimizer.step()
+            schedule.step()
+            # Nothing is read from tensors before the end of the epoch, as in compiled.rs.
+            value, y_pred = value.detach().double(), y_pred.detach()
+            average = value if average is None else average * 0.98 + value * 0.02
+            correct += (y_pred.argmax(-1) == targets).sum()
+            classes += targets.numel()
             done += 1
+        accuracy = correct.item() / classes
 
 
 if __name__ == "__main__":

@@ -1,33 +1,28 @@
-//! How much memory the plain data of a pickle may take.
+//! How much memory the plain data of a file may take.
 
-/// Small files may take this much in any case.
-const FREE: u64 = 64 << 20;
-/// The bytes of memory that each byte read adds. A list of `None` takes 72 bytes for each, and no other data that Python writes takes more.
-const FOR_EACH_BYTE: u64 = 96;
 /// The bytes that the allocator and the counts of an `Arc` add to a piece of memory.
 const OVERHEAD: usize = 32;
 
 /// Memory is asked for here before it is taken: a few bytes of a program can stand for a container, or for a copy of
 /// one.
-#[derive(Default)]
 pub(super) struct Budget {
+    allowed: u64,
     taken: u64,
-    read: u64,
 }
 
 impl Budget {
-    /// So many bytes of the program have been read.
-    pub(super) fn has_read(&mut self, bytes: u64) {
-        self.read = bytes;
+    pub(super) fn new(allowed: u64) -> Self {
+        Self { allowed, taken: 0 }
     }
 
     /// Counts memory that is about to be taken.
     pub(super) fn take(&mut self, bytes: usize) -> Result<(), String> {
         let taken = self.taken.saturating_add(bytes as u64);
-        if taken > FREE.saturating_add(self.read.saturating_mul(FOR_EACH_BYTE)) {
+        if taken > self.allowed {
             return Err(format!(
-                "its data would take {taken} bytes after {} that were read",
-                self.read
+                "its data beside the tensors would take {taken} bytes of memory, and may take {}: \
+                 Reader::max_memory allows more to a file that you trust",
+                self.allowed
             ));
         }
         self.taken = taken;
@@ -49,8 +44,10 @@ impl Budget {
         let (length, capacity) = (vec.len(), vec.capacity());
         if capacity - length < more {
             let new = length.saturating_add(more).max(2 * capacity).max(4);
-            self.take((new - capacity).saturating_mul(size_of::<T>()))?;
+            // The old elements are there until they have been moved.
+            self.take(new.saturating_mul(size_of::<T>()))?;
             vec.reserve_exact(new - length);
+            self.give_back(capacity * size_of::<T>());
         }
         Ok(())
     }

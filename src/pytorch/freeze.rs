@@ -18,10 +18,9 @@ const BYTES_OF_A_VALUE: usize = 16;
 const MAX_KEY: u64 = 1000;
 
 /// Makes the value of a program's result. A container that several others refer to becomes one value that they share.
-pub(super) fn freeze(made: &mut Made) -> Result<Value, String> {
+pub(super) fn freeze(made: &mut Made, budget: &mut Budget) -> Result<Value, String> {
     let result = mem::replace(&mut made.result, Item::Plain(Value::None));
     let nodes = mem::take(&mut made.nodes);
-    let mut budget = mem::take(&mut made.budget);
     let mut places = vec![];
     budget.reserve(&mut places, nodes.len())?;
     budget.give_back(nodes.capacity() * size_of::<Node>());
@@ -56,7 +55,7 @@ enum Place {
 struct Freezer<'m> {
     places: Vec<Place>,
     made: &'m Made,
-    budget: Budget,
+    budget: &'m mut Budget,
     /// How many NaN were met among keys.
     nans: u64,
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
+use super::budget::Budget;
 use super::freeze::freeze;
 use super::machine::Machine;
 use super::source::{Input, Source};
@@ -18,29 +19,33 @@ pub(super) fn begins_like_one(begin: &[u8]) -> bool {
     begin.len() >= 14 && begin[0] == 0x80 && begin[2..4] == [0x8a, 10] && begin[4..14] == MAGIC
 }
 
-pub(super) fn read(source: &Arc<Source>, allowed: &BTreeSet<String>) -> Result<Value, String> {
+pub(super) fn read(
+    source: &Arc<Source>,
+    allowed: &BTreeSet<String>,
+    budget: &mut Budget,
+) -> Result<Value, String> {
     let mut input = Input::new(source, 0, source.length());
     let none = BTreeSet::new();
-    let plain = |input: &mut Input<'_>| -> Result<Value, String> {
-        let mut made = Machine::new(input, &none).run()?;
+    let plain = |input: &mut Input<'_>, budget: &mut Budget| -> Result<Value, String> {
+        let mut made = Machine::new(input, &none, budget).run()?;
         match made.storages.is_empty() {
-            true => freeze(&mut made),
+            true => freeze(&mut made, budget),
             false => Err("it has a storage where there can be none".into()),
         }
     };
-    match plain(&mut input)? {
+    match plain(&mut input, budget)? {
         Value::BigInt(magic) if magic.bytes[..] == MAGIC => {}
         _ => return Err("it is no file of torch.save".into()),
     }
-    match plain(&mut input)?.as_i64() {
+    match plain(&mut input, budget)?.as_i64() {
         Some(PROTOCOL) => {}
         _ => return Err("it is of a version that torch does not know either".into()),
     }
-    let system = plain(&mut input)?;
+    let system = plain(&mut input, budget)?;
     let little = system.get("little_endian").and_then(Value::as_bool).unwrap_or(true);
 
-    let mut made = Machine::new(&mut input, allowed).run()?;
-    let keys = plain(&mut input)?;
+    let mut made = Machine::new(&mut input, allowed, budget).run()?;
+    let keys = plain(&mut input, budget)?;
     let keys = keys.as_slice().ok_or("its list of storages is damaged")?;
 
     let mut storages: HashMap<Arc<str>, _> =
@@ -71,7 +76,7 @@ pub(super) fn read(source: &Arc<Source>, allowed: &BTreeSet<String>) -> Result<V
         });
     }
     match storages.is_empty() {
-        true => freeze(&mut made),
+        true => freeze(&mut made, budget),
         false => Err("its list of storages is not whole".into()),
     }
 }

@@ -84,8 +84,6 @@ pub(super) struct Made {
     pub(super) parts: Vec<Part>,
     /// Length of the program in bytes.
     pub(super) length: u64,
-    /// Memory that nodes, texts and tensors have taken.
-    pub(super) budget: Budget,
 }
 
 pub(super) struct Machine<'i, 's> {
@@ -100,12 +98,17 @@ pub(super) struct Machine<'i, 's> {
     by_key: HashMap<Arc<str>, usize>,
     parts: Vec<Part>,
     copied: u64,
-    budget: Budget,
+    /// Nodes, texts and tensors take their memory from it. What one program leaves is for the next.
+    budget: &'i mut Budget,
     refused: BTreeSet<Arc<str>>,
 }
 
 impl<'i, 's> Machine<'i, 's> {
-    pub(super) fn new(input: &'i mut Input<'s>, allowed: &'i BTreeSet<String>) -> Self {
+    pub(super) fn new(
+        input: &'i mut Input<'s>,
+        allowed: &'i BTreeSet<String>,
+        budget: &'i mut Budget,
+    ) -> Self {
         let begin = input.position();
         Self {
             input,
@@ -119,7 +122,7 @@ impl<'i, 's> Machine<'i, 's> {
             by_key: HashMap::new(),
             parts: vec![],
             copied: 0,
-            budget: Budget::default(),
+            budget,
             refused: BTreeSet::new(),
         }
     }
@@ -139,10 +142,10 @@ impl<'i, 's> Machine<'i, 's> {
             format!("the pickle is damaged at byte {}: {why}", self.input.position() - self.begin)
         })?;
         let length = self.input.position() - self.begin;
-        let Self { stack, memo, nodes, storages, parts, mut budget, .. } = self;
+        let Self { stack, memo, nodes, storages, parts, budget, .. } = self;
         budget.give_back(stack.capacity() * size_of::<Item>());
         budget.give_back(table::<u32, Item>(memo.len()));
-        Ok(Made { nodes, result, storages, parts, length, budget })
+        Ok(Made { nodes, result, storages, parts, length })
     }
 
     fn steps(&mut self) -> Result<Item, String> {
@@ -155,7 +158,6 @@ impl<'i, 's> Machine<'i, 's> {
 
     /// Runs one opcode. Only the last one, STOP, returns the program's result.
     fn step(&mut self) -> Result<Option<Item>, String> {
-        self.budget.has_read(self.input.position() - self.begin);
         match self.input.byte()? {
             // PROTO, FRAME
             0x80 => match self.input.byte()? {
@@ -440,7 +442,9 @@ impl<'i, 's> Machine<'i, 's> {
         if self.memo.len() == self.memo.capacity() {
             let (now, then) = (self.memo.len(), self.memo.len() + 1);
             let now = if now == 0 { 0 } else { table::<u32, Item>(now) };
-            self.budget.take(table::<u32, Item>(then) - now)?;
+            self.budget.take(table::<u32, Item>(then))?;
+            self.memo.reserve(1);
+            self.budget.give_back(now);
         }
         self.memo.insert(index, item);
         Ok(())

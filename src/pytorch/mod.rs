@@ -29,9 +29,10 @@
 //! A pickle is a program, and Python runs it. Here it is only read: a machine of about forty opcodes builds
 //! plain data, and the names it may use are those of `torch.load(weights_only=True)`. Any other name is an error
 //! that lists it. A size in a file is believed only once the bytes are there: reading takes memory for the
-//! tensors that are asked for, and for the rest at most 64 MB and 96 bytes for each byte that describes it. Parts of
-//! an archive may not overlap, tensors may not reach outside their storages, containers may not be within themselves
-//! or more than 200 deep. Checksums are compared where the writer made them; the old container has none.
+//! tensors that are asked for, which is no more than the file, and for the rest at most as much again and 64 MiB
+//! ([`Reader::max_memory`]). Parts of an archive may not overlap, tensors may not reach outside their storages,
+//! containers may not be within themselves or more than 200 deep. Checksums are compared where the writer made them;
+//! the old container has none.
 //!
 //! # Memory
 //!

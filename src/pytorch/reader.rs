@@ -2,6 +2,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::budget::Budget;
 use super::freeze::freeze;
 use super::legacy;
 use super::machine::Machine;
@@ -25,7 +26,11 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, Default)]
 pub struct Reader {
     allowed: BTreeSet<String>,
+    max_memory: Option<u64>,
 }
+
+/// What the plain data of the smallest file may take.
+const FREE: u64 = 64 << 20;
 
 impl Reader {
     /// A reader that accepts the classes that `torch.load(weights_only=True)` accepts.
@@ -37,6 +42,15 @@ impl Reader {
     /// everything that the file says of them. Nothing is executed, whatever the name.
     pub fn allow(mut self, class: &str) -> Self {
         self.allowed.insert(class.into());
+        self
+    }
+
+    /// Bounds the memory, in bytes, of everything in a file but its tensors' elements; a file that needs more is an
+    /// error. Unless this is given, it is 64 MiB and as much as the file has, so that a file that was made for it cannot
+    /// fill the memory: a byte can stand for a whole container. Long lists of plain numbers need up to 72 bytes for each,
+    /// so that a file of nothing else needs a larger bound from about a million numbers on.
+    pub fn max_memory(mut self, bytes: u64) -> Self {
+        self.max_memory = Some(bytes);
         self
     }
 
@@ -64,11 +78,13 @@ impl Reader {
         let mut begin = vec![0; source.length().min(512) as usize];
         source.read_at(&mut begin, 0).map_err(|error| error.to_string())?;
         let source = Arc::new(source);
+        let free = FREE.saturating_add(source.length());
+        let mut budget = Budget::new(self.max_memory.unwrap_or(free));
         if legacy::begins_like_one(&begin) {
-            return legacy::read(&source, &self.allowed);
+            return legacy::read(&source, &self.allowed, &mut budget);
         }
         if begin.starts_with(b"PK") {
-            return self.archive(&source);
+            return self.archive(&source, &mut budget);
         }
         Err(match &begin[..] {
             [] => "the file is empty".into(),
@@ -83,8 +99,8 @@ impl Reader {
         })
     }
 
-    fn archive(&self, source: &Arc<Source>) -> Result<Value, String> {
-        let archive = Archive::open(source)?;
+    fn archive(&self, source: &Arc<Source>, budget: &mut Budget) -> Result<Value, String> {
+        let archive = Archive::open(source, budget)?;
         if archive.has("constants.pkl") {
             return Err("it is a TorchScript module: load it with pytorch::ScriptModule".into());
         }
@@ -92,7 +108,7 @@ impl Reader {
         check(source, pickle.begin, pickle.length, pickle.crc)
             .map_err(|why| format!("data.pkl: {why}"))?;
         let mut input = Input::new(source, pickle.begin, pickle.begin + pickle.length);
-        let mut made = Machine::new(&mut input, &self.allowed).run()?;
+        let mut made = Machine::new(&mut input, &self.allowed, budget).run()?;
         let little = match archive.has("byteorder") {
             false => true,
             true => {
@@ -122,7 +138,7 @@ impl Reader {
                 swapped: little == cfg!(target_endian = "big"),
             });
         }
-        freeze(&mut made)
+        freeze(&mut made, budget)
     }
 }
 

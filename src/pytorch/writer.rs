@@ -198,6 +198,7 @@ fn versions_and_flags(wide: bool, with_writer: bool) -> Vec<u8> {
 mod tests {
     use std::io::Cursor;
 
+    use super::super::budget::Budget;
     use super::super::source::Source;
     use super::super::zip::Archive;
     use super::*;
@@ -214,7 +215,7 @@ mod tests {
         }
         archive.finish()?;
         let source = Source::Memory(bytes.into_inner());
-        let archive = Archive::open(&source)?;
+        let archive = Archive::open(&source, &mut Budget::new(u64::MAX))?;
         for number in [0u32, 69_999] {
             let entry = archive.get(&format!("data/{number}"))?;
             assert_eq!((entry.begin % ALIGNMENT, entry.length), (0, 4));

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use super::budget::{Budget, table};
 use super::source::Source;
 
 const END: [u8; 4] = *b"PK\x05\x06";
@@ -36,14 +37,17 @@ pub(super) struct Archive {
 }
 
 impl Archive {
-    pub(super) fn open(source: &Source) -> Result<Self, String> {
+    /// Reads the directory. What it takes for a while stays counted, because it is little in a real file.
+    pub(super) fn open(source: &Source, budget: &mut Budget) -> Result<Self, String> {
         let directory = directory(source)?;
-        let listed = listed(source, &directory)?;
+        let listed = listed(source, &directory, budget)?;
         let first = listed.first().ok_or("the archive is empty")?;
         let prefix =
             first.name.split_once('/').map_or(String::new(), |(name, _)| format!("{name}/"));
 
-        let mut places = Vec::with_capacity(listed.len());
+        let mut places = vec![];
+        budget.reserve_exact(&mut places, listed.len())?;
+        budget.take(table::<String, Entry>(listed.len()))?;
         let mut entries = HashMap::with_capacity(listed.len());
         for listed in listed {
             let begin = local_begin(source, &listed)?;
@@ -53,6 +57,7 @@ impl Archive {
             places.push((listed.header, end));
             // PyTorch ignores files in other folders.
             let Some(name) = listed.name.strip_prefix(&prefix) else { continue };
+            budget.take_piece(name.len())?;
             let (crc, length) = ((listed.crc != 0).then_some(listed.crc), listed.length);
             let entry = Entry { begin, length, crc, unreadable: listed.unreadable };
             if entries.insert(name.to_owned(), entry).is_some() {
@@ -159,15 +164,21 @@ struct Listed {
     unreadable: Option<&'static str>,
 }
 
-fn listed(source: &Source, directory: &Directory) -> Result<Vec<Listed>, String> {
+fn listed(
+    source: &Source,
+    directory: &Directory,
+    budget: &mut Budget,
+) -> Result<Vec<Listed>, String> {
     let damaged = || "the archive's directory is damaged".to_owned();
     if directory.count > directory.length / CENTRAL_LENGTH as u64 {
         return Err(damaged());
     }
-    // `directory` checked that the file has this many bytes, so a small file cannot make this allocation large.
+    // `directory` checked that the file has this many bytes.
+    budget.take(directory.length as usize)?;
     let mut bytes = vec![0; directory.length as usize];
     source.read_at(&mut bytes, directory.begin).map_err(|error| error.to_string())?;
-    let mut files = Vec::with_capacity(directory.count as usize);
+    let mut files = vec![];
+    budget.reserve_exact(&mut files, directory.count as usize)?;
     let mut rest = &bytes[..];
     for _ in 0..directory.count {
         if rest.len() < CENTRAL_LENGTH || rest[..4] != CENTRAL {
@@ -191,6 +202,7 @@ fn listed(source: &Source, directory: &Directory) -> Result<Vec<Listed>, String>
         let stored = number(u32_at(head, 20))?;
         let header = number(u32_at(head, 42))?;
         let name = std::str::from_utf8(name).map_err(|_| damaged())?;
+        budget.take_piece(name.len())?;
         let unreadable = match (u16_at(head, 8) & 1, u16_at(head, 10)) {
             (1, _) => Some("is encrypted"),
             (_, 0) if stored == length => None,

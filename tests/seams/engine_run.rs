@@ -23,7 +23,7 @@ use tch_ignite::handlers::{
 };
 use tch_ignite::loggers::{JsonLinesLogger, OutputHandler};
 use tch_ignite::metrics::{Mean, MeanSquaredError, RunningAverage};
-use tch_ignite::optim::{GroupOptions, Knob, Optimizer, OptimizerBuilder, lr};
+use tch_ignite::optim::{GroupOptions, Knob, Optimizer, OptimizerBuilder, Sam, lr};
 use tch_ignite::schedule::{
     AnySchedule, BatchSizeScheduler, ParamScheduler, PiecewiseLinear, ReduceLROnPlateauScheduler,
     StepLR,
@@ -404,6 +404,9 @@ fn optimizer(program: &Program, vs: &VarStore) -> Optimizer {
             let builder = builder.warmup_steps(warmup);
             finish(builder, program)
         }
+        Algorithm::Lbfgs { max_iter, history } => {
+            finish(Optimizer::lbfgs(vs).max_iter(max_iter).history_size(history), program)
+        }
     }
 }
 
@@ -417,9 +420,10 @@ impl Shape {
 }
 
 impl Scheduled {
-    fn knob(&self, optimizer: &Optimizer, ema: Option<&EMAHandler>) -> Knob {
+    fn knob(&self, optimizer: &Optimizer, ema: Option<&EMAHandler>, sam: Option<&Sam>) -> Knob {
         let hyper = match self.knob {
             Driven::EmaMomentum => return ema.unwrap().knob(),
+            Driven::Rho => return sam.unwrap().knob(),
             Driven::LrOf(group) => {
                 return optimizer.group_at(group).unwrap().knob("lr").unwrap();
             }
@@ -576,8 +580,12 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
             None => handler,
         }
     });
+    let sam = program.sam.map(|Sharpness { rho, adaptive }| {
+        let sam = Sam::new(&optimizer).rho(rho).unwrap();
+        if adaptive { sam.adaptive() } else { sam }
+    });
     for (index, scheduled) in program.schedules.iter().enumerate() {
-        let knob = scheduled.knob(&optimizer, ema.as_ref());
+        let knob = scheduled.knob(&optimizer, ema.as_ref(), sam.as_ref());
         let scheduler =
             ParamScheduler::new(format!("schedule {index}"), knob, scheduled.shape.schedule());
         trainer.attach(scheduler.on(scheduled.on.events()));
@@ -714,6 +722,9 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
     }
     if let Some(scaler) = scaler {
         cx = cx.grad_scaler(scaler);
+    }
+    if let Some(sam) = sam {
+        cx = cx.sam(sam);
     }
     if let Some(max) = program.clip_value {
         cx = cx.clip_grad_value(max);

@@ -80,6 +80,7 @@ program! {
     accumulate: u64 = 1,
     weights: Weights = Weights::BySamples,
     scaler: Option<Scaler> = None,
+    sam: Option<Sharpness> = None,
     clip_value: Option<f64> = None,
     clip_norm: Option<f64> = None,
     schedules: Vec<Scheduled> = vec![],
@@ -146,24 +147,102 @@ pub enum Budget {
 /// The optimizer. Muon and SparseAdam are for the weights, with AdamW for the biases in a group of the same optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Algorithm {
-    Sgd { momentum: f64, dampening: f64, weight_decay: f64, nesterov: bool },
-    Adam { beta1: f64, beta2: f64, weight_decay: f64, amsgrad: bool },
-    AdamW { beta1: f64, beta2: f64, weight_decay: f64, amsgrad: bool },
-    RmsProp { alpha: f64, momentum: f64, weight_decay: f64, centered: bool },
-    Adagrad { lr_decay: f64, weight_decay: f64, initial: f64 },
-    NAdam { beta1: f64, beta2: f64, weight_decay: f64, decoupled: bool },
-    RAdam { beta1: f64, beta2: f64, weight_decay: f64, decoupled: bool },
-    Adamax { beta1: f64, beta2: f64, weight_decay: f64 },
-    Adadelta { rho: f64, weight_decay: f64 },
-    Asgd { lambd: f64, t0: f64, weight_decay: f64 },
+    Sgd {
+        momentum: f64,
+        dampening: f64,
+        weight_decay: f64,
+        nesterov: bool,
+    },
+    Adam {
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        amsgrad: bool,
+    },
+    AdamW {
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        amsgrad: bool,
+    },
+    RmsProp {
+        alpha: f64,
+        momentum: f64,
+        weight_decay: f64,
+        centered: bool,
+    },
+    Adagrad {
+        lr_decay: f64,
+        weight_decay: f64,
+        initial: f64,
+    },
+    NAdam {
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        decoupled: bool,
+    },
+    RAdam {
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        decoupled: bool,
+    },
+    Adamax {
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+    },
+    Adadelta {
+        rho: f64,
+        weight_decay: f64,
+    },
+    Asgd {
+        lambd: f64,
+        t0: f64,
+        weight_decay: f64,
+    },
     Rprop,
-    Adafactor { d: f64, weight_decay: f64 },
-    Muon { nesterov: bool, weight_decay: f64 },
-    SparseAdam { beta1: f64, beta2: f64 },
-    Lion { beta1: f64, beta2: f64, weight_decay: f64 },
-    AdEMAMix { beta1: f64, beta2: f64, weight_decay: f64, warmup: u32 },
-    SgdScheduleFree { momentum: f64, weight_decay: f64, warmup: u32, r: f64 },
-    AdamWScheduleFree { beta1: f64, beta2: f64, weight_decay: f64, warmup: u32 },
+    Adafactor {
+        d: f64,
+        weight_decay: f64,
+    },
+    Muon {
+        nesterov: bool,
+        weight_decay: f64,
+    },
+    SparseAdam {
+        beta1: f64,
+        beta2: f64,
+    },
+    Lion {
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+    },
+    AdEMAMix {
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        warmup: u32,
+    },
+    SgdScheduleFree {
+        momentum: f64,
+        weight_decay: f64,
+        warmup: u32,
+        r: f64,
+    },
+    AdamWScheduleFree {
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        warmup: u32,
+    },
+    /// Without a line search, which has golden cases.
+    Lbfgs {
+        max_iter: u64,
+        history: usize,
+    },
 }
 
 impl Algorithm {
@@ -187,7 +266,8 @@ impl Algorithm {
             | Self::Rprop
             | Self::Adafactor { .. }
             | Self::Muon { .. }
-            | Self::SparseAdam { .. } => None,
+            | Self::SparseAdam { .. }
+            | Self::Lbfgs { .. } => None,
         }
     }
 
@@ -209,7 +289,7 @@ impl Algorithm {
             | Self::AdEMAMix { weight_decay, .. }
             | Self::SgdScheduleFree { weight_decay, .. }
             | Self::AdamWScheduleFree { weight_decay, .. } => Some(weight_decay),
-            Self::Rprop | Self::SparseAdam { .. } => None,
+            Self::Rprop | Self::SparseAdam { .. } | Self::Lbfgs { .. } => None,
         }
     }
 
@@ -217,6 +297,13 @@ impl Algorithm {
     pub fn is_schedule_free(self) -> bool {
         matches!(self, Self::SgdScheduleFree { .. } | Self::AdamWScheduleFree { .. })
     }
+}
+
+/// SAM around the optimizer, or ASAM.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Sharpness {
+    pub rho: f64,
+    pub adaptive: bool,
 }
 
 /// How the batches of a window are weighted.
@@ -256,6 +343,8 @@ pub enum Driven {
     /// Momentum, or beta1.
     Momentum,
     EmaMomentum,
+    /// The distance of SAM.
+    Rho,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -546,7 +635,7 @@ impl Program {
 
     /// This program without the parts that contradict others.
     fn settled(self) -> Self {
-        let mut this = self.of_ranks();
+        let mut this = self.of_closures().of_ranks();
         if let Algorithm::Muon { .. } | Algorithm::SparseAdam { .. } = this.optimizer {
             this.lr_of_biases.get_or_insert(this.lr);
         }
@@ -566,6 +655,7 @@ impl Program {
                 Driven::EmaMomentum => this.ema.is_some_and(|ema| ema.warmup.is_none()),
                 Driven::Momentum => this.optimizer.momentum().is_some(),
                 Driven::WeightDecay => this.optimizer.weight_decay().is_some(),
+                Driven::Rho => this.sam.is_some(),
                 Driven::Lr => true,
             };
             if knob == Driven::Momentum && this.optimizer.is_schedule_free() {
@@ -680,6 +770,22 @@ impl Program {
         this
     }
 
+    /// This program without the parts that steps which evaluate a batch several times refuse.
+    fn of_closures(mut self) -> Self {
+        let is_lbfgs = matches!(self.optimizer, Algorithm::Lbfgs { .. });
+        if is_lbfgs {
+            (self.sam, self.lr_of_biases, self.ranks) = (None, None, 1);
+            (self.clip_value, self.clip_norm) = (None, None);
+        }
+        if let Algorithm::SparseAdam { .. } = self.optimizer {
+            self.sam = None;
+        }
+        if is_lbfgs || self.sam.is_some() {
+            (self.accumulate, self.scaler) = (1, None);
+        }
+        self
+    }
+
     /// This program without the parts that several ranks do not do, or not at the same place.
     fn of_ranks(mut self) -> Self {
         if let Algorithm::SparseAdam { .. } = self.optimizer {
@@ -725,8 +831,8 @@ pub mod names {
     #![allow(unused_imports)]
     pub use super::{
         Algorithm::*, At::*, Break, Budget::*, Data::*, Driven::*, EarlyStop, Ema, Evaluation,
-        Frozen, How::*, Model::*, Place::*, Plateau, Program, Scaler, Scheduled, Shape::*, Then::*,
-        Watch::*, Weights::*, When,
+        Frozen, How::*, Model::*, Place::*, Plateau, Program, Scaler, Scheduled, Shape::*,
+        Sharpness, Then::*, Watch::*, Weights::*, When,
     };
 }
 
@@ -847,6 +953,7 @@ fn algorithm() -> impl Strategy<Value = Algorithm> {
         (any::<bool>(), decay())
             .prop_map(|(nesterov, weight_decay)| Algorithm::Muon { nesterov, weight_decay }),
         betas().prop_map(|(beta1, beta2)| Algorithm::SparseAdam { beta1, beta2 }),
+        (1u64..5, 1usize..4).prop_map(|(max_iter, history)| Algorithm::Lbfgs { max_iter, history }),
     ];
     let schedule_free = prop_oneof![
         (decimal(&[0.9, 0.5]), decay(), warmup(), decimal(&[0., 0.5])).prop_map(
@@ -893,6 +1000,7 @@ fn scheduled() -> impl Strategy<Value = Scheduled> {
         1 => Just(Driven::WeightDecay),
         1 => Just(Driven::Momentum),
         1 => Just(Driven::EmaMomentum),
+        1 => Just(Driven::Rho),
     ];
     let value = || decimal(&[0.1, 0.05, 0.02, 0.01, 0.2]);
     let shape = prop_oneof![
@@ -1012,6 +1120,11 @@ pub fn programs() -> impl Strategy<Value = Program> {
         ),
         optional(decimal(&[0.5, 0.1, 2.])),
         optional(decimal(&[0.5, 1.5, 0.1])),
+        prop::option::weighted(
+            0.15,
+            (decimal(&[0.05, 0.5, 0.]), any::<bool>())
+                .prop_map(|(rho, adaptive)| Sharpness { rho, adaptive }),
+        ),
     );
     let watch = || prop_oneof![Just(Watch::MeanLoss), Just(Watch::Validation)];
     let handlers = (
@@ -1061,8 +1174,8 @@ pub fn programs() -> impl Strategy<Value = Program> {
     (world, updates, handlers).prop_map(|(world, updates, handlers)| {
         let (seed, model, samples, data, batch_sizes, noise, budget, lengths) = world;
         let (epoch_length, first_budget) = lengths;
-        let (optimizer, lr, lr_of_biases, (accumulate, weights), scaler, clip_value, clip_norm) =
-            updates;
+        let (optimizer, lr, lr_of_biases, windows, scaler, clip_value, clip_norm, sam) = updates;
+        let (accumulate, weights) = windows;
         let (
             schedules,
             plateau,
@@ -1093,6 +1206,7 @@ pub fn programs() -> impl Strategy<Value = Program> {
             accumulate,
             weights,
             scaler,
+            sam,
             clip_value,
             clip_norm,
             schedules,

@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 
 use super::compare::{Outcome, Trace, numbers};
 use super::program::{
-    Algorithm, At, Budget, Data, Driven, How, Place, Program, Watch, Weights, When,
+    Algorithm, At, Budget, Data, Driven, How, Place, Program, Sharpness, Watch, Weights, When,
 };
 use super::world;
 
@@ -44,6 +44,18 @@ struct Counted {
     share: f64,
 }
 
+/// What L-BFGS remembers. Vectors hold all parameters, one behind the other.
+#[derive(Clone, Default)]
+struct Lbfgs {
+    iterations: u64,
+    direction: Vec<f64>,
+    length: f64,
+    gradient: Vec<f64>,
+    diagonal: f64,
+    /// How gradient and parameters changed.
+    changes: Vec<(Vec<f64>, Vec<f64>)>,
+}
+
 /// The best value so far, and how many values in a row were not better.
 #[derive(Default)]
 struct Patience {
@@ -66,6 +78,8 @@ struct Reference<'p> {
     weight_decay: f64,
     momentum: f64,
     algorithm: Algorithm,
+    lbfgs: Lbfgs,
+    rho: f64,
     counted: [Counted; 2],
     /// The scale of the loss, and (below) how many steps were made since it changed.
     scale: f64,
@@ -205,6 +219,8 @@ impl<'p> Reference<'p> {
             weight_decay,
             momentum,
             algorithm: program.optimizer,
+            lbfgs: Lbfgs::default(),
+            rho: program.sam.map_or(0., |sam| sam.rho),
             counted: [Counted { steps: 0., largest_lr: -1., weights: 0., lr: 0., share: 0. }; 2],
             scale: program.scaler.as_ref().map_or(1., |scaler| scaler.scale),
             good_steps: 0,
@@ -460,8 +476,26 @@ impl<'p> Reference<'p> {
             self.parameters.iter_mut().for_each(|parameter| parameter.gradient = None);
             self.window_began = begin;
         }
-        if self.breaks(Place::InTheLoss) == Wrong {
+        if let Algorithm::Lbfgs { max_iter, history } = self.algorithm {
+            return self.step_of_lbfgs(batch, max_iter, history);
+        }
+        let Some(loss) = self.evaluated_loss(batch) else { return Wrong };
+        if let Some(sam) = self.program.sam
+            && self.gradients_beside(batch, sam) == Wrong
+        {
             return Wrong;
+        }
+        if last && self.update() == Wrong {
+            return Wrong;
+        }
+        self.loss = Some(loss);
+        Well
+    }
+
+    /// Adds the gradients of a batch to those of its window, and returns its loss; none if something broke.
+    fn evaluated_loss(&mut self, batch: &[i64]) -> Option<f64> {
+        if self.breaks(Place::InTheLoss) == Wrong {
+            return None;
         }
         let (x, y) = (self.select(&self.x, batch), self.select(&self.y, batch));
         let prediction = world::forward(self.program.model, &self.tensors, &x);
@@ -491,11 +525,112 @@ impl<'p> Reference<'p> {
             sum.iter_mut().zip(new).for_each(|(sum, new)| *sum += new * weight);
         }
         self.pending += weight;
-        if last && self.update() == Wrong {
+        Some(numbers([&loss])[0])
+    }
+
+    /// Takes the mean gradients of the window. Parameters that have none get zeros.
+    fn take_gradients(&mut self) -> Vec<Vec<f64>> {
+        let count = std::mem::take(&mut self.pending);
+        let taken = self.parameters.iter_mut().map(|parameter| {
+            let gradient = parameter.gradient.take();
+            let gradient = gradient.unwrap_or_else(|| vec![0.; parameter.square.len()]);
+            gradient.iter().map(|value| value / count).collect()
+        });
+        taken.collect()
+    }
+
+    /// Replaces the gradients by those at the place that the formulas of SAM or ASAM lead to.
+    fn gradients_beside(&mut self, batch: &[i64], sam: Sharpness) -> Went {
+        let values: Vec<_> = self.parameters.iter().map(|one| numbers([&one.tensor])).collect();
+        let sizes = values.iter().flatten().map(|w| if sam.adaptive { w.abs() } else { 1. });
+        let sizes: Vec<_> = sizes.collect();
+        let gradient = self.take_gradients().concat();
+        let lengths = gradient.iter().zip(&sizes).map(|(g, size)| (g * size).powi(2));
+        let norm = lengths.sum::<f64>().sqrt();
+        let mut moves = gradient
+            .iter()
+            .zip(&sizes)
+            .map(|(g, size)| self.rho * g * size * size / (norm + 1e-12));
+        for (parameter, values) in self.parameters.iter().zip(&values) {
+            let moved = values.iter().zip(&mut moves).map(|(w, moved)| w + moved);
+            set(&parameter.tensor, &moved.collect::<Vec<_>>());
+        }
+        let loss = self.evaluated_loss(batch);
+        for (parameter, values) in self.parameters.iter().zip(&values) {
+            set(&parameter.tensor, values);
+        }
+        if loss.is_some() { Well } else { Wrong }
+    }
+
+    /// Makes a step of L-BFGS for a batch; where something breaks, parameters and memory are as before.
+    fn step_of_lbfgs(&mut self, batch: &[i64], max_iter: u64, history: usize) -> Went {
+        let values: Vec<_> = self.parameters.iter().map(|one| numbers([&one.tensor])).collect();
+        let memory = self.lbfgs.clone();
+        let Some(loss) = self.iterations_of_lbfgs(batch, max_iter, history) else {
+            for (parameter, values) in self.parameters.iter().zip(&values) {
+                set(&parameter.tensor, values);
+            }
+            self.lbfgs = memory;
+            return Wrong;
+        };
+        if self.at(At::OptimizerStepped) == Wrong || self.at(At::WindowCompleted) == Wrong {
             return Wrong;
         }
-        self.loss = Some(numbers([&loss])[0]);
+        self.loss = Some(loss);
         Well
+    }
+
+    /// Does what torch.optim.LBFGS does without a line search. Returns the first loss; none if something broke.
+    fn iterations_of_lbfgs(&mut self, batch: &[i64], max_iter: u64, history: usize) -> Option<f64> {
+        const TOLERANCE_OF_GRADIENTS: f64 = 1e-7;
+        const TOLERANCE_OF_CHANGES: f64 = 1e-9;
+        let first = self.evaluated_loss(batch)?;
+        let (mut loss, mut gradient) = (first, self.take_gradients().concat());
+        let (mut evaluations, lr) = (1, self.lr[0]);
+        if largest(&gradient) <= TOLERANCE_OF_GRADIENTS {
+            return Some(first);
+        }
+        for iteration in 1..=max_iter {
+            self.lbfgs.iterations += 1;
+            let mut direction = self.lbfgs.next_direction(&gradient, history);
+            let mut from = 0;
+            for parameter in &self.parameters {
+                let until = from + parameter.square.len();
+                if !parameter.tensor.requires_grad() {
+                    direction[from..until].fill(0.);
+                }
+                from = until;
+            }
+            let is_first = self.lbfgs.iterations == 1;
+            let sum: f64 = gradient.iter().map(|g| g.abs()).sum();
+            let length = if is_first { (1. / sum).min(1.) * lr } else { lr };
+            self.lbfgs.length = length;
+            self.lbfgs.gradient.clone_from(&gradient);
+            self.lbfgs.direction.clone_from(&direction);
+            if product(&gradient, &direction) > -TOLERANCE_OF_CHANGES {
+                break;
+            }
+            let mut moves = direction.iter().map(|d| length * d);
+            for parameter in &self.parameters {
+                let moved = numbers([&parameter.tensor]).into_iter().zip(&mut moves);
+                set(&parameter.tensor, &moved.map(|(w, moved)| w + moved).collect::<Vec<_>>());
+            }
+            let before = loss;
+            if iteration != max_iter {
+                loss = self.evaluated_loss(batch)?;
+                gradient = self.take_gradients().concat();
+                evaluations += 1;
+            }
+            let moved: Vec<_> = direction.iter().map(|d| d * length).collect();
+            if evaluations >= max_iter * 5 / 4
+                || largest(&gradient) <= TOLERANCE_OF_GRADIENTS
+                || largest(&moved) <= TOLERANCE_OF_CHANGES
+                || (loss - before).abs() < TOLERANCE_OF_CHANGES
+            {
+                break;
+            }
+        }
+        Some(first)
     }
 
     fn select(&self, from: &Tensor, batch: &[i64]) -> Tensor {
@@ -701,7 +836,7 @@ impl<'p> Reference<'p> {
         for i in 0..size {
             let (mut g, w) = (gradient[i], values[i]);
             match algorithm {
-                Algorithm::Adafactor { .. } | Algorithm::Muon { .. } => {}
+                Algorithm::Adafactor { .. } | Algorithm::Muon { .. } | Algorithm::Lbfgs { .. } => {}
                 // The row that is never looked up has moments of 0, so it stays where it is.
                 Algorithm::SparseAdam { beta2, .. } => {
                     momentum[i] = momentum[i] * first + (1. - first) * g;
@@ -1067,6 +1202,7 @@ impl<'p> Reference<'p> {
             Driven::WeightDecay => self.weight_decay = value,
             Driven::Momentum => self.momentum = value,
             Driven::EmaMomentum => self.ema_momentum = value,
+            Driven::Rho => self.rho = value,
         }
     }
 
@@ -1129,6 +1265,55 @@ impl<'p> Reference<'p> {
         }
         Well
     }
+}
+
+impl Lbfgs {
+    /// Remembers the last iteration, and returns the direction of the next one by the recursion of two loops.
+    fn next_direction(&mut self, gradient: &[f64], history: usize) -> Vec<f64> {
+        let negative = || gradient.iter().map(|g| -g).collect::<Vec<_>>();
+        if self.iterations == 1 {
+            self.diagonal = 1.;
+            return negative();
+        }
+        let of_gradient: Vec<_> = gradient.iter().zip(&self.gradient).map(|(g, b)| g - b).collect();
+        let of_place: Vec<_> = self.direction.iter().map(|d| d * self.length).collect();
+        let curvature = product(&of_gradient, &of_place);
+        if curvature > 1e-10 {
+            if self.changes.len() == history {
+                self.changes.remove(0);
+            }
+            self.diagonal = curvature / product(&of_gradient, &of_gradient);
+            self.changes.push((of_gradient, of_place));
+        }
+        let add = |to: &mut Vec<f64>, factor: f64, vector: &[f64]| {
+            to.iter_mut().zip(vector).for_each(|(to, value)| *to += factor * value);
+        };
+        let (mut direction, mut factors) = (negative(), vec![]);
+        for (y, s) in self.changes.iter().rev() {
+            let factor = product(s, &direction) / product(y, s);
+            add(&mut direction, -factor, y);
+            factors.push(factor);
+        }
+        direction.iter_mut().for_each(|value| *value *= self.diagonal);
+        for ((y, s), factor) in self.changes.iter().zip(factors.iter().rev()) {
+            let other = product(y, &direction) / product(y, s);
+            add(&mut direction, factor - other, s);
+        }
+        direction
+    }
+}
+
+fn product(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// The largest magnitude; NaN if there is one.
+fn largest(values: &[f64]) -> f64 {
+    let larger = |most: f64, value: &f64| match value.abs() {
+        value if value > most || value.is_nan() => value,
+        _ => most,
+    };
+    values.iter().fold(0., larger)
 }
 
 fn set(tensor: &Tensor, values: &[f64]) {
