@@ -1,13 +1,12 @@
-"""Measures the same as steps.rs with PyTorch: python benches/steps.py [--threads N] [--shape NAME] [--out FILE]
+"""Measures the same as steps.rs with PyTorch, in turns with it: see there. python benches/steps.py [--threads N] --shape NAME
 
-Writes a JSON object on each line: group, name, median in ns; FILE is appended to. Optimizers that PyTorch does not have are
-those of lion-pytorch, schedulefree and ademamix.py (https://github.com/apple/ml-ademamix), each where Python finds it.
+Optimizers that PyTorch does not have are those of lion-pytorch, schedulefree and ademamix.py
+(https://github.com/apple/ml-ademamix), each where Python finds it.
 """
 
 import argparse
 import importlib
 import json
-import statistics
 import sys
 import time
 
@@ -109,16 +108,21 @@ def lbfgs(own):
     return fresh, lambda: made[0].step(loss)
 
 
-def contenders(shape, shapes):
-    """Yields group, name, the function to time, and what is called before it, for each contender."""
+def contenders(shape, shapes, group):
+    """Makes the contenders of a group: name, the function to time, and what is called before it."""
+    if group == "SparseAdam":
+        yield LOOP, sparse_adam(), None
+        return
+    # Muon steps the matrices of one of the 12 blocks.
+    hidden = [size for size in shapes if len(size) == 2][2:6]
     for name, way, make, kwargs in optimizers(shape):
-        # Muon steps the matrices of one of the 12 blocks.
-        hidden = [size for size in shapes if len(size) == 2][2:6]
+        if name != group:
+            continue
         own = parameters(hidden if name == "Muon" else shapes)
         optimizer = make(own, lr=1e-6, **kwargs)
         if "ScheduleFree" in name:
             optimizer.train()
-        yield name, way, optimizer.step, None
+        yield way, optimizer.step, None
         if name == "AdamW":
             bound = [100.0]
 
@@ -128,58 +132,89 @@ def contenders(shape, shapes):
                 torch.nn.utils.clip_grad_norm_(own, bound[0], foreach=foreach)
                 optimizer.step()
 
-            yield name, f"clip + step, {way}", clipped, None
+            yield f"clip + step, {way}", clipped, None
+    if group not in ("LBFGS", "gradients", "EMA"):
+        return
     own = parameters(shapes)
-    if shape == "GPT-2 small":
-        yield "SparseAdam", LOOP, sparse_adam(), None
-    elif shape != "4 of 4M":
+    if group == "LBFGS":
         fresh, step = lbfgs(own)
-        yield "LBFGS", LOOP, step, fresh
-    bound = [100.0]
+        yield LOOP, step, fresh
+    elif group == "gradients":
+        shrinking = [100.0]
 
-    def clip():
-        bound[0] *= 0.9999
-        torch.nn.utils.clip_grad_norm_(own, bound[0])
+        def clip():
+            shrinking[0] *= 0.9999
+            torch.nn.utils.clip_grad_norm_(own, shrinking[0])
 
-    def below():
-        torch.nn.utils.clip_grad_norm_(own, 1e9)
+        yield "clip_grad_norm, clipped, torch", clip, None
+        yield "clip_grad_norm, below the bound, torch", lambda: torch.nn.utils.clip_grad_norm_(own, 1e9), None
+        yield "zeros, torch foreach", lambda: torch._foreach_zero_([p.grad for p in own]), None
+    elif group == "EMA":
+        copies = [p.detach().clone() for p in own]
 
-    yield "gradients", "clip_grad_norm, clipped, torch", clip, None
-    yield "gradients", "clip_grad_norm, below the bound, torch", below, None
-    yield "gradients", "zeros, torch foreach", lambda: torch._foreach_zero_([p.grad for p in own]), None
-    copies = [p.detach().clone() for p in own]
+        @torch.no_grad()
+        def lerp():
+            torch._foreach_lerp_(copies, own, 1e-3)
 
-    @torch.no_grad()
-    def lerp():
-        torch._foreach_lerp_(copies, own, 1e-3)
+        yield "torch, _foreach_lerp_", lerp, None
 
-    yield "EMA", "torch, _foreach_lerp_", lerp, None
+
+def names(shape):
+    """Yields group and contender, without making them."""
+    for name, way, _, _ in optimizers(shape):
+        yield name, way
+        if name == "AdamW":
+            yield name, f"clip + step, {way}"
+    if shape == "GPT-2 small":
+        yield "SparseAdam", LOOP
+    elif shape != "4 of 4M":
+        yield "LBFGS", LOOP
+    yield "gradients", "clip_grad_norm, clipped, torch"
+    yield "gradients", "clip_grad_norm, below the bound, torch"
+    yield "gradients", "zeros, torch foreach"
+    yield "EMA", "torch, _foreach_lerp_"
+
+
+def measure(call, before, clock):
+    """The median time of a call in a turn, as in steps.rs."""
+
+    def once():
+        if before:
+            before()
+        start = clock()
+        call()
+        return clock() - start
+
+    turn, calls = 50_000_000, 3
+    times = [once()]
+    if times[0] < turn:
+        times = [once()]
+    while (len(times) < calls and times[0] < turn) or sum(times) < turn:
+        times.append(once())
+    return sorted(times)[len(times) // 2]
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shape", choices=shapes())
-    parser.add_argument("--out", type=argparse.FileType("a"), default=sys.stdout)
+    parser.add_argument("--shape", choices=shapes(), required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     # As in steps.rs.
     clock = time.thread_time_ns if arguments.threads == 1 else time.perf_counter_ns
-    for shape, sizes in shapes().items():
-        if arguments.shape not in (None, shape):
+    sizes = shapes()[arguments.shape]
+    for group, name in names(arguments.shape):
+        print(json.dumps({"group": f"{group}, {arguments.shape}", "name": name}))
+    print(flush=True)
+    made = {}
+    for line in sys.stdin:
+        line = line.rstrip("\n")
+        if line.startswith("group "):
+            made = {}
+            group = line.removeprefix("group ").partition(", ")[0]
+            made = {name: (call, before) for name, call, before in contenders(arguments.shape, sizes, group)}
             continue
-        large = sum(torch.Size(size).numel() for size in sizes) > 1 << 26
-        for group, name, call, before in contenders(shape, sizes):
-            times = []
-            until = time.perf_counter() + 1.5
-            while len(times) < 7 or (time.perf_counter() < until and len(times) < (12 if large else 2000)):
-                if before:
-                    before()
-                start = clock()
-                call()
-                times.append(clock() - start)
-            line = {"group": f"{group}, {shape}", "name": name, "median": statistics.median(times[2:])}
-            print(json.dumps(line), file=arguments.out, flush=True)
+        print(measure(*made[line], clock), flush=True)
 
 
 if __name__ == "__main__":

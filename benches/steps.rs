@@ -1,82 +1,119 @@
-//! Compares our optimizer steps, clipping and averages with tch's own, on the shapes of real models. Of an optimizer that
-//! tch does not have, "tch" is its loop by libtorch's operations.
+//! Measures our optimizer steps, clipping and averages beside tch's own, on the shapes of real models. Of an optimizer
+//! that tch does not have, "tch" is its loop by libtorch's operations.
 //!
-//! `scripts/bench.sh` runs this and `steps.py` with one and with two threads, shape by shape (`BENCH_SHAPE` has the name
-//! of one), and makes a table. The group "floor" measures how fast memory can be updated in place, which bounds how fast
-//! the others could be. With one thread the time is what that thread had of its core, so that other programs on the
-//! machine do not count; with several it is wall time.
+//! `scripts/bench.sh` lets this and `steps.py` take turns of less than a second, because the rate of a machine's memory
+//! changes from one minute to the next. Each prints its groups and contenders as JSON lines and then an empty one. Then it
+//! reads lines: `group NAME` makes the contenders of a group, and `NAME` measures one of them and prints its time in ns.
+//!
+//! The contender "floor" of each group measures how fast memory can be updated in place, which bounds how fast the others
+//! could be. With one thread the time is what that thread had of its core, so that other programs on the machine do not
+//! count; with several it is wall time.
 
+use std::cell::Cell;
 use std::hint::black_box;
+use std::io::BufRead;
 use std::time::Duration;
 
-use criterion::measurement::{Measurement, ValueFormatter, WallTime};
-use criterion::{
-    BatchSize, BenchmarkGroup, Criterion, SamplingMode, criterion_group, criterion_main,
-};
+use anyhow::{Context, Result};
+use clap::Parser;
 use tch::nn::{self, OptimizerConfig, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::handlers::EMAHandler;
 use tch_ignite::optim::{Optimizer, OptimizerBuilder};
+
+#[derive(Parser)]
+struct Args {
+    /// 200 of 16x16, ResNet-18, 4 of 4M or GPT-2 small
+    #[arg(long)]
+    shape: String,
+    /// Passed by `cargo bench`
+    #[arg(long, hide = true)]
+    bench: bool,
+}
 
 /// A bound of clipping below the norm of all these gradients, and by how much it gets smaller each time, so that all are
 /// scaled; steps.py has the same.
 const BOUND: f64 = 100.;
 const SHRINK: f64 = 0.9999;
 
-/// Time by one of the system's clocks.
-struct Clock(libc::clockid_t);
+/// A turn lasts for so long, and for so many calls after one that does not count. Calls that take longer than a turn are
+/// measured one at a time.
+const TURN: Duration = Duration::from_millis(50);
+const CALLS: usize = 3;
 
-impl Clock {
-    fn of_the_threads() -> Self {
-        let one = tch::get_num_threads() == 1;
-        Self(if one { libc::CLOCK_THREAD_CPUTIME_ID } else { libc::CLOCK_MONOTONIC })
+struct Contender {
+    name: String,
+    /// What is called before each measured call.
+    before: Option<Box<dyn FnMut()>>,
+    call: Box<dyn FnMut()>,
+}
+
+impl Contender {
+    fn new(name: impl Into<String>, call: impl FnMut() + 'static) -> Self {
+        Self { name: name.into(), before: None, call: Box::new(call) }
+    }
+
+    fn before(mut self, before: impl FnMut() + 'static) -> Self {
+        self.before = Some(Box::new(before));
+        self
+    }
+
+    /// The median time of a call in this turn.
+    fn measure(&mut self) -> Duration {
+        let mut times = vec![self.call()];
+        if times[0] < TURN {
+            times.clear();
+        }
+        while times.len() < CALLS && times.first().is_none_or(|first| *first < TURN)
+            || times.iter().sum::<Duration>() < TURN
+        {
+            times.push(self.call());
+        }
+        times.sort();
+        times[times.len() / 2]
+    }
+
+    fn call(&mut self) -> Duration {
+        if let Some(before) = &mut self.before {
+            before();
+        }
+        let begun = now();
+        (self.call)();
+        now() - begun
     }
 }
 
-impl Measurement for Clock {
-    type Intermediate = Duration;
-    type Value = Duration;
-
-    fn start(&self) -> Duration {
-        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the function writes to the timespec, and nothing else.
-        unsafe { libc::clock_gettime(self.0, &mut now) };
-        Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
-    }
-
-    fn end(&self, start: Duration) -> Duration {
-        self.start() - start
-    }
-
-    fn add(&self, a: &Duration, b: &Duration) -> Duration {
-        *a + *b
-    }
-
-    fn zero(&self) -> Duration {
-        Duration::ZERO
-    }
-
-    fn to_f64(&self, value: &Duration) -> f64 {
-        value.as_nanos() as f64
-    }
-
-    fn formatter(&self) -> &dyn ValueFormatter {
-        WallTime.formatter()
-    }
+/// The time of the thread if it is the only one, or else that of the wall.
+fn now() -> Duration {
+    let clock = match tch::get_num_threads() {
+        1 => libc::CLOCK_THREAD_CPUTIME_ID,
+        _ => libc::CLOCK_MONOTONIC,
+    };
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the function writes to the timespec, and nothing else.
+    unsafe { libc::clock_gettime(clock, &mut now) };
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
-/// The names of models and the shapes of all their parameters; only the one that `BENCH_SHAPE` names, if it is set.
-fn shapes() -> Vec<(&'static str, Vec<Vec<i64>>)> {
-    let only = std::env::var("BENCH_SHAPE");
-    let mut all = vec![
-        ("200 of 16x16", vec![vec![16, 16]; 200]),
-        ("ResNet-18", resnet18()),
-        ("4 of 4M", vec![vec![2048, 2048]; 4]),
-        ("GPT-2 small", gpt2_small()),
-    ];
-    all.retain(|(name, _)| only.as_deref().is_ok_and(|only| only == *name) || only.is_err());
-    assert!(!all.is_empty(), "BENCH_SHAPE is {only:?}, and no shapes have this name");
-    all
+/// Contenders with a name in common, which are made when it is their turn.
+struct Group {
+    name: String,
+    names: Vec<&'static str>,
+    make: Box<dyn Fn() -> Result<Vec<Contender>>>,
+}
+
+type Shapes = &'static [Vec<i64>];
+
+/// The shapes of all parameters of a model.
+fn shapes(name: &str) -> Result<Shapes> {
+    let shapes = match name {
+        "200 of 16x16" => vec![vec![16, 16]; 200],
+        "ResNet-18" => resnet18(),
+        "4 of 4M" => vec![vec![2048, 2048]; 4],
+        "GPT-2 small" => gpt2_small(),
+        other => anyhow::bail!("there are no shapes '{other}'"),
+    };
+    Ok(shapes.leak())
 }
 
 fn gpt2_small() -> Vec<Vec<i64>> {
@@ -88,23 +125,6 @@ fn gpt2_small() -> Vec<Vec<i64>> {
     }
     shapes.extend([vec![d], vec![d]]);
     shapes
-}
-
-/// Makes a benchmark group that takes fewer samples of large models, because each takes long.
-fn group<'c>(
-    c: &'c mut Criterion<Clock>,
-    name: String,
-    shapes: &[Vec<i64>],
-) -> BenchmarkGroup<'c, Clock> {
-    let mut group = c.benchmark_group(name);
-    let elements: i64 = shapes.iter().map(|shape| shape.iter().product::<i64>()).sum();
-    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
-    if elements > 1 << 26 {
-        group.sample_size(10).sampling_mode(SamplingMode::Flat);
-    } else {
-        group.sample_size(20);
-    }
-    group
 }
 
 fn resnet18() -> Vec<Vec<i64>> {
@@ -137,212 +157,260 @@ fn store(shapes: &[Vec<i64>]) -> VarStore {
     vs
 }
 
-fn steps(c: &mut Criterion<Clock>) {
-    for (name, shapes) in shapes() {
-        compare(c, name, &shapes, |vs| Optimizer::builder(nn::sgd(0.9, 0., 0., false), vs));
-        compare(c, name, &shapes, Optimizer::adam);
-        compare(c, name, &shapes, Optimizer::adamw);
-        compare(c, name, &shapes, Optimizer::rms_prop);
-        if name.starts_with("GPT-2") {
-            // The matrices of one of the 12 blocks.
-            let hidden = shapes.into_iter().filter(|size| size.len() == 2).skip(2).take(4);
-            alone(c, name, &hidden.collect::<Vec<_>>(), Optimizer::muon);
-            sparse_adam(c, name);
-            continue;
-        }
-        compare(c, name, &shapes, Optimizer::adagrad);
-        compare(c, name, &shapes, Optimizer::nadam);
-        compare(c, name, &shapes, Optimizer::radam);
-        compare(c, name, &shapes, Optimizer::adamax);
-        compare(c, name, &shapes, Optimizer::adadelta);
-        compare(c, name, &shapes, Optimizer::asgd);
-        compare(c, name, &shapes, Optimizer::rprop);
-        compare(c, name, &shapes, Optimizer::lion);
-        compare(c, name, &shapes, Optimizer::sgd_schedule_free);
-        compare(c, name, &shapes, Optimizer::adamw_schedule_free);
-        compare(c, name, &shapes, Optimizer::ademamix);
-        alone(c, name, &shapes, Optimizer::adafactor);
-        if !name.starts_with("4 of") {
-            lbfgs(c, name, &shapes);
+fn groups(shape: &str, shapes: Shapes) -> Vec<Group> {
+    let mut groups = vec![
+        compared(shape, "SGD", shapes, |vs| Optimizer::builder(nn::sgd(0.9, 0., 0., false), vs)),
+        compared(shape, "Adam", shapes, Optimizer::adam),
+        compared(shape, "AdamW", shapes, Optimizer::adamw),
+        compared(shape, "RMSprop", shapes, Optimizer::rms_prop),
+    ];
+    if shape.starts_with("GPT-2") {
+        // The matrices of one of the 12 blocks.
+        groups.push(alone(shape, "Muon", hidden(shapes), Optimizer::muon));
+        groups.push(sparse_adam(shape));
+    } else {
+        groups.extend([
+            compared(shape, "Adagrad", shapes, Optimizer::adagrad),
+            compared(shape, "NAdam", shapes, Optimizer::nadam),
+            compared(shape, "RAdam", shapes, Optimizer::radam),
+            compared(shape, "Adamax", shapes, Optimizer::adamax),
+            compared(shape, "Adadelta", shapes, Optimizer::adadelta),
+            compared(shape, "ASGD", shapes, Optimizer::asgd),
+            compared(shape, "Rprop", shapes, Optimizer::rprop),
+            compared(shape, "Lion", shapes, Optimizer::lion),
+            compared(shape, "SGDScheduleFree", shapes, Optimizer::sgd_schedule_free),
+            compared(shape, "AdamWScheduleFree", shapes, Optimizer::adamw_schedule_free),
+            compared(shape, "AdEMAMix", shapes, Optimizer::ademamix),
+            alone(shape, "Adafactor", shapes, Optimizer::adafactor),
+        ]);
+        if !shape.starts_with("4 of") {
+            groups.push(lbfgs(shape, shapes));
         }
     }
+    groups.extend([gradients(shape, shapes), averages(shape, shapes)]);
+    groups
+}
+
+fn hidden(shapes: Shapes) -> Shapes {
+    let matrices = shapes.iter().filter(|size| size.len() == 2).skip(2).take(4);
+    matrices.cloned().collect::<Vec<_>>().leak()
+}
+
+/// A builder of optimizers of one kind.
+trait Build<T>: Fn(&VarStore) -> OptimizerBuilder<'_, T> + Copy + 'static {}
+impl<T, F: Fn(&VarStore) -> OptimizerBuilder<'_, T> + Copy + 'static> Build<T> for F {}
+
+/// An optimizer over parameters of its own.
+fn optimizer<T: OptimizerConfig>(shapes: Shapes, build: impl Build<T>) -> Result<Optimizer> {
+    Ok(build(&store(shapes)).lr(1e-6).build()?)
+}
+
+fn steps(name: &str, optimizer: Optimizer) -> Contender {
+    Contender::new(name, move || optimizer.step().expect("steps"))
 }
 
 /// An optimizer whose steps are the same operations of libtorch's, fused or not.
-fn alone<T: OptimizerConfig>(
-    c: &mut Criterion<Clock>,
+fn alone<T: OptimizerConfig + 'static>(
     shape: &str,
-    shapes: &[Vec<i64>],
-    builder: impl Fn(&VarStore) -> OptimizerBuilder<'_, T>,
-) {
-    let vs = store(shapes);
-    let optimizer = builder(&vs).lr(1e-6).build().expect("one group");
-    let mut group = group(c, format!("{}, {shape}", optimizer.name()), shapes);
-    group.bench_function("ours", |b| b.iter(|| optimizer.step().expect("steps")));
-    group.finish();
+    name: &str,
+    shapes: Shapes,
+    build: impl Build<T>,
+) -> Group {
+    Group {
+        name: format!("{name}, {shape}"),
+        names: vec!["ours"],
+        make: Box::new(move || Ok(vec![steps("ours", optimizer(shapes, build)?)])),
+    }
+}
+
+fn compared<T: OptimizerConfig + 'static>(
+    shape: &str,
+    name: &'static str,
+    shapes: Shapes,
+    build: impl Build<T>,
+) -> Group {
+    let clips = name == "AdamW";
+    let mut names = vec!["ours", "tch"];
+    if clips {
+        names.extend(["clip + step, ours", "clip + step, tch"]);
+    }
+    let make = move || {
+        let (ours, tch) = (optimizer(shapes, build)?, optimizer(shapes, build)?);
+        tch.set_fused(false)?;
+        let mut contenders = vec![steps("ours", ours.clone()), steps("tch", tch.clone())];
+        if clips {
+            let clipped = move || drop(black_box(ours.step_clipped(1e-9).expect("steps")));
+            contenders.push(Contender::new("clip + step, ours", clipped));
+            let mut max = BOUND;
+            contenders.push(Contender::new("clip + step, tch", move || {
+                max *= SHRINK;
+                tch.with_tch(|tch| tch.clip_grad_norm(max)).expect("gradients");
+                tch.step().expect("steps");
+            }));
+        }
+        Ok(contenders)
+    };
+    Group { name: format!("{name}, {shape}"), names, make: Box::new(make) }
 }
 
 /// A batch of 1,024 words of GPT-2's embedding.
-fn sparse_adam(c: &mut Criterion<Clock>, shape: &str) {
-    let vs = VarStore::new(Device::Cpu);
-    let table = vs.root().randn("table", &[50257, 768], 0., 0.1);
-    let words = Tensor::randint(50257, [1024], (Kind::Int64, Device::Cpu));
-    Tensor::embedding(&table, &words, -1, false, true).sum(Kind::Float).backward();
-    let optimizer = Optimizer::sparse_adam(&vs).lr(1e-6).build().expect("one group");
-    let mut group = group(c, format!("SparseAdam, {shape}"), &[]);
-    group.bench_function("ours", |b| b.iter(|| optimizer.step().expect("steps")));
-    group.finish();
+fn sparse_adam(shape: &str) -> Group {
+    let make = || {
+        let vs = VarStore::new(Device::Cpu);
+        let table = vs.root().randn("table", &[50257, 768], 0., 0.1);
+        let words = Tensor::randint(50257, [1024], (Kind::Int64, Device::Cpu));
+        Tensor::embedding(&table, &words, -1, false, true).sum(Kind::Float).backward();
+        Ok(vec![steps("ours", Optimizer::sparse_adam(&vs).lr(1e-6).build()?)])
+    };
+    Group { name: format!("SparseAdam, {shape}"), names: vec!["ours"], make: Box::new(make) }
 }
 
 /// A first step, of 20 iterations, down a narrow valley. The closure computes the gradient without backward, so that
 /// its share is small.
-fn lbfgs(c: &mut Criterion<Clock>, shape: &str, shapes: &[Vec<i64>]) {
-    let vs = store(shapes);
-    let gradients: Vec<_> = vs.trainable_variables().iter().map(Tensor::grad).collect();
-    let values: Vec<_> = vs.trainable_variables().iter().map(Tensor::detach).collect();
-    let begin: Vec<_> = values.iter().map(Tensor::copy).collect();
-    let slope = |v: &Tensor| {
-        Tensor::linspace(1., 100., v.numel() as i64, (Kind::Float, Device::Cpu)).view_as(v)
+fn lbfgs(shape: &str, shapes: Shapes) -> Group {
+    let make = move || {
+        let vs = store(shapes);
+        let gradients: Vec<_> = vs.trainable_variables().iter().map(Tensor::grad).collect();
+        let values: Vec<_> = vs.trainable_variables().iter().map(Tensor::detach).collect();
+        let begin: Vec<_> = values.iter().map(Tensor::copy).collect();
+        let slope = |v: &Tensor| {
+            Tensor::linspace(1., 100., v.numel() as i64, (Kind::Float, Device::Cpu)).view_as(v)
+        };
+        let slopes: Vec<_> = values.iter().map(slope).collect();
+        let optimizer = std::rc::Rc::new(std::cell::RefCell::new(None));
+        let (own, places) = (optimizer.clone(), values.iter().map(Tensor::shallow_clone));
+        let places: Vec<_> = places.collect();
+        let fresh = move || {
+            for (v, begin) in places.iter().zip(&begin) {
+                v.shallow_clone().copy_(begin);
+            }
+            *own.borrow_mut() = Some(Optimizer::lbfgs(&vs).build().expect("one group"));
+        };
+        let loss = move || {
+            let mut loss = Tensor::zeros([], (Kind::Float, Device::Cpu));
+            for ((v, slope), gradient) in values.iter().zip(&slopes).zip(&gradients) {
+                let mut gradient = gradient.shallow_clone();
+                gradient.copy_(v);
+                gradient *= slope;
+                loss += gradient.view([-1]).dot(&v.view([-1])) / 2.;
+            }
+            Ok(loss)
+        };
+        let step = move || {
+            let optimizer = optimizer.borrow();
+            drop(optimizer.as_ref().expect("made before").step_with(&loss).expect("steps"));
+        };
+        Ok(vec![Contender::new("ours", step).before(fresh)])
     };
-    let slopes: Vec<_> = values.iter().map(slope).collect();
-    let fresh = || {
-        for (v, begin) in values.iter().zip(&begin) {
-            v.shallow_clone().copy_(begin);
-        }
-        Optimizer::lbfgs(&vs).build().expect("one group")
-    };
-    let loss = || {
-        let mut loss = Tensor::zeros([], (Kind::Float, Device::Cpu));
-        for ((v, slope), gradient) in values.iter().zip(&slopes).zip(&gradients) {
-            let mut gradient = gradient.shallow_clone();
-            gradient.copy_(v);
-            gradient *= slope;
-            loss += gradient.view([-1]).dot(&v.view([-1])) / 2.;
-        }
-        Ok(loss)
-    };
-    let mut group = group(c, format!("LBFGS, {shape}"), shapes);
-    group.bench_function("ours", |b| {
-        let step = |optimizer: Optimizer| optimizer.step_with(loss).expect("steps");
-        b.iter_batched(fresh, step, BatchSize::PerIteration);
-    });
-    group.finish();
+    Group { name: format!("LBFGS, {shape}"), names: vec!["ours"], make: Box::new(make) }
 }
 
-fn compare<T: OptimizerConfig>(
-    c: &mut Criterion<Clock>,
-    shape: &str,
-    shapes: &[Vec<i64>],
-    builder: impl Fn(&VarStore) -> OptimizerBuilder<'_, T>,
-) {
-    let vs = store(shapes);
-    let optimizer = builder(&vs).lr(1e-6).build().expect("one group");
-    let name = optimizer.name();
-    let mut group = group(c, format!("{name}, {shape}"), shapes);
-    for fused in [false, true] {
-        optimizer.set_fused(fused).expect("not lent");
-        let way = if fused { "ours" } else { "tch" };
-        group.bench_function(way, |b| b.iter(|| optimizer.step().expect("steps")));
+fn gradients(shape: &str, shapes: Shapes) -> Group {
+    let mut names = vec![
+        "clip_grad_norm, below the bound, ours",
+        "clip_grad_norm, below the bound, tch",
+        "clip_grad_norm, clipped, ours",
+        "clip_grad_norm, clipped, tch",
+        "zeros, ours",
+        "zeros, tch",
+    ];
+    let to_none = shape.starts_with("200");
+    if to_none {
+        names.extend(["to none, ours", "to none, tch"]);
     }
-    if name == "AdamW" {
-        // The bound shrinks a little every time, so that clipping always has to scale the gradients.
-        optimizer.set_fused(false).expect("not lent");
-        let mut max = BOUND;
-        group.bench_function("clip + step, tch", |b| {
-            b.iter(|| {
-                max *= SHRINK;
-                optimizer.with_tch(|tch| tch.clip_grad_norm(max)).expect("gradients");
-                optimizer.step().expect("steps")
-            });
-        });
-        optimizer.set_fused(true).expect("not lent");
-        group.bench_function("clip + step, ours", |b| {
-            b.iter(|| black_box(optimizer.step_clipped(1e-9).expect("steps")));
-        });
-    }
-    group.finish();
-}
-
-fn gradients(c: &mut Criterion<Clock>) {
-    for (name, shapes) in shapes() {
-        let vs = store(&shapes);
-        let optimizer = Optimizer::sgd(&vs).build().expect("one group");
-        let mut group = group(c, format!("gradients, {name}"), &shapes);
+    let make = move || {
+        let vs = store(shapes);
+        let optimizer = Optimizer::sgd(&vs).build()?;
+        let mut contenders = vec![];
         for (kind, clips) in [("below the bound", false), ("clipped", true)] {
-            let max = std::cell::Cell::new(BOUND);
-            let bound = || {
+            let max = Cell::new(BOUND);
+            let bound = move || {
                 max.set(max.get() * SHRINK);
                 if clips { max.get() } else { 1e9 }
             };
-            group.bench_function(format!("clip_grad_norm, {kind}, tch"), |b| {
-                optimizer.with_tch(|tch| b.iter(|| tch.clip_grad_norm(bound()))).expect("not lent");
-            });
-            group.bench_function(format!("clip_grad_norm, {kind}, ours"), |b| {
-                b.iter(|| black_box(optimizer.clip_grad_norm(bound()).expect("clips")));
-            });
+            let (ours, tch, own) = (optimizer.clone(), optimizer.clone(), bound.clone());
+            contenders.push(Contender::new(format!("clip_grad_norm, {kind}, ours"), move || {
+                drop(black_box(ours.clip_grad_norm(own()).expect("clips")));
+            }));
+            contenders.push(Contender::new(format!("clip_grad_norm, {kind}, tch"), move || {
+                tch.with_tch(|tch| tch.clip_grad_norm(bound())).expect("not lent");
+            }));
         }
-        group.bench_function("zeros, tch", |b| {
-            let variables = vs.trainable_variables();
-            b.iter(|| variables.iter().for_each(|v| drop(v.grad().zero_())));
-        });
-        group.bench_function("zeros, ours", |b| {
-            b.iter(|| optimizer.zero_grad_in_place().expect("zeros"));
-        });
-        if name.starts_with("200") {
-            let backward = || {
-                let parts: Vec<_> =
-                    vs.trainable_variables().iter().map(|v| v.sum(Kind::Float)).collect();
-                Tensor::stack(&parts, 0).sum(Kind::Float).backward();
+        let (zeros, variables) = (optimizer.clone(), vs.trainable_variables());
+        contenders.push(Contender::new("zeros, ours", move || {
+            zeros.zero_grad_in_place().expect("zeros");
+        }));
+        contenders.push(Contender::new("zeros, tch", move || {
+            variables.iter().for_each(|v| drop(v.grad().zero_()));
+        }));
+        if to_none {
+            let backward = move || {
+                let parts = vs.trainable_variables().into_iter().map(|v| v.sum(Kind::Float));
+                Tensor::stack(&parts.collect::<Vec<_>>(), 0).sum(Kind::Float).backward();
             };
-            group.bench_function("to none, tch", |b| {
-                let clear = |()| optimizer.with_tch(|tch| tch.zero_grad()).expect("not lent");
-                b.iter_batched(backward, clear, BatchSize::PerIteration);
-            });
-            group.bench_function("to none, ours", |b| {
-                let clear = |()| optimizer.zero_grad().expect("not lent");
-                b.iter_batched(backward, clear, BatchSize::PerIteration);
-            });
+            let backward = std::rc::Rc::new(backward);
+            let (again, tch) = (backward.clone(), optimizer.clone());
+            let none = move || optimizer.zero_grad().expect("not lent");
+            contenders.push(Contender::new("to none, ours", none).before(move || again()));
+            let none = move || tch.with_tch(|tch| tch.zero_grad()).expect("not lent");
+            contenders.push(Contender::new("to none, tch", none).before(move || backward()));
         }
-        group.finish();
-    }
+        Ok(contenders)
+    };
+    Group { name: format!("gradients, {shape}"), names, make: Box::new(make) }
 }
 
-fn averages(c: &mut Criterion<Clock>) {
-    for (name, shapes) in shapes() {
-        let vs = store(&shapes);
+fn averages(shape: &str, shapes: Shapes) -> Group {
+    let make = move || {
+        let vs = store(shapes);
         let variables = vs.trainable_variables();
         let mut copies: Vec<_> = variables.iter().map(|v| v.detach().copy()).collect();
-        let ema = EMAHandler::new(&vs, 1e-3).expect("a momentum");
-        let mut group = group(c, format!("EMA, {name}"), &shapes);
-        group.bench_function("tch, lerp_ in a loop", |b| {
-            b.iter(|| {
+        let ema = EMAHandler::new(&vs, 1e-3)?;
+        let swapped = ema.clone();
+        Ok(vec![
+            Contender::new("ours", move || ema.update().expect("averages")),
+            Contender::new("tch, lerp_ in a loop", move || {
                 tch::no_grad(|| {
                     for (copy, variable) in copies.iter_mut().zip(&variables) {
                         let _ = copy.lerp_(variable, 1e-3);
                     }
                 });
-            });
-        });
-        group.bench_function("ours", |b| b.iter(|| ema.update().expect("averages")));
-        group.bench_function("swap, twice", |b| b.iter(|| drop(ema.swap().expect("once"))));
-        group.finish();
-    }
+            }),
+            Contender::new("swap, twice", move || drop(swapped.swap().expect("once"))),
+        ])
+    };
+    let names = vec!["ours", "tch, lerp_ in a loop", "swap, twice"];
+    Group { name: format!("EMA, {shape}"), names, make: Box::new(make) }
 }
 
-fn floor(c: &mut Criterion<Clock>) {
-    // The tensor is larger than any cache. An update in place reads and writes 8 bytes for each element.
+/// Updates memory in place that is larger than any cache. That reads and writes 8 bytes for each element.
+fn floor() -> Contender {
     let mut large = Tensor::ones([1 << 26], (Kind::Float, Device::Cpu));
-    // Shapes that are measured alone have a rate of their own, because the machine may be another half an hour later.
-    let shape = std::env::var("BENCH_SHAPE").map(|shape| format!(", {shape}")).unwrap_or_default();
-    let mut group = c.benchmark_group(format!("floor{shape}"));
-    group.measurement_time(Duration::from_secs(2)).sample_size(10);
-    group.bench_function("in place, 256 MiB", |b| b.iter(|| drop(large.g_mul_scalar_(1.0000001))));
-    group.finish();
+    Contender::new(FLOOR, move || drop(large.g_mul_scalar_(1.0000001)))
 }
+const FLOOR: &str = "floor";
 
-criterion_group! {
-    name = benches;
-    config = Criterion::default().with_measurement(Clock::of_the_threads());
-    targets = floor, steps, gradients, averages
+fn main() -> Result<()> {
+    let args = Args::parse();
+    tch::manual_seed(0);
+    let groups = groups(&args.shape, shapes(&args.shape)?);
+    for group in &groups {
+        for name in group.names.iter().chain([&FLOOR]) {
+            println!("{}", serde_json::json!({ "group": group.name, "name": name }));
+        }
+    }
+    println!();
+    let mut contenders = vec![floor()];
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        if let Some(name) = line.strip_prefix("group ") {
+            contenders.truncate(1);
+            let group = groups.iter().find(|group| group.name == name);
+            contenders.extend((group.context("no such group")?.make)()?);
+            continue;
+        }
+        let contender = contenders.iter_mut().find(|contender| contender.name == line);
+        println!("{}", contender.context("no such contender")?.measure().as_nanos());
+    }
+    Ok(())
 }
-criterion_main!(benches);

@@ -1,13 +1,13 @@
 """Makes a Markdown table of the times that `scripts/bench.sh` measured.
 
-bench-table.py steps CRITERION_FOLDER BASELINE [PYTHON_FILE]
+bench-table.py steps FILE
 bench-table.py training FILE
 bench-table.py compiled FILE
 bench-table.py weights FILE
 
-The table of steps has medians, how many times as fast as tch's own and as the fastest of torch's they are, and the
-ratio to the least time that the memory allows: the bytes that an operation reads and writes, at the rate of an
-update in place.
+The table of steps has medians; how many times as fast as tch's own and as the fastest of torch's they are; and the ratio
+to the least time that the memory allows: the bytes that an operation reads and writes, at the rate of an update in
+place. Ratios are medians of those of single rounds, because the rate of a machine's memory changes.
 """
 
 import json
@@ -21,33 +21,24 @@ BYTES = {
     "Adamax": 28, "Adadelta": 28, "ASGD": 20, "Rprop": 28, "Lion": 20, "SGDScheduleFree": 20, "AdamWScheduleFree": 28,
     "AdEMAMix": 36, "clip": 12, "norm": 4, "EMA": 12, "zeros": 4,
 }  # fmt: skip
+# What the floor's update reads and writes.
+FLOOR_BYTES = 1 << 29
 ELEMENTS = {"ResNet-18": 11_689_512, "4 of 4M": 4 * 2048 * 2048, "GPT-2 small": 124_439_808}
 
 
-def medians(folder, baseline, python):
-    found = {}
-    for file in pathlib.Path(folder).glob(f"*/*/{baseline}/benchmark.json"):
-        names = json.loads(file.read_text())
-        median = json.loads((file.parent / "estimates.json").read_text())["median"]["point_estimate"]
-        found.setdefault(names["group_id"], {})[names["function_id"]] = median
-    for line in pathlib.Path(python).read_text().splitlines() if python else ():
-        line = json.loads(line)
-        found.setdefault(line["group"], {})[line["name"]] = line["median"]
-    return found
-
-
 def operations(rows):
-    """Returns the medians by operation and contender."""
+    """Returns the times of all rounds by operation and contender."""
     found = {}
-    for name, median in rows.items():
+    for name, times in rows.items():
         operation, _, who = name.rpartition(", ")
         if name.startswith(("tch, ", "torch, ")):
             operation, who = "", name
-        found.setdefault(operation, {})[who] = median
+        found.setdefault(operation, {})[who] = times
     return found
 
 
-def floor(group, operation, bandwidth):
+def least(group, operation):
+    """Returns the least time of an operation over that of the floor's update in place; none where memory is no bound."""
     kind, _, shape = group.partition(", ")
     if shape not in ELEMENTS:
         return None
@@ -55,7 +46,7 @@ def floor(group, operation, bandwidth):
         kind = {"zeros": "zeros", "clip_grad_norm, clipped": "clip"}.get(operation, "norm")
     elif operation:
         kind = f"{kind} clip"
-    return BYTES[kind] * ELEMENTS[shape] / bandwidth if kind in BYTES else None
+    return BYTES[kind] * ELEMENTS[shape] / FLOOR_BYTES if kind in BYTES else None
 
 
 def training(file):
@@ -107,30 +98,36 @@ def weights(file):
         print(f"| {names[way]} | {median['seconds']:.3f} | {ratio:.2f} | {median['added_mb']:,.0f} |")
 
 
-def steps(folder, baseline, *python):
-    groups = medians(folder, baseline, python[0] if python else None)
-    # Bytes read and written per ns, in the run that measured these shapes; "" stands for a run of all.
-    bandwidths = {}
-    for group in [group for group in groups if group.partition(", ")[0] == "floor"]:
-        bandwidths[group.partition(", ")[2]] = (1 << 29) / groups.pop(group)["in place, 256 MiB"]
-    for shape, bandwidth in sorted(bandwidths.items()):
-        print(f"Memory is updated in place at {bandwidth:.1f} GB/s, read and written{shape and ' beside ' + shape}.\n")
+def steps(file):
+    groups = {}
+    for line in pathlib.Path(file).read_text().splitlines():
+        line = json.loads(line)
+        groups.setdefault(line["group"], {}).setdefault(line["name"], []).append(line["ns"])
+    for shape in dict.fromkeys(group.partition(", ")[2] for group in groups):
+        rates = [FLOOR_BYTES / ns for group, rows in groups.items() if group.endswith(f", {shape}") for ns in rows["floor"]]
+        print(f"Memory is updated in place at {statistics.median(rates):.1f} GB/s, read and written, beside {shape}.\n")
     print("| | µs | tch's / ours | torch's best / ours | × floor |\n|---|---|---|---|---|")
-    for group, rows in sorted(groups.items()):
-        for operation, whose in sorted(operations(rows).items()):
+    for group, rows in groups.items():
+        floors = rows.pop("floor")
+        for operation, whose in operations(rows).items():
             ours = whose.get("ours")
-            tch = min((median for who, median in whose.items() if who.startswith("tch")), default=None)
-            torch = min((median for who, median in whose.items() if who.startswith("torch")), default=None)
             if ours is None:
                 continue
-            bandwidth = bandwidths.get(group.partition(", ")[2], bandwidths.get(""))
-            least = floor(group, operation, bandwidth) if bandwidth else None
+
+            def best(who):
+                own = [times for name, times in whose.items() if name.startswith(who)]
+                return min(own, key=statistics.median, default=None)
+
+            def ratio(times, others):
+                return statistics.median(one / other for one, other in zip(times, others))
+
+            tch, torch, share = best("tch"), best("torch"), least(group, operation)
             columns = [
                 f"{group}: {operation}" if operation else group,
-                f"{ours / 1e3:,.1f}",
-                f"{tch / ours:.2f}" if tch else "",
-                f"{torch / ours:.2f}" if torch else "",
-                f"{ours / least:.2f}" if least else "",
+                f"{statistics.median(ours) / 1e3:,.1f}",
+                f"{ratio(tch, ours):.2f}" if tch else "",
+                f"{ratio(torch, ours):.2f}" if torch else "",
+                f"{ratio(ours, floors) / share:.2f}" if share else "",
             ]
             print("| " + " | ".join(columns) + " |")
 

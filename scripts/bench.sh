@@ -10,8 +10,9 @@ usage: scripts/bench.sh [--help] [--table] [steps | training | distributed | com
 
 Sets up libtorch (.libtorch/) where it is missing, measures, and prints Markdown tables.
 
-  steps        steps of all optimizers, clipping and averages (the default): about half an hour
-               for each number of threads, and 6 GB of memory; --table prints the last run's again
+  steps        steps of all optimizers, clipping and averages (the default), in turns: about a quarter
+               of an hour for each number of threads, and 12 GB of memory; --table prints the last
+               run's again
   training     an epoch of Fashion-MNIST (scripts/fetch-mnist.sh --fashion), contenders in turns
   distributed  all-reduce and a step of data-parallel training
   compiled     whole training of models that PyTorch compiled, beside tch's, PyTorch's eager and
@@ -23,7 +24,9 @@ Each compares with PyTorch (training: with ignite too) where TORCH_PYTHON has it
 
 environment:
   BENCH_THREADS  the numbers of threads (steps: default "1 2"; else OMP_NUM_THREADS, default 1)
-  BENCH_ROUNDS   training, compiled, weights: how often each contender runs (default 3)
+  BENCH_ROUNDS   how often each contender has its turn (default 3; steps: 9)
+  BENCH_SHAPE    steps: one of "200 of 16x16", "ResNet-18", "4 of 4M", "GPT-2 small" (default all)
+  BENCH_GROUPS   steps: a regular expression for the groups to measure, such as "^(EMA|gradients)"
   TORCH_PYTHON   a Python with torch (default python3)
 and what scripts/setup-libtorch.sh names in its --help.
 EOF
@@ -47,23 +50,24 @@ mkdir -p "$out"
 has() { "$python" -c "import $1" 2>/dev/null || { say "$python has no $1 (TORCH_PYTHON=...): compared without it"; return 1; }; }
 
 steps() {
+  shapes=("200 of 16x16" "ResNet-18" "4 of 4M" "GPT-2 small")
+  if [ -n "${BENCH_SHAPE:-}" ]; then shapes=("$BENCH_SHAPE"); fi
   for threads in ${BENCH_THREADS:-1 2}; do
-    peer="$out/torch-$threads.jsonl"
+    lines="$out/steps-$threads.jsonl"
     if [ "$table" = no ]; then
       export OMP_NUM_THREADS="$threads"
-      rm -f "$peer"
-      # Shape by shape, so that ours and PyTorch's are measured within minutes of each other.
-      for BENCH_SHAPE in "200 of 16x16" "ResNet-18" "4 of 4M" "GPT-2 small"; do
-        export BENCH_SHAPE
-        cargo bench --bench steps -- --noplot --save-baseline "threads-$threads"
-        if has torch; then "$python" benches/steps.py --threads "$threads" --shape "$BENCH_SHAPE" --out "$peer"; fi
+      cargo bench --bench steps --no-run
+      rm -f "$lines"
+      for shape in "${shapes[@]}"; do
+        contenders=("cargo bench -q --bench steps -- --shape '$shape'")
+        if has torch; then contenders+=("$python benches/steps.py --threads $threads --shape '$shape'"); fi
+        python3 scripts/bench-turns.py "$lines" "${contenders[@]}"
       done
     fi
     clock="wall time"
     [ "$threads" != 1 ] || clock="CPU time of the thread"
     printf '\n%s thread(s), %s\n\n' "$threads" "$clock"
-    [ -f "$peer" ] || peer=
-    python3 scripts/bench-table.py steps "$out" "threads-$threads" $peer
+    python3 scripts/bench-table.py steps "$lines"
   done
 }
 

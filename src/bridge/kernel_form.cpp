@@ -30,12 +30,12 @@ bool is_amd() { return false; }
 #endif
 
 // AMD's Zen 4 takes longer for a vector of 512 bits than for two of 256, and longer where a kernel fetches ahead what the
-// processor fetches by itself; an Intel Xeon does not. docs/NUMBERS.md has the figures. No other processor was measured:
-// all of AMD get what suits Zen 4, because the compilers' own name for it is newer than some of them, and all others what
-// suits the Xeon. TCH_IGNITE_KERNELS chooses another form.
+// processor fetches by itself; an Intel Xeon does not. On Zen 3 it pays to fetch the first line of each next page.
+// docs/NUMBERS.md has the figures. No other processor was measured: all of AMD get what suits these two, because the
+// compilers' own names for them are newer than some of them, and all others what suits the Xeon. TCH_IGNITE_KERNELS chooses another form.
 KernelForm of_processor() {
   const bool amd = is_amd();
-  KernelForm form{Vectors::Baseline, !amd, true};
+  KernelForm form{Vectors::Baseline, amd ? Prefetch::Pages : Prefetch::Lines, true};
   for (Vectors vectors : {Vectors::Avx2, Vectors::Avx512Vl, Vectors::Avx512})
     if (has(vectors) && !(amd && vectors == Vectors::Avx512)) form.vectors = vectors;
   return form;
@@ -49,11 +49,13 @@ KernelForm from_words(const std::string& words) {
     else if (word == "avx2") form.vectors = Vectors::Avx2;
     else if (word == "avx512vl") form.vectors = Vectors::Avx512Vl;
     else if (word == "avx512") form.vectors = Vectors::Avx512;
-    else if (word == "prefetch" || word == "no-prefetch") form.prefetch = word == "prefetch";
+    else if (word == "no-prefetch") form.prefetch = Prefetch::None;
+    else if (word == "prefetch-pages") form.prefetch = Prefetch::Pages;
+    else if (word == "prefetch-lines") form.prefetch = Prefetch::Lines;
     else if (word == "streaming" || word == "no-streaming") form.streaming = word == "streaming";
     else
       throw std::invalid_argument("kernels have no form '" + word + "': the words are baseline, avx2, avx512vl, avx512, " +
-                                  "prefetch, no-prefetch, streaming and no-streaming");
+                                  "prefetch-lines, prefetch-pages, no-prefetch, streaming and no-streaming");
   }
   // The processor comes last, so that a wrong word is the same error everywhere.
   if (!has(form.vectors))

@@ -1,0 +1,60 @@
+"""Lets benches/steps.rs and benches/steps.py take turns, and appends their times to a file as JSON lines.
+
+bench-turns.py FILE COMMAND [COMMAND]
+
+Each command is a line for the shell, and talks as steps.rs says. The groups are those of the first command. A group is
+measured for BENCH_ROUNDS rounds (default 9), of which each contender has a turn, and for no longer than half a minute
+once there were three. BENCH_GROUPS is a regular expression for the names of the groups that are measured.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+ROUNDS, LEAST, LONGEST = int(os.environ.get("BENCH_ROUNDS", "9")), 3, 30
+GROUPS = re.compile(os.environ.get("BENCH_GROUPS", ""))
+
+
+class Process:
+    def __init__(self, command):
+        arguments = shlex.split(command)
+        self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # The names of each group's contenders.
+        self.groups = {}
+        while (line := self.process.stdout.readline()).strip():
+            line = json.loads(line)
+            self.groups.setdefault(line["group"], []).append(line["name"])
+
+    def tell(self, line):
+        print(line, file=self.process.stdin, flush=True)
+
+    def measure(self, name):
+        self.tell(name)
+        return int(self.process.stdout.readline())
+
+
+def main():
+    file, *commands = sys.argv[1:]
+    processes = [Process(command) for command in commands]
+    for group in filter(GROUPS.search, processes[0].groups):
+        own = [process for process in processes if group in process.groups]
+        for process in own:
+            process.tell(f"group {group}")
+        begun, lines = time.monotonic(), []
+        for round in range(ROUNDS):
+            for process in own:
+                for name in process.groups[group]:
+                    lines.append({"group": group, "name": name, "round": round, "ns": process.measure(name)})
+            if round + 1 >= LEAST and time.monotonic() - begun > LONGEST:
+                break
+        with open(file, "a") as out:
+            out.writelines(json.dumps(line) + "\n" for line in lines)
+        print(f"bench-turns: {group}: {round + 1} rounds in {time.monotonic() - begun:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
