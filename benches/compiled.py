@@ -70,6 +70,8 @@ def main():
     parser.add_argument("--folder")
     parser.add_argument("--steps", type=int, default=100)
     arguments = parser.parse_args()
+    if arguments.steps < 10:
+        parser.error("--steps must be at least 10: an epoch has 8")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     net, loss, x, y = example(arguments.model)
     if arguments.way == "export":

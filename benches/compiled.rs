@@ -22,8 +22,8 @@ struct Args {
     /// The folder that compiled.py exported the model to
     #[arg(long)]
     folder: PathBuf,
-    /// Steps that are measured, after a fifth as many that are not
-    #[arg(long, default_value_t = 100)]
+    /// Steps that are measured, after a fifth as many that are not; an epoch has 8
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(10..))]
     steps: u64,
     /// Passed by `cargo bench`
     #[arg(long, hide = true)]

@@ -5,6 +5,7 @@ Optimizers that PyTorch does not have are those of lion-pytorch, schedulefree an
 """
 
 import argparse
+import gc
 import importlib
 import json
 import sys
@@ -212,7 +213,13 @@ def main():
         if line.startswith("group "):
             made = {}
             group = line.removeprefix("group ").partition(", ")[0]
+            gc.collect()
             made = {name: (call, before) for name, call, before in contenders(arguments.shape, sizes, group)}
+            for call, before in made.values():
+                if before:
+                    before()
+                call()
+            print(flush=True)
             continue
         print(measure(*made[line], clock), flush=True)
 

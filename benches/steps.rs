@@ -3,7 +3,8 @@
 //!
 //! `scripts/bench.sh` lets this and `steps.py` take turns of less than a second, because the rate of a machine's memory
 //! changes from one minute to the next. Each prints its groups and contenders as JSON lines and then an empty one. Then it
-//! reads lines: `group NAME` makes the contenders of a group, and `NAME` measures one of them and prints its time in ns.
+//! reads lines: `group NAME` makes the contenders of a group, calls each once and prints an empty line, and `NAME` measures one of
+//! them and prints its time in ns.
 //!
 //! The contender "floor" of each group measures how fast memory can be updated in place, which bounds how fast the others
 //! could be. With one thread the time is what that thread had of its core, so that other programs on the machine do not
@@ -12,6 +13,7 @@
 use std::cell::Cell;
 use std::hint::black_box;
 use std::io::BufRead;
+use std::rc::Rc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -36,8 +38,8 @@ struct Args {
 const BOUND: f64 = 100.;
 const SHRINK: f64 = 0.9999;
 
-/// A turn lasts for so long, and for so many calls after one that does not count. Calls that take longer than a turn are
-/// measured one at a time.
+/// A turn lasts for so long, and for so many calls after one that does not count. A call that takes longer is a turn of its
+/// own.
 const TURN: Duration = Duration::from_millis(50);
 const CALLS: usize = 3;
 
@@ -277,7 +279,7 @@ fn lbfgs(shape: &str, shapes: Shapes) -> Group {
             Tensor::linspace(1., 100., v.numel() as i64, (Kind::Float, Device::Cpu)).view_as(v)
         };
         let slopes: Vec<_> = values.iter().map(slope).collect();
-        let optimizer = std::rc::Rc::new(std::cell::RefCell::new(None));
+        let optimizer = Rc::new(std::cell::RefCell::new(None));
         let (own, places) = (optimizer.clone(), values.iter().map(Tensor::shallow_clone));
         let places: Vec<_> = places.collect();
         let fresh = move || {
@@ -319,11 +321,12 @@ fn gradients(shape: &str, shapes: Shapes) -> Group {
         names.extend(["to none, ours", "to none, tch"]);
     }
     let make = move || {
-        let vs = store(shapes);
-        let optimizer = Optimizer::sgd(&vs).build()?;
+        let optimizer = Optimizer::sgd(&store(shapes)).build()?;
         let mut contenders = vec![];
+        // All clip the same gradients, so they share the bound that shrinks.
+        let max = Rc::new(Cell::new(BOUND));
         for (kind, clips) in [("below the bound", false), ("clipped", true)] {
-            let max = Cell::new(BOUND);
+            let max = max.clone();
             let bound = move || {
                 max.set(max.get() * SHRINK);
                 if clips { max.get() } else { 1e9 }
@@ -336,7 +339,8 @@ fn gradients(shape: &str, shapes: Shapes) -> Group {
                 tch.with_tch(|tch| tch.clip_grad_norm(bound())).expect("not lent");
             }));
         }
-        let (zeros, variables) = (optimizer.clone(), vs.trainable_variables());
+        let vs = store(shapes);
+        let (zeros, variables) = (Optimizer::sgd(&vs).build()?, vs.trainable_variables());
         contenders.push(Contender::new("zeros, ours", move || {
             zeros.zero_grad_in_place().expect("zeros");
         }));
@@ -344,11 +348,13 @@ fn gradients(shape: &str, shapes: Shapes) -> Group {
             variables.iter().for_each(|v| drop(v.grad().zero_()));
         }));
         if to_none {
+            let vs = store(shapes);
+            let optimizer = Optimizer::sgd(&vs).build()?;
             let backward = move || {
                 let parts = vs.trainable_variables().into_iter().map(|v| v.sum(Kind::Float));
                 Tensor::stack(&parts.collect::<Vec<_>>(), 0).sum(Kind::Float).backward();
             };
-            let backward = std::rc::Rc::new(backward);
+            let backward = Rc::new(backward);
             let (again, tch) = (backward.clone(), optimizer.clone());
             let none = move || optimizer.zero_grad().expect("not lent");
             contenders.push(Contender::new("to none, ours", none).before(move || again()));
@@ -407,6 +413,8 @@ fn main() -> Result<()> {
             contenders.truncate(1);
             let group = groups.iter().find(|group| group.name == name);
             contenders.extend((group.context("no such group")?.make)()?);
+            contenders.iter_mut().for_each(|contender| drop(contender.call()));
+            println!();
             continue;
         }
         let contender = contenders.iter_mut().find(|contender| contender.name == line);

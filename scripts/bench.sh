@@ -57,13 +57,14 @@ steps() {
     if [ "$table" = no ]; then
       export OMP_NUM_THREADS="$threads"
       cargo bench --bench steps --no-run
-      rm -f "$lines"
+      : > "$lines"
       for shape in "${shapes[@]}"; do
         contenders=("cargo bench -q --bench steps -- --shape '$shape'")
         if has torch; then contenders+=("$python benches/steps.py --threads $threads --shape '$shape'"); fi
         python3 scripts/bench-turns.py "$lines" "${contenders[@]}"
       done
     fi
+    [ -s "$lines" ] || { say "error: nothing was measured with $threads thread(s)"; exit 1; }
     clock="wall time"
     [ "$threads" != 1 ] || clock="CPU time of the thread"
     printf '\n%s thread(s), %s\n\n' "$threads" "$clock"
@@ -117,7 +118,7 @@ compiled() {
   cargo bench --bench compiled --no-run
   : > "$lines"
   for model in mlp cnn gpt; do
-    [ -f "$models/$model/manifest.json" ] || "$python" benches/compiled.py export --model "$model" --folder "$models/$model"
+    grep -qs '"train_outputs": true' "$models/$model/manifest.json" || "$python" benches/compiled.py export --model "$model" --folder "$models/$model"
   done
   for round in $(seq "${BENCH_ROUNDS:-3}"); do
     for model in mlp cnn gpt; do

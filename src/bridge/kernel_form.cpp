@@ -10,6 +10,12 @@
 namespace tig {
 namespace {
 
+#ifdef __x86_64__
+constexpr bool MULTIPLIES_BF16 = false;
+#else
+constexpr bool MULTIPLIES_BF16 = true;
+#endif
+
 #if defined(__x86_64__) && defined(__GNUC__)
 bool has(Vectors vectors) {
   __builtin_cpu_init();
@@ -78,6 +84,8 @@ std::atomic<KernelForm>& current() {
 }
 
 }  // namespace
+
+bool multiplies_bf16_fast() { return MULTIPLIES_BF16 || has(Vectors::Avx512); }
 
 KernelForm kernel_form() { return current().load(std::memory_order_relaxed); }
 

@@ -10,8 +10,9 @@ namespace tig {
 // The instructions that kernels are compiled for. Avx512Vl has those of AVX-512 and vectors of 256 bits.
 enum class Vectors : uint8_t { Baseline, Avx2, Avx512Vl, Avx512 };
 
-// What kernels fetch ahead of the processor's own prefetcher, which stops at the end of a page. Lines are all that a
-// kernel which only reads will read; Pages are the first line of each next page, in all kernels.
+// What kernels fetch themselves, because the processor's own prefetcher stops at the end of a page. Lines are all lines
+// that a kernel which only reads will read. Pages are the first line of each next page, in such kernels and in those
+// that update f32 and f64.
 enum class Prefetch : uint8_t { None, Pages, Lines };
 
 struct alignas(4) KernelForm {  // read as one atomic value
@@ -28,5 +29,8 @@ KernelForm kernel_form();
 // no-prefetch; streaming, no-streaming. The processor decides what they do not say; without words the form is that of the start.
 // Throws for other words, and for instructions that this processor does not have.
 void set_kernel_form(const std::string& words);
+
+// Whether libtorch's matrix products of bf16 are as fast here as those of f32: on x86 they need AVX-512.
+bool multiplies_bf16_fast();
 
 }  // namespace tig

@@ -163,9 +163,9 @@ TIG_INLINE void update(S* __restrict p, const S* __restrict g, S* __restrict a, 
   }
 }
 
-// Sizes of a page and of a cache line, and how many bytes ahead lines are fetched.
+// Sizes of a page and of a cache line, and how many bytes ahead lines are fetched, all in bytes.
 constexpr int64_t PAGE = 4096, LINE = 64, AHEAD = 8192;
-// The elements of a page.
+// How many elements a page holds.
 template <typename T>
 constexpr int64_t IN_A_PAGE = PAGE / int64_t(sizeof(T));
 
@@ -176,18 +176,20 @@ TIG_INLINE void fetch_page(const void* from) {
   __builtin_prefetch(reinterpret_cast<const char*>(ahead - ahead % PAGE));
 }
 
-// Does the same, a page after the other where their beginnings are to be fetched ahead.
+// Updates as `update` does, page by page where the beginnings of the next pages are to be fetched.
 template <Rule R, bool DECAY, bool FMA, typename S>
 TIG_INLINE void update_all(S* p, const S* g, S* a, S* b, S* c, int64_t n, const double* k, S factor, bool fetch_pages) {
   const int64_t step = fetch_pages ? IN_A_PAGE<S> : n;
-  const auto behind = [step](auto* data) { return data ? data + step : data; };
-  for (int64_t rest = n; rest > 0; rest -= step) {
+  for (int64_t rest = n; rest > 0;) {
     if (fetch_pages)
       for (const void* data : {static_cast<const void*>(p), static_cast<const void*>(g), static_cast<const void*>(a),
                                static_cast<const void*>(b), static_cast<const void*>(c)})
         if (data) fetch_page(data);
-    update<R, DECAY, FMA, S>(p, g, a, b, c, std::min(step, rest), k, factor);
+    const int64_t now = rest < step ? rest : step;
+    update<R, DECAY, FMA, S>(p, g, a, b, c, now, k, factor);
+    const auto behind = [now](auto* data) { return data ? data + now : data; };
     p = behind(p), g = behind(g), a = behind(a), b = behind(b), c = behind(c);
+    rest -= now;
   }
 }
 
@@ -210,7 +212,7 @@ TIG_INLINE double widened(T x) {
 
 // The number of partial sums that run side by side. With a single sum each addition would wait for the one before.
 constexpr int LANES = 32;
-// For a kernel that reads LANES of the `n` elements from element `i` on.
+// Fetches what a kernel will read soon that now reads LANES of the `n` elements, from element `i` on.
 template <typename T>
 TIG_INLINE void fetch_ahead(const T* from, int64_t i, int64_t n, Prefetch prefetch) {
   if (prefetch == Prefetch::Pages && i % IN_A_PAGE<T> == 0 && n > IN_A_PAGE<T>) fetch_page(from + i);

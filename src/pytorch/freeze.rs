@@ -23,8 +23,9 @@ pub(super) fn freeze(made: &mut Made, budget: &mut Budget) -> Result<Value, Stri
     let nodes = mem::take(&mut made.nodes);
     let mut places = vec![];
     budget.reserve(&mut places, nodes.len())?;
-    budget.give_back(nodes.capacity() * size_of::<Node>());
+    let moved = nodes.capacity() * size_of::<Node>();
     places.extend(nodes.into_iter().map(Place::Node));
+    budget.give_back(moved);
     let mut freezer = Freezer { places, made, budget, nans: 0 };
     let frozen = freezer.item(result, 0)?;
     let limit = made.length.max(MIN_VALUES);
@@ -108,10 +109,18 @@ impl Freezer<'_> {
             Node::List(items) => Value::List(Arc::new(self.items(items, depth, &mut sums)?)),
             Node::Tuple(items) => Value::Tuple(Arc::new(self.items(items, depth, &mut sums)?)),
             Node::Set(items) => {
-                let entries =
-                    items.into_iter().map(|item| (item, Item::Plain(Value::None))).collect();
-                let elements = self.entries(entries, depth, &mut sums)?;
-                Value::Set(Arc::new(elements.into_iter().map(|(element, _)| element).collect()))
+                // A set is a dict without values, which takes three times its memory for a while.
+                let (mut pairs, mut elements) = (vec![], vec![]);
+                self.budget.reserve_exact::<(Item, Item)>(&mut pairs, items.len())?;
+                let bytes = pairs.capacity() * size_of::<(Item, Item)>();
+                pairs.extend(items.into_iter().map(|item| (item, Item::Plain(Value::None))));
+                let entries = self.entries(pairs, depth, &mut sums)?;
+                self.budget.give_back(bytes);
+                self.budget.reserve_exact(&mut elements, entries.len())?;
+                let bytes = entries.capacity() * size_of::<(Value, Value)>();
+                elements.extend(entries.into_iter().map(|(element, _)| element));
+                self.budget.give_back(bytes);
+                Value::Set(Arc::new(elements))
             }
             Node::Dict(dict) => {
                 let DictNode { class, entries, attributes } = *dict;
@@ -259,8 +268,12 @@ impl Key {
             Value::Bytes(bytes) => Self::Bytes(bytes.clone()),
             Value::Constant(name) | Value::Device(name) => Self::Name(name.clone()),
             Value::Tuple(values) => {
-                let keys = values.iter().map(|value| Self::of(value, nans));
-                Self::Tuple(keys.collect::<Result<_, _>>()?)
+                // The room is exact, as it was counted.
+                let mut keys = Vec::with_capacity(values.len());
+                for value in values.iter() {
+                    keys.push(Self::of(value, nans)?);
+                }
+                Self::Tuple(keys)
             }
             other => return Err(format!("a {} cannot be a key", other.type_name())),
         })

@@ -1,10 +1,10 @@
 //! The pickle machine: runs the opcodes that plain data and tensors need, and no others.
 //!
 //! A pickle is a program. This machine has no way to import, call or open anything: the names a program may use are
-//! those of [`globals`](super::globals), and each stands for building a value here. What a program builds is bounded
-//! by its own length: containers are nodes of a list and refer to each other by number, so that sharing costs
-//! nothing, cycles and depth are found before a value is made, and memory and copies are paid from budgets of bytes
-//! read.
+//! those of [`globals`](super::globals), and each stands for building a value here. What a program builds is bounded:
+//! containers are nodes of a list and refer to each other by number, so that sharing costs nothing, and cycles and depth
+//! are found before a value is made. The machine asks a [`Budget`] for memory before it takes any, and copies no more
+//! than a multiple of what it has read.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -194,8 +194,8 @@ impl<'i, 's> Machine<'i, 's> {
             }
             0x8a => {
                 let length = self.input.byte()?;
-                let bytes = self.input.take(length.into())?;
-                self.plain(BigInt::value(&bytes))?;
+                let int = self.kept(length.into(), |bytes| Ok(BigInt::value(&bytes)))?;
+                self.plain(int)?;
             }
             b'G' => {
                 let float = f64::from_be_bytes(self.input.array()?);
@@ -222,6 +222,8 @@ impl<'i, 's> Machine<'i, 's> {
             }
             b't' => {
                 let items = self.pop_mark()?;
+                // The node counts them again.
+                self.budget.give_back(memory(&items));
                 self.node(Node::Tuple(items))?;
             }
             // MARK
@@ -233,8 +235,9 @@ impl<'i, 's> Machine<'i, 's> {
             }
             // APPEND, APPENDS, ADDITEMS, SETITEM, SETITEMS
             b'a' => {
-                let item = self.pop()?;
-                self.append(vec![item])?;
+                let items = vec![self.pop()?];
+                self.budget.take(memory(&items))?;
+                self.append(items)?;
             }
             b'e' => {
                 let items = self.pop_mark()?;
@@ -242,6 +245,7 @@ impl<'i, 's> Machine<'i, 's> {
             }
             0x90 => {
                 let items = self.pop_mark()?;
+                let bytes = memory(&items);
                 if let Some(number) = self.top_node()? {
                     let Some(Node::Set(elements)) = self.nodes.get_mut(number) else {
                         return Err("elements are added to what is no set".into());
@@ -249,9 +253,11 @@ impl<'i, 's> Machine<'i, 's> {
                     self.budget.reserve(elements, items.len())?;
                     elements.extend(items);
                 }
+                self.budget.give_back(bytes);
             }
             b's' => {
                 let items = self.pop_last(2)?;
+                self.budget.take(memory(&items))?;
                 self.set_items(items)?;
             }
             b'u' => {
@@ -372,12 +378,10 @@ impl<'i, 's> Machine<'i, 's> {
         }
     }
 
-    /// Takes what is behind the last mark. Whoever keeps it counts its memory.
+    /// Takes what is behind the last mark. Its memory is counted; whoever moves the items elsewhere gives it back.
     fn pop_mark(&mut self) -> Result<Vec<Item>, String> {
         let mark = self.marks.pop().ok_or("a mark is missing")?;
-        let bytes = self.stack.len().saturating_sub(mark) * size_of::<Item>();
-        self.budget.take(bytes)?;
-        self.budget.give_back(bytes);
+        self.budget.take(self.stack.len().saturating_sub(mark) * size_of::<Item>())?;
         let mut items = self.stack.split_off(mark);
         items.shrink_to_fit();
         Ok(items)
@@ -397,28 +401,38 @@ impl<'i, 's> Machine<'i, 's> {
         }
     }
 
+    /// Appends items whose memory is counted.
     fn append(&mut self, items: Vec<Item>) -> Result<(), String> {
-        let Some(number) = self.top_node()? else { return Ok(()) };
+        let bytes = memory(&items);
+        let Some(number) = self.top_node()? else {
+            self.budget.give_back(bytes);
+            return Ok(());
+        };
         let elements = match self.nodes.get_mut(number) {
             Some(Node::List(elements)) => elements,
             Some(Node::Object(object)) => &mut object.elements,
             _ => return Err("something is appended to what is no list".into()),
         };
         if elements.capacity() == 0 {
-            self.budget.take(items.capacity() * size_of::<Item>())?;
             *elements = items;
             return Ok(());
         }
         self.budget.reserve(elements, items.len())?;
         elements.extend(items);
+        self.budget.give_back(bytes);
         Ok(())
     }
 
+    /// Sets keys and values whose memory is counted.
     fn set_items(&mut self, items: Vec<Item>) -> Result<(), String> {
+        let bytes = memory(&items);
         if !items.len().is_multiple_of(2) {
             return Err("a key has no value".into());
         }
-        let Some(number) = self.top_node()? else { return Ok(()) };
+        let Some(number) = self.top_node()? else {
+            self.budget.give_back(bytes);
+            return Ok(());
+        };
         let entries = match self.nodes.get_mut(number) {
             Some(Node::Dict(dict)) => &mut dict.entries,
             Some(Node::Object(object)) => &mut object.entries,
@@ -429,6 +443,7 @@ impl<'i, 's> Machine<'i, 's> {
         while let (Some(key), Some(value)) = (items.next(), items.next()) {
             entries.push((key, value));
         }
+        self.budget.give_back(bytes);
         Ok(())
     }
 
@@ -461,6 +476,14 @@ impl<'i, 's> Machine<'i, 's> {
         }
     }
 
+    /// Checks that a copy of items is allowed and has room. The node that is made of it counts it.
+    fn room_for_a_copy(&mut self, bytes: usize) -> Result<(), String> {
+        self.copies(bytes)?;
+        self.budget.take(bytes)?;
+        self.budget.give_back(bytes);
+        Ok(())
+    }
+
     // Values
 
     fn length(&mut self, size: usize) -> Result<u64, String> {
@@ -471,19 +494,41 @@ impl<'i, 's> Machine<'i, 's> {
         Ok(u64::from_le_bytes(bytes))
     }
 
+    /// Reads so many bytes and makes what is kept of them, while both are there.
+    fn kept<T>(
+        &mut self,
+        length: u64,
+        make: impl FnOnce(Vec<u8>) -> Result<T, String>,
+    ) -> Result<T, String> {
+        self.input.expect(length)?;
+        self.budget.take(length as usize)?;
+        self.budget.take_piece(length as usize)?;
+        let kept = make(self.input.take(length)?)?;
+        self.budget.give_back(length as usize);
+        Ok(kept)
+    }
+
+    /// Makes room for bytes where they are to stay.
+    fn zeros(&mut self, length: usize) -> Result<Arc<[u8]>, String> {
+        self.budget.take_piece(length)?;
+        Ok(std::iter::repeat_n(0, length).collect())
+    }
+
     fn text(&mut self, size: usize) -> Result<(), String> {
         let length = self.length(size)?;
-        let bytes = self.input.take(length)?;
-        self.budget.take_piece(bytes.len())?;
-        let text = String::from_utf8(bytes);
-        self.plain(Value::Str(text.map_err(|_| "a text is not UTF-8")?.into()))
+        let text = |bytes| String::from_utf8(bytes).map_err(|_| "a text is not UTF-8".to_owned());
+        let text = self.kept(length, |bytes| Ok(Value::Str(text(bytes)?.into())))?;
+        self.plain(text)
     }
 
     fn bytes(&mut self, size: usize) -> Result<(), String> {
         let length = self.length(size)?;
-        let bytes = self.input.take(length)?;
-        self.budget.take_piece(bytes.len())?;
-        self.plain(Value::Bytes(bytes.into()))
+        self.input.expect(length)?;
+        let mut bytes = self.zeros(length as usize)?;
+        if let Some(bytes) = Arc::get_mut(&mut bytes) {
+            self.input.fill(bytes)?;
+        }
+        self.plain(Value::Bytes(bytes))
     }
 
     fn global(&mut self, module: &str, name: &str) -> Result<(), String> {
@@ -556,11 +601,15 @@ impl<'i, 's> Machine<'i, 's> {
                 })))
             }
             (Global::Counter, [counts]) => {
-                let entries = match self.list_or_dict(counts) {
-                    Some(Node::Dict(dict)) => dict.entries.clone(),
+                let length = match self.list_or_dict(counts) {
+                    Some(Node::Dict(dict)) => dict.entries.len(),
                     _ => return Err(wrong(&name)),
                 };
-                self.copies(entries.len() * size_of::<(Item, Item)>())?;
+                self.room_for_a_copy(length * size_of::<(Item, Item)>())?;
+                let entries = match self.list_or_dict(counts) {
+                    Some(Node::Dict(dict)) => dict.entries.clone(),
+                    _ => vec![],
+                };
                 let (class, attributes) = (DictClass::Counter, None);
                 self.added(Node::Dict(Box::new(DictNode { class, entries, attributes })))
             }
@@ -570,7 +619,7 @@ impl<'i, 's> Machine<'i, 's> {
                     Some(Node::List(elements)) => elements.len(),
                     _ => return Err(wrong(&name)),
                 };
-                self.copies(length * size_of::<Item>())?;
+                self.room_for_a_copy(length * size_of::<Item>())?;
                 let elements = match self.list_or_dict(list) {
                     Some(Node::List(elements)) => elements.clone(),
                     _ => vec![],
@@ -595,6 +644,7 @@ impl<'i, 's> Machine<'i, 's> {
                     [Item::Plain(Value::Int(index))] => format!("{kind}:{index}").into(),
                     _ => return Err(wrong(&name)),
                 };
+                self.budget.take_piece(device.len())?;
                 Ok(Item::Plain(Value::Device(device)))
             }
             (Global::Layout, [Item::Plain(Value::Str(layout))])
@@ -619,7 +669,7 @@ impl<'i, 's> Machine<'i, 's> {
     fn pairs(&mut self, list: &Item) -> Result<Vec<(Item, Item)>, String> {
         let wrong = || wrong("collections.OrderedDict");
         let Some(Node::List(pairs)) = self.list_or_dict(list) else { return Err(wrong()) };
-        self.copies(pairs.len() * size_of::<(Item, Item)>())?;
+        self.room_for_a_copy(pairs.len() * size_of::<(Item, Item)>())?;
         let Some(Node::List(pairs)) = self.list_or_dict(list) else { return Err(wrong()) };
         pairs
             .iter()
@@ -640,9 +690,11 @@ impl<'i, 's> Machine<'i, 's> {
             _ => return Err(wrong()),
         }
         self.copies(text.len())?;
-        self.budget.take_piece(text.len())?;
-        let bytes: Result<Vec<u8>, _> = text.chars().map(u8::try_from).collect();
-        Ok(Item::Plain(Value::Bytes(bytes.map_err(|_| wrong())?.into())))
+        let mut bytes = self.zeros(text.chars().count())?;
+        for (byte, letter) in Arc::get_mut(&mut bytes).into_iter().flatten().zip(text.chars()) {
+            *byte = u8::try_from(letter).map_err(|_| wrong())?;
+        }
+        Ok(Item::Plain(Value::Bytes(bytes)))
     }
 
     fn object(&mut self, class: Arc<str>, new: bool, arguments: Item) -> Result<Item, String> {
@@ -910,6 +962,10 @@ impl Made {
             bare: true,
         })
     }
+}
+
+fn memory(items: &Vec<Item>) -> usize {
+    items.capacity() * size_of::<Item>()
 }
 
 impl Node {

@@ -106,14 +106,28 @@ impl<'s> Input<'s> {
         Ok(byte)
     }
 
+    /// Fails unless so many bytes are left.
+    pub(super) fn expect(&self, length: u64) -> Result<(), String> {
+        match self.left() {
+            left if length > left => {
+                Err(format!("it ends too early: {length} bytes are claimed, {left} are left"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The next `length` bytes. Memory for them is taken only if the range has as many.
     pub(super) fn take(&mut self, length: u64) -> Result<Vec<u8>, String> {
-        let left = self.left();
-        if length > left {
-            return Err(format!("it ends too early: {length} bytes are claimed, {left} are left"));
-        }
-        let in_block = (length as usize).min(self.block.len() - self.used);
+        self.expect(length)?;
         let mut bytes = vec![0; length as usize];
+        self.fill(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Reads as many bytes as there is room for.
+    pub(super) fn fill(&mut self, bytes: &mut [u8]) -> Result<(), String> {
+        self.expect(bytes.len() as u64)?;
+        let in_block = bytes.len().min(self.block.len() - self.used);
         let (now, later) = bytes.split_at_mut(in_block);
         now.copy_from_slice(&self.block[self.used..self.used + in_block]);
         self.used += in_block;
@@ -121,7 +135,7 @@ impl<'s> Input<'s> {
             self.source.read_at(later, self.next).map_err(|error| error.to_string())?;
             self.next += later.len() as u64;
         }
-        Ok(bytes)
+        Ok(())
     }
 
     pub(super) fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
@@ -146,10 +160,7 @@ impl<'s> Input<'s> {
     }
 
     pub(super) fn skip(&mut self, length: u64) -> Result<(), String> {
-        let left = self.left();
-        if length > left {
-            return Err(format!("it ends too early: {length} bytes are claimed, {left} are left"));
-        }
+        self.expect(length)?;
         *self = Self::new(self.source, self.position() + length, self.end);
         Ok(())
     }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use serde_json::{Map, Value};
 use tch::nn::{VarStore, Variables};
-use tch::{Kind, Tensor};
+use tch::{Kind, TchError, Tensor};
 
 use super::layout::Layout;
 use super::{EvaluationWeights, StateDict, Stateful};
@@ -187,10 +187,11 @@ impl Stateful for SavedGradients {
     fn state_dict(&self) -> Result<StateDict> {
         let mut state = StateDict::new();
         for (name, variable) in variables_of(&self.0).tensors {
-            let gradient = variable
-                .f_grad()
-                .map_err(|error| Error::libtorch(format!("the gradient of '{name}'"), error))?;
-            if gradient.defined() {
+            let failed = |error| Error::libtorch(format!("the gradient of '{name}'"), error);
+            let gradient = variable.f_grad().map_err(failed)?;
+            if gradient.defined() && gradient.is_sparse() {
+                state.set_part(&name, sparse_parts(&gradient).map_err(failed)?);
+            } else if gradient.defined() {
                 state.set_tensor(&name, gradient);
             }
         }
@@ -200,6 +201,11 @@ impl Stateful for SavedGradients {
     /// Nothing is changed where the gradients do not fit. Parameters without a saved gradient have none afterwards.
     fn load_state_dict(&mut self, mut state: StateDict) -> Result<()> {
         let variables = variables_of(&self.0).tensors;
+        for (name, part) in std::mem::take(&mut state.parts) {
+            let gradient = variables.get(&name).map(|variable| sparse_of(part, variable));
+            let gradient = gradient.transpose()?.ok_or_else(|| unfit(&name))?;
+            state.tensors.insert(name, gradient);
+        }
         for (name, gradient) in &state.tensors {
             let fits = variables.get(name).is_some_and(|variable| {
                 // Gradients of several batches add up in f32.
@@ -207,9 +213,7 @@ impl Stateful for SavedGradients {
                 variable.size() == gradient.size() && (wide || variable.kind() == gradient.kind())
             });
             if !fits {
-                return Err(Error::State(format!(
-                    "the gradient of '{name}' fits no parameter here"
-                )));
+                return Err(unfit(name));
             }
         }
         for (name, variable) in variables {
@@ -227,6 +231,67 @@ impl Stateful for SavedGradients {
     fn differs_by_rank(&self) -> bool {
         true
     }
+}
+
+fn unfit(name: &str) -> Error {
+    Error::State(format!("the gradient of '{name}' fits no parameter here"))
+}
+
+/// Names of what a sparse gradient is made of. Its indices may be there several times.
+const INDICES: &str = "indices";
+const VALUES: &str = "values";
+const COALESCED: &str = "coalesced";
+
+fn sparse_parts(gradient: &Tensor) -> Result<StateDict, TchError> {
+    let mut parts = StateDict::new();
+    parts.set_tensor(INDICES, gradient.f_internal_indices()?);
+    parts.set_tensor(VALUES, gradient.f_internal_values()?);
+    parts.values.insert(COALESCED.into(), gradient.f_is_coalesced()?.into());
+    Ok(parts)
+}
+
+/// Makes a sparse gradient of the shape of its variable.
+fn sparse_of(mut parts: StateDict, variable: &Tensor) -> Result<Tensor> {
+    let (indices, values) = (parts.take_tensor(INDICES)?, parts.take_tensor(VALUES)?);
+    let coalesced = parts.value(COALESCED)?;
+    let damaged = |why: String| Error::State(format!("a sparse gradient is damaged: {why}"));
+    let size = variable.size();
+    let made = is_within(&indices, &size, coalesced).and_then(|within| match within {
+        true => {
+            let options = (values.kind(), values.device());
+            let of = Tensor::f_sparse_coo_tensor_indices_size;
+            of(&indices, &values, &size[..], options, coalesced).map(Some)
+        }
+        false => Ok(None),
+    });
+    made.map_err(|error| damaged(error.to_string()))?
+        .ok_or_else(|| damaged(format!("its indices are not those of a tensor of shape {size:?}")))
+}
+
+/// Whether indices, a column for each entry, are within a tensor of this size, and in order if they are said to be. libtorch
+/// believes them, and writes to where they lead.
+fn is_within(indices: &Tensor, size: &[i64], in_order: bool) -> Result<bool, TchError> {
+    let rows = match (indices.kind(), &indices.size()[..]) {
+        (Kind::Int64, [rows, _]) if *rows as usize <= size.len() => *rows,
+        _ => return Ok(false),
+    };
+    let entries = indices.size()[1];
+    let mut places = Tensor::f_zeros([entries], (Kind::Int64, indices.device()))?;
+    for (row, length) in (0..rows).zip(size) {
+        let row = indices.f_select(0, row)?;
+        if row.f_lt(0)?.f_any()?.f_int64_value(&[])? != 0
+            || row.f_ge(*length)?.f_any()?.f_int64_value(&[])? != 0
+        {
+            return Ok(false);
+        }
+        places = places.f_mul_scalar(*length)?.f_add(&row)?;
+    }
+    if !in_order || entries < 2 {
+        return Ok(true);
+    }
+    let (before, after) =
+        (places.f_narrow(0, 0, entries - 1)?, places.f_narrow(0, 1, entries - 1)?);
+    Ok(after.f_gt_tensor(&before)?.f_all()?.f_int64_value(&[])? != 0)
 }
 
 /// The variables of a store, by name; the tensors are shared.

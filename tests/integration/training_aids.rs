@@ -6,7 +6,7 @@ use anyhow::Result;
 use tch::nn::{self, VarStore};
 use tch::{Device, Kind, Tensor};
 use tch_ignite::amp::{GradScaler, autocast, without_autocast};
-use tch_ignite::checkpoint::{IntoStateful, Stateful};
+use tch_ignite::checkpoint::{IntoStateful, SavedGradients, Stateful, read_state, write_state};
 use tch_ignite::data::Loader;
 use tch_ignite::engine::{Engine, Event, Events, Stop, Until};
 use tch_ignite::handlers::{Buffers, EMAHandler, Evaluate, GradNorm, SWAHandler, update_bn};
@@ -620,6 +620,60 @@ fn frozen_groups_do_not_train_and_go_on_later() -> Result<()> {
 
 /// Tensors that the CPU's one pass cannot handle, because their memory has gaps or they are sparse, go through
 /// libtorch's kernels, as on CUDA.
+#[test]
+fn sparse_gradients_are_saved_as_they_are() -> Result<()> {
+    let model = || {
+        let vs = VarStore::new(Device::Cpu);
+        let table = vs.root().ones("table", &[5, 2]);
+        (vs, table)
+    };
+    let backward = |table: &Tensor, row: i64| {
+        let rows = Tensor::embedding(table, &Tensor::from_slice(&[row, 3]), -1, false, true);
+        (rows * 0.3).sum(Kind::Float).backward();
+    };
+    let parts = |table: &Tensor| {
+        let gradient = table.grad();
+        (gradient.internal_indices(), gradient.internal_values(), gradient.is_coalesced())
+    };
+    let (vs, table) = model();
+    backward(&table, 1);
+    backward(&table, 3);
+    let (indices, values, coalesced) = parts(&table);
+    assert_eq!((indices.size(), coalesced), (vec![1, 3], false), "row 3 is there twice");
+
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("gradients");
+    write_state(&path, &SavedGradients::of(&vs).state_dict()?)?;
+    let (other, same) = model();
+    SavedGradients::of(&other).load_state_dict(read_state(&path)?)?;
+    assert_eq!(parts(&same), (indices, values, coalesced));
+
+    let of = |values: &[i64]| Tensor::from_slice(values).view([1, -1]);
+    for (name, wrong) in [
+        ("indices", of(&[1, 3, 5])),
+        ("indices", of(&[1, -1, 3])),
+        ("indices", of(&[1, 3])),
+        ("indices", of(&[1, 3, 3]).to_kind(Kind::Float)),
+        ("indices", of(&[1, 3, 3]).view([3])),
+        ("indices", Tensor::zeros([3, 3], (Kind::Int64, Device::Cpu))),
+        ("values", Tensor::ones([3, 3], (Kind::Float, Device::Cpu))),
+    ] {
+        let mut state = SavedGradients::of(&vs).state_dict()?;
+        let mut part = state.take_part("table")?;
+        part.set_tensor(name, wrong);
+        state.set_part("table", part);
+        let error = SavedGradients::of(&other).load_state_dict(state).unwrap_err().to_string();
+        assert!(error.contains("a sparse gradient is damaged"), "{error}");
+    }
+    let mut state = SavedGradients::of(&vs).state_dict()?;
+    let mut part = state.take_part("table")?;
+    part.set_value("coalesced", true)?;
+    state.set_part("table", part);
+    assert!(SavedGradients::of(&other).load_state_dict(state).is_err(), "not in order");
+    assert_eq!(parts(&same), parts(&table), "refused is untouched");
+    Ok(())
+}
+
 #[test]
 fn memory_with_gaps_and_sparse_gradients_are_handled() -> Result<()> {
     let mut vs = VarStore::new(Device::Cpu);

@@ -27,6 +27,8 @@ pub struct Trace {
     pub budgets: usize,
     /// Whether a batch is being fetched for the first time.
     pub fetching: bool,
+    /// How often the loss was computed in the iteration.
+    pub evaluations: u32,
 }
 
 impl Trace {

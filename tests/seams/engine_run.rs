@@ -80,7 +80,7 @@ impl Plants {
         let mut trace = self.trace.lock().unwrap();
         match event {
             Event::GetBatchStarted => trace.fetching = true,
-            Event::IterationStarted => trace.fetching = false,
+            Event::IterationStarted => (trace.fetching, trace.evaluations) = (false, 0),
             _ => {}
         }
         (trace.epoch, trace.iteration) = (engine.state.epoch, engine.state.iteration);
@@ -692,7 +692,12 @@ fn build<'a>(program: &Program, life: usize, plants: &Plants, folder: &Path) -> 
 
     let (of_loss, settings) = (plants.clone(), program.clone());
     let loss = move |prediction: &Tensor, y: &Tensor| {
-        if let Some(planted) = of_loss.take(Place::InTheLoss) {
+        let evaluation = {
+            let mut trace = of_loss.trace.lock().unwrap();
+            trace.evaluations += 1;
+            trace.evaluations
+        };
+        if let Some(planted) = of_loss.take(Place::InTheLoss(evaluation)) {
             tch::no_grad(|| planted.happen().unwrap());
         }
         let (mut loss, weight) = world::loss(&settings, prediction, y);

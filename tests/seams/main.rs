@@ -161,6 +161,19 @@ fn a_log_is_cut_before_a_batch_is_fetched_again_in_vain() {
 }
 
 #[test]
+fn sparse_gradients_of_a_window_come_back_sparse() {
+    equals_the_reference(
+        Program::default()
+            .model(Table)
+            .optimizer(SparseAdam { beta1: 0.9, beta2: 0.999 })
+            .lr_of_biases(Some(0.1))
+            .accumulate(4)
+            .checkpoint(When { at: GetBatchStarted, every: 1, after: 0 })
+            .resumed_at_the_end(true),
+    );
+}
+
+#[test]
 fn programs_of_fixed_seeds_equal_the_reference() {
     assert_eq!(differences(0..200), 0);
 }

@@ -145,104 +145,28 @@ pub enum Budget {
 }
 
 /// The optimizer. Muon and SparseAdam are for the weights, with AdamW for the biases in a group of the same optimizer.
+/// LBFGS is without a line search, which golden cases cover.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum Algorithm {
-    Sgd {
-        momentum: f64,
-        dampening: f64,
-        weight_decay: f64,
-        nesterov: bool,
-    },
-    Adam {
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-        amsgrad: bool,
-    },
-    AdamW {
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-        amsgrad: bool,
-    },
-    RmsProp {
-        alpha: f64,
-        momentum: f64,
-        weight_decay: f64,
-        centered: bool,
-    },
-    Adagrad {
-        lr_decay: f64,
-        weight_decay: f64,
-        initial: f64,
-    },
-    NAdam {
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-        decoupled: bool,
-    },
-    RAdam {
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-        decoupled: bool,
-    },
-    Adamax {
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-    },
-    Adadelta {
-        rho: f64,
-        weight_decay: f64,
-    },
-    Asgd {
-        lambd: f64,
-        t0: f64,
-        weight_decay: f64,
-    },
+    Sgd { momentum: f64, dampening: f64, weight_decay: f64, nesterov: bool },
+    Adam { beta1: f64, beta2: f64, weight_decay: f64, amsgrad: bool },
+    AdamW { beta1: f64, beta2: f64, weight_decay: f64, amsgrad: bool },
+    RmsProp { alpha: f64, momentum: f64, weight_decay: f64, centered: bool },
+    Adagrad { lr_decay: f64, weight_decay: f64, initial: f64 },
+    NAdam { beta1: f64, beta2: f64, weight_decay: f64, decoupled: bool },
+    RAdam { beta1: f64, beta2: f64, weight_decay: f64, decoupled: bool },
+    Adamax { beta1: f64, beta2: f64, weight_decay: f64 },
+    Adadelta { rho: f64, weight_decay: f64 },
+    Asgd { lambd: f64, t0: f64, weight_decay: f64 },
     Rprop,
-    Adafactor {
-        d: f64,
-        weight_decay: f64,
-    },
-    Muon {
-        nesterov: bool,
-        weight_decay: f64,
-    },
-    SparseAdam {
-        beta1: f64,
-        beta2: f64,
-    },
-    Lion {
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-    },
-    AdEMAMix {
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-        warmup: u32,
-    },
-    SgdScheduleFree {
-        momentum: f64,
-        weight_decay: f64,
-        warmup: u32,
-        r: f64,
-    },
-    AdamWScheduleFree {
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-        warmup: u32,
-    },
-    /// Without a line search, which has golden cases.
-    Lbfgs {
-        max_iter: u64,
-        history: usize,
-    },
+    Adafactor { d: f64, weight_decay: f64 },
+    Muon { nesterov: bool, weight_decay: f64 },
+    SparseAdam { beta1: f64, beta2: f64 },
+    Lion { beta1: f64, beta2: f64, weight_decay: f64 },
+    AdEMAMix { beta1: f64, beta2: f64, weight_decay: f64, warmup: u32 },
+    SgdScheduleFree { momentum: f64, weight_decay: f64, warmup: u32, r: f64 },
+    AdamWScheduleFree { beta1: f64, beta2: f64, weight_decay: f64, warmup: u32 },
+    Lbfgs { max_iter: u32, history: u32 },
 }
 
 impl Algorithm {
@@ -445,8 +369,8 @@ pub enum Place {
     Fetch,
     /// In the data source, when a batch that was under way is fetched again.
     Refetch,
-    /// In the loss, within `no_grad`.
-    InTheLoss,
+    /// In the loss, within `no_grad`, when the iteration computes it for the so-manieth time, from 1.
+    InTheLoss(u32),
     /// In the step of the evaluator.
     InTheEvaluation,
 }
@@ -783,6 +707,16 @@ impl Program {
         if is_lbfgs || self.sam.is_some() {
             (self.accumulate, self.scaler) = (1, None);
         }
+        let evaluations = match self.optimizer {
+            Algorithm::Lbfgs { max_iter, .. } => max_iter,
+            _ if self.sam.is_some() => 2,
+            _ => 1,
+        };
+        for planted in &mut self.breaks {
+            if let Place::InTheLoss(number) = &mut planted.place {
+                *number = (*number).min(evaluations);
+            }
+        }
         self
     }
 
@@ -953,7 +887,6 @@ fn algorithm() -> impl Strategy<Value = Algorithm> {
         (any::<bool>(), decay())
             .prop_map(|(nesterov, weight_decay)| Algorithm::Muon { nesterov, weight_decay }),
         betas().prop_map(|(beta1, beta2)| Algorithm::SparseAdam { beta1, beta2 }),
-        (1u64..5, 1usize..4).prop_map(|(max_iter, history)| Algorithm::Lbfgs { max_iter, history }),
     ];
     let schedule_free = prop_oneof![
         (decimal(&[0.9, 0.5]), decay(), warmup(), decimal(&[0., 0.5])).prop_map(
@@ -973,7 +906,9 @@ fn algorithm() -> impl Strategy<Value = Algorithm> {
             }
         ),
     ];
-    prop_oneof![4 => libtorchs, 3 => of_moments, 2 => others, 2 => schedule_free]
+    let lbfgs =
+        (1u32..8, 1u32..4).prop_map(|(max_iter, history)| Algorithm::Lbfgs { max_iter, history });
+    prop_oneof![4 => libtorchs, 3 => of_moments, 2 => others, 2 => schedule_free, 1 => lbfgs]
 }
 
 /// Events at which handlers act.
@@ -1039,7 +974,7 @@ fn breaks() -> impl Strategy<Value = Break> {
         ][..]).prop_map(Place::In),
         1 => Just(Place::Fetch),
         1 => Just(Place::Refetch),
-        1 => Just(Place::InTheLoss),
+        1 => prop_oneof![2 => Just(1u32), 1 => 2u32..5].prop_map(Place::InTheLoss),
         1 => Just(Place::InTheEvaluation),
     ];
     let how = prop_oneof![
@@ -1062,7 +997,7 @@ fn breaks() -> impl Strategy<Value = Break> {
         let asks_the_engine =
             matches!(how, How::Interrupt | How::EndOfEpoch | How::End | How::Limit);
         let how = match place {
-            Place::InTheLoss if asks_the_engine || how == How::Error => How::Panic,
+            Place::InTheLoss(_) if asks_the_engine || how == How::Error => How::Panic,
             Place::Fetch | Place::Refetch | Place::InTheEvaluation if asks_the_engine => How::Error,
             // Ending the epoch is refused where no epoch is under way, and has no effect where it ends anyway.
             Place::In(At::Started | At::EpochStarted | At::EpochCompleted)
@@ -1176,6 +1111,8 @@ pub fn programs() -> impl Strategy<Value = Program> {
         let (epoch_length, first_budget) = lengths;
         let (optimizer, lr, lr_of_biases, windows, scaler, clip_value, clip_norm, sam) = updates;
         let (accumulate, weights) = windows;
+        // L-BFGS takes its steps whole.
+        let lr = if matches!(optimizer, Algorithm::Lbfgs { .. }) { lr * 10. } else { lr };
         let (
             schedules,
             plateau,

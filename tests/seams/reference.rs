@@ -80,6 +80,8 @@ struct Reference<'p> {
     algorithm: Algorithm,
     lbfgs: Lbfgs,
     rho: f64,
+    /// How often the loss was computed in the iteration.
+    evaluations: u32,
     counted: [Counted; 2],
     /// The scale of the loss, and (below) how many steps were made since it changed.
     scale: f64,
@@ -221,6 +223,7 @@ impl<'p> Reference<'p> {
             algorithm: program.optimizer,
             lbfgs: Lbfgs::default(),
             rho: program.sam.map_or(0., |sam| sam.rho),
+            evaluations: 0,
             counted: [Counted { steps: 0., largest_lr: -1., weights: 0., lr: 0., share: 0. }; 2],
             scale: program.scaler.as_ref().map_or(1., |scaler| scaler.scale),
             good_steps: 0,
@@ -477,7 +480,7 @@ impl<'p> Reference<'p> {
             self.window_began = begin;
         }
         if let Algorithm::Lbfgs { max_iter, history } = self.algorithm {
-            return self.step_of_lbfgs(batch, max_iter, history);
+            return self.step_of_lbfgs(batch, max_iter.into(), history as usize);
         }
         let Some(loss) = self.evaluated_loss(batch) else { return Wrong };
         if let Some(sam) = self.program.sam
@@ -494,7 +497,8 @@ impl<'p> Reference<'p> {
 
     /// Adds the gradients of a batch to those of its window, and returns its loss; none if something broke.
     fn evaluated_loss(&mut self, batch: &[i64]) -> Option<f64> {
-        if self.breaks(Place::InTheLoss) == Wrong {
+        self.evaluations += 1;
+        if self.breaks(Place::InTheLoss(self.evaluations)) == Wrong {
             return None;
         }
         let (x, y) = (self.select(&self.x, batch), self.select(&self.y, batch));
@@ -1029,6 +1033,7 @@ impl<'p> Reference<'p> {
         let passes = |when: When| when.passes(at, number);
         match at {
             At::Started => self.running = None,
+            At::IterationStarted => self.evaluations = 0,
             At::EpochStarted => self.losses_of_epoch.clear(),
             At::IterationCompleted => {
                 let loss = self.loss.unwrap_or(f64::NAN);
