@@ -374,7 +374,9 @@ fn averages(shape: &str, shapes: Shapes) -> Group {
         let ema = EMAHandler::new(&vs, 1e-3)?;
         let swapped = ema.clone();
         Ok(vec![
-            Contender::new("ours", move || ema.update().expect("averages")),
+            Contender::new("ours", move || {
+                ema.update().expect("averages");
+            }),
             Contender::new("tch, lerp_ in a loop", move || {
                 tch::no_grad(|| {
                     for (copy, variable) in copies.iter_mut().zip(&variables) {
