@@ -415,7 +415,9 @@ fn main() -> Result<()> {
             contenders.truncate(1);
             let group = groups.iter().find(|group| group.name == name);
             contenders.extend((group.context("no such group")?.make)()?);
-            contenders.iter_mut().for_each(|contender| drop(contender.call()));
+            for contender in &mut contenders {
+                contender.call();
+            }
             println!();
             continue;
         }
