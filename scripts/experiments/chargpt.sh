@@ -1,4 +1,4 @@
-# nanoGPT's setting for a CPU: AdamW here and in PyTorch, Muon here, three seeds each (35 minutes of processor time)
+# nanoGPT's setting for a CPU: AdamW here and in PyTorch, Muon here, three seeds each (18 minutes on two cores)
 experiment() {
   local text="${TEXT_DIR:-data/text}/input.txt" seeds="1 2 3" iterations=2000 options="" python seed run
   local adamw="" muon="" torch="" commands=()

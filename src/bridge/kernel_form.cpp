@@ -10,12 +10,6 @@
 namespace tig {
 namespace {
 
-#ifdef __x86_64__
-constexpr bool MULTIPLIES_BF16 = false;
-#else
-constexpr bool MULTIPLIES_BF16 = true;
-#endif
-
 #if defined(__x86_64__) && defined(__GNUC__)
 bool has(Vectors vectors) {
   __builtin_cpu_init();
@@ -35,13 +29,19 @@ bool has(Vectors vectors) { return vectors == Vectors::Baseline; }
 bool is_amd() { return false; }
 #endif
 
-// AMD's Zen 4 takes longer for a vector of 512 bits than for two of 256, and longer where a kernel fetches ahead what the
-// processor fetches by itself; an Intel Xeon does not. On Zen 3 it pays to fetch the first line of each next page.
-// docs/NUMBERS.md has the figures. No other processor was measured: all of AMD get what suits these two, because the
-// compilers' own names for them are newer than some of them, and all others what suits the Xeon. TCH_IGNITE_KERNELS chooses another form.
+#ifdef __x86_64__
+constexpr bool IS_X86 = true;
+#else
+constexpr bool IS_X86 = false;
+#endif
+
+// AMD's Zen 4 takes longer for a vector of 512 bits than for two of 256, and Zen 3 and 4 take longer where a kernel fetches
+// ahead what the processor fetches by itself; an Intel Xeon does not. docs/NUMBERS.md has the figures. No other processor
+// was measured: all of AMD get what suits these two, because the compilers' own names for them are newer than some of
+// them, and all others what suits the Xeon. TCH_IGNITE_KERNELS chooses another form.
 KernelForm of_processor() {
   const bool amd = is_amd();
-  KernelForm form{Vectors::Baseline, amd ? Prefetch::Pages : Prefetch::Lines, true};
+  KernelForm form{Vectors::Baseline, !amd, true};
   for (Vectors vectors : {Vectors::Avx2, Vectors::Avx512Vl, Vectors::Avx512})
     if (has(vectors) && !(amd && vectors == Vectors::Avx512)) form.vectors = vectors;
   return form;
@@ -55,13 +55,11 @@ KernelForm from_words(const std::string& words) {
     else if (word == "avx2") form.vectors = Vectors::Avx2;
     else if (word == "avx512vl") form.vectors = Vectors::Avx512Vl;
     else if (word == "avx512") form.vectors = Vectors::Avx512;
-    else if (word == "no-prefetch") form.prefetch = Prefetch::None;
-    else if (word == "prefetch-pages") form.prefetch = Prefetch::Pages;
-    else if (word == "prefetch-lines") form.prefetch = Prefetch::Lines;
+    else if (word == "prefetch" || word == "no-prefetch") form.prefetch = word == "prefetch";
     else if (word == "streaming" || word == "no-streaming") form.streaming = word == "streaming";
     else
       throw std::invalid_argument("kernels have no form '" + word + "': the words are baseline, avx2, avx512vl, avx512, " +
-                                  "prefetch-lines, prefetch-pages, no-prefetch, streaming and no-streaming");
+                                  "prefetch, no-prefetch, streaming and no-streaming");
   }
   // The processor comes last, so that a wrong word is the same error everywhere.
   if (!has(form.vectors))
@@ -85,7 +83,7 @@ std::atomic<KernelForm>& current() {
 
 }  // namespace
 
-bool multiplies_bf16_fast() { return MULTIPLIES_BF16 || has(Vectors::Avx512); }
+bool multiplies_bf16_fast() { return !IS_X86 || has(Vectors::Avx512); }
 
 KernelForm kernel_form() { return current().load(std::memory_order_relaxed); }
 

@@ -10,14 +10,9 @@ namespace tig {
 // The instructions that kernels are compiled for. Avx512Vl has those of AVX-512 and vectors of 256 bits.
 enum class Vectors : uint8_t { Baseline, Avx2, Avx512Vl, Avx512 };
 
-// What kernels fetch themselves, because the processor's own prefetcher stops at the end of a page. Lines are all lines
-// that a kernel which only reads will read. Pages are the first line of each next page, in such kernels and in those
-// that update f32 and f64.
-enum class Prefetch : uint8_t { None, Pages, Lines };
-
 struct alignas(4) KernelForm {  // read as one atomic value
   Vectors vectors;
-  Prefetch prefetch;
+  bool prefetch;   // whether kernels that only read fetch memory ahead
   bool streaming;  // whether 32 MB of zeros and more are written past the caches
 };
 
@@ -25,8 +20,8 @@ struct alignas(4) KernelForm {  // read as one atomic value
 // Throws if the variable is wrong.
 KernelForm kernel_form();
 
-// Sets the form for all threads. `words` are some of: baseline, avx2, avx512vl, avx512; prefetch-lines, prefetch-pages,
-// no-prefetch; streaming, no-streaming. The processor decides what they do not say; without words the form is that of the start.
+// Sets the form for all threads. `words` are some of: baseline, avx2, avx512vl, avx512; prefetch, no-prefetch;
+// streaming, no-streaming. The processor decides what they do not say; without words the form is that of the start.
 // Throws for other words, and for instructions that this processor does not have.
 void set_kernel_form(const std::string& words);
 

@@ -163,36 +163,6 @@ TIG_INLINE void update(S* __restrict p, const S* __restrict g, S* __restrict a, 
   }
 }
 
-// Sizes of a page and of a cache line, and how many bytes ahead lines are fetched, all in bytes.
-constexpr int64_t PAGE = 4096, LINE = 64, AHEAD = 8192;
-// How many elements a page holds.
-template <typename T>
-constexpr int64_t IN_A_PAGE = PAGE / int64_t(sizeof(T));
-
-// Fetches the first line of the page that begins half a page to one and a half pages after this address. A fetch beyond
-// the end of memory does nothing.
-TIG_INLINE void fetch_page(const void* from) {
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(from) + PAGE + PAGE / 2;
-  __builtin_prefetch(reinterpret_cast<const char*>(ahead - ahead % PAGE));
-}
-
-// Updates as `update` does, page by page where the beginnings of the next pages are to be fetched.
-template <Rule R, bool DECAY, bool FMA, typename S>
-TIG_INLINE void update_all(S* p, const S* g, S* a, S* b, S* c, int64_t n, const double* k, S factor, bool fetch_pages) {
-  const int64_t step = fetch_pages ? IN_A_PAGE<S> : n;
-  for (int64_t rest = n; rest > 0;) {
-    if (fetch_pages)
-      for (const void* data : {static_cast<const void*>(p), static_cast<const void*>(g), static_cast<const void*>(a),
-                               static_cast<const void*>(b), static_cast<const void*>(c)})
-        if (data) fetch_page(data);
-    const int64_t now = rest < step ? rest : step;
-    update<R, DECAY, FMA, S>(p, g, a, b, c, now, k, factor);
-    const auto behind = [now](auto* data) { return data ? data + now : data; };
-    p = behind(p), g = behind(g), a = behind(a), b = behind(b), c = behind(c);
-    rest -= now;
-  }
-}
-
 template <typename T>
 TIG_INLINE void load(float* __restrict to, const T* __restrict from, int64_t n, float factor) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]) * factor;
@@ -212,21 +182,23 @@ TIG_INLINE double widened(T x) {
 
 // The number of partial sums that run side by side. With a single sum each addition would wait for the one before.
 constexpr int LANES = 32;
-// Fetches what a kernel will read soon that now reads LANES of the `n` elements, from element `i` on.
+// Memory that is only read may be prefetched this many bytes ahead, where the processor's own prefetcher stops at the
+// end of a page. LINE is the size of a cache line.
+constexpr int64_t AHEAD = 8192, LINE = 64;
+
 template <typename T>
-TIG_INLINE void fetch_ahead(const T* from, int64_t i, int64_t n, Prefetch prefetch) {
-  if (prefetch == Prefetch::Pages && i % IN_A_PAGE<T> == 0 && n > IN_A_PAGE<T>) fetch_page(from + i);
-  if (prefetch != Prefetch::Lines || (n - i) * int64_t(sizeof(T)) <= AHEAD + LANES * int64_t(sizeof(T))) return;
+TIG_INLINE void fetch_ahead(const T* from, int64_t rest, bool prefetch) {
+  if (!prefetch || rest * int64_t(sizeof(T)) <= AHEAD + LANES * int64_t(sizeof(T))) return;
   for (int64_t line = 0; line < LANES * int64_t(sizeof(T)); line += LINE)
-    __builtin_prefetch(reinterpret_cast<const char*>(from + i) + AHEAD + line);
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD + line);
 }
 
 template <typename T>
-TIG_INLINE double sum_of_squares(const T* from, int64_t n, Prefetch prefetch) {
+TIG_INLINE double squares_in_f64(const T* from, int64_t n, bool prefetch) {
   double sums[LANES] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
-    fetch_ahead(from, i, n, prefetch);
+    fetch_ahead(from + i, n - i, prefetch);
     for (int j = 0; j < LANES; ++j) {
       const double x = widened(from[i + j]);
       sums[j] += x * x;
@@ -241,9 +213,35 @@ TIG_INLINE double sum_of_squares(const T* from, int64_t n, Prefetch prefetch) {
   return sum;
 }
 
+// Sums up squares in f32, a few for each lane, and these sums in f64: conversions of every element would take a fifth
+// longer. A lane's rounding errors stay below 2^-19 of its sum in the worst case, and those of different lanes cancel.
+template <bool FMA, typename T>
+TIG_INLINE double sum_of_squares(const T* from, int64_t n, bool prefetch) {
+  if constexpr (std::is_same<T, double>::value) return squares_in_f64(from, n, prefetch);
+  double sums[LANES] = {};
+  int64_t i = 0;
+  while (i + LANES <= n) {
+    float part[LANES] = {};
+    for (const int64_t end = std::min(n - LANES, i + 31 * LANES); i <= end; i += LANES) {
+      fetch_ahead(from + i, n - i, prefetch);
+      for (int j = 0; j < LANES; ++j) {
+        const float x = static_cast<float>(from[i + j]);
+        part[j] = mul_add<FMA>(x, x, part[j]);
+      }
+    }
+    for (int j = 0; j < LANES; ++j) sums[j] += part[j];
+  }
+  for (; i < n; ++i) sums[0] += widened(from[i]) * widened(from[i]);
+  double sum = 0;
+  for (double each : sums) sum += each;
+  // The squares of f32 reach from 1e-38 to 1e38, and elements further.
+  constexpr double LEAST = 1e-23, MOST = std::numeric_limits<double>::max();
+  return sum > LEAST && sum <= MOST ? sum : squares_in_f64(from, n, prefetch);
+}
+
 // The largest absolute value; NaN if an element is NaN.
 template <typename T>
-TIG_INLINE double largest(const T* from, int64_t n, Prefetch prefetch) {
+TIG_INLINE double largest(const T* from, int64_t n, bool prefetch) {
   double most[LANES] = {}, nan[LANES] = {};
   const auto look = [&](T value, int lane) {
     const double x = magnitude(widened(value));
@@ -252,7 +250,7 @@ TIG_INLINE double largest(const T* from, int64_t n, Prefetch prefetch) {
   };
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
-    fetch_ahead(from, i, n, prefetch);
+    fetch_ahead(from + i, n - i, prefetch);
     for (int j = 0; j < LANES; ++j) look(from[i + j], j);
   }
   for (; i < n; ++i) look(from[i], 0);
@@ -264,11 +262,11 @@ TIG_INLINE double largest(const T* from, int64_t n, Prefetch prefetch) {
 
 // The sum of 0 * x over all elements: 0 if all are finite, NaN if one is infinite or NaN.
 template <typename T>
-TIG_INLINE double nonfinite(const T* from, int64_t n, Prefetch prefetch) {
+TIG_INLINE double nonfinite(const T* from, int64_t n, bool prefetch) {
   double sums[LANES] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
-    fetch_ahead(from, i, n, prefetch);
+    fetch_ahead(from + i, n - i, prefetch);
     for (int j = 0; j < LANES; ++j) sums[j] += widened(from[i + j]) * 0.;
   }
   for (; i < n; ++i) sums[0] += widened(from[i]) * 0.;
@@ -280,7 +278,7 @@ TIG_INLINE double nonfinite(const T* from, int64_t n, Prefetch prefetch) {
 enum class Reduction { Squares, Largest, NonFinite };
 
 template <typename S>
-using UpdateFn = void (*)(S*, const S*, S*, S*, S*, int64_t, const double*, S factor, bool fetch_pages);
+using UpdateFn = void (*)(S*, const S*, S*, S*, S*, int64_t, const double*, S factor);
 
 // The functions above, compiled for one instruction set.
 struct Isa {
@@ -290,7 +288,7 @@ struct Isa {
   void (*load_bfloat)(float*, const c10::BFloat16*, int64_t, float);
   void (*store_half)(c10::Half*, const float*, int64_t);
   void (*store_bfloat)(c10::BFloat16*, const float*, int64_t);
-  double (*reduce)(const void*, int64_t, at::ScalarType, Reduction, Prefetch);
+  double (*reduce)(const void*, int64_t, at::ScalarType, Reduction, bool prefetch);
   void (*read_half)(float*, const c10::Half*, const void*, int64_t, LowPrecision);
   void (*read_bfloat)(float*, const c10::BFloat16*, const void*, int64_t, LowPrecision);
   void (*write_half)(c10::Half*, void*, const float*, int64_t, LowPrecision, uint64_t key, uint64_t first);
@@ -309,8 +307,8 @@ struct Isa {
 #define TIG_ISA(NAME, TARGET, FMA)                                                                              \
   namespace NAME {                                                                                              \
   template <Rule R, bool DECAY, typename S>                                                                     \
-  TARGET void run(S* p, const S* g, S* a, S* b, S* c, int64_t n, const double* k, S factor, bool fetch_pages) { \
-    update_all<R, DECAY, FMA, S>(p, g, a, b, c, n, k, factor, fetch_pages);                                     \
+  TARGET void run(S* p, const S* g, S* a, S* b, S* c, int64_t n, const double* k, S factor) {                   \
+    update<R, DECAY, FMA, S>(p, g, a, b, c, n, k, factor);                                                      \
   }                                                                                                             \
   template <typename S>                                                                                         \
   UpdateFn<S> find(Rule rule, bool decay) {                                                                     \
@@ -331,16 +329,16 @@ struct Isa {
     write_stored(p, kept, value, n, how, key, first);                                                           \
   }                                                                                                             \
   template <typename T>                                                                                         \
-  TARGET double reduce_as(const void* data, int64_t n, Reduction reduction, Prefetch prefetch) {                \
+  TARGET double reduce_as(const void* data, int64_t n, Reduction reduction, bool prefetch) {                    \
     const T* from = static_cast<const T*>(data);                                                                \
     switch (reduction) {                                                                                        \
-      case Reduction::Squares: return sum_of_squares(from, n, prefetch);                                        \
+      case Reduction::Squares: return sum_of_squares<FMA>(from, n, prefetch);                                   \
       case Reduction::Largest: return largest(from, n, prefetch);                                               \
       case Reduction::NonFinite: return nonfinite(from, n, prefetch);                                           \
     }                                                                                                           \
     return std::numeric_limits<double>::quiet_NaN();                                                            \
   }                                                                                                             \
-  double reduce(const void* data, int64_t n, at::ScalarType dtype, Reduction reduction, Prefetch prefetch) {    \
+  double reduce(const void* data, int64_t n, at::ScalarType dtype, Reduction reduction, bool prefetch) {        \
     switch (dtype) {                                                                                            \
       case at::kDouble: return reduce_as<double>(data, n, reduction, prefetch);                                 \
       case at::kFloat: return reduce_as<float>(data, n, reduction, prefetch);                                   \
@@ -388,8 +386,7 @@ S* at_offset(void* data, int64_t offset) {
 template <typename S>
 void update_range(const Task& task, const double* k, double factor, int64_t begin, int64_t end, UpdateFn<S> run) {
   auto at = [begin](auto* data) { return at_offset<S>(data, begin); };
-  const bool pages = kernel_form().prefetch == Prefetch::Pages && end - begin > IN_A_PAGE<S>;
-  run(at(task.p), at(const_cast<void*>(task.g)), at(task.s[0]), at(task.s[1]), at(task.s[2]), end - begin, k, S(factor), pages);
+  run(at(task.p), at(const_cast<void*>(task.g)), at(task.s[0]), at(task.s[1]), at(task.s[2]), end - begin, k, S(factor));
 }
 
 // f16 and bf16 are converted to f32 in blocks, updated, and rounded once when they are stored.
@@ -406,7 +403,7 @@ void update_range(const Task& task, const double* k, double factor, int64_t begi
       state[i] = at_offset<T>(task.s[i], at);
       if (state[i]) load(s[i], state[i], n, 1.f);
     }
-    run(p, g, s[0], s[1], s[2], n, k, 1.f, false);
+    run(p, g, s[0], s[1], s[2], n, k, 1.f);
     store(static_cast<T*>(task.p) + at, p, n);
     for (int i = 0; i < 3; ++i)
       if (state[i]) store(state[i], s[i], n);
@@ -432,7 +429,7 @@ void update_low(const Task& task, const double* k, double factor, int64_t begin,
       g = gradients;
     }
     auto state = [&](int i) { return at_offset<float>(task.s[i], at); };
-    run(value, g, state(0), state(1), state(2), n, k, low.wide_gradient ? static_cast<float>(factor) : 1.f, false);
+    run(value, g, state(0), state(1), state(2), n, k, low.wide_gradient ? static_cast<float>(factor) : 1.f);
     write(p, kept, value, n, low.how, low.key, static_cast<uint64_t>(at));
   }
 }

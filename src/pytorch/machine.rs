@@ -373,7 +373,7 @@ impl<'i, 's> Machine<'i, 's> {
     fn pop_last(&mut self, count: usize) -> Result<Vec<Item>, String> {
         let floor = self.marks.last().copied().unwrap_or(0);
         match self.stack.len().checked_sub(count).filter(|from| *from >= floor) {
-            Some(from) => Ok(self.stack.split_off(from)),
+            Some(from) => Ok(self.stack.drain(from..).collect()),
             None => Err(empty()),
         }
     }
@@ -382,9 +382,8 @@ impl<'i, 's> Machine<'i, 's> {
     fn pop_mark(&mut self) -> Result<Vec<Item>, String> {
         let mark = self.marks.pop().ok_or("a mark is missing")?;
         self.budget.take(self.stack.len().saturating_sub(mark) * size_of::<Item>())?;
-        let mut items = self.stack.split_off(mark);
-        items.shrink_to_fit();
-        Ok(items)
+        // `split_off` would allocate as much as the whole stack where the mark is at its beginning.
+        Ok(self.stack.drain(mark..).collect())
     }
 
     fn top(&self) -> Result<&Item, String> {
