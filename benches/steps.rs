@@ -38,10 +38,11 @@ struct Args {
 const BOUND: f64 = 100.;
 const SHRINK: f64 = 0.9999;
 
-/// A turn lasts for so long, and for so many calls after one that does not count. A call that takes longer is a turn of its
-/// own.
+/// A turn lasts for so long, and has so many calls at least and at most, after one that does not count. A call that takes
+/// longer is a turn of its own.
 const TURN: Duration = Duration::from_millis(50);
-const CALLS: usize = 3;
+const LEAST_CALLS: usize = 3;
+const MOST_CALLS: usize = 500;
 
 struct Contender {
     name: String,
@@ -66,8 +67,8 @@ impl Contender {
         if times[0] < TURN {
             times.clear();
         }
-        while times.len() < CALLS && times.first().is_none_or(|first| *first < TURN)
-            || times.iter().sum::<Duration>() < TURN
+        while times.len() < LEAST_CALLS && times.first().is_none_or(|first| *first < TURN)
+            || times.len() < MOST_CALLS && times.iter().sum::<Duration>() < TURN
         {
             times.push(self.call());
         }

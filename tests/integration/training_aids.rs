@@ -72,6 +72,31 @@ fn a_norm_below_the_bound_changes_nothing() -> Result<()> {
 }
 
 #[test]
+fn norms_are_right_from_the_smallest_to_the_largest_numbers() -> Result<()> {
+    // The squares of the first numbers are 0 in f32, and those of the last infinite.
+    for kind in [Kind::Float, Kind::Half, Kind::BFloat16, Kind::Double] {
+        for scale in [1e-30, 1e-15, 1e-4, 1., 1e4, 1e15, 1e30] {
+            for count in [1i64, 31, 5003, (1 << 15) + 5003] {
+                let mut vs = VarStore::new(Device::Cpu);
+                vs.set_kind(kind);
+                let w = vs.root().zeros("w", &[count]);
+                let waves = Tensor::arange(count, (Kind::Double, Device::Cpu)).cos();
+                let gradient = (waves * scale).to_kind(kind);
+                (&w * &gradient).sum(kind).backward();
+                let exact = value(&gradient.to_kind(Kind::Double).norm());
+                let norm = value(&Optimizer::sgd(&vs).build()?.gradients()?.norm()?);
+                let same = if kind == Kind::Double { 1e-13 } else { 2e-7 };
+                assert!(
+                    norm == exact || (norm - exact).abs() <= same * exact,
+                    "{count} of {kind:?} times {scale}: {norm}, and {exact} in f64"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn norms_of_other_orders_are_computed_or_refused() -> Result<()> {
     let (_vs, optimizer, _) = with_gradients(Kind::Double);
     let norm = |p| optimizer.gradients().and_then(|all| all.order(p).norm());
