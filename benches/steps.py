@@ -129,7 +129,7 @@ def contenders(shape, shapes, group):
 
             # The bound gets smaller every time, so that clipping always has to scale the gradients.
             def clipped(own=own, optimizer=optimizer, bound=bound, foreach=way != LOOP):
-                bound[0] *= 0.9999
+                bound[0] *= 0.99
                 torch.nn.utils.clip_grad_norm_(own, bound[0], foreach=foreach)
                 optimizer.step()
 
@@ -144,7 +144,7 @@ def contenders(shape, shapes, group):
         shrinking = [100.0]
 
         def clip():
-            shrinking[0] *= 0.9999
+            shrinking[0] *= 0.99
             torch.nn.utils.clip_grad_norm_(own, shrinking[0])
 
         yield "clip_grad_norm, clipped, torch", clip, None

@@ -36,7 +36,7 @@ struct Args {
 /// A bound of clipping below the norm of all these gradients, and by how much it gets smaller each time, so that all are
 /// scaled; steps.py has the same.
 const BOUND: f64 = 100.;
-const SHRINK: f64 = 0.9999;
+const SHRINK: f64 = 0.99;
 
 /// A turn lasts for so long, and has so many calls at least and at most, after one that does not count. A call that takes
 /// longer is a turn of its own.
