@@ -27,7 +27,8 @@ use program::programs;
 const SLOW: Duration = Duration::from_secs(2);
 
 /// How much numbers may differ. The second tolerance is for programs that amplify rounding errors tenfold. Programs
-/// that amplify them even more are not compared.
+/// that amplify them even more are not compared. L-BFGS, which divides by small differences of gradients, has the second
+/// tolerance alone, as its golden cases have.
 const TOLERANCES: [f64; 2] = [1e-12, 1e-9];
 
 /// How long the search for a smaller program that differs may take.
@@ -62,7 +63,8 @@ fn difference(program: &Program) -> Option<String> {
     let run = || {
         let got = engine_run::run(program, folder.path());
         let expected = reference::run(program, 0., got.other_size_after);
-        for tolerance in TOLERANCES {
+        let is_lbfgs = matches!(program.optimizer, program::Algorithm::Lbfgs { .. });
+        for tolerance in TOLERANCES.into_iter().skip(usize::from(is_lbfgs)) {
             let differs = compare::difference(&expected, &got, tolerance)?;
             let shaken = reference::run(program, tolerance / 10., got.other_size_after);
             let shaken = compare::difference(&expected, &shaken, tolerance);

@@ -592,6 +592,11 @@ impl Program {
             keep
         });
         let schedules_momentum = seen.contains(&Driven::Momentum);
+        if schedules_momentum && this.optimizer.is_schedule_free() {
+            // The weights in evaluations are computed with the momentum. Where nothing else changes them (a rate of 0),
+            // rounding decides which evaluation is the better one.
+            (this.plateau, this.early_stopping) = (None, None);
+        }
         match &mut this.optimizer {
             Algorithm::Sgd { momentum, dampening, nesterov, .. } if *nesterov => {
                 *dampening = 0.;
@@ -674,6 +679,8 @@ impl Program {
         }
         // File names contain the loss, which must be finite.
         this.best &= this.scaler.as_ref().is_none_or(|scaler| scaler.overflows.is_empty());
+        // A run without a checkpoint starts anew and leaves the files of the lost one, whose losses were others.
+        this.best &= this.batch_after_resume.is_none();
         let watches_validation = |watch: &mut Watch| {
             if this.evaluation.is_none() {
                 *watch = Watch::MeanLoss;
