@@ -18,6 +18,9 @@ struct Args {
     /// Classes that are shown as data although torch.load(weights_only=True) refuses them
     #[arg(long, value_name = "CLASS")]
     allow: Vec<String>,
+    /// How many MiB everything but the tensors may take, where a file needs more than it may by itself
+    #[arg(long, value_name = "MIB")]
+    max_memory: Option<u32>,
     /// How many entries of a list or dict are shown
     #[arg(long, value_name = "N", default_value_t = 1000)]
     most: usize,
@@ -98,7 +101,10 @@ impl<'v> Tree<'v> {
 }
 
 fn inspect(args: &Args) -> Result<()> {
-    let reader = args.allow.iter().fold(Reader::new(), |reader, class| reader.allow(class));
+    let mut reader = args.allow.iter().fold(Reader::new(), |reader, class| reader.allow(class));
+    if let Some(mebibytes) = args.max_memory {
+        reader = reader.max_memory(u64::from(mebibytes) << 20);
+    }
     let value = reader.read(&args.file)?;
     let mut tree = Tree { most: args.most, tensors: vec![], paths: HashMap::new(), bytes: 0 };
     tree.print(&args.file.display().to_string(), &value, "", 0);

@@ -35,10 +35,11 @@ constexpr bool IS_X86 = true;
 constexpr bool IS_X86 = false;
 #endif
 
-// AMD's Zen 4 takes longer for a vector of 512 bits than for two of 256, and Zen 3 and 4 take longer where a kernel fetches
-// ahead what the processor fetches by itself; an Intel Xeon does not. docs/NUMBERS.md has the figures. No other processor
-// was measured: all of AMD get what suits these two, because the compilers' own names for them are newer than some of
-// them, and all others what suits the Xeon. TCH_IGNITE_KERNELS chooses another form.
+// AMD's Zen 4 takes longer for a vector of 512 bits than for two of 256, and longer where a kernel fetches ahead what the
+// processor fetches by itself; an Intel Xeon does not. Zen 3 takes longer where kernels fetch the beginnings of pages.
+// docs/NUMBERS.md has the figures. No other processor was measured: all of AMD get what suits these two, because the
+// compilers' own names for them are newer than some of them, and all others what suits the Xeon. TCH_IGNITE_KERNELS
+// chooses another form.
 KernelForm of_processor() {
   const bool amd = is_amd();
   KernelForm form{Vectors::Baseline, !amd, true};

@@ -8,17 +8,24 @@ const OVERHEAD: usize = 32;
 pub(super) struct Budget {
     allowed: u64,
     taken: u64,
+    exceeded: bool,
 }
 
 impl Budget {
     pub(super) fn new(allowed: u64) -> Self {
-        Self { allowed, taken: 0 }
+        Self { allowed, taken: 0, exceeded: false }
+    }
+
+    /// Whether memory was refused, so that the file need not be damaged.
+    pub(super) fn is_exceeded(&self) -> bool {
+        self.exceeded
     }
 
     /// Counts memory that is about to be taken.
     pub(super) fn take(&mut self, bytes: usize) -> Result<(), String> {
         let taken = self.taken.saturating_add(bytes as u64);
         if taken > self.allowed {
+            self.exceeded = true;
             return Err(format!(
                 "its data beside the tensors would take {taken} bytes of memory, and may take {}: \
                  Reader::max_memory allows more to a file that you trust",

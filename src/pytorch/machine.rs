@@ -138,10 +138,11 @@ impl<'i, 's> Machine<'i, 's> {
                 names.join(", ")
             ));
         }
-        let result = result.map_err(|why| {
-            format!("the pickle is damaged at byte {}: {why}", self.input.position() - self.begin)
-        })?;
         let length = self.input.position() - self.begin;
+        let result = result.map_err(|why| match self.budget.is_exceeded() {
+            true => why,
+            false => format!("the pickle is damaged at byte {length}: {why}"),
+        })?;
         let Self { stack, memo, nodes, storages, parts, budget, .. } = self;
         budget.give_back(stack.capacity() * size_of::<Item>());
         budget.give_back(table::<u32, Item>(memo.len()));
