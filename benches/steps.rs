@@ -46,7 +46,7 @@ const MOST_CALLS: usize = 500;
 
 struct Contender {
     name: String,
-    /// What is called before each measured call.
+    /// A turn calls this before each measured call.
     before: Option<Box<dyn FnMut()>>,
     call: Box<dyn FnMut()>,
 }

@@ -52,7 +52,7 @@ def main():
         own = [process for process in processes if group in process.groups]
         begun, lines = time.monotonic(), []
         for round in range(ROUNDS):
-            # Made anew, because where the system happens to place memory is worth a tenth of the time.
+            # The contenders are made anew, because where the system happens to place memory is worth a tenth of the time.
             for process in own:
                 process.ask(f"group {group}")
             for process in own:

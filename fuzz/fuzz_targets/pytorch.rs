@@ -42,7 +42,7 @@ static ALLOCATOR: Counting = Counting;
 const FREE: usize = 1 << 20;
 /// The part of it that the description may take. The rest is for buffers, and for what the allocator adds.
 const FREE_FOR_DESCRIPTION: usize = 3 << 18;
-/// What libtorch takes for a tensor beside its elements.
+/// libtorch takes up to this much for a tensor beside its elements.
 const FOR_A_TENSOR: usize = 1 << 10;
 
 /// Sets the checksums in an archive's directory to 0, which says that there are none.

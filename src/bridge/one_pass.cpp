@@ -234,7 +234,7 @@ TIG_INLINE double sum_of_squares(const T* from, int64_t n, bool prefetch) {
   for (; i < n; ++i) sums[0] += widened(from[i]) * widened(from[i]);
   double sum = 0;
   for (double each : sums) sum += each;
-  // The squares of f32 reach from 1e-38 to 1e38, and elements further.
+  // Squares in f32 reach from 1e-38 to 1e38 alone. A sum near these bounds is made again in f64.
   constexpr double LEAST = 1e-23, MOST = std::numeric_limits<double>::max();
   return sum > LEAST && sum <= MOST ? sum : squares_in_f64(from, n, prefetch);
 }

@@ -29,7 +29,7 @@ pub struct Reader {
     max_memory: Option<u64>,
 }
 
-/// What the plain data of the smallest file may take.
+/// The plain data of the smallest file may take this many bytes.
 const FREE: u64 = 64 << 20;
 
 impl Reader {
@@ -57,8 +57,8 @@ impl Reader {
     /// Reads a file. Its tensors are read when they are asked for: see [`StoredTensor`](super::StoredTensor).
     ///
     /// # Errors
-    /// The file cannot be read, is no file of `torch.save`, is damaged, or uses names that are no plain data; the
-    /// error lists such names.
+    /// The file cannot be read, is no file of `torch.save`, is damaged, takes more memory beside its tensors than
+    /// [`max_memory`](Self::max_memory) allows, or uses names that are no plain data; the error lists such names.
     pub fn read(&self, path: impl AsRef<Path>) -> Result<Value> {
         let path = path.as_ref();
         let source =

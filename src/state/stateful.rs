@@ -166,6 +166,9 @@ impl Stateful for Model {
 /// The gradients of a model's parameters. Track them beside the model where checkpoints may be written while gradients
 /// are accumulated over several batches. Otherwise each step starts without gradients, and they need not be saved.
 ///
+/// A sparse gradient is saved as its indices and values, and is sparse again when it is loaded. Indices that lie outside the
+/// parameter are an error. Saving shares the tensors and copies nothing.
+///
 /// Where several processes train together, a checkpoint holds the gradients of each rank, which are sent to all ranks
 /// for that.
 pub struct SavedGradients(Arc<Mutex<Variables>>);
@@ -237,7 +240,7 @@ fn unfit(name: &str) -> Error {
     Error::State(format!("the gradient of '{name}' fits no parameter here"))
 }
 
-/// Names of what a sparse gradient is made of. Its indices may be there several times.
+/// A sparse gradient is saved under these names. An index may be there several times, unless it is coalesced.
 const INDICES: &str = "indices";
 const VALUES: &str = "values";
 const COALESCED: &str = "coalesced";
@@ -272,7 +275,7 @@ fn sparse_of(mut parts: StateDict, variable: &Tensor) -> Result<Tensor> {
 /// believes them, and writes to where they lead.
 fn is_within(indices: &Tensor, size: &[i64], in_order: bool) -> Result<bool, TchError> {
     let rows = match (indices.kind(), &indices.size()[..]) {
-        (Kind::Int64, [rows, _]) if *rows as usize <= size.len() => *rows,
+        (Kind::Int64, [rows, _]) if *rows > 0 && *rows as usize <= size.len() => *rows,
         _ => return Ok(false),
     };
     let entries = indices.size()[1];

@@ -681,6 +681,7 @@ fn sparse_gradients_are_saved_as_they_are() -> Result<()> {
         ("indices", of(&[1, 3, 3]).to_kind(Kind::Float)),
         ("indices", of(&[1, 3, 3]).view([3])),
         ("indices", Tensor::zeros([3, 3], (Kind::Int64, Device::Cpu))),
+        ("indices", Tensor::zeros([0, 3], (Kind::Int64, Device::Cpu))),
         ("values", Tensor::ones([3, 3], (Kind::Float, Device::Cpu))),
     ] {
         let mut state = SavedGradients::of(&vs).state_dict()?;

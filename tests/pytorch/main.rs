@@ -589,7 +589,8 @@ fn no_change_of_a_file_makes_a_panic_a_file_or_much_memory() -> Result<()> {
             );
             match result {
                 Ok(value) => {
-                    use_all(&value);
+                    let ((), peak) = memory::counted(|| use_all(&value));
+                    assert!(peak < 48 << 20, "{}: {peak} bytes to use it", file.display());
                     outcomes[0] += 1;
                 }
                 Err(error) => {

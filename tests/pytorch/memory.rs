@@ -41,12 +41,17 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Reads an archive and tells how much memory that took at its most.
-pub fn read(reader: &Reader, bytes: Vec<u8>) -> (tch_ignite::Result<Value>, i64) {
+/// Calls a function and tells how much memory that took at its most.
+pub fn counted<T>(call: impl FnOnce() -> T) -> (T, i64) {
     let before = NOW.get();
     PEAK.set(before);
-    let value = reader.read_bytes(bytes);
+    let value = call();
     (value, PEAK.get() - before)
+}
+
+/// Reads an archive and tells how much memory that took at its most.
+pub fn read(reader: &Reader, bytes: Vec<u8>) -> (tch_ignite::Result<Value>, i64) {
+    counted(|| reader.read_bytes(bytes))
 }
 
 /// A storage of 4 bytes: its id at 0, and the arguments of a tensor over it at 2 behind the function at 1.
@@ -56,7 +61,7 @@ const TENSOR: &[u8] = b"\x80\x02((X\x07\x00\x00\x00storagectorch\nFloatStorage\n
 /// A function at 0, and the name of a device at 1.
 const DEVICE: &[u8] = b"\x80\x02(ctorch\ndevice\nq\x00X\x04\x00\x00\x00cuda\x85q\x01";
 
-/// What reading takes beside what it counts: buffers, and the text of an error.
+/// Reading takes up to this much beside what it counts: for buffers, and for the text of an error.
 const SLACK: i64 = 100_000;
 
 #[test]

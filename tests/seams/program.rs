@@ -369,7 +369,7 @@ pub enum Place {
     Fetch,
     /// In the data source, when a batch that was under way is fetched again.
     Refetch,
-    /// In the loss, within `no_grad`, when the iteration computes it for the so-manieth time, from 1.
+    /// In the loss, within `no_grad`. The number says which of the iteration's evaluations of the loss it is, from 1.
     InTheLoss(u32),
     /// In the step of the evaluator.
     InTheEvaluation,

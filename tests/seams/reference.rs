@@ -44,7 +44,7 @@ struct Counted {
     share: f64,
 }
 
-/// What L-BFGS remembers. Vectors hold all parameters, one behind the other.
+/// L-BFGS remembers this from one iteration to the next. Vectors hold all parameters, one behind the other.
 #[derive(Clone, Default)]
 struct Lbfgs {
     iterations: u64,
